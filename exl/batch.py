@@ -1,0 +1,62 @@
+"""What one forward pass is asked to do: plain integers, built on the host, the same for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_SIZE = 64  # tokens a page of the KV cache
+
+I32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """New tokens of B sequences, T rows in all, in the order of their sequences.
+
+    Rows ``[0, num_decode_rows)`` run on row-invariant kernels: a row's bits do not depend on what else is in
+    the batch. They hold whole sequences, and come first. Padding rows have slot -1 and are neither cached nor attended.
+
+    Example: one sequence with 70 cached tokens on pages 5 and 9, one new token::
+
+        positions=[70]  slots=[9 * 64 + 6]  query_start=[0, 1]  context_len=[71]  page_table=[[5, 9]]
+    """
+
+    token_ids: I32  # [T]; -1-i: sample i of the previous step, which never left the device
+    positions: I32  # [T]; apart from slots, for context shift and draft trees
+    slots: I32  # [T]; page * 64 + offset
+    query_start: I32  # [B+1]; rows of sequence b are query_start[b]:query_start[b+1]
+    context_len: I32  # [B]; new tokens included
+    rope_len: I32  # [B]; length that length-dependent RoPE scales for: the whole prompt's in each of its chunks
+    page_table: I32  # [B, P]; a snapshot
+    logit_rows: I32  # [R]; rows whose logits are wanted
+    num_decode_rows: int
+    lora_idx: I32 | None = None  # [B]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.context_len)
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How to turn R rows of logits into R token ids. Arrays, so that one launch serves unlike requests.
+
+    The order is fixed: repetition penalty, temperature, top-k, top-p, min-p, then one draw by ``uniform``.
+    ``temperature`` 0 takes the largest logit (the lowest id among equals) and ignores the filters.
+    """
+
+    temperature: NDArray[np.float32]  # [R]; 0 is greedy
+    top_k: I32  # [R]; 0 is off
+    top_p: NDArray[np.float32]  # [R]; 1 is off
+    min_p: NDArray[np.float32]  # [R]; 0 is off
+    repetition_penalty: NDArray[np.float32]  # [R]; 1 is off
+    uniform: NDArray[np.float64]  # [R]; one draw from [0, 1), a function of (seed, step) alone
+    seen_start: I32  # [R+1]; row r's distinct earlier token ids are seen_ids[seen_start[r]:seen_start[r+1]]
+    seen_ids: I32  # [S]

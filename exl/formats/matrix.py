@@ -1,0 +1,59 @@
+"""The one meaning of a weight, whatever file it came from. Lives only while packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """``W[k, n] = scales[g(k), n] * (code[k, n] - zeros[g(k), n])``, y = x W + bias.
+
+    ``g(k)`` is ``k // group_size`` for rows in *sorted* order: with ``order`` given, sorted row ``i`` is the
+    checkpoint's row ``order[i]`` and multiplies ``x[order[i]]``. ``codes`` returns sorted rows.
+    A group size of K is one group.
+    """
+
+    bits: int  # 2, 3, 4 or 8
+    group_size: int
+    K: int
+    N: int
+    scales: NDArray[np.float16]  # [G, N]
+    zeros: NDArray[np.uint8]  # [G, N]; true zeros: the file's offset is already applied and masked; 0..2**bits
+    order: NDArray[np.int32] | None  # [K]; makes groups contiguous along K; None: they already are
+    bias: NDArray[np.float16] | None  # [N]
+    read_codes: Callable[[int, int], NDArray[np.uint8]] = field(repr=False)
+
+    @property
+    def num_groups(self) -> int:
+        return self.K // self.group_size
+
+    def codes(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Codes of output columns ``start:stop``, u8 [K, stop - start], rows in sorted order.
+
+        Unpacked block by block, so that peak memory is the caller's choice.
+        """
+        return self.read_codes(start, stop)
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """``y = x W + bias`` with ``W`` stored as the file has it: ``rows(start, stop)`` is ``W.T[start:stop]``.
+
+    ``dtype`` is "f32", "f16" or "bf16"; NumPy has no bf16, so its bits come as u16.
+    """
+
+    dtype: str
+    K: int
+    N: int
+    bias: NDArray | None  # [N]; f32, f16 or (bf16 bits) u16, by bias_dtype
+    bias_dtype: str | None
+    read_rows: Callable[[int, int], NDArray] = field(repr=False)
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        """Rows ``start:stop`` of the [N, K] matrix on disk, in the file's type (bf16 as u16)."""
+        return self.read_rows(start, stop)

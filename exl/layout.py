@@ -1,0 +1,290 @@
+"""Where every byte of a weight lies, known from shapes alone: no device, no torch, no data.
+
+A layer is one contiguous blob. The memory plan counts it, the packer fills it, the packed file holds it and the
+stream copies it: all by the same ``LayerLayout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from exl.batch import PAGE_SIZE
+
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "f16": 2, "bf16": 2, "f32": 4})
+FIELD_ALIGN = 64  # a cache line, and what vector loads and int4pack want
+BLOB_ALIGN = 4096  # a memory page and a disk sector: O_DIRECT needs both
+INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's kernel takes
+
+
+def align_up(num_bytes: int, alignment: int) -> int:
+    """``align_up(65, 64) == 128``."""
+    return -(-num_bytes // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hardware that a layout is for: all that a layout may depend on besides shapes."""
+
+    kind: str  # "cpu" | "cuda"
+    int4pack: str | None = None  # CPU: nibble order of torch's int4pack: "split64", "split32", "pairs32"; None: absent
+    arch: int | None = None  # CUDA: compute capability, 86 for 8.6
+
+    @property
+    def int4pack_block(self) -> int:
+        """Output rows that int4pack interleaves."""
+        if self.int4pack is None:
+            raise ValueError("this target has no int4pack layout")
+        return int(self.int4pack[-2:])
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """One matrix of the checkpoint, W [K, N]: what its header (and for act-order its g_idx) says."""
+
+    name: str  # module name in the checkpoint: "model.layers.0.self_attn.q_proj"
+    K: int
+    N: int
+    bits: int  # 2, 3, 4, 8: quantized; 16, 32: dense
+    dtype: str  # dense: "f32", "f16" or "bf16"; quantized: "u8"
+    group_size: int = 0  # 0: dense; K: one group
+    has_bias: bool = False
+    order_key: str | None = None  # digest of the act-order permutation; None: groups are contiguous already
+
+    @property
+    def quantized(self) -> bool:
+        return self.group_size > 0
+
+    @property
+    def num_groups(self) -> int:
+        return self.K // self.group_size if self.quantized else 0
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One packed launch: one or more matrices side by side along N, equal in everything else."""
+
+    parts: tuple[MatrixSpec, ...]
+
+    @property
+    def K(self) -> int:
+        return self.parts[0].K
+
+    @property
+    def N(self) -> int:
+        return sum(part.N for part in self.parts)
+
+    @property
+    def bits(self) -> int:
+        return self.parts[0].bits
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def group_size(self) -> int:
+        return self.parts[0].group_size
+
+    @property
+    def quantized(self) -> bool:
+        return self.parts[0].quantized
+
+    @property
+    def num_groups(self) -> int:
+        return self.parts[0].num_groups
+
+    @property
+    def has_bias(self) -> bool:
+        return any(part.has_bias for part in self.parts)
+
+    @property
+    def order_key(self) -> str | None:
+        return self.parts[0].order_key
+
+
+def fuse(parts: Sequence[MatrixSpec]) -> tuple[LinearSpec, ...]:
+    """Neighbours that agree in K, bits, type, group and order share a launch; the others stand alone.
+
+    Order along N is kept, so that outputs lie where an unfused run would put them.
+    """
+    fused: list[list[MatrixSpec]] = []
+    for part in parts:
+        key = (part.K, part.bits, part.dtype, part.group_size, part.order_key)
+        last = fused[-1][-1] if fused else None
+        if last is not None and key == (last.K, last.bits, last.dtype, last.group_size, last.order_key):
+            fused[-1].append(part)
+        else:
+            fused.append([part])
+    return tuple(LinearSpec(tuple(group)) for group in fused)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A named array inside a blob."""
+
+    offset: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def shifted(self, by: int) -> Field:
+        return Field(self.offset + by, self.num_bytes, self.dtype, self.shape)
+
+
+class _FieldPacker:
+    """Lays arrays one after another, each aligned."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Field] = {}
+        self.num_bytes = 0
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        num_bytes = DTYPE_BYTES[dtype]
+        for size in shape:
+            num_bytes *= size
+        offset = align_up(self.num_bytes, FIELD_ALIGN)
+        self.fields[name] = Field(offset, num_bytes, dtype, shape)
+        self.num_bytes = offset + num_bytes
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """Fields of one packed linear. ``kind`` names the packing:
+
+    - ``dense``: weight [N, K] in the file's type
+    - ``int4pack``: codes u8 [N * K / 2] in torch's CPU order, scales f16 [G, N], zeros u8 [G, N] for exact f32
+      panels, and scales_zeros bf16 [G, N, 2] for torch's decode kernel
+    - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales f16 [N, G], zeros u8 [N, G]
+
+    Besides, where the spec has them: bias f32 [N], order i32 [K].
+    """
+
+    spec: LinearSpec
+    kind: str
+    fields: Mapping[str, Field]
+    num_bytes: int  # multiple of FIELD_ALIGN
+
+
+def linear_layout(spec: LinearSpec, target: Target) -> LinearLayout:
+    """Pure function of shapes and hardware. Raises ``ValueError`` for a target that has no packing."""
+    if target.kind != "cpu":
+        raise ValueError(f"no layout for target {target.kind!r}")
+    pack = _FieldPacker()
+    K, N, G = spec.K, spec.N, spec.num_groups
+    if not spec.quantized:
+        kind = "dense"
+        pack.add("weight", spec.dtype, (N, K))
+    elif spec.bits == 4 and target.int4pack and N % 16 == 0 and spec.group_size in INT4PACK_GROUPS:
+        kind = "int4pack"
+        pack.add("codes", "u8", (N * K // 2,))
+        pack.add("scales", "f16", (G, N))
+        pack.add("zeros", "u8", (G, N))
+        pack.add("scales_zeros", "bf16", (G, N, 2))
+    else:
+        kind = "planes"
+        pack.add("codes", "u8", (N, K * spec.bits // 8))
+        pack.add("scales", "f16", (N, G))
+        pack.add("zeros", "u8", (N, G))
+    if spec.has_bias:
+        pack.add("bias", "f32", (N,))
+    if spec.order_key is not None:
+        pack.add("order", "i32", (K,))
+    return LinearLayout(spec, kind, MappingProxyType(pack.fields), align_up(pack.num_bytes, FIELD_ALIGN))
+
+
+@dataclass(frozen=True)
+class BlobSpec:
+    """What one blob holds: norms by name and width, then fused groups of linears by name."""
+
+    norms: tuple[tuple[str, int], ...]
+    linears: tuple[tuple[str, tuple[LinearSpec, ...]], ...]
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One blob: resident bytes = slot bytes = bytes in the packed file.
+
+    Norm ``attn_norm`` is the field of that name, f32. Segment i of ``qkv`` is ``linears["qkv"][i]``; its fields
+    are ``qkv.<i>.codes`` and so on.
+    """
+
+    fields: Mapping[str, Field]
+    linears: Mapping[str, tuple[LinearLayout, ...]]
+    num_bytes: int  # multiple of BLOB_ALIGN
+
+    def linear_fields(self, name: str, segment_idx: int) -> dict[str, Field]:
+        """Fields of one linear by their own names, at their place in the blob."""
+        prefix = f"{name}.{segment_idx}."
+        return {key[len(prefix) :]: field for key, field in self.fields.items() if key.startswith(prefix)}
+
+    def linear_range(self, name: str, segment_idx: int) -> tuple[int, int]:
+        """Byte range of one linear in the blob: where ``Ops.pack`` writes."""
+        layout = self.linears[name][segment_idx]
+        first = min(self.linear_fields(name, segment_idx).values(), key=lambda field: field.offset)
+        return first.offset, first.offset + layout.num_bytes
+
+
+def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
+    """Norms first, then the linears in the order in which a pass meets them."""
+    pack = _FieldPacker()
+    for name, width in spec.norms:
+        pack.add(name, "f32", (width,))
+    linears: dict[str, tuple[LinearLayout, ...]] = {}
+    for name, segments in spec.linears:
+        layouts = tuple(linear_layout(segment, target) for segment in segments)
+        for i, layout in enumerate(layouts):
+            base = align_up(pack.num_bytes, FIELD_ALIGN)
+            for key, field in layout.fields.items():
+                pack.fields[f"{name}.{i}.{key}"] = field.shifted(base)
+            pack.num_bytes = base + layout.num_bytes
+        linears[name] = layouts
+    return LayerLayout(MappingProxyType(pack.fields), MappingProxyType(linears), align_up(pack.num_bytes, BLOB_ALIGN))
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The cache's slab. CPU: [layer][K|V][page][token][kv_head][D], so that adjacent pages are one view."""
+
+    kind: str  # "f32" | "f16"
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def slab_shape(self, num_pages: int) -> tuple[int, ...]:
+        return (self.num_layers, 2, num_pages, PAGE_SIZE, self.num_kv_heads, self.head_dim)
+
+    def slab_bytes(self, num_pages: int) -> int:
+        num_bytes = DTYPE_BYTES[self.kind]
+        for size in self.slab_shape(num_pages):
+            num_bytes *= size
+        return num_bytes
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The largest step that the buffers are made for, and the widths of the model that runs in them."""
+
+    max_rows: int  # rows of one chunk
+    window_rows: int  # rows that go through a layer before the next layer's turn
+    max_logit_rows: int
+    max_context: int
+    hidden_size: int
+    qkv_width: int  # (H + 2 * Hkv) * D
+    attn_width: int  # H * D
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int
+
+
+def step_bytes(limits: StepLimits) -> dict[str, int]:
+    """Bytes of the buffers that the runner owns, by purpose; activations and residual are f32."""
+    return {
+        "residual": limits.window_rows * limits.hidden_size * 4,
+        "qkv": limits.max_rows * limits.qkv_width * 4,
+        "attn": limits.max_rows * limits.attn_width * 4,
+        "mlp": limits.max_rows * limits.intermediate_size * 4,
+        "logits": limits.max_logit_rows * limits.vocab_size * 4,
+        "samples": limits.max_logit_rows * 4,
+    }
