@@ -1,0 +1,341 @@
+"""What a Hugging Face ``config.json`` says, checked once and frozen. Families differ by these values, not by code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exl.errors import ConfigError, UnsupportedModelError
+
+_MAX_SIZE = 1 << 24  # no dimension of a real model comes near; keeps products of three within 64 bits
+_MAX_JSON_BYTES = 16 << 20
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file. ``ConfigError`` names the file for anything else."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_JSON_BYTES}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+class _Reader:
+    """Typed access to a JSON object; every complaint names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values = values
+        self.source = source
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        found = repr(self.values.get(key)) if key in self.values else "nothing"
+        return ConfigError(f"{self.source}: {key}: found {found[:80]}, expected {expected}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = _MAX_SIZE) -> int:
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise self.error(key, "an integer")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, low: float = 0.0, above: bool = True) -> float:
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise self.error(key, "a number")
+            return default
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+        if not good or math.isnan(value) or value < low or (above and value == low):
+            raise self.error(key, f"a finite number {'above' if above else 'of at least'} {low:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise self.error(key, "a string")
+        return value
+
+    def object(self, key: str) -> Mapping[str, Any]:
+        value = self.values.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """An id, a list of ids, or nothing. Negative ids (some files say -1) mean none."""
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i > _MAX_SIZE for i in ids):
+            raise self.error(key, "a token id or a list of them")
+        return tuple(i for i in ids if i >= 0)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: which frequencies, and how they stretch. Meanings and defaults as in transformers'
+    ``modeling_rope_utils``."""
+
+    kind: str = "default"  # "default" | "linear" | "dynamic" | "llama3" | "yarn"
+    theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+    max_position: int = 2048  # the model's max_position_embeddings, which "dynamic" stretches from
+    original_max_position: int = 2048  # before stretching, for "llama3" and "yarn"
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
+    """``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
+    key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
+    rope = _Reader(config.object(key), f"{config.source}: {key}")
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in _ROPE_KINDS:
+        raise UnsupportedModelError(
+            f"{rope.source}: rope_type: found {kind[:40]!r}, expected one of {', '.join(_ROPE_KINDS)}"
+        )
+    original = config.integer("original_max_position_embeddings", max_position)
+    original = rope.integer("original_max_position_embeddings", original)
+    default_factor = max_position / original if kind == "yarn" else 1.0
+    needs_factor = kind in ("linear", "dynamic", "llama3")
+    low = rope.number("low_freq_factor", None if kind == "llama3" else 1.0)
+    high = rope.number("high_freq_factor", None if kind == "llama3" else 4.0)
+    if low == high:
+        raise rope.error("high_freq_factor", f"a number other than low_freq_factor, {low:g}")
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    if theta == 1.0 and kind == "yarn":
+        raise rope.error("rope_theta", "a number other than 1, whose logarithm yarn divides by")
+    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if partial > 1.0:
+        raise rope.error("partial_rotary_factor", "a number of at most 1")
+    return RopeConfig(
+        kind=kind,
+        theta=theta,
+        partial_rotary_factor=partial,
+        factor=rope.number("factor", None if needs_factor else default_factor),
+        max_position=max_position,
+        original_max_position=original,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.number("attention_factor") if rope.has("attention_factor") else None,
+        mscale=rope.number("mscale", above=False) if rope.has("mscale") else None,
+        mscale_all_dim=rope.number("mscale_all_dim", above=False) if rope.has("mscale_all_dim") else None,
+        truncate=rope.flag("truncate", True),
+    )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a ``model_type`` implies without saying so in its config."""
+
+    qkv_bias: bool | None = False  # None: as attention_bias says, for o_proj too
+    qk_norm: bool = False
+    sliding_window: str = "never"  # "never" | "always": where set | "opt_in": use_sliding_window, upper layers
+    mlp_bias_key: bool = False  # whether mlp_bias is a key of this family
+    default_head_dim: int | None = None
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(qkv_bias=None, mlp_bias_key=True),
+    "mistral": _Family(sliding_window="always"),
+    "qwen2": _Family(qkv_bias=True, sliding_window="opt_in"),
+    "qwen3": _Family(qkv_bias=None, qk_norm=True, sliding_window="opt_in", default_head_dim=128),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer, as far as shapes and arithmetic go."""
+
+    family: str  # Hugging Face model_type
+    hidden_size: int  # C
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # Hkv
+    head_dim: int  # D
+    vocab_size: int  # V
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]  # [L]; a token sees itself and window - 1 before it; None: all
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    @property
+    def attn_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        return self.attn_width + 2 * self.kv_width
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> ModelConfig:
+        """Reads ``config.json`` of a Hugging Face model folder."""
+        path = Path(folder) / "config.json"
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """``ConfigError`` for a value that makes no sense, ``UnsupportedModelError`` for a model exl does not have."""
+        read = _Reader(values, source)
+        model_type = read.text("model_type", "")
+        family = _FAMILIES.get(model_type)
+        if family is None:
+            raise UnsupportedModelError(
+                f"{source}: model_type: found {model_type[:40]!r}, exl has {', '.join(sorted(_FAMILIES))}"
+            )
+        _refuse_other_architectures(read)
+        if read.text("hidden_act", "silu") not in ("silu", "swish"):
+            raise UnsupportedModelError(f"{source}: hidden_act: found {values['hidden_act']!r}, expected 'silu'")
+        hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", high=4096)
+        kv_heads = read.integer("num_key_value_heads", heads, high=4096)
+        if heads % kv_heads:
+            raise read.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+        head_dim = read.integer("head_dim", family.default_head_dim or max(1, hidden // heads), high=4096)
+        if head_dim % 2:
+            raise read.error("head_dim", f"an even head size, which {head_dim} is not: rotary rows come in pairs")
+        num_layers = read.integer("num_hidden_layers", high=4096)
+        max_position = read.integer("max_position_embeddings", 2048, high=1 << 30)
+        attention_bias = read.flag("attention_bias", False)
+        rope = _read_rope(read, max_position)
+        if int(head_dim * rope.partial_rotary_factor) < 4 and rope.kind == "dynamic":
+            raise read.error("head_dim", "at least 4 rotary channels for dynamic RoPE")
+        return cls(
+            family=model_type,
+            hidden_size=hidden,
+            intermediate_size=read.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=read.integer("vocab_size"),
+            max_position=max_position,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6, above=False),
+            rope=rope,
+            windows=_read_windows(read, family, num_layers),
+            qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+            o_bias=attention_bias if family.qkv_bias is None else False,
+            mlp_bias=family.mlp_bias_key and read.flag("mlp_bias", False),
+            qk_norm=family.qk_norm,
+            tie_embeddings=read.flag("tie_word_embeddings", False),
+            bos_id=next(iter(read.token_ids("bos_token_id")), None),
+            eos_ids=read.token_ids("eos_token_id"),
+        )
+
+
+def _refuse_other_architectures(read: _Reader) -> None:
+    """A familiar model_type with another head (classification, reward) would load and answer nonsense."""
+    names = read.values.get("architectures")
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise read.error("architectures", "a list of class names")
+    if names and not any(name.endswith("ForCausalLM") for name in names):
+        raise UnsupportedModelError(f"{read.source}: architectures: found {names[0][:60]!r}, expected a ...ForCausalLM")
+
+
+def _read_windows(read: _Reader, family: _Family, num_layers: int) -> tuple[int | None, ...]:
+    if family.sliding_window == "never":
+        return (None,) * num_layers
+    opt_in = family.sliding_window == "opt_in"
+    if opt_in and not read.flag("use_sliding_window", False):
+        return (None,) * num_layers
+    if "sliding_window" in read.values and read.values["sliding_window"] is None:
+        return (None,) * num_layers
+    window = read.integer("sliding_window", 4096, high=1 << 30)
+    layer_types = read.values.get("layer_types") if opt_in else None
+    if layer_types is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(layer_types, list) or len(layer_types) != num_layers or set(map(str, layer_types)) - {*known}:
+            raise read.error("layer_types", f"{num_layers} times one of {known}")
+        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    first = read.integer("max_window_layers", 28, low=0) if opt_in else 0
+    return tuple(window if i >= first else None for i in range(num_layers))
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What ``generation_config.json`` asks for; absent values are None and fall to exl's own defaults."""
+
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> GenerationDefaults:
+        """Defaults of all None where the folder has no such file."""
+        path = Path(folder) / "generation_config.json"
+        if not path.exists():
+            return cls()
+        read = _Reader(read_json(path), str(path))
+
+        def optional(key: str, *, above: bool = False) -> float | None:
+            return read.number(key, above=above) if read.has(key) else None
+
+        # A file that does not sample means greedy, whatever temperature stands beside it (transformers' rule).
+        samples = read.flag("do_sample", False)
+        return cls(
+            bos_id=next(iter(read.token_ids("bos_token_id")), None),
+            eos_ids=read.token_ids("eos_token_id"),
+            temperature=optional("temperature") if samples else None,
+            top_k=read.integer("top_k", low=0) if samples and read.has("top_k") else None,
+            top_p=optional("top_p", above=True) if samples else None,
+            min_p=optional("min_p") if samples else None,
+            repetition_penalty=optional("repetition_penalty", above=True),
+        )

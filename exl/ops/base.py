@@ -1,0 +1,162 @@
+"""The boundary between the decoder and the hardware: the operations a model may use, and the weights they take.
+
+T rows (new tokens of all sequences), R logit rows, C hidden, A = H * D, W = (H + 2 * Hkv) * D, F intermediate,
+V vocabulary. ``h`` is the residual stream, f32 [T, C], updated in place. Every ``out`` is a view of a preallocated
+buffer at a fixed address. Rows ``[0, num_decode_rows)`` of the selected batch run on row-invariant kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from exl.batch import ForwardBatch, SamplingBatch
+from exl.config import RopeConfig
+from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.layout import Field, KVLayout, LayerLayout, LinearLayout, Target
+
+if TYPE_CHECKING:
+    from exl.cache import KVCache
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "u8": torch.uint8,
+    "i32": torch.int32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
+
+    weight: torch.Tensor  # [C] f32
+    eps: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One packed linear: its layout, and its fields as views into a blob."""
+
+    layout: LinearLayout
+    fields: Mapping[str, torch.Tensor]
+
+    @property
+    def N(self) -> int:
+        return self.layout.spec.N
+
+
+Segments = tuple[Linear, ...]  # side by side along N; one where the parts could be fused
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """All that attention needs to know besides the rows."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None  # a token sees itself and window - 1 before it
+    softcap: float | None
+    rope: RopeConfig
+    q_norm: Norm | None  # over each head's channels, before RoPE
+    k_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights as views into its blob."""
+
+    attn_norm: torch.Tensor  # [C] f32
+    qkv: Segments
+    q_norm: torch.Tensor | None  # [D] f32
+    k_norm: torch.Tensor | None
+    o: Segments
+    mlp_norm: torch.Tensor
+    gate_up: Segments
+    down: Segments
+
+    @classmethod
+    def view(cls, layout: LayerLayout, blob: torch.Tensor) -> LayerWeights:
+        """``blob``: u8 [layout.num_bytes]."""
+
+        def norm(name: str) -> torch.Tensor | None:
+            return view_field(blob, layout.fields[name]) if name in layout.fields else None
+
+        return cls(
+            attn_norm=norm("attn_norm"),
+            qkv=view_segments(layout, blob, "qkv"),
+            q_norm=norm("q_norm"),
+            k_norm=norm("k_norm"),
+            o=view_segments(layout, blob, "o"),
+            mlp_norm=norm("mlp_norm"),
+            gate_up=view_segments(layout, blob, "gate_up"),
+            down=view_segments(layout, blob, "down"),
+        )
+
+
+def view_field(blob: torch.Tensor, field: Field) -> torch.Tensor:
+    """A field of a u8 blob in its own type and shape; no copy."""
+    data = blob[field.offset : field.offset + field.num_bytes]
+    return data.view(TORCH_DTYPES[field.dtype]).view(field.shape)
+
+
+def view_segments(layout: LayerLayout, blob: torch.Tensor, name: str) -> Segments:
+    return tuple(
+        Linear(linear, {key: view_field(blob, field) for key, field in layout.linear_fields(name, i).items()})
+        for i, linear in enumerate(layout.linears[name])
+    )
+
+
+class Ops(Protocol):
+    """What a backend offers. ``select(i)`` names the staged batch that all following operations work on."""
+
+    device: torch.device
+    act_dtype: torch.dtype
+    target: Target
+    kv_layout: KVLayout
+
+    # load
+    def pack(self, parts: Sequence[QuantizedMatrix | DenseMatrix], layout: LinearLayout, out: torch.Tensor) -> None:
+        """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes]."""
+
+    # step
+    def stage(self, batches: Sequence[ForwardBatch]) -> None:
+        """The one host-to-device copy of a pass; outside any graph. Selects the first batch."""
+
+    def select(self, batch_idx: int) -> None: ...
+
+    def embed(self, table: Linear, h: torch.Tensor) -> None:
+        """Token ids of the selected batch -> h [T, C] f32."""
+
+    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+        """[T, C] -> [T, C]."""
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
+        """out [T, N] = norm(h) W + b."""
+
+    def attend(self, qkv: torch.Tensor, spec: AttentionSpec, layer_idx: int, kv: KVCache, out: torch.Tensor) -> None:
+        """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv."""
+
+    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, lora=None) -> None:
+        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h)."""
+
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+        """h [T, C] += scale * (x W + b)."""
+
+    def logits(
+        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows ``logit_rows`` of h -> out[:R] f32 [R, V], which is returned."""
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
+        """[R, V] -> out [R] i32, on the device; the next batch may name sample i as token -1-i."""
+
+    # cache
+    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
+        """All layers' K and V of pages ``src`` to pages ``dst``."""

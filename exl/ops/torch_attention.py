@@ -1,0 +1,131 @@
+"""Causal attention over a paged cache on the CPU, through torch's fused kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from exl.batch import PAGE_SIZE, ForwardBatch
+from exl.cache import KVCache
+from exl.ops.base import AttentionSpec, Norm
+from exl.rope import depends_on_length, inverse_frequencies, rotary_dim
+
+_QUERY_BLOCK = 128  # rows that share a mask: bounds it to 128 x context and skips keys that none of them sees
+
+
+class StagedBatch:
+    """A batch's index arrays as tensors, and what all layers derive from them."""
+
+    def __init__(self, batch: ForwardBatch, token_ids: torch.Tensor) -> None:
+        self.batch = batch
+        self.token_ids = token_ids  # i64 [T]
+        self.slots = torch.from_numpy(batch.slots).long()
+        self.cached_rows = None if bool((self.slots >= 0).all()) else torch.nonzero(self.slots >= 0).view(-1)
+        self.logit_rows = torch.from_numpy(batch.logit_rows).long()
+        self._rotations: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rotation(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each f32 [T, 1, rotary_dim / 2]; computed by the first layer that asks."""
+        key = (spec.rope, spec.head_dim)
+        if key not in self._rotations:
+            self._rotations[key] = self._compute_rotation(spec)
+        return self._rotations[key]
+
+    def _compute_rotation(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self.batch
+        positions = torch.from_numpy(batch.positions).float()
+        angles = torch.empty(batch.num_rows, (rotary_dim(spec.rope, spec.head_dim) + 1) // 2)
+        factor = 1.0
+        lengths = batch.rope_len if depends_on_length(spec.rope) else batch.rope_len[:1]
+        for b, length in enumerate(lengths):
+            freq, factor = inverse_frequencies(spec.rope, spec.head_dim, int(length))
+            last = len(lengths) == 1
+            rows = slice(0, None) if last else slice(batch.query_start[b], batch.query_start[b + 1])
+            torch.outer(positions[rows], torch.from_numpy(freq), out=angles[rows])
+        return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
+
+
+def attend(
+    qkv: torch.Tensor, spec: AttentionSpec, staged: StagedBatch, layer_idx: int, kv: KVCache, out: torch.Tensor
+) -> None:
+    """See ``Ops.attend``. Decode rows attend one at a time, so that no row's bits depend on its neighbours."""
+    batch = staged.batch
+    T, H, Hkv, D = batch.num_rows, spec.num_heads, spec.num_kv_heads, spec.head_dim
+    heads = qkv.view(T, H + 2 * Hkv, D)
+    q, k, v = heads[:, :H], heads[:, H : H + Hkv], heads[:, H + Hkv :]
+    if spec.q_norm is not None:
+        _norm_heads(q, spec.q_norm)
+    if spec.k_norm is not None:
+        _norm_heads(k, spec.k_norm)
+    _rotate(heads[:, : H + Hkv], *staged.rotation(spec))
+    keys, values = kv.layer(layer_idx)
+    _append(k, keys, staged)
+    _append(v, values, staged)
+    q = q.to(keys.dtype)
+    attended = out.view(T, H, D)
+    for b in range(batch.num_sequences):
+        start, stop = int(batch.query_start[b]), int(batch.query_start[b + 1])
+        context = int(batch.context_len[b])
+        step = 1 if start < batch.num_decode_rows else _QUERY_BLOCK
+        for first in range(start, stop, step):
+            last = min(stop, first + step)
+            seen = context - (stop - last)  # keys up to and with the last row's own
+            low = 0 if spec.window is None else max(0, seen - (last - first) - spec.window + 1)
+            k_run = _read(keys, batch.page_table[b], low, seen)
+            v_run = _read(values, batch.page_table[b], low, seen)
+            attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
+
+
+def _norm_heads(x: torch.Tensor, norm: Norm) -> None:
+    x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)).mul_(norm.weight)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Channel i turns with channel i + rotary_dim / 2 (Hugging Face order). x [T, heads, D], in place."""
+    half = cos.shape[-1]
+    low, high = x[..., :half], x[..., half : 2 * half]
+    turned = low * cos - high * sin
+    high.mul_(cos).add_(low * sin)
+    low.copy_(turned)
+
+
+def _append(rows: torch.Tensor, pages: torch.Tensor, staged: StagedBatch) -> None:
+    slots = staged.slots
+    if staged.cached_rows is not None:
+        rows, slots = rows[staged.cached_rows], slots[staged.cached_rows]
+    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, rows.to(pages.dtype))
+
+
+def _read(pages: torch.Tensor, table, low: int, high: int) -> torch.Tensor:
+    """Tokens ``low:high`` of a sequence, [high - low, Hkv, D]: a view where the pages are neighbours."""
+    first, last = low // PAGE_SIZE, -(-high // PAGE_SIZE)
+    ids = table[first:last]
+    if len(ids) == 0 or ((ids[1:] - ids[:-1]) == 1).all():
+        run = pages[int(ids[0]) : int(ids[0]) + len(ids)] if len(ids) else pages[:0]
+    else:
+        run = pages.index_select(0, torch.from_numpy(ids).long())
+    offset = first * PAGE_SIZE
+    return run.reshape(-1, *pages.shape[2:])[low - offset : high - offset]
+
+
+def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """q [n, H, D] are the last n of the tokens of k and v [S, Hkv, D] -> [n, H, D]."""
+    n, S, Hkv = q.shape[0], k.shape[0], spec.num_kv_heads
+    group = spec.num_heads // Hkv
+    # The query group becomes rows: [Hkv, group * n, D] against [Hkv, S, D], no copy of the keys.
+    rows = q.view(n, Hkv, group, -1).permute(1, 2, 0, 3).reshape(1, Hkv, group * n, -1)
+    mask = None if n == 1 else _causal_mask(n, S, spec.window, q.dtype).repeat(group, 1)
+    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    if spec.softcap is None:
+        mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=spec.scale)
+    else:
+        scores = (rows.float() @ k.float().transpose(-1, -2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+        mixed = torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v.float()
+    return mixed.view(Hkv, group, n, -1).permute(2, 0, 1, 3).reshape(n, spec.num_heads, -1)
+
+
+def _causal_mask(n: int, S: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """0 where row i of the last n tokens sees key j, else -inf: [n, S]."""
+    behind = torch.arange(S - n, S)[:, None] - torch.arange(S)[None]  # how far key j lies behind row i
+    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    return torch.zeros(n, S, dtype=dtype).masked_fill_(hidden, -torch.inf)

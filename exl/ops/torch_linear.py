@@ -1,0 +1,297 @@
+"""Linears on the CPU through torch: packing into ``LinearLayout`` and multiplying from it.
+
+Decode rows are row-invariant: 4-bit weights go through torch's int4pack kernel in bf16, whose rows do not depend on
+their number; everything else is multiplied row by row. Prefill rows multiply f32 panels, dequantized exactly:
+``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes) and fits f32's 24, so
+``code * scale - zero * scale`` rounds nowhere either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.layout import LinearLayout, Target
+from exl.ops.base import Linear, view_field
+
+# A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
+PANEL_ELEMENTS = 1 << 20
+_PACK_COLUMNS = 1024  # output rows unpacked at a time: bounds the host memory of a load; a multiple of every block
+_INT4_ZERO = 8  # the code that torch's kernel takes for 0
+
+
+# --- packing -----------------------------------------------------------------------------------------------------
+
+
+def pack_linear(
+    parts: Sequence[QuantizedMatrix | DenseMatrix], layout: LinearLayout, target: Target, out: torch.Tensor
+) -> None:
+    """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes], in blocks of rows."""
+    fields = {name: view_field(out, field) for name, field in layout.fields.items()}
+    if layout.kind == "dense":
+        _pack_dense(parts, fields["weight"])
+    else:
+        _pack_quantized(parts, layout, target, fields)
+    if "bias" in fields:
+        start = 0
+        for part in parts:
+            bias = fields["bias"][start : start + part.N]
+            bias.zero_() if part.bias is None else bias.copy_(_bias_f32(part))
+            start += part.N
+    if "order" in fields:
+        fields["order"].copy_(torch.from_numpy(np.ascontiguousarray(parts[0].order)))
+
+
+def _bias_f32(part: QuantizedMatrix | DenseMatrix) -> torch.Tensor:
+    bias = torch.from_numpy(np.ascontiguousarray(part.bias))
+    if isinstance(part, DenseMatrix) and part.bias_dtype == "bf16":
+        bias = bias.view(torch.bfloat16)
+    return bias.float()
+
+
+def _pack_dense(parts: Sequence[DenseMatrix], weight: torch.Tensor) -> None:
+    raw = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
+    start = 0
+    for part in parts:
+        for i in range(0, part.N, _PACK_COLUMNS):
+            rows = part.rows(i, min(part.N, i + _PACK_COLUMNS))
+            rows = rows.view(np.int16) if part.dtype == "bf16" else rows
+            raw[start + i : start + i + len(rows)].copy_(torch.from_numpy(rows))
+        start += part.N
+
+
+def _pack_quantized(
+    parts: Sequence[QuantizedMatrix], layout: LinearLayout, target: Target, fields: dict[str, torch.Tensor]
+) -> None:
+    scales = np.concatenate([part.scales for part in parts], axis=1)  # [G, N]
+    zeros = np.concatenate([part.zeros for part in parts], axis=1)
+    codes = fields["codes"].numpy()
+    if layout.kind == "planes":
+        fields["scales"].numpy()[:] = scales.T
+        fields["zeros"].numpy()[:] = zeros.T
+        for start, block in _blocks(parts):
+            codes[start : start + block.shape[1]] = pack_planes(block.T, layout.spec.bits)
+        return
+    fields["scales"].numpy()[:] = scales
+    fields["zeros"].numpy()[:] = zeros
+    wide = scales.astype(np.float32)
+    pair = np.stack([wide, (_INT4_ZERO - zeros.astype(np.float32)) * wide], axis=2)
+    fields["scales_zeros"].copy_(torch.from_numpy(pair))
+    for start, block in _blocks(parts):
+        packed = pack_int4(block, target.int4pack or "")
+        codes[start * layout.spec.K // 2 :][: packed.size] = packed
+
+
+def _blocks(parts: Sequence[QuantizedMatrix]):
+    """(start, codes u8 [K, n]) with borders at multiples of ``_PACK_COLUMNS`` of the fused matrix."""
+    starts = np.cumsum([0, *(part.N for part in parts)])
+    total = int(starts[-1])
+    for start in range(0, total, _PACK_COLUMNS):
+        stop = min(total, start + _PACK_COLUMNS)
+        pieces = [
+            part.codes(max(0, start - int(first)), min(part.N, stop - int(first)))
+            for part, first in zip(parts, starts, strict=False)
+            if first < stop and first + part.N > start
+        ]
+        yield start, pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+
+
+def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes u8 [n, K] -> u8 [n, K * bits / 8], K a multiple of 8. Unpacks by whole-row shifts and masks.
+
+    8 bits: as they are. 4 bits: byte j holds codes j and j + K/2. 2 bits: codes j + i * K/4, i = 0..3, from the low
+    bits up. 3 bits: the low two bits of all codes as for 2 bits, then byte j of K/8 has the top bits of codes
+    j + i * K/8.
+    """
+    if bits == 8:
+        return codes
+    if bits == 3:
+        return np.concatenate([pack_planes(codes & 3, 2), _pack_fields(codes >> 2, 1)], axis=1)
+    return _pack_fields(codes, bits)
+
+
+def _pack_fields(codes: np.ndarray, bits: int) -> np.ndarray:
+    per_byte = 8 // bits
+    fields = codes.reshape(codes.shape[0], per_byte, -1)
+    packed = fields[:, 0].copy()
+    for i in range(1, per_byte):
+        packed |= fields[:, i] << (bits * i)
+    return packed
+
+
+def pack_int4(codes: np.ndarray, order: str) -> np.ndarray:
+    """Codes u8 [K, n] -> bytes in the order of torch's ``_convert_weight_to_int4pack_for_cpu``.
+
+    Blocks of 64 (AVX-512) or 32 output rows, K within a block. "split": byte i of a block's row holds outputs i and
+    i + half. A last block that is not full, and "pairs", hold outputs 2i and 2i + 1.
+    """
+    block = int(order[-2:])
+    pieces = []
+    for start in range(0, codes.shape[1], block):
+        part = codes[:, start : start + block]
+        if part.shape[1] == block and order.startswith("split"):
+            low, high = part[:, : block // 2], part[:, block // 2 :]
+        else:
+            low, high = part[:, 0::2], part[:, 1::2]
+        pieces.append((low | high << 4).reshape(-1))
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=1)
+def probe_int4pack() -> str | None:
+    """Which nibble order this torch build uses on this processor, or None where it has no such kernel.
+
+    AVX-512, AVX2 and plain builds differ. A candidate must give torch's bytes, full and partial blocks, and torch's
+    kernel must then multiply by what the codes mean.
+    """
+    rng = np.random.default_rng(0)
+    K, N = 64, 80
+    codes = rng.integers(0, 16, (K, N), dtype=np.uint8)
+    x = torch.from_numpy(rng.integers(-4, 5, (2, K)).astype(np.float32))
+    try:
+        weight = torch.from_numpy(codes.T.astype(np.int32))
+        expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1).view(-1).numpy()
+        for order in ("split64", "split32", "pairs32"):
+            packed = pack_int4(codes, order)
+            if not np.array_equal(packed, expected):
+                continue
+            ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(K // 32, N, 2).contiguous()
+            y = int4pack_mm(x.bfloat16(), torch.from_numpy(packed).view(N, K // 2), 32, ones)
+            exact = x @ torch.from_numpy(codes.astype(np.float32) - _INT4_ZERO)
+            # Small integers: only the output's rounding to bf16 may show.
+            return order if torch.equal(y, exact.bfloat16()) else None
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    return None
+
+
+def int4pack_mm(x: torch.Tensor, codes: torch.Tensor, group_size: int, scales_zeros: torch.Tensor) -> torch.Tensor:
+    """x bf16 [M, K], codes u8 [N, K / 2] in packed order -> bf16 [M, N], accumulated in f32."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, scales_zeros)
+
+
+# --- multiplying -------------------------------------------------------------------------------------------------
+
+
+class Scratch:
+    """Buffers shared by all linears: one panel of weights, its codes, and an activation in sorted order."""
+
+    def __init__(self, max_rows: int, max_k: int) -> None:
+        panel = max(PANEL_ELEMENTS, 64 * max_k)
+        self.panel = torch.empty(panel, dtype=torch.float32)
+        self.codes = torch.empty(panel, dtype=torch.uint8)
+        self.sorted = torch.empty(max_rows * max_k, dtype=torch.float32)
+
+
+def matmul(x: torch.Tensor, w: Linear, num_decode_rows: int, scratch: Scratch, out: torch.Tensor) -> None:
+    """out f32 [T, N] = x f32 [T, K] times the packed weight, plus its bias. ``out`` may be a slice of columns."""
+    num_rows, split = x.shape[0], min(num_decode_rows, x.shape[0])
+    if "order" in w.fields:
+        sorted_x = scratch.sorted[: x.numel()].view(x.shape)
+        torch.index_select(x, 1, w.fields["order"], out=sorted_x)
+        x = sorted_x
+    if split:
+        _decode(x[:split], w, scratch, out[:split])
+    if split < num_rows:
+        _prefill(x[split:], w, scratch, out[split:])
+    if "bias" in w.fields:
+        out.add_(w.fields["bias"])
+
+
+def _decode(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) -> None:
+    if w.layout.kind == "int4pack":
+        spec = w.layout.spec
+        codes = w.fields["codes"].view(spec.N, spec.K // 2)
+        out.copy_(int4pack_mm(x.bfloat16(), codes, spec.group_size, w.fields["scales_zeros"]))
+        return
+    for start, stop, panel in _row_panels(w, scratch):
+        for row in range(x.shape[0]):
+            torch.mv(panel, x[row], out=out[row, start:stop])
+
+
+def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) -> None:
+    if w.layout.kind == "int4pack":
+        for start, stop, panel in _int4_panels(w, scratch):
+            torch.mm(x, panel, out=out[:, start:stop])
+        return
+    for start, stop, panel in _row_panels(w, scratch):
+        torch.mm(x, panel.T, out=out[:, start:stop])
+
+
+def _row_panels(w: Linear, scratch: Scratch):
+    """(start, stop, f32 [n, K]) over the output rows of a dense or planes weight; f32 weights are one panel."""
+    N, K = w.N, w.layout.spec.K
+    dense = w.fields.get("weight")
+    if dense is not None and dense.dtype == torch.float32:
+        yield 0, N, dense
+        return
+    step = max(1, PANEL_ELEMENTS // K)
+    for start in range(0, N, step):
+        stop = min(N, start + step)
+        panel = scratch.panel[: (stop - start) * K].view(stop - start, K)
+        if dense is not None:
+            panel.copy_(dense[start:stop])
+        else:
+            _dequantize_planes(w, start, stop, scratch, panel)
+        yield start, stop, panel
+
+
+def _dequantize_planes(w: Linear, start: int, stop: int, scratch: Scratch, panel: torch.Tensor) -> None:
+    n, K = panel.shape
+    bits = w.layout.spec.bits
+    packed = w.fields["codes"][start:stop]
+    if bits == 8:
+        panel.copy_(packed)
+    else:
+        codes = scratch.codes[: n * K].view(n, K)
+        _unpack_fields(packed[:, : K // 4] if bits == 3 else packed, 2 if bits == 3 else bits, codes)
+        if bits == 3:
+            for i in range(8):
+                top = torch.bitwise_and(packed[:, K // 4 :] >> i, 1)
+                codes[:, i * K // 8 : (i + 1) * K // 8].add_(top, alpha=4)
+        panel.copy_(codes)
+    scales = w.fields["scales"][start:stop].float()[:, :, None]  # [n, G, 1]
+    offset = w.fields["zeros"][start:stop].float()[:, :, None].mul_(scales).neg_()
+    grouped = panel.view(n, scales.shape[1], -1)
+    torch.addcmul(offset, grouped, scales, out=grouped)
+
+
+def _unpack_fields(packed: torch.Tensor, bits: int, codes: torch.Tensor) -> None:
+    width = packed.shape[1]
+    for i in range(8 // bits):
+        torch.bitwise_and(packed >> (bits * i), (1 << bits) - 1, out=codes[:, i * width : (i + 1) * width])
+
+
+def _int4_panels(w: Linear, scratch: Scratch):
+    """(start, stop, f32 [K, n]) over the output rows of an int4pack weight: whole blocks, then the partial one."""
+    spec, order = w.layout.spec, probe_int4pack() or ""
+    block, K = int(order[-2:]), spec.K
+    step = max(1, PANEL_ELEMENTS // (K * block)) * block
+    full = spec.N // block * block
+    for start in range(0, full, step):
+        stop = min(full, start + step)
+        yield start, stop, _dequantize_int4(w, start, stop, block, order.startswith("split"), scratch)
+    if full < spec.N:
+        yield full, spec.N, _dequantize_int4(w, full, spec.N, spec.N - full, False, scratch)
+
+
+def _dequantize_int4(w: Linear, start: int, stop: int, block: int, split: bool, scratch: Scratch) -> torch.Tensor:
+    spec = w.layout.spec
+    K, n, half = spec.K, stop - start, block // 2
+    packed = w.fields["codes"][start * K // 2 : stop * K // 2].view(n // block, K, half)
+    nibbles = scratch.codes[: packed.numel()].view(packed.shape)
+    panel = scratch.panel[: K * n].view(K, n)
+    blocks = panel.view(K, n // block, 2, half) if split else panel.view(K, n // block, half, 2).transpose(2, 3)
+    torch.bitwise_and(packed, 15, out=nibbles)
+    blocks[:, :, 0].copy_(nibbles.transpose(0, 1))
+    torch.bitwise_right_shift(packed, 4, out=nibbles)
+    blocks[:, :, 1].copy_(nibbles.transpose(0, 1))
+    scales = w.fields["scales"][:, start:stop].float()[:, None]  # [G, 1, n]
+    offset = w.fields["zeros"][:, start:stop].float()[:, None].mul_(scales).neg_()
+    grouped = panel.view(spec.num_groups, spec.group_size, n)
+    torch.addcmul(offset, grouped, scales, out=grouped)
+    return panel

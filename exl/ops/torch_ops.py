@@ -1,0 +1,129 @@
+"""The operations on the CPU: torch kernels, f32 arithmetic, weights in the layouts of ``exl.layout``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exl.batch import ForwardBatch, SamplingBatch
+from exl.cache import KVCache
+from exl.errors import UnsupportedModelError
+from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.layout import KVLayout, LinearLayout, StepLimits, Target
+from exl.ops import torch_attention
+from exl.ops.base import AttentionSpec, Linear, Norm, Segments
+from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack
+from exl.sampling import sample
+
+
+def cpu_target() -> Target:
+    """What this machine's torch can do."""
+    return Target("cpu", int4pack=probe_int4pack())
+
+
+class TorchOps:
+    """See ``exl.ops.base.Ops``. Owns its scratch; everything else is the caller's."""
+
+    device = torch.device("cpu")
+    act_dtype = torch.float32
+
+    def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:
+        self.target = target
+        self.kv_layout = kv_layout
+        max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
+        self._scratch = Scratch(limits.max_rows, max_k)
+        self._normed = torch.empty(limits.max_rows * limits.hidden_size)
+        self._fused = torch.empty(limits.max_rows * max(2 * limits.intermediate_size, limits.hidden_size))
+        self._staged: list[torch_attention.StagedBatch] = []
+        self._now: torch_attention.StagedBatch | None = None
+        self._samples = torch.zeros(limits.max_logit_rows, dtype=torch.int64)
+
+    # load
+
+    def pack(self, parts: Sequence[QuantizedMatrix | DenseMatrix], layout: LinearLayout, out: torch.Tensor) -> None:
+        pack_linear(parts, layout, self.target, out)
+
+    # step
+
+    def stage(self, batches: Sequence[ForwardBatch]) -> None:
+        self._staged = [torch_attention.StagedBatch(batch, self._resolve(batch.token_ids)) for batch in batches]
+        self.select(0)
+
+    def _resolve(self, token_ids: np.ndarray) -> torch.Tensor:
+        """Token -1-i is sample i of the step before."""
+        ids = torch.from_numpy(token_ids).long()
+        if (ids < 0).any():
+            ids = torch.where(ids < 0, self._samples[(-1 - ids).clamp_(min=0)], ids)
+        return ids
+
+    def select(self, batch_idx: int) -> None:
+        self._now = self._staged[batch_idx]
+
+    def embed(self, table: Linear, h: torch.Tensor) -> None:
+        h.copy_(table.fields["weight"].index_select(0, self._now.token_ids))
+
+    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+        out.copy_(F.rms_norm(h, (h.shape[-1],), norm.weight, norm.eps))
+
+    def _input(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        if norm is None:
+            return h
+        normed = self._normed[: h.numel()].view(h.shape)
+        self.norm(h, norm, normed)
+        return normed
+
+    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, lora, num_decode_rows: int) -> None:
+        if lora is not None:
+            raise UnsupportedModelError("LoRA adapters are not supported yet")
+        start = 0
+        for linear in w:
+            self._matmul(x, linear, num_decode_rows, out[:, start : start + linear.N])
+            start += linear.N
+
+    def _matmul(self, x: torch.Tensor, linear: Linear, num_decode_rows: int, out: torch.Tensor) -> None:
+        """Every product of the model goes through here; the quantizer listens."""
+        matmul(x, linear, num_decode_rows, self._scratch, out)
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
+        self._multiply(self._input(h, norm), w, out, lora, self._now.batch.num_decode_rows)
+
+    def attend(self, qkv: torch.Tensor, spec: AttentionSpec, layer_idx: int, kv: KVCache, out: torch.Tensor) -> None:
+        torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out)
+
+    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, lora=None) -> None:
+        T, width = out.shape
+        both = self._fused[: T * 2 * width].view(T, 2 * width)
+        self._multiply(self._input(h, norm), w, both, lora, self._now.batch.num_decode_rows)
+        torch.mul(F.silu(both[:, :width]), both[:, width:], out=out)
+
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+        y = self._fused[: h.numel()].view(h.shape)
+        self._multiply(x, w, y, lora, self._now.batch.num_decode_rows)
+        h.add_(y, alpha=scale)
+
+    def logits(
+        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        rows = self._now.logit_rows
+        out = out[: len(rows)]
+        if len(rows) == 0:
+            return out
+        num_decode_rows = int((rows < self._now.batch.num_decode_rows).sum())
+        x = self._input(h.index_select(0, rows), norm)
+        self._multiply(x, (head,), out, None, num_decode_rows)
+        if softcap is not None:
+            out.div_(softcap).tanh_().mul_(softcap)
+        return out
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
+        ids = sample(logits, params)
+        out.copy_(ids)
+        self._samples[: len(ids)].copy_(ids)
+
+    # cache
+
+    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
+        kv.slab[:, :, list(dst)] = kv.slab[:, :, list(src)]
