@@ -36,12 +36,12 @@ class StagedBatch:
         positions = torch.from_numpy(batch.positions).float()
         angles = torch.empty(batch.num_rows, (rotary_dim(spec.rope, spec.head_dim) + 1) // 2)
         factor = 1.0
-        lengths = batch.rope_len if depends_on_length(spec.rope) else batch.rope_len[:1]
-        for b, length in enumerate(lengths):
+        runs = [(0, batch.num_rows, int(batch.rope_len[0]))]
+        if depends_on_length(spec.rope):
+            runs = zip(batch.query_start[:-1], batch.query_start[1:], batch.rope_len, strict=True)
+        for start, stop, length in runs:
             freq, factor = inverse_frequencies(spec.rope, spec.head_dim, int(length))
-            last = len(lengths) == 1
-            rows = slice(0, None) if last else slice(batch.query_start[b], batch.query_start[b + 1])
-            torch.outer(positions[rows], torch.from_numpy(freq), out=angles[rows])
+            torch.outer(positions[start:stop], torch.from_numpy(freq), out=angles[start:stop])
         return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
 
 

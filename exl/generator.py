@@ -1,0 +1,135 @@
+"""Token ids in, token ids out: one sequence at a time over pages of the cache. Knows no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from exl.batch import PAGE_SIZE, ForwardBatch
+from exl.cache import PagePool
+from exl.errors import ConfigError
+from exl.runner import Runner
+from exl.sampling import SamplingParams, sampling_batch
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    token_id: int
+    finish_reason: str | None  # "stop": an end-of-sequence id; "length": max_tokens or the context is used up
+
+
+@dataclass
+class CachedSequence:
+    """A sequence's list of pages, and how many of its tokens they hold."""
+
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+
+
+class Generator:
+    def __init__(
+        self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_decode_prompt: int = 1
+    ) -> None:
+        """``max_decode_prompt``: prompts of so many tokens or fewer run as decode rows, whose kernels are quicker there."""
+        self.runner, self.pool, self.context = runner, pool, context
+        self.eos_ids = frozenset(eos_ids)
+        self.max_decode_prompt = max_decode_prompt
+        self._samples = torch.zeros(1, dtype=torch.int32, device=runner.decoder.ops.device)
+
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[GeneratedToken]:
+        """Yields tokens as they are made; the last one carries the reason to stop.
+
+        All pages that the request can need are reserved at once: what has begun will not run out of memory.
+        Closing the iterator frees them. Raises ``ConfigError`` for a prompt that is empty, foreign or too long.
+        """
+        self._check_prompt(prompt_ids)
+        num_new = min(params.max_tokens, self.context - len(prompt_ids))
+        if num_new == 0:
+            return
+        # The last token is returned and never cached.
+        sequence = CachedSequence(self.pool.allocate(_num_pages(len(prompt_ids) + num_new - 1)))
+        try:
+            yield from self._generate(sequence, prompt_ids, params, num_new)
+        finally:
+            self.pool.release(sequence.pages)
+
+    def _generate(
+        self, sequence: CachedSequence, prompt_ids: Sequence[int], params: SamplingParams, num_new: int
+    ) -> Iterator[GeneratedToken]:
+        ops = self.runner.decoder.ops
+        seen = set(prompt_ids) if params.repetition_penalty != 1.0 else set()
+        new_ids: Sequence[int] = prompt_ids
+        for step in range(num_new):
+            logits = None
+            for logits in self.runner.forward(self._batches(sequence, new_ids, "last")):  # noqa: B007
+                pass
+            ops.sample(logits, sampling_batch([(params, step, sorted(seen))]), self._samples)
+            token_id = int(self._samples[0])
+            if token_id in self.eos_ids:
+                yield GeneratedToken(token_id, "stop")
+                return
+            yield GeneratedToken(token_id, "length" if step == num_new - 1 else None)
+            if params.repetition_penalty != 1.0:
+                seen.add(token_id)
+            new_ids = (token_id,)
+
+    def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits of every position, f32 [n, V] a chunk; each chunk is valid until the next is asked for."""
+        self._check_prompt(ids)
+        sequence = CachedSequence(self.pool.allocate(_num_pages(len(ids))))
+        try:
+            yield from self.runner.forward(self._batches(sequence, ids, "all"))
+        finally:
+            self.pool.release(sequence.pages)
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        vocab_size = self.runner.limits.vocab_size
+        if not ids:
+            raise ConfigError("prompt: found no tokens, expected at least one")
+        if len(ids) > self.context:
+            raise ConfigError(f"prompt: found {len(ids)} tokens, the context holds {self.context}")
+        for token_id in ids:
+            if not isinstance(token_id, int | np.integer) or not 0 <= token_id < vocab_size:
+                raise ConfigError(
+                    f"prompt: found token id {token_id!r}, expected an integer from 0 to {vocab_size - 1}"
+                )
+
+    def _batches(self, sequence: CachedSequence, ids: Sequence[int], logits: str) -> list[ForwardBatch]:
+        """Cuts new tokens into chunks and counts them as cached. ``logits``: "last" token's or "all" tokens'."""
+        limits = self.runner.limits
+        chunk = limits.max_rows if logits == "last" else min(limits.max_rows, limits.max_logit_rows)
+        pages = np.asarray(sequence.pages, dtype=np.int32)
+        total = sequence.num_cached + len(ids)
+        as_decode = logits == "last" and len(ids) <= self.max_decode_prompt
+        batches = []
+        for start in range(0, len(ids), chunk):
+            part = np.asarray(ids[start : start + chunk], dtype=np.int32)
+            positions = np.arange(sequence.num_cached, sequence.num_cached + len(part), dtype=np.int32)
+            sequence.num_cached += len(part)
+            if logits == "all":
+                rows = np.arange(len(part), dtype=np.int32)
+            else:
+                rows = np.arange(
+                    len(part) - 1 if sequence.num_cached == total else len(part), len(part), dtype=np.int32
+                )
+            batches.append(
+                ForwardBatch(
+                    token_ids=part,
+                    positions=positions,
+                    slots=pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
+                    query_start=np.array([0, len(part)], dtype=np.int32),
+                    context_len=np.array([sequence.num_cached], dtype=np.int32),
+                    rope_len=np.array([total], dtype=np.int32),
+                    page_table=pages[None],
+                    logit_rows=rows,
+                    num_decode_rows=len(part) if as_decode else 0,
+                )
+            )
+        return batches
+
+
+def _num_pages(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_SIZE)

@@ -1,0 +1,129 @@
+"""A checkpoint against its config: every tensor accounted for, every shape as the config says, before any is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exl.checkpoint import Checkpoint
+from exl.config import ModelConfig
+from exl.errors import CheckpointError
+from exl.formats import matrix_spec
+from exl.layout import BlobSpec, LayerLayout, LinearSpec, MatrixSpec, Target, fuse, layer_layout
+from exl.models.registry import NAME_TABLES, NameTable
+from exl.quant_config import QuantConfig
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """What is to be loaded: a blob for the embedding, one a layer, one for the final norm and the head."""
+
+    names: NameTable
+    embed: BlobSpec
+    layers: tuple[BlobSpec, ...]
+    head: BlobSpec  # without a linear where the embedding serves as head
+
+    def layouts(self, target: Target) -> ModelLayout:
+        return ModelLayout(
+            layer_layout(self.embed, target),
+            tuple(layer_layout(layer, target) for layer in self.layers),
+            layer_layout(self.head, target),
+        )
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    embed: LayerLayout
+    layers: tuple[LayerLayout, ...]
+    head: LayerLayout
+
+    @property
+    def num_bytes(self) -> int:
+        return self.embed.num_bytes + sum(layer.num_bytes for layer in self.layers) + self.head.num_bytes
+
+
+def read_manifest(checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig | None) -> ModelManifest:
+    """From headers and the small ``g_idx`` alone. ``CheckpointError`` for a missing, unexpected or misshapen tensor."""
+    return _ManifestReader(checkpoint, config, quant).read()
+
+
+class _ManifestReader:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig | None) -> None:
+        self.checkpoint, self.config, self.quant = checkpoint, config, quant
+        self.names = NAME_TABLES[config.family]
+        self.seen: set[str] = set()
+
+    def read(self) -> ModelManifest:
+        config, names = self.config, self.names
+        embed = self._matrix(names.embed, config.hidden_size, config.vocab_size)
+        if embed.quantized:
+            raise CheckpointError(f"{names.embed}: found {embed.bits}-bit codes, expected a dense embedding")
+        layers = tuple(self._layer(f"{names.layers}.{i}.") for i in range(config.num_layers))
+        norms = (("final_norm", self._norm(names.final_norm, config.hidden_size)),)
+        head_linears: tuple[tuple[str, tuple[LinearSpec, ...]], ...] = ()
+        if config.tie_embeddings:
+            self.seen |= {name for name in self.checkpoint.tensors if name.startswith(names.head + ".")}
+        else:
+            head = self._matrix(names.head, config.hidden_size, config.vocab_size)
+            head_linears = (("head", (LinearSpec((head,)),)),)
+        self._refuse_unexpected()
+        embed_spec = BlobSpec((), (("embed", (LinearSpec((embed,)),)),))
+        return ModelManifest(names, embed_spec, layers, BlobSpec(norms, head_linears))
+
+    def _layer(self, prefix: str) -> BlobSpec:
+        config, names = self.config, self.names
+        hidden, width, kv = config.hidden_size, config.attn_width, config.kv_width
+        inter, head_dim = config.intermediate_size, config.head_dim
+        shapes = {
+            "qkv": ((hidden, width), (hidden, kv), (hidden, kv)),
+            "o": ((width, hidden),),
+            "gate_up": ((hidden, inter), (hidden, inter)),
+            "down": ((inter, hidden),),
+        }
+        biased = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+        norm_widths = {"attn_norm": hidden, "mlp_norm": hidden}
+        if config.qk_norm:
+            norm_widths |= {"q_norm": head_dim, "k_norm": head_dim}
+        norms = tuple((key, self._norm(prefix + names.norms[key], size)) for key, size in norm_widths.items())
+        linears = tuple(
+            (
+                key,
+                fuse(
+                    [
+                        self._matrix(prefix + module, *shape, bias=biased[key])
+                        for module, shape in zip(names.linears[key], shapes[key], strict=True)
+                    ]
+                ),
+            )
+            for key in shapes
+        )
+        return BlobSpec(norms, linears)
+
+    def _matrix(self, name: str, K: int, N: int, *, bias: bool = False) -> MatrixSpec:
+        spec = matrix_spec(self.checkpoint, name, self.quant)
+        if (spec.K, spec.N) != (K, N):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name}: found {spec.K} inputs x {spec.N} outputs, "
+                f"config.json expects {K} x {N}"
+            )
+        if bias and not spec.has_bias:
+            raise CheckpointError(f"{self.checkpoint.path}: {name}.bias is missing, config.json expects it")
+        self.seen |= {f"{name}.{part}" for part in ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")}
+        return spec
+
+    def _norm(self, name: str, size: int) -> int:
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.checkpoint.path}: {name} is missing")
+        if tuple(info.shape) != (size,):
+            raise CheckpointError(f"{self.checkpoint.path}: {name}: found shape {list(info.shape)}, expected [{size}]")
+        self.seen.add(name)
+        return size
+
+    def _refuse_unexpected(self) -> None:
+        extra = [n for n in self.checkpoint.tensors if n not in self.seen and not n.endswith(self.names.ignored)]
+        if extra:
+            shown = ", ".join(sorted(extra)[:4]) + (", ..." if len(extra) > 4 else "")
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {len(extra)} tensors that a {self.config.family} model of "
+                f"{self.config.num_layers} layers does not have: {shown}"
+            )

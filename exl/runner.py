@@ -1,0 +1,90 @@
+"""The order of a pass: layer by layer over a window, chunk by chunk within a layer. Owns the step buffers.
+
+Layer-major order means that a streamed layer's weights cross the bus once a window, whatever the number of chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from exl.batch import ForwardBatch
+from exl.cache import KVCache
+from exl.layout import StepLimits
+from exl.models.decoder import Decoder, StepBuffers
+from exl.ops.base import Linear
+from exl.stream import WeightSource
+
+
+class Runner:
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: WeightSource,
+        embed: Linear,
+        final_norm: torch.Tensor,
+        head: Linear,
+        kv: KVCache,
+        limits: StepLimits,
+    ) -> None:
+        self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
+        self._embed, self._final_norm, self._head = embed, final_norm, head
+        device = decoder.ops.device
+
+        def buffer(rows: int, width: int) -> torch.Tensor:
+            return torch.zeros(rows, width, dtype=torch.float32, device=device)
+
+        self._residual = buffer(limits.window_rows, limits.hidden_size)
+        self._buffers = StepBuffers(
+            qkv=buffer(limits.max_rows, limits.qkv_width),
+            attn=buffer(limits.max_rows, limits.attn_width),
+            mlp=buffer(limits.max_rows, limits.intermediate_size),
+        )
+        self._logits = buffer(limits.max_logit_rows, limits.vocab_size)
+
+    def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
+        """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
+        a view that is valid until the next is asked for. To be exhausted: a batch runs when its window's turn comes.
+        """
+        for window in self._windows(batches):
+            rows = self._run_layers(window)
+            for i, h in enumerate(rows):
+                self.decoder.ops.select(i)
+                yield self.decoder.head(self._final_norm, self._head, h, self._logits)
+
+    def _run_layers(self, window: Sequence[ForwardBatch]) -> list[torch.Tensor]:
+        decoder, ops = self.decoder, self.decoder.ops
+        ops.stage(window)
+        rows: list[torch.Tensor] = []
+        start = 0
+        for i, batch in enumerate(window):
+            rows.append(self._residual[start : start + batch.num_rows])
+            start += batch.num_rows
+            ops.select(i)
+            decoder.embed(self._embed, rows[i])
+        order = range(decoder.config.num_layers)
+        self.weights.begin(order)
+        for layer_idx in order:
+            weights = self.weights.acquire(layer_idx)
+            for i, h in enumerate(rows):
+                ops.select(i)
+                decoder.layer(layer_idx, weights, self._buffers, h, self.kv)
+            self.weights.release(layer_idx)
+        return rows
+
+    def _windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
+        window: list[ForwardBatch] = []
+        num_rows = 0
+        for batch in batches:
+            if batch.num_rows > self.limits.max_rows:
+                raise ValueError(f"batch of {batch.num_rows} rows, buffers are made for {self.limits.max_rows}")
+            if len(batch.logit_rows) > self.limits.max_logit_rows:
+                raise ValueError(f"{len(batch.logit_rows)} logit rows, expected <= {self.limits.max_logit_rows}")
+            if num_rows + batch.num_rows > self.limits.window_rows:
+                yield window
+                window, num_rows = [], 0
+            window.append(batch)
+            num_rows += batch.num_rows
+        if window:
+            yield window
