@@ -1,0 +1,273 @@
+"""A safetensors checkpoint: one file, or shards with an index. Headers are checked at opening, bytes read on demand."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from exl.errors import CheckpointError
+from exl.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header, parse_index, shown
+
+# Without an entry: a type that NumPy does not have. bf16 comes as its bits; bool as bytes, which need not be 0 or 1.
+_NUMPY_DTYPES: Mapping[str, str] = {
+    **{"bool": "u1", "u8": "u1", "i8": "i1", "u16": "<u2", "i16": "<i2", "u32": "<u4", "i32": "<i4"},
+    **{"u64": "<u8", "i64": "<i8", "f16": "<f2", "bf16": "<u2", "f32": "<f4", "f64": "<f8", "c64": "<c8"},
+}
+_OTHER_FORMATS: Mapping[str, str] = {
+    ".bin": "load it with transformers and save it again: model.save_pretrained(folder, safe_serialization=True)",
+    ".pt": "load it with torch.load(..., weights_only=True) and save it with safetensors.torch.save_file",
+    ".pth": "load it with torch.load(..., weights_only=True) and save it with safetensors.torch.save_file",
+    ".ckpt": "load it with torch.load(..., weights_only=True) and save it with safetensors.torch.save_file",
+    ".gguf": "GGUF is llama.cpp's format; take the model's GPTQ or original files instead",
+    ".h5": "load it with transformers and save it again: model.save_pretrained(folder, safe_serialization=True)",
+    ".msgpack": "load it with transformers and save it again: model.save_pretrained(folder, safe_serialization=True)",
+}
+_INDEX_SUFFIX = ".safetensors.index.json"
+_HAS_PREADV = hasattr(os, "preadv")  # not on Windows
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    """A safetensors file, kept open: what it held when it was checked is what is read."""
+
+    name: str  # relative to the checkpoint's folder
+    handle: FileIO
+    num_bytes: int
+    lock: threading.Lock  # where there is no positional read
+
+    def read_into(self, view: memoryview, offset: int, what: str) -> None:
+        """Fills ``view`` with the file's bytes from ``offset`` on. Threads may read one file at once."""
+        done = 0
+        try:
+            while done < len(view):
+                count = self._read_some(view[done:], offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.name}: ended at byte {offset + done} while reading {what}; "
+                        f"it had {self.num_bytes} bytes when it was opened"
+                    )
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: cannot read {what}: {error.strerror or error}") from None
+
+    def _read_some(self, view: memoryview, offset: int) -> int:
+        if _HAS_PREADV:
+            return os.preadv(self.handle.fileno(), [view], offset)
+        with self.lock:
+            self.handle.seek(offset)
+            return self.handle.readinto(view) or 0
+
+
+class Checkpoint:
+    """Tensors of a checkpoint by name. Open with :meth:`open`; a context manager.
+
+    Reading is thread-safe; closing while another thread reads is not. Needs as many file handles as there are
+    shards, and memory for headers only.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, _OpenFile], tensors: Mapping[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self._files = files
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Opens a folder with ``model.safetensors``, shards with an index or one safetensors file of any name; or a
+        ``.safetensors`` file by its own path.
+
+        Raises ``CheckpointError`` that names the file, the tensor, what was found and what was expected, for
+        anything that is missing, damaged or hostile, and for what the operating system refuses.
+        """
+        path = Path(path)
+        with ExitStack() as stack:
+            folder, names, weight_map, index_name = _find_files(path)
+            files: dict[str, _OpenFile] = {}
+            tensors: dict[str, TensorInfo] = {}
+            for name in names:
+                file = _open_file(folder, name)
+                stack.callback(file.handle.close)
+                files[name] = file
+                for info in _read_header(file):
+                    other = tensors.setdefault(info.name, info)
+                    if other is not info:
+                        raise CheckpointError(f"tensor {shown(info.name)} is in two shards: {other.file} and {name}")
+            if weight_map is not None:
+                _check_index(weight_map, tensors, index_name)
+            stack.pop_all()  # success: the handles now belong to the checkpoint
+        return cls(folder, files, tensors)
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Sizes in bytes, by name relative to ``folder``."""
+        return {name: file.num_bytes for name, file in self._files.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises ``CheckpointError`` where there is no such tensor."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.folder}: no tensor {shown(name)} among the {len(self.tensors)} found there")
+        return info
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, writable. bf16 comes as its bits, u16; bool as u8."""
+        info = self.info(name)
+        return self._read_array(info, info.shape, 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start:stop`` along the first axis: one contiguous read of just these bytes."""
+        info = self.info(name)
+        num_rows = info.shape[0] if info.shape else 0
+        if not info.shape or not 0 <= start <= stop <= num_rows:
+            raise ValueError(f"rows {start}:{stop} of {name}, which has shape {list(info.shape)}")
+        row_bytes = info.num_bytes // num_rows if num_rows else 0
+        return self._read_array(info, (stop - start, *info.shape[1:]), start * row_bytes)
+
+    def read_into(self, name: str, buffer: Any, start_byte: int = 0) -> None:
+        """Fills a writable buffer with the tensor's bytes from ``start_byte`` on: block by block, no memory of ours."""
+        info = self.info(name)
+        view = memoryview(buffer)
+        if view.readonly or not view.c_contiguous:
+            raise ValueError(f"reading {name} needs a writable, contiguous buffer")
+        if not 0 <= start_byte <= start_byte + view.nbytes <= info.num_bytes:
+            raise ValueError(f"bytes {start_byte}:{start_byte + view.nbytes} of {name}, which has {info.num_bytes}")
+        if view.nbytes:
+            self._files[info.file].read_into(view.cast("B"), info.start + start_byte, f"tensor {shown(name)}")
+
+    def _read_array(self, info: TensorInfo, shape: tuple[int, ...], start_byte: int) -> np.ndarray:
+        dtype = _NUMPY_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{info.file}: tensor {shown(info.name)} is {info.dtype}, expected one of {', '.join(_NUMPY_DTYPES)}"
+            )
+        try:
+            array = np.empty(shape, dtype)
+        except MemoryError:
+            raise CheckpointError(
+                f"{info.file}: tensor {shown(info.name)}: no memory for its {info.num_bytes} bytes"
+            ) from None
+        self.read_into(info.name, array.reshape(-1).view(np.uint8), start_byte)
+        return array
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.handle.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _find_files(path: Path) -> tuple[Path, list[str], dict[str, str] | None, str]:
+    """-> (folder, files in it, tensor -> shard where there is an index, the index's name)."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISREG(mode):
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: expected a folder or a .safetensors file{_conversion(path.suffix)}")
+        return path.parent, [path.name], None, ""
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{path}: neither a file nor a folder, expected a model folder or a .safetensors file")
+    try:
+        names = sorted(entry.name for entry in os.scandir(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be listed: {error.strerror or error}") from None
+    indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    if "model.safetensors" in names:  # transformers, too, takes the single file where both exist
+        return path, ["model.safetensors"], None, ""
+    index_name = f"model{_INDEX_SUFFIX}" if f"model{_INDEX_SUFFIX}" in indices else None
+    if index_name is None and len(indices) == 1:
+        index_name = indices[0]
+    if index_name is not None:
+        weight_map = parse_index(_read_small_file(path, index_name), index_name)
+        return path, sorted(set(weight_map.values())), weight_map, index_name
+    return path, [_only_safetensors_file(path, names)], None, ""
+
+
+def _only_safetensors_file(folder: Path, names: list[str]) -> str:
+    """Quantizers name their one file as they like: ``gptq_model-4bit-128g.safetensors``."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{folder}: {len(found)} safetensors files ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}) "
+            f"but no model{_INDEX_SUFFIX}; give the path of the file that is meant"
+        )
+    suffix = next((Path(name).suffix for name in names if Path(name).suffix in _OTHER_FORMATS), "")
+    what = f"only {suffix} weights" if suffix else f"no weights among {len(names)} files" if names else "nothing"
+    raise CheckpointError(
+        f"{folder}: found {what}, expected model.safetensors or model{_INDEX_SUFFIX} with its shards"
+        f"{_conversion(suffix)}"
+    )
+
+
+def _conversion(suffix: str) -> str:
+    hint = _OTHER_FORMATS.get(suffix)
+    return f". exl reads safetensors: {hint}" if hint else ""
+
+
+def _open_file(folder: Path, name: str) -> _OpenFile:
+    path = folder / name
+    try:
+        mode = path.stat().st_mode  # before opening, which would wait for ever at a named pipe
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{name}: not a regular file, expected a safetensors file")
+        handle = FileIO(path, "rb")
+        return _OpenFile(name, handle, os.fstat(handle.fileno()).st_size, threading.Lock())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{name}: cannot be opened in {folder}: {reason}") from None
+
+
+def _read_header(file: _OpenFile) -> list[TensorInfo]:
+    if file.num_bytes < 8:
+        raise CheckpointError(f"{file.name}: {file.num_bytes} bytes, expected at least the 8 of the header's length")
+    length = bytearray(8)
+    file.read_into(memoryview(length), 0, "the header's length")
+    num_header_bytes = int.from_bytes(length, "little")
+    limit = min(MAX_HEADER_BYTES, file.num_bytes - 8)
+    if num_header_bytes > limit:
+        raise CheckpointError(
+            f"{file.name}: the header says it has {num_header_bytes} bytes, expected at most {limit} in a file of "
+            f"{file.num_bytes}; the file is cut off, damaged or not safetensors"
+        )
+    raw = bytearray(num_header_bytes)
+    file.read_into(memoryview(raw), 8, "the header")
+    return parse_header(raw, file.num_bytes - 8 - num_header_bytes, file.name)[0]
+
+
+def _read_small_file(folder: Path, name: str) -> bytearray:
+    file = _open_file(folder, name)
+    with file.handle:
+        if file.num_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{name}: {file.num_bytes} bytes, expected at most {MAX_HEADER_BYTES}")
+        raw = bytearray(file.num_bytes)
+        file.read_into(memoryview(raw), 0, "the index")
+        return raw
+
+
+def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], index_name: str) -> None:
+    for name, shard in weight_map.items():
+        info = tensors.get(name)
+        if info is None or info.file != shard:
+            found = "in no shard" if info is None else f"in {info.file}"
+            raise CheckpointError(f"{index_name}: tensor {shown(name)} is {found}, expected in {shard}")
+    for name, info in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{index_name}: does not list tensor {shown(name)}, found in {info.file}")
