@@ -1,0 +1,63 @@
+"""exl runs GPTQ-quantized language models on the GPUs people own.
+
+    import exl
+
+    llm = exl.load("path/to/model")
+    print(llm.generate("Once upon a time", max_tokens=100).text)
+
+Public names are imported when first used, so that ``import exl`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from exl.errors import (
+    CheckpointError,
+    ConfigError,
+    ExlError,
+    KernelError,
+    MemoryBudgetError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from exl.llm import LLM, Completion, TextIterator, load
+    from exl.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "exl.llm",
+    "Completion": "exl.llm",
+    "SamplingParams": "exl.sampling",
+    "TextIterator": "exl.llm",
+    "load": "exl.llm",
+}
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "ExlError",
+    "KernelError",
+    "MemoryBudgetError",
+    "SamplingParams",
+    "TextIterator",
+    "UnsupportedModelError",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'exl' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

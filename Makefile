@@ -1,0 +1,33 @@
+# Everything a fresh machine needs is Python 3.10 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+# Runs the model that ships with exl.
+demo: .venv/installed
+	@$(BIN)/exl generate "Once upon a time" --max-tokens 200 --temperature 0
+
+test: .venv/installed-test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch first and pinned: unpinned, or as another package's dependency, it may bring gigabytes of CUDA libraries.
+.venv/installed: .venv/bin/python setup.py constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,383 @@
+"""Text at the edge: a loaded model that answers in whole characters."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exl.batch import PAGE_SIZE
+from exl.cache import KVCache, PagePool
+from exl.checkpoint import Checkpoint
+from exl.config import GenerationDefaults, ModelConfig, read_json
+from exl.errors import ConfigError, ExlError
+from exl.generator import Generator
+from exl.hub import find_model
+from exl.keywords import explain_foreign_keywords
+from exl.layout import KVLayout, StepLimits
+from exl.loader import Progress, load_weights
+from exl.models.decoder import Decoder
+from exl.models.manifest import read_manifest
+from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.quant_config import QuantConfig, read_quant_config
+from exl.runner import Runner
+from exl.sampling import SamplingParams
+from exl.stream import ResidentWeights
+from exl.text_stream import TextStream
+from exl.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
+_MAX_LOGITS_BYTES = 32 << 20
+_KV_KINDS = ("f16", "f32")
+# Up to so many tokens, a 4-bit prompt is quicker through the decode kernel than through dequantized panels.
+_MAX_DECODE_PROMPT = 32
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with."""
+
+    text: str
+    token_ids: tuple[int, ...]  # without the end-of-sequence id; with the tokens of a stop string
+    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
+    num_prompt_tokens: int
+    seed: int  # the one that was used: the same request with it gives the same text
+    prompt_seconds: float  # until the first token
+    decode_seconds: float  # from the first token to the last
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token; 0 where there is no second."""
+        return (self.num_tokens - 1) / self.decode_seconds if self.num_tokens > 1 and self.decode_seconds else 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Completion({self.text!r}, {self.num_prompt_tokens}+{self.num_tokens} tokens, "
+            f"{self.finish_reason}, {self.tokens_per_second:.1f} tokens/s)"
+        )
+
+
+class TextIterator:
+    """Pieces of text as they become final; ``completion`` once it is exhausted. ``close()`` stops early."""
+
+    def __init__(self, pieces: Iterator[str | Completion]) -> None:
+        self._pieces = pieces
+        self._completion: Completion | None = None
+
+    def __iter__(self) -> TextIterator:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        if isinstance(piece, Completion):
+            self._completion = piece
+            raise StopIteration
+        return piece
+
+    @property
+    def completion(self) -> Completion:
+        """Raises ``ExlError`` before the last piece."""
+        if self._completion is None:
+            raise ExlError("this stream has not ended: take its pieces first, then ask for its completion")
+        return self._completion
+
+    def close(self) -> None:
+        self._pieces.close()
+
+
+class _Turn:
+    """One request at a time: another thread waits, the same thread would wait for itself and gets an error."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise ExlError("another stream of this model is unfinished in this thread: exhaust it or close() it first")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+class LLM:
+    """A loaded model. Made by ``exl.load``; a context manager. Threads may share it: requests take turns."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, quant: QuantConfig | None, tokenizer: Tokenizer, generator: Generator
+    ) -> None:
+        self.folder, self.config, self.quant, self.tokenizer = folder, config, quant, tokenizer
+        self.defaults = GenerationDefaults.from_folder(folder)
+        self._generator: Generator | None = generator
+        self._turn = _Turn()
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._open_generator().context
+
+    @explain_foreign_keywords
+    def generate(
+        self,
+        prompt: Prompt | Sequence[str],
+        max_tokens: int = 256,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Completion | list[Completion]:
+        """Continues a prompt: text, or token ids that are taken as they are. A list of texts gives a list.
+
+        Text gets the model's BOS; special tokens in it are plain text. What is None falls to the model's
+        generation_config, then to greedy decoding. Raises ``ConfigError`` for a value that makes no sense and for a
+        prompt longer than the context.
+        """
+        params = self._params(
+            max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
+        )
+        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
+            return [self._complete(item, params) for item in prompt]
+        return self._complete(prompt, params)
+
+    @explain_foreign_keywords
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 256,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> TextIterator:
+        """Like ``generate``, piece by piece: whole characters, and never text that a stop string cuts off."""
+        params = self._params(
+            max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
+        )
+        return TextIterator(self._stream(self.encode(prompt), params))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Text -> token ids with the model's BOS, once; ids are returned as they are."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping] | None = None,
+        variables: Mapping | None = None,
+    ) -> list[int]:
+        """Messages -> token ids by the model's chat template; special tokens inside messages are plain text."""
+        return self.tokenizer.encode_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits after every token of ``ids``: f32 [T, V], computed in chunks."""
+        generator = self._open_generator()
+        with self._turn:
+            out = torch.empty(len(ids), self.config.vocab_size)
+            start = 0
+            for chunk in generator.logits(ids):
+                out[start : start + len(chunk)] = chunk
+                start += len(chunk)
+        return out
+
+    def close(self) -> None:
+        """Gives the memory back. What is asked of the model afterwards raises ``ExlError``."""
+        if self._generator is not None:
+            with self._turn:
+                self._generator = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        bits = f"{self.quant.bits}-bit" if self.quant else "dense"
+        state = "cpu" if self._generator else "closed"
+        return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
+
+    def _open_generator(self) -> Generator:
+        if self._generator is None:
+            raise ExlError(f"{self.folder.name}: the model is closed")
+        return self._generator
+
+    def _params(
+        self,
+        max_tokens: int,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+        *,
+        repetition_penalty: float | None,
+        seed: int | None,
+        stop: str | Sequence[str],
+    ) -> SamplingParams:
+        asked = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        chosen = {}
+        for name, value in asked.items():
+            value = getattr(self.defaults, name) if value is None else value
+            if value is not None:
+                chosen[name] = value
+        seed = secrets.randbits(63) if seed is None else seed
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        return SamplingParams(max_tokens=max_tokens, seed=seed, stop=stop, **{"temperature": 0.0, **chosen})
+
+    def _complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
+        stream = TextIterator(self._stream(self.encode(prompt), params))
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def _stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[str | Completion]:
+        generator = self._open_generator()
+        with self._turn:
+            text = TextStream(self.tokenizer, prompt_ids, params.stop)
+            pieces: list[str] = []
+            token_ids: list[int] = []
+            reason = "length"
+            began = first = last = time.perf_counter()
+            tokens = generator.stream(prompt_ids, params)
+            try:
+                for token in tokens:
+                    last = time.perf_counter()
+                    first = first if token_ids else last
+                    if token.finish_reason == "stop":
+                        reason = "stop"
+                        break
+                    token_ids.append(token.token_id)
+                    piece = text.push(token.token_id)
+                    if piece:
+                        pieces.append(piece)
+                        yield piece
+                    if text.stopped is not None:
+                        reason = "stop"
+                        break
+            finally:
+                tokens.close()
+            piece = text.finish()
+            if piece:
+                pieces.append(piece)
+                yield piece
+        yield Completion(
+            text="".join(pieces),
+            token_ids=tuple(token_ids),
+            finish_reason=reason,
+            num_prompt_tokens=len(prompt_ids),
+            seed=params.seed,
+            prompt_seconds=first - began,
+            decode_seconds=last - first,
+        )
+
+
+@explain_foreign_keywords
+def load(
+    model: str | Path | None = None,
+    device: str = "auto",
+    *,
+    context: int | None = None,
+    kv_cache: str = "f16",
+    prefill_chunk: int = 512,
+    prefill_window: int = 4096,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> LLM:
+    """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
+
+    ``context``: tokens that prompt and answer may have together, for which the cache is allocated now; by default
+    the model's own maximum, 8192 at most. ``kv_cache``: "f16" or "f32". ``prefill_chunk``: rows computed at once.
+    ``prefill_window``: rows that go through a layer before the next layer's turn. ``progress(done, total)`` is told
+    in bytes. Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options,
+    ``UnsupportedModelError`` for models that exl does not have.
+    """
+    _check_options(device, context, kv_cache, prefill_chunk, prefill_window)
+    folder = find_model(model, revision=revision)
+    with Checkpoint.open(folder) as checkpoint:
+        folder = folder if folder.is_dir() else folder.parent
+        config_json = read_json(folder / "config.json")
+        config = ModelConfig.from_dict(config_json, str(folder / "config.json"))
+        quant = read_quant_config(folder, config_json)
+        defaults = GenerationDefaults.from_folder(folder)
+        bos_id = config.bos_id if defaults.bos_id is None else defaults.bos_id
+        eos_ids = defaults.eos_ids or config.eos_ids
+        tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=eos_ids)
+        manifest = read_manifest(checkpoint, config, quant)
+        context = context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
+        limits = _limits(config, context, prefill_chunk, prefill_window)
+        target = cpu_target()
+        kv_layout = KVLayout(kv_cache, config.num_layers, config.num_kv_heads, config.head_dim)
+        ops = TorchOps(target, kv_layout, limits)
+        weights = load_weights(checkpoint, config, quant, manifest, ops, progress)
+    num_pages = -(-context // PAGE_SIZE)
+    kv = KVCache(kv_layout, num_pages, ops.device)
+    source = ResidentWeights(weights.layers)
+    runner = Runner(Decoder(config, ops), source, weights.embed, weights.final_norm, weights.head, kv, limits)
+    layers = manifest.layouts(target).layers
+    int4 = all(linear.kind == "int4pack" for layer in layers for group in layer.linears.values() for linear in group)
+    generator = Generator(
+        runner, PagePool(num_pages), context, eos_ids, min(_MAX_DECODE_PROMPT, prefill_chunk) if int4 else 1
+    )
+    return LLM(folder, config, quant, tokenizer, generator)
+
+
+def _check_options(device: str, context: int | None, kv_cache: str, prefill_chunk: int, prefill_window: int) -> None:
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"device: found {device!r}, expected 'auto' or 'cpu': this version of exl runs on the CPU")
+    if kv_cache not in _KV_KINDS:
+        raise ConfigError(f"kv_cache: found {kv_cache!r}, expected one of {', '.join(_KV_KINDS)}")
+    sizes = {"prefill_chunk": prefill_chunk, "prefill_window": prefill_window}
+    if context is not None:
+        sizes["context"] = context
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: found {value!r}, expected a whole number of tokens, 1 or more")
+    if prefill_window < prefill_chunk:
+        raise ConfigError(f"prefill_window: found {prefill_window}, expected at least prefill_chunk, {prefill_chunk}")
+
+
+def _limits(config: ModelConfig, context: int, prefill_chunk: int, prefill_window: int) -> StepLimits:
+    max_rows = min(prefill_chunk, context)
+    return StepLimits(
+        max_rows=max_rows,
+        window_rows=max(max_rows, min(prefill_window, context)),
+        max_logit_rows=max(1, min(max_rows, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
+        max_context=context,
+        hidden_size=config.hidden_size,
+        qkv_width=config.qkv_width,
+        attn_width=config.attn_width,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        head_dim=config.head_dim,
+    )

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# The kernel sources live at the top level for their readers and ship inside the package for its users. `cuda/` never
+# gets an __init__.py: from the repository's root it would shadow NVIDIA's `cuda` namespace, which CuPy imports.
+KERNELS = ["exl._cuda", "exl._cuda.include", "exl._cuda.include.exl"]
+
+setup(
+    name="exl-engine",
+    version="0.1.0",
+    description="Runs GPTQ-quantized language models on the GPUs people own, in the least memory",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["exl", "exl.*"]), *KERNELS],
+    package_dir={"exl._cuda": "cuda"},
+    package_data={
+        "exl": ["py.typed"],
+        "exl.assets": ["*/*", "*.md"],
+        "exl._cuda": ["*.cu"],
+        "exl._cuda.include.exl": ["*.cuh"],
+    },
+    install_requires=[
+        "torch>=2.4",
+        "safetensors>=0.4",
+        "tokenizers>=0.20",
+        "numpy>=1.26",
+        "jinja2>=3.1",
+        "huggingface_hub>=0.25",
+        "typer>=0.12",
+        "rich>=13",
+    ],
+    extras_require={
+        "cuda12": ["cupy-cuda12x[ctk]>=13.6"],
+        "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
+        "server": ["fastapi>=0.110", "uvicorn>=0.29"],
+        "demo": ["gradio>=5"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=4.57", "ruff>=0.6", "pexpect>=4.9"],
+    },
+    entry_points={"console_scripts": ["exl = exl.cli:main"]},
+    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],
+)
