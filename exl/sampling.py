@@ -1,0 +1,278 @@
+"""From logits to token ids: what a request may ask for, and the CPU implementation of drawing a token.
+
+A row's draw is a function of its logits, its parameters, its seed and its step alone: the batch it runs in, and the
+rows beside it, change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from exl.batch import SamplingBatch
+from exl.errors import ConfigError, ExlError, KernelError
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_TEMPERATURE = 100.0
+_MIN_PENALTY, _MAX_PENALTY = 0.01, 100.0
+_MAX_INT = 2**31 - 1
+_MAX_SEED = 2**64 - 1
+_MAX_STOPS = 64
+_MAX_STOP_CHARS = 1024
+# How many of the likeliest tokens are sorted at first: nearly every draw ends among them, and sorting 128,000 logits
+# takes longer than all the rest of sampling.
+_FIRST_SORTED = 1024
+_SORT_GROWTH = 16
+
+_entropy = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request turns logits into text. The defaults leave the model's distribution as it is.
+
+    Applied in this order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Raises
+    ``ConfigError`` for a value of the wrong type or outside its range.
+    """
+
+    temperature: float = 1.0  # 0 to 100; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed
+    top_k: int = 0  # keeps the k likeliest tokens, and all that equal the k-th; 0 is off
+    top_p: float = 1.0  # above 0, to 1; keeps the fewest likeliest tokens whose probability reaches it; 1 is off
+    min_p: float = 0.0  # 0 to 1; keeps tokens at least this many times as likely as the likeliest; 0 is off
+    repetition_penalty: float = 1.0  # 0.01 to 100; divides positive, multiplies negative logits of seen tokens
+    seed: int | None = None  # 0 to 2**64-1; None draws from the system's entropy: not repeatable
+    max_tokens: int = 256  # new tokens at most; 0 asks for none
+    stop: tuple[str, ...] = ()  # the text ends before the first of these, which is not part of it
+
+    def __post_init__(self) -> None:
+        self._check_number("temperature", 0.0, _MAX_TEMPERATURE)
+        self._check_number("top_p", 0.0, 1.0, above=True)
+        self._check_number("min_p", 0.0, 1.0)
+        self._check_number("repetition_penalty", _MIN_PENALTY, _MAX_PENALTY)
+        self._check_integer("top_k", _MAX_INT)
+        self._check_integer("max_tokens", _MAX_INT)
+        if self.seed is not None:
+            self._check_integer("seed", _MAX_SEED)
+        self._check_stop()
+
+    def _check_number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        expected = f"a number {'above' if above else 'from'} {low:g}{',' if above else ''} to {high:g}"
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ConfigError(f"{name}: found {value!r} ({type(value).__name__}), expected {expected}")
+        if not low <= value <= high or (above and value == low):  # a NaN fails the first comparison
+            raise ConfigError(f"{name}: found {value!r}, expected {expected}")
+        object.__setattr__(self, name, float(value))
+
+    def _check_integer(self, name: str, high: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ConfigError(f"{name}: found {value!r} ({type(value).__name__}), expected an integer from 0 to {high}")
+        if not 0 <= value <= high:
+            raise ConfigError(f"{name}: found {value!r}, expected an integer from 0 to {high}")
+        object.__setattr__(self, name, int(value))
+
+    def _check_stop(self) -> None:
+        if isinstance(self.stop, str) or not isinstance(self.stop, Sequence):
+            raise ConfigError(f"stop: found {self.stop!r} ({type(self.stop).__name__}), expected a tuple of strings")
+        if len(self.stop) > _MAX_STOPS:
+            raise ConfigError(f"stop: found {len(self.stop)} strings, expected at most {_MAX_STOPS}")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise ConfigError(f"stop: found {text!r} ({type(text).__name__}), expected strings only")
+            if not 1 <= len(text) <= _MAX_STOP_CHARS:
+                raise ConfigError(
+                    f"stop: found a string of {len(text)} characters, expected from 1 to {_MAX_STOP_CHARS}"
+                )
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+
+def uniform(seed: int, step: int) -> float:
+    """One draw from [0, 1) for step ``step`` of a request: the same on every machine, in any order of calls.
+
+    The first word of Philox4x64-10 with key (seed, 0) and counter (step, 0, 0, 0), its top 53 bits times 2^-53
+    (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
+    """
+    if not 0 <= step <= _MAX_SEED or not 0 <= seed <= _MAX_SEED:
+        raise ConfigError(f"uniform: found seed {seed} and step {step}, expected both from 0 to 2**64-1")
+    # NumPy's generator counts up before it makes a block.
+    word = np.random.Philox(key=seed, counter=(step - 1) % 2**256).random_raw()
+    return (int(word) >> 11) * 2.0**-53
+
+
+def sampling_batch(rows: Sequence[tuple[SamplingParams, int, Collection[int]]]) -> SamplingBatch:
+    """Gathers R rows of (parameters, step, ids of earlier tokens) into arrays.
+
+    ``step`` counts a request's draws from 0. Ids may repeat, and go unread where the repetition penalty is off.
+    """
+    seen = [
+        np.unique(np.asarray(list(ids), dtype=np.int32))
+        if params.repetition_penalty != 1.0
+        else np.empty(0, dtype=np.int32)
+        for params, _, ids in rows
+    ]
+    return SamplingBatch(
+        temperature=np.array([params.temperature for params, _, _ in rows], dtype=np.float32),
+        top_k=np.array([params.top_k for params, _, _ in rows], dtype=np.int32),
+        top_p=np.array([params.top_p for params, _, _ in rows], dtype=np.float32),
+        min_p=np.array([params.min_p for params, _, _ in rows], dtype=np.float32),
+        repetition_penalty=np.array([params.repetition_penalty for params, _, _ in rows], dtype=np.float32),
+        uniform=np.array([_draw(params, step) for params, step, _ in rows], dtype=np.float64),
+        seen_start=np.cumsum([0, *map(len, seen)], dtype=np.int32),
+        seen_ids=np.concatenate([np.empty(0, dtype=np.int32), *seen]),
+    )
+
+
+def _draw(params: SamplingParams, step: int) -> float:
+    if params.temperature == 0.0:
+        return 0.0
+    return _entropy.random() if params.seed is None else uniform(params.seed, step)
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Draws one token id a row: logits [R, V] f32 -> [R] i32 on the same device.
+
+    The kept tokens are ordered by falling probability, equals by rising id, and the first whose cumulated probability
+    exceeds the row's ``uniform`` is taken. A temperature of 0 takes the largest penalized logit, of equals the lowest
+    id. Probabilities are f64. A logit of -inf is a forbidden token. Raises ``ExlError`` for a row with NaN or +inf, or
+    with every token forbidden; ``KernelError`` for logits of another shape or type.
+    """
+    import torch
+
+    _check_logits(logits, batch)
+    ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+    for i in range(len(logits)):  # row by row, so that no bit of a row can depend on the others
+        ids[i] = _sample_row(_penalized(logits, batch, i), batch, i)
+    return ids
+
+
+def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The distribution that ``sample`` draws from: logits [R, V] f32 -> [R, V] f64. Errors as there.
+
+    A row of temperature 0 has all its mass on one token.
+    """
+    import torch
+
+    _check_logits(logits, batch)
+    out = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    for i in range(len(logits)):
+        row = _penalized(logits, batch, i)
+        if batch.temperature[i] == 0.0:
+            out[i, torch.argmax(row)] = 1.0
+            continue
+        kept = _Kept.of(row, batch, i)
+        ids, x, _ = _sorted_prefix(kept.x, len(row))
+        weights = x.exp()
+        weights = weights[: kept.count(x, weights.cumsum(0))]
+        out[i, ids[: len(weights)]] = weights / weights.sum()
+    return out
+
+
+def _check_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    import torch
+
+    if logits.ndim != 2 or logits.dtype != torch.float32 or len(logits) != len(batch.temperature):
+        raise KernelError(
+            f"sample: found logits of {logits.dtype} {list(logits.shape)},"
+            f" expected torch.float32 [{len(batch.temperature)}, vocabulary]"
+        )
+
+
+def _penalized(logits: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor:
+    """Row i after the repetition penalty (Keskar et al., "CTRL", 2019, as transformers applies it): [V] f32."""
+    import torch
+
+    row = logits[i]
+    seen = batch.seen_ids[batch.seen_start[i] : batch.seen_start[i + 1]]
+    penalty = float(batch.repetition_penalty[i])
+    if penalty != 1.0 and len(seen):
+        if seen.min() < 0 or seen.max() >= len(row):
+            raise KernelError(f"sample: row {i}: found a seen token id outside 0 to {len(row) - 1}")
+        where = torch.from_numpy(seen).to(device=row.device, dtype=torch.int64)
+        value = row[where]
+        row = row.index_put((where,), torch.where(value < 0, value * penalty, value / penalty))
+    top = float(row.max())  # NaN if any logit is
+    if not math.isfinite(top):
+        found = "no allowed token (all logits are -inf)" if top == -math.inf else f"a logit of {top}"
+        raise ExlError(f"sample: row {i}: found {found}, expected finite logits")
+    return row
+
+
+def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor:
+    import torch
+
+    if batch.temperature[i] == 0.0:
+        return torch.argmax(row)  # the first of equals
+    kept = _Kept.of(row, batch, i)
+    size, complete = _FIRST_SORTED, False
+    while True:
+        ids, x, complete = _sorted_prefix(kept.x, size)
+        weights = x.exp()
+        cumulated = weights.cumsum(0)
+        num_kept = kept.count(x, cumulated)
+        mass = float(cumulated[num_kept - 1]) if kept.mass is None else kept.mass
+        target = float(batch.uniform[i]) * mass
+        if complete or num_kept < len(ids) or (kept.mass is not None and float(cumulated[-1]) > target):
+            break
+        size *= _SORT_GROWTH
+    # Rounding may leave the target at the very end: the last kept token of any weight then.
+    last = int((weights[:num_kept] > 0).sum()) - 1
+    drawn = int(torch.searchsorted(cumulated[:num_kept], target, right=True))
+    return ids[min(drawn, last)]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Which of a row's tokens the filters keep: the first n in falling order, whichever filters are on."""
+
+    x: torch.Tensor  # [V] f64, logits over temperature, the largest is 0; weights are exp(x)
+    cut: float  # top-k and min-p keep x >= cut
+    top_mass: float | None  # top-p keeps a token while those before it weigh less than this; None is off
+    mass: float | None  # weight of all that is kept; None where top-p decides, and only sorting tells
+
+    @classmethod
+    def of(cls, row: torch.Tensor, batch: SamplingBatch, i: int) -> _Kept:
+        x = row.double()
+        x = (x - x.max()) / float(batch.temperature[i])
+        top_k, top_p, min_p = int(batch.top_k[i]), float(batch.top_p[i]), float(batch.min_p[i])
+        cut = float(x.topk(top_k).values[-1]) if 0 < top_k < len(x) else -math.inf
+        # Top-p is a share of what top-k has kept; min-p comes after it.
+        top_mass = top_p * _mass(x, cut) if top_p < 1.0 else None
+        if min_p > 0.0:
+            cut = max(cut, math.log(min_p))
+        return cls(x, cut, top_mass, _mass(x, cut) if top_mass is None else None)
+
+    def count(self, x: torch.Tensor, cumulated: torch.Tensor) -> int:
+        """n, at least 1, given the sorted x and their cumulated weights; no more than were given."""
+        import torch
+
+        num_kept = len(x) if self.cut == -math.inf else int((x >= self.cut).sum())
+        if self.top_mass is not None:
+            num_kept = min(num_kept, 1 + int(torch.searchsorted(cumulated, self.top_mass)))
+        return num_kept
+
+
+def _mass(x: torch.Tensor, cut: float) -> float:
+    return float((x if cut == -math.inf else x[x >= cut]).exp().sum())
+
+
+def _sorted_prefix(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The ``size`` largest of x in falling order, and all that equal the last of them, equals by rising id.
+
+    Returns (ids, values, whether these are all but the forbidden tokens).
+    """
+    import torch
+
+    bound = float(x.topk(size).values[-1]) if size < len(x) else -math.inf
+    complete = bound == -math.inf
+    ids = torch.nonzero(x > bound if complete else x >= bound).flatten()
+    values, order = torch.sort(x[ids], descending=True, stable=True)
+    return ids[order], values, complete
