@@ -33,7 +33,7 @@ class Generator:
     def __init__(
         self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_decode_prompt: int = 1
     ) -> None:
-        """``max_decode_prompt``: prompts of so many tokens or fewer run as decode rows, whose kernels are quicker there."""
+        """``max_decode_prompt``: so many new tokens or fewer run as decode rows, whose kernels are quicker there."""
         self.runner, self.pool, self.context = runner, pool, context
         self.eos_ids = frozenset(eos_ids)
         self.max_decode_prompt = max_decode_prompt
@@ -45,16 +45,15 @@ class Generator:
         All pages that the request can need are reserved at once: what has begun will not run out of memory.
         Closing the iterator frees them. Raises ``ConfigError`` for a prompt that is empty, foreign or too long.
         """
-        self._check_prompt(prompt_ids)
+        self._check_ids(prompt_ids)
         num_new = min(params.max_tokens, self.context - len(prompt_ids))
         if num_new == 0:
             return
-        # The last token is returned and never cached.
-        sequence = CachedSequence(self.pool.allocate(_num_pages(len(prompt_ids) + num_new - 1)))
+        sequence = self.begin(len(prompt_ids) + num_new - 1)  # the last token is returned and never cached
         try:
             yield from self._generate(sequence, prompt_ids, params, num_new)
         finally:
-            self.pool.release(sequence.pages)
+            self.end(sequence)
 
     def _generate(
         self, sequence: CachedSequence, prompt_ids: Sequence[int], params: SamplingParams, num_new: int
@@ -63,9 +62,7 @@ class Generator:
         seen = set(prompt_ids) if params.repetition_penalty != 1.0 else set()
         new_ids: Sequence[int] = prompt_ids
         for step in range(num_new):
-            logits = None
-            for logits in self.runner.forward(self._batches(sequence, new_ids, "last")):  # noqa: B007
-                pass
+            logits = self.extend(sequence, new_ids)
             ops.sample(logits, sampling_batch([(params, step, sorted(seen))]), self._samples)
             token_id = int(self._samples[0])
             if token_id in self.eos_ids:
@@ -78,14 +75,30 @@ class Generator:
 
     def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
         """Logits of every position, f32 [n, V] a chunk; each chunk is valid until the next is asked for."""
-        self._check_prompt(ids)
-        sequence = CachedSequence(self.pool.allocate(_num_pages(len(ids))))
+        self._check_ids(ids)
+        sequence = self.begin(len(ids))
         try:
-            yield from self.runner.forward(self._batches(sequence, ids, "all"))
+            yield from self.runner.forward(self._batches(sequence, ids, every=True))
         finally:
-            self.pool.release(sequence.pages)
+            self.end(sequence)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def begin(self, num_tokens: int) -> CachedSequence:
+        """Reserves pages for so many tokens. ``MemoryBudgetError`` where they are not to be had."""
+        return CachedSequence(self.pool.allocate(-(-num_tokens // PAGE_SIZE)))
+
+    def extend(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
+        """Runs new tokens of a sequence; logits after the last one, f32 [1, V], valid until the next call."""
+        logits = None
+        for logits in self.runner.forward(self._batches(sequence, ids, every=False)):  # noqa: B007
+            pass
+        return logits
+
+    def end(self, sequence: CachedSequence) -> None:
+        """Gives the pages back."""
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
         vocab_size = self.runner.limits.vocab_size
         if not ids:
             raise ConfigError("prompt: found no tokens, expected at least one")
@@ -97,39 +110,31 @@ class Generator:
                     f"prompt: found token id {token_id!r}, expected an integer from 0 to {vocab_size - 1}"
                 )
 
-    def _batches(self, sequence: CachedSequence, ids: Sequence[int], logits: str) -> list[ForwardBatch]:
-        """Cuts new tokens into chunks and counts them as cached. ``logits``: "last" token's or "all" tokens'."""
+    def _batches(self, sequence: CachedSequence, ids: Sequence[int], *, every: bool) -> list[ForwardBatch]:
+        """Cuts new tokens into chunks and counts them as cached. Logits of every token, or of the last alone."""
         limits = self.runner.limits
-        chunk = limits.max_rows if logits == "last" else min(limits.max_rows, limits.max_logit_rows)
+        chunk = min(limits.max_rows, limits.max_logit_rows) if every else limits.max_rows
         pages = np.asarray(sequence.pages, dtype=np.int32)
         total = sequence.num_cached + len(ids)
-        as_decode = logits == "last" and len(ids) <= self.max_decode_prompt
+        as_decode = not every and len(ids) <= self.max_decode_prompt
         batches = []
         for start in range(0, len(ids), chunk):
             part = np.asarray(ids[start : start + chunk], dtype=np.int32)
-            positions = np.arange(sequence.num_cached, sequence.num_cached + len(part), dtype=np.int32)
-            sequence.num_cached += len(part)
-            if logits == "all":
-                rows = np.arange(len(part), dtype=np.int32)
-            else:
-                rows = np.arange(
-                    len(part) - 1 if sequence.num_cached == total else len(part), len(part), dtype=np.int32
-                )
+            n = len(part)
+            positions = np.arange(sequence.num_cached, sequence.num_cached + n, dtype=np.int32)
+            sequence.num_cached += n
+            last = sequence.num_cached == total
             batches.append(
                 ForwardBatch(
                     token_ids=part,
                     positions=positions,
                     slots=pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
-                    query_start=np.array([0, len(part)], dtype=np.int32),
+                    query_start=np.array([0, n], dtype=np.int32),
                     context_len=np.array([sequence.num_cached], dtype=np.int32),
                     rope_len=np.array([total], dtype=np.int32),
                     page_table=pages[None],
-                    logit_rows=rows,
-                    num_decode_rows=len(part) if as_decode else 0,
+                    logit_rows=np.arange(0 if every else n - last, n, dtype=np.int32),
+                    num_decode_rows=n if as_decode else 0,
                 )
             )
         return batches
-
-
-def _num_pages(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_SIZE)

@@ -11,33 +11,18 @@ from pathlib import Path
 
 import torch
 
-from exl.batch import PAGE_SIZE
-from exl.cache import KVCache, PagePool
-from exl.checkpoint import Checkpoint
-from exl.config import GenerationDefaults, ModelConfig, read_json
-from exl.errors import ConfigError, ExlError
+from exl.config import GenerationDefaults
+from exl.engine import Engine, EngineOptions, load_engine
+from exl.errors import ExlError
 from exl.generator import Generator
 from exl.hub import find_model
 from exl.keywords import explain_foreign_keywords
-from exl.layout import KVLayout, StepLimits
-from exl.loader import Progress, load_weights
-from exl.models.decoder import Decoder
-from exl.models.manifest import read_manifest
-from exl.ops.torch_ops import TorchOps, cpu_target
-from exl.quant_config import QuantConfig, read_quant_config
-from exl.runner import Runner
+from exl.loader import Progress
 from exl.sampling import SamplingParams
-from exl.stream import ResidentWeights
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-_MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
-_MAX_LOGITS_BYTES = 32 << 20
-_KV_KINDS = ("f16", "f32")
-# Up to so many tokens, a 4-bit prompt is quicker through the decode kernel than through dequantized panels.
-_MAX_DECODE_PROMPT = 32
 
 
 @dataclass(frozen=True)
@@ -117,12 +102,10 @@ class _Turn:
 class LLM:
     """A loaded model. Made by ``exl.load``; a context manager. Threads may share it: requests take turns."""
 
-    def __init__(
-        self, folder: Path, config: ModelConfig, quant: QuantConfig | None, tokenizer: Tokenizer, generator: Generator
-    ) -> None:
-        self.folder, self.config, self.quant, self.tokenizer = folder, config, quant, tokenizer
-        self.defaults = GenerationDefaults.from_folder(folder)
-        self._generator: Generator | None = generator
+    def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
+        self.folder, self.tokenizer, self.defaults = folder, tokenizer, defaults
+        self.config, self.quant = engine.config, engine.quant
+        self._generator: Generator | None = engine.generator
         self._turn = _Turn()
 
     @property
@@ -322,62 +305,11 @@ def load(
     in bytes. Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options,
     ``UnsupportedModelError`` for models that exl does not have.
     """
-    _check_options(device, context, kv_cache, prefill_chunk, prefill_window)
+    options = EngineOptions(device, context, kv_cache, prefill_chunk, prefill_window)
     folder = find_model(model, revision=revision)
-    with Checkpoint.open(folder) as checkpoint:
-        folder = folder if folder.is_dir() else folder.parent
-        config_json = read_json(folder / "config.json")
-        config = ModelConfig.from_dict(config_json, str(folder / "config.json"))
-        quant = read_quant_config(folder, config_json)
-        defaults = GenerationDefaults.from_folder(folder)
-        bos_id = config.bos_id if defaults.bos_id is None else defaults.bos_id
-        eos_ids = defaults.eos_ids or config.eos_ids
-        tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=eos_ids)
-        manifest = read_manifest(checkpoint, config, quant)
-        context = context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
-        limits = _limits(config, context, prefill_chunk, prefill_window)
-        target = cpu_target()
-        kv_layout = KVLayout(kv_cache, config.num_layers, config.num_kv_heads, config.head_dim)
-        ops = TorchOps(target, kv_layout, limits)
-        weights = load_weights(checkpoint, config, quant, manifest, ops, progress)
-    num_pages = -(-context // PAGE_SIZE)
-    kv = KVCache(kv_layout, num_pages, ops.device)
-    source = ResidentWeights(weights.layers)
-    runner = Runner(Decoder(config, ops), source, weights.embed, weights.final_norm, weights.head, kv, limits)
-    layers = manifest.layouts(target).layers
-    int4 = all(linear.kind == "int4pack" for layer in layers for group in layer.linears.values() for linear in group)
-    generator = Generator(
-        runner, PagePool(num_pages), context, eos_ids, min(_MAX_DECODE_PROMPT, prefill_chunk) if int4 else 1
-    )
-    return LLM(folder, config, quant, tokenizer, generator)
-
-
-def _check_options(device: str, context: int | None, kv_cache: str, prefill_chunk: int, prefill_window: int) -> None:
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"device: found {device!r}, expected 'auto' or 'cpu': this version of exl runs on the CPU")
-    if kv_cache not in _KV_KINDS:
-        raise ConfigError(f"kv_cache: found {kv_cache!r}, expected one of {', '.join(_KV_KINDS)}")
-    sizes = {"prefill_chunk": prefill_chunk, "prefill_window": prefill_window}
-    if context is not None:
-        sizes["context"] = context
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}: found {value!r}, expected a whole number of tokens, 1 or more")
-    if prefill_window < prefill_chunk:
-        raise ConfigError(f"prefill_window: found {prefill_window}, expected at least prefill_chunk, {prefill_chunk}")
-
-
-def _limits(config: ModelConfig, context: int, prefill_chunk: int, prefill_window: int) -> StepLimits:
-    max_rows = min(prefill_chunk, context)
-    return StepLimits(
-        max_rows=max_rows,
-        window_rows=max(max_rows, min(prefill_window, context)),
-        max_logit_rows=max(1, min(max_rows, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
-        max_context=context,
-        hidden_size=config.hidden_size,
-        qkv_width=config.qkv_width,
-        attn_width=config.attn_width,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        head_dim=config.head_dim,
-    )
+    engine = load_engine(folder, options, progress)
+    folder = folder if folder.is_dir() else folder.parent
+    defaults = GenerationDefaults.from_folder(folder)
+    bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id
+    tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
+    return LLM(folder, engine, tokenizer, defaults)

@@ -1,0 +1,184 @@
+"""The ``exl`` command. Generated text goes to standard output, everything else to standard error.
+
+torch is imported by the commands that need it, not by the command line itself: ``exl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from exl.errors import ConfigError, ExlError
+
+if TYPE_CHECKING:
+    from exl.llm import LLM
+
+app = typer.Typer(
+    name="exl",
+    help="Runs GPTQ-quantized language models in the least memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
+]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")] = "",
+    model: Model = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. Default: the model's own, else greedy.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens that sum to p.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Only tokens p times as likely as the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens to make room for, prompt and answer together.")] = None,
+    kv_cache: Annotated[str, typer.Option(help="Type of the cache: f16 or f32.")] = "f16",
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text.
+
+    exl generate "Once upon a time" --max-tokens 100
+
+    echo "Once upon a time" | exl generate - --temperature 0.8 --seed 1 --json
+    """
+    text = _read_stdin() if prompt == "-" else prompt
+    with _load(model, device=device, context=context, kv_cache=kv_cache) as llm:
+        stream = llm.stream(
+            text,
+            max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
+        for piece in stream:
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        done = stream.completion
+    if as_json:
+        print(json.dumps(_completion_json(text, done), ensure_ascii=False))
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    _say(
+        f"{done.num_prompt_tokens} + {done.num_tokens} tokens, first after {done.prompt_seconds * 1e3:.0f} ms, "
+        f"then {done.tokens_per_second:.1f} tokens/s ({done.finish_reason}, seed {done.seed})"
+    )
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Versions, the GPU, where compiled kernels are kept, and what is missing.
+
+    exl info
+    """
+    from exl.system_info import describe_system
+
+    facts = describe_system()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _load(model: str | None, **options: object) -> LLM:
+    """Loads with a progress bar on standard error, where that is a terminal."""
+    from exl.llm import load
+
+    if not sys.stderr.isatty():
+        return load(model, **options)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        return load(model, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
+
+
+def _completion_json(prompt: str, done) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": done.num_prompt_tokens,
+        "completion_tokens": done.num_tokens,
+        "seed": done.seed,
+        "prompt_seconds": done.prompt_seconds,
+        "decode_seconds": done.decode_seconds,
+        "tokens_per_second": done.tokens_per_second,
+    }
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8: {error}") from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point. Errors that a user can cause are one line and exit code 1; ``--debug`` shows where."""
+    try:
+        code = app(standalone_mode=False)
+    except ExlError as error:
+        code = _fail(error)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The reader has gone (exl generate | head). Python would complain once more when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        code = 0
+    except Exception as error:
+        # Usage errors: the class has moved between typer's releases, its method has not.
+        if not hasattr(error, "format_message"):
+            if type(error).__name__ in ("Abort", "Exit"):
+                raise SystemExit(getattr(error, "exit_code", 1)) from None
+            code = _fail(error)
+        else:
+            code = _fail(error, error.format_message())
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception, message: str | None = None) -> int:
+    if "--debug" in sys.argv[1:]:
+        import traceback
+
+        traceback.print_exception(error)
+    text = str(error) if message is None else message
+    if not isinstance(error, ExlError) and message is None:
+        text = f"{type(error).__name__}: {text}"
+    _say("exl: error: " + " ".join(text.split()))
+    return 1
+
+
+if __name__ == "__main__":
+    main()
