@@ -306,6 +306,8 @@ def test_equals_are_drawn_in_the_order_of_their_ids():
     batch = sampling_batch([(SamplingParams(seed=0), 0, ())] * 8)
     batch.uniform[:] = np.arange(8) / 8 + 1 / 16
     assert sample(logits, batch).tolist() == list(range(8))
+    batch.uniform[:] = np.arange(8) / 8  # a token's share begins where the one before it ends
+    assert sample(logits, batch).tolist() == list(range(8))
 
 
 def test_a_tie_across_the_border_of_the_first_sorted_tokens_is_never_parted():
