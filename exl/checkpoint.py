@@ -75,7 +75,10 @@ class Checkpoint:
     shards, and memory for headers only.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, _OpenFile], tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self, path: Path, folder: Path, files: Mapping[str, _OpenFile], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        self.path = path  # as it was given
         self.folder = folder
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self._files = files
@@ -104,7 +107,7 @@ class Checkpoint:
             if weight_map is not None:
                 _check_index(weight_map, tensors, index_name)
             stack.pop_all()  # success: the handles now belong to the checkpoint
-        return cls(folder, files, tensors)
+        return cls(path, folder, files, tensors)
 
     @property
     def files(self) -> Mapping[str, int]:

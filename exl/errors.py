@@ -25,3 +25,7 @@ class MemoryBudgetError(ExlError):
 
 class KernelError(ExlError):
     """A kernel could not be compiled, or was called with arguments it must not be given."""
+
+
+class ExlWarning(UserWarning):
+    """Something was wrong and exl went on with what is most likely meant."""

@@ -1,0 +1,218 @@
+"""GPTQ tensors -> ``QuantizedMatrix``. The layout is AutoGPTQ's; ``docs/formats.md`` has it with its traps.
+
+``qweight`` i32 [K * bits / 32, N], packed along K; ``qzeros`` i32 [G, N * bits / 32], packed along N; ``scales``
+[G, N]; ``g_idx`` i32 [K], optional; ``bias`` [N], optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.checkpoint import Checkpoint
+from exl.errors import CheckpointError, ExlWarning, UnsupportedModelError
+from exl.formats.matrix import QuantizedMatrix
+from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
+from exl.layout import MatrixSpec
+from exl.quant_config import QuantConfig
+
+K_MULTIPLE = 32  # 32 codes of any width fill whole words
+
+
+def unpack_codes(packed: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """Packed words i32 [R, N] -> codes u8 [R * 32 / bits, N]: consecutive codes lie in consecutive bits along axis 0.
+
+    All widths are one bit stream, least significant bit first; at 3 bits codes 10 and 21 of every 32 straddle words.
+    Example, 4 bits: the word 0x76543210 holds codes 0, 1, 2, ... 7.
+    """
+    num_words, codes_per_block = (3, 32) if bits == 3 else (1, 32 // bits)
+    num_rows, N = packed.shape
+    num_blocks, num_bytes = num_rows // num_words, 4 * num_words
+    little = np.ascontiguousarray(packed, "<i4").view(np.uint8).reshape(num_blocks, num_words, N, 4)
+    # Bytes of one significance side by side, so that the shifts below run over contiguous memory.
+    stream = np.ascontiguousarray(little.transpose(0, 1, 3, 2)).reshape(num_blocks, num_bytes, N)
+    codes = np.empty((num_blocks, codes_per_block, N), np.uint8)
+    mask = (1 << bits) - 1
+    for j in range(codes_per_block):
+        byte, shift = divmod(j * bits, 8)
+        code = stream[:, byte] >> shift
+        if shift + bits > 8:
+            code |= stream[:, byte + 1] << (8 - shift)
+        np.bitwise_and(code, mask, out=codes[:, j])
+    return codes.reshape(num_blocks * codes_per_block, N)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What headers and ``g_idx`` say."""
+
+    K: int
+    N: int
+    group_size: int  # K: one group
+    order: NDArray[np.int32] | None
+
+    @property
+    def num_groups(self) -> int:
+        return self.K // self.group_size
+
+
+def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSpec:
+    """Shapes of one module, from headers and, where there is one, ``g_idx``. ``quant`` is the module's own.
+
+    Raises ``CheckpointError`` that names the tensor, what was found and what was expected.
+    """
+    shape = _read_shape(checkpoint, name, quant)
+    order_key = None if shape.order is None else hashlib.sha256(shape.order.astype("<i4").tobytes()).hexdigest()
+    return MatrixSpec(
+        name=name,
+        K=shape.K,
+        N=shape.N,
+        bits=quant.bits,
+        dtype="u8",
+        group_size=shape.group_size,
+        has_bias=f"{name}.bias" in checkpoint.tensors,
+        order_key=order_key,
+    )
+
+
+def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> QuantizedMatrix:
+    """One module with its scales and zeros in memory. Codes are read at the first use and unpacked by block.
+
+    Raises as :func:`gptq_spec`, also for scales that are not finite; warns (``ExlWarning``) where symmetric zeros show
+    that the file is not of the ``checkpoint_format`` that it claims.
+    """
+    shape = _read_shape(checkpoint, name, quant)
+    words: list[NDArray[np.int32]] = []  # read once, kept as long as the matrix
+
+    def read_codes(start: int, stop: int) -> NDArray[np.uint8]:
+        if not 0 <= start <= stop <= shape.N:
+            raise ValueError(f"columns {start}:{stop} of {name}, which has {shape.N}")
+        if not words:
+            words.append(checkpoint.read(f"{name}.qweight"))
+        codes = unpack_codes(words[0][:, start:stop], quant.bits)
+        return codes if shape.order is None else codes[shape.order]
+
+    return QuantizedMatrix(
+        bits=quant.bits,
+        group_size=shape.group_size,
+        K=shape.K,
+        N=shape.N,
+        scales=_read_scales(checkpoint, name),
+        zeros=_read_zeros(checkpoint, name, quant),
+        order=shape.order,
+        bias=_read_bias(checkpoint, name, shape.N),
+        read_codes=read_codes,
+    )
+
+
+def _read_shape(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> _Shape:
+    qweight = require_tensor(checkpoint, f"{name}.qweight", ("i32",), 2)
+    num_rows, N = qweight.shape
+    K = num_rows * 32 // quant.bits
+    if not K or not N or num_rows % quant.bits:
+        raise CheckpointError(
+            f"{qweight.file}: {qweight.name}: found shape {list(qweight.shape)}, expected [K / 32 * {quant.bits}, N] "
+            f"with K a multiple of {K_MULTIPLE} at {quant.bits} bits"
+        )
+    scales = require_tensor(checkpoint, f"{name}.scales", FLOAT_DTYPES, 2)
+    one_group = quant.group_size == -1 or quant.group_size >= K
+    group_size = K if one_group else quant.group_size
+    if K % group_size:
+        raise UnsupportedModelError(
+            f"{qweight.file}: {name}: {K} inputs in groups of {group_size} leave a shorter last group; "
+            "exl has groups that divide the inputs"
+        )
+    G = K // group_size
+    reason = f"{K} inputs, group size {quant.group_size} and {quant.bits} bits ({quant.source})"
+    expect_shape(scales, (G, N), reason)
+    qzeros = require_tensor(checkpoint, f"{name}.qzeros", ("i32",), 2)
+    if N * quant.bits % 32 or (quant.bits == 3 and N % 32):
+        raise CheckpointError(
+            f"{qweight.file}: {name}: {N} outputs, whose {quant.bits}-bit zeros do not fill whole words of qzeros"
+        )
+    expect_shape(qzeros, (G, N * quant.bits // 32), reason)
+    return _Shape(K, N, group_size, _read_order(checkpoint, name, K, group_size))
+
+
+def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int) -> NDArray[np.int32] | None:
+    """The permutation that sorts the inputs by group; None where they are sorted already.
+
+    ``g_idx`` decides, whatever ``desc_act`` says. All zero means that nobody filled it in.
+    """
+    if f"{name}.g_idx" not in checkpoint.tensors:
+        return None
+    info = require_tensor(checkpoint, f"{name}.g_idx", ("i32",), 1)
+    expect_shape(info, (K,), f"{K} inputs")
+    g_idx = checkpoint.read(info.name)
+    num_groups = K // group_size
+    if not g_idx.any() or np.array_equal(g_idx, np.arange(K) // group_size):
+        return None
+    wrong = np.flatnonzero((g_idx < 0) | (g_idx >= num_groups))
+    if len(wrong):
+        raise CheckpointError(
+            f"{info.file}: {info.name}: found group {g_idx[wrong[0]]} for input {wrong[0]}, "
+            f"expected 0 to {num_groups - 1}"
+        )
+    sizes = np.bincount(g_idx, minlength=num_groups)
+    uneven = np.flatnonzero(sizes != group_size)
+    if len(uneven):
+        raise CheckpointError(
+            f"{info.file}: {info.name}: found {sizes[uneven[0]]} inputs in group {uneven[0]}, expected {group_size} "
+            "in each: the file is damaged"
+        )
+    return np.argsort(g_idx, kind="stable").astype(np.int32)
+
+
+def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16]:
+    info = checkpoint.info(f"{name}.scales")
+    values = read_float(checkpoint, info.name)
+    with np.errstate(over="ignore"):  # what overflows is inexact, too
+        scales = values.astype(np.float16)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        group, column = wrong[0]
+        raise CheckpointError(
+            f"{info.file}: {info.name}: found {values[group, column]} for group {group}, output {column} "
+            f"({len(wrong)} such in all), expected finite scales"
+        )
+    inexact = np.argwhere(scales != values)
+    if len(inexact):
+        group, column = inexact[0]
+        raise UnsupportedModelError(
+            f"{info.file}: {info.name}: found {info.dtype} {values[group, column]:g}, which f16 cannot hold exactly; "
+            "exl keeps scales in f16 and rounds no weight"
+        )
+    return scales
+
+
+def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArray[np.uint8]:
+    """True zeros u8 [G, N]. Unpacked first, adjusted then: arithmetic on whole words would borrow between codes."""
+    packed = checkpoint.read(f"{name}.qzeros")
+    stored = np.ascontiguousarray(unpack_codes(packed.T, quant.bits).T)
+    checkpoint_format = quant.checkpoint_format
+    middle = 1 << (quant.bits - 1)  # the zero of symmetric codes: 8 at 4 bits
+    if quant.sym and stored.min() == stored.max() and stored[0, 0] in (middle - 1, middle):
+        checkpoint_format = "gptq" if stored[0, 0] == middle - 1 else "gptq_v2"
+        if checkpoint_format != quant.checkpoint_format:
+            warnings.warn(
+                f"{quant.source}: checkpoint_format: found {quant.checkpoint_format}, but symmetric {quant.bits}-bit "
+                f"zeros are stored as {stored[0, 0]}, which is {checkpoint_format}; going by the data",
+                ExlWarning,
+                stacklevel=3,
+            )
+    if checkpoint_format == "gptq_v2":
+        return stored
+    return (stored + np.uint8(1)) & np.uint8((1 << quant.bits) - 1)  # 15 + 1 can only mean 0
+
+
+def _read_bias(checkpoint: Checkpoint, name: str, N: int) -> NDArray | None:
+    """f16 [N] as the file has it; other types become f32, which holds them exactly."""
+    if f"{name}.bias" not in checkpoint.tensors:
+        return None
+    info = require_float(checkpoint, f"{name}.bias", 1)
+    expect_shape(info, (N,), f"{N} outputs")
+    return checkpoint.read(info.name) if info.dtype == "f16" else read_float(checkpoint, info.name)

@@ -1,0 +1,57 @@
+"""Single tensors of a checkpoint, checked and converted: what all formats need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.checkpoint import Checkpoint
+from exl.errors import CheckpointError, UnsupportedModelError
+from exl.safetensors_header import TensorInfo
+
+FLOAT_DTYPES = ("f32", "f16", "bf16")
+
+
+def require_tensor(checkpoint: Checkpoint, name: str, dtypes: Sequence[str], num_dims: int) -> TensorInfo:
+    """The tensor's header. ``CheckpointError`` where it is missing, or has another type or number of dimensions."""
+    info = checkpoint.info(name)
+    if info.dtype not in dtypes:
+        raise CheckpointError(f"{info.file}: {name}: found dtype {info.dtype}, expected {' or '.join(dtypes)}")
+    if len(info.shape) != num_dims:
+        raise CheckpointError(
+            f"{info.file}: {name}: found shape {list(info.shape)}, expected {num_dims} dimension{'s' * (num_dims > 1)}"
+        )
+    return info
+
+
+def require_float(checkpoint: Checkpoint, name: str, num_dims: int) -> TensorInfo:
+    """As :func:`require_tensor` for f32, f16 and bf16; any other type is one that exl does not have."""
+    info = checkpoint.info(name)
+    if info.dtype not in FLOAT_DTYPES:
+        raise UnsupportedModelError(
+            f"{info.file}: {name}: found dtype {info.dtype}, exl has dense weights in {', '.join(FLOAT_DTYPES)}"
+        )
+    return require_tensor(checkpoint, name, FLOAT_DTYPES, num_dims)
+
+
+def expect_shape(info: TensorInfo, shape: tuple[int, ...], reason: str) -> None:
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.file}: {info.name}: found shape {list(info.shape)}, expected {list(shape)} for {reason}"
+        )
+
+
+def read_float(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
+    """f32, f16 or bf16 -> f32, exactly."""
+    values = checkpoint.read(name)
+    if checkpoint.info(name).dtype == "bf16":  # the upper half of an f32
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def read_vector(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
+    """A norm's weight [N] as f32, exactly. ``name`` is the tensor's: ``"model.norm.weight"``."""
+    require_float(checkpoint, name, 1)
+    return read_float(checkpoint, name)
