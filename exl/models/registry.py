@@ -11,30 +11,38 @@ from types import MappingProxyType
 class NameTable:
     """Hugging Face names. Layer names are relative to ``<layers>.<i>.``; matrices lack ``.weight`` and ``.bias``."""
 
-    embed: str = "model.embed_tokens"
-    final_norm: str = "model.norm.weight"
-    head: str = "lm_head"
-    layers: str = "model.layers"
-    norms: Mapping[str, str] = MappingProxyType(
+    embed: str
+    final_norm: str
+    head: str
+    layers: str
+    norms: Mapping[str, str]
+    linears: Mapping[str, tuple[str, ...]]
+    ignored: tuple[str, ...]  # endings of tensors that carry nothing: computed anew
+
+
+_LLAMA = NameTable(
+    embed="model.embed_tokens",
+    final_norm="model.norm.weight",
+    head="lm_head",
+    layers="model.layers",
+    norms=MappingProxyType(
         {
             "attn_norm": "input_layernorm.weight",
             "q_norm": "self_attn.q_norm.weight",
             "k_norm": "self_attn.k_norm.weight",
             "mlp_norm": "post_attention_layernorm.weight",
         }
-    )
-    linears: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    ),
+    linears=MappingProxyType(
         {
             "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "o": ("self_attn.o_proj",),
             "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
             "down": ("mlp.down_proj",),
         }
-    )
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # endings of tensors that carry nothing: computed anew
-
-
-_LLAMA = NameTable()
+    ),
+    ignored=("rotary_emb.inv_freq",),
+)
 NAME_TABLES: Mapping[str, NameTable] = MappingProxyType(
     {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
 )

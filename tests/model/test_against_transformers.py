@@ -1,0 +1,157 @@
+"""Logits against transformers: every family, every RoPE scaling, prefill and token by token, and every feature felt.
+
+Tolerance 2e-4 on logits of unit order: f32 sums in another order, through three layers with weights of 0.1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from exl.config import RopeConfig
+from exl.engine import Engine, EngineOptions, load_engine
+from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
+
+TOLERANCE = 2e-4
+NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, original positions of 24, positions of 48, a page of 64
+
+
+def _token_ids() -> list[int]:
+    return torch.randint(3, 96, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def _load(folder: Path, **options) -> Engine:
+    return load_engine(folder, EngineOptions(kv_cache="f32", context=128, **options))
+
+
+def _prefill(engine: Engine, ids: list[int]) -> torch.Tensor:
+    return torch.cat([chunk.clone() for chunk in engine.generator.logits(ids)])
+
+
+def _decode(engine: Engine, ids: list[int], num_prompt: int) -> torch.Tensor:
+    generator = engine.generator
+    sequence = generator.begin(len(ids))
+    logits = [generator.extend(sequence, ids[:num_prompt]).clone()]
+    logits += [generator.extend(sequence, [token_id]).clone() for token_id in ids[num_prompt:]]
+    generator.end(sequence)
+    return torch.cat(logits)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Case -> (transformers' model, its folder), each built once."""
+    built = {}
+
+    def get(case: Case):
+        if case.name not in built:
+            model = build(case)
+            built[case.name] = (model, save(model, tmp_path_factory.mktemp(case.name)))
+        return built[case.name]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill_equals_transformers(case, models):
+    model, folder = models(case)
+    ids = _token_ids()
+    expected = prefill_logits(model, ids)
+    assert expected.std() > 0.5  # logits worth comparing
+    difference = (_prefill(_load(folder), ids) - expected).abs().max()
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_token_by_token_equals_transformers(case, models):
+    model, folder = models(case)
+    ids = _token_ids()
+    expected = decode_logits(model, ids, NUM_PROMPT)
+    difference = (_decode(_load(folder), ids, NUM_PROMPT) - expected).abs().max()
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("name", ["llama-dynamic", "qwen2-window", "qwen3"])
+def test_chunks_do_not_show(name, chunk, models):
+    """A prompt in chunks of any size, windows of any number of chunks: still transformers' logits in one piece."""
+    case = next(case for case in CASES if case.name == name)
+    model, folder = models(case)
+    ids = _token_ids()
+    engine = _load(folder, prefill_chunk=chunk, prefill_window=max(chunk, 20))
+    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
+
+
+def test_pages_in_any_order(models):
+    """Attention follows the page table: pages that are no neighbours, handed out backwards."""
+    case = CASES[0]
+    model, folder = models(case)
+    ids = _token_ids()
+    engine = _load(folder)
+    allocate = engine.generator.pool.allocate
+    engine.generator.pool.allocate = lambda count: allocate(count)[::-1]
+    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
+
+
+def test_f16_cache_costs_no_more_than_its_rounding(models):
+    """f16 keys, values and queries carry 2^-11 each. A score is then off by up to 3 * 2^-11 * |score| (~0.02 for
+    the scores of about 10 here), a probability by that share of itself, an output by that share of the values'
+    spread; three layers of unit residuals keep it below 0.1, and it must be there at all."""
+    case = CASES[0]
+    model, folder = models(case)
+    ids = _token_ids()
+    engine = load_engine(folder, EngineOptions(kv_cache="f16", context=128))
+    difference = (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max()
+    assert 1e-5 < difference < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_dense_weights_keep_the_files_type(dtype, tmp_path):
+    """Rounded weights, f32 arithmetic: equal to transformers computing the same rounded weights in f32."""
+    folder = save(build(CASES[2]).to(dtype), tmp_path)
+    engine = _load(folder)
+    weights = engine.generator.runner.weights.acquire(0)
+    assert weights.qkv[0].fields["weight"].dtype == dtype
+    ids = _token_ids()
+    model = load_f32(folder)
+    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
+    difference = (_decode(engine, ids, NUM_PROMPT) - decode_logits(model, ids, NUM_PROMPT)).abs().max()
+    assert difference <= TOLERANCE
+
+
+def _without(engine: Engine, feature: str) -> None:
+    """Takes one feature out of a loaded model."""
+    decoder, source = engine.generator.runner.decoder, engine.generator.runner.weights
+    config = decoder.config
+    rope = config.rope
+    changes = {
+        "rope": {"rope": dataclasses.replace(rope, theta=1e30, kind="default")},
+        "rope_scaling": {"rope": RopeConfig(theta=rope.theta, max_position=rope.max_position)},
+        "attention_factor": {"rope": dataclasses.replace(rope, attention_factor=1.0)},
+        "truncate": {"rope": dataclasses.replace(rope, truncate=True)},
+        "window": {"windows": (None,) * config.num_layers},
+        "window_layers": {"windows": (16,) * config.num_layers},
+    }
+    if feature in changes:
+        decoder.config = dataclasses.replace(config, **changes[feature])
+    elif feature in ("q_norm", "k_norm"):
+        source._layers = tuple(dataclasses.replace(layer, **{feature: None}) for layer in source._layers)
+    else:
+        names = {"qkv_bias": ("qkv",), "o_bias": ("o",), "mlp_bias": ("gate_up", "down")}[feature]
+        for layer in source._layers:
+            for name in names:
+                getattr(layer, name)[0].fields["bias"].zero_()
+
+
+@pytest.mark.parametrize(
+    ("case", "feature"), [(case, f) for case in CASES for f in case.features], ids=lambda value: str(value)
+)
+def test_every_feature_matters(case, feature, models):
+    """Without the feature the comparison above fails by far: it is not vacuous."""
+    model, folder = models(case)
+    ids = _token_ids()
+    engine = _load(folder)
+    _without(engine, feature)
+    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() > 50 * TOLERANCE
