@@ -290,7 +290,7 @@ def test_patterns_that_re_would_never_finish(pattern):
 
 
 def test_too_many_steps_are_a_config_error():
-    config = dynamic({f"(?:a?){{30}}(?:a?){{30}}{i}?[xy]": {"bits": 8} for i in range(1200)})
+    config = dynamic({f"(?:a?){{30}}(?:a?){{30}}[xy]{{{i + 1}}}": {"bits": 8} for i in range(1200)})
     with pytest.raises(ConfigError, match=r"^quantize_config\.json: dynamic: patterns that take too many steps"):
         config.for_module("a" * 60)
 
