@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 
 import exl
-from exl.kernels.launch import default_cache_dir
+from exl.kernels.compiler import default_cache_folder
 
 
 def describe_system() -> dict[str, str]:
@@ -23,7 +23,7 @@ def describe_system() -> dict[str, str]:
         "4-bit cpu kernel": f"torch int4pack, {int4pack}" if int4pack else "none: 4-bit weights run through f32 panels",
         "gpu": _describe_gpu(torch),
         "cupy": _version("cupy-cuda13x", "cupy-cuda12x", "cupy"),
-        "kernel cache": str(default_cache_dir()),
+        "kernel cache": str(default_cache_folder()),
     }
     missing = _missing(torch)
     facts["missing"] = missing or "nothing"

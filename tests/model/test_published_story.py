@@ -18,13 +18,12 @@ Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what
 your ball, but I can't find it."
 Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't know what to do."
 Lily didn't want to help her mom, so she said, "I'm sorry, mom. I didn't know what to do." Her mom said, "Don't worry, \
-Lily. We can help you.
-"""
+Lily. We can help you."""
 
 
 @pytest.mark.parametrize("kv_cache", ["f32", "f16"])
 def test_the_published_story_character_for_character(kv_cache):
     with exl.load(STORIES, kv_cache=kv_cache) as llm:
         done = llm.generate("", max_tokens=256, temperature=0)
-    assert done.text == PUBLISHED.rstrip("\n") or done.text == PUBLISHED
+    assert done.text == PUBLISHED
     assert done.num_tokens == 256

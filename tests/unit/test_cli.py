@@ -1,0 +1,142 @@
+"""The command line as a user meets it: what is printed where, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[1] / "data"
+STORIES = DATA / "stories260K"
+
+
+def exl(*args: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:
+    stdin = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([sys.executable, "-m", "exl.cli", *args], input=stdin, capture_output=True, timeout=120)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def generate(*args: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:
+    return exl("generate", *args, "--model", str(STORIES), stdin=stdin)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("exl: error: ")
+    for word in words:
+        assert word in done.stderr
+
+
+def test_text_on_standard_output_and_nothing_else():
+    done = generate("Once upon a time", "--max-tokens", "12", "--temperature", "0")
+    assert done.returncode == 0
+    assert done.stdout == ", there was a little girl named Lily. She\n"
+    assert "12 tokens" in done.stderr
+    assert "tokens/s" in done.stderr
+
+
+def test_the_bundled_model_is_the_default():
+    done = exl("generate", "--max-tokens", "8", "--temperature", "0")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Once upon a time")
+
+
+def test_json_is_one_object():
+    done = generate("-", "--json", "--max-tokens", "20", "--temperature", "0.8", "--seed", "7", stdin="One day,\n")
+    answer = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert answer["prompt"] == "One day,"
+    assert answer["completion_tokens"] == 20
+    assert answer["prompt_tokens"] == len_prompt()
+    assert answer["seed"] == 7
+    assert answer["finish_reason"] == "length"
+    assert answer["decode_seconds"] > 0
+    again = json.loads(
+        generate("One day,", "--json", "--max-tokens", "20", "--temperature", "0.8", "--seed", "7").stdout
+    )
+    assert again["text"] == answer["text"]
+
+
+def len_prompt() -> int:
+    import tokenizers
+
+    return len(tokenizers.Tokenizer.from_file(str(STORIES / "tokenizer.json")).encode("One day,").ids)
+
+
+def test_stop_strings_cut_the_text():
+    done = generate("Once upon a time", "--temperature", "0", "--stop", "girl", "--stop", "never said")
+    assert done.stdout == ", there was a little \n"
+
+
+def test_no_tokens_asked_for():
+    done = generate("Once upon a time", "--max-tokens", "0")
+    assert (done.returncode, done.stdout) == (0, "\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--top-p", "0"], ["top_p"]),
+        (["--top-k", "-3"], ["top_k"]),
+        (["--min-p", "1.5"], ["min_p"]),
+        (["--max-tokens", "-1"], ["max_tokens"]),
+        (["--stop", ""], ["stop"]),
+        (["--context", "4"], ["prompt", "14 tokens", "holds 4"]),
+        (["--context", "0"], ["context"]),
+        (["--kv-cache", "q9"], ["kv_cache", "q9", "f16"]),
+        (["--device", "cuda"], ["device", "cuda"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["--max-tokens", "many"], ["max-tokens"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_options(args, words):
+    assert_one_line_error(generate("A rather long prompt", *args), *words)
+
+
+def test_bad_models(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(exl("generate", "--model", str(tmp_path / "empty")), "empty")
+    assert_one_line_error(exl("generate", "--model", str(tmp_path / "absent")), "absent")
+    binary = tmp_path / "binary"
+    binary.mkdir()
+    (binary / "pytorch_model.bin").write_bytes(b"x")
+    assert_one_line_error(exl("generate", "--model", str(binary)), ".bin", "safetensors")
+
+
+def test_input_that_is_not_utf8():
+    assert_one_line_error(generate("-", stdin=b"\xff\xfe"), "standard input", "UTF-8")
+
+
+def test_a_traceback_only_when_asked_for():
+    done = generate("--temperature", "-1", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("exl: error: ")
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m exl.cli generate --model {STORIES} --max-tokens 300 --temperature 0 | head -c 5"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "Once "
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+def test_info_tells_what_is_here():
+    facts = json.loads(exl("info", "--json").stdout)
+    assert {"exl", "torch", "gpu", "cpu", "kernel cache", "missing"} <= facts.keys()
+    table = exl("info").stdout
+    assert all(name in table for name in facts)
+
+
+def test_help_names_the_commands():
+    done = exl("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("generate", "quantize", "info"))

@@ -1,0 +1,250 @@
+"""The Python API: sensible results and one clear error each, on a real model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import exl
+
+STORIES = Path(__file__).parents[1] / "data" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with exl.load(STORIES) as model:
+        yield model
+
+
+def copy_model(tmp_path: Path, **changes) -> Path:
+    """The model with another config.json; a value of None takes the key out."""
+    folder = tmp_path / "model"
+    shutil.copytree(STORIES, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_stream_adds_up_to_generate(llm):
+    asked = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_tokens": 50}
+    stream = llm.stream("One day", **asked)
+    text = "".join(stream)
+    assert text == llm.generate("One day", **asked).text == stream.completion.text
+
+
+def test_completion_before_the_end_is_an_error(llm):
+    stream = llm.stream("One day", 5)
+    with pytest.raises(exl.ExlError, match="has not ended"):
+        _ = stream.completion
+    stream.close()
+
+
+def test_a_list_of_prompts_gives_a_list(llm):
+    prompts = ["One day", "The dog"]
+    assert [done.text for done in llm.generate(prompts, 10)] == [llm.generate(p, 10).text for p in prompts]
+
+
+def test_token_ids_are_taken_as_they_are(llm):
+    assert llm.generate(llm.encode("One day"), 10).text == llm.generate("One day", 10).text
+    assert llm.generate(llm.encode("One day"), 10).num_prompt_tokens == len(llm.encode("One day"))
+
+
+def test_bos_once_and_only_from_us(llm):
+    ids = llm.encode("Once")
+    assert ids[0] == 1
+    assert ids.count(1) == 1
+    forged = llm.encode("<s>Once</s>")
+    assert forged.count(1) == 1
+    assert forged.count(2) == 0
+    assert llm.tokenizer.decode(forged) == "<s>Once</s>"
+
+
+def test_seeds(llm):
+    asked = {"temperature": 1.0, "max_tokens": 30}
+    first, second = llm.generate("One", **asked), llm.generate("One", **asked)
+    assert first.seed != second.seed
+    assert first.text != second.text
+    assert llm.generate("One", seed=first.seed, **asked).text == first.text
+
+
+def test_repetition_penalty_reaches_the_sampler(llm):
+    plain = llm.generate("", max_tokens=60, temperature=0).token_ids
+    penalized = llm.generate("", max_tokens=60, temperature=0, repetition_penalty=1.8).token_ids
+    assert len(set(penalized)) > len(set(plain))
+
+
+def test_end_of_sequence_ids_come_from_generation_config(llm):
+    """Its list says BOS ends a story too; config.json alone says 2."""
+    assert llm.defaults.eos_ids == (1, 2)
+    done = llm.generate("The end.", max_tokens=500, temperature=1.0, seed=2)
+    assert done.finish_reason == "stop"
+    assert not {1, 2} & set(done.token_ids)
+
+
+def test_sampling_defaults_come_from_generation_config(tmp_path):
+    folder = copy_model(tmp_path)
+    defaults = {"do_sample": True, "temperature": 0.7, "top_k": 5, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    with exl.load(folder) as llm:
+        asked = {"max_tokens": 20, "seed": 5}
+        by_default = llm.generate("One", **asked).text
+        assert by_default == llm.generate("One", temperature=0.7, top_k=5, **asked).text
+        assert by_default != llm.generate("One", temperature=0, **asked).text
+
+
+def test_logits_follow_the_chunks(llm):
+    ids = llm.encode("Once upon a time there was a dog")
+    logits = llm.logits(ids)
+    assert logits.shape == (len(ids), llm.config.vocab_size)
+    assert logits.dtype == torch.float32
+    with exl.load(STORIES, prefill_chunk=3, prefill_window=6) as small:
+        assert (small.logits(ids) - logits).abs().max() < 1e-2  # the f16 cache is read in other runs
+
+
+def test_the_context_is_a_border(llm):
+    with exl.load(STORIES, context=32) as small:
+        ids = small.encode("One day") * 20
+        with pytest.raises(exl.ConfigError, match=r"prompt: found \d+ tokens, the context holds 32"):
+            small.generate(ids)
+        with pytest.raises(exl.ConfigError, match="the context holds 32"):
+            small.logits(ids)
+        done = small.generate(ids[:30], max_tokens=100)
+        assert (done.num_tokens, done.finish_reason) == (2, "length")
+        full = small.generate(ids[:32], max_tokens=100)
+        assert (full.num_tokens, full.text, full.finish_reason) == (0, "", "length")
+        assert small.generate(ids[:30], max_tokens=100).token_ids == done.token_ids  # the pages came back
+
+
+def test_max_tokens_zero(llm):
+    done = llm.generate("One day", max_tokens=0)
+    assert (done.text, done.token_ids, done.finish_reason) == ("", (), "length")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"seed": "x"}, "seed"),
+    ],
+    ids=str,
+)
+def test_bad_values(llm, asked, message):
+    with pytest.raises(exl.ConfigError, match=message):
+        llm.generate("One day", **asked)
+
+
+@pytest.mark.parametrize("ids", [[], [512], [-1], [1, 2.5], ["a", 1]], ids=str)
+def test_bad_token_ids(llm, ids):
+    with pytest.raises(exl.ConfigError, match="prompt"):
+        llm.logits(ids)
+
+
+def test_other_libraries_keywords(llm):
+    with pytest.raises(TypeError, match=r"generate\(\) has no keyword 'max_new_tokens': exl calls it max_tokens"):
+        llm.generate("One day", max_new_tokens=5)
+    with pytest.raises(TypeError, match=r"stream.*max_tokens"):
+        llm.stream("One day", n_predict=5)
+    with pytest.raises(TypeError, match=r"load\(\) has no keyword 'n_ctx': exl calls it context"):
+        exl.load(STORIES, n_ctx=5)
+    with pytest.raises(TypeError, match="it takes model, device"):
+        exl.load(STORIES, speed="high")
+
+
+def test_unfinished_stream_in_the_same_thread_is_an_error_not_a_hang(llm):
+    stream = llm.stream("One day", 50)
+    next(stream)
+    with pytest.raises(exl.ExlError, match="another stream"):
+        llm.generate("One day", 5)
+    stream.close()
+    assert llm.generate("One day", 5).num_tokens == 5
+
+
+def test_threads_take_turns(llm):
+    prompts = ["One day", "The dog", "Lily", "Once"]
+    expected = [llm.generate(p, 30).text for p in prompts]
+    answers: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        answers[i] = "".join(llm.stream(prompts[i], 30))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [answers[i] for i in range(len(prompts))] == expected
+
+
+def test_a_closed_model_says_so():
+    llm = exl.load(STORIES)
+    llm.close()
+    llm.close()
+    for call in (lambda: llm.generate("One"), lambda: llm.logits([1]), lambda: llm.context):
+        with pytest.raises(exl.ExlError, match="closed"):
+            call()
+
+
+def test_progress_ends_at_the_total():
+    told = []
+    exl.load(STORIES, progress=lambda done, total: told.append((done, total))).close()
+    assert told[-1][0] == told[-1][1] > 0
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model_type": "mamba"}, exl.UnsupportedModelError, "model_type: found 'mamba', exl has llama"),
+        ({"model_type": None}, exl.UnsupportedModelError, "model_type"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, exl.UnsupportedModelError, "ForCausalLM"),
+        ({"hidden_act": "gelu"}, exl.UnsupportedModelError, "hidden_act"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, exl.UnsupportedModelError, "rope_type: found 'su'"),
+        ({"num_hidden_layers": 6}, exl.CheckpointError, "model.layers.5"),
+        ({"num_hidden_layers": 4}, exl.CheckpointError, "model.layers.4"),
+        ({"intermediate_size": 176}, exl.CheckpointError, r"gate_proj.*172.*176"),
+        ({"num_key_value_heads": 3}, exl.ConfigError, "num_key_value_heads"),
+        ({"tie_word_embeddings": False}, exl.CheckpointError, "lm_head"),
+        ({"attention_bias": True}, exl.CheckpointError, "q_proj.bias is missing"),
+        ({"hidden_size": "64"}, exl.ConfigError, "hidden_size: found '64'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 5, "group_size": 32}}, exl.ExlError, "bits"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, exl.UnsupportedModelError, "awq"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_models_that_exl_refuses(changes, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        exl.load(copy_model(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(name, tmp_path):
+    folder = copy_model(tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(exl.ExlError, match=name.replace("model.", "")):
+        exl.load(folder)
+
+
+def test_the_chat_prompt_needs_a_template(llm):
+    with pytest.raises(exl.ConfigError, match="chat template"):
+        llm.chat_prompt([{"role": "user", "content": "hello"}])
+
+
+def test_the_chat_prompt_follows_the_template(tmp_path):
+    folder = copy_model(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with exl.load(folder) as llm:
+        ids = llm.chat_prompt([{"role": "user", "content": "Hello </s> dog"}])
+        assert (ids[0], ids.count(1), ids[-1], ids.count(2)) == (1, 1, 2, 1)
