@@ -1,0 +1,277 @@
+"""Kernels loaded and launched: the one file that touches CuPy, and the one way into a kernel.
+
+Two backends. ``CudaBackend`` compiles with NVRTC and launches on torch's current stream, so a launch can be captured
+into a CUDA graph. ``HostBackend`` runs the same sources on the CPU through a library that is handed to it: the test
+shim, with which everything above the hardware is proven without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from exl.errors import KernelError
+from exl.kernels.args import Arg, Pointer
+from exl.kernels.compiler import CompileFailed, Compiler, compile_cached
+from exl.kernels.driver import Driver, pack_params
+from exl.kernels.spec import DEFAULT_SHARED_BYTES, KernelSpec, arch_limits
+
+MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+Dim = Sequence[int]  # up to three sizes, x first
+
+
+class Function(Protocol):
+    """A loaded kernel; made by ``Backend.load``, run by ``launch``."""
+
+    spec: KernelSpec
+    device: torch.device
+
+    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None: ...
+
+
+class Backend(Protocol):
+    """Where kernels run, and what a wrapper may know of it when it picks a configuration."""
+
+    device: torch.device
+    arch: int  # compute capability: 86 for 8.6
+    num_multiprocessors: int
+
+    def load(self, spec: KernelSpec) -> Function:
+        """Compiles if need be; the same function for the same spec. Not during a graph capture."""
+
+
+def launch(
+    function: Function,
+    grid: Dim,
+    block: Dim,
+    args: Sequence[Arg],
+    shared_bytes: int = 0,
+    *,
+    dependent: bool = False,
+) -> None:
+    """Starts ``function`` on ``grid`` x ``block`` threads with ``shared_bytes`` of dynamic shared memory.
+
+    ``args`` are typed (``args.ptr``, ``args.i32``, ...) and in the kernel's order. ``dependent`` lets the kernel start
+    before its predecessor on the stream has ended (programmatic dependent launch, sm_90 and up; ignored below): it must
+    then call ``griddepcontrol_wait`` before it touches what earlier kernels write. Raises ``KernelError``, before
+    anything runs, for a geometry beyond the architecture or arguments that are no ``Arg`` or on another device.
+    """
+    spec = function.spec
+    grid, block = _dims(spec, "grid", grid), _dims(spec, "block", block)
+    limits = arch_limits(spec.arch)
+    for name, dims, most in (("grid", grid, limits.max_grid), ("block", block, limits.max_block)):
+        if any(size > limit for size, limit in zip(dims, most, strict=True)):
+            raise KernelError(f"{spec}: {name} {dims} is larger than the architecture's {most}")
+    num_threads = block[0] * block[1] * block[2]
+    if num_threads > limits.max_threads_per_block:
+        raise KernelError(f"{spec}: {num_threads} threads a block, the most is {limits.max_threads_per_block}")
+    if not 0 <= shared_bytes <= limits.max_shared_bytes:
+        raise KernelError(
+            f"{spec}: {shared_bytes} bytes of shared memory a block, sm_{spec.arch} has {limits.max_shared_bytes}"
+        )
+    for i, arg in enumerate(args):
+        if not isinstance(arg, Arg):
+            raise KernelError(f"{spec}: argument {i} is a bare {type(arg).__name__}: say ptr(), i32(), f32(), ...")
+        if isinstance(arg, Pointer) and arg.dtype != "null" and torch.device(arg.device) != function.device:
+            raise KernelError(f"{spec}: argument {i} is on {arg.device}, the kernel runs on {function.device}")
+    function.run(grid, block, args, shared_bytes, dependent)
+
+
+def _dims(spec: KernelSpec, name: str, dims: Dim) -> tuple[int, int, int]:
+    if not 1 <= len(dims) <= 3 or not all(isinstance(size, int) and size >= 1 for size in dims):
+        raise KernelError(f"{spec}: {name} {tuple(dims)}: expected one to three positive sizes")
+    return tuple((*dims, 1, 1)[:3])
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+class CupyCompiler:
+    """NVRTC through CuPy's binding; needs CuPy, but no GPU."""
+
+    def __init__(self) -> None:
+        try:
+            from cupy_backends.cuda.libs import nvrtc
+        except ImportError as error:
+            raise KernelError(f"kernels are compiled by NVRTC through CuPy, which is not installed: {error}") from error
+        self._nvrtc = nvrtc
+
+    def version(self) -> str:
+        major, minor = self._nvrtc.getVersion()
+        return f"nvrtc {major}.{minor}"
+
+    def archs(self) -> tuple[int, ...]:
+        return tuple(sorted(self._nvrtc.getSupportedArchs()))
+
+    def compile(self, text: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+        program = self._nvrtc.createProgram(text, name, (), ())
+        try:
+            try:
+                self._nvrtc.compileProgram(program, options)
+            except self._nvrtc.NVRTCError as error:
+                raise CompileFailed(f"{self._nvrtc.getProgramLog(program)}\n{error}") from error
+            real = any(option.startswith("--gpu-architecture=sm_") for option in options)
+            code = self._nvrtc.getCUBIN(program) if real else self._nvrtc.getPTX(program)
+            return code if isinstance(code, bytes) else code.encode(), self._nvrtc.getProgramLog(program)
+        finally:
+            self._nvrtc.destroyProgram(program)
+
+
+class CudaBackend:
+    """Kernels on one GPU, in torch's primary context.
+
+    ``folder`` holds compiled code (default: the user's cache), ``sources`` the ``.cu`` files (default: exl's own).
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        folder: Path | None = None,
+        compiler: Compiler | None = None,
+        sources: Path | None = None,
+    ) -> None:
+        if not torch.cuda.is_available():
+            raise KernelError("no CUDA device: torch.cuda.is_available() is False")
+        try:
+            import cupy
+        except ImportError as error:
+            raise KernelError(f"CuPy is not installed: {error}") from error
+        self._cupy = cupy
+        index = torch.cuda.current_device() if device is None or device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        torch.cuda.init()
+        properties = torch.cuda.get_device_properties(self.device)
+        self.arch = properties.major * 10 + properties.minor
+        self.num_multiprocessors = properties.multi_processor_count
+        self._folder = folder
+        self._sources = sources
+        self._compiler = CupyCompiler() if compiler is None else compiler
+        self._driver = Driver()
+        self._functions: dict[KernelSpec, CudaFunction] = {}
+
+    def load(self, spec: KernelSpec) -> CudaFunction:
+        if spec not in self._functions:
+            if torch.cuda.is_current_stream_capturing():
+                raise KernelError(f"{spec} must be loaded before a graph is captured")
+            code = compile_cached(spec, self._compiler, self._folder, self._sources)
+            module = self._cupy.cuda.function.Module()
+            with self._cupy.cuda.Device(self.device.index):
+                module.load(code)
+                function = module.get_function(spec.entry)
+            self._functions[spec] = CudaFunction(spec, self.device, function, self._driver, self._cupy)
+        return self._functions[spec]
+
+
+class CudaFunction:
+    """A kernel of a loaded module."""
+
+    def __init__(self, spec: KernelSpec, device: torch.device, function: Any, driver: Driver, cupy: Any) -> None:
+        self.spec = spec
+        self.device = device
+        self._function = function  # keeps its module loaded
+        self._driver = driver
+        self._cupy = cupy
+        self._shared_bytes = DEFAULT_SHARED_BYTES
+
+    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None:
+        api = self._cupy.cuda.driver
+        params, keep = pack_params(args)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with self._cupy.cuda.Device(self.device.index):
+            if shared_bytes > self._shared_bytes:
+                api.funcSetAttribute(self._function.ptr, MAX_SHARED_ATTRIBUTE, shared_bytes)
+                self._shared_bytes = shared_bytes
+            if dependent and self.spec.arch >= 90:
+                self._driver.launch(self._function.ptr, grid, block, shared_bytes, stream, params, dependent=True)
+            else:
+                address = ctypes.addressof(params)
+                api.launchKernel(self._function.ptr, *grid, *block, shared_bytes, stream, address, 0)
+        del keep
+
+
+# ---- the CPU, for tests ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a kernel as its C++ compiler sees it."""
+
+    kind: str  # "p" pointer, "i" signed, "u" unsigned, "f" floating point
+    num_bytes: int
+    element: str = ""  # of a pointer: dtype name ("f16"), "void", or "struct"
+    element_bytes: int = 0
+    is_const: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "p":
+            return f"{'const ' if self.is_const else ''}{self.element}*"
+        return f"{self.kind}{self.num_bytes * 8}"
+
+
+class HostKernel(Protocol):
+    """A kernel compiled for the CPU. ``run`` raises ``KernelError`` for what the kernel does wrong."""
+
+    params: tuple[Param, ...]
+    max_threads: int
+
+    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None: ...
+
+
+class HostLibrary(Protocol):
+    """Compiles kernels for the CPU; tests bring one."""
+
+    def load(self, spec: KernelSpec) -> HostKernel: ...
+
+
+class HostBackend:
+    """Kernels on the CPU as if on a GPU of compute capability ``arch`` with ``num_multiprocessors``."""
+
+    def __init__(self, library: HostLibrary, arch: int = 86, num_multiprocessors: int = 4) -> None:
+        self.device = torch.device("cpu")
+        self.arch = arch
+        self.num_multiprocessors = num_multiprocessors
+        self._library = library
+        self._functions: dict[KernelSpec, HostFunction] = {}
+
+    def load(self, spec: KernelSpec) -> HostFunction:
+        if spec not in self._functions:
+            self._functions[spec] = HostFunction(spec, self._library.load(spec))
+        return self._functions[spec]
+
+
+class HostFunction:
+    """Checks what CUDA would not: the arguments against the kernel's own signature, the block against its bound."""
+
+    def __init__(self, spec: KernelSpec, kernel: HostKernel) -> None:
+        self.spec = spec
+        self.device = torch.device("cpu")
+        self._kernel = kernel
+
+    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None:
+        params = self._kernel.params
+        if len(args) != len(params):
+            raise KernelError(f"{self.spec} takes {len(params)} arguments, {len(args)} given")
+        for i, (param, arg) in enumerate(zip(params, args, strict=True)):
+            if not matches(param, arg):
+                raise KernelError(f"{self.spec}: argument {i} is {arg.dtype}, the kernel's parameter is {param}")
+        if block[0] * block[1] * block[2] > self._kernel.max_threads:
+            raise KernelError(
+                f"{self.spec}: block {tuple(block)} is larger than the {self._kernel.max_threads} declared"
+            )
+        self._kernel.run(grid, block, args, shared_bytes, dependent and self.spec.arch >= 90)
+
+
+def matches(param: Param, arg: Arg) -> bool:
+    """Whether a typed argument fits a parameter. Bytes (u8) and structs of words are how packed weights travel."""
+    if isinstance(arg, Pointer):
+        if param.kind != "p":
+            return False
+        raw = arg.dtype in ("null", "u8") or param.element in ("void", "struct")
+        same_integer = arg.dtype[1:] == param.element[1:] and {arg.dtype[0], param.element[0]} == {"i", "u"}
+        return raw or arg.dtype == param.element or same_integer
+    return (param.kind, param.num_bytes * 8) == (arg.dtype[0], int(arg.dtype[1:]))

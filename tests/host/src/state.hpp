@@ -1,0 +1,87 @@
+#pragma once
+// The block that runs: one at a time, on one thread. Everything is plain static data of this shared library.
+#include <exl_host/runtime.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <vector>
+
+#include "fiber.hpp"
+
+namespace exl_host {
+
+constexpr uint32_t kWarp = 32, kMaxLanes = 1024, kMaxWarps = kMaxLanes / kWarp;
+constexpr size_t kMaxShared = 256 * 1024;      // more than any architecture has
+constexpr size_t kSharedGuard = 64 * 1024;     // on both sides: an index that is off lands here
+constexpr size_t kSharedAlign = 16;            // all that CUDA promises
+constexpr size_t kStackBytes = 256 * 1024;     // sanitizers make frames several times larger
+
+enum class State : uint8_t { kReady, kCollective, kBarrier, kDone };
+enum class Op : uint8_t { kSync, kShuffle, kVote, kMatch, kReduce, kMma, kLdmatrix, kMovmatrix };
+
+struct Collective {     // what a lane brought to a warp-wide instruction, and what it gets
+  Op op;
+  uint32_t mode, width; // must agree between the lanes
+  uint32_t mask;
+  void* site;
+  uint32_t in[8];
+  float c[4];
+  const void* row;
+  uint32_t out[4];
+};
+
+struct Copy {           // an asynchronous copy on its way
+  uint8_t* dst;
+  const uint8_t* src;
+  uint32_t num_bytes, src_bytes, group;
+  void* site;
+  uint8_t data[16];     // the source at issue
+};
+
+struct Lane {
+  Fiber fiber;
+  ExlDim thread;
+  State state;
+  bool waited;          // passed griddepcontrol.wait, or a barrier after one that did
+  int vote;
+  void* site;           // where it waits
+  Collective collective;
+  std::vector<Copy> copies;
+  uint32_t open_group;  // copies with this number are not committed yet
+};
+
+inline Lane lanes[kMaxLanes];
+inline Fiber main_fiber;
+inline uint32_t current = 0;            // the lane that runs
+inline bool in_kernel = false;
+inline uint32_t num_lanes = 0, num_warps = 0, num_done = 0;
+inline uint32_t ready[kMaxWarps], exists[kMaxWarps], done[kMaxWarps];   // lanes of each warp
+inline uint32_t num_at_barrier = 0;
+inline int barrier_result = 0;
+inline const ExlLaunch* launch = nullptr;
+inline ExlFault* fault_out = nullptr;
+inline bool faulted = false;
+inline ExlStats stats;
+inline uint64_t random_state = 1;
+
+// Redzones live in the same array; the block's bytes start 16 bytes off a larger alignment, to show who relies on it.
+alignas(256) inline uint8_t shared_arena[kSharedGuard + kMaxShared + kSharedGuard];
+inline uint8_t* const shared_base = shared_arena + kSharedGuard + kSharedAlign;
+
+inline uint32_t random_bits() {   // xorshift64*
+  random_state ^= random_state >> 12;
+  random_state ^= random_state << 25;
+  random_state ^= random_state >> 27;
+  return static_cast<uint32_t>((random_state * 2685821657736338717ull) >> 32);
+}
+inline uint32_t random_below(uint32_t n) { return static_cast<uint32_t>((static_cast<uint64_t>(random_bits()) * n) >> 32); }
+inline uint32_t random_lane(uint32_t set) {   // of a set that is not empty
+  const uint32_t turn = random_bits() & 31;
+  const uint32_t turned = turn ? (set >> turn) | (set << (32 - turn)) : set;
+  return (static_cast<uint32_t>(__builtin_ctz(turned)) + turn) & 31;
+}
+
+// Ends the launch: records what went wrong in the lane that runs, and never comes back.
+void fail(void* site, void* other, const char* format, ...) __attribute__((format(printf, 3, 4), noreturn));
+
+}  // namespace exl_host
