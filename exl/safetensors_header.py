@@ -219,11 +219,18 @@ def _check_coverage(infos: list[TensorInfo], start: int, stop: int, file: str) -
         raise CheckpointError(f"{file}: found {stop - start} bytes that belong to no tensor, expected none")
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_SKIPPING = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def _scan_index_entry(text: str, at: int, key: str) -> tuple[Any, int]:
     if key == "weight_map":
         return _scan_object(text, at, _scan_text_value)
     try:  # a bounded piece, so that nesting and numbers without end cannot cost more
-        value, end = json.JSONDecoder().raw_decode(text[at : at + MAX_SKIPPED_CHARS])
+        value, end = _SKIPPING.raw_decode(text[at : at + MAX_SKIPPED_CHARS])
     except (ValueError, RecursionError):
         raise _wrong(text, at, f"a JSON value of at most {MAX_SKIPPED_CHARS} characters") from None
     return value, at + end
