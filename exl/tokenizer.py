@@ -19,7 +19,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +221,15 @@ class Tokenizer:
             ids = self._plain_backend.encode(_GUARD + text, add_special_tokens=False).ids[1:]
         if not self._count_control(ids):
             return ids
-        # Unigram models have control tokens among their pieces and find them in plain text: cut those in two.
-        cuts = [0, *(start + 1 for start, _ in self._control.find(text)), len(text)]
-        if len(cuts) == 2:
-            return [token_id for token_id in ids if token_id not in self._control_ids]
-        ids = []
-        for start, stop in pairwise(cuts):
-            ids += self._encode_plain(text[start:stop], at_start=at_start and start == 0)
-        return ids
+        return [part for token_id in ids for part in self._cut_in_two(token_id)]
+
+    def _cut_in_two(self, token_id: int) -> list[int]:
+        """Unigram models have control tokens among their pieces, and find them in text whatever they are told."""
+        if token_id not in self._control_ids:
+            return [token_id]
+        token, model = self._backend.id_to_token(token_id), self._backend.model
+        parts = [part.id for text in (token[:1], token[1:]) if text for part in model.tokenize(text)]
+        return [part for part in parts if part not in self._control_ids]
 
     def _may_hold_control(self, text: str) -> bool:
         """A normalizer may make a control token of text that holds none, but only one that is matched after it."""
