@@ -54,7 +54,7 @@ class TensorInfo:
 
 def shown(value: object, limit: int = 100) -> str:
     """``repr`` for an error message, cut in the middle where it is long."""
-    text = repr(value)
+    text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 3 * limit else value)
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-limit // 4 :]}"
 
 
@@ -63,6 +63,7 @@ class _JsonError(ValueError):
 
 
 _ScanValue = Callable[[str, int, str], tuple[Any, int]]  # (text, at, key) -> (value, end)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _INTEGER = r"(?:0|[1-9][0-9]{0,18})"
 _INTEGERS = re.compile(
@@ -85,7 +86,8 @@ def _scan_string(text: str, at: int) -> tuple[str, int]:
         raise _wrong(text, at, "a string")
     try:
         value, end = scanstring(text, at + 1, True)
-        value.encode()  # a lone surrogate escape is no Unicode: the reference library refuses it too
+        if _SURROGATE.search(value):  # no Unicode: the reference library refuses it, too
+            raise ValueError("Lone surrogate")
     except ValueError as error:
         raise _wrong(text, at, f"a valid JSON string ({str(error).split(':')[0]})") from None
     return value, end
