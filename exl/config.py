@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object from a file. ``ConfigError`` names the file for anything else."""
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_JSON_BYTES}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+            raise ConfigError(f"{path}: not a regular file")
+        if status.st_size > _MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: {status.st_size} bytes, expected at most {_MAX_JSON_BYTES}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from json.decoder import scanstring
@@ -53,9 +54,15 @@ class TensorInfo:
 
 
 def shown(value: object, limit: int = 100) -> str:
-    """``repr`` for an error message, cut in the middle where it is long."""
-    text = repr(value[: 2 * limit] + value[-limit:] if isinstance(value, str) and len(value) > 3 * limit else value)
+    """``repr`` for an error message, cut in the middle where it is long, and never as large as what it shows."""
+    if isinstance(value, str) and len(value) > 3 * limit:
+        value = value[: 2 * limit] + value[-limit:]
+    text = repr(value) if isinstance(value, str) else _SHORT.repr(value)
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-limit // 4 :]}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 60, 60, 60
 
 
 class _JsonError(ValueError):
