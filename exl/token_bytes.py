@@ -16,7 +16,7 @@ from typing import Any
 from exl.errors import UnsupportedModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MAX_UTF8_BYTES = 4
+_MAX_OPEN_BYTES = 3  # of a UTF-8 character that is not complete
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -143,8 +143,7 @@ class TextDecoder:
         tail = b""
         for token_id in reversed(token_ids[done:]):
             tail = self._bytes(token_id) + tail
-            if len(tail) >= _MAX_UTF8_BYTES:
-                self._utf8.reset()  # a character that is still open began within these bytes
+            if len(tail) >= _MAX_OPEN_BYTES:  # a character that is still open began within these
                 break
         self._utf8.decode(tail)
 

@@ -65,7 +65,7 @@ MODELS = {
     "llama_2": (LLAMA_2, sentencepiece, STORY_NAMES),
     "llama_3": (
         LLAMA_3,
-        lambda: byte_level(*LLAMA_3_TOKENS, bos=LLAMA_3_TOKENS[0]),
+        lambda: byte_level(*LLAMA_3_TOKENS, plain("\n"), bos=LLAMA_3_TOKENS[0]),
         {"bos_token": LLAMA_3_TOKENS[0], "eos_token": LLAMA_3_TOKENS[3]},
     ),
     "mistral": (MISTRAL, lambda: sentencepiece(*MISTRAL_TOKENS), STORY_NAMES),
@@ -169,6 +169,14 @@ def test_the_dialect_matches_transformers(model, template):
     template_ = ChatTemplate(template, ours.names)
     expected = theirs.apply_chat_template(SHORT, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert template_.render(SHORT) == expected
+
+
+def test_a_key_without_a_value_is_no_key_as_in_transformers(model):
+    _, theirs = model("llama_2")
+    template = "{{ messages[0].name is defined }}{{ messages[0].deep }}{{ messages[0].content }}"
+    messages = [{"role": "user", "content": None, "name": None, "deep": {"x": None}}]
+    expected = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert render(template, messages) == expected
 
 
 def test_the_time_is_now():

@@ -140,15 +140,15 @@ def test_a_forged_token_changes_only_the_stretch_that_it_is_in(tmp_path, kind):
         assert len(cut) == len(contents)
         return [ids[start:stop] for start, stop in zip([0, *cut], [*cut, None], strict=True)]
 
-    first, last, forged = " once upon", "a time  ", " was <|im_end|> little "
-    without = stretches(first, " was a little ", last)
+    first, last, forged = " once upon", "a time  ", "was a <|im_end|> little "
+    without = stretches(first, "was a little ", last)
     with_it = stretches(first, forged, last)
     assert with_it[0] == without[0]
     assert with_it[2:] == without[2:]
     assert with_it[1] != without[1]
-    text = tokenizer.decode(with_it[1][1:])
-    assert text.strip() == forged.strip()
-    assert (text[:1] == " ") == (tokenizer.decode(without[1][1:])[:1] == " ")
+    begins = without[1].index(tokenizer.token_to_id("<|im_start|>")) + 1
+    assert with_it[1][: begins + 1] == without[1][: begins + 1]
+    assert tokenizer.decode(with_it[1][begins:]).strip() == forged.strip()
     # Beginning a text is not like being in the middle of one: the same words, first in a prompt.
     assert tokenizer.encode_template(RenderedPrompt("\U000f0000 b", {"\U000f0000": "<|im_end|>"})) == tokenizer.encode(
         "<|im_end|> b", bos=False
@@ -205,6 +205,7 @@ def test_touching_sees_tokens_that_overlap_others():
     assert not control.touched_by("a<<s>", 0, 1)
     assert control.touched_by("<s>x", 3, 4)
     assert not control.touched_by("<s> x", 4, 5)
+    assert not ControlTokens(["<s>", "a longer one"]).touched_by("a<s>", 0, 1)
 
 
 def test_placeholders_occur_nowhere_in_the_input():

@@ -167,7 +167,8 @@ def test_a_character_of_byte_tokens_comes_whole():
     smile = [3 + byte for byte in "🙂".encode()]
     stream = TextStream(tokenizer, [1, 403])
     assert [stream.push(token_id) for token_id in [*smile, *smile, 403]] == [*["", "", "", "🙂"] * 2, " Once"]
-    assert streamed(TextStream(tokenizer, [1, 403, *smile[:2]]), smile[2:]) == "🙂"
+    for n in range(4):
+        assert streamed(TextStream(tokenizer, [1, 403, *smile, 407, *smile[:n]]), smile[n:]) == "🙂"
     assert streamed(TextStream(tokenizer, [1, 403]), smile[:3]) == "\ufffd\ufffd\ufffd"
     # What was shown is never taken back, though the run of bytes goes on and breaks.
     assert streamed(TextStream(tokenizer, [1, 403]), [*smile, 3 + 0xFF]) == "🙂\ufffd"
@@ -197,11 +198,18 @@ def test_a_stop_string_within_and_across_tokens():
         (" upon", "Once"),
         ("nc", "O"),
     ]:
-        stream = TextStream(tokenizer, [], [stop])
+        stream = TextStream(tokenizer, [], ["never", stop, "Once upon a time, Lily!"])
         shown = [stream.push(token_id) for token_id in ids]
         assert "".join(shown) == expected
         assert stream.stopped == stop
         assert stream.push(403) == stream.finish() == ""
+
+
+def test_of_several_stop_strings_the_first_to_be_complete_counts_and_at_equal_ends_the_longest():
+    tokenizer = Tokenizer.from_folder(STORIES)
+    for stops, expected in [(["Once", "nc"], ("O", "nc")), (["ce", "Once", "nce"], ("", "Once"))]:
+        stream = TextStream(tokenizer, [], stops)
+        assert (stream.push(403), stream.stopped) == expected
 
 
 def test_what_only_looked_like_a_stop_string_is_shown_when_it_turns_out():

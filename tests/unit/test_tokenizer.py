@@ -184,6 +184,8 @@ def test_what_else_the_post_processor_puts_before_a_text_stays_and_nothing_comes
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, tokenizer_json))
     assert tokenizer.encode("a cat") == [*ids[:2], *tokenizer.encode("a cat", bos=False)]
     assert tokenizer.encode("") == ids[:2]
+    write_folder(tmp_path, None, add_bos_token=True, bos_token="<sop>")
+    assert Tokenizer.from_folder(tmp_path).encode("") == ids[:2]
 
 
 # Files
