@@ -1,5 +1,6 @@
 #pragma once
 // Warp-wide instructions: a lane leaves its operands and sleeps; the last one to arrive computes for all.
+#include "numbers.hpp"
 #include "scheduler.hpp"
 
 namespace exl_host {
@@ -11,17 +12,6 @@ inline const char* op_name(Op op) {
 
 // ---- the instructions, from the lane maps of the PTX ISA -----------------------------------------------------------
 
-inline float half_to_float(uint16_t bits) {
-  _Float16 h;
-  memcpy(&h, &bits, 2);
-  return static_cast<float>(h);
-}
-inline float bfloat_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float f;
-  memcpy(&f, &wide, 4);
-  return f;
-}
 // Tensor cores cut their sums off instead of rounding (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
 inline float toward_zero(double d) {
   float f = static_cast<float>(d);
@@ -43,12 +33,17 @@ inline void mma(Lane* warp, uint32_t kind) {
   float a[16][16], b[16][8];
   for (int l = 0; l < 32; ++l) {
     uint16_t h[12];
+    float f[12];
     memcpy(h, warp[l].collective.in, sizeof h);
-    for (int e = 0; e < depth / 2; ++e) {
-      a[l / 4 + 8 * (e / 2 % 2)][2 * (l % 4) + e % 2 + 8 * (e / 4)] = kind == 1 ? bfloat_to_float(h[e]) : half_to_float(h[e]);
+    if (kind == 1) {
+      for (int e = 0; e < 12; ++e) f[e] = bfloat_to_float(h[e]);
+    } else {
+      halves_to_floats(h, f, 8);
+      halves_to_floats(h + 8, f + 8, 4);
     }
-    for (int e = 0; e < depth / 4; ++e)
-      b[2 * (l % 4) + e % 2 + 8 * (e / 2)][l / 4] = kind == 1 ? bfloat_to_float(h[8 + e]) : half_to_float(h[8 + e]);
+    const int g = l / 4, t = l % 4;
+    for (int e = 0; e < depth / 2; ++e) a[g + 8 * (e / 2 % 2)][2 * t + e % 2 + 8 * (e / 4)] = f[e];
+    for (int e = 0; e < depth / 4; ++e) b[2 * t + e % 2 + 8 * (e / 2)][g] = f[8 + e];
   }
   for (int row = 0; row < 16; ++row) {
     float sum[8];
@@ -70,15 +65,15 @@ inline void ldmatrix(Lane* warp, uint32_t first_lane, uint32_t count, bool trans
   for (uint32_t m = 0; m < count; ++m) {
     for (uint32_t r = 0; r < 8; ++r) {
       const Collective& from = warp[m * 8 + r].collective;
-      if (!in_shared_arena(from.row)) fail(from.site, nullptr, "ldmatrix of memory that is not shared, at {0}");
-      if (reinterpret_cast<uintptr_t>(from.row) % 16) fail(from.site, nullptr, "ldmatrix of a row that is not aligned to 16 bytes, at {0}");
+      if (!in_shared_arena(from.row)) fail(warp[m * 8 + r].site, nullptr, "ldmatrix of memory that is not shared, at {0}");
+      if (reinterpret_cast<uintptr_t>(from.row) % 16) fail(warp[m * 8 + r].site, nullptr, "ldmatrix of a row that is not aligned to 16 bytes, at {0}");
     }
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t word = 0;
       for (uint32_t e = 0; e < 2; ++e) {
         const uint32_t row = transposed ? 2 * (l % 4) + e : l / 4, col = transposed ? l / 4 : 2 * (l % 4) + e;
         const uint8_t* p = static_cast<const uint8_t*>(warp[m * 8 + row].collective.row) + 2 * col;
-        shadow_access(first_lane + l, p, 2, Access::kRead, warp[l].collective.site);
+        shadow_access(first_lane + l, p, 2, Access::kRead, warp[l].site);
         uint16_t bits;
         memcpy(&bits, p, 2);
         word |= static_cast<uint32_t>(bits) << (16 * e);
@@ -110,7 +105,7 @@ inline void shuffle(Lane* warp, uint32_t mask, uint32_t mode, uint32_t width) {
     if (mode == 1) source = l >= start + operand && operand < width ? l - operand : l;
     if (mode == 2) source = operand < width && l + operand < start + width ? l + operand : l;
     if (mode == 3) source = (l ^ (operand & 31)) < start + width ? l ^ (operand & 31) : l;
-    if (!(mask >> source & 1)) fail(self.site, nullptr, "shuffle at {0}: lane %u reads lane %u, which is not in the mask 0x%08x", l, source, mask);
+    if (!(mask >> source & 1)) fail(warp[l].site, nullptr, "shuffle at {0}: lane %u reads lane %u, which is not in the mask 0x%08x", l, source, mask);
     self.out[0] = warp[source].collective.in[0];
     self.out[1] = warp[source].collective.in[1];
   }
@@ -178,42 +173,61 @@ inline void complete(uint32_t warp_idx, Op op, uint32_t mask, uint32_t mode, uin
   }
 }
 
+// Lanes of one warp that wait at the same instruction under the same mask.
+struct Group {
+  Op op;
+  uint32_t mode, width, mask, arrived;
+  void* site;
+};
+inline Group groups[kMaxWarps][kWarp];
+inline uint32_t num_groups[kMaxWarps];
+
+inline void clear_groups() { memset(num_groups, 0, sizeof num_groups); }
+
+// The group that waits for this lane; fails if the lane is somewhere else while both wait for each other.
+inline Group* find_group(uint32_t warp_idx, uint32_t self, const Group& mine) {
+  for (uint32_t i = 0; i < num_groups[warp_idx]; ++i) {
+    Group& group = groups[warp_idx][i];
+    if (!(group.mask >> self & 1) || !(mine.mask & group.arrived)) continue;   // it may come there yet
+    const uint32_t other = static_cast<uint32_t>(__builtin_ctz(group.arrived));
+    if (group.op != mine.op || group.site != mine.site)
+      fail(mine.site, group.site,
+           "warp collective: lane %u is in %s at {0}, lane %u in %s at {1}: all lanes of the mask must come from the "
+           "same call", self, op_name(mine.op), other, op_name(group.op));
+    if (group.mask != mine.mask || group.mode != mine.mode || group.width != mine.width)
+      fail(mine.site, nullptr, "%s at {0}: lanes %u and %u disagree on the mask (0x%08x, 0x%08x), the width or the kind",
+           op_name(mine.op), self, other, mine.mask, group.mask);
+    return &group;
+  }
+  return nullptr;
+}
+
 // Brings lane `current`, whose operands are in place, to the instruction. Returns when the result is there.
 inline void collective(Op op, uint32_t mask, uint32_t mode, uint32_t width, void* site) {
-  const uint32_t warp_idx = current / kWarp, self = current % kWarp;
-  Lane* warp = lanes + warp_idx * kWarp;
-  Collective& mine = warp[self].collective;
+  const uint32_t warp_idx = current / kWarp, self = current % kWarp, bit = 1u << self;
   ++stats.collectives;
+  lanes[current].site = site;
   mask &= exists[warp_idx];   // a full mask is the usual way to say "all" in a warp that is not full
-  if (!(mask >> self & 1)) fail(site, nullptr, "%s at {0}: lane %u is not in its own mask 0x%08x", op_name(op), self, mask);
-  if (op >= Op::kMma && mask != ~0u) fail(site, nullptr, "%s at {0} needs a full warp, this one has %d lanes", op_name(op), __builtin_popcount(mask));
-  mine.op = op;
-  mine.mask = mask;
-  mine.mode = mode;
-  mine.width = width;
-  mine.site = site;
-  warp[self].site = site;
-  bool all = true;
-  for (uint32_t rest = mask & ~(1u << self); rest; rest &= rest - 1) {
-    const uint32_t l = static_cast<uint32_t>(__builtin_ctz(rest));
-    const Collective& theirs = warp[l].collective;
-    if (warp[l].state == State::kDone)
-      fail(site, nullptr, "%s at {0} names lane %u in its mask 0x%08x, which has exited", op_name(op), l, mask);
-    if (warp[l].state != State::kCollective) { all = false; continue; }
-    if (!(theirs.mask >> self & 1)) { all = false; continue; }   // in a collective of its own, and may come here yet
-    if (theirs.op != op || theirs.site != site)
-      fail(site, theirs.site, "warp collective: lane %u is in %s at {0}, lane %u in %s at {1}: all lanes of the mask must come from the same call",
-           self, op_name(op), l, op_name(theirs.op));
-    if (theirs.mask != mask || theirs.mode != mode || theirs.width != width)
-      fail(site, nullptr, "%s at {0}: lanes %u and %u disagree on its mask (0x%08x, 0x%08x) or its width", op_name(op), self, l, mask, theirs.mask);
-  }
-  if (!all) {
-    warp[self].state = State::kCollective;
+  if (!(mask & bit)) fail(site, nullptr, "%s at {0}: lane %u is not in its own mask 0x%08x", op_name(op), self, mask);
+  if (op >= Op::kMma && mask != ~0u)
+    fail(site, nullptr, "%s at {0} needs a full warp, this one has %d lanes", op_name(op), __builtin_popcount(mask));
+  if (mask & done[warp_idx])
+    fail(site, nullptr, "%s at {0} names lanes 0x%08x in its mask 0x%08x, which have exited", op_name(op),
+         mask & done[warp_idx], mask);
+  const Group mine = {op, mode, width, mask, bit, site};
+  Group* group = find_group(warp_idx, self, mine);
+  if (group) group->arrived |= bit;
+  else groups[warp_idx][num_groups[warp_idx]++] = mine;
+  if ((group ? group->arrived : bit) != mask) {
+    lanes[current].state = State::kCollective;
+    lanes[current].waiting_mask = mask;
     yield_lane(false);
     return;
   }
+  Group& last = groups[warp_idx][--num_groups[warp_idx]];
+  if (group && group != &last) *group = last;
   complete(warp_idx, op, mask, mode, width);
-  for (uint32_t rest = mask & ~(1u << self); rest; rest &= rest - 1)
+  for (uint32_t rest = mask & ~bit; rest; rest &= rest - 1)
     wake(warp_idx * kWarp + static_cast<uint32_t>(__builtin_ctz(rest)));
 }
 

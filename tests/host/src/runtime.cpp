@@ -167,24 +167,22 @@ const char* exl_host_build() {
 }
 void exl_host_stats(ExlStats* out) { *out = stats; }
 
+void* exl_host_stacks() { return map_stacks(kMaxLanes, kStackBytes); }
+
 int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
   launch = request;
   fault_out = fault;
   faulted = false;
   stats = ExlStats();
   if (!stacks_start) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    uint8_t* base = map_stacks(kMaxLanes, kStackBytes);
-    if (!base) {
-      snprintf(fault->message, sizeof fault->message, "cannot map stacks for %u threads", kMaxLanes);
-      return 1;
-    }
+    const size_t stride = kStackBytes + static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    uint8_t* base = static_cast<uint8_t*>(request->stacks);
     for (uint32_t i = 0; i < kMaxLanes; ++i) {
-      lanes[i].fiber.stack = base + i * (kStackBytes + page);
-      lanes[i].fiber.stack_bytes = kStackBytes;
+      lanes[i].fiber.stack = base + i * stride;
+      lanes[i].fiber.stack_bytes = kStackBytes - i % 56 * 64;   // tops in different cache sets
     }
     stacks_start = reinterpret_cast<uintptr_t>(base);
-    stacks_stop = stacks_start + kMaxLanes * (kStackBytes + page);
+    stacks_stop = stacks_start + kMaxLanes * stride;
     dl_iterate_phdr(find_image, nullptr);
   }
 #if defined(EXL_ASAN)

@@ -5,6 +5,8 @@
 
 namespace exl_host {
 
+void clear_groups();
+
 inline void enter(uint32_t lane) {
   current = lane;
   exl_thread_idx = &lanes[lane].thread;
@@ -62,7 +64,7 @@ inline void fail_stuck() {
   current = static_cast<uint32_t>(collective_lane);
   const Lane& lane = lanes[current];
   fail(lane.site, nullptr, "warp collective at {0} with mask 0x%08x never completes: not all of its lanes arrive",
-       lane.collective.mask);
+       lane.waiting_mask);
 }
 
 // The lane that runs gives way; returns when it is its turn again.
@@ -109,11 +111,9 @@ inline void lane_main() {
 // Arrives at the block's barrier; the last one opens it.
 inline void block_barrier(void* site, int predicate, int kind) {
   Lane& lane = lanes[current];
-  if (num_at_barrier) {
-    for (uint32_t i = 0; i < num_lanes; ++i)
-      if (lanes[i].state == State::kBarrier && lanes[i].site != site)
-        fail(site, lanes[i].site, "divergent barrier: this thread is in __syncthreads at {0}, thread %u at {1}", i);
-  }
+  if (num_at_barrier && barrier_site != site)
+    fail(site, barrier_site, "divergent barrier: this thread is in __syncthreads at {0}, another at {1}");
+  barrier_site = site;
   lane.site = site;
   lane.vote = predicate != 0;
   lane.state = State::kBarrier;
@@ -140,6 +140,7 @@ inline void block_barrier(void* site, int predicate, int kind) {
 inline void run_block() {
   memset(shared_base, 0xff, launch->shared_bytes);   // NaN in every floating-point type
   shadow_begin_block();
+  clear_groups();
   num_done = num_at_barrier = 0;
   for (uint32_t w = 0; w < num_warps; ++w) {
     const uint32_t count = num_lanes - w * kWarp;

@@ -20,10 +20,6 @@ enum class State : uint8_t { kReady, kCollective, kBarrier, kDone };
 enum class Op : uint8_t { kSync, kShuffle, kVote, kMatch, kReduce, kMma, kLdmatrix, kMovmatrix };
 
 struct Collective {     // what a lane brought to a warp-wide instruction, and what it gets
-  Op op;
-  uint32_t mode, width; // must agree between the lanes
-  uint32_t mask;
-  void* site;
   uint32_t in[8];
   float c[4];
   const void* row;
@@ -45,6 +41,7 @@ struct Lane {
   bool waited;          // passed griddepcontrol.wait, or a barrier after one that did
   int vote;
   void* site;           // where it waits
+  uint32_t waiting_mask;
   Collective collective;
   std::vector<Copy> copies;
   uint32_t open_group;  // copies with this number are not committed yet
@@ -57,6 +54,7 @@ inline bool in_kernel = false;
 inline uint32_t num_lanes = 0, num_warps = 0, num_done = 0;
 inline uint32_t ready[kMaxWarps], exists[kMaxWarps], done[kMaxWarps];   // lanes of each warp
 inline uint32_t num_at_barrier = 0;
+inline void* barrier_site = nullptr;
 inline int barrier_result = 0;
 inline const ExlLaunch* launch = nullptr;
 inline ExlFault* fault_out = nullptr;

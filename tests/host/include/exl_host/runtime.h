@@ -15,6 +15,14 @@ struct ExlWords { uint32_t r[4]; };
 extern const ExlDim* exl_thread_idx;   // of the lane that runs now
 extern ExlDim exl_block_idx, exl_block_dim, exl_grid_dim;
 
+uint32_t exl_prmt(uint32_t a, uint32_t b, uint32_t selector);
+float exl_f32_from_f16(uint16_t h);
+uint16_t exl_f16_from_f32(float f);
+uint32_t exl_f16x2_from_f32(float lo, float hi);
+uint16_t exl_bf16_from_f32(float f);
+uint32_t exl_add_f16x2(uint32_t a, uint32_t b);
+uint32_t exl_mul_f16x2(uint32_t a, uint32_t b);
+uint32_t exl_fma_f16x2(uint32_t a, uint32_t b, uint32_t c);   // rounded once
 void* exl_shared_memory();
 void exl_syncthreads();
 int exl_syncthreads_vote(int predicate, int kind);          // kind: 0 count, 1 and, 2 or
@@ -62,6 +70,7 @@ struct ExlLaunch {
   uint8_t dependent;   // launched with the programmatic attribute
   const ExlRange* ranges;
   const uint64_t* args;
+  void* stacks;          // of exl_host_stacks, one for all libraries of a process
 };
 struct ExlFault {      // why a launch stopped; {0} and {1} in the message stand for the two sites
   char message[2048];
@@ -73,6 +82,7 @@ struct ExlStats { uint64_t switches, collectives, accesses; };
 
 int exl_host_params(ExlParam* out);                     // count of the entry's parameters
 uint32_t exl_host_max_threads();                        // of EXL_KERNEL
+__attribute__((visibility("default"))) void* exl_host_stacks();   // maps them, or null
 __attribute__((visibility("default"))) int exl_host_launch(const ExlLaunch* launch, ExlFault* fault);   // 0, or 1 with the fault filled in
 __attribute__((visibility("default"))) void exl_host_stats(ExlStats* out);
 __attribute__((visibility("default"))) const char* exl_host_build();
