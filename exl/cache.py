@@ -1,21 +1,28 @@
-"""The KV cache: one slab, allocated once, in pages of 64 tokens.
-
-``KVCache`` owns the bytes. ``PagePool`` owns who uses which page; here the trivial one: it hands out the lowest free
-pages first, so that a sequence's pages are neighbours and attention reads them as one view.
-"""
+"""The KV cache's bytes: one slab for all layers, allocated once, in pages of 64 tokens. Never grows."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from exl.batch import PAGE_SIZE
-from exl.errors import MemoryBudgetError
 from exl.layout import KVLayout
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16}
+_DTYPES = {"u8": torch.uint8, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class KVPages:
+    """One layer's pages: k and v [page, token, kv_head, ...] in the cache's type, scales where it has any."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scales: torch.Tensor | None = None
+    v_scales: torch.Tensor | None = None
+
+    def arrays(self) -> list[torch.Tensor]:
+        return [array for array in (self.k, self.v, self.k_scales, self.v_scales) if array is not None]
 
 
 class KVCache:
@@ -24,31 +31,26 @@ class KVCache:
     def __init__(self, layout: KVLayout, num_pages: int, device: torch.device) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        self.slab = torch.zeros(layout.slab_shape(num_pages), dtype=_DTYPES[layout.kind], device=device)
-
-    def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a layer, each [page, token, kv_head, D]."""
-        return self.slab[layer_idx, 0], self.slab[layer_idx, 1]
-
-
-class PagePool:
-    """Which pages are free. Raises ``MemoryBudgetError`` when more are asked for than there are."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self._free = list(range(num_pages))  # a heap: sorted is one
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise MemoryBudgetError(
-                f"KV cache: {count} pages of {PAGE_SIZE} tokens asked for, {len(self._free)} of {self.num_pages} free"
+        self.slab = torch.zeros(layout.slab_bytes(num_pages), dtype=torch.uint8, device=device)
+        fields = layout.fields(num_pages)
+        stride = layout.layer_bytes(num_pages)
+        self._layers = []
+        for layer_idx in range(layout.num_layers):
+            blob = self.slab[layer_idx * stride : (layer_idx + 1) * stride]
+            self._layers.append(
+                KVPages(
+                    **{
+                        name: blob[f.offset : f.offset + f.num_bytes].view(_DTYPES[f.dtype]).view(f.shape)
+                        for name, f in fields.items()
+                    }
+                )
             )
-        return [heapq.heappop(self._free) for _ in range(count)]
 
-    def release(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            heapq.heappush(self._free, page)
+    def layer(self, layer_idx: int) -> KVPages:
+        return self._layers[layer_idx]
+
+    def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """All layers' contents of pages ``src`` to pages ``dst``."""
+        for pages in self._layers:
+            for array in pages.arrays():
+                array[list(dst)] = array[list(src)]

@@ -45,7 +45,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens to make room for, prompt and answer together.")] = None,
-    kv_cache: Annotated[str, typer.Option(help="Type of the cache: f16 or f32.")] = "f16",
+    kv_cache: Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8, k8v4 or q4.")] = "f16",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     debug: Debug = False,

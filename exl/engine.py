@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl.batch import PAGE_SIZE
-from exl.cache import KVCache, PagePool
+from exl.cache import KVCache
 from exl.checkpoint import Checkpoint
 from exl.config import GenerationDefaults, ModelConfig, read_json
 from exl.errors import ConfigError
 from exl.generator import Generator
-from exl.layout import KVLayout, LayerLayout, StepLimits
+from exl.layout import KV_BITS, KVLayout, LayerLayout, StepLimits
 from exl.loader import Progress, load_weights
 from exl.models.decoder import Decoder
 from exl.models.manifest import read_manifest
 from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.page_pool import PagePool
 from exl.quant_config import QuantConfig, read_quant_config
 from exl.runner import Runner
 from exl.stream import ResidentWeights
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
-_KV_KINDS = ("f16", "f32")
 # Up to so many tokens, a 4-bit prompt is quicker through the decode kernel than through dequantized panels.
 _MAX_DECODE_PROMPT = 32
 
@@ -42,8 +42,8 @@ class EngineOptions:
             raise ConfigError(
                 f"device: found {self.device!r}, expected 'auto' or 'cpu': this version of exl runs on the CPU"
             )
-        if self.kv_cache not in _KV_KINDS:
-            raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(_KV_KINDS)}")
+        if self.kv_cache not in KV_BITS:
+            raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
         for name in ("context", "prefill_chunk", "prefill_window"):
             value = getattr(self, name)
             if name == "context" and value is None:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.cache import PagePool
-from exl.errors import ConfigError
+from exl.errors import ConfigError, MemoryBudgetError
+from exl.page_pool import PagePool
+from exl.rope import depends_on_length
 from exl.runner import Runner
 from exl.sampling import SamplingParams, sampling_batch
 
@@ -19,14 +20,20 @@ from exl.sampling import SamplingParams, sampling_batch
 class GeneratedToken:
     token_id: int
     finish_reason: str | None  # "stop": an end-of-sequence id; "length": max_tokens or the context is used up
+    num_reused: int = 0  # tokens of the prompt that were in the cache
 
 
 @dataclass
 class CachedSequence:
-    """A sequence's list of pages, and how many of its tokens they hold."""
+    """A sequence's list of pages, and the tokens whose K and V they hold."""
 
     pages: list[int] = field(default_factory=list)
-    num_cached: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    num_reused: int = 0  # tokens that were in the cache when it began
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.token_ids)
 
 
 class Generator:
@@ -39,8 +46,13 @@ class Generator:
         self.max_decode_prompt = max_decode_prompt
         self._samples = torch.zeros(1, dtype=torch.int32, device=runner.decoder.ops.device)
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[GeneratedToken]:
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, reuse_prefix: bool = False
+    ) -> Iterator[GeneratedToken]:
         """Yields tokens as they are made; the last one carries the reason to stop.
+
+        ``reuse_prefix`` takes what the cache already has of the prompt instead of computing it again. That is the
+        same up to rounding, not bit for bit: the cached rows were computed in other chunks.
 
         All pages that the request can need are reserved at once: what has begun will not run out of memory.
         Closing the iterator frees them. Raises ``ConfigError`` for a prompt that is empty, foreign or too long.
@@ -49,7 +61,9 @@ class Generator:
         num_new = min(params.max_tokens, self.context - len(prompt_ids))
         if num_new == 0:
             return
-        sequence = self.begin(len(prompt_ids) + num_new - 1)  # the last token is returned and never cached
+        # The last token is returned and never cached; the prompt's last one is always computed, for its logits.
+        reused = prompt_ids[:-1] if reuse_prefix and self._reusable(len(prompt_ids) + num_new) else ()
+        sequence = self.begin(len(prompt_ids) + num_new - 1, reused)
         try:
             yield from self._generate(sequence, prompt_ids, params, num_new)
         finally:
@@ -60,15 +74,15 @@ class Generator:
     ) -> Iterator[GeneratedToken]:
         ops = self.runner.decoder.ops
         seen = set(prompt_ids) if params.repetition_penalty != 1.0 else set()
-        new_ids: Sequence[int] = prompt_ids
+        new_ids: Sequence[int] = prompt_ids[sequence.num_cached :]
         for step in range(num_new):
             logits = self.extend(sequence, new_ids)
             ops.sample(logits, sampling_batch([(params, step, sorted(seen))]), self._samples)
             token_id = int(self._samples[0])
             if token_id in self.eos_ids:
-                yield GeneratedToken(token_id, "stop")
+                yield GeneratedToken(token_id, "stop", sequence.num_reused)
                 return
-            yield GeneratedToken(token_id, "length" if step == num_new - 1 else None)
+            yield GeneratedToken(token_id, "length" if step == num_new - 1 else None, sequence.num_reused)
             if params.repetition_penalty != 1.0:
                 seen.add(token_id)
             new_ids = (token_id,)
@@ -82,21 +96,43 @@ class Generator:
         finally:
             self.end(sequence)
 
-    def begin(self, num_tokens: int) -> CachedSequence:
-        """Reserves pages for so many tokens. ``MemoryBudgetError`` where they are not to be had."""
-        return CachedSequence(self.pool.allocate(-(-num_tokens // PAGE_SIZE)))
+    def begin(self, num_tokens: int, known_ids: Sequence[int] = ()) -> CachedSequence:
+        """Reserves pages for so many tokens, the beginning of ``known_ids`` among them where the cache has it.
+
+        Raises ``MemoryBudgetError`` where the pages are not to be had.
+        """
+        match = self.pool.find(known_ids)
+        try:
+            fresh = self.pool.allocate(-(-num_tokens // PAGE_SIZE) - len(match.pages))
+        except MemoryBudgetError:
+            self.pool.release(match.pages)
+            if match.copy_from is not None:
+                self.pool.release([match.copy_from])
+            raise
+        if match.copy_from is not None:
+            self.runner.decoder.ops.copy_pages(self.runner.kv, [match.copy_from], fresh[:1])
+            self.pool.release([match.copy_from])
+        return CachedSequence([*match.pages, *fresh], list(known_ids[: match.num_tokens]), match.num_tokens)
 
     def extend(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
         """Runs new tokens of a sequence; logits after the last one, f32 [1, V], valid until the next call."""
         logits = None
         for logits in self.runner.forward(self._batches(sequence, ids, every=False)):  # noqa: B007
             pass
+        sequence.token_ids.extend(ids)  # only now: what was interrupted is not to be found again
         return logits
 
     def end(self, sequence: CachedSequence) -> None:
-        """Gives the pages back."""
+        """Gives the pages back; what they hold can be found again until the room is needed."""
+        if self._reusable(sequence.num_cached):
+            self.pool.remember(sequence.token_ids, sequence.pages)
         self.pool.release(sequence.pages)
         sequence.pages = []
+
+    def _reusable(self, num_tokens: int) -> bool:
+        """Beyond the model's length, "dynamic" RoPE turns a token by the whole text's length: not the text's own K."""
+        rope = self.runner.decoder.config.rope
+        return not depends_on_length(rope) or num_tokens <= rope.max_position
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         vocab_size = self.runner.limits.vocab_size
@@ -111,7 +147,7 @@ class Generator:
                 )
 
     def _batches(self, sequence: CachedSequence, ids: Sequence[int], *, every: bool) -> list[ForwardBatch]:
-        """Cuts new tokens into chunks and counts them as cached. Logits of every token, or of the last alone."""
+        """Cuts new tokens into chunks. Logits of every token, or of the last alone."""
         limits = self.runner.limits
         chunk = min(limits.max_rows, limits.max_logit_rows) if every else limits.max_rows
         pages = np.asarray(sequence.pages, dtype=np.int32)
@@ -121,16 +157,16 @@ class Generator:
         for start in range(0, len(ids), chunk):
             part = np.asarray(ids[start : start + chunk], dtype=np.int32)
             n = len(part)
-            positions = np.arange(sequence.num_cached, sequence.num_cached + n, dtype=np.int32)
-            sequence.num_cached += n
-            last = sequence.num_cached == total
+            cached = sequence.num_cached + start
+            positions = np.arange(cached, cached + n, dtype=np.int32)
+            last = cached + n == total
             batches.append(
                 ForwardBatch(
                     token_ids=part,
                     positions=positions,
                     slots=pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
                     query_start=np.array([0, n], dtype=np.int32),
-                    context_len=np.array([sequence.num_cached], dtype=np.int32),
+                    context_len=np.array([cached + n], dtype=np.int32),
                     rope_len=np.array([total], dtype=np.int32),
                     page_table=pages[None],
                     logit_rows=np.arange(0 if every else n - last, n, dtype=np.int32),

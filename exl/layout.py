@@ -243,23 +243,53 @@ def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
     return LayerLayout(MappingProxyType(pack.fields), MappingProxyType(linears), align_up(pack.num_bytes, BLOB_ALIGN))
 
 
+# Bits of a K and of a V element, by the name of the cache type.
+KV_BITS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"f32": (32, 32), "f16": (16, 16), "q8": (8, 8), "k8v4": (8, 4), "q4": (4, 4)}
+)
+KV_GROUP = 32  # channels that share a scale
+
+
 @dataclass(frozen=True)
 class KVLayout:
-    """The cache's slab. CPU: [layer][K|V][page][token][kv_head][D], so that adjacent pages are one view."""
+    """The cache's slab on the CPU: [layer][K|V][page][token][kv_head][D], so that adjacent pages are one view.
 
-    kind: str  # "f32" | "f16"
+    Quantized types hold codes u8 [page, token, kv_head, D * bits / 8] and scales f16 [page, token, kv_head, G], one for
+    every 32 channels (the last may have fewer). What codes and scales mean: ``docs/memory.md``.
+    """
+
+    kind: str  # a key of KV_BITS
     num_layers: int
     num_kv_heads: int
     head_dim: int
 
-    def slab_shape(self, num_pages: int) -> tuple[int, ...]:
-        return (self.num_layers, 2, num_pages, PAGE_SIZE, self.num_kv_heads, self.head_dim)
+    @property
+    def quantized(self) -> bool:
+        return KV_BITS[self.kind][0] < 16
+
+    @property
+    def rotation(self) -> int:
+        """Channels that one Hadamard rotation mixes: the largest power of two that divides the head size."""
+        return self.head_dim & -self.head_dim if self.quantized else 1
+
+    def fields(self, num_pages: int) -> dict[str, Field]:
+        """One layer's arrays by name: k, v, and for quantized types k_scales, v_scales."""
+        pack = _FieldPacker()
+        tokens = (num_pages, PAGE_SIZE, self.num_kv_heads)
+        for name, bits in zip(("k", "v"), KV_BITS[self.kind], strict=True):
+            if self.quantized:
+                pack.add(name, "u8", (*tokens, self.head_dim * bits // 8))
+                pack.add(f"{name}_scales", "f16", (*tokens, -(-self.head_dim // KV_GROUP)))
+            else:
+                pack.add(name, f"f{bits}", (*tokens, self.head_dim))
+        return pack.fields
+
+    def layer_bytes(self, num_pages: int) -> int:
+        last = max(self.fields(num_pages).values(), key=lambda field: field.offset)
+        return align_up(last.offset + last.num_bytes, FIELD_ALIGN)
 
     def slab_bytes(self, num_pages: int) -> int:
-        num_bytes = DTYPE_BYTES[self.kind]
-        for size in self.slab_shape(num_pages):
-            num_bytes *= size
-        return num_bytes
+        return self.num_layers * self.layer_bytes(num_pages)
 
 
 @dataclass(frozen=True)

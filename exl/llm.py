@@ -33,6 +33,7 @@ class Completion:
     token_ids: tuple[int, ...]  # without the end-of-sequence id; with the tokens of a stop string
     finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
     num_prompt_tokens: int
+    num_reused_tokens: int  # of the prompt: taken from the cache instead of computed
     seed: int  # the one that was used: the same request with it gives the same text
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
@@ -126,19 +127,21 @@ class LLM:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        reuse_prefix: bool = False,
     ) -> Completion | list[Completion]:
         """Continues a prompt: text, or token ids that are taken as they are. A list of texts gives a list.
 
         Text gets the model's BOS; special tokens in it are plain text. What is None falls to the model's
-        generation_config, then to greedy decoding. Raises ``ConfigError`` for a value that makes no sense and for a
-        prompt longer than the context.
+        generation_config, then to greedy decoding. ``reuse_prefix`` takes what the cache still has of the prompt from
+        earlier requests: quicker, and the same up to rounding instead of bit for bit.
+        Raises ``ConfigError`` for a value that makes no sense and for a prompt longer than the context.
         """
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
         )
         if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
-            return [self._complete(item, params) for item in prompt]
-        return self._complete(prompt, params)
+            return [self._complete(item, params, reuse_prefix) for item in prompt]
+        return self._complete(prompt, params, reuse_prefix)
 
     @explain_foreign_keywords
     def stream(
@@ -153,12 +156,13 @@ class LLM:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        reuse_prefix: bool = False,
     ) -> TextIterator:
         """Like ``generate``, piece by piece: whole characters, and never text that a stop string cuts off."""
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
         )
-        return TextIterator(self._stream(self.encode(prompt), params))
+        return TextIterator(self._stream(self.encode(prompt), params, reuse_prefix))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids with the model's BOS, once; ids are returned as they are."""
@@ -238,13 +242,13 @@ class LLM:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return SamplingParams(max_tokens=max_tokens, seed=seed, stop=stop, **{"temperature": 0.0, **chosen})
 
-    def _complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
-        stream = TextIterator(self._stream(self.encode(prompt), params))
+    def _complete(self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool) -> Completion:
+        stream = TextIterator(self._stream(self.encode(prompt), params, reuse_prefix))
         for _ in stream:
             pass
         return stream.completion
 
-    def _stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[str | Completion]:
+    def _stream(self, prompt_ids: list[int], params: SamplingParams, reuse_prefix: bool) -> Iterator[str | Completion]:
         generator = self._open_generator()
         with self._turn:
             text = TextStream(self.tokenizer, prompt_ids, params.stop)
@@ -252,10 +256,12 @@ class LLM:
             token_ids: list[int] = []
             reason = "length"
             began = first = last = time.perf_counter()
-            tokens = generator.stream(prompt_ids, params)
+            num_reused = 0
+            tokens = generator.stream(prompt_ids, params, reuse_prefix=reuse_prefix)
             try:
                 for token in tokens:
                     last = time.perf_counter()
+                    num_reused = token.num_reused
                     first = first if token_ids else last
                     if token.finish_reason == "stop":
                         reason = "stop"
@@ -279,6 +285,7 @@ class LLM:
             token_ids=tuple(token_ids),
             finish_reason=reason,
             num_prompt_tokens=len(prompt_ids),
+            num_reused_tokens=num_reused,
             seed=params.seed,
             prompt_seconds=first - began,
             decode_seconds=last - first,
@@ -300,10 +307,10 @@ def load(
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
     ``context``: tokens that prompt and answer may have together, for which the cache is allocated now; by default
-    the model's own maximum, 8192 at most. ``kv_cache``: "f16" or "f32". ``prefill_chunk``: rows computed at once.
-    ``prefill_window``: rows that go through a layer before the next layer's turn. ``progress(done, total)`` is told
-    in bytes. Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options,
-    ``UnsupportedModelError`` for models that exl does not have.
+    the model's own maximum, 8192 at most. ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4" (``docs/memory.md``).
+    ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next layer's
+    turn. ``progress(done, total)`` is told in bytes. Raises ``ExlError``: ``CheckpointError`` for damaged files,
+    ``ConfigError`` for options, ``UnsupportedModelError`` for models that exl does not have.
     """
     options = EngineOptions(device, context, kv_cache, prefill_chunk, prefill_window)
     folder = find_model(model, revision=revision)

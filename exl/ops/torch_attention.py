@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache import KVCache
 from exl.ops.base import AttentionSpec, Norm
+from exl.ops.torch_kv import dequantize_rows, hadamard, quantize_rows
 from exl.rope import depends_on_length, inverse_frequencies, rotary_dim
 
 _QUERY_BLOCK = 128  # rows that share a mask: bounds it to 128 x context and skips keys that none of them sees
@@ -58,10 +60,14 @@ def attend(
     if spec.k_norm is not None:
         _norm_heads(k, spec.k_norm)
     _rotate(heads[:, : H + Hkv], *staged.rotation(spec))
-    keys, values = kv.layer(layer_idx)
-    _append(k, keys, staged)
-    _append(v, values, staged)
-    q = q.to(keys.dtype)
+    pages = kv.layer(layer_idx)
+    rotation = kv.layout.rotation
+    if kv.layout.quantized:
+        hadamard(heads, rotation)
+    _append(k, pages.k, pages.k_scales, staged)
+    _append(v, pages.v, pages.v_scales, staged)
+    if not kv.layout.quantized:
+        q = q.to(pages.k.dtype)
     attended = out.view(T, H, D)
     for b in range(batch.num_sequences):
         start, stop = int(batch.query_start[b]), int(batch.query_start[b + 1])
@@ -71,9 +77,11 @@ def attend(
             last = min(stop, first + step)
             seen = context - (stop - last)  # keys up to and with the last row's own
             low = 0 if spec.window is None else max(0, seen - (last - first) - spec.window + 1)
-            k_run = _read(keys, batch.page_table[b], low, seen)
-            v_run = _read(values, batch.page_table[b], low, seen)
+            k_run = _read(pages.k, pages.k_scales, batch.page_table[b], low, seen, D)
+            v_run = _read(pages.v, pages.v_scales, batch.page_table[b], low, seen, D)
             attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
+    if kv.layout.quantized:
+        hadamard(attended, rotation)  # is its own inverse
 
 
 def _norm_heads(x: torch.Tensor, norm: Norm) -> None:
@@ -89,23 +97,43 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     low.copy_(turned)
 
 
-def _append(rows: torch.Tensor, pages: torch.Tensor, staged: StagedBatch) -> None:
+def _append(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, staged: StagedBatch) -> None:
     slots = staged.slots
     if staged.cached_rows is not None:
         rows, slots = rows[staged.cached_rows], slots[staged.cached_rows]
-    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, rows.to(pages.dtype))
+    if scales is None:
+        _tokens(codes).index_copy_(0, slots, rows.to(codes.dtype))
+        return
+    new_codes, new_scales = quantize_rows(rows, 8 * codes.shape[-1] // rows.shape[-1])
+    _tokens(codes).index_copy_(0, slots, new_codes)
+    _tokens(scales).index_copy_(0, slots, new_scales)
 
 
-def _read(pages: torch.Tensor, table, low: int, high: int) -> torch.Tensor:
-    """Tokens ``low:high`` of a sequence, [high - low, Hkv, D]: a view where the pages are neighbours."""
+def _tokens(pages: torch.Tensor) -> torch.Tensor:
+    """[page, token, ...] -> [page * token, ...]."""
+    return pages.view(-1, *pages.shape[2:])
+
+
+def _read(
+    codes: torch.Tensor, scales: torch.Tensor | None, table: np.ndarray, low: int, high: int, head_dim: int
+) -> torch.Tensor:
+    """Tokens ``low:high`` of a sequence, [high - low, Hkv, D], in the cache's type, or f32 where that is quantized."""
+    run = _run(codes, table, low, high)
+    return run if scales is None else dequantize_rows(run, _run(scales, table, low, high), head_dim)
+
+
+def _run(pages: torch.Tensor, table: np.ndarray, low: int, high: int) -> torch.Tensor:
+    """Tokens ``low:high`` of a sequence: a view where the pages are neighbours."""
     first, last = low // PAGE_SIZE, -(-high // PAGE_SIZE)
     ids = table[first:last]
-    if len(ids) == 0 or ((ids[1:] - ids[:-1]) == 1).all():
-        run = pages[int(ids[0]) : int(ids[0]) + len(ids)] if len(ids) else pages[:0]
+    if len(ids) == 0:
+        return _tokens(pages[:0])
+    if ((ids[1:] - ids[:-1]) == 1).all():
+        run = pages[int(ids[0]) : int(ids[0]) + len(ids)]
     else:
         run = pages.index_select(0, torch.from_numpy(ids).long())
     offset = first * PAGE_SIZE
-    return run.reshape(-1, *pages.shape[2:])[low - offset : high - offset]
+    return _tokens(run)[low - offset : high - offset]
 
 
 def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

@@ -126,4 +126,4 @@ class TorchOps:
     # cache
 
     def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        kv.slab[:, :, list(dst)] = kv.slab[:, :, list(src)]
+        kv.copy_pages(src, dst)

@@ -1,0 +1,108 @@
+"""Writes random GPTQ checkpoints in the shapes of real models: speed and memory do not depend on what weights say.
+
+python benchmarks/synthetic.py 1.1b path/to/folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from exl.safetensors_writer import write_safetensors
+
+# hidden, intermediate, layers, heads, kv heads, head size, vocabulary
+SHAPES = {
+    "1.1b": (2048, 5632, 22, 32, 4, 64, 32000),  # TinyLlama
+    "7b": (4096, 11008, 32, 32, 32, 128, 32000),  # Llama 2
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama 3
+    "13b": (5120, 13824, 40, 40, 40, 128, 32000),  # Llama 2
+    "70b": (8192, 28672, 80, 64, 8, 128, 32000),  # Llama 2
+}
+
+
+def write_model(
+    folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, seed: int = 0, tokenizer: Path
+) -> None:
+    """A Llama with random codes, a distinct stream of them per layer; untied head, f16 embedding and head."""
+    hidden, inter, layers, heads, kv_heads, head_dim, vocab = shape
+    folder.mkdir(parents=True, exist_ok=True)
+    linears = {
+        "self_attn.q_proj": (hidden, heads * head_dim),
+        "self_attn.k_proj": (hidden, kv_heads * head_dim),
+        "self_attn.v_proj": (hidden, kv_heads * head_dim),
+        "self_attn.o_proj": (heads * head_dim, hidden),
+        "mlp.gate_proj": (hidden, inter),
+        "mlp.up_proj": (hidden, inter),
+        "mlp.down_proj": (inter, hidden),
+    }
+    entries: list[tuple[str, str, tuple[int, ...]]] = [("model.embed_tokens.weight", "f16", (vocab, hidden))]
+    for i in range(layers):
+        prefix = f"model.layers.{i}."
+        entries += [(f"{prefix}{norm}.weight", "f16", (hidden,)) for norm in _NORMS]
+        for name, (K, N) in linears.items():
+            entries += [
+                (f"{prefix}{name}.qweight", "i32", (K * bits // 32, N)),
+                (f"{prefix}{name}.qzeros", "i32", (K // group_size, N * bits // 32)),
+                (f"{prefix}{name}.scales", "f16", (K // group_size, N)),
+            ]
+    entries += [("model.norm.weight", "f16", (hidden,)), ("lm_head.weight", "f16", (vocab, hidden))]
+    write_safetensors(folder / "model.safetensors", entries, _random_data(entries, bits, seed))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _random_data(entries, bits: int, seed: int) -> Iterator[bytes]:
+    # Symmetric v1 zeros store 2^(bits-1) - 1 in every field.
+    zero_word = sum((2 ** (bits - 1) - 1) << shift for shift in range(0, 32, bits)) & 0xFFFFFFFF
+    for i, (name, _, shape) in enumerate(entries):
+        rng = np.random.default_rng([seed, i])
+        if name.endswith("qweight"):
+            yield rng.bytes(4 * int(np.prod(shape)))
+        elif name.endswith("qzeros"):
+            yield np.full(shape, zero_word, np.uint32).tobytes()
+        elif name.endswith("scales"):
+            yield (rng.random(shape, np.float32) * 0.004 + 0.002).astype(np.float16).tobytes()
+        elif "norm" in name:
+            yield np.ones(shape, np.float16).tobytes()
+        else:
+            yield (rng.random(shape, np.float32) * 0.04 - 0.02).astype(np.float16).tobytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
+    parser.add_argument("--group-size", type=int, default=128)
+    args = parser.parse_args()
+    tokenizer = Path(__file__).parents[1] / "tests" / "data" / "stories260K"
+    write_model(args.folder, SHAPES[args.shape], bits=args.bits, group_size=args.group_size, tokenizer=tokenizer)
+
+
+if __name__ == "__main__":
+    main()
