@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -215,25 +217,22 @@ def test_a_name_that_is_not_there(opened):
 @pytest.mark.parametrize("positional", [True, False], ids=["preadv", "seek"])
 def test_threads_read_one_file_at_once(opened, monkeypatch, positional):
     """Without a positional read (Windows) the file's position is shared: threads must wait for each other."""
-    checkpoint, tensors = opened
     if positional and not hasattr(os, "preadv"):
         pytest.skip("no preadv here")
+
+    class Handle(FileIO):
+        def seek(self, *where):
+            position = super().seek(*where)
+            time.sleep(0.0005)  # lets another thread move the position, if it may
+            return position
+
     monkeypatch.setattr(exl.checkpoint, "_HAS_PREADV", positional)
+    monkeypatch.setattr(exl.checkpoint, "FileIO", Handle)
+    tensors = opened[1]
     names = [name for name in tensors if tensors[name].numel()]
-    wrong = []
-
-    def read(offset):
-        for i in range(3 * len(names)):
-            name = names[(i * 7 + offset) % len(names)]
-            if checkpoint.read(name).tobytes() != bits_of(tensors[name]):
-                wrong.append(name)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with Checkpoint.open(opened[0].path) as checkpoint, ThreadPoolExecutor(4) as threads:
+        for name, array in zip(names, threads.map(checkpoint.read, names), strict=True):
+            assert array.tobytes() == bits_of(tensors[name]), name
 
 
 def test_short_reads_are_continued(opened, monkeypatch):
@@ -294,17 +293,23 @@ def test_opening_reads_headers_only(tmp_path):
     assert peak < 1 << 16
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts handles through /proc")
-def test_handles_are_closed(tmp_path):
+def test_handles_are_closed(tmp_path, monkeypatch):
+    handles = []
+
+    def recorded(*args):
+        handles.append(FileIO(*args))
+        return handles[-1]
+
+    monkeypatch.setattr(exl.checkpoint, "FileIO", recorded)
     shard(tmp_path, random_tensors(), 3)
-    before = len(os.listdir("/proc/self/fd"))
     with Checkpoint.open(tmp_path):
-        assert len(os.listdir("/proc/self/fd")) == before + 3
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert sum(not handle.closed for handle in handles) == 3
+    assert all(handle.closed for handle in handles)
     (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError):
         Checkpoint.open(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(handles) == 8, "the index and three shards, twice"
+    assert all(handle.closed for handle in handles)
 
 
 # --- not a safetensors checkpoint ------------------------------------------------------------------------------------

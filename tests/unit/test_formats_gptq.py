@@ -211,10 +211,12 @@ def test_trap_asymmetric_zeros_are_taken_as_the_file_says(layer_file):
 
 
 def test_trap_mixed_zeros_in_a_symmetric_file_are_taken_as_the_file_says(layer_file):
-    zeros = np.full((2, 32), 8, np.uint8)
+    """One zero that cannot be symmetric, and ``sym`` is what is wrong: a stored 7 proves nothing then."""
+    zeros = np.full((2, 32), 7, np.uint8)
     zeros[1, 3] = 9
-    checkpoint = layer_file(zeros=zeros)
-    np.testing.assert_array_equal(load_gptq(checkpoint, NAME, QuantConfig(bits=4, group_size=32)).zeros, zeros)
+    checkpoint = layer_file(zeros=zeros, checkpoint_format="gptq_v2")
+    quant = QuantConfig(bits=4, group_size=32, sym=True, checkpoint_format="gptq_v2")
+    np.testing.assert_array_equal(load_gptq(checkpoint, NAME, quant).zeros, zeros)
 
 
 @pytest.mark.parametrize("desc_act", [False, True])

@@ -276,6 +276,8 @@ def test_verdicts_are_those_of_re_match():
         (r"^model\.layers\.0\.mlp\.up_proj$", "model.layers.0.mlp.up_proj_2", False),
         (r"^(?!.*mlp).*", "model.layers.0.self_attn.q_proj", True),
         (r"^(?!.*mlp).*", "model.layers.0.mlp.up_proj", False),
+        (r"^lm_head$", "lm_head\n", True),
+        (r"lm_head$", "lm_head\n\n", False),
     ],
 )
 def test_patterns_of_real_configs(pattern, name, expected):
