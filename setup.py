@@ -30,7 +30,7 @@ setup(
         "safetensors>=0.4",
         "tokenizers>=0.20",
         "numpy>=1.26",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "huggingface_hub>=0.25",
         "typer>=0.12",
         "rich>=13",

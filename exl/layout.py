@@ -316,5 +316,24 @@ def step_bytes(limits: StepLimits) -> dict[str, int]:
         "attn": limits.max_rows * limits.attn_width * 4,
         "mlp": limits.max_rows * limits.intermediate_size * 4,
         "logits": limits.max_logit_rows * limits.vocab_size * 4,
-        "samples": limits.max_logit_rows * 4,
+    }
+
+
+# A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
+PANEL_ELEMENTS = 1 << 20
+
+
+def scratch_bytes(limits: StepLimits, target: Target) -> dict[str, int]:
+    """Bytes of the buffers that the operations own, by purpose. Raises ``ValueError`` for a target that has none."""
+    if target.kind != "cpu":
+        raise ValueError(f"no scratch for target {target.kind!r}")
+    max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
+    panel = max(PANEL_ELEMENTS, 64 * max_k)  # at least one block of int4pack
+    return {
+        "panel": panel * 4,
+        "panel codes": panel,
+        "sorted input": limits.max_rows * max_k * 4,
+        "normed input": limits.max_rows * limits.hidden_size * 4,
+        "fused output": limits.max_rows * max(2 * limits.intermediate_size, limits.hidden_size) * 4,
+        "samples": limits.max_logit_rows * 8,
     }

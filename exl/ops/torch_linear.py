@@ -9,17 +9,16 @@ their number; everything else is multiplied row by row. Prefill rows multiply f3
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import LinearLayout, Target
+from exl.layout import PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 
-# A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
-PANEL_ELEMENTS = 1 << 20
 _PACK_COLUMNS = 1024  # output rows unpacked at a time: bounds the host memory of a load; a multiple of every block
 _INT4_ZERO = 8  # the code that torch's kernel takes for 0
 
@@ -177,14 +176,13 @@ def int4pack_mm(x: torch.Tensor, codes: torch.Tensor, group_size: int, scales_ze
 # --- multiplying -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Scratch:
-    """Buffers shared by all linears: one panel of weights, its codes, and an activation in sorted order."""
+    """Buffers shared by all linears."""
 
-    def __init__(self, max_rows: int, max_k: int) -> None:
-        panel = max(PANEL_ELEMENTS, 64 * max_k)
-        self.panel = torch.empty(panel, dtype=torch.float32)
-        self.codes = torch.empty(panel, dtype=torch.uint8)
-        self.sorted = torch.empty(max_rows * max_k, dtype=torch.float32)
+    panel: torch.Tensor  # f32 [n]; a block of dequantized or converted weights
+    codes: torch.Tensor  # u8 [n]
+    sorted: torch.Tensor  # f32 [max_rows * max_k]; an input in the order of the weight's rows
 
 
 def matmul(x: torch.Tensor, w: Linear, num_decode_rows: int, scratch: Scratch, out: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache import KVCache
 from exl.errors import UnsupportedModelError
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import KVLayout, LinearLayout, StepLimits, Target
+from exl.layout import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
 from exl.ops import torch_attention
 from exl.ops.base import AttentionSpec, Linear, Norm, Segments
 from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack
@@ -33,13 +33,17 @@ class TorchOps:
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:
         self.target = target
         self.kv_layout = kv_layout
-        max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
-        self._scratch = Scratch(limits.max_rows, max_k)
-        self._normed = torch.empty(limits.max_rows * limits.hidden_size)
-        self._fused = torch.empty(limits.max_rows * max(2 * limits.intermediate_size, limits.hidden_size))
+        sizes = scratch_bytes(limits, target)
+
+        def buffer(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(sizes[name] // dtype.itemsize, dtype=dtype)
+
+        self._scratch = Scratch(buffer("panel"), buffer("panel codes", torch.uint8), buffer("sorted input"))
+        self._normed = buffer("normed input")
+        self._fused = buffer("fused output")
+        self._samples = buffer("samples", torch.int64)
         self._staged: list[torch_attention.StagedBatch] = []
         self._now: torch_attention.StagedBatch | None = None
-        self._samples = torch.zeros(limits.max_logit_rows, dtype=torch.int64)
 
     # load
 

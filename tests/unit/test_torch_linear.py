@@ -55,7 +55,8 @@ def pack(parts, specs, target) -> Linear:
 def run(linear: Linear, x: np.ndarray, num_decode_rows: int) -> np.ndarray:
     spec = linear.layout.spec
     out = torch.full((len(x), spec.N), torch.nan)
-    matmul(torch.from_numpy(x.astype(np.float32)), linear, num_decode_rows, Scratch(len(x), spec.K), out)
+    scratch = Scratch(torch.zeros(1 << 20), torch.zeros(1 << 20, dtype=torch.uint8), torch.zeros(x.size))
+    matmul(torch.from_numpy(x.astype(np.float32)), linear, num_decode_rows, scratch, out)
     return out.double().numpy()
 
 
