@@ -441,11 +441,13 @@ def damaged_files(draw):
     raw = bytearray(file_of(json.dumps(dict(pairs), ensure_ascii=False), data))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(raw) - 1))
-        action = draw(st.sampled_from(["byte", "digit", "structure", "delete", "insert", "repeat", "swap"]))
+        action = draw(st.sampled_from(["byte", "digit", "letter", "structure", "delete", "insert", "repeat", "swap"]))
         other = draw(st.integers(0, len(raw) - 1))
         if action == "byte":
             raw[at] = draw(st.integers(0, 255))
-        elif action == "digit":
+        elif action == "letter" and chr(raw[at]).isalpha():  # mostly a name that is as good as before
+            raw[at] = draw(st.sampled_from(b"abIFU"))
+        elif action == "digit" and chr(raw[at]).isdigit():
             raw[at] = draw(st.sampled_from(b"0123456789"))
         elif action == "structure":
             raw[at] = draw(st.sampled_from(b'{}[]",: '))
