@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TEST_KERNELS, make_backend
 
 from exl.errors import KernelError
 from exl.kernels.args import i32, ptr
 from exl.kernels.launch import launch
 from exl.kernels.spec import KernelSpec
+from tests.host.backends import TEST_KERNELS, make_backend
 
 SHARED = 256  # bytes of 64 floats
 
