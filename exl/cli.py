@@ -25,6 +25,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Ram = Annotated[str | None, typer.Option(help="What exl may use: 6GB, 512MiB. Layers that do not fit are streamed.")]
+Context = Annotated[str | None, typer.Option(help="Tokens for prompt and answer together, or auto: as many as fit.")]
+KVCacheType = Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8, k8v4 or q4.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
 ]
@@ -44,8 +47,9 @@ def generate(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens to make room for, prompt and answer together.")] = None,
-    kv_cache: Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8, k8v4 or q4.")] = "f16",
+    ram: Ram = None,
+    context: Context = None,
+    kv_cache: KVCacheType = "f16",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     debug: Debug = False,
@@ -57,7 +61,7 @@ def generate(
     echo "Once upon a time" | exl generate - --temperature 0.8 --seed 1 --json
     """
     text = _read_stdin() if prompt == "-" else prompt
-    with _load(model, device=device, context=context, kv_cache=kv_cache) as llm:
+    with _load(model, device=device, ram=ram, context=_context(context), kv_cache=kv_cache) as llm:
         stream = llm.stream(
             text,
             max_tokens,
@@ -83,6 +87,40 @@ def generate(
         f"{done.num_prompt_tokens} + {done.num_tokens} tokens, first after {done.prompt_seconds * 1e3:.0f} ms, "
         f"then {done.tokens_per_second:.1f} tokens/s ({done.finish_reason}, seed {done.seed})"
     )
+
+
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+    ram: Ram = None,
+    context: Context = None,
+    kv_cache: KVCacheType = "f16",
+    max_sequences: Annotated[int, typer.Option(help="Sequences that have a context of their own.")] = 1,
+    prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
+    prefill_window: Annotated[int, typer.Option(help="Rows that go through a layer before the next.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show where every byte of a model would go, from its headers alone.
+
+    exl plan path/to/model --ram 8GB --context auto
+    """
+    from exl.hub import find_model
+    from exl.layout import Target
+    from exl.planning import EngineOptions, open_model, plan_model
+
+    options = EngineOptions(
+        ram=ram,
+        context=_context(context),
+        kv_cache=kv_cache,
+        max_sequences=max_sequences,
+        prefill_chunk=prefill_chunk,
+        prefill_window=prefill_window,
+    )
+    with open_model(find_model(model)) as files:
+        # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
+        found, _ = plan_model(files, options, Target("cpu", int4pack="split64"))
+    print(json.dumps(found.to_json()) if as_json else found.table())
 
 
 @app.command()
@@ -134,6 +172,15 @@ def _completion_json(prompt: str, done) -> dict[str, object]:
     }
 
 
+def _context(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"context: found {text!r}, expected a number of tokens or auto") from None
+
+
 def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
@@ -176,7 +223,8 @@ def _fail(error: Exception, message: str | None = None) -> int:
     text = str(error) if message is None else message
     if not isinstance(error, ExlError) and message is None:
         text = f"{type(error).__name__}: {text}"
-    _say("exl: error: " + " ".join(text.split()))
+    lines = text.strip().splitlines() or [type(error).__name__]  # further lines are tables and logs
+    _say("exl: error: " + " ".join(lines[0].split()))
     return 1
 
 

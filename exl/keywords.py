@@ -10,7 +10,7 @@ from typing import TypeVar
 _OURS = {
     "ctx_size": "context",
     "do_sample": "temperature (0 is greedy)",
-    "gpu_memory_utilization": "vram",
+    "gpu_memory_utilization": "ram",
     "load_in_4bit": "a GPTQ checkpoint (exl quantize makes one)",
     "load_in_8bit": "a GPTQ checkpoint (exl quantize makes one)",
     "max_length": "max_tokens",
@@ -19,7 +19,7 @@ _OURS = {
     "max_seq_len": "context",
     "model_path": "model",
     "n_ctx": "context",
-    "n_gpu_layers": "vram",
+    "n_gpu_layers": "resident_layers",
     "n_predict": "max_tokens",
     "num_ctx": "context",
     "num_predict": "max_tokens",

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from exl.config import GenerationDefaults
-from exl.engine import Engine, EngineOptions, load_engine
+from exl.engine import Engine, load_engine
 from exl.errors import ExlError
 from exl.generator import Generator
 from exl.hub import find_model
 from exl.keywords import explain_foreign_keywords
 from exl.loader import Progress
+from exl.planning import EngineOptions
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ class LLM:
 
     def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
         self.folder, self.tokenizer, self.defaults = folder, tokenizer, defaults
-        self.config, self.quant = engine.config, engine.quant
+        self.config, self.quant, self.plan = engine.config, engine.quant, engine.plan
         self._generator: Generator | None = engine.generator
         self._turn = _Turn()
 
@@ -297,22 +298,41 @@ def load(
     model: str | Path | None = None,
     device: str = "auto",
     *,
-    context: int | None = None,
+    ram: int | str | None = None,
+    context: int | str | None = None,
     kv_cache: str = "f16",
+    max_sequences: int = 1,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
+    resident_layers: int | None = None,
+    packed_folder: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
-    ``context``: tokens that prompt and answer may have together, for which the cache is allocated now; by default
-    the model's own maximum, 8192 at most. ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4" (``docs/memory.md``).
-    ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next layer's
-    turn. ``progress(done, total)`` is told in bytes. Raises ``ExlError``: ``CheckpointError`` for damaged files,
-    ``ConfigError`` for options, ``UnsupportedModelError`` for models that exl does not have.
+    ``ram``: what exl may use beyond the interpreter with torch imported, as "6GB", "6GiB" or bytes; layers that do
+    not fit are streamed from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer
+    may have together, for which the cache is allocated now; "auto" is as many as fit; by default the model's own
+    maximum, 8192 at most. ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the
+    cache has room for. ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer
+    before the next layer's turn. ``resident_layers``: keep no more than so many in memory. More on all of them:
+    ``docs/memory.md``. ``progress(done, total)`` is told in bytes.
+
+    Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options, ``MemoryBudgetError`` for
+    what cannot fit, ``UnsupportedModelError`` for models that exl does not have.
     """
-    options = EngineOptions(device, context, kv_cache, prefill_chunk, prefill_window)
+    options = EngineOptions(
+        device=device,
+        ram=ram,
+        context=context,
+        kv_cache=kv_cache,
+        max_sequences=max_sequences,
+        prefill_chunk=prefill_chunk,
+        prefill_window=prefill_window,
+        resident_layers=resident_layers,
+        packed_folder=packed_folder,
+    )
     folder = find_model(model, revision=revision)
     engine = load_engine(folder, options, progress)
     folder = folder if folder.is_dir() else folder.parent

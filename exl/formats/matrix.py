@@ -25,7 +25,7 @@ class QuantizedMatrix:
     scales: NDArray[np.float16]  # [G, N]
     zeros: NDArray[np.uint8]  # [G, N]; true zeros: the file's offset is already applied and masked; 0..2**bits
     order: NDArray[np.int32] | None  # [K]; makes groups contiguous along K; None: they already are
-    bias: NDArray[np.float16] | None  # [N]
+    bias: NDArray | None  # [N]; f16, or f32 where the file has a type that f16 cannot hold
     read_codes: Callable[[int, int], NDArray[np.uint8]] = field(repr=False)
 
     @property

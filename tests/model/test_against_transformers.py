@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from exl.config import RopeConfig
-from exl.engine import Engine, EngineOptions, load_engine
+from exl.engine import Engine, load_engine
+from exl.planning import EngineOptions
 from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
 
 TOLERANCE = 2e-4

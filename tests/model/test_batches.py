@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.engine import EngineOptions, load_engine
+from exl.engine import load_engine
+from exl.planning import EngineOptions
 from exl.sampling import SamplingParams, sampling_batch
 from tests.model.hf_models import CASES, build, decode_logits, prefill_logits, save
 

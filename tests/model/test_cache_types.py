@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import exl
-from exl.engine import EngineOptions, load_engine
+from exl.engine import load_engine
 from exl.errors import MemoryBudgetError
+from exl.planning import EngineOptions
 from exl.sampling import SamplingParams
 from tests.model.hf_models import CASES, build, prefill_logits, save
 from tests.unit.test_torch_kv import plain_hadamard, plain_quantize

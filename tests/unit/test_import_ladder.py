@@ -25,7 +25,7 @@ LADDER = (
     ("kernels",),
     ("ops",),
     ("models",),
-    ("stream", "loader"),
+    ("stream", "packed", "loader", "planning"),
     ("runner",),
     ("generator",),
     ("engine",),
@@ -88,6 +88,7 @@ def test_imports_go_up_only(path):
         ("exl.checkpoint", ("torch", "cupy")),
         ("exl.formats", ("torch", "cupy")),
         ("exl.kernels.spec", ("torch", "cupy")),
+        ("exl.planning", ("torch", "cupy")),
         ("exl.llm", ("cupy", "transformers")),
     ],
 )

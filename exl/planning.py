@@ -1,0 +1,181 @@
+"""A model's folder and what was asked -> the memory plan. Headers only: no weights are read, no torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl.batch import PAGE_SIZE
+from exl.checkpoint import Checkpoint
+from exl.config import ModelConfig, read_json
+from exl.errors import ConfigError, MemoryBudgetError
+from exl.layout import KV_BITS, KVLayout, StepLimits, Target
+from exl.memory import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
+from exl.models.manifest import ModelManifest, read_manifest
+from exl.quant_config import QuantConfig, read_quant_config
+
+_MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
+_MAX_LOGITS_BYTES = 32 << 20
+_MAX_TOKENS = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
+
+    device: str = "auto"
+    ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
+    context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
+    kv_cache: str = "f16"
+    max_sequences: int = 1  # each with a context of its own
+    prefill_chunk: int = 512  # rows computed at once
+    prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
+    resident_layers: int | None = None  # no more than so many, whatever the budget
+    packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"device: found {self.device!r}, expected 'auto' or 'cpu': this version of exl runs on the CPU"
+            )
+        if self.kv_cache not in KV_BITS:
+            raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
+        for name, low in (
+            ("context", 1), ("max_sequences", 1), ("prefill_chunk", 1), ("prefill_window", 1), ("resident_layers", 0)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if (value is None and name in ("context", "resident_layers")) or (name == "context" and value == "auto"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
+                raise ConfigError(f"{name}: found {value!r}, expected a whole number, {low} or more")
+        if self.prefill_window < self.prefill_chunk:
+            raise ConfigError(
+                f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
+            )
+        if self.ram is not None:
+            parse_bytes(self.ram, "ram")
+
+    @property
+    def budget(self) -> int | None:
+        return None if self.ram is None else parse_bytes(self.ram, "ram")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint's headers, understood."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    config: ModelConfig
+    quant: QuantConfig | None
+    manifest: ModelManifest
+
+    @property
+    def tokenizer_bytes(self) -> int:
+        path = self.folder / "tokenizer.json"
+        return path.stat().st_size if path.is_file() else 0
+
+    @property
+    def layer_file_bytes(self) -> int:
+        """The largest layer as the checkpoint has it."""
+        prefix = self.manifest.names.layers + "."
+        sizes: dict[str, int] = {}
+        for name, info in self.checkpoint.tensors.items():
+            if name.startswith(prefix):
+                layer = name[len(prefix) :].split(".")[0]
+                sizes[layer] = sizes.get(layer, 0) + info.num_bytes
+        return max(sizes.values(), default=0)
+
+
+@contextmanager
+def open_model(folder: Path) -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it. Raises ``ExlError``."""
+    with Checkpoint.open(folder) as checkpoint:
+        config_json = read_json(checkpoint.folder / "config.json")
+        config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
+        quant = read_quant_config(checkpoint.folder, config_json)
+        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, read_manifest(checkpoint, config, quant))
+
+
+def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
+    """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit."""
+    if options.context == "auto":
+        options = dataclasses.replace(options, context=_largest_context(files, options, target))
+    plan, model = _plan(files, options, target)
+    if not plan.fits:
+        raise MemoryBudgetError(_explain(files, options, target, plan))
+    return plan, model
+
+
+def _plan(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
+    config, layouts = files.config, files.manifest.layouts(target)
+    context = options.context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
+    model = PlanInput(
+        config=config,
+        embed=layouts.embed,
+        layers=layouts.layers,
+        head=layouts.head,
+        target=target,
+        kv_layout=KVLayout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
+        limits=step_limits(config, context, options),
+        num_sequences=options.max_sequences,
+        tokenizer_bytes=files.tokenizer_bytes,
+        layer_file_bytes=files.layer_file_bytes,
+    )
+    return plan_memory(model, options.budget, max_resident=options.resident_layers), model
+
+
+def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool) -> bool:
+    plan, _ = _plan(files, options, target)
+    return plan.fits and (plan.placement.num_streamed == 0 or not resident)
+
+
+def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
+    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. Where nothing fits so, the
+    default, and layers are streamed."""
+    low, high = 0, -(-files.config.max_position // PAGE_SIZE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = dataclasses.replace(options, context=middle * PAGE_SIZE)
+        low, high = (middle, high) if _fits(files, tried, target, resident=resident) else (low, middle - 1)
+    return low * PAGE_SIZE or min(files.config.max_position, _MAX_DEFAULT_CONTEXT)
+
+
+def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
+    """What does not fit, and the nearest settings that would."""
+    least, _ = _plan(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
+    hints = [f"ram='{-(-least.num_bytes // 10**6)}MB' or more"]
+    context = _largest_context(files, options, target, resident=False)
+    changes: list[dict[str, object]] = [
+        {"context": context},
+        {"kv_cache": "q4"},
+        {"prefill_chunk": 64, "prefill_window": 64},
+    ]
+    changes += [changes[1] | changes[2], {"context": min(context, 512)} | changes[1] | changes[2]]
+    for change in changes:
+        if _fits(files, dataclasses.replace(options, **change), target, resident=False):
+            hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))
+    return (
+        f"{files.folder}: needs {format_bytes(plan.num_bytes)} with every layer streamed, the budget is "
+        f"{format_bytes(plan.budget or 0)}. Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"
+    )
+
+
+def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> StepLimits:
+    """The largest step that the options allow for."""
+    max_rows = min(options.prefill_chunk, context)
+    return StepLimits(
+        max_rows=max_rows,
+        window_rows=max(max_rows, min(options.prefill_window, context)),
+        max_logit_rows=max(1, min(max_rows, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
+        max_context=context,
+        hidden_size=config.hidden_size,
+        qkv_width=config.qkv_width,
+        attn_width=config.attn_width,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        head_dim=config.head_dim,
+    )
