@@ -116,8 +116,12 @@ class CupyCompiler:
             except self._nvrtc.NVRTCError as error:
                 raise CompileFailed(f"{self._nvrtc.getProgramLog(program)}\n{error}") from error
             real = any(option.startswith("--gpu-architecture=sm_") for option in options)
-            code = self._nvrtc.getCUBIN(program) if real else self._nvrtc.getPTX(program)
-            return code if isinstance(code, bytes) else code.encode(), self._nvrtc.getProgramLog(program)
+            log = self._nvrtc.getProgramLog(program)
+            if not real:
+                return bytes(self._nvrtc.getPTX(program)), log
+            # The binding takes a cubin for a C string and drops its last byte, which is zero: the ELF file's program
+            # headers end there. One zero too many, should it be mended, harms nothing.
+            return self._nvrtc.getCUBIN(program) + b"\0", log
         finally:
             self._nvrtc.destroyProgram(program)
 

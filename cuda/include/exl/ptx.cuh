@@ -282,24 +282,30 @@ template <int kPending> EXL_DEVICE void cp_async_wait_group() {
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 
-// Loads of data that no one writes while the kernel runs, and that no one reads again soon: kept out of L1.
+// Loads of data that no one writes while the kernel runs, and that no one reads again soon: kept out of L1 where the
+// instruction knows how (sm_70 and up).
+#if __CUDA_ARCH__ >= 700
+#define EXL_LD_NC "ld.global.nc.L1::no_allocate"
+#else
+#define EXL_LD_NC "ld.global.nc"
+#endif
 EXL_DEVICE u32 ld_global_nc_u32(const void* p) {
   u32 v;
-  asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));
+  asm(EXL_LD_NC ".u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));
   return v;
 }
 EXL_DEVICE uint2 ld_global_nc_u32x2(const void* p) {
   uint2 v;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-      : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(p)));
+  asm(EXL_LD_NC ".v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(p)));
   return v;
 }
 EXL_DEVICE uint4 ld_global_nc_u32x4(const void* p) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm(EXL_LD_NC ".v4.u32 {%0,%1,%2,%3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)));
   return v;
 }
+#undef EXL_LD_NC
 
 // ---- programmatic dependent launch ---------------------------------------------------------------------------------
 
