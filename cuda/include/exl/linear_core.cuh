@@ -6,6 +6,7 @@
 // is 2^(bits-1) and none are stored; EXL_R row tiles a warp; EXL_STAGES depth of the ring.
 #include <exl/dequant.cuh>
 #include <exl/half.cuh>
+#include <exl/slices.cuh>
 
 using Q = Quant<EXL_BITS>;
 constexpr int kBits = EXL_BITS, kGroup = EXL_GROUP, kR = EXL_R, kStages = EXL_STAGES;
@@ -16,11 +17,6 @@ constexpr int kUnitK = kGroup == 0 ? 128 : kGroup;                 // inputs bet
 constexpr int kUnits = kStageK / kUnitK;
 constexpr int kZeroBytes = kBits == 8 ? 2 : 1;                     // of rows g and g + 8 together
 constexpr u32 kAllLanes = 0xffffffffu;
-
-constexpr int kSlices = 8;
-
-// First stage of slice s of 8: a function of K alone, so that sums do not depend on who computes them.
-EXL_DEVICE int slice_start(int s, int num_stages) { return static_cast<int>(static_cast<u32>(s) * static_cast<u32>(num_stages) / 8u); }
 
 // Scales and zero points of one stage: one unit each, rows g and g + 8 together.
 struct Meta {
@@ -75,30 +71,23 @@ EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][
   FragC part[kR][kNT];
   Q::Zero zero[kR];
   EXL_UNROLL
-  for (int h = 0; h < kStageK / 64; ++h) {
-    uint4 x[kNT][2];
+  for (int b = 0; b < kStageK / 32; ++b) {
+    uint4 x[kNT];
     EXL_UNROLL
-    for (int n = 0; n < kNT; ++n) {
-      x[n][0] = *reinterpret_cast<const uint4*>(x0 + n * pitch8 + h * 64);
-      x[n][1] = *reinterpret_cast<const uint4*>(x1 + n * pitch8 + h * 64);
-    }
+    for (int n = 0; n < kNT; ++n) x[n] = *reinterpret_cast<const uint4*>((b % 2 ? x1 : x0) + n * pitch8 + b / 2 * 64);
     EXL_UNROLL
     for (int r = 0; r < kR; ++r) {
       EXL_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int k = h * 64 + j * 16, unit = k / kUnitK;
+      for (int half_k = 0; half_k < 2; ++half_k) {
+        const int k = b * 32 + half_k * 16, unit = k / kUnitK;
         if (k % kUnitK == 0) {
           zero[r] = Q::zero(kSymmetric ? symmetric_zero() : meta[r].zero[unit]);
           EXL_UNROLL
           for (int n = 0; n < kNT; ++n) part[r][n].r[0] = part[r][n].r[1] = part[r][n].r[2] = part[r][n].r[3] = 0.0f;
         }
-        const FragA a = Q::fragment(codes[r], h, j, zero[r]);
+        const FragA a = Q::fragment(codes[r], b / 2, b % 2 * 2 + half_k, zero[r]);
         EXL_UNROLL
-        for (int n = 0; n < kNT; ++n) {
-          const uint4 v = x[n][j / 2];
-          const FragB b = j % 2 ? FragB{{v.z, v.w}} : FragB{{v.x, v.y}};
-          mma_m16n8k16(part[r][n], a, b);
-        }
+        for (int n = 0; n < kNT; ++n) mma_m16n8k16(part[r][n], a, half_k ? FragB{{x[n].z, x[n].w}} : FragB{{x[n].x, x[n].y}});
         if ((k + 16) % kUnitK == 0) {
           const half2 scale = bits_half2(meta[r].scale[unit]);
           const float lo = __low2float(scale), hi = __high2float(scale);
@@ -176,7 +165,7 @@ struct Weights {
   Meta next[kR];
 
   // Everything up to the first product; touches no activations. first, last: the stages of this warp or block.
-  EXL_DEVICE void start(u8* smem, int warp, int lane, const u32* codes, const u32* scales, const u8* zeros, int tile0,
+  EXL_DEVICE void start(u8* smem, int warp, int lane, const u32* codes, const void* scales, const u8* zeros, int tile0,
                         int num_tiles, int num_stages, int num_groups, int group_units, int first, int last) {
     ring.turn_to(smem, warp, lane, 0);
     EXL_UNROLL
@@ -184,7 +173,7 @@ struct Weights {
       const int tile = tile0 + r < num_tiles ? tile0 + r : num_tiles - 1;   // past the end: a copy that is not stored
       ring.src[r] = reinterpret_cast<const uint4*>(codes) + (static_cast<size_t>(tile) * num_stages + first) * (kLoads * 32) + lane;
       const size_t meta = static_cast<size_t>(tile) * num_groups * 8;
-      stream[r].start(scales + meta, kSymmetric ? nullptr : zeros + meta * kZeroBytes, first, group_units, lane / 4);
+      stream[r].start(static_cast<const u32*>(scales) + meta, kSymmetric ? nullptr : zeros + meta * kZeroBytes, first, group_units, lane / 4);
     }
     EXL_UNROLL
     for (int s = 0; s < kAhead; ++s) {

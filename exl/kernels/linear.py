@@ -1,0 +1,344 @@
+"""Quantized linears on the GPU: y = x W, straight from the codes (``linear_q.cu``, ``linear_q_wide.cu``).
+
+Three operations, each for any number of tokens (64 at a time): ``project`` stores, ``gate_up`` stores SiLU(gate) * up,
+``project_add`` adds to the f32 residual and leaves its sums of squares for the next norm. A row's bits depend neither
+on the other rows nor on the configuration. Arguments are checked before anything is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from exl.errors import KernelError
+from exl.kernels.args import Arg, f32, i32, ptr
+from exl.kernels.checks import check_tensor
+from exl.kernels.launch import Backend, launch
+from exl.kernels.linear_config import (
+    MAX_TOKENS,
+    MIN_ARCH,
+    NARROW_TOKENS,
+    NUM_SLICES,
+    NUM_THREADS,
+    LinearConfig,
+    choose_config,
+)
+from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.tile_layout import ROWS, PackedMatrix, TileLayout
+
+INPUT_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+OUT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+STORE, GATED, RESIDUAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A packed matrix on the device (``tile_layout.py``): codes i32, scales f16, zeros u8 or None, bias f32 or None."""
+
+    layout: TileLayout
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def from_packed(cls, packed: PackedMatrix, device: torch.device) -> TiledWeight:
+        def tensor(array):
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        codes = torch.from_numpy(packed.codes.view("<i4")).to(device)
+        return cls(packed.layout, codes, tensor(packed.scales), tensor(packed.zeros), tensor(packed.bias))
+
+
+@dataclass(frozen=True)
+class NormedInput:
+    """RMSNorm on the way in: x is the f32 residual; ``sumsq`` f32 [T, ceil(K / 16)] are its sums of squares over 16
+    channels each, as ``project_add`` leaves them, ``weight`` f32 [K]."""
+
+    sumsq: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that launches of more than 8 tokens share, one at a time: see ``scratch_shapes``."""
+
+    x: torch.Tensor  # f16 [64 * K]: rounded activations
+    x_scale: torch.Tensor  # f32 [64, 8]
+    partial: torch.Tensor  # f32: sums of slices
+    arrived: torch.Tensor  # i32, zero; kernels leave it zero
+
+
+def scratch_shapes(layouts: list[TileLayout], arch: int, num_multiprocessors: int) -> dict[str, tuple[str, int]]:
+    """Type and number of elements of each field of ``Scratch`` that serves all of ``layouts``."""
+    configs = [
+        (layout, choose_config(layout, t, arch, num_multiprocessors)) for layout in layouts for t in (16, 32, 64)
+    ]
+    return {
+        "x": ("f16", MAX_TOKENS * max(layout.K for layout in layouts)),
+        "x_scale": ("f32", MAX_TOKENS * NUM_SLICES),
+        "partial": ("f32", max(config.partial_bytes(layout) for layout, config in configs) // 4),
+        "arrived": ("i32", max(config.grid(layout)[0] for layout, config in configs)),
+    }
+
+
+def make_scratch(layouts: list[TileLayout], backend: Backend) -> Scratch:
+    dtypes = {"f16": torch.float16, "f32": torch.float32, "i32": torch.int32}
+    shapes = scratch_shapes(layouts, backend.arch, backend.num_multiprocessors)
+    return Scratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where sums go; see epilogue.cuh."""
+
+    kind: int
+    y: torch.Tensor
+    sumsq: torch.Tensor | None = None
+    permuted: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def rows(self, start: int, stop: int) -> _Output:
+        def cut(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t[start:stop]
+
+        return _Output(self.kind, cut(self.y), cut(self.sumsq), cut(self.permuted), self.positions, self.scale)
+
+
+def project(
+    backend: Backend,
+    weight: TiledWeight,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    norm: NormedInput | None = None,
+    scratch: Scratch | None = None,
+    config: LinearConfig | None = None,
+    dependent: bool = False,
+) -> None:
+    """y [T, N] = x [T, K] W + bias; y in f16, bf16 or f32.
+
+    x is f16 or bf16, or with ``norm`` the f32 residual, normalised on the way. Rows of x and y may lie apart, their
+    elements may not. More than 8 tokens need ``scratch``. ``config`` overrides the choice for up to 64 tokens.
+    ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then not
+    write the weight. Raises ``KernelError``.
+    """
+    _run(backend, weight, x, _Output(STORE, y), norm, scratch, config, dependent)
+
+
+def gate_up(
+    backend: Backend,
+    weight: TiledWeight,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    norm: NormedInput | None = None,
+    scratch: Scratch | None = None,
+    config: LinearConfig | None = None,
+    dependent: bool = False,
+) -> None:
+    """y [T, F] = SiLU(x W_gate + b_gate) * (x W_up + b_up), for rows packed by ``gated_rows``."""
+    _run(backend, weight, x, _Output(GATED, y), norm, scratch, config, dependent)
+
+
+def project_add(
+    backend: Backend,
+    weight: TiledWeight,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    sumsq: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    permuted: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
+    config: LinearConfig | None = None,
+    dependent: bool = False,
+) -> None:
+    """h f32 [T, N] += scale * (x W + bias); sumsq f32 [T, ceil(N / 16)] becomes the sums of h^2 over 16 channels each.
+
+    ``permuted`` f32 [T, N] gets a second copy of h with channel n at ``positions[n]`` (i32 [N]), for a consumer under
+    act-order.
+    """
+    out = _Output(RESIDUAL, h, sumsq, permuted, positions, scale)
+    _run(backend, weight, x, out, None, scratch, config, dependent)
+
+
+def _run(
+    backend: Backend,
+    weight: TiledWeight,
+    x: torch.Tensor,
+    out: _Output,
+    norm: NormedInput | None,
+    scratch: Scratch | None,
+    config: LinearConfig | None,
+    dependent: bool,
+) -> None:
+    check_weight(weight, backend.device)
+    _check_input(weight.layout, x, norm, backend.device)
+    _check_output(weight.layout, x, out, backend.device)
+    num_tokens = x.shape[0]
+    if num_tokens > NARROW_TOKENS:
+        _check_scratch(weight.layout, num_tokens, scratch, backend, config)
+    for start in range(0, num_tokens, MAX_TOKENS):
+        stop = min(start + MAX_TOKENS, num_tokens)
+        part = None if norm is None else NormedInput(norm.sumsq[start:stop], norm.weight, norm.eps)
+        _launch(backend, weight, x[start:stop], out.rows(start, stop), part, scratch, config, dependent)
+
+
+def _launch(
+    backend: Backend,
+    weight: TiledWeight,
+    x: torch.Tensor,
+    out: _Output,
+    norm: NormedInput | None,
+    scratch: Scratch | None,
+    config: LinearConfig | None,
+    dependent: bool,
+) -> None:
+    layout, num_tokens = weight.layout, x.shape[0]
+    if config is None:
+        config = choose_config(layout, num_tokens, backend.arch, backend.num_multiprocessors)
+    function = backend.load(config.spec(layout, backend.arch))
+    shared = config.shared_bytes(layout, num_tokens, backend.arch)
+    kind = INPUT_KINDS[x.dtype]
+    sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
+    matrix = [ptr(weight.codes), ptr(weight.scales), ptr(weight.zeros), ptr(weight.bias)]
+    target = [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    sizes = [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_groups), i32(layout.group_units)]
+    ending = [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0))]
+    args: list[Arg]
+    if not config.wide:
+        args = [*matrix, ptr(x), ptr(sumsq), ptr(norm_weight), *target, *sizes, i32(num_tokens), i32(kind)]
+        args += [i32(x.stride(0)), i32(config.x_stages), *ending, f32(eps), f32(out.scale)]
+    else:
+        x_scale = None
+        if kind != INPUT_KINDS[torch.float16]:
+            x, x_scale = _round(backend, layout, x, norm, scratch, dependent)
+        args = [*matrix, ptr(x), ptr(x_scale), *target, ptr(scratch.partial), ptr(scratch.arrived), *sizes]
+        args += [
+            i32(num_tokens),
+            i32(x.stride(0)),
+            i32(config.x_stages),
+            i32(config.x_buffers),
+            *ending,
+            f32(out.scale),
+        ]
+    launch(function, config.grid(layout), (NUM_THREADS,), args, shared, dependent=dependent)
+
+
+def _round(
+    backend: Backend, layout: TileLayout, x: torch.Tensor, norm: NormedInput | None, scratch: Scratch, dependent: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """f16 activations for the wide kernel, and what their sums over a slice are multiplied by."""
+    num_tokens, K = x.shape
+    rounded = scratch.x[: num_tokens * K].view(num_tokens, K)
+    spec = KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": layout.stage_inputs}, backend.arch)
+    sumsq, weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
+    args = [ptr(x), ptr(sumsq), ptr(weight), ptr(rounded), ptr(scratch.x_scale), i32(K), i32(num_tokens)]
+    args += [i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), f32(eps)]
+    launch(backend.load(spec), (num_tokens,), (NUM_THREADS,), args, dependent=dependent)
+    return rounded, scratch.x_scale if norm is None else None
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def check_weight(weight: TiledWeight, device: torch.device) -> None:
+    layout = weight.layout
+    check_tensor("codes", weight.codes, (torch.int32,), layout.codes_shape, device, 16)
+    check_tensor("scales", weight.scales, (torch.float16,), layout.scales_shape, device)
+    if (weight.zeros is None) != layout.symmetric:
+        raise KernelError(f"zeros: {'none are stored for' if layout.symmetric else 'missing from'} {layout}")
+    if weight.zeros is not None:
+        check_tensor("zeros", weight.zeros, (torch.uint8,), layout.zeros_shape, device, 2)
+    if weight.bias is not None:
+        check_tensor("bias", weight.bias, (torch.float32,), (layout.num_tiles * ROWS,), device)
+
+
+def _check_input(layout: TileLayout, x: torch.Tensor, norm: NormedInput | None, device: torch.device) -> None:
+    dtypes = (torch.float16, torch.bfloat16) if norm is None else (torch.float32,)
+    if not isinstance(x, torch.Tensor):
+        raise KernelError(f"x: expected a tensor, found {type(x).__name__}")
+    if x.dim() != 2 or x.shape[0] < 1:
+        raise KernelError(f"x: expected [T, {layout.K}] with at least one token, found {tuple(x.shape)}")
+    num_tokens = x.shape[0]
+    check_tensor("x", x, dtypes, (num_tokens, layout.K), device, 16, rows_apart=True)
+    if norm is not None:
+        check_tensor("sumsq", norm.sumsq, (torch.float32,), (num_tokens, -(-layout.K // ROWS)), device)
+        check_tensor("norm weight", norm.weight, (torch.float32,), (layout.K,), device, 16)
+        if not norm.eps >= 0:
+            raise KernelError(f"eps is {norm.eps}: expected 0 or more")
+
+
+def _check_output(layout: TileLayout, x: torch.Tensor, out: _Output, device: torch.device) -> None:
+    num_tokens, y = x.shape[0], out.y
+    if not isinstance(y, torch.Tensor) or y.dim() != 2:
+        raise KernelError(f"output: expected two dimensions, found {getattr(y, 'shape', type(y))}")
+    N = y.shape[1]
+    rows_of_y = 8 if out.kind == GATED else ROWS
+    if -(-N // rows_of_y) != layout.num_tiles:
+        raise KernelError(f"output has {N} columns: the matrix has {layout.num_tiles} tiles of {rows_of_y}")
+    name, dtypes = ("h", (torch.float32,)) if out.kind == RESIDUAL else ("y", tuple(OUT_TYPES))
+    check_tensor(name, y, dtypes, (num_tokens, N), device, y.element_size(), rows_apart=True)
+    if out.kind != RESIDUAL:
+        return
+    check_tensor("sumsq", out.sumsq, (torch.float32,), (num_tokens, layout.num_tiles), device)
+    if (out.permuted is None) != (out.positions is None):
+        raise KernelError("permuted and positions go together: one is missing")
+    if out.permuted is not None:
+        check_tensor("permuted", out.permuted, (torch.float32,), (num_tokens, N), device)
+        check_tensor("positions", out.positions, (torch.int32,), (N,), device)
+
+
+def _check_scratch(
+    layout: TileLayout, num_tokens: int, scratch: Scratch | None, backend: Backend, config: LinearConfig | None
+) -> None:
+    if scratch is None:
+        raise KernelError(f"{num_tokens} tokens: more than {NARROW_TOKENS} need scratch memory")
+    counts = {min(MAX_TOKENS, num_tokens), num_tokens % MAX_TOKENS or MAX_TOKENS}
+    configs = [config] if config is not None else [
+        choose_config(layout, count, backend.arch, backend.num_multiprocessors) for count in counts
+    ]  # fmt: skip
+    least = {
+        "x": (torch.float16, min(MAX_TOKENS, num_tokens) * layout.K),
+        "x_scale": (torch.float32, MAX_TOKENS * NUM_SLICES),
+        "partial": (torch.float32, max(c.partial_bytes(layout) for c in configs) // 4),
+        "arrived": (torch.int32, max(c.grid(layout)[0] for c in configs)),
+    }
+    for name, (dtype, count) in least.items():
+        tensor = getattr(scratch, name)
+        check_tensor(f"scratch.{name}", tensor, (dtype,), (tensor.numel(),), backend.device, 16)
+        if tensor.numel() < count:
+            raise KernelError(f"scratch.{name} has {tensor.numel()} elements: expected {count} or more")
+
+
+# ---- what CI compiles ----------------------------------------------------------------------------------------------
+
+
+# Layouts that differ where macros do; the others differ from these in one macro that changes little.
+COMPILED = (
+    (4, 128, False), (4, 128, True), (4, 64, False), (4, 32, False), (4, 256, False),
+    (8, 128, False), (8, 32, True), (3, 128, False), (3, 64, True), (2, 64, False), (2, 256, True),
+)  # fmt: skip
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Macro sets that ``choose_config`` asks for on ``arch``: all of them for each layout in ``COMPILED``."""
+    if arch < MIN_ARCH:
+        return
+    for stage in (128, 256):
+        yield Variant(KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage}, arch))
+    seen = set()
+    for bits, group_size, symmetric in COMPILED:
+        layout = TileLayout(bits, 4096, 4096, group_size, symmetric)
+        for tokens in (1, 4, 8, 16, 32, 64):
+            for num_multiprocessors in (1, 32, 1024):
+                spec = choose_config(layout, tokens, arch, num_multiprocessors).spec(layout, arch)
+                if spec not in seen:
+                    seen.add(spec)
+                    yield Variant(spec)

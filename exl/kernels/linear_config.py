@@ -1,0 +1,177 @@
+"""Which variant of the linear kernels runs a shape: pure functions, apart from launching.
+
+No configuration changes a bit of the result (``tests/kernels/test_linear.py``); they differ in speed alone. The rules
+are arithmetic about bytes in flight, shared memory and blocks, not measurements: GPU timings are not measured yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from exl.errors import KernelError
+from exl.kernels.spec import KernelSpec, arch_limits
+from exl.kernels.tile_layout import TileLayout
+
+NUM_WARPS = 8
+NUM_THREADS = 32 * NUM_WARPS
+NUM_SLICES = 8
+NARROW_TOKENS = 8  # that linear_q.cu takes
+MAX_TOKENS = 64  # that one launch takes
+MIN_ARCH = 75  # tensor cores with f16 inputs
+
+# Depth of the weights' ring by (bits, row tiles a warp): 24 KB or more on their way a block, (depth - 1) * 8 warps *
+# row tiles * planes * 512, which covers the latency of an H100's memory (Little's law; an RTX 3090 needs 9 KB).
+RING_STAGES = {
+    (2, 1): 4, (2, 2): 3, (2, 4): 2,
+    (3, 1): 3, (3, 2): 2,
+    (4, 1): 4, (4, 2): 3, (4, 4): 2,
+    (8, 1): 3, (8, 2): 2,
+}  # fmt: skip
+SHARED_PER_MULTIPROCESSOR = {
+    75: 64,
+    80: 164,
+    86: 100,
+    87: 164,
+    89: 100,
+    90: 228,
+    100: 228,
+    103: 228,
+    120: 100,
+    121: 100,
+}
+BLOCK_RESERVE = 1024  # that the driver takes of a multiprocessor's shared memory, a block
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """One way to run one launch of up to 64 tokens."""
+
+    wide: bool  # linear_q_wide.cu: rows split over warps; else linear_q.cu: slices of K split over warps
+    row_tiles: int  # a warp
+    ring_stages: int
+    x_stages: int  # whose activations are in shared memory at a time
+    x_buffers: int = 1
+    token_tiles: int = 1  # wide: of 8 tokens
+    spread: int = 1  # wide: blocks that share K
+    min_blocks: int = 2  # a multiprocessor, that registers must allow
+
+    def macros(self, layout: TileLayout) -> dict[str, int]:
+        macros = {
+            "EXL_BITS": layout.bits,
+            "EXL_GROUP": layout.group_macro,
+            "EXL_SYM": int(layout.symmetric),
+            "EXL_R": self.row_tiles,
+            "EXL_STAGES": self.ring_stages,
+            "EXL_MIN_BLOCKS": self.min_blocks,
+        }
+        return macros | ({"EXL_NT": self.token_tiles, "EXL_SPREAD": self.spread} if self.wide else {})
+
+    def spec(self, layout: TileLayout, arch: int) -> KernelSpec:
+        name = "linear_q_wide" if self.wide else "linear_q"
+        return KernelSpec(f"{name}.cu", name, self.macros(layout), arch)
+
+    def grid(self, layout: TileLayout) -> tuple[int, int]:
+        per_block = self.row_tiles * (NUM_WARPS if self.wide else 1)
+        return -(-layout.num_tiles // per_block), self.spread
+
+    def shared_bytes(self, layout: TileLayout, num_tokens: int, arch: int) -> int:
+        ring = ring_bytes(layout, self.row_tiles, self.ring_stages, arch)
+        stage = layout.stage_inputs * 2
+        if self.wide:
+            return ring + self.x_buffers * self.x_stages * 8 * self.token_tiles * stage
+        return max(ring + NUM_WARPS * num_tokens * self.x_stages * stage, self.row_tiles * NUM_SLICES * 512)
+
+    def partial_bytes(self, layout: TileLayout) -> int:
+        """f32 sums that blocks hand over; 0 where each block has all of K."""
+        if self.spread == 1:
+            return 0
+        return self.spread * self.grid(layout)[0] * NUM_THREADS * self.row_tiles * self.token_tiles * 16
+
+
+def ring_bytes(layout: TileLayout, row_tiles: int, ring_stages: int, arch: int) -> int:
+    """Shared memory of the weights' rings; below sm_80 weights wait in registers."""
+    return NUM_WARPS * ring_stages * row_tiles * layout.planes * 512 if arch >= 80 else 0
+
+
+def slice_stages(layout: TileLayout) -> int:
+    """Stages of the longest slice."""
+    return -(-layout.num_stages // NUM_SLICES)
+
+
+def shared_per_multiprocessor(arch: int) -> int:
+    known = [a for a in SHARED_PER_MULTIPROCESSOR if a <= arch]
+    return 1024 * SHARED_PER_MULTIPROCESSOR[max(known)]
+
+
+def choose_config(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
+    """The configuration for 1 to 64 tokens. Raises ``KernelError`` for other counts and GPUs without tensor cores."""
+    if arch < MIN_ARCH:
+        raise KernelError(f"linear_q needs compute capability 7.5 or higher, found {arch / 10}")
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        raise KernelError(f"{num_tokens} tokens: a launch takes 1 to {MAX_TOKENS}")
+    if num_tokens <= NARROW_TOKENS:
+        return _narrow(layout, num_tokens, arch, num_multiprocessors)
+    return _wide(layout, num_tokens, arch, num_multiprocessors)
+
+
+def _narrow(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
+    """Up to 16, 32, 64 rows a block for up to 2, 4, 8 tokens, whose staging the rows share, while blocks are enough to
+    fill the GPU twice."""
+    most = 1 if num_tokens <= 2 else 2 if num_tokens <= 4 else 4
+    candidates = [r for r in (4, 2, 1) if r <= most and (layout.bits, r) in RING_STAGES]
+    limit = arch_limits(arch).max_shared_bytes
+    half = shared_per_multiprocessor(arch) // 2 - BLOCK_RESERVE
+    for row_tiles in candidates:
+        stages = RING_STAGES[layout.bits, row_tiles]
+        if row_tiles > 1 and -(-layout.num_tiles // row_tiles) < 2 * num_multiprocessors:
+            continue
+        for depth in range(stages, 1, -1):
+            config = _fit_narrow(layout, num_tokens, arch, row_tiles, depth, (half, limit))
+            if config is not None:
+                return config
+    raise KernelError(f"linear_q does not fit sm_{arch}: {layout}, {num_tokens} tokens")
+
+
+def _fit_narrow(
+    layout: TileLayout, num_tokens: int, arch: int, row_tiles: int, depth: int, budgets: tuple[int, ...]
+) -> LinearConfig | None:
+    """As many stages of activations at a time as fit: all of a slice in half a multiprocessor, else what a block may
+    have. Chunks are multiples of the ring's depth."""
+    whole = -(-slice_stages(layout) // depth) * depth
+    for budget in budgets:
+        for x_stages in range(whole, 0, -depth):
+            config = LinearConfig(False, row_tiles, depth, x_stages)
+            if config.shared_bytes(layout, num_tokens, arch) <= budget and (x_stages == whole or budget == budgets[-1]):
+                return config
+    return None
+
+
+def _wide(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
+    """128 rows a block; K spread over 8 blocks where rows alone do not fill the GPU. 64 tokens keep at least two blocks
+    a row: the sums of all 8 slices would not fit a thread's registers."""
+    token_tiles = 2 if num_tokens <= 16 else 4 if num_tokens <= 32 else 8
+    blocks = -(-layout.num_tiles // NUM_WARPS)
+    least = 2 if token_tiles == 8 else 1
+    spread = least if blocks * least >= num_multiprocessors else NUM_SLICES
+    limit = arch_limits(arch).max_shared_bytes
+    depth = RING_STAGES[layout.bits, 1] if arch >= 80 else 2
+    ring = depth
+    for ring in range(depth, 1, -1):
+        for x_buffers in (2, 1):
+            for x_stages in range(4, 0, -1):
+                config = LinearConfig(True, 1, ring, x_stages, x_buffers, token_tiles, spread, 1)
+                enough = x_stages >= ring - 1 or (x_buffers == 1 and ring == 2)
+                if enough and config.shared_bytes(layout, num_tokens, arch) <= limit:
+                    return config
+    raise KernelError(f"linear_q_wide does not fit sm_{arch}: {layout}, {num_tokens} tokens")
+
+
+def reachable_configs(layout: TileLayout, num_tokens: int, arch: int) -> Iterator[LinearConfig]:
+    """Every configuration that some number of multiprocessors leads to."""
+    seen = set()
+    for num_multiprocessors in range(1, 4 * layout.num_tiles + 2):
+        config = choose_config(layout, num_tokens, arch, num_multiprocessors)
+        if config not in seen:
+            seen.add(config)
+            yield config

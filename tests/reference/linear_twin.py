@@ -1,0 +1,60 @@
+"""What the linear kernels must compute, in float64 from the exact weights, and how far they may be off."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from exl.formats.matrix import QuantizedMatrix
+
+
+def random_matrix(
+    rng: np.random.Generator, bits: int, K: int, N: int, group_size: int, symmetric: bool = False, bias: bool = False
+) -> QuantizedMatrix:
+    """Codes, zeros and scales drawn so that every value occurs; group size -1 is K."""
+    group_size = K if group_size == -1 else group_size
+    codes = rng.integers(0, 1 << bits, (K, N), dtype=np.uint8)
+    G = K // group_size
+    zeros = rng.integers(0, 1 << bits, (G, N), dtype=np.uint8)
+    if symmetric:
+        zeros[:] = 1 << (bits - 1)
+    scales = ((0.25 + rng.random((G, N))) * 2.0**-bits).astype(np.float16)
+    b = rng.standard_normal(N).astype(np.float16) if bias else None
+    return QuantizedMatrix(bits, group_size, K, N, scales, zeros, None, b, lambda start, stop: codes[:, start:stop])
+
+
+def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
+    """W [K, N], exact in float64; rows in sorted order."""
+    group = np.arange(matrix.K) // matrix.group_size
+    codes = matrix.codes(0, matrix.N).astype(np.float64)
+    return matrix.scales.astype(np.float64)[group] * (codes - matrix.zeros[group])
+
+
+def bias_of(matrix: QuantizedMatrix) -> np.ndarray:
+    return np.zeros(matrix.N) if matrix.bias is None else matrix.bias.astype(np.float64)
+
+
+def sum_bound(x: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
+    """How far an f32 sum of these products may be from the exact one, [T, N].
+
+    Tensor cores add 4 products (sm_75) or more at a time and cut each sum off at 24 bits; after that every group and
+    slice costs a rounding. A partial sum is never larger than the sum of magnitudes.
+    """
+    num_roundings = matrix.K / 4 + 2 * matrix.num_groups + 16
+    magnitude = np.abs(x) @ np.abs(dequantize(matrix)) + np.abs(bias_of(matrix))
+    return num_roundings * 2.0**-23 * magnitude
+
+
+def rms_norm(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return h / np.sqrt((h**2).mean(axis=1, keepdims=True) + eps) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1.0 + np.exp(-x))
+
+
+def tile_sumsq(h: np.ndarray) -> np.ndarray:
+    """Sums of squares over 16 channels each, [T, ceil(N / 16)]."""
+    T, N = h.shape
+    padded = np.zeros((T, -(-N // 16) * 16))
+    padded[:, :N] = h
+    return (padded**2).reshape(T, -1, 16).sum(axis=2)
