@@ -316,6 +316,7 @@ def step_bytes(limits: StepLimits) -> dict[str, int]:
         "attn": limits.max_rows * limits.attn_width * 4,
         "mlp": limits.max_rows * limits.intermediate_size * 4,
         "logits": limits.max_logit_rows * limits.vocab_size * 4,
+        "sample": 4,
     }
 
 

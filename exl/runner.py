@@ -47,11 +47,15 @@ class Runner:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
         a view that is valid until the next is asked for. To be exhausted: a batch runs when its window's turn comes.
         """
-        for window in self._windows(batches):
-            rows = self._run_layers(window)
-            for i, h in enumerate(rows):
-                self.decoder.ops.select(i)
-                yield self.decoder.head(self._final_norm, self._head, h, self._logits)
+        ops = self.decoder.ops
+        try:
+            for window in self._windows(batches):
+                rows = self._run_layers(window)
+                for i, h in enumerate(rows):
+                    ops.select(i)
+                    yield self.decoder.head(self._final_norm, self._head, h, self._logits)
+        finally:
+            ops.stage(())
 
     def _run_layers(self, window: Sequence[ForwardBatch]) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops

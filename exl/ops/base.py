@@ -127,7 +127,7 @@ class Ops(Protocol):
 
     # step
     def stage(self, batches: Sequence[ForwardBatch]) -> None:
-        """The one host-to-device copy of a pass; outside any graph. Selects the first batch."""
+        """The one host-to-device copy of a pass; outside any graph. Selects the first batch. None lets go of all."""
 
     def select(self, batch_idx: int) -> None: ...
 

@@ -54,7 +54,7 @@ class TorchOps:
 
     def stage(self, batches: Sequence[ForwardBatch]) -> None:
         self._staged = [torch_attention.StagedBatch(batch, self._resolve(batch.token_ids)) for batch in batches]
-        self.select(0)
+        self._now = self._staged[0] if self._staged else None
 
     def _resolve(self, token_ids: np.ndarray) -> torch.Tensor:
         """Token -1-i is sample i of the step before."""

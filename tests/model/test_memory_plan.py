@@ -1,0 +1,189 @@
+"""The plan against reality: every byte alive after loading is a byte of an exact line, and none is added later."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import exl
+from exl.engine import load_engine
+from exl.errors import ConfigError, MemoryBudgetError
+from exl.layout import KV_BITS, Target
+from exl.memory import Tier, format_bytes, parse_bytes
+from exl.planning import EngineOptions, open_model, plan_model
+from exl.sampling import SamplingParams
+from tests.model.hf_models import CASES, build, save
+from tests.model.test_quantized import make
+
+STORIES = Path(__file__).parents[1] / "data" / "stories2M"
+CPU = Target("cpu", int4pack="split64")
+
+
+def live_bytes() -> int:
+    """Bytes of the storages of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    make(root / "int4", 4, 32)
+    make(root / "int3", 3, 32, order="own")
+    for name in ("qwen3-tied", "llama-biases"):
+        save(build(next(case for case in CASES if case.name == name)), root / name)
+    return [root / name for name in ("int4", "int3", "qwen3-tied", "llama-biases")]
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "model": st.integers(0, 3),
+        "context": st.integers(1, 200),
+        "kv_cache": st.sampled_from(list(KV_BITS)),
+        "max_sequences": st.integers(1, 3),
+        "prefill_chunk": st.integers(1, 80),
+        "extra_window": st.integers(0, 100),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """What is there before is not looked through each time: transformers alone has a million objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(OPTIONS)
+def test_exact_lines_are_what_is_alive(folders, frozen, asked):
+    folder = folders[asked.pop("model")]
+    window = asked["prefill_chunk"] + asked.pop("extra_window")
+    options = EngineOptions(prefill_window=window, **asked)
+    before = live_bytes()
+    engine = load_engine(folder, options)
+    assert live_bytes() - before == engine.plan.exact_bytes
+    # To the last token of the context, by prefill and by decode: nothing more stays alive.
+    params = SamplingParams(temperature=0.0, seed=0, max_tokens=10**6)
+    prompt = [5] * max(1, engine.generator.context - 8)
+    engine.generator.eos_ids = frozenset()
+    tokens = list(engine.generator.stream(prompt, params))
+    assert len(tokens) == engine.generator.context - len(prompt)
+    for chunk in engine.generator.logits([5] * engine.generator.context):
+        assert torch.isfinite(chunk).all()
+    del chunk
+    assert live_bytes() - before == engine.plan.exact_bytes
+    del engine
+    assert live_bytes() == before
+
+
+def plan(folder: Path, **options):
+    with open_model(folder) as files:
+        return plan_model(files, EngineOptions(**options), CPU)[0]
+
+
+def test_layers_leave_from_the_last_one_down(folders):
+    whole = plan(folders[0])
+    assert whole.placement.num_streamed == 0
+    assert whole.num_slots == 0
+    tight = plan(STORIES, ram=plan(STORIES, resident_layers=0).num_bytes)
+    assert tight.fits
+    assert [tier for tier, _ in tight.placement.layers] == [Tier.DISK] * 4
+    one = plan(STORIES, ram=plan(STORIES, resident_layers=1).num_bytes)
+    assert [tier for tier, _ in one.placement.layers] == [Tier.DEVICE, Tier.DISK, Tier.DISK, Tier.DISK]
+    assert one.num_slots == 2
+
+
+def test_what_cannot_fit_is_refused_with_the_table_and_what_would():
+    with pytest.raises(MemoryBudgetError) as caught:
+        plan(STORIES, ram="1MB")
+    message = str(caught.value)
+    assert "KV cache" in message
+    assert "budget is 1.00 MB" in message
+    assert "Would fit: ram='" in message
+    enough = message.split("ram='")[1].split("'")[0]
+    assert plan(STORIES, ram=enough).fits
+
+
+def test_hints_fit_indeed():
+    budget = plan(STORIES, kv_cache="q4", prefill_chunk=64, prefill_window=64, resident_layers=0).num_bytes
+    with pytest.raises(MemoryBudgetError, match="kv_cache='q4', prefill_chunk=64, prefill_window=64"):
+        plan(STORIES, ram=budget)
+    assert plan(STORIES, ram=budget, kv_cache="q4", prefill_chunk=64, prefill_window=64).fits
+
+
+def test_auto_context_is_the_largest_that_fits():
+    assert plan(STORIES, context="auto").context == 512  # no budget: the model's own
+    whole = plan(STORIES, context=512)
+    found = plan(STORIES, context="auto", ram=whole.num_bytes - 1)
+    assert found.context < 512
+    assert found.placement.num_streamed == 0
+    assert plan(STORIES, context=found.context + 64).num_bytes > whole.num_bytes - 1
+
+
+@pytest.mark.parametrize("kind", ["q8", "k8v4", "q4"])
+def test_smaller_caches_are_smaller_by_their_bits(kind):
+    line = {p.purpose: p.num_bytes for p in plan(STORIES, kv_cache=kind).lines}["KV cache"]
+    per_token = {"q8": 136, "k8v4": 104, "q4": 72}[kind]  # K and V of head size 64, scales with them
+    assert line == 4 * 2 * 512 * per_token
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("6GB", 6 * 10**9), ("6GiB", 6 << 30), ("1.5 gb", 1_500_000_000), ("512MiB", 512 << 20), (77, 77), ("77", 77)],
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "6 GBit", "6XB", "0", 0, -5, True, 1.5, None])
+def test_bad_sizes(text):
+    with pytest.raises(ConfigError, match="ram: found"):
+        parse_bytes(text, "ram")
+
+
+def test_formatted_sizes():
+    assert [format_bytes(n) for n in (5, 2_500, 1_234_000_000)] == ["5 B", "2.50 KB", "1.23 GB"]
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_allocated():
+    before = live_bytes()
+    with pytest.raises(MemoryBudgetError):
+        exl.load(STORIES, ram="2MB")
+    assert live_bytes() == before
+
+
+def test_the_command_prints_the_plan_without_reading_weights(tmp_path):
+    """The weights' bytes are cut off: headers alone are left, and the file's length, which is sparse."""
+    folder = tmp_path / "headers"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((STORIES / name).read_bytes())
+    data = (STORIES / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(data[:header])
+        file.truncate(len(data))
+    command = [sys.executable, "-m", "exl.cli", "plan", str(folder), "--ram", "1GB", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["num_bytes"] == plan(STORIES, ram="1GB").num_bytes
+    assert told["fits"] is True
+    table = subprocess.run(command[:-1], capture_output=True, text=True, check=True).stdout
+    assert "KV cache" in table
+    assert "budget" in table
