@@ -20,6 +20,7 @@ from exl.layout import PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 
 _PACK_COLUMNS = 1024  # output rows unpacked at a time: bounds the host memory of a load; a multiple of every block
+_DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB: a row is multiplied as soon as it is written; a quarter faster than 4 MB
 _INT4_ZERO = 8  # the code that torch's kernel takes for 0
 
 
@@ -206,7 +207,7 @@ def _decode(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) -> 
         codes = w.fields["codes"].view(spec.N, spec.K // 2)
         out.copy_(int4pack_mm(x.bfloat16(), codes, spec.group_size, w.fields["scales_zeros"]))
         return
-    for start, stop, panel in _row_panels(w, scratch):
+    for start, stop, panel in _row_panels(w, scratch, _DECODE_PANEL_ELEMENTS):
         for row in range(x.shape[0]):
             torch.mv(panel, x[row], out=out[row, start:stop])
 
@@ -216,18 +217,18 @@ def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) ->
         for start, stop, panel in _int4_panels(w, scratch):
             torch.mm(x, panel, out=out[:, start:stop])
         return
-    for start, stop, panel in _row_panels(w, scratch):
+    for start, stop, panel in _row_panels(w, scratch, PANEL_ELEMENTS):
         torch.mm(x, panel.T, out=out[:, start:stop])
 
 
-def _row_panels(w: Linear, scratch: Scratch):
+def _row_panels(w: Linear, scratch: Scratch, elements: int):
     """(start, stop, f32 [n, K]) over the output rows of a dense or planes weight; f32 weights are one panel."""
     N, K = w.N, w.layout.spec.K
     dense = w.fields.get("weight")
     if dense is not None and dense.dtype == torch.float32:
         yield 0, N, dense
         return
-    step = max(1, PANEL_ELEMENTS // K)
+    step = max(1, elements // K)
     for start in range(0, N, step):
         stop = min(N, start + step)
         panel = scratch.panel[: (stop - start) * K].view(stop - start, K)
