@@ -33,7 +33,7 @@ class Engine:
 
 def load_engine(folder: Path, options: EngineOptions, progress: Progress | None = None) -> Engine:
     """Plans, then loads. Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
-    with open_model(folder) as files:
+    with open_model(folder, options.head) as files:
         config = files.config
         plan, model = plan_model(files, options, cpu_target())
         ops = TorchOps(model.target, model.kv_layout, model.limits)

@@ -305,6 +305,7 @@ def load(
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
     resident_layers: int | None = None,
+    head: str | int = "file",
     packed_folder: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -316,8 +317,8 @@ def load(
     may have together, for which the cache is allocated now; "auto" is as many as fit; by default the model's own
     maximum, 8192 at most. ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the
     cache has room for. ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer
-    before the next layer's turn. ``resident_layers``: keep no more than so many in memory. More on all of them:
-    ``docs/memory.md``. ``progress(done, total)`` is told in bytes.
+    before the next layer's turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a
+    dense head to so many bits. More on all of them: ``docs/memory.md``. ``progress(done, total)`` is told in bytes.
 
     Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options, ``MemoryBudgetError`` for
     what cannot fit, ``UnsupportedModelError`` for models that exl does not have.
@@ -331,6 +332,7 @@ def load(
         prefill_chunk=prefill_chunk,
         prefill_window=prefill_window,
         resident_layers=resident_layers,
+        head=head,
         packed_folder=packed_folder,
     )
     folder = find_model(model, revision=revision)

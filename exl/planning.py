@@ -34,6 +34,7 @@ class EngineOptions:
     prefill_chunk: int = 512  # rows computed at once
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
     resident_layers: int | None = None  # no more than so many, whatever the budget
+    head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
 
     def __post_init__(self) -> None:
@@ -51,6 +52,8 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
                 raise ConfigError(f"{name}: found {value!r}, expected a whole number, {low} or more")
+        if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
+            raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
         if self.prefill_window < self.prefill_chunk:
             raise ConfigError(
                 f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
@@ -91,13 +94,19 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(folder: Path) -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it. Raises ``ExlError``."""
+def open_model(folder: Path, head: str | int = "file") -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head`` as in ``EngineOptions``.
+
+    Raises ``ExlError``.
+    """
     with Checkpoint.open(folder) as checkpoint:
         config_json = read_json(checkpoint.folder / "config.json")
         config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
         quant = read_quant_config(checkpoint.folder, config_json)
-        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, read_manifest(checkpoint, config, quant))
+        manifest = read_manifest(checkpoint, config, quant)
+        if head != "file":
+            manifest = manifest.with_head_bits(int(head))
+        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest)
 
 
 def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:

@@ -9,6 +9,7 @@ from exl.errors import CheckpointError, UnsupportedModelError
 from exl.formats.dense import dense_spec, load_dense
 from exl.formats.gptq import gptq_spec, load_gptq
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.formats.rounding import round_to_nearest, rounding_group
 from exl.formats.tensors import read_vector
 from exl.layout import MatrixSpec
 from exl.quant_config import QuantConfig
@@ -21,8 +22,11 @@ __all__ = [
     "load_dense",
     "load_gptq",
     "load_matrix",
+    "load_part",
     "matrix_spec",
     "read_vector",
+    "round_to_nearest",
+    "rounding_group",
 ]
 
 # Tensors by which the formats that exl does not read give themselves away, whatever the configuration says.
@@ -54,6 +58,14 @@ def load_matrix(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) ->
     """The module itself; its codes or rows are read when they are asked for. Raises as :func:`matrix_spec`."""
     module_quant = _module_quant(checkpoint, name, quant)
     return load_dense(checkpoint, name) if module_quant is None else load_gptq(checkpoint, name, module_quant)
+
+
+def load_part(checkpoint: Checkpoint, spec: MatrixSpec, quant: QuantConfig | None) -> QuantizedMatrix | DenseMatrix:
+    """What a manifest asks for: the module as the file has it, or rounded to the codes that ``spec`` names."""
+    matrix = load_matrix(checkpoint, spec.name, quant)
+    if spec.quantized and isinstance(matrix, DenseMatrix):
+        return round_to_nearest(matrix, spec.bits, spec.group_size)
+    return matrix
 
 
 def _module_quant(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) -> QuantConfig | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exl.checkpoint import Checkpoint
 from exl.config import ModelConfig
 from exl.errors import CheckpointError
-from exl.formats import matrix_spec
+from exl.formats import matrix_spec, rounding_group
 from exl.layout import BlobSpec, LayerLayout, LinearSpec, MatrixSpec, Target, fuse, layer_layout
 from exl.models.registry import NAME_TABLES, NameTable
 from exl.quant_config import QuantConfig
@@ -21,6 +21,18 @@ class ModelManifest:
     embed: BlobSpec
     layers: tuple[BlobSpec, ...]
     head: BlobSpec  # without a linear where the embedding serves as head
+
+    def with_head_bits(self, bits: int) -> ModelManifest:
+        """A dense head rounded to ``bits`` when it is loaded; one that the embedding serves as gets weights of its own.
+
+        A head that the file has quantized is left as it is.
+        """
+        linears = dict(self.head.linears) or {"head": dict(self.embed.linears)["embed"]}
+        (part,) = linears["head"][0].parts
+        if part.quantized:
+            return self
+        part = replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
+        return replace(self, head=BlobSpec(self.head.norms, (("head", (LinearSpec((part,)),)),)))
 
     def layouts(self, target: Target) -> ModelLayout:
         return ModelLayout(
