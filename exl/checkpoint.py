@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
+from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -114,6 +115,11 @@ class Checkpoint:
         """Sizes in bytes, by name relative to ``folder``."""
         return {name: file.num_bytes for name, file in self._files.items()}
 
+    @property
+    def modified_ns(self) -> Mapping[str, int]:
+        """When each file was last changed, by name; of the files that are open, whatever has their names by now."""
+        return {name: os.fstat(file.handle.fileno()).st_mtime_ns for name, file in self._files.items()}
+
     def info(self, name: str) -> TensorInfo:
         """Raises ``CheckpointError`` where there is no such tensor."""
         info = self.tensors.get(name)
@@ -152,14 +158,20 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.file}: tensor {shown(info.name)} is {info.dtype}, expected one of {', '.join(_NUMPY_DTYPES)}"
             )
+        num_bytes = prod(shape) * np.dtype(dtype).itemsize
+        return self.read_bytes(info.name, start_byte, num_bytes).view(dtype).reshape(shape)
+
+    def read_bytes(self, name: str, start_byte: int, num_bytes: int) -> np.ndarray:
+        """Bytes of a tensor from ``start_byte`` on, u8, writable. All that returns arrays gets its bytes here."""
         try:
-            array = np.empty(shape, dtype)
+            raw = np.empty(num_bytes, np.uint8)
         except MemoryError:
+            info = self.info(name)
             raise CheckpointError(
-                f"{info.file}: tensor {shown(info.name)}: no memory for its {info.num_bytes} bytes"
+                f"{info.file}: tensor {shown(name)}: no memory for its {info.num_bytes} bytes"
             ) from None
-        self.read_into(info.name, array.reshape(-1).view(np.uint8), start_byte)
-        return array
+        self.read_into(name, raw, start_byte)
+        return raw
 
     def close(self) -> None:
         for file in self._files.values():

@@ -25,7 +25,7 @@ LADDER = (
     ("kernels",),
     ("ops",),
     ("models",),
-    ("stream", "packed", "loader", "planning"),
+    ("host_memory", "block_file", "packed", "packed_store", "read_ahead", "stream", "loader", "planning"),
     ("runner",),
     ("generator",),
     ("engine",),

@@ -1,0 +1,63 @@
+"""Memory straight from the operating system, and straight back to it: for weights, which are large and live long."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.errors import MemoryBudgetError
+
+
+class HostBuffer:
+    """Zeroed bytes that start at a memory page, as O_DIRECT and page-locking want them. Pages count as used when they
+    are first touched."""
+
+    def __init__(self, num_bytes: int, purpose: str) -> None:
+        """``purpose`` is for messages. Raises ``MemoryBudgetError`` where the system refuses."""
+        try:
+            self._map = _anonymous(max(1, num_bytes))
+        except (OSError, OverflowError, ValueError) as error:
+            raise MemoryBudgetError(f"{purpose}: the system does not give {num_bytes} bytes ({error})") from None
+        self.num_bytes = num_bytes
+        self._array: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8, num_bytes)
+
+    @property
+    def array(self) -> NDArray[np.uint8]:
+        """u8 [num_bytes]. ``ValueError`` after ``close``."""
+        if self._array is None:
+            raise ValueError("the buffer is closed")
+        return self._array
+
+    def close(self) -> None:
+        """Gives the memory back now. Views that are still around stay valid and read as zeros, where the system can
+        do that; elsewhere the memory goes when they do. May be called again."""
+        if self._array is None:
+            return
+        self._array = None
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        with contextlib.suppress(BufferError):  # unmapped with the last view
+            self._map.close()
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):  # Python's own choice is shared memory, which MADV_DONTNEED would not free
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, num_bytes)
+
+
+def trim_heap() -> None:
+    """Returns what ``malloc`` keeps of freed memory to the system, where that is glibc's."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return  # another C library
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    trim(0)
