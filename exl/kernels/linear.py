@@ -25,12 +25,9 @@ from exl.kernels.linear_config import (
     LinearConfig,
     choose_config,
 )
+from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.spec import KernelSpec, Variant
 from exl.kernels.tile_layout import ROWS, PackedMatrix, TileLayout
-
-INPUT_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-OUT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-STORE, GATED, RESIDUAL = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,6 @@ class TiledWeight:
 
         codes = torch.from_numpy(packed.codes.view("<i4")).to(device)
         return cls(packed.layout, codes, tensor(packed.scales), tensor(packed.zeros), tensor(packed.bias))
-
-
-@dataclass(frozen=True)
-class NormedInput:
-    """RMSNorm on the way in: x is the f32 residual; ``sumsq`` f32 [T, ceil(K / 16)] are its sums of squares over 16
-    channels each, as ``project_add`` leaves them, ``weight`` f32 [K]."""
-
-    sumsq: torch.Tensor
-    weight: torch.Tensor
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -91,24 +78,6 @@ def make_scratch(layouts: list[TileLayout], backend: Backend) -> Scratch:
     return Scratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
 
 
-@dataclass(frozen=True)
-class _Output:
-    """Where sums go; see epilogue.cuh."""
-
-    kind: int
-    y: torch.Tensor
-    sumsq: torch.Tensor | None = None
-    permuted: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    scale: float = 1.0
-
-    def rows(self, start: int, stop: int) -> _Output:
-        def cut(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t[start:stop]
-
-        return _Output(self.kind, cut(self.y), cut(self.sumsq), cut(self.permuted), self.positions, self.scale)
-
-
 def project(
     backend: Backend,
     weight: TiledWeight,
@@ -127,7 +96,7 @@ def project(
     ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then not
     write the weight. Raises ``KernelError``.
     """
-    _run(backend, weight, x, _Output(STORE, y), norm, scratch, config, dependent)
+    _run(backend, weight, x, Output.store(y), norm, scratch, config, dependent)
 
 
 def gate_up(
@@ -142,7 +111,7 @@ def gate_up(
     dependent: bool = False,
 ) -> None:
     """y [T, F] = SiLU(x W_gate + b_gate) * (x W_up + b_up), for rows packed by ``gated_rows``."""
-    _run(backend, weight, x, _Output(GATED, y), norm, scratch, config, dependent)
+    _run(backend, weight, x, Output.gated(y), norm, scratch, config, dependent)
 
 
 def project_add(
@@ -164,7 +133,7 @@ def project_add(
     ``permuted`` f32 [T, N] gets a second copy of h with channel n at ``positions[n]`` (i32 [N]), for a consumer under
     act-order.
     """
-    out = _Output(RESIDUAL, h, sumsq, permuted, positions, scale)
+    out = Output.residual(h, sumsq, scale, permuted, positions)
     _run(backend, weight, x, out, None, scratch, config, dependent)
 
 
@@ -172,21 +141,21 @@ def _run(
     backend: Backend,
     weight: TiledWeight,
     x: torch.Tensor,
-    out: _Output,
+    out: Output,
     norm: NormedInput | None,
     scratch: Scratch | None,
     config: LinearConfig | None,
     dependent: bool,
 ) -> None:
     check_weight(weight, backend.device)
-    _check_input(weight.layout, x, norm, backend.device)
-    _check_output(weight.layout, x, out, backend.device)
+    check_input(weight.layout.K, x, norm, backend.device)
+    check_output(weight.layout.num_tiles, x.shape[0], out, backend.device)
     num_tokens = x.shape[0]
     if num_tokens > NARROW_TOKENS:
         _check_scratch(weight.layout, num_tokens, scratch, backend, config)
     for start in range(0, num_tokens, MAX_TOKENS):
         stop = min(start + MAX_TOKENS, num_tokens)
-        part = None if norm is None else NormedInput(norm.sumsq[start:stop], norm.weight, norm.eps)
+        part = None if norm is None else norm.rows(start, stop)
         _launch(backend, weight, x[start:stop], out.rows(start, stop), part, scratch, config, dependent)
 
 
@@ -194,7 +163,7 @@ def _launch(
     backend: Backend,
     weight: TiledWeight,
     x: torch.Tensor,
-    out: _Output,
+    out: Output,
     norm: NormedInput | None,
     scratch: Scratch | None,
     config: LinearConfig | None,
@@ -258,41 +227,6 @@ def check_weight(weight: TiledWeight, device: torch.device) -> None:
         check_tensor("zeros", weight.zeros, (torch.uint8,), layout.zeros_shape, device, 2)
     if weight.bias is not None:
         check_tensor("bias", weight.bias, (torch.float32,), (layout.num_tiles * ROWS,), device)
-
-
-def _check_input(layout: TileLayout, x: torch.Tensor, norm: NormedInput | None, device: torch.device) -> None:
-    dtypes = (torch.float16, torch.bfloat16) if norm is None else (torch.float32,)
-    if not isinstance(x, torch.Tensor):
-        raise KernelError(f"x: expected a tensor, found {type(x).__name__}")
-    if x.dim() != 2 or x.shape[0] < 1:
-        raise KernelError(f"x: expected [T, {layout.K}] with at least one token, found {tuple(x.shape)}")
-    num_tokens = x.shape[0]
-    check_tensor("x", x, dtypes, (num_tokens, layout.K), device, 16, rows_apart=True)
-    if norm is not None:
-        check_tensor("sumsq", norm.sumsq, (torch.float32,), (num_tokens, -(-layout.K // ROWS)), device)
-        check_tensor("norm weight", norm.weight, (torch.float32,), (layout.K,), device, 16)
-        if not norm.eps >= 0:
-            raise KernelError(f"eps is {norm.eps}: expected 0 or more")
-
-
-def _check_output(layout: TileLayout, x: torch.Tensor, out: _Output, device: torch.device) -> None:
-    num_tokens, y = x.shape[0], out.y
-    if not isinstance(y, torch.Tensor) or y.dim() != 2:
-        raise KernelError(f"output: expected two dimensions, found {getattr(y, 'shape', type(y))}")
-    N = y.shape[1]
-    rows_of_y = 8 if out.kind == GATED else ROWS
-    if -(-N // rows_of_y) != layout.num_tiles:
-        raise KernelError(f"output has {N} columns: the matrix has {layout.num_tiles} tiles of {rows_of_y}")
-    name, dtypes = ("h", (torch.float32,)) if out.kind == RESIDUAL else ("y", tuple(OUT_TYPES))
-    check_tensor(name, y, dtypes, (num_tokens, N), device, y.element_size(), rows_apart=True)
-    if out.kind != RESIDUAL:
-        return
-    check_tensor("sumsq", out.sumsq, (torch.float32,), (num_tokens, layout.num_tiles), device)
-    if (out.permuted is None) != (out.positions is None):
-        raise KernelError("permuted and positions go together: one is missing")
-    if out.permuted is not None:
-        check_tensor("permuted", out.permuted, (torch.float32,), (num_tokens, N), device)
-        check_tensor("positions", out.positions, (torch.int32,), (N,), device)
 
 
 def _check_scratch(

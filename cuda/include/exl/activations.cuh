@@ -16,25 +16,39 @@ struct Input {
   int K, stride, num_tokens;
 };
 
-// Eight inputs from channel k on. `factor`: the token's power of two, or its 1 / rms.
-template <int kKind> EXL_DEVICE uint4 load_inputs(const Input& in, int token, int k, float factor) {
+// Eight inputs from channel k on, in f32. `factor`: the token's power of two, or its 1 / rms.
+template <int kKind> EXL_DEVICE void load_floats(float (&out)[8], const Input& in, int token, int k, float factor) {
   const size_t at = static_cast<size_t>(token) * in.stride + k;
-  if constexpr (kKind == kHalfInput) {
-    return *reinterpret_cast<const uint4*>(static_cast<const half*>(in.x) + at);
-  } else if constexpr (kKind == kBfloatInput) {
-    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(in.x) + at);
-    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
-    u32 out[4];
-    EXL_UNROLL
-    for (int i = 0; i < 4; ++i)
-      out[i] = cvt_f16x2_f32(__uint_as_float(pairs[i] << 16) * factor, __uint_as_float(pairs[i] & 0xffff0000u) * factor);
-    return make_uint4(out[0], out[1], out[2], out[3]);
-  } else {
+  if constexpr (kKind == kNormedInput) {
     const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(in.x) + at);
     const float4* w = reinterpret_cast<const float4*>(in.norm + k);
     const float4 a = p[0], b = p[1], u = w[0], v = w[1];
-    return make_uint4(cvt_f16x2_f32(a.x * factor * u.x, a.y * factor * u.y), cvt_f16x2_f32(a.z * factor * u.z, a.w * factor * u.w),
-                      cvt_f16x2_f32(b.x * factor * v.x, b.y * factor * v.y), cvt_f16x2_f32(b.z * factor * v.z, b.w * factor * v.w));
+    out[0] = a.x * factor * u.x; out[1] = a.y * factor * u.y; out[2] = a.z * factor * u.z; out[3] = a.w * factor * u.w;
+    out[4] = b.x * factor * v.x; out[5] = b.y * factor * v.y; out[6] = b.z * factor * v.z; out[7] = b.w * factor * v.w;
+  } else {
+    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const u16*>(in.x) + at);
+    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+    EXL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kKind == kHalfInput) {
+        out[2 * i] = __low2float(bits_half2(pairs[i]));
+        out[2 * i + 1] = __high2float(bits_half2(pairs[i]));
+      } else {
+        out[2 * i] = __uint_as_float(pairs[i] << 16) * factor;
+        out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u) * factor;
+      }
+    }
+  }
+}
+
+// The same, rounded to f16.
+template <int kKind> EXL_DEVICE uint4 load_inputs(const Input& in, int token, int k, float factor) {
+  if constexpr (kKind == kHalfInput) {
+    return *reinterpret_cast<const uint4*>(static_cast<const half*>(in.x) + static_cast<size_t>(token) * in.stride + k);
+  } else {
+    float v[8];
+    load_floats<kKind>(v, in, token, k, factor);
+    return make_uint4(cvt_f16x2_f32(v[0], v[1]), cvt_f16x2_f32(v[2], v[3]), cvt_f16x2_f32(v[4], v[5]), cvt_f16x2_f32(v[6], v[7]));
   }
 }
 
