@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
 import platform
 import subprocess
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from exl.errors import KernelError
-from exl.kernels.compiler import write_file
 from exl.kernels.spec import KernelSpec, flattened
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "host"
 COMPILER = "g++"
+MAX_FILES = 4000  # in the cache; the least recently used half goes
 
 # -ffp-contract=off for the same reason as NVRTC's --fmad=false: a fused operation is one that the source asks for.
 COMMON = (
@@ -28,16 +31,21 @@ COMMON = (
     "-DEXL_HOST",
 )
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-function")
-KERNEL = ("-O1", "-g1", "-gdwarf-4", "-fno-omit-frame-pointer", "-fno-thread-jumps", "-fno-optimize-sibling-calls")
-RUNTIME = ("-O2", "-g1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden")
-UNDEFINED = ("-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr,return")
-BUILDS = {
+# Lines for messages, no variables: tracking them would take half of the compiler's time. A jump must not be threaded
+# past a collective: two copies of one call would look like two call sites.
+DEBUG = ("-g1", "-gdwarf-4", "-fno-var-tracking", "-fno-var-tracking-assignments")
+KERNEL = ("-O1", *DEBUG, "-fno-omit-frame-pointer", "-fno-thread-jumps", "-fno-optimize-sibling-calls")
+RUNTIME = ("-O2", *DEBUG, "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden")
+# Null pointers, overflowing pointers and objects' sizes are left to the checks of every access, which are exact.
+UNDEFINED = (
+    "-fsanitize=undefined,float-cast-overflow",
+    "-fno-sanitize=vptr,return,null,object-size,pointer-overflow",
+)
+ADDRESS = ("-fsanitize=address", "-fsanitize-recover=address", "--param=asan-use-after-return=0")
+BUILDS = {  # name -> options of the kernel, options of the link
     "plain": ((), ()),
     "race": (("-fsanitize=thread", *UNDEFINED), ()),
-    "asan": (
-        ("-fsanitize=address", "-fsanitize-recover=address", "--param=asan-stack=1", *UNDEFINED),
-        ("-fsanitize=address",),
-    ),
+    "asan": ((*ADDRESS, *UNDEFINED), ("-fsanitize=address",)),
 }
 
 
@@ -79,31 +87,77 @@ def build(spec: KernelSpec, mode: str, folder: Path | None = None, extra: tuple[
     instrument, link = BUILDS[mode]
     common = (*COMMON, *machine_options(), f"-DEXL_ARCH={spec.arch}", f"-DEXL_{mode.upper()}", *extra)
     common += (f"-I{HERE / 'include'}", f"-I{HERE / 'include' / 'exl_host'}")
-    runtime = _cached(
-        "runtime", (HERE / "src" / "runtime.cpp").read_text(), ".o", (*common, *RUNTIME, f"-I{HERE / 'src'}", "-c")
-    )
     text = f"{flattened(spec, folder)}#include <exl_host/kernel_main.hpp>\n"
-    options = (*common, *KERNEL, *WARNINGS, *instrument, *spec.defines(), f"-DEXL_HOST_ENTRY={spec.entry}", "-c")
-    kernel = _cached(spec.entry, text, ".o", options)
-    objects = (str(kernel), str(runtime))
-    return _cached(spec.entry, "", ".so", ("-shared", *link, *objects, "-Wl,--no-undefined", "-lm"))
+    options = (*common, *KERNEL, *WARNINGS, *instrument, *spec.defines(), f"-DEXL_HOST_ENTRY={spec.entry}")
+    library = _path(spec.entry, ".so", text, *options, *link)
+    if not library.exists():
+        runtime = _runtime(common)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            source, kernel = Path(scratch) / f"{spec.entry}.cpp", Path(scratch) / f"{spec.entry}.o"
+            source.write_text(text)
+            _run(str(spec), (*options, "-c", str(source), "-o", str(kernel)))
+            linked = ("-shared", *link, str(kernel), str(runtime), "-Wl,--no-undefined", "-lm")
+            _publish(str(spec), linked, library)
+        prune()
+    os.utime(library)
+    return library
 
 
-def _cached(name: str, text: str, suffix: str, options: tuple[str, ...]) -> Path:
-    h = hashlib.sha256("\0".join((compiler_version(), shim_sources(), text, *options)).encode())
-    path = CACHE / f"{name}-{h.hexdigest()[:24]}{suffix}"
-    if path.exists():
-        return path
-    CACHE.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{suffix}")
-    command = [COMPILER, *options, "-o", str(temporary)]
-    if text:
-        source = path.with_suffix(".cpp")
-        write_file(source, text.encode())
-        command.append(str(source))
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        temporary.unlink(missing_ok=True)
-        raise KernelError(f"{name} does not compile for the host:\n{done.stderr[:6000]}\ncommand: {' '.join(command)}")
-    os.replace(temporary, path)
+def _runtime(common: tuple[str, ...]) -> Path:
+    path = _path("runtime", ".o", *common, *RUNTIME)
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        source = HERE / "src" / "runtime.cpp"
+        _publish("the shim's runtime", (*common, *RUNTIME, f"-I{source.parent}", "-c", str(source)), path)
+    os.utime(path)
     return path
+
+
+def _path(name: str, suffix: str, *parts: str) -> Path:
+    h = hashlib.sha256("\0".join((compiler_version(), shim_sources(), *parts)).encode())
+    return CACHE / f"{name}-{h.hexdigest()[:24]}{suffix}"
+
+
+def _publish(what: str, arguments: tuple[str, ...], path: Path) -> None:
+    """Runs the compiler into a temporary name, then renames: another process may be doing the same."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    _run(what, (*arguments, "-o", temporary))
+    os.replace(temporary, path)
+
+
+def _run(what: str, arguments: tuple[str, ...]) -> None:
+    done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(
+            f"{what} does not compile for the host:\n{done.stderr[:6000]}\n{COMPILER} {' '.join(arguments)}"
+        )
+
+
+def prune() -> None:
+    """Keeps the cache from growing for ever."""
+    files = list(CACHE.glob("*.*"))
+    if len(files) > MAX_FILES:
+        for path in sorted(files, key=lambda path: path.stat().st_mtime)[: len(files) // 2]:
+            path.unlink(missing_ok=True)
+
+
+# ---- compiling ahead -------------------------------------------------------------------------------------------------
+
+_ahead: dict[tuple[KernelSpec, str], Future[Path]] = {}
+_pool = ThreadPoolExecutor(max_workers=1)
+atexit.register(_pool.shutdown, wait=False, cancel_futures=True)
+
+
+def build_ahead(spec: KernelSpec, mode: str) -> None:
+    """Starts to compile one of exl's kernels on the other core; ``built`` takes it from there."""
+    if (spec, mode) not in _ahead:
+        _ahead[spec, mode] = _pool.submit(build, spec, mode)
+
+
+def built(spec: KernelSpec, mode: str, folder: Path | None = None, extra: tuple[str, ...] = ()) -> Path:
+    """``build``, or the result of one that was started ahead."""
+    future = None if folder or extra else _ahead.get((spec, mode))
+    if future is None or future.cancel():
+        return build(spec, mode, folder, extra)
+    return future.result()

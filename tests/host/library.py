@@ -44,7 +44,7 @@ class LaunchStruct(ctypes.Structure):
         ("dependent", ctypes.c_uint8),
         ("ranges", ctypes.POINTER(Range)),
         ("args", ctypes.POINTER(ctypes.c_uint64)),
-        ("stacks", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
     ]
 
 
@@ -87,9 +87,9 @@ class Fault(NamedTuple):
 
 
 class Library:
-    """A loaded shared library. Fibers' stacks are mapped once: a process may have some 65,000 mappings, not more."""
+    """A loaded shared library. Stacks and shadow memory are shared by all that a process loads."""
 
-    _stacks: int | None = None
+    _workspace: int | None = None
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -97,10 +97,10 @@ class Library:
         self._library.exl_host_launch.argtypes = [ctypes.POINTER(LaunchStruct), ctypes.POINTER(FaultStruct)]
         self._library.exl_host_max_threads.restype = ctypes.c_uint32
         self._base = self._base_address()
-        if Library._stacks is None:
-            self._library.exl_host_stacks.restype = ctypes.c_void_p
-            Library._stacks = self._library.exl_host_stacks()
-            if not Library._stacks:
+        if Library._workspace is None:
+            self._library.exl_host_workspace.restype = ctypes.c_void_p
+            Library._workspace = self._library.exl_host_workspace()
+            if not Library._workspace:
                 raise MemoryError("no room for the fibers' stacks")
 
     def _base_address(self) -> int:
@@ -147,7 +147,7 @@ class Library:
             int(request.dependent),
             ranges,
             slots,
-            Library._stacks,
+            Library._workspace,
         )
         fault = FaultStruct()
         if not self._library.exl_host_launch(ctypes.byref(launch), ctypes.byref(fault)):

@@ -19,10 +19,11 @@ from exl.kernels.args import Arg, Pointer
 from exl.kernels.launch import Param
 from exl.kernels.spec import KernelSpec
 
-from .build import build
+from .build import build_ahead, built
 from .library import Fault, Library, Request
 from .worker import Worker
 
+OTHER = {"race": "asan", "asan": "race"}
 ELEMENTS = {"h": "f16", "b": "bf16", "v": "void", "s": "struct"}
 
 
@@ -40,7 +41,9 @@ class HostShim:
         self._chain: list[tuple[int, int, bool]] = []  # start, stop and writability of what the chain may still use
 
     def load(self, spec: KernelSpec) -> HostKernel:
-        return HostKernel(self, spec, build(spec, self.mode, self.folder, self.extra))
+        if self.mode in OTHER and self.folder is None and not self.extra:
+            build_ahead(spec, OTHER[self.mode])  # tests run each kernel in both
+        return HostKernel(self, spec, built(spec, self.mode, self.folder, self.extra))
 
     def next_seed(self) -> int:
         self.num_launches += 1

@@ -28,7 +28,7 @@ inline int find_image(dl_phdr_info* info, size_t, void*) {
 }
 
 inline bool in_shared_arena(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(shared_arena) < sizeof shared_arena;
+  return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(workspace->shared) < sizeof workspace->shared;
 }
 
 // Byte offset into the block's shared memory; fails outside of what the launch asked for.

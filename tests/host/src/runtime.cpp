@@ -167,7 +167,13 @@ const char* exl_host_build() {
 }
 void exl_host_stats(ExlStats* out) { *out = stats; }
 
-void* exl_host_stacks() { return map_stacks(kMaxLanes, kStackBytes); }
+void* exl_host_workspace() {
+  void* p = mmap(nullptr, sizeof(Workspace), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+  Workspace* made = static_cast<Workspace*>(p);
+  made->stacks = map_stacks(kMaxLanes, kStackBytes);
+  return made->stacks ? made : nullptr;
+}
 
 int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
   launch = request;
@@ -176,7 +182,9 @@ int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
   stats = ExlStats();
   if (!stacks_start) {
     const size_t stride = kStackBytes + static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    uint8_t* base = static_cast<uint8_t*>(request->stacks);
+    workspace = static_cast<Workspace*>(request->workspace);
+    shared_base = workspace->shared + kSharedGuard + kSharedAlign;
+    uint8_t* base = workspace->stacks;
     for (uint32_t i = 0; i < kMaxLanes; ++i) {
       lanes[i].fiber.stack = base + i * stride;
       lanes[i].fiber.stack_bytes = kStackBytes - i % 56 * 64;   // tops in different cache sets
@@ -187,7 +195,7 @@ int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
   }
 #if defined(EXL_ASAN)
   main_fiber.stack = nullptr;
-  __asan_poison_memory_region(shared_arena, sizeof shared_arena);
+  __asan_poison_memory_region(workspace->shared, sizeof workspace->shared);
   __asan_unpoison_memory_region(shared_base, request->shared_bytes);
 #endif
   exl_grid_dim = request->grid;
@@ -211,7 +219,7 @@ int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
     run_block();
   }
 #if defined(EXL_ASAN)
-  __asan_unpoison_memory_region(shared_arena, sizeof shared_arena);
+  __asan_unpoison_memory_region(workspace->shared, sizeof workspace->shared);
 #endif
   return faulted;
 }

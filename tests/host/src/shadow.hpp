@@ -4,8 +4,7 @@
 // __syncwarp for the lanes in its mask. Shuffles, votes, mma and ldmatrix order nothing.
 //
 // Time has two hands: the block epoch, advanced by __syncthreads, and a warp's clock, advanced by its __syncwarp.
-// `seen[w][i][l]` is the clock up to which lane i knows the accesses of lane l. Epochs never repeat in a process, so
-// cells of earlier blocks read as "never written" without being cleared.
+// `seen[w][i][l]` is the clock up to which lane i knows the accesses of lane l.
 #include "memory.hpp"
 
 namespace exl_host {
@@ -21,23 +20,16 @@ inline void shadow_access(uint32_t, const void* p, size_t num_bytes, Access kind
 }
 #else
 enum : uint8_t { kWroteAtomic = 1, kInFlight = 2, kManyWarps = 4 };
-struct Cell {
-  uint32_t write_epoch, write_clock, read_epoch, read_clock, read_mask;
-  uint16_t writer, read_warp;
-  uint8_t flags;
-  void *write_site, *read_site;
-};
-inline Cell cells[kMaxShared];
-inline uint32_t epoch = 1, first_epoch = 1;
+inline uint32_t first_epoch = 1;
 inline uint32_t clock_of[kMaxWarps];
 inline uint32_t seen[kMaxWarps][kWarp][kWarp];
 
 inline void shadow_begin_block() {
-  first_epoch = ++epoch;
+  first_epoch = ++workspace->epoch;
   for (uint32_t w = 0; w < num_warps; ++w) clock_of[w] = 1;
   memset(seen, 0, num_warps * sizeof seen[0]);
 }
-inline void shadow_block_barrier() { ++epoch; }
+inline void shadow_block_barrier() { ++workspace->epoch; }
 inline void shadow_warp_barrier(uint32_t warp, uint32_t mask) {
   uint32_t joined[kWarp] = {};
   for (uint32_t i = 0; i < kWarp; ++i) {
@@ -74,7 +66,7 @@ inline void check_readers(const Cell& cell, uint32_t self, size_t byte, void* si
   }
 }
 
-inline void note_read(Cell& cell, uint32_t self, void* site) {
+inline void note_read(Cell& cell, uint32_t self, uint32_t epoch, void* site) {
   const uint32_t warp = self / kWarp, bit = 1u << (self % kWarp);
   if (cell.read_epoch != epoch) {
     cell.read_epoch = epoch;
@@ -99,8 +91,9 @@ inline void note_read(Cell& cell, uint32_t self, void* site) {
 inline void shadow_access(uint32_t self, const void* p, size_t num_bytes, Access kind, void* site) {
   const bool write = kind != Access::kRead;
   const size_t start = shared_offset(p, num_bytes, write, site);
+  const uint32_t epoch = workspace->epoch;
   for (size_t byte = start; byte < start + num_bytes; ++byte) {
-    Cell& cell = cells[byte];
+    Cell& cell = workspace->cells[byte];
     const bool written = cell.write_epoch >= first_epoch;
     if (!written && (kind == Access::kRead || kind == Access::kAtomic))
       fail(site, nullptr, "read of shared memory that was never written, at byte %zu, at {0}", byte);
@@ -111,7 +104,7 @@ inline void shadow_access(uint32_t self, const void* p, size_t num_bytes, Access
     if (cell.write_epoch == epoch && !both_atomic && !ordered(self, cell.writer, cell.write_clock))
       fail_race(write ? "write after write" : "read after write", byte, self, cell.writer, site, cell.write_site);
     if (!write) {
-      note_read(cell, self, site);
+      note_read(cell, self, epoch, site);
       continue;
     }
     if (cell.read_epoch == epoch && cell.read_mask) check_readers(cell, self, byte, site);

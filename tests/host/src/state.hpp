@@ -62,9 +62,24 @@ inline bool faulted = false;
 inline ExlStats stats;
 inline uint64_t random_state = 1;
 
-// Redzones live in the same array; the block's bytes start 16 bytes off a larger alignment, to show who relies on it.
-alignas(256) inline uint8_t shared_arena[kSharedGuard + kMaxShared + kSharedGuard];
-inline uint8_t* const shared_base = shared_arena + kSharedGuard + kSharedAlign;
+struct Cell {           // what the race detector knows of one byte of shared memory
+  uint32_t write_epoch, write_clock, read_epoch, read_clock, read_mask;
+  uint16_t writer, read_warp;
+  uint8_t flags;
+  void *write_site, *read_site;
+};
+
+// Large, and shared by all libraries of a process: hundreds of kernel variants are loaded in one test run.
+struct Workspace {
+  uint32_t epoch;       // never repeats, so that cells of earlier blocks read as "never written" without being cleared
+  uint8_t* stacks;
+  Cell cells[kMaxShared];
+  alignas(256) uint8_t shared[kSharedGuard + kMaxShared + kSharedGuard];
+};
+inline Workspace* workspace = nullptr;
+
+// The block's bytes start 16 bytes off a larger alignment, to show who relies on one.
+inline uint8_t* shared_base = nullptr;
 
 inline uint32_t random_bits() {   // xorshift64*
   random_state ^= random_state >> 12;

@@ -70,7 +70,7 @@ struct ExlLaunch {
   uint8_t dependent;   // launched with the programmatic attribute
   const ExlRange* ranges;
   const uint64_t* args;
-  void* stacks;          // of exl_host_stacks, one for all libraries of a process
+  void* workspace;       // of exl_host_workspace, one for all libraries of a process
 };
 struct ExlFault {      // why a launch stopped; {0} and {1} in the message stand for the two sites
   char message[2048];
@@ -82,7 +82,7 @@ struct ExlStats { uint64_t switches, collectives, accesses; };
 
 int exl_host_params(ExlParam* out);                     // count of the entry's parameters
 uint32_t exl_host_max_threads();                        // of EXL_KERNEL
-__attribute__((visibility("default"))) void* exl_host_stacks();   // maps them, or null
+__attribute__((visibility("default"))) void* exl_host_workspace();   // null: no room
 __attribute__((visibility("default"))) int exl_host_launch(const ExlLaunch* launch, ExlFault* fault);   // 0, or 1 with the fault filled in
 __attribute__((visibility("default"))) void exl_host_stats(ExlStats* out);
 __attribute__((visibility("default"))) const char* exl_host_build();
