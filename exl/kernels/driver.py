@@ -60,19 +60,19 @@ def launch_config(
 
 
 class Driver:
-    """The CUDA driver's library, opened at the first launch that needs it."""
+    """The CUDA driver's library, opened at the first launch that needs it. ``name`` defaults to the system's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name or ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         self._library: ctypes.CDLL | None = None
 
     def _open(self) -> ctypes.CDLL:
         if self._library is None:
-            name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
             try:
-                library = ctypes.CDLL(name)
+                library = ctypes.CDLL(self._name)
                 entry = library.cuLaunchKernelEx
             except (OSError, AttributeError) as error:
-                raise KernelError(f"the CUDA driver ({name}) has no cuLaunchKernelEx: {error}") from error
+                raise KernelError(f"the CUDA driver ({self._name}) has no cuLaunchKernelEx: {error}") from error
             entry.argtypes = [ctypes.POINTER(LaunchConfig), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
             entry.restype = ctypes.c_int
             library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]

@@ -165,8 +165,11 @@ class CudaBackend:
             code = compile_cached(spec, self._compiler, self._folder, self._sources)
             module = self._cupy.cuda.function.Module()
             with self._cupy.cuda.Device(self.device.index):
-                module.load(code)
-                function = module.get_function(spec.entry)
+                try:
+                    module.load(code)
+                    function = module.get_function(spec.entry)
+                except self._cupy.cuda.driver.CUDADriverError as error:
+                    raise KernelError(f"{spec} cannot be loaded on {self.device}: {error}") from error
             self._functions[spec] = CudaFunction(spec, self.device, function, self._driver, self._cupy)
         return self._functions[spec]
 
@@ -187,14 +190,19 @@ class CudaFunction:
         params, keep = pack_params(args)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with self._cupy.cuda.Device(self.device.index):
-            if shared_bytes > self._shared_bytes:
-                api.funcSetAttribute(self._function.ptr, MAX_SHARED_ATTRIBUTE, shared_bytes)
-                self._shared_bytes = shared_bytes
-            if dependent and self.spec.arch >= 90:
-                self._driver.launch(self._function.ptr, grid, block, shared_bytes, stream, params, dependent=True)
-            else:
-                address = ctypes.addressof(params)
-                api.launchKernel(self._function.ptr, *grid, *block, shared_bytes, stream, address, 0)
+            try:
+                if shared_bytes > self._shared_bytes:
+                    api.funcSetAttribute(self._function.ptr, MAX_SHARED_ATTRIBUTE, shared_bytes)
+                    self._shared_bytes = shared_bytes
+                if dependent and self.spec.arch >= 90:
+                    self._driver.launch(self._function.ptr, grid, block, shared_bytes, stream, params, dependent=True)
+                else:
+                    address = ctypes.addressof(params)
+                    api.launchKernel(self._function.ptr, *grid, *block, shared_bytes, stream, address, 0)
+            except api.CUDADriverError as error:
+                raise KernelError(
+                    f"{self.spec} on grid {grid}, block {block}, {shared_bytes} bytes: {error}"
+                ) from error
         del keep
 
 
