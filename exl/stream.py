@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.errors import CheckpointError, ExlError
 from exl.host_memory import HostBuffer
@@ -56,7 +58,7 @@ class StreamStats:
 
 @dataclass
 class _Slot:
-    array: memoryview  # writable, page-aligned
+    array: NDArray[np.uint8]  # page-aligned
     layer_idx: int | None = None  # whose bytes it holds, all of them
     num_users: int = 0  # acquired and not released
 
@@ -265,12 +267,11 @@ class LayerStream:
         memory = torch.from_numpy(slots.array)
         self._tensors = [memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(num_slots)]
         self._views: dict[tuple[int, int], LayerWeights] = {}
-        view = memoryview(slots.array)
         self._reader = _SlotReader(
             packed,
             dict(blob_indices),
             sizes,
-            [_Slot(view[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
+            [_Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
         )
         # Also at the interpreter's end, and where nobody calls close().
         self._finalizer = weakref.finalize(self, _close, self._reader, packed, slots)

@@ -1,0 +1,91 @@
+"""A model with its layers placed as a test wants them. Imports little: child processes start with it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from exl.cache import KVCache
+from exl.generator import Generator
+from exl.layout import KVLayout, StepLimits
+from exl.loader import Progress, load_weights
+from exl.models.decoder import Decoder
+from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.packed_store import list_packed
+from exl.page_pool import PagePool
+from exl.planning import open_model
+from exl.runner import Runner
+from exl.sampling import SamplingParams
+
+NUM_LAYERS = 4
+CONTEXT = 64
+IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+class PlacedModel:
+    """Weights as they were asked for, and a generator on them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        packed_folder: Path | None,
+        resident=(),
+        num_slots: int = 2,
+        progress: Progress | None = None,
+    ):
+        with open_model(folder) as files:
+            config = files.config
+            kv_layout = KVLayout("f32", config.num_layers, config.num_kv_heads, config.head_dim)
+            limits = StepLimits(
+                max_rows=16,
+                window_rows=32,  # two chunks a window, two windows for the prompt
+                max_logit_rows=16,
+                max_context=CONTEXT,
+                hidden_size=config.hidden_size,
+                qkv_width=config.qkv_width,
+                attn_width=config.attn_width,
+                intermediate_size=config.intermediate_size,
+                vocab_size=config.vocab_size,
+                head_dim=config.head_dim,
+            )
+            ops = TorchOps(cpu_target(), kv_layout, limits)
+            self.weights = load_weights(
+                *(files.checkpoint, config, files.quant, files.manifest, ops, progress),
+                resident=resident,
+                num_slots=num_slots,
+                packed_folder=packed_folder,
+            )
+            self.sizes = [layout.num_bytes for layout in files.manifest.layouts(ops.target).layers]
+        weights, kv = self.weights, KVCache(kv_layout, CONTEXT // 64, ops.device)
+        self.source = weights.source
+        runner = Runner(
+            Decoder(config, ops), weights.source, weights.embed, weights.final_norm, weights.head, kv, limits
+        )
+        self.generator = Generator(runner, PagePool(CONTEXT // 64), CONTEXT, (), 1)
+
+    def logits(self) -> torch.Tensor:
+        return torch.cat([chunk.clone() for chunk in self.generator.logits(IDS)])
+
+    def tokens(self, count: int = 6) -> list[int]:
+        params = SamplingParams(max_tokens=count, temperature=1.0, seed=5)
+        return [token.token_id for token in self.generator.stream(IDS[:10], params)]
+
+    def outputs(self) -> tuple[bytes, list[int]]:
+        return self.logits().numpy().tobytes(), self.tokens()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.weights.close()
+
+
+def reader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("exl")]
+
+
+def packed_file(folder: Path) -> Path:
+    (info,) = list_packed(folder)
+    return info.path
