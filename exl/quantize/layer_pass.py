@@ -1,0 +1,161 @@
+"""Calibration sequences through one layer at a time, listening to what its linears are given and give.
+
+The model is the one decoder over the one set of operations; nothing of its forward pass is written here again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from exl.batch import I32, ForwardBatch
+from exl.cache import KVCache, KVPages
+from exl.checkpoint import Checkpoint
+from exl.config import ModelConfig
+from exl.formats import load_matrix, read_vector
+from exl.formats.tensors import read_float
+from exl.layout import BlobSpec, KVLayout, LinearSpec, StepLimits, layer_layout
+from exl.models.decoder import Decoder, StepBuffers
+from exl.models.manifest import ModelManifest
+from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments
+from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.quantize.calibration import make_chunks, num_pages
+
+_CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger ones multiply no faster
+
+
+class _Heard(Exception):
+    """Carries what was listened for out of a layer, whose rest need not be computed."""
+
+    def __init__(self, x: torch.Tensor, output: torch.Tensor | None) -> None:
+        self.x = x
+        self.output = output
+
+
+class _ListeningOps(TorchOps):
+    """Stops at one linear with its input and, where asked, its output, the residual that it is added to included."""
+
+    target_linear: Segments | None = None
+    with_output = False
+    _residual: torch.Tensor | None = None
+
+    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, lora, num_decode_rows: int) -> None:
+        if w is not self.target_linear:
+            super()._multiply(x, w, out, lora, num_decode_rows)
+            return
+        if not self.with_output:
+            raise _Heard(x, None)
+        super()._multiply(x, w, out, lora, num_decode_rows)
+        raise _Heard(x, out if self._residual is None else out.add_(self._residual))
+
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+        self._residual = h
+        try:
+            super().project_add(x, w, h, scale, lora)
+        finally:
+            self._residual = None
+
+
+class _OneLayerCache(KVCache):
+    """Every layer's turn comes once, and none looks back: all share one layer's pages."""
+
+    def layer(self, layer_idx: int) -> KVPages:
+        return super().layer(0)
+
+
+class LayerPass:
+    """Peak memory: a chunk's activations. Weights and hidden states are the caller's."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, manifest: ModelManifest, sequences: Sequence[I32]):
+        self.checkpoint, self.config, self.manifest = checkpoint, config, manifest
+        max_rows = max(_CHUNK_ROWS, max((len(sequence) for sequence in sequences), default=0))
+        self.chunks = make_chunks(sequences, max_rows)
+        max_rows = max((chunk.num_rows for chunk in self.chunks), default=1)
+        limits = StepLimits(
+            max_rows=max_rows,
+            window_rows=max_rows,
+            max_logit_rows=1,
+            max_context=max_rows,
+            hidden_size=config.hidden_size,
+            qkv_width=config.qkv_width,
+            attn_width=config.attn_width,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            head_dim=config.head_dim,
+        )
+        kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
+        self._ops = _ListeningOps(cpu_target(), kv_layout, limits)
+        self._decoder = Decoder(config, self._ops)
+        pages = max(map(num_pages, self.chunks), default=1)
+        self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
+        self._buffers = StepBuffers(
+            qkv=torch.empty(max_rows, config.qkv_width),
+            attn=torch.empty(max_rows, config.attn_width),
+            mlp=torch.empty(max_rows, config.intermediate_size),
+        )
+
+    def embed(self) -> Iterator[torch.Tensor]:
+        """Each chunk's inputs of the first layer, f32 [T, C]."""
+        layout = layer_layout(self.manifest.embed, self._ops.target)
+        blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+        start, stop = layout.linear_range("embed", 0)
+        matrix = load_matrix(self.checkpoint, self.manifest.names.embed, None)
+        self._ops.pack([matrix], layout.linears["embed"][0], blob[start:stop])
+        table: Linear = view_segments(layout, blob, "embed")[0]
+        for chunk in self.chunks:
+            h = torch.empty(chunk.num_rows, self.config.hidden_size)
+            self._ops.stage([chunk])
+            self._decoder.embed(table, h)
+            yield h
+
+    def read_layer(self, layer_idx: int) -> LayerWeights:
+        """The dense layer in f32; modules that share an input are one linear."""
+        spec = self.manifest.layers[layer_idx]
+        linears = tuple(
+            (name, (LinearSpec(tuple(replace(part, dtype="f32", bits=32) for old in group for part in old.parts)),))
+            for name, group in spec.linears
+        )
+        layout = layer_layout(BlobSpec(spec.norms, linears), self._ops.target)
+        blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+        names = self.manifest.names
+        prefix = f"{names.layers}.{layer_idx}."
+        for norm, _ in spec.norms:
+            vector = torch.from_numpy(read_vector(self.checkpoint, prefix + names.norms[norm]))
+            view_field(blob, layout.fields[norm]).copy_(vector)
+        weights = LayerWeights.view(layout, blob)
+        for name, _ in linears:
+            (linear,) = getattr(weights, name)
+            start = 0
+            for part in linear.layout.spec.parts:
+                self._fill(linear, part.name, start, start + part.N)
+                start += part.N
+        return weights
+
+    def _fill(self, linear: Linear, name: str, start: int, stop: int) -> None:
+        linear.fields["weight"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.weight"))
+        if f"{name}.bias" in self.checkpoint.tensors:
+            linear.fields["bias"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.bias"))
+
+    def run(self, layer_idx: int, weights: LayerWeights, chunk: ForwardBatch, h: torch.Tensor) -> None:
+        """The chunk's hidden states h [T, C] through the layer, in place."""
+        self._ops.target_linear = None
+        self._ops.stage([chunk])
+        self._decoder.layer(layer_idx, weights, self._buffers, h, self._kv)
+
+    def listen(
+        self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs [T, K] of the linear ``name`` and, where ``output`` asks for it, outputs [T, N]: with the residual
+        that they are added to, which for "down" makes them the layer's own. Valid until the next call. Spends h."""
+        self._ops.target_linear = getattr(weights, name)
+        self._ops.with_output = output
+        self._ops.stage([chunk])
+        try:
+            self._decoder.layer(layer_idx, weights, self._buffers, h, self._kv)
+        except _Heard as heard:
+            return heard.x, heard.output
+        finally:
+            self._ops.target_linear = None
+        raise AssertionError(f"layer {layer_idx} has no linear {name}")

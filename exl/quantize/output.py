@@ -1,0 +1,135 @@
+"""Finished layers and what is not quantized -> a checkpoint that GPTQ loaders read. One tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from exl.checkpoint import Checkpoint
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.plan import Entry, QuantizePlan
+from exl.quantize.work import WorkFolder, write_text
+from exl.safetensors_header import DTYPE_BITS
+from exl.safetensors_writer import write_safetensors
+
+# What belongs to a model besides weights and config.json.
+_COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
+)
+_METADATA = {"format": "pt"}  # transformers refuses files without it
+
+
+def entry_bytes(entry: Entry) -> int:
+    _, dtype, shape = entry
+    count = DTYPE_BITS[dtype.upper()] // 8
+    for size in shape:
+        count *= size
+    return count
+
+
+def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Entry, int | None]]:
+    """Every tensor of the output, with the layer whose file has it; None: copied from the source.
+
+    In the source's order; a quantized module's tensors stand where its weight stood.
+    """
+    modules = {
+        module.name: (module, i) for i, layer in enumerate(plan.layers) for parts in layer.values() for module in parts
+    }
+    entries: list[tuple[Entry, int | None]] = []
+    for name, info in checkpoint.tensors.items():
+        module, _, part = name.rpartition(".")
+        if module not in modules:
+            entries.append(((name, info.dtype, info.shape), None))
+        elif part == "weight":
+            found, layer_idx = modules[module]
+            entries += [(entry, layer_idx) for entry in found.entries()]
+    return entries
+
+
+def write_checkpoint(
+    dst: Path,
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    config_json: dict[str, Any],
+    progress: Callable[[], None],
+) -> int:
+    """Bytes of weights written. ``config.json`` comes last: until then no loader takes the folder for a model."""
+    entries = output_entries(checkpoint, plan)
+    shards = _cut_shards(entries, options.max_shard_bytes)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        data = _read_tensors(shard, checkpoint, work, progress)
+        write_safetensors(dst / name, [entry for entry, _ in shard], data, _METADATA)
+    total = sum(entry_bytes(entry) for entry, _ in entries)
+    if len(shards) > 1:
+        weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry, _ in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(dst / "model.safetensors.index.json", json.dumps(index, indent=1))
+    for name in _COMPANIONS:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, dst / name)
+    quant_json = quantization_config(options)
+    write_text(dst / "quantize_config.json", json.dumps(quant_json, indent=1) + "\n")
+    config_json = {**config_json, "intermediate_size": plan.intermediate_size, "quantization_config": quant_json}
+    write_text(dst / "config.json", json.dumps(config_json, indent=1) + "\n")
+    return total
+
+
+def _cut_shards(entries: list[tuple[Entry, int | None]], max_bytes: int) -> list[list[tuple[Entry, int | None]]]:
+    shards: list[list[tuple[Entry, int | None]]] = [[]]
+    num_bytes = 0
+    for item in entries:
+        size = entry_bytes(item[0])
+        if shards[-1] and num_bytes + size > max_bytes:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(item)
+        num_bytes += size
+    return shards
+
+
+def _read_tensors(
+    shard: list[tuple[Entry, int | None]], checkpoint: Checkpoint, work: WorkFolder, progress: Callable[[], None]
+) -> Iterator[Any]:
+    for (name, _, _), layer_idx in shard:
+        if layer_idx is None:
+            yield checkpoint.read(name)
+        else:
+            with Checkpoint.open(work.layer_path(layer_idx)) as layer:
+                yield layer.read(name)
+        progress()
+
+
+def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
+    """Keys as AutoGPTQ and GPTQModel write them. ``desc_act`` says whether groups are shuffled, as loaders take it."""
+    used_gptq = options.method == "gptq"
+    act_order = used_gptq and options.act_order
+    meta: dict[str, Any] = {"quantizer": ["exl"], "method": options.method}
+    if used_gptq:
+        meta |= {"act_order": act_order, "match_dense": options.match_dense}
+    values: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "desc_act": act_order and not options.static_groups,
+        "sym": options.sym,
+        "lm_head": False,
+        "checkpoint_format": options.checkpoint_format,
+        "pack_dtype": "int32",
+    }
+    if used_gptq:
+        values |= {
+            "damp_percent": options.damp,
+            "static_groups": act_order and options.static_groups,
+            "true_sequential": True,
+        }
+    return {**values, "meta": meta}

@@ -1,0 +1,294 @@
+"""A dense model folder -> a GPTQ one, a layer at a time; takes up again what was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exl.batch import I32
+from exl.checkpoint import Checkpoint
+from exl.config import GenerationDefaults, ModelConfig, read_json
+from exl.errors import CheckpointError, ConfigError, ExlError
+from exl.formats.tensors import read_float
+from exl.models.manifest import read_manifest
+from exl.ops.base import LayerWeights
+from exl.quant_config import read_quant_config
+from exl.quantize.calibration import read_calibration
+from exl.quantize.gptq import Hessian, QuantizedWeight, gptq, round_to_nearest
+from exl.quantize.grid import Grid
+from exl.quantize.layer_pass import LayerPass
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
+from exl.quantize.pack import gptq_tensors
+from exl.quantize.plan import ModulePlan, QuantizePlan, make_plan
+from exl.quantize.work import WorkFolder, read_rows, write_atomically
+from exl.safetensors_writer import write_safetensors
+from exl.tokenizer import Tokenizer
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
+
+_LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer meets them
+_DEFAULT_SEQ_LEN = 2048
+_ALGORITHM = 1  # counts changes by which an unfinished run cannot be gone on with
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    folder: Path
+    num_bytes: int  # of weights
+    num_calibration_tokens: int
+    num_resumed_layers: int  # found finished
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    options: QuantizeOptions,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Quantizes the linears of the dense model in ``src`` into the new folder ``dst``.
+
+    Embedding, norms and head stay as they are. Where groups do not divide the intermediate size, it is padded with
+    zeros, which changes no result. An interrupted run is gone on with by the same call: finished layers are in
+    ``dst/.partial``, and a run that is gone on with writes the same bytes as one that is not interrupted.
+
+    Peak memory: two layers in f32, the Hessian of one linear's inputs three times over in f64, and the activations of
+    2048 tokens; the hidden states of the calibration text are on the disk. Raises ``ExlError``.
+    """
+    src, dst = Path(src), Path(dst)
+    try:
+        with ExitStack() as stack:
+            return _Run(stack.enter_context(Checkpoint.open(src)), dst, options, progress).run()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
+
+
+class _Run:
+    def __init__(self, checkpoint: Checkpoint, dst: Path, options: QuantizeOptions, progress: Progress | None) -> None:
+        self.checkpoint, self.dst, self.options = checkpoint, dst, options
+        folder = checkpoint.folder
+        self.config_json = read_json(folder / "config.json")
+        self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
+        if read_quant_config(folder, self.config_json) is not None:
+            raise ConfigError(f"{folder}: already quantized, expected a dense model")
+        manifest = read_manifest(checkpoint, self.config, None)
+        self.plan: QuantizePlan = make_plan(manifest, self.config, options)
+        self.sequences = self._read_sequences() if options.method == "gptq" else []
+        self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
+        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences)
+        self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
+        self._progress, self._done = progress, 0
+        self._tensors = output_entries(checkpoint, self.plan)
+        # A linear is listened to chunk by chunk and solved; then the layer's outputs are computed.
+        self._layer_steps = len(_LINEARS) * (len(self.layers.chunks) + 1) + len(self.layers.chunks)
+        self._total = self.config.num_layers * self._layer_steps + len(self._tensors)
+
+    def run(self) -> QuantizeResult:
+        work = WorkFolder.open(self.dst, self._request(), self.streams)
+        num_layers = self.config.num_layers
+        finished = work.num_finished(num_layers)
+        self._check_space(work)
+        self._step("resuming" if finished else "starting", finished * self._layer_steps)
+        if self.sequences and finished < num_layers and not work.has_hidden(finished):
+            self._write_hidden(work, 0, {stream: self.layers.embed() for stream in self.streams})
+        for layer_idx in range(finished, num_layers):
+            for older in range(layer_idx):
+                work.drop_hidden(older)
+            self._quantize_layer(work, layer_idx)
+        write = lambda: self._step("writing")  # noqa: E731
+        num_bytes = write_checkpoint(self.dst, work, self.checkpoint, self.plan, self.options, self.config_json, write)
+        work.remove()
+        num_tokens = sum(map(len, self.sequences))
+        return QuantizeResult(self.dst, num_bytes, num_tokens, finished)
+
+    def _step(self, what: str, count: int = 1) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total, what)
+
+    # what is asked for
+
+    def _read_sequences(self) -> list[I32]:
+        options, folder = self.options, self.checkpoint.folder
+        seq_len = options.seq_len or min(_DEFAULT_SEQ_LEN, self.config.max_position)
+        if seq_len > self.config.max_position:
+            raise ConfigError(f"seq_len: found {seq_len}, the model has {self.config.max_position} positions")
+        bos_id = GenerationDefaults.from_folder(folder).bos_id
+        tokenizer = Tokenizer.from_folder(folder, bos_id=self.config.bos_id if bos_id is None else bos_id)
+        sequences = read_calibration(
+            options.calibration or "", tokenizer, options.num_samples, seq_len, options.documents
+        )
+        largest = max(int(sequence.max()) for sequence in sequences)
+        if largest >= self.config.vocab_size:
+            raise ConfigError(
+                f"{folder}: tokenizer.json gives token id {largest}, expected {self.config.vocab_size - 1} at most"
+            )
+        return sequences
+
+    def _request(self) -> dict[str, Any]:
+        """Everything that the result depends on. Values are JSON's own, so that they compare after a round trip."""
+        options = asdict(self.options)
+        del options["calibration"]
+        source = hashlib.sha256()
+        for name, info in self.checkpoint.tensors.items():
+            source.update(f"{name} {info.file} {info.dtype} {info.shape} {info.start}\n".encode())
+        for name in sorted(self.checkpoint.files):
+            status = (self.checkpoint.folder / name).stat()
+            source.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        source.update(json.dumps(self.config_json, sort_keys=True).encode())
+        text = hashlib.sha256(b"".join(np.concatenate([[len(s)], s]).astype("<i4").tobytes() for s in self.sequences))
+        return {
+            "algorithm": _ALGORITHM,
+            **options,
+            "source": source.hexdigest(),
+            "calibration tokens": text.hexdigest(),
+        }
+
+    def _check_space(self, work: WorkFolder) -> None:
+        """Hours of work should not end at a full disk that could have been foreseen."""
+        hidden = 2 * len(self.streams) * sum(map(len, self.sequences)) * self.config.hidden_size * 4
+        weights = 2 * sum(entry_bytes(entry) for entry, _ in self._tensors)
+        there = sum(path.stat().st_size for path in work.path.iterdir())
+        needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
+        if free < needed:
+            raise ExlError(f"{self.dst}: {free / 1e9:.2f} GB free on this disk, quantizing needs {needed / 1e9:.2f}")
+
+    # layer by layer
+
+    def _quantize_layer(self, work: WorkFolder, layer_idx: int) -> None:
+        weights = self.layers.read_layer(layer_idx)
+        dense = self.layers.read_layer(layer_idx) if "dense" in self.streams else None
+        tensors: dict[str, np.ndarray] = {}
+        is_last = layer_idx + 1 == self.config.num_layers
+        with ExitStack() as stack:
+            write_dense = None
+            if dense is not None and not is_last:
+                # Named after the layer's file is there: both hidden states must belong to a finished layer.
+                write_dense = stack.enter_context(write_atomically(work.hidden_path("dense", layer_idx + 1)))
+            for name in _LINEARS:
+                hessian = self._listen(work, layer_idx, name, weights, dense, write_dense if name == "down" else None)
+                tensors |= self._quantize_linear(layer_idx, name, weights, hessian)
+                self._step(f"layer {layer_idx + 1} of {self.config.num_layers}: {name}")
+            entries = self.plan.layer_entries(layer_idx)
+            write_safetensors(work.layer_path(layer_idx), entries, (tensors[name] for name, _, _ in entries))
+        if self.sequences and not is_last:
+            self._write_hidden(work, layer_idx + 1, {"hidden": self._outputs(work, layer_idx, weights)})
+        else:
+            self._step(f"layer {layer_idx + 1} of {self.config.num_layers}", len(self.layers.chunks))
+
+    def _listen(
+        self,
+        work: WorkFolder,
+        layer_idx: int,
+        name: str,
+        weights: LayerWeights,
+        dense: LayerWeights | None,
+        write_dense: Callable[[Any], object] | None,
+    ) -> Hessian | None:
+        """The Hessian of what the linear is given, by the layers before it and those of its own layer, as quantized."""
+        if not self.sequences:
+            return None
+        (linear,) = getattr(weights, name)
+        hessian = Hessian(linear.layout.spec.K, linear.N if dense is not None else 0)
+        start = 0
+        for chunk in self.layers.chunks:
+            stop = start + chunk.num_rows
+            target = None
+            if dense is not None:
+                h = read_rows(work.hidden_path("dense", layer_idx), start, stop, self.config.hidden_size)
+                _, target = self.layers.listen(layer_idx, dense, name, chunk, h, output=True)
+                if write_dense is not None:
+                    write_dense(_as_bytes(target))
+                target = target.clone()
+            h = read_rows(work.hidden_path("hidden", layer_idx), start, stop, self.config.hidden_size)
+            x, output = self.layers.listen(layer_idx, weights, name, chunk, h, output=target is not None)
+            hessian.add(x, None if target is None else target.sub_(output))
+            start = stop
+            self._step(f"layer {layer_idx + 1} of {self.config.num_layers}: {name}")
+        return hessian
+
+    def _quantize_linear(
+        self, layer_idx: int, name: str, weights: LayerWeights, hessian: Hessian | None
+    ) -> dict[str, np.ndarray]:
+        """The packed tensors of the modules side by side; their rounded weights take the place of the dense ones."""
+        (linear,) = getattr(weights, name)
+        modules = self.plan.layers[layer_idx][name]
+        K, out_K = modules[0].K, modules[0].out_K
+        weight = linear.fields["weight"]  # [N, K]
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{modules[0].name}: found weights that are not finite")
+        padded = torch.zeros(out_K, weight.shape[0])
+        padded[:K] = weight.T
+        try:
+            result = self._solve(padded, K, modules[0].group_size, hessian)
+        except ExlError as error:
+            raise ExlError(f"{modules[0].name}: {error}") from None
+        weight.copy_(result.dequantize()[:K].T)
+        tensors: dict[str, np.ndarray] = {}
+        start = 0
+        for module in modules:
+            bias = self._read_bias(module)
+            tensors |= gptq_tensors(module, result, start, bias, self.options)
+            start += module.N
+        return tensors
+
+    def _solve(self, weight: torch.Tensor, K: int, group_size: int, hessian: Hessian | None) -> QuantizedWeight:
+        """weight [out_K, N], whose rows from K on are padding: inputs that are always 0."""
+        if hessian is None:
+            return round_to_nearest(weight, self.grid, group_size)
+        H, drift, num_padding = hessian.finish(), hessian.finish_drift(), len(weight) - K
+        if num_padding:
+            H = F.pad(H, (0, num_padding, 0, num_padding))
+            drift = None if drift is None else F.pad(drift, (0, 0, 0, num_padding))
+        return gptq(
+            weight,
+            H,
+            self.grid,
+            group_size,
+            act_order=self.options.act_order,
+            static_groups=self.options.static_groups,
+            damp=self.options.damp,
+            drift=drift,
+        )
+
+    def _read_bias(self, module: ModulePlan) -> np.ndarray | None:
+        if not module.has_bias:
+            return None
+        bias = read_float(self.checkpoint, f"{module.name}.bias")
+        with np.errstate(over="ignore"):
+            rounded = bias.astype(np.float16)
+        if not np.isfinite(rounded).all():
+            raise CheckpointError(f"{module.name}.bias: found values up to {np.abs(bias).max():g}, f16 ends at 65504")
+        return rounded
+
+    # hidden states
+
+    def _outputs(self, work: WorkFolder, layer_idx: int, weights: LayerWeights) -> Iterator[torch.Tensor]:
+        start = 0
+        for chunk in self.layers.chunks:
+            h = read_rows(work.hidden_path("hidden", layer_idx), start, start + chunk.num_rows, self.config.hidden_size)
+            self.layers.run(layer_idx, weights, chunk, h)
+            start += chunk.num_rows
+            self._step(f"layer {layer_idx + 1} of {self.config.num_layers}: outputs")
+            yield h
+
+    def _write_hidden(self, work: WorkFolder, layer_idx: int, streams: dict[str, Any]) -> None:
+        for stream, chunks in streams.items():
+            with write_atomically(work.hidden_path(stream, layer_idx)) as write:
+                for h in chunks:
+                    write(_as_bytes(h))
+
+
+def _as_bytes(rows: torch.Tensor) -> memoryview:
+    return memoryview(rows.contiguous().numpy()).cast("B")
