@@ -38,7 +38,7 @@ class HostShim:
         self.extra = extra
         self.num_launches = 0
         self._seed = seed
-        self._chain: list[tuple[int, int, bool]] = []  # start, stop and writability of what the chain may still use
+        self._chain: dict[tuple[int, int], bool] = {}  # memory that the chain may still use -> whether it writes there
 
     def load(self, spec: KernelSpec) -> HostKernel:
         if self.mode in OTHER and self.folder is None and not self.extra:
@@ -55,12 +55,14 @@ class HostShim:
         All earlier launches, not only the last: that one may have let this one start before it waited itself.
         """
         start, stop = arg.address, arg.address + arg.num_bytes
-        return not any(start < b and a < stop and (writable or written) for a, b, written in self._chain)
+        return not any(start < b and a < stop and (writable or written) for (a, b), written in self._chain.items())
 
     def note_launch(self, ranges: Sequence[tuple[int, int, int, bool, bool]], dependent: bool) -> None:
         if not dependent:
             self._chain.clear()  # a plain launch starts when all before it has ended
-        self._chain += [(start, start + num_bytes, writable) for start, num_bytes, _, writable, _ in ranges]
+        for start, num_bytes, _, writable, _ in ranges:
+            piece = (start, start + num_bytes)
+            self._chain[piece] = writable or self._chain.get(piece, False)
 
 
 class HostKernel:

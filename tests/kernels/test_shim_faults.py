@@ -41,6 +41,7 @@ def line_of(entry: str, text: str) -> int:
 
 
 INDEX = torch.arange(64)
+OBJECTS = 64 * (24 + 16 + 4 + 2)
 # entry, block, shared bytes, expected y of the fault-free twin
 TWINS = [
     ("removed_barrier", 64, SHARED, lambda x: x[INDEX ^ 32]),
@@ -55,6 +56,7 @@ TWINS = [
     ("never_written", 64, SHARED, lambda x: x),
     ("collective_sites", 64, 0, lambda x: x[INDEX ^ 1]),
     ("const_write", 64, 0, lambda x: x),
+    ("exchanged_objects", 64, OBJECTS, lambda x: x[INDEX ^ 32]),
     ("wild_pointer", 64, 0, lambda x: x),
 ]
 
@@ -83,6 +85,14 @@ def test_missing_barrier():
     x, y = buffers()
     text = message("race", "missing_barrier", 1, [ptr(x), ptr(y)])
     assert "race on shared memory" in text or "never written" in text  # as the order falls
+
+
+@pytest.mark.parametrize("fault", [1, 2, 3, 4])
+def test_accesses_to_objects_of_every_kind_are_seen(fault):
+    x, y = buffers()
+    text = message("race", "exchanged_objects", fault, [ptr(x), ptr(y)], shared=OBJECTS)
+    assert "race on shared memory" in text or "never written" in text
+    assert "faults.cu:" in text
 
 
 @pytest.mark.parametrize("fault", [1, 2, 3])

@@ -7,7 +7,7 @@
 #include <exl/platform.cuh>
 
 constexpr bool kHasMma = EXL_ARCH >= 75;         // mma with f16 inputs, ldmatrix, movmatrix
-constexpr bool kHasCpAsync = EXL_ARCH >= 80;     // else cp_async_* are plain copies: prefetch through registers there
+constexpr bool kHasCpAsync = EXL_ARCH >= 80;     // else cp_async_* are plain copies: prefetch by registers there
 constexpr bool kHasBf16Mma = EXL_ARCH >= 80;     // mma with bf16 inputs
 constexpr bool kHasGridControl = EXL_ARCH >= 90; // programmatic dependent launch
 

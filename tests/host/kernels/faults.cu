@@ -174,8 +174,8 @@ EXL_KERNEL(collective_sites, 64, 1)(const float* x, float* y) {
   y[i] = v;
 }
 
-// y = x, with behaviour that C++ leaves undefined: 1 a misaligned vector, 2 a signed overflow, 3 a shift by 32, 4 a local
-// array's end, 5 a float beyond int, 6 a division by zero.
+// y = x, with behaviour that C++ leaves undefined: 1 a misaligned vector, 2 a signed overflow, 3 a shift by 32, 4 a
+// local array's end, 5 a float beyond int, 6 a division by zero.
 EXL_KERNEL(undefined, 64, 1)(const float* x, float* y, int n) {
   const int i = threadIdx.x;
   float local[8];
@@ -215,6 +215,33 @@ EXL_KERNEL(early_read, 64, 1)(const float* x, const float* w, float* y) {
   if (kFault == 0) __syncwarp();
   if (kFault != 1) v = x[i];
   y[i] = v * weight;
+}
+
+// y = x through every kind of object that kernels keep in shared memory: halves by value, pairs, vectors, a structure of
+// 24 bytes. Fault k: no barrier before the k-th of them is read by another warp; the values come from a copy of it.
+struct Record { float v[6]; };
+template <class T> EXL_DEVICE T passed_on(T v) { return v; }
+EXL_KERNEL(exchanged_objects, 64, 1)(const float* x, float* y) {
+  EXL_DYNAMIC_SMEM(Record, records);   // [64], then half [64], half2 [64], float4 [64]
+  float4* vectors = reinterpret_cast<float4*>(records + 64);
+  half2* pairs = reinterpret_cast<half2*>(vectors + 64);
+  half* halves = reinterpret_cast<half*>(pairs + 64);
+  const int i = threadIdx.x, other = i ^ 32;
+  Record mine = {};
+  mine.v[5] = x[i];
+  if (kFault != 1) records[i] = mine;
+  if (kFault != 2) vectors[i] = make_float4(0.0f, x[i], 0.0f, 0.0f);
+  if (kFault != 3) pairs[i] = __floats2half2_rn(0.0f, x[i]);
+  if (kFault != 4) halves[i] = __float2half_rn(x[i]);
+  __syncthreads();
+  if (kFault == 1) records[i] = mine;
+  if (kFault == 2) vectors[i] = make_float4(0.0f, x[i], 0.0f, 0.0f);
+  if (kFault == 3) pairs[i] = __floats2half2_rn(0.0f, x[i]);
+  if (kFault == 4) halves[i] = __float2half_rn(x[i]);
+  const Record record = passed_on(records[other]);
+  const float4 vector = passed_on(vectors[other]);
+  const float h = __half2float(passed_on(halves[other])), p = __high2float(passed_on(pairs[other]));
+  y[i] = record.v[5] == vector.y && h == p ? record.v[5] : 0.0f;
 }
 
 // Counts in shared and global memory. Fault: plain additions beside the atomic ones.

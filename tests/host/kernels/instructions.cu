@@ -44,9 +44,11 @@ EXL_KERNEL(every_instruction, 32, 1)(const u32* in, u32* out, float* sums) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   u32 v = ld_global_nc_u32(in + i) ^ ld_global_nc_u32x2(in + 2 * i).y ^ ld_global_nc_u32x4(in + 4 * i).w;
-  v ^= lop3<0xea>(v, in[0], in[1]) ^ prmt(v, in[2], in[3]) ^ fma_f16x2(add_f16x2(v, 1), sub_f16x2(v, 2), mul_f16x2(v, 3));
+  v ^= lop3<0xea>(v, in[0], in[1]) ^ prmt(v, in[2], in[3]);
+  v ^= fma_f16x2(add_f16x2(v, 1), sub_f16x2(v, 2), mul_f16x2(v, 3));
   v ^= cvt_f16x2_f32(cvt_f32_f16(static_cast<u16>(v)), cvt_f32_bf16(static_cast<u16>(v >> 16)));
-  v ^= cvt_bf16x2_f32(ex2_approx(__uint_as_float(v)), 1.0f) ^ cvt_bf16_f32(__uint_as_float(v)) ^ cvt_f16_f32(__uint_as_float(v));
+  v ^= cvt_bf16x2_f32(ex2_approx(__uint_as_float(v)), 1.0f);
+  v ^= cvt_bf16_f32(__uint_as_float(v)) ^ cvt_f16_f32(__uint_as_float(v));
   FragC d{};
   if constexpr (kHasMma) {
     const uint4 a4 = ldmatrix_x4(buffer + i), t4 = ldmatrix_x4_trans(buffer + i);

@@ -6,7 +6,8 @@
 namespace exl_host {
 
 inline const char* op_name(Op op) {
-  static const char* const names[] = {"__syncwarp", "shuffle", "vote", "match", "reduce", "mma", "ldmatrix", "movmatrix"};
+  static const char* const names[] = {"__syncwarp", "shuffle", "vote",     "match",
+                                      "reduce",     "mma",     "ldmatrix", "movmatrix"};
   return names[static_cast<int>(op)];
 }
 
@@ -29,7 +30,7 @@ inline float toward_zero(double d) {
 // B [K, 8] row 2 (l % 4) + e % 2 + 8 (e / 2), column l / 4; C [16, 8] row l / 4 + 8 (e / 2), column 2 (l % 4) + e % 2.
 inline void mma(Lane* warp, uint32_t kind) {
   const int depth = kind == 2 ? 8 : 16;
-  const int step = EXL_ARCH < 80 ? 4 : EXL_ARCH < 90 ? 8 : 16;   // products that one step of the hardware adds up
+  const int step = EXL_ARCH < 80 ? 4 : EXL_ARCH < 90 ? 8 : 16;  // products that one step of the hardware adds up
   float a[16][16], b[16][8];
   for (int l = 0; l < 32; ++l) {
     uint16_t h[12];
@@ -65,8 +66,10 @@ inline void ldmatrix(Lane* warp, uint32_t first_lane, uint32_t count, bool trans
   for (uint32_t m = 0; m < count; ++m) {
     for (uint32_t r = 0; r < 8; ++r) {
       const Collective& from = warp[m * 8 + r].collective;
-      if (!in_shared_arena(from.row)) fail(warp[m * 8 + r].site, nullptr, "ldmatrix of memory that is not shared, at {0}");
-      if (reinterpret_cast<uintptr_t>(from.row) % 16) fail(warp[m * 8 + r].site, nullptr, "ldmatrix of a row that is not aligned to 16 bytes, at {0}");
+      if (!in_shared_arena(from.row))
+        fail(warp[m * 8 + r].site, nullptr, "ldmatrix of memory that is not shared, at {0}");
+      if (reinterpret_cast<uintptr_t>(from.row) % 16)
+        fail(warp[m * 8 + r].site, nullptr, "ldmatrix of a row that is not aligned to 16 bytes, at {0}");
     }
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t word = 0;
@@ -86,7 +89,7 @@ inline void ldmatrix(Lane* warp, uint32_t first_lane, uint32_t count, bool trans
 inline void movmatrix(Lane* warp) {
   for (uint32_t l = 0; l < 32; ++l) {
     uint32_t word = 0;
-    for (uint32_t e = 0; e < 2; ++e) {   // element (g, 2t + e) of the result is (2t + e, g) of the operand
+    for (uint32_t e = 0; e < 2; ++e) {  // element (g, 2t + e) of the result is (2t + e, g) of the operand
       const uint32_t row = 2 * (l % 4) + e, col = l / 4;
       word |= (warp[row * 4 + col / 2].collective.in[0] >> (16 * (col % 2)) & 0xffff) << (16 * e);
     }
@@ -105,7 +108,9 @@ inline void shuffle(Lane* warp, uint32_t mask, uint32_t mode, uint32_t width) {
     if (mode == 1) source = l >= start + operand && operand < width ? l - operand : l;
     if (mode == 2) source = operand < width && l + operand < start + width ? l + operand : l;
     if (mode == 3) source = (l ^ (operand & 31)) < start + width ? l ^ (operand & 31) : l;
-    if (!(mask >> source & 1)) fail(warp[l].site, nullptr, "shuffle at {0}: lane %u reads lane %u, which is not in the mask 0x%08x", l, source, mask);
+    if (!(mask >> source & 1))
+      fail(warp[l].site, nullptr, "shuffle at {0}: lane %u reads lane %u, which is not in the mask 0x%08x", l, source,
+           mask);
     self.out[0] = warp[source].collective.in[0];
     self.out[1] = warp[source].collective.in[1];
   }
@@ -188,15 +193,17 @@ inline void clear_groups() { memset(num_groups, 0, sizeof num_groups); }
 inline Group* find_group(uint32_t warp_idx, uint32_t self, const Group& mine) {
   for (uint32_t i = 0; i < num_groups[warp_idx]; ++i) {
     Group& group = groups[warp_idx][i];
-    if (!(group.mask >> self & 1) || !(mine.mask & group.arrived)) continue;   // it may come there yet
+    if (!(group.mask >> self & 1) || !(mine.mask & group.arrived)) continue;  // it may come there yet
     const uint32_t other = static_cast<uint32_t>(__builtin_ctz(group.arrived));
     if (group.op != mine.op || group.site != mine.site)
       fail(mine.site, group.site,
            "warp collective: lane %u is in %s at {0}, lane %u in %s at {1}: all lanes of the mask must come from the "
-           "same call", self, op_name(mine.op), other, op_name(group.op));
+           "same call",
+           self, op_name(mine.op), other, op_name(group.op));
     if (group.mask != mine.mask || group.mode != mine.mode || group.width != mine.width)
-      fail(mine.site, nullptr, "%s at {0}: lanes %u and %u disagree on the mask (0x%08x, 0x%08x), the width or the kind",
-           op_name(mine.op), self, other, mine.mask, group.mask);
+      fail(mine.site, nullptr,
+           "%s at {0}: lanes %u and %u disagree on the mask (0x%08x, 0x%08x), the width or the kind", op_name(mine.op),
+           self, other, mine.mask, group.mask);
     return &group;
   }
   return nullptr;
@@ -207,7 +214,7 @@ inline void collective(Op op, uint32_t mask, uint32_t mode, uint32_t width, void
   const uint32_t warp_idx = current / kWarp, self = current % kWarp, bit = 1u << self;
   ++stats.collectives;
   lanes[current].site = site;
-  mask &= exists[warp_idx];   // a full mask is the usual way to say "all" in a warp that is not full
+  mask &= exists[warp_idx];  // a full mask is the usual way to say "all" in a warp that is not full
   if (!(mask & bit)) fail(site, nullptr, "%s at {0}: lane %u is not in its own mask 0x%08x", op_name(op), self, mask);
   if (op >= Op::kMma && mask != ~0u)
     fail(site, nullptr, "%s at {0} needs a full warp, this one has %d lanes", op_name(op), __builtin_popcount(mask));

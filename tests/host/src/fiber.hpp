@@ -20,10 +20,10 @@
 namespace exl_host {
 
 struct Fiber {
-  void* sp = nullptr;               // where it was left
-  uint8_t* stack = nullptr;         // lowest address
+  void* sp = nullptr;        // where it was left
+  uint8_t* stack = nullptr;  // lowest address
   size_t stack_bytes = 0;
-  void* fake_stack = nullptr;       // AddressSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's
 #if defined(EXL_UCONTEXT)
   ucontext_t context;
 #endif
@@ -60,7 +60,8 @@ exl_switch_stack:
 // Stacks for `count` fibers, each above a page that no one may touch.
 inline uint8_t* map_stacks(size_t count, size_t stack_bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), stride = stack_bytes + page;
-  void* base = mmap(nullptr, count * stride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base =
+      mmap(nullptr, count * stride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return nullptr;
   for (size_t i = 0; i < count; ++i) mprotect(static_cast<uint8_t*>(base) + i * stride, page, PROT_NONE);
   return static_cast<uint8_t*>(base) + page;
@@ -68,7 +69,7 @@ inline uint8_t* map_stacks(size_t count, size_t stack_bytes) {
 
 inline void prepare(Fiber& fiber, void (*entry)()) {
 #if defined(EXL_ASAN)
-  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);   // a fiber that was abandoned left its frames behind
+  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);  // a fiber that was abandoned left its frames behind
   fiber.fake_stack = nullptr;
 #endif
 #if defined(EXL_UCONTEXT)
@@ -79,7 +80,7 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   makecontext(&fiber.context, entry, 0);
 #else
   uintptr_t* top = reinterpret_cast<uintptr_t*>(fiber.stack + fiber.stack_bytes) - 2;
-  *top = reinterpret_cast<uintptr_t>(entry);      // `ret` goes there with the stack as after a call
+  *top = reinterpret_cast<uintptr_t>(entry);  // `ret` goes there with the stack as after a call
   for (int i = 1; i <= 6; ++i) top[-i] = 0;
   fiber.sp = top - 6;
 #endif

@@ -12,12 +12,12 @@ inline uint32_t last_range = 0;
 
 inline int find_image(dl_phdr_info* info, size_t, void*) {
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& part = info->dlpi_phdr[i];
+    const ElfW(Phdr) & part = info->dlpi_phdr[i];
     const uintptr_t start = info->dlpi_addr + part.p_vaddr, self = reinterpret_cast<uintptr_t>(&lanes);
     if (part.p_type != PT_LOAD || self < start || self >= start + part.p_memsz) continue;
     image_start = ~uintptr_t(0);
     for (int j = 0; j < info->dlpi_phnum; ++j) {
-      const ElfW(Phdr)& p = info->dlpi_phdr[j];
+      const ElfW(Phdr) & p = info->dlpi_phdr[j];
       if (p.p_type != PT_LOAD) continue;
       if (info->dlpi_addr + p.p_vaddr < image_start) image_start = info->dlpi_addr + p.p_vaddr;
       if (info->dlpi_addr + p.p_vaddr + p.p_memsz > image_stop) image_stop = info->dlpi_addr + p.p_vaddr + p.p_memsz;
@@ -48,9 +48,14 @@ inline void fail_global(uintptr_t at, size_t num_bytes, bool write, void* site) 
   for (uint32_t i = 0; i < launch->num_ranges; ++i) {
     const ExlRange& r = launch->ranges[i];
     const uintptr_t d = at < r.start ? r.start - at : at - r.start < r.num_bytes ? 0 : at - r.start - r.num_bytes;
-    if (d < distance) { distance = d; nearest = &r; }
+    if (d < distance) {
+      distance = d;
+      nearest = &r;
+    }
   }
-  if (!nearest) fail(site, nullptr, "global memory out of bounds: %s of %zu bytes, the launch has no buffers, at {0}", what, num_bytes);
+  if (!nearest)
+    fail(site, nullptr, "global memory out of bounds: %s of %zu bytes, the launch has no buffers, at {0}", what,
+         num_bytes);
   fail(site, nullptr,
        "global memory out of bounds: %s of %zu bytes at byte %lld of argument %d, which has %llu bytes, at {0}", what,
        num_bytes, static_cast<long long>(at - nearest->start), nearest->arg,
@@ -85,7 +90,8 @@ inline void check_other(const void* p, size_t num_bytes, bool write, void* site)
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   if (at - stacks_start < stacks_stop - stacks_start) {
     const uintptr_t own = reinterpret_cast<uintptr_t>(lanes[current].fiber.stack);
-    if (at - own >= kStackBytes) fail(site, nullptr, "%s of another thread's local memory, at {0}", write ? "write" : "read");
+    if (at - own >= kStackBytes)
+      fail(site, nullptr, "%s of another thread's local memory, at {0}", write ? "write" : "read");
     return;
   }
   if (at - image_start < image_stop - image_start) return;

@@ -39,7 +39,7 @@ inline uint16_t half_fma(uint16_t a, uint16_t b, uint16_t c) {
   const float p = half_to_float(a) * half_to_float(b), q = half_to_float(c);
   float s = p + q;
   const float t = s - p, error = (p - (s - t)) + (q - t);
-  if (error != 0 && error == error) {   // an infinite sum leaves a NaN here
+  if (error != 0 && error == error) {  // an infinite sum leaves a NaN here
     uint32_t bits;
     memcpy(&bits, &s, 4);
     if ((error > 0) != (s > 0)) --bits;
@@ -73,7 +73,7 @@ uint32_t exl_prmt(uint32_t a, uint32_t b, uint32_t selector) {
   for (uint32_t i = 0; i < 4; ++i) {
     const uint32_t s = selector >> (4 * i);
     uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (s & 7))) & 0xff;
-    if (s & 8) byte = (byte & 0x80) ? 0xff : 0;   // the sign of that byte, spread
+    if (s & 8) byte = (byte & 0x80) ? 0xff : 0;  // the sign of that byte, spread
     d |= byte << (8 * i);
   }
   return d;
@@ -86,12 +86,12 @@ uint32_t exl_f16x2_from_f32(float lo, float hi) {
 uint16_t exl_bf16_from_f32(float f) { return exl_host::float_to_bfloat(f); }
 
 // f32 holds a sum or a product of two halves so well (24 >= 2 * 11 + 2 bits) that rounding twice is rounding once.
-#define EXL_PAIRWISE(expression)                                                        \
-  uint32_t d = 0;                                                                       \
-  for (int i = 0; i < 32; i += 16) {                                                    \
+#define EXL_PAIRWISE(expression)                                                         \
+  uint32_t d = 0;                                                                        \
+  for (int i = 0; i < 32; i += 16) {                                                     \
     const uint16_t x = static_cast<uint16_t>(a >> i), y = static_cast<uint16_t>(b >> i); \
-    d |= static_cast<uint32_t>(expression) << i;                                        \
-  }                                                                                     \
+    d |= static_cast<uint32_t>(expression) << i;                                         \
+  }                                                                                      \
   return d
 uint32_t exl_add_f16x2(uint32_t a, uint32_t b) {
   EXL_PAIRWISE(exl_host::float_to_half(exl_host::half_to_float(x) + exl_host::half_to_float(y)));

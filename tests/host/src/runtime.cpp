@@ -23,7 +23,8 @@ int exl_syncthreads_vote(int predicate, int kind) {
 void exl_syncwarp(uint32_t mask) { collective(Op::kSync, mask, 0, 0, EXL_SITE); }
 
 uint64_t exl_shuffle(uint32_t mask, uint64_t value, int mode, uint32_t operand, int width) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail(EXL_SITE, nullptr, "shuffle at {0}: width %d is not a power of two up to 32", width);
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail(EXL_SITE, nullptr, "shuffle at {0}: width %d is not a power of two up to 32", width);
   Collective& mine = lanes[current].collective;
   memcpy(mine.in, &value, 8);
   mine.in[2] = operand;
@@ -61,7 +62,8 @@ ExlFrag exl_mma(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
   memcpy(mine.in, in, sizeof in);
   const float c[4] = {c0, c1, c2, c3};
   memcpy(mine.c, c, sizeof c);
-  if (EXL_ARCH < 75 || (kind == 1 && EXL_ARCH < 80)) fail(EXL_SITE, nullptr, "mma at {0} does not exist on sm_%d", EXL_ARCH);
+  if (EXL_ARCH < 75 || (kind == 1 && EXL_ARCH < 80))
+    fail(EXL_SITE, nullptr, "mma at {0} does not exist on sm_%d", EXL_ARCH);
   collective(Op::kMma, ~0u, static_cast<uint32_t>(kind), 0, EXL_SITE);
   ExlFrag d;
   memcpy(d.r, mine.out, sizeof d.r);
@@ -94,9 +96,15 @@ void exl_cp_async(void* dst, const void* src, uint32_t num_bytes, uint32_t src_b
   if ((reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src)) % num_bytes)
     fail(site, nullptr, "cp.async at {0}: addresses are not aligned to %u bytes", num_bytes);
   if (src_bytes) check_global(src, src_bytes, false, site);
-  Copy copy = {static_cast<uint8_t*>(dst), static_cast<const uint8_t*>(src), num_bytes, src_bytes, lanes[current].open_group, site, {}};
+  Copy copy = {static_cast<uint8_t*>(dst),
+               static_cast<const uint8_t*>(src),
+               num_bytes,
+               src_bytes,
+               lanes[current].open_group,
+               site,
+               {}};
   memcpy(copy.data, src, src_bytes);
-  if (EXL_ARCH < 80) {   // no such unit: a plain copy
+  if (EXL_ARCH < 80) {  // no such unit: a plain copy
     shadow_access(current, dst, num_bytes, Access::kWrite, site);
     memcpy(dst, copy.data, num_bytes);
     return;
@@ -126,7 +134,8 @@ void exl_griddepcontrol_wait() { lanes[current].waited = true; }
 void exl_griddepcontrol_launch() {}
 
 uint64_t exl_atomic(void* p, uint64_t value, uint64_t compare, int num_bytes, int kind) {
-  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(num_bytes)) fail(EXL_SITE, nullptr, "atomic at {0}: the address is not aligned to %d bytes", num_bytes);
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(num_bytes))
+    fail(EXL_SITE, nullptr, "atomic at {0}: the address is not aligned to %d bytes", num_bytes);
   checked_access(current, p, static_cast<size_t>(num_bytes), Access::kAtomic, EXL_SITE);
   uint64_t old = 0, next = 0;
   memcpy(&old, p, static_cast<size_t>(num_bytes));
@@ -168,7 +177,8 @@ const char* exl_host_build() {
 void exl_host_stats(ExlStats* out) { *out = stats; }
 
 void* exl_host_workspace() {
-  void* p = mmap(nullptr, sizeof(Workspace), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p =
+      mmap(nullptr, sizeof(Workspace), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return nullptr;
   Workspace* made = static_cast<Workspace*>(p);
   made->stacks = map_stacks(kMaxLanes, kStackBytes);
@@ -187,7 +197,7 @@ int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
     uint8_t* base = workspace->stacks;
     for (uint32_t i = 0; i < kMaxLanes; ++i) {
       lanes[i].fiber.stack = base + i * stride;
-      lanes[i].fiber.stack_bytes = kStackBytes - i % 56 * 64;   // tops in different cache sets
+      lanes[i].fiber.stack_bytes = kStackBytes - i % 56 * 64;  // tops in different cache sets
     }
     stacks_start = reinterpret_cast<uintptr_t>(base);
     stacks_stop = stacks_start + kMaxLanes * stride;
@@ -215,7 +225,8 @@ int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
     order[j] = swapped;
   }
   for (size_t i = 0; i < num_blocks && !faulted; ++i) {
-    exl_block_idx = {order[i] % request->grid.x, order[i] / request->grid.x % request->grid.y, order[i] / request->grid.x / request->grid.y};
+    exl_block_idx = {order[i] % request->grid.x, order[i] / request->grid.x % request->grid.y,
+                     order[i] / request->grid.x / request->grid.y};
     run_block();
   }
 #if defined(EXL_ASAN)

@@ -49,8 +49,14 @@ inline void fail_stuck() {
   uint32_t at_barrier = 0, at_collective = 0;
   int barrier_lane = -1, collective_lane = -1;
   for (uint32_t i = 0; i < num_lanes; ++i) {
-    if (lanes[i].state == State::kBarrier) { ++at_barrier; barrier_lane = static_cast<int>(i); }
-    if (lanes[i].state == State::kCollective) { ++at_collective; collective_lane = static_cast<int>(i); }
+    if (lanes[i].state == State::kBarrier) {
+      ++at_barrier;
+      barrier_lane = static_cast<int>(i);
+    }
+    if (lanes[i].state == State::kCollective) {
+      ++at_collective;
+      collective_lane = static_cast<int>(i);
+    }
   }
   if (barrier_lane >= 0) {
     current = static_cast<uint32_t>(barrier_lane);
@@ -58,8 +64,8 @@ inline void fail_stuck() {
       fail(lanes[barrier_lane].site, lanes[collective_lane].site,
            "divergent barrier: %u threads wait in __syncthreads at {0}, %u in a warp collective at {1}, %u have exited",
            at_barrier, at_collective, num_done);
-    fail(lanes[barrier_lane].site, nullptr, "divergent barrier: %u threads wait in __syncthreads at {0}, %u have exited",
-         at_barrier, num_done);
+    fail(lanes[barrier_lane].site, nullptr,
+         "divergent barrier: %u threads wait in __syncthreads at {0}, %u have exited", at_barrier, num_done);
   }
   current = static_cast<uint32_t>(collective_lane);
   const Lane& lane = lanes[current];
@@ -94,7 +100,7 @@ inline void lane_main() {
   const void* bottom = nullptr;
   size_t bytes = 0;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  if (!main_fiber.stack) {   // the first fiber of a process comes from the main stack
+  if (!main_fiber.stack) {  // the first fiber of a process comes from the main stack
     main_fiber.stack = static_cast<uint8_t*>(const_cast<void*>(bottom));
     main_fiber.stack_bytes = bytes;
   }
@@ -138,7 +144,7 @@ inline void block_barrier(void* site, int predicate, int kind) {
 }
 
 inline void run_block() {
-  memset(shared_base, 0xff, launch->shared_bytes);   // NaN in every floating-point type
+  memset(shared_base, 0xff, launch->shared_bytes);  // NaN in every floating-point type
   shadow_begin_block();
   clear_groups();
   num_done = num_at_barrier = 0;

@@ -9,7 +9,7 @@
 
 namespace exl_host {
 
-enum class Access : uint8_t { kRead, kWrite, kAtomic, kIssue, kLand };   // the last two: an asynchronous copy
+enum class Access : uint8_t { kRead, kWrite, kAtomic, kIssue, kLand };  // the last two: an asynchronous copy
 
 #if !defined(EXL_RACE)
 inline void shadow_begin_block() {}
@@ -44,8 +44,9 @@ inline void shadow_warp_barrier(uint32_t warp, uint32_t mask) {
 }
 
 inline void fail_race(const char* what, size_t byte, uint32_t self, uint32_t other, void* site, void* other_site) {
-  fail(site, other_site, "race on shared memory: %s at byte %zu by thread %u at {0}, against thread %u at {1}: no %s between",
-       what, byte, self, other, self / kWarp == other / kWarp ? "__syncwarp or __syncthreads" : "__syncthreads");
+  fail(site, other_site,
+       "race on shared memory: %s at byte %zu by thread %u at {0}, against thread %u at {1}: no %s between", what, byte,
+       self, other, self / kWarp == other / kWarp ? "__syncwarp or __syncthreads" : "__syncthreads");
 }
 
 // Did a barrier separate `other`'s access, made in this epoch, from what lane `self` does now?
@@ -73,7 +74,7 @@ inline void note_read(Cell& cell, uint32_t self, uint32_t epoch, void* site) {
     cell.read_mask = 0;
     cell.flags &= static_cast<uint8_t>(~kManyWarps);
   } else if (cell.read_warp != warp) {
-    cell.flags |= kManyWarps;   // whoever writes before the next __syncthreads races with one of them
+    cell.flags |= kManyWarps;  // whoever writes before the next __syncthreads races with one of them
     cell.read_mask = 0;
   } else if (cell.read_clock != clock_of[warp]) {
     // Readers that this lane knows of are covered by it; the others keep the newest clock: too late, never too early.
@@ -98,8 +99,10 @@ inline void shadow_access(uint32_t self, const void* p, size_t num_bytes, Access
     if (!written && (kind == Access::kRead || kind == Access::kAtomic))
       fail(site, nullptr, "read of shared memory that was never written, at byte %zu, at {0}", byte);
     if (written && (cell.flags & kInFlight) && kind != Access::kLand)
-      fail(site, cell.write_site, "%s of shared memory at byte %zu at {0} while the asynchronous copy that thread %u issued at {1} "
-           "is on its way: no cp_async_wait_group for it", write ? "write" : "read", byte, cell.writer);
+      fail(site, cell.write_site,
+           "%s of shared memory at byte %zu at {0} while the asynchronous copy that thread %u issued at {1} "
+           "is on its way: no cp_async_wait_group for it",
+           write ? "write" : "read", byte, cell.writer);
     const bool both_atomic = kind == Access::kAtomic && (cell.flags & kWroteAtomic);
     if (cell.write_epoch == epoch && !both_atomic && !ordered(self, cell.writer, cell.write_clock))
       fail_race(write ? "write after write" : "read after write", byte, self, cell.writer, site, cell.write_site);

@@ -12,14 +12,17 @@ inline void hook(const void* p, size_t num_bytes, bool write, void* site) {
 }  // namespace exl_host
 
 extern "C" {
-#define EXL_HOOKS(n)                                                                                   \
-  void __tsan_read##n(void* p) { hook(p, n, false, EXL_SITE); }                                        \
-  void __tsan_write##n(void* p) { hook(p, n, true, EXL_SITE); }                                        \
-  void __tsan_unaligned_read##n(void* p) { hook(p, n, false, EXL_SITE); }                              \
+#define EXL_HOOKS(n)                                                      \
+  void __tsan_read##n(void* p) { hook(p, n, false, EXL_SITE); }           \
+  void __tsan_write##n(void* p) { hook(p, n, true, EXL_SITE); }           \
+  void __tsan_unaligned_read##n(void* p) { hook(p, n, false, EXL_SITE); } \
   void __tsan_unaligned_write##n(void* p) { hook(p, n, true, EXL_SITE); }
-EXL_HOOKS(1) EXL_HOOKS(2) EXL_HOOKS(4) EXL_HOOKS(8) EXL_HOOKS(16)
+EXL_HOOKS(1)
+EXL_HOOKS(2) EXL_HOOKS(4) EXL_HOOKS(8) EXL_HOOKS(16)
 #undef EXL_HOOKS
-void __tsan_read_range(void* p, size_t n) { hook(p, n, false, EXL_SITE); }
+    void __tsan_read_range(void* p, size_t n) {
+  hook(p, n, false, EXL_SITE);
+}
 void __tsan_write_range(void* p, size_t n) { hook(p, n, true, EXL_SITE); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

@@ -3,7 +3,10 @@
 // Every record that it passes starts with the place in the source.
 
 namespace exl_host {
-struct SourceLocation { const char* file; uint32_t line, column; };
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
 inline void undefined(const void* record, const char* what, void* site) {
   const SourceLocation* at = static_cast<const SourceLocation*>(record);
   fail(site, nullptr, "undefined behaviour: %s at %s:%u:%u", what, at->file ? at->file : "?", at->line, at->column);
@@ -11,9 +14,12 @@ inline void undefined(const void* record, const char* what, void* site) {
 }  // namespace exl_host
 
 extern "C" {
-#define EXL_UB1(name, what) void __ubsan_handle_##name(void* d) { undefined(d, what, EXL_SITE); }
-#define EXL_UB2(name, what) void __ubsan_handle_##name(void* d, void*) { undefined(d, what, EXL_SITE); }
-#define EXL_UB3(name, what) void __ubsan_handle_##name(void* d, void*, void*) { undefined(d, what, EXL_SITE); }
+#define EXL_UB1(name, what) \
+  void __ubsan_handle_##name(void* d) { undefined(d, what, EXL_SITE); }
+#define EXL_UB2(name, what) \
+  void __ubsan_handle_##name(void* d, void*) { undefined(d, what, EXL_SITE); }
+#define EXL_UB3(name, what) \
+  void __ubsan_handle_##name(void* d, void*, void*) { undefined(d, what, EXL_SITE); }
 #define EXL_UB_BOTH(n, name, what) EXL_UB##n(name, what) EXL_UB##n(name##_abort, what)
 EXL_UB_BOTH(2, type_mismatch_v1, "access through a null or misaligned pointer")
 EXL_UB_BOTH(3, add_overflow, "signed addition overflows")
