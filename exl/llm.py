@@ -107,7 +107,7 @@ class LLM:
     def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
         self.folder, self.tokenizer, self.defaults = folder, tokenizer, defaults
         self.config, self.quant, self.plan = engine.config, engine.quant, engine.plan
-        self._generator: Generator | None = engine.generator
+        self._engine: Engine | None = engine
         self._turn = _Turn()
 
     @property
@@ -195,9 +195,11 @@ class LLM:
 
     def close(self) -> None:
         """Gives the memory back. What is asked of the model afterwards raises ``ExlError``."""
-        if self._generator is not None:
+        if self._engine is not None:
             with self._turn:
-                self._generator = None
+                engine, self._engine = self._engine, None
+                if engine is not None:
+                    engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -207,13 +209,13 @@ class LLM:
 
     def __repr__(self) -> str:
         bits = f"{self.quant.bits}-bit" if self.quant else "dense"
-        state = "cpu" if self._generator else "closed"
+        state = "cpu" if self._engine else "closed"
         return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
 
     def _open_generator(self) -> Generator:
-        if self._generator is None:
+        if self._engine is None:
             raise ExlError(f"{self.folder.name}: the model is closed")
-        return self._generator
+        return self._engine.generator
 
     def _params(
         self,

@@ -14,6 +14,7 @@ import torch
 from exl.config import RopeConfig
 from exl.engine import Engine, load_engine
 from exl.planning import EngineOptions
+from exl.stream import ResidentWeights
 from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
 
 TOLERANCE = 2e-4
@@ -124,7 +125,8 @@ def test_dense_weights_keep_the_files_type(dtype, tmp_path):
 
 def _without(engine: Engine, feature: str) -> None:
     """Takes one feature out of a loaded model."""
-    decoder, source = engine.generator.runner.decoder, engine.generator.runner.weights
+    runner = engine.generator.runner
+    decoder, layers = runner.decoder, runner.weights.layers
     config = decoder.config
     rope = config.rope
     changes = {
@@ -138,10 +140,10 @@ def _without(engine: Engine, feature: str) -> None:
     if feature in changes:
         decoder.config = dataclasses.replace(config, **changes[feature])
     elif feature in ("q_norm", "k_norm"):
-        source._layers = tuple(dataclasses.replace(layer, **{feature: None}) for layer in source._layers)
+        runner.weights = ResidentWeights([dataclasses.replace(layer, **{feature: None}) for layer in layers])
     else:
         names = {"qkv_bias": ("qkv",), "o_bias": ("o",), "mlp_bias": ("gate_up", "down")}[feature]
-        for layer in source._layers:
+        for layer in layers:
             for name in names:
                 getattr(layer, name)[0].fields["bias"].zero_()
 

@@ -1,0 +1,51 @@
+"""A model of a gigabyte in a quarter of its size: the same bits, and never more memory than the plan said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.synthetic import write_model
+
+ROOT = Path(__file__).parents[2]
+STORIES = ROOT / "tests" / "data" / "stories260K"
+SHAPE = (2048, 5632, 44, 32, 4, 64, 512)  # TinyLlama's layers, twice as many, and a small vocabulary
+CONTEXT = 192
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large") / "model"
+    write_model(folder, SHAPE, tokenizer=STORIES)
+    yield folder
+    (folder / "model.safetensors").unlink()  # pytest keeps its folders
+
+
+def run(folder: Path, packed: Path, ram: str) -> dict:
+    command = [sys.executable, "-m", "tests.model.ram_budget_child"]
+    command += [str(folder), str(STORIES), str(packed), str(CONTEXT), ram]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_a_quarter_of_the_memory_gives_the_same_bits(folder, tmp_path):
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 10**9
+    whole = run(folder, tmp_path, "none")
+    budget = size // 4
+    first = run(folder, tmp_path, str(budget))  # packs, then streams
+    again = run(folder, tmp_path, str(budget))  # from the packed file
+    assert first["digest"] == again["digest"] == whole["digest"]
+    for told in (whole, first, again):
+        assert told["peak"] <= told["planned"]
+        assert told["peak"] >= 0.97 * told["planned"] - 32 * 2**20
+    assert max(first["planned"], again["planned"]) <= budget
+    for path in tmp_path.iterdir():
+        path.unlink()
