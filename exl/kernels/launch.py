@@ -100,10 +100,14 @@ class CupyCompiler:
         except ImportError as error:
             raise KernelError(f"kernels are compiled by NVRTC through CuPy, which is not installed: {error}") from error
         self._nvrtc = nvrtc
+        try:
+            major, minor = nvrtc.getVersion()
+        except RuntimeError as error:  # the binding opens the library at the first call
+            raise KernelError(f"CuPy is installed, but finds no NVRTC (wheel nvidia-cuda-nvrtc): {error}") from error
+        self._version = f"nvrtc {major}.{minor}"
 
     def version(self) -> str:
-        major, minor = self._nvrtc.getVersion()
-        return f"nvrtc {major}.{minor}"
+        return self._version
 
     def archs(self) -> tuple[int, ...]:
         return tuple(sorted(self._nvrtc.getSupportedArchs()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -332,6 +333,12 @@ def test_driver_errors(driver_path):
 
 
 # ---- CuPy's binding, where it is installed: no GPU needed ------------------------------------------------------------
+
+
+def test_without_cupy_the_compiler_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy_backends", None)
+    with pytest.raises(KernelError, match="through CuPy, which is not installed"):
+        CupyCompiler()
 
 
 @pytest.mark.parametrize("real", [True, False])
