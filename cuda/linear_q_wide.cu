@@ -11,15 +11,16 @@
 // Block: 8 warps of kR row tiles each; grid: (ceil(tiles / (8 kR)), EXL_SPREAD). Block y takes 8 / EXL_SPREAD slices of
 // K; the last one to arrive adds the partial sums in tree order (the counter is the only atomic). Weights come through
 // a private ring a lane; activations `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way meanwhile. Slices add up as a binary counter carries. Shared
-// bytes: 8 rings, then x_buffers * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear.py.
+// bytes: 8 rings, then EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear.py.
 //
-// Macros: linear_core.cuh; EXL_NT 2|4|8: tokens / 8; EXL_SPREAD 1|2|4|8; EXL_MIN_BLOCKS.
+// Macros: linear_core.cuh; EXL_NT 2|4|8: tokens / 8; EXL_SPREAD 1|2|4|8; EXL_BUFFERS 1|2;
+// EXL_MIN_BLOCKS.
 // Architectures: sm_75 and up. Tests: tests/kernels/test_linear.py
 #include <exl/epilogue.cuh>
 #include <exl/linear_core.cuh>
 #include <exl/swizzle.cuh>
 
-constexpr int kWarps = 8, kThreads = 256, kNT = EXL_NT, kRows = 8 * kNT, kSpread = EXL_SPREAD;
+constexpr int kWarps = 8, kThreads = 256, kNT = EXL_NT, kRows = 8 * kNT, kSpread = EXL_SPREAD, kBuffers = EXL_BUFFERS;
 constexpr int kSlicesHere = kSlices / kSpread;
 constexpr int kLevels = kSlicesHere == 8 ? 3 : kSlicesHere == 4 ? 2 : kSlicesHere == 2 ? 1 : 0;
 constexpr int kChunks = kStageK / 8;                    // of 16 bytes, a token and stage
@@ -131,8 +132,8 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
 (const u32* __restrict__ codes, const void* __restrict__ scales, const u8* __restrict__ zeros,
  const float* __restrict__ bias, const half* __restrict__ x, const float* __restrict__ x_scale, void* y,
  float* sumsq_out, float* permuted, const i32* __restrict__ positions, float* partial, u32* arrived, int K, int N,
- int num_tiles, int num_groups, int group_units, int num_tokens, int x_stride, int x_stages, int x_buffers,
- int epilogue, int out_type, int y_stride, float scale) {
+ int num_tiles, int num_groups, int group_units, int num_tokens, int x_stride, int x_stages, int epilogue, int out_type,
+ int y_stride, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   const int num_stages = (K + kStageK - 1) / kStageK;
@@ -148,13 +149,13 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
   half* s_x = reinterpret_cast<half*>(smem + kWarps * WeightRing::kWarpBytes);
   InputCopy inputs;
   inputs.start(s_x, x, x_stride, num_tokens, K, num_stages, tid);
-  inputs.clear(x_stages * x_buffers);
+  inputs.clear(x_stages * kBuffers);
   const int offset0 = g * kStageK + swizzled_chunk(t, g) * 8, offset1 = g * kStageK + swizzled_chunk(4 + t, g) * 8;
 
   Chunks chunks(slice0, first, num_stages, x_stages);
   Sums one, two, four, acc = {};
   int buffer = 0, before = 0;   // stages since the copies that are wanted next
-  if (x_buffers == 2) inputs.fetch(0, chunks.start, chunks.stop, num_stages);
+  if (kBuffers == 2) inputs.fetch(0, chunks.start, chunks.stop, num_stages);
   cp_async_commit_group();
   for (int slice = 0; slice < kSlicesHere; ++slice) {
     const int slice_stop = slice_start(slice0 + slice + 1, num_stages);
@@ -162,7 +163,7 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
       const int start = chunks.start, stop = chunks.stop;
       weights.ring.turn_to(smem, warp, lane, start - first);
       chunks.next(last);
-      if (x_buffers == 2) {
+      if constexpr (kBuffers == 2) {
         if (before >= kAhead) cp_async_wait_group<kAhead - 1>();   // they are older than the weights on their way
         else cp_async_wait_group<0>();
         before = stop - start;
@@ -177,21 +178,28 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
       }
       const half* s_now = s_x + buffer * x_stages * kRows * kStageK;
       weights.multiply<kNT>(acc, start, stop, last, group_units, s_now + offset0, s_now + offset1, 8 * kStageK, kRows * kStageK);
-      buffer = x_buffers - 1 - buffer;
+      buffer = kBuffers - 1 - buffer;
     }
     if (x_scale != nullptr) scale_slice(acc, x_scale, slice0 + slice, num_tokens, t);
     close_slice(one, two, four, acc, slice);
   }
 
-  if constexpr (kSpread > 1) {
-    const size_t block_sums = static_cast<size_t>(kThreads) * kR * kNT;   // of 16 bytes
+  const Output out{y, bias, sumsq_out, permuted, positions, epilogue, out_type, N, num_tokens, y_stride, scale};
+  if constexpr (kSpread == 1) {
+    EXL_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      if (tile0 + r >= num_tiles) break;
+      EXL_UNROLL
+      for (int n = 0; n < kNT; ++n) finish_tile(acc[r][n], out, tile0 + r, num_tiles, n * 8, lane);
+    }
+  } else {
+    const size_t spread_stride = static_cast<size_t>(gridDim.x) * kThreads * kR * kNT;   // of 16 bytes
     float4* mine = reinterpret_cast<float4*>(partial) + (static_cast<size_t>(blockIdx.x) * kWarps + warp) * kR * kNT * 32 + lane;
     EXL_UNROLL
     for (int r = 0; r < kR; ++r)
       EXL_UNROLL
       for (int n = 0; n < kNT; ++n)
-        mine[static_cast<size_t>(blockIdx.y) * gridDim.x * block_sums + (r * kNT + n) * 32] =
-            make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]);
+        mine[blockIdx.y * spread_stride + (r * kNT + n) * 32] = make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]);
     __threadfence();       // the sums are there for all before this block counts as arrived
     __syncthreads();
     u32* s_before = reinterpret_cast<u32*>(smem);
@@ -199,22 +207,16 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
     __syncthreads();
     if (*s_before != kSpread - 1) return;
     __threadfence();
-    EXL_UNROLL
-    for (int r = 0; r < kR; ++r)
-      EXL_UNROLL
-      for (int n = 0; n < kNT; ++n) {
+    const int tiles_here = num_tiles - tile0 < kR ? num_tiles - tile0 : kR, eights = (num_tokens + 7) / 8;
+    for (int r = 0; r < tiles_here; ++r) {
+      for (int n = 0; n < eights; ++n) {
         float4 v[kSpread];
         EXL_UNROLL
-        for (int s = 0; s < kSpread; ++s) v[s] = __ldcg(mine + s * gridDim.x * block_sums + (r * kNT + n) * 32);
+        for (int s = 0; s < kSpread; ++s) v[s] = __ldcg(mine + s * spread_stride + (r * kNT + n) * 32);
         const float4 root = tree_sum(v);
-        acc[r][n][0] = root.x; acc[r][n][1] = root.y; acc[r][n][2] = root.z; acc[r][n][3] = root.w;
+        float sum[4] = {root.x, root.y, root.z, root.w};
+        finish_tile(sum, out, tile0 + r, num_tiles, n * 8, lane);
       }
-  }
-  const Output out{y, bias, sumsq_out, permuted, positions, epilogue, out_type, N, num_tokens, y_stride, scale};
-  EXL_UNROLL
-  for (int r = 0; r < kR; ++r) {
-    if (tile0 + r >= num_tiles) break;
-    EXL_UNROLL
-    for (int n = 0; n < kNT; ++n) finish_tile(acc[r][n], out, tile0 + r, num_tiles, n * 8, lane);
+    }
   }
 }

@@ -189,14 +189,7 @@ def _launch(
         if kind != INPUT_KINDS[torch.float16]:
             x, x_scale = _round(backend, layout, x, norm, scratch, dependent)
         args = [*matrix, ptr(x), ptr(x_scale), *target, ptr(scratch.partial), ptr(scratch.arrived), *sizes]
-        args += [
-            i32(num_tokens),
-            i32(x.stride(0)),
-            i32(config.x_stages),
-            i32(config.x_buffers),
-            *ending,
-            f32(out.scale),
-        ]
+        args += [i32(num_tokens), i32(x.stride(0)), i32(config.x_stages), *ending, f32(out.scale)]
     launch(function, config.grid(layout), (NUM_THREADS,), args, shared, dependent=dependent)
 
 
@@ -271,7 +264,7 @@ def variants(arch: int) -> Iterator[Variant]:
     for bits, group_size, symmetric in COMPILED:
         layout = TileLayout(bits, 4096, 4096, group_size, symmetric)
         for tokens in (1, 4, 8, 16, 32, 64):
-            for num_multiprocessors in (1, 32, 1024):
+            for num_multiprocessors in (1, 32, 128, 1024):
                 spec = choose_config(layout, tokens, arch, num_multiprocessors).spec(layout, arch)
                 if spec not in seen:
                     seen.add(spec)

@@ -65,7 +65,9 @@ class LinearConfig:
             "EXL_STAGES": self.ring_stages,
             "EXL_MIN_BLOCKS": self.min_blocks,
         }
-        return macros | ({"EXL_NT": self.token_tiles, "EXL_SPREAD": self.spread} if self.wide else {})
+        if self.wide:
+            macros |= {"EXL_NT": self.token_tiles, "EXL_SPREAD": self.spread, "EXL_BUFFERS": self.x_buffers}
+        return macros
 
     def spec(self, layout: TileLayout, arch: int) -> KernelSpec:
         name = "linear_q_wide" if self.wide else "linear_q"
@@ -141,28 +143,44 @@ def _fit_narrow(
     whole = -(-slice_stages(layout) // depth) * depth
     for budget in budgets:
         for x_stages in range(whole, 0, -depth):
-            config = LinearConfig(False, row_tiles, depth, x_stages)
+            config = LinearConfig(False, row_tiles, depth, x_stages, min_blocks=2 if row_tiles == 1 else 1)
             if config.shared_bytes(layout, num_tokens, arch) <= budget and (x_stages == whole or budget == budgets[-1]):
                 return config
     return None
 
 
 def _wide(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
-    """128 rows a block; K spread over 8 blocks where rows alone do not fill the GPU. 64 tokens keep at least two blocks
-    a row: the sums of all 8 slices would not fit a thread's registers."""
+    """128 rows a block, or 256 at 64 tokens where K is spread anyway; K spread over 8 blocks where rows alone do not
+    fill the GPU. The more tokens, the fewer slices' sums a thread's registers can hold: ``least`` blocks share K."""
     token_tiles = 2 if num_tokens <= 16 else 4 if num_tokens <= 32 else 8
     blocks = -(-layout.num_tiles // NUM_WARPS)
-    least = 2 if token_tiles == 8 else 1
+    roomy = layout.bits in (4, 8) and layout.group_macro in (0, 128) and arch >= 80
+    narrow_codes = layout.bits in (2, 3)
+    least = {2: 1, 4: 2 if narrow_codes else 1, 8: 2 if roomy else NUM_SLICES}[token_tiles]
     spread = least if blocks * least >= num_multiprocessors else NUM_SLICES
+    if (
+        token_tiles == 8
+        and roomy
+        and layout.bits == 4
+        and least < spread
+        and blocks // 2 * spread >= num_multiprocessors
+    ):
+        return _fit_wide(layout, num_tokens, arch, 2, token_tiles, spread)
+    return _fit_wide(layout, num_tokens, arch, 1, token_tiles, spread)
+
+
+def _fit_wide(
+    layout: TileLayout, num_tokens: int, arch: int, row_tiles: int, token_tiles: int, spread: int
+) -> LinearConfig:
+    """As deep a ring as fits with a chunk of activations that is no shorter; two buffers for them if possible."""
     limit = arch_limits(arch).max_shared_bytes
-    depth = RING_STAGES[layout.bits, 1] if arch >= 80 else 2
-    ring = depth
+    depth = RING_STAGES[layout.bits, row_tiles] if arch >= 80 else 2
     for ring in range(depth, 1, -1):
-        for x_buffers in (2, 1):
+        for x_buffers in (2, 1) if row_tiles == 1 else (1,):
             for x_stages in range(4, 0, -1):
-                config = LinearConfig(True, 1, ring, x_stages, x_buffers, token_tiles, spread, 1)
-                enough = x_stages >= ring - 1 or (x_buffers == 1 and ring == 2)
-                if enough and config.shared_bytes(layout, num_tokens, arch) <= limit:
+                config = LinearConfig(True, row_tiles, ring, x_stages, x_buffers, token_tiles, spread, 1)
+                long_enough = x_stages >= ring - 1 or (x_buffers == 1 and ring == 2)
+                if long_enough and config.shared_bytes(layout, num_tokens, arch) <= limit:
                     return config
     raise KernelError(f"linear_q_wide does not fit sm_{arch}: {layout}, {num_tokens} tokens")
 
