@@ -1,11 +1,8 @@
-"""From a spec to a running kernel: the cache of compiled code, typed arguments, checks, the driver's call."""
+"""From a spec to a launch: the cache of compiled code, typed arguments, what is checked before anything runs."""
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,10 +11,8 @@ import torch
 from exl.errors import KernelError
 from exl.kernels.args import Pointer, Scalar, f32, i32, i64, ptr, u32, u64
 from exl.kernels.compiler import CompileFailed, compile_cached, default_cache_folder, read_entry
-from exl.kernels.driver import Driver, pack_params
-from exl.kernels.launch import CudaBackend, CupyCompiler, Param, launch, matches
-from exl.kernels.spec import KernelSpec, flattened, nvrtc_options
-from tests.compile.nvrtc import nvrtc
+from exl.kernels.launch import Param, launch, matches
+from exl.kernels.spec import KernelSpec, flattened
 from tests.host.backends import TEST_KERNELS, make_backend
 
 SPEC = KernelSpec("faults.cu", "out_of_bounds", {"EXL_FAULT": 0}, 86)
@@ -258,97 +253,3 @@ def test_a_backend_loads_a_kernel_once():
     backend = make_backend("race", 86, TEST_KERNELS)
     same = KernelSpec("faults.cu", "out_of_bounds", (("EXL_FAULT", 0),), 86)
     assert backend.load(SPEC) is backend.load(same)
-
-
-def test_without_a_gpu_the_cuda_backend_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(KernelError, match="no CUDA device"):
-        CudaBackend()
-
-
-# ---- the driver ------------------------------------------------------------------------------------------------------
-
-# The declarations of cuda.h (CUDA 12 and 13), and an entry that writes down what it was given.
-DRIVER = r"""
-#include <stdint.h>
-#include <string.h>
-typedef struct CUstream_st* CUstream;
-typedef enum { CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6 } CUlaunchAttributeID;
-typedef union {
-  char pad[64];
-  struct { void* base_ptr; size_t num_bytes; float hitRatio; int hitProp, missProp; } accessPolicyWindow;
-  int cooperative, programmaticStreamSerializationAllowed;
-} CUlaunchAttributeValue;
-typedef struct {
-  CUlaunchAttributeID id;
-  char pad[8 - sizeof(CUlaunchAttributeID)];
-  CUlaunchAttributeValue value;
-} CUlaunchAttribute;
-typedef struct {
-  unsigned int gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
-  CUstream hStream;
-  CUlaunchAttribute* attrs;
-  unsigned int numAttrs;
-} CUlaunchConfig;
-extern "C" {
-uint64_t seen[16];
-int cuLaunchKernelEx(const CUlaunchConfig* c, void* f, void** params, void** extra) {
-  const uint64_t all[] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
-    c->sharedMemBytes, (uint64_t)c->hStream, c->numAttrs, (uint64_t)f, *(uint64_t*)params[0], *(uint32_t*)params[1],
-    (uint64_t)extra, c->numAttrs ? c->attrs[0].id : 0u,
-    c->numAttrs ? (uint64_t)c->attrs[0].value.programmaticStreamSerializationAllowed : 0u, sizeof *c->attrs};
-  memcpy(seen, all, sizeof all);
-  return c->gridDimX == 99 ? 1 : 0;
-}
-int cuGetErrorString(int, const char** text) { *text = "invalid argument"; return 0; }
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def driver_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("driver") / "libdriver.so"
-    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-o", path, "-"], input=DRIVER, text=True, check=True)
-    return str(path)
-
-
-@pytest.mark.parametrize("dependent", [False, True])
-def test_launch_structures_reach_the_driver(driver_path, dependent):
-    params, keep = pack_params([u64(0x1234567890AB), f32(1.5)])
-    stream, function = 0x7F0000001000, 0x7F0000002000
-    Driver(driver_path).launch(function, (5, 6, 7), (8, 9, 1), 70000, stream, params, dependent=dependent)
-    seen = list((ctypes.c_uint64 * 16).in_dll(ctypes.CDLL(driver_path), "seen"))
-    bits = int.from_bytes(np.float32(1.5).tobytes(), "little")
-    head = [5, 6, 7, 8, 9, 1, 70000, stream, int(dependent), function, 0x1234567890AB, bits, 0]
-    assert seen == [*head, 6 if dependent else 0, int(dependent), 72]
-    assert len(keep) == 2
-
-
-def test_driver_errors(driver_path):
-    params, _keep = pack_params([u64(0), f32(0)])
-    with pytest.raises(KernelError, match="cuLaunchKernelEx failed with 1: invalid argument"):
-        Driver(driver_path).launch(0, (99, 1, 1), (1, 1, 1), 0, 0, params, dependent=True)
-    with pytest.raises(KernelError, match="has no cuLaunchKernelEx"):
-        Driver("libm.so.6").launch(0, (1, 1, 1), (1, 1, 1), 0, 0, params, dependent=True)
-
-
-# ---- CuPy's binding, where it is installed: no GPU needed ------------------------------------------------------------
-
-
-def test_without_cupy_the_compiler_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy_backends", None)
-    with pytest.raises(KernelError, match="through CuPy, which is not installed"):
-        CupyCompiler()
-
-
-@pytest.mark.parametrize("real", [True, False])
-def test_cupys_compiler_gives_what_nvrtc_gives(real):
-    pytest.importorskip("cupy_backends", reason="CuPy is not installed")
-    direct, through = nvrtc(), CupyCompiler()
-    if direct is None or direct.version() != through.version():
-        pytest.skip("CuPy uses another NVRTC")
-    assert through.archs() == direct.archs()
-    text, options = flattened(SPEC, TEST_KERNELS), nvrtc_options(SPEC, real=real)
-    assert through.compile(text, SPEC.source, options)[0] == direct.compile(text, SPEC.source, options)[0]
-    with pytest.raises(CompileFailed, match="error"):
-        through.compile("int f( {", "x.cu", options)
