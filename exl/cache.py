@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from exl.host_memory import host_tensor
 from exl.layout import KVLayout
 
 _DTYPES = {"u8": torch.uint8, "f16": torch.float16, "f32": torch.float32}
@@ -31,7 +32,9 @@ class KVCache:
     def __init__(self, layout: KVLayout, num_pages: int, device: torch.device) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        self.slab = torch.zeros(layout.slab_bytes(num_pages), dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            raise ValueError(f"no cache layout for {device}")
+        self.slab = host_tensor([layout.slab_bytes(num_pages)], torch.uint8, "KV cache")
         fields = layout.fields(num_pages)
         stride = layout.layer_bytes(num_pages)
         self._layers = []

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exl.errors import MemoryBudgetError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HostBuffer:
@@ -43,6 +49,15 @@ class HostBuffer:
             self._map.madvise(mmap.MADV_DONTNEED)
         with contextlib.suppress(BufferError):  # unmapped with the last view
             self._map.close()
+
+
+def host_tensor(shape: Sequence[int], dtype: torch.dtype, purpose: str) -> torch.Tensor:
+    """A zeroed tensor on the CPU in memory of its own, given back when its last view goes. Not a byte is touched: a
+    buffer that is allocated early costs nothing before it is used."""
+    import torch
+
+    raw = HostBuffer(math.prod(shape) * dtype.itemsize, purpose).array
+    return torch.from_numpy(raw).view(dtype).view(*shape)
 
 
 def _anonymous(num_bytes: int) -> mmap.mmap:

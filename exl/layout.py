@@ -322,6 +322,7 @@ def step_bytes(limits: StepLimits) -> dict[str, int]:
 
 # A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
 PANEL_ELEMENTS = 1 << 20
+PACK_COLUMNS = 256  # output rows unpacked at a time while loading: a multiple of every block of every layout
 
 
 def scratch_bytes(limits: StepLimits, target: Target) -> dict[str, int]:

@@ -17,6 +17,7 @@ from exl.errors import ConfigError
 from exl.layout import (
     BLOB_ALIGN,
     DTYPE_BYTES,
+    PACK_COLUMNS,
     KVLayout,
     LayerLayout,
     StepLimits,
@@ -196,7 +197,7 @@ def _plan(model: PlanInput, budget: int | None, num_resident: int, num_slots: in
     # While loading, the file's bytes of two layers and what is unpacked of one are there, and the buffers of a step
     # are not touched yet: only what exceeds them adds to the peak.
     idle = sum(line.num_bytes for line in lines if line.purpose not in _LOADED_FIRST)
-    loading = 2 * model.layer_file_bytes + _UNPACKED_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
+    loading = 2 * model.layer_file_bytes + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
     if loading > idle:
         lines.append(PlanLine("loading", device, loading - idle, False, "two layers as the file has them"))
     placement = Placement(
@@ -207,8 +208,8 @@ def _plan(model: PlanInput, budget: int | None, num_resident: int, num_slots: in
 
 _LOADED_FIRST = ("embedding", "resident layers", "stream slots", "head and final norm")
 _TOKENIZER_FACTOR = 8
-_UNPACKED_COLUMNS = 1024
-_UNPACKED_BYTES = 4  # a code a byte: as read, sorted, fused and packed
+_UNPACKED_BYTES = 8  # of one code while it is unpacked, sorted, fused and packed
+_LIBRARY_BYTES = 12 << 20  # what MKL keeps for f32 products of any size: 4 to 13 MB were seen
 
 
 def _max_k(limits: StepLimits) -> int:
@@ -234,4 +235,4 @@ def torch_temporaries(model: PlanInput) -> int:
     attend = rotate + mask + rows + run
     gate = T * limits.intermediate_size * 4 + norm
     decode = 32 * 2 * (2 * limits.intermediate_size + limits.hidden_size)
-    return align_up(max(attend, gate, norm + decode), BLOB_ALIGN)
+    return align_up(_LIBRARY_BYTES + max(attend, gate, norm + decode), BLOB_ALIGN)

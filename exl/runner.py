@@ -11,6 +11,7 @@ import torch
 
 from exl.batch import ForwardBatch
 from exl.cache import KVCache
+from exl.host_memory import host_tensor
 from exl.layout import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import Linear
@@ -30,10 +31,9 @@ class Runner:
     ) -> None:
         self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
         self._embed, self._final_norm, self._head = embed, final_norm, head
-        device = decoder.ops.device
 
         def buffer(rows: int, width: int) -> torch.Tensor:
-            return torch.zeros(rows, width, dtype=torch.float32, device=device)
+            return host_tensor([rows, width], torch.float32, "activations")
 
         self._residual = buffer(limits.window_rows, limits.hidden_size)
         self._buffers = StepBuffers(

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import PANEL_ELEMENTS, LinearLayout, Target
+from exl.layout import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 
-_PACK_COLUMNS = 1024  # output rows unpacked at a time: bounds the host memory of a load; a multiple of every block
 _DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB: a row is multiplied as soon as it is written; a quarter faster than 4 MB
 _INT4_ZERO = 8  # the code that torch's kernel takes for 0
 
@@ -57,8 +56,8 @@ def _pack_dense(parts: Sequence[DenseMatrix], weight: torch.Tensor) -> None:
     raw = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
     start = 0
     for part in parts:
-        for i in range(0, part.N, _PACK_COLUMNS):
-            rows = part.rows(i, min(part.N, i + _PACK_COLUMNS))
+        for i in range(0, part.N, PACK_COLUMNS):
+            rows = part.rows(i, min(part.N, i + PACK_COLUMNS))
             rows = rows.view(np.int16) if part.dtype == "bf16" else rows
             raw[start + i : start + i + len(rows)].copy_(torch.from_numpy(rows))
         start += part.N
@@ -87,11 +86,11 @@ def _pack_quantized(
 
 
 def _blocks(parts: Sequence[QuantizedMatrix]):
-    """(start, codes u8 [K, n]) with borders at multiples of ``_PACK_COLUMNS`` of the fused matrix."""
+    """(start, codes u8 [K, n]) with borders at multiples of ``PACK_COLUMNS`` of the fused matrix."""
     starts = np.cumsum([0, *(part.N for part in parts)])
     total = int(starts[-1])
-    for start in range(0, total, _PACK_COLUMNS):
-        stop = min(total, start + _PACK_COLUMNS)
+    for start in range(0, total, PACK_COLUMNS):
+        stop = min(total, start + PACK_COLUMNS)
         pieces = [
             part.codes(max(0, start - int(first)), min(part.N, stop - int(first)))
             for part, first in zip(parts, starts, strict=False)

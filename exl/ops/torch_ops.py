@@ -12,6 +12,7 @@ from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache import KVCache
 from exl.errors import UnsupportedModelError
 from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.host_memory import host_tensor
 from exl.layout import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
 from exl.ops import torch_attention
 from exl.ops.base import AttentionSpec, Linear, Norm, Segments
@@ -36,7 +37,7 @@ class TorchOps:
         sizes = scratch_bytes(limits, target)
 
         def buffer(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(sizes[name] // dtype.itemsize, dtype=dtype)
+            return host_tensor([sizes[name] // dtype.itemsize], dtype, name)
 
         self._scratch = Scratch(buffer("panel"), buffer("panel codes", torch.uint8), buffer("sorted input"))
         self._normed = buffer("normed input")
