@@ -158,13 +158,8 @@ def _wide(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: i
     narrow_codes = layout.bits in (2, 3)
     least = {2: 1, 4: 2 if narrow_codes else 1, 8: 2 if roomy else NUM_SLICES}[token_tiles]
     spread = least if blocks * least >= num_multiprocessors else NUM_SLICES
-    if (
-        token_tiles == 8
-        and roomy
-        and layout.bits == 4
-        and least < spread
-        and blocks // 2 * spread >= num_multiprocessors
-    ):
+    fills = 4 * (blocks // 2) * spread >= 3 * num_multiprocessors  # one wave of a block a multiprocessor, or nearly
+    if token_tiles == 8 and roomy and layout.bits == 4 and least < spread and fills:
         return _fit_wide(layout, num_tokens, arch, 2, token_tiles, spread)
     return _fit_wide(layout, num_tokens, arch, 1, token_tiles, spread)
 

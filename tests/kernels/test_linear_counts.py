@@ -1,0 +1,48 @@
+"""Instructions that the inner loop of the 4-bit kernels issues for each 512-byte tile, from the machine code.
+
+What they must not exceed at 1, 8 and 64 tokens comes from a hand-made sketch of the same loop. Everything in the loop
+counts, also what is predicated off; activations are staged outside of it, in chunks. ``docs/kernels.md`` has the table.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from exl.kernels.linear_config import choose_config
+from exl.kernels.spec import flattened, nvrtc_options
+from exl.kernels.tile_layout import BLOCK, TileLayout
+from tests.compile.nvrtc import nvrtc
+from tests.compile.sass import Loop, disassemble, hottest_loop, nvdisasm_path
+
+ARCHS = (86, 89, 90)
+MULTIPROCESSORS = {86: 82, 89: 128, 90: 132}  # RTX 3090, RTX 4090, H100 SXM
+LAYOUT = TileLayout(4, 4096, 4096, 128, False)
+
+
+def inner_loop(num_tokens: int, arch: int, layout: TileLayout = LAYOUT) -> tuple[Loop, int]:
+    """The loop of the variant that the GPU would run, and the tiles of 16 x 64 that it goes through in one pass."""
+    compiler = nvrtc()
+    if compiler is None or nvdisasm_path() is None:
+        pytest.skip("NVRTC or nvdisasm is not installed")
+    config = choose_config(layout, num_tokens, arch, MULTIPROCESSORS[arch])
+    spec = config.spec(layout, arch)
+    code, _ = compiler.compile(flattened(spec), spec.source, nvrtc_options(spec))
+    loop = hottest_loop(disassemble(code), spec.entry)
+    num_tiles = config.ring_stages * config.row_tiles * layout.stage_inputs // BLOCK
+    assert loop.count("HMMA") == num_tiles * 4 * config.token_tiles  # the whole loop, and nothing but it
+    return loop, num_tiles
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("num_tokens", "most"), [(1, 60), (8, 60), (16, 68), (64, 106)])
+def test_instructions_a_tile(num_tokens: int, most: int, arch: int) -> None:
+    loop, num_tiles = inner_loop(num_tokens, arch)
+    assert len(loop) / num_tiles <= most, dict(loop.histogram())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_barrier_and_no_local_memory_in_the_loop(arch: int) -> None:
+    for num_tokens in (1, 16, 64):
+        loop, num_tiles = inner_loop(num_tokens, arch)
+        assert loop.count("BAR", "LDL", "STL", "I2F", "MUFU", "CALL.ABS") == 0
+        assert loop.count("LDGSTS") == num_tiles  # 16 bytes a lane and tile
