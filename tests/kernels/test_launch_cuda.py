@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: what it hands to CuPy and to the driver, each played by something that writes it down.
+"""The CUDA backend without a GPU: what it hands to CuPy and to the driver, each played by one that writes it down.
 CuPy's compiler needs no GPU, and is tested where CuPy is installed."""
 
 from __future__ import annotations
