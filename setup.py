@@ -40,7 +40,16 @@ setup(
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
         "server": ["fastapi>=0.110", "uvicorn>=0.29"],
         "demo": ["gradio>=5"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=4.57", "ruff>=0.6", "pexpect>=4.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "transformers>=4.57",
+            "ruff>=0.6",
+            # The compiler and disassembler alone: kernels compile in tests without a GPU and without CuPy.
+            "nvidia-cuda-nvrtc-cu12>=12.9,<13; sys_platform == 'linux'",
+            "nvidia-cuda-nvdisasm>=13; sys_platform == 'linux'",
+        ],
     },
     entry_points={"console_scripts": ["exl = exl.cli:main"]},
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],

@@ -136,7 +136,50 @@ def test_info_tells_what_is_here():
     assert all(name in table for name in facts)
 
 
+def test_quantize_makes_a_model_that_generates(tmp_path):
+    done = exl("quantize", str(STORIES), str(tmp_path / "out"), "--bits", "8", "--group-size", "32", "--method", "rtn")
+    assert done.returncode == 0, done.stderr
+    assert "bytes of weights" in done.stderr
+    told = exl("generate", "--model", str(tmp_path / "out"), "--max-tokens", "12", "--temperature", "0")
+    assert told.stdout == "Once upon a time, there was a little girl\n"
+    again = exl("quantize", str(STORIES), str(tmp_path / "out"), "--method", "rtn", "--group-size", "32")
+    assert_one_line_error(again, "out")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--bits", "5"], ["bits", "5"]),
+        (["--group-size", "0"], ["group_size"]),
+        ([], ["calibration"]),
+        (["--calibration", "absent.txt", "--group-size", "32"], ["absent.txt"]),
+        (["--method", "rtn", "--group-size", "48"], ["48", "64"]),
+    ],
+    ids=str,
+)
+def test_quantize_refuses_in_one_line(args, words, tmp_path):
+    assert_one_line_error(exl("quantize", str(STORIES), str(tmp_path / "out"), *args), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_copies_are_listed_and_cleared(tmp_path):
+    from exl.layout import Target
+    from exl.planning import EngineOptions, open_model, plan_model
+
+    with open_model(DATA / "stories2M") as files:
+        least, _ = plan_model(files, EngineOptions(resident_layers=1), Target("cpu", int4pack="split64"))
+    import exl as library
+
+    with library.load(DATA / "stories2M", ram=least.num_bytes, packed_folder=tmp_path) as llm:
+        assert llm.plan.placement.num_streamed == 3
+    listed = exl("packed", "list", "--folder", str(tmp_path)).stdout
+    assert listed.count("\n") == 1
+    assert "stories2M" in listed
+    assert "removed 1 packed files" in exl("packed", "clear", "--folder", str(tmp_path)).stderr
+    assert exl("packed", "list", "--folder", str(tmp_path)).stdout == ""
+
+
 def test_help_names_the_commands():
     done = exl("--help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("generate", "quantize", "info"))
+    assert all(command in done.stdout for command in ("generate", "plan", "quantize", "packed", "info"))
