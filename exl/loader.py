@@ -47,11 +47,6 @@ class ModelWeights:
     slabs: Mapping[str, int]  # bytes by purpose: "embedding", "layers", "head", "slots"
     _owned: ExitStack
 
-    @property
-    def layers(self) -> tuple[LayerWeights, ...]:
-        """All layers, where none is streamed."""
-        return self.source.layers
-
     def close(self) -> None:
         """Ends the stream's thread, too. May be called again."""
         self._owned.close()

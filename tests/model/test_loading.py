@@ -116,6 +116,7 @@ def test_a_disk_that_fails_for_a_while(four_bit, tmp_path, monkeypatch):
             patch.setattr(block_file.BlockFile, "_read_some", lambda *args: (_ for _ in ()).throw(fail))
             with pytest.raises(CheckpointError, match=f"{packed_file(tmp_path)}.*Input/output error"):
                 model.outputs()
+            assert model.source.wait_until_idle()  # it has failed once more
         assert model.outputs() == expected
 
 

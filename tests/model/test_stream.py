@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from exl import block_file
+from exl import block_file, loader
 from exl.errors import ExlError
 from exl.host_memory import HostBuffer
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
@@ -74,7 +74,16 @@ def test_layers_do_differ(four_bit, tmp_path):
         assert not torch.equal(model.logits(), right)
 
 
-def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path):
+def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path, monkeypatch):
+    """Between fields, too, whatever was in the slot through which a layer went to the file."""
+
+    class UsedBuffer(HostBuffer):
+        def __init__(self, num_bytes, purpose):
+            super().__init__(num_bytes, purpose)
+            if purpose == "slots":
+                self.array[:] = 255
+
+    monkeypatch.setattr(loader, "HostBuffer", UsedBuffer)
     packed_folder = tmp_path / "packed"
     with PlacedModel(four_bit, packed_folder, resident=(1,)) as model:
         first = {i: bytes_of(model, i) for i in range(NUM_LAYERS)}
@@ -287,6 +296,18 @@ def test_a_waiting_caller_hears_that_the_stream_was_closed(tmp_path, monkeypatch
     with pytest.raises(ExlError, match=r"closed|ended at byte"):
         stream.acquire(3)
     closing.join()
+
+
+def test_a_new_pass_forgets_what_failed_before(tmp_path, monkeypatch):
+    stream, expected = tiny_stream(tmp_path, 4, 2)
+    stream.wait_until_idle()
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedFile, "read_blob", lambda *args: 1 // 0)
+        stream.begin([2, 3])
+        assert stream.wait_until_idle()
+    stream.begin([2, 3])
+    assert stream.acquire(2).attn_norm.numpy().tobytes() == expected[2]
+    stream.close()
 
 
 # --- interrupted passes ----------------------------------------------------------------------------------------------
