@@ -6,8 +6,6 @@ ROOT = Path(__file__).parent
 
 # The kernel sources live at the top level for their readers and ship inside the package for its users. `cuda/` never
 # gets an __init__.py: from the repository's root it would shadow NVIDIA's `cuda` namespace, which CuPy imports.
-KERNELS = ["exl._cuda", "exl._cuda.include", "exl._cuda.include.exl"]
-
 setup(
     name="exl-engine",
     version="0.1.0",
@@ -17,13 +15,11 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["exl", "exl.*"]), *KERNELS],
+    packages=[*find_packages(include=["exl", "exl.*"]), "exl._cuda"],
     package_dir={"exl._cuda": "cuda"},
     package_data={
-        "exl": ["py.typed"],
-        "exl.assets": ["*/*", "*.md"],
-        "exl._cuda": ["*.cu"],
-        "exl._cuda.include.exl": ["*.cuh"],
+        "exl": ["py.typed", "assets/*/*"],
+        "exl._cuda": ["*.cu", "include/exl/*.cuh"],
     },
     install_requires=[
         "torch>=2.4",
@@ -52,5 +48,5 @@ setup(
         ],
     },
     entry_points={"console_scripts": ["exl = exl.cli:main"]},
-    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],
+    classifiers=["Programming Language :: Python :: 3"],
 )
