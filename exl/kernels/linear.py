@@ -26,6 +26,7 @@ from exl.kernels.linear_config import (
     choose_config,
 )
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
+from exl.kernels.linear_simt import run_simt, simt_spec
 from exl.kernels.spec import KernelSpec, Variant
 from exl.kernels.tile_layout import ROWS, PackedMatrix, TileLayout
 
@@ -60,7 +61,9 @@ class Scratch:
 
 
 def scratch_shapes(layouts: list[TileLayout], arch: int, num_multiprocessors: int) -> dict[str, tuple[str, int]]:
-    """Type and number of elements of each field of ``Scratch`` that serves all of ``layouts``."""
+    """Type and number of elements of each field of ``Scratch`` that serves all of ``layouts``; none below sm_75."""
+    if arch < MIN_ARCH:
+        return {"x": ("f16", 0), "x_scale": ("f32", 0), "partial": ("f32", 0), "arrived": ("i32", 0)}
     configs = [
         (layout, choose_config(layout, t, arch, num_multiprocessors)) for layout in layouts for t in (16, 32, 64)
     ]
@@ -151,6 +154,8 @@ def _run(
     check_input(weight.layout.K, x, norm, backend.device)
     check_output(weight.layout.num_tiles, x.shape[0], out, backend.device)
     num_tokens = x.shape[0]
+    if backend.arch < MIN_ARCH and config is None:
+        return run_simt(backend, weight, x, out, norm)
     if num_tokens > NARROW_TOKENS:
         _check_scratch(weight.layout, num_tokens, scratch, backend, config)
     for start in range(0, num_tokens, MAX_TOKENS):
@@ -257,6 +262,9 @@ COMPILED = (
 def variants(arch: int) -> Iterator[Variant]:
     """Macro sets that ``choose_config`` asks for on ``arch``: all of them for each layout in ``COMPILED``."""
     if arch < MIN_ARCH:
+        for bits, group_size, symmetric in COMPILED:
+            for tokens in (1, 2, 4):
+                yield Variant(simt_spec(TileLayout(bits, 4096, 4096, group_size, symmetric), tokens, arch))
         return
     for stage in (128, 256):
         yield Variant(KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage}, arch))
