@@ -15,7 +15,7 @@
 #include <exl/epilogue.cuh>
 #include <exl/linear_core.cuh>
 
-constexpr int kWarps = 8, kTokens = EXL_TOKENS;
+constexpr int kTokens = EXL_TOKENS;
 
 // Code of element `second` of pair p of mma j, among a lane's words of 64 inputs: tile_layout.py's table.
 EXL_DEVICE u32 code_of(const u32* w, int j, int p, int second) {
