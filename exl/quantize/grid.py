@@ -72,6 +72,7 @@ class Grid:
             for old, new in ((least, error), (scale, new_scale), (zero, new_zero)):
                 old.copy_(torch.where(better, new, old))
 
+        consider(scale, zero)
         for i in range(_STEPS):
             factor = _STRETCH + (_SHRINK - _STRETCH) * i / (_STEPS - 1)
             consider(*self.params(low * factor, high * factor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,11 @@ def write_checkpoint(
     config_json: dict[str, Any],
     progress: Callable[[], None],
 ) -> int:
-    """Bytes of weights written. ``config.json`` comes last: until then no loader takes the folder for a model."""
+    """Returns the bytes of weights. Files are moved to ``dst`` when all are there, ``config.json`` last: until then no
+    loader takes the folder for a model, and a run that is killed leaves its debris in the work folder."""
+    out = work.path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
     entries = output_entries(checkpoint, plan)
     shards = _cut_shards(entries, options.max_shard_bytes)
     names = ["model.safetensors"]
@@ -68,19 +73,21 @@ def write_checkpoint(
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         data = _read_tensors(shard, checkpoint, work, progress)
-        write_safetensors(dst / name, [entry for entry, _ in shard], data, _METADATA)
+        write_safetensors(out / name, [entry for entry, _ in shard], data, _METADATA)
     total = sum(entry_bytes(entry) for entry, _ in entries)
     if len(shards) > 1:
         weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text(dst / "model.safetensors.index.json", json.dumps(index, indent=1))
+        write_text(out / "model.safetensors.index.json", json.dumps(index, indent=1))
     for name in _COMPANIONS:
         if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, dst / name)
+            shutil.copyfile(checkpoint.folder / name, out / name)
     quant_json = quantization_config(options)
-    write_text(dst / "quantize_config.json", json.dumps(quant_json, indent=1) + "\n")
+    write_text(out / "quantize_config.json", json.dumps(quant_json, indent=1) + "\n")
     config_json = {**config_json, "intermediate_size": plan.intermediate_size, "quantization_config": quant_json}
-    write_text(dst / "config.json", json.dumps(config_json, indent=1) + "\n")
+    write_text(out / "config.json", json.dumps(config_json, indent=1) + "\n")
+    for path in sorted(out.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, dst / path.name)
     return total
 
 

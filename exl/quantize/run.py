@@ -159,7 +159,7 @@ class _Run:
         """Hours of work should not end at a full disk that could have been foreseen."""
         hidden = 2 * len(self.streams) * sum(map(len, self.sequences)) * self.config.hidden_size * 4
         weights = 2 * sum(entry_bytes(entry) for entry, _ in self._tensors)
-        there = sum(path.stat().st_size for path in work.path.iterdir())
+        there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
         needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
         if free < needed:
             raise ExlError(f"{self.dst}: {free / 1e9:.2f} GB free on this disk, quantizing needs {needed / 1e9:.2f}")
