@@ -1,0 +1,94 @@
+"""What benchmarks need to know about disks: plain reads, what the page cache holds, what the system counted."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from exl.block_file import BLOCK_BYTES, BlockFile
+from exl.host_memory import HostBuffer
+
+
+def cached_share(path: Path) -> float:
+    """Share of a file's pages that are in the page cache, by ``mincore``."""
+    num_bytes = path.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    with open(path, "rb") as file:
+        address = libc.mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap")
+    try:
+        pages = (ctypes.c_ubyte * -(-num_bytes // mmap.PAGESIZE))()
+        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), pages):
+            raise OSError(ctypes.get_errno(), "mincore")
+    finally:
+        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes))
+    return sum(page & 1 for page in bytes(pages)) / len(pages)
+
+
+def drop_cached(path: Path) -> None:
+    """Throws a file out of the page cache. ``RuntimeError`` where ``mincore`` still finds some of it there."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    share = cached_share(path)
+    if share > 0.001:
+        raise RuntimeError(f"{path}: {share:.1%} of it stays in the page cache, expected none")
+
+
+def plain_read_seconds(path: Path, ranges: Sequence[tuple[int, int]], *, direct: bool) -> float:
+    """One thread reads ``(offset, bytes)`` one after another, 8 MiB at a time, into one buffer."""
+    buffer = HostBuffer(BLOCK_BYTES, "read buffer")
+    view = memoryview(buffer.array)
+    view[:] = bytes(BLOCK_BYTES)
+    with BlockFile.open(path) as file:
+        if direct and not file.try_direct():
+            raise RuntimeError(f"{path}: its file system has no O_DIRECT")
+        began = time.perf_counter()
+        for offset, num_bytes in ranges:
+            for start in range(0, num_bytes, BLOCK_BYTES):
+                file.read_into(view[: min(BLOCK_BYTES, num_bytes - start)], offset + start)
+        return time.perf_counter() - began
+
+
+def has_direct(path: Path) -> bool:
+    with BlockFile.open(path) as file:
+        return file.try_direct()
+
+
+def disk_bytes_read() -> int:
+    """Bytes that this process has had fetched from disks, by the system's count."""
+    return int(Path("/proc/self/io").read_text().split("\nread_bytes:")[1].split()[0])
+
+
+def status_bytes(field: str) -> int:
+    """``VmRSS``, or ``VmHWM``: the most since ``reset_peak``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def machine() -> str:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    return (
+        f"{model}, {os.cpu_count()} processors, torch {torch.__version__} with {torch.get_num_threads()} threads, "
+        f"load average {load}"
+    )

@@ -1,0 +1,138 @@
+"""Loading against a plain read of the same files, and what it takes of memory besides what stays.
+
+python -m benchmarks.loading [--shape 1.1b] [--layers 44] [--rounds 3] [--write NAME]
+
+Each round measures, one after another, every time with the page cache emptied of the files (mincore must confirm it):
+
+    read    the checkpoint's files, plainly                load    all layers resident, packed on the way
+    write   packing into the packed file, all streamed
+    packed  the packed file, plainly                       reload  all layers resident, from the packed file
+
+Goals: load at 0.9 of the speed of a plain read; the peak of memory at most two layers as the file has them, and the
+block of codes being unpacked, above what stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.disk import drop_cached, has_direct, machine, plain_read_seconds, reset_peak, status_bytes
+from benchmarks.synthetic import SHAPES, write_model
+from exl.engine import EngineOptions, load_engine
+from exl.host_memory import trim_heap
+from exl.ops.torch_ops import cpu_target
+from exl.packed_store import list_packed
+from exl.planning import open_model
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = 64  # little besides weights
+UNPACKED_COLUMNS = 1024
+
+
+class Loading:
+    def __init__(self, folder: Path, packed_folder: Path) -> None:
+        self.folder, self.packed_folder = folder, packed_folder
+        with open_model(folder) as files:
+            self.num_bytes = sum(files.checkpoint.files.values())
+            self.paths = [files.folder / name for name in files.checkpoint.files]
+            self.layer_file_bytes = files.layer_file_bytes
+            self.packed_bytes = files.manifest.layouts(cpu_target()).num_bytes
+            self.block_bytes = UNPACKED_COLUMNS * max(files.config.hidden_size, files.config.intermediate_size)
+        self.peaks: dict[str, list[int]] = {}
+
+    def plain_read(self) -> float:
+        for path in self.paths:
+            drop_cached(path)
+        return sum(plain_read_seconds(path, [(0, path.stat().st_size)], direct=False) for path in self.paths)
+
+    def plain_read_packed(self) -> float:
+        (info,) = list_packed(self.packed_folder)
+        drop_cached(info.path)
+        return plain_read_seconds(info.path, [(0, info.num_bytes)], direct=has_direct(info.path))
+
+    def _load(self, name: str, **options) -> float:
+        gc.collect()
+        trim_heap()
+        for path in [*self.paths, *(info.path for info in list_packed(self.packed_folder))]:
+            drop_cached(path)
+        before = status_bytes("VmRSS")
+        reset_peak()
+        began = time.perf_counter()
+        engine = load_engine(self.folder, EngineOptions(context=CONTEXT, **options))
+        seconds = time.perf_counter() - began
+        stays = sum(engine.weights.slabs.values()) + engine.generator.runner.kv.slab.numel()
+        self.peaks.setdefault(name, []).append(status_bytes("VmHWM") - before - stays)
+        engine.close()
+        return seconds
+
+    def load(self) -> float:
+        return self._load("load")
+
+    def write(self) -> float:
+        shutil.rmtree(self.packed_folder, ignore_errors=True)
+        return self._load("write", resident_layers=0, packed_folder=self.packed_folder)
+
+    def reload(self) -> float:
+        return self._load("reload", packed_folder=self.packed_folder)
+
+
+def measure(folder: Path, packed_folder: Path, rounds: int) -> list[str]:
+    loading = Loading(folder, packed_folder)
+    steps: dict[str, tuple[Callable[[], float], int]] = {
+        "read": (loading.plain_read, loading.num_bytes),
+        "load": (loading.load, loading.num_bytes),
+        "write": (loading.write, loading.num_bytes),
+        "packed": (loading.plain_read_packed, loading.packed_bytes),
+        "reload": (loading.reload, loading.packed_bytes),
+    }
+    loading.load()  # what torch allocates once for good
+    loading.peaks.clear()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (run, _) in steps.items():
+            seconds[name].append(run())
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    lines = [machine(), f"{loading.num_bytes / 1e9:.3f} GB in the checkpoint, {loading.packed_bytes / 1e9:.3f} packed"]
+    for name, (_, num_bytes) in steps.items():
+        lines.append(f"{name:<7} {median[name]:8.3f} s  {num_bytes / median[name] / 1e9:6.2f} GB/s")
+    lines.append(f"load / read: {median['read'] / median['load']:.3f} of its speed")
+    lines.append(f"reload / packed: {median['packed'] / median['reload']:.3f} of its speed")
+    layers, block = loading.layer_file_bytes / 1e6, loading.block_bytes / 1e6
+    for name, peaks in loading.peaks.items():
+        lines.append(
+            f"{name}: peak above what stays {max(peaks) / 1e6:.1f} MB; two layers of the file are {2 * layers:.1f} MB, "
+            f"a block of codes {block:.1f} MB"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--layers", type=int, default=44, help="instead of the shape's own (default: 44)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the model is written for the time (default: the temporary)")
+    parser.add_argument("--write", metavar="NAME", help="also into benchmarks/results/NAME.txt")
+    args = parser.parse_args()
+    hidden, inter, _, *rest = SHAPES[args.shape]
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        model = Path(name) / "model"
+        write_model(model, (hidden, inter, args.layers, *rest), tokenizer=ROOT / "tests" / "data" / "stories260K")
+        lines = [f"python -m benchmarks.loading --shape {args.shape} --layers {args.layers} --rounds {args.rounds}"]
+        lines += measure(model, Path(name) / "packed", args.rounds)
+    print("\n".join(lines))
+    if args.write:
+        path = ROOT / "benchmarks" / "results" / f"{args.write}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Streamed layers against what they cannot beat: the disk's time for the same bytes, and the time of the arithmetic.
+
+python -m benchmarks.streaming [--shape 1.1b] [--layers 44] [--rounds 5] [--write NAME]
+
+A model of random 4-bit weights (more than 1 GB by default) is loaded twice, all resident and all streamed. Each round
+measures, one after another: a plain read of the streamed bytes, a pass with resident layers, a pass with streamed
+ones. A plain read and the stream both go past the page cache (O_DIRECT); where that is not to be had, both go through
+it after it was emptied of the file, which mincore must confirm.
+
+Goal: max(read, compute) / streamed pass >= 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.disk import cached_share, disk_bytes_read, drop_cached, has_direct, machine, plain_read_seconds
+from benchmarks.synthetic import SHAPES, write_model
+from exl.block_file import BlockFile
+from exl.engine import Engine, EngineOptions, load_engine
+from exl.packed import read_header
+from exl.packed_store import list_packed
+
+ROOT = Path(__file__).parents[1]
+NUM_PROMPT = 512
+CONTEXT = 1024
+
+
+def prefill(engine: Engine) -> float:
+    """Seconds of one layer-major pass over 512 tokens: one window."""
+    ids = [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(NUM_PROMPT)]
+    sequence = engine.generator.begin(NUM_PROMPT)
+    began = time.perf_counter()
+    engine.generator.extend(sequence, ids)
+    seconds = time.perf_counter() - began
+    engine.generator.end(sequence)
+    return seconds
+
+
+def decode(engine: Engine, num_tokens: int = 4) -> float:
+    """Seconds of a pass over one token, several in a row: reading goes on across the ends of passes."""
+    sequence = engine.generator.begin(num_tokens + 1)
+    engine.generator.extend(sequence, [5])
+    began = time.perf_counter()
+    for _ in range(num_tokens):
+        engine.generator.extend(sequence, [7])
+    seconds = (time.perf_counter() - began) / num_tokens
+    engine.generator.end(sequence)
+    return seconds
+
+
+class Comparison:
+    def __init__(self, resident: Engine, streamed: Engine, packed: Path) -> None:
+        self.resident, self.streamed, self.packed = resident, streamed, packed
+        with BlockFile.open(packed) as file:
+            header = read_header(file)
+        self.ranges = list(zip(header.offsets, header.sizes, strict=True))[1:-1]  # without embedding and head
+        self.num_bytes = sum(size for _, size in self.ranges)
+        self.direct = has_direct(packed)
+
+    def cold(self) -> None:
+        self.streamed.weights.source.wait_until_idle()
+        if not self.direct:
+            drop_cached(self.packed)
+
+    def run(self, name: str, run_pass: Callable[[Engine], float], rounds: int) -> list[str]:
+        run_pass(self.resident)
+        run_pass(self.streamed)  # the first reads compare checksums
+        reads, computes, passes = [], [], []
+        for _ in range(rounds):
+            self.cold()
+            reads.append(plain_read_seconds(self.packed, self.ranges, direct=self.direct))
+            computes.append(run_pass(self.resident))
+            self.cold()
+            passes.append(run_pass(self.streamed))
+        read, compute, streamed = map(statistics.median, (reads, computes, passes))
+        ratios = [max(r, c) / s for r, c, s in zip(reads, computes, passes, strict=True)]
+        return [
+            f"{name}: plain read {read:.3f} s ({self.num_bytes / read / 1e9:.2f} GB/s), resident pass {compute:.3f} s, "
+            f"streamed pass {streamed:.3f} s",
+            f"  max(read, compute) / streamed: {max(read, compute) / streamed:.3f} of the medians; by round "
+            + " ".join(f"{ratio:.3f}" for ratio in ratios),
+        ]
+
+    def count_reads(self) -> list[str]:
+        source = self.streamed.weights.source
+        self.cold()
+        before, told = disk_bytes_read(), source.stats.bytes_read
+        prefill(self.streamed)
+        source.wait_until_idle()
+        found = disk_bytes_read() - before
+        return [
+            f"a prefill of {NUM_PROMPT} tokens: {found} bytes from the disk by /proc/self/io, "
+            f"{found / self.num_bytes:.4f} of the streamed layers' {self.num_bytes}; "
+            f"the stream counted {source.stats.bytes_read - told}",
+        ]
+
+
+def measure(folder: Path, packed_folder: Path, rounds: int) -> list[str]:
+    options = {"context": CONTEXT, "packed_folder": packed_folder}
+    streamed = load_engine(folder, EngineOptions(resident_layers=0, **options))
+    resident = load_engine(folder, EngineOptions(**options))
+    try:
+        (info,) = list_packed(packed_folder)
+        both = Comparison(resident, streamed, info.path)
+        lines = [
+            machine(),
+            f"{len(both.ranges)} layers, {both.num_bytes / 1e9:.3f} GB, "
+            + ("O_DIRECT on both sides" if both.direct else "page cache emptied before both sides, by mincore"),
+        ]
+        lines += both.run("decode, 1 token", decode, rounds)
+        lines += both.run(f"prefill, {NUM_PROMPT} tokens", prefill, rounds)
+        lines += both.count_reads()
+        lines.append(f"share of the packed file in the page cache afterwards: {cached_share(info.path):.4f}")
+        return lines
+    finally:
+        streamed.close()
+        resident.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--layers", type=int, default=44, help="instead of the shape's own (default: 44)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the model is written for the time (default: the temporary)")
+    parser.add_argument("--write", metavar="NAME", help="also into benchmarks/results/NAME.txt")
+    args = parser.parse_args()
+    hidden, inter, _, *rest = SHAPES[args.shape]
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        model = Path(name) / "model"
+        write_model(model, (hidden, inter, args.layers, *rest), tokenizer=ROOT / "tests" / "data" / "stories260K")
+        lines = [f"python -m benchmarks.streaming --shape {args.shape} --layers {args.layers} --rounds {args.rounds}"]
+        lines += measure(model, Path(name) / "packed", args.rounds)
+    print("\n".join(lines))
+    if args.write:
+        path = ROOT / "benchmarks" / "results" / f"{args.write}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
