@@ -273,7 +273,9 @@ def variants(arch: int) -> Iterator[Variant]:
         layout = TileLayout(bits, 4096, 4096, group_size, symmetric)
         for tokens in (1, 4, 8, 16, 32, 64):
             for num_multiprocessors in (1, 32, 128, 1024):
-                spec = choose_config(layout, tokens, arch, num_multiprocessors).spec(layout, arch)
+                config = choose_config(layout, tokens, arch, num_multiprocessors)
+                spec = config.spec(layout, arch)
                 if spec not in seen:
                     seen.add(spec)
-                    yield Variant(spec)
+                    # 64 tokens of 2 or 3 bits: some architectures keep up to 32 bytes a thread outside of the loop
+                    yield Variant(spec, may_spill=bits in (2, 3) and config.token_tiles == 8 and arch >= 100)
