@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test matrix lint clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
 	@$(BIN)/exl generate "Once upon a time" --max-tokens 200 --temperature 0
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "not matrix"
+
+# Every variant of every kernel for every architecture: what `make test` takes a sample of. About ten minutes.
+matrix: .venv/installed-test
+	$(BIN)/python -m pytest -rs -m matrix
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
