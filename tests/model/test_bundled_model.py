@@ -1,4 +1,4 @@
-"""Losses by the published method: each line stripped, encoded with BOS, cut to 512 tokens, lines under 8 tokens skipped,
+"""Losses by the published method: lines stripped, encoded with BOS, cut to 512 tokens, those under 8 tokens skipped,
 every token after the first counted once."""
 
 from __future__ import annotations
