@@ -96,13 +96,15 @@ def gptq(
     With ``drift`` (:class:`Hessian`) the target is not W, but W plus what a least-squares fit says its outputs lack:
     W + (H + damp)^-1 drift. The same idea as in GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695).
 
-    Raises ``ExlError`` where the Hessian is not finite.
+    Spends H, so that no more than three matrices of its size are alive at once. Raises ``ExlError`` where it is not
+    finite.
     """
     K = weight.shape[0]
     order = torch.arange(K)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    U = _inverse_factor(hessian[order[:, None], order], damp).to(weight.dtype)
+        hessian.copy_(hessian[order[:, None], order])
+    U = _inverse_factor(hessian, damp).to(weight.dtype)
     weight = weight[order]
     if drift is not None:
         weight += U.T @ (U @ drift[order].to(weight.dtype))
@@ -121,7 +123,7 @@ def gptq(
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Upper triangular U with ``U^T U = (H + damp * mean of its diagonal)^-1``, f64. Overwrites H.
+    """Upper triangular U with ``U^T U = (H + damp * mean of its diagonal)^-1``, f64. Spends H.
 
     From the Cholesky factor of H with rows and columns in reverse, which saves inverting H itself: with J reversing,
     ``J H J = L L^T`` gives ``H = V V^T``, ``V = J L J`` upper triangular, and ``U = V^-1``. Damping grows until the
@@ -138,8 +140,9 @@ def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
         added = share * mean
         factor, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if int(info) == 0:
-            identity = torch.eye(len(hessian), dtype=hessian.dtype)
-            return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
+            factor = factor.flip(0, 1)
+            identity = hessian.zero_().fill_diagonal_(1.0)
+            return torch.linalg.solve_triangular(factor, identity, upper=True)
     raise ExlError("the Hessian has no Cholesky factor, whatever the damping")
 
 

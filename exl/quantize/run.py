@@ -63,8 +63,9 @@ def quantize(
     zeros, which changes no result. An interrupted run is gone on with by the same call: finished layers are in
     ``dst/.partial``, and a run that is gone on with writes the same bytes as one that is not interrupted.
 
-    Peak memory: two layers in f32, the Hessian of one linear's inputs three times over in f64, and the activations of
-    2048 tokens; the hidden states of the calibration text are on the disk. Raises ``ExlError``.
+    Peak memory: two layers in f32, three f64 matrices as large as the Hessian of the widest linear's inputs, about five
+    copies of the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text
+    are on the disk. Raises ``ExlError``.
     """
     src, dst = Path(src), Path(dst)
     try:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from exl.errors import ExlError
-from exl.quantize.gptq import Hessian, gptq, round_to_nearest
+from exl.quantize import gptq as solver
+from exl.quantize.gptq import Hessian, QuantizedWeight, round_to_nearest
 from exl.quantize.grid import Grid
 
 K, N = 288, 24
@@ -20,6 +21,11 @@ def problem(seed: int = 0, num_rows: int = 700) -> tuple[torch.Tensor, torch.Ten
     mixing = rng.normal(size=(K, K)) / np.sqrt(K) + np.diag(rng.uniform(0.1, 3.0, K))
     x = rng.normal(size=(num_rows, K)) @ mixing
     return torch.from_numpy(weight), torch.from_numpy(x), torch.from_numpy(2 / num_rows * x.T @ x)
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, *args, **options) -> QuantizedWeight:
+    """The solver on a copy of the Hessian, which it spends."""
+    return solver.gptq(weight, hessian.clone(), *args, **options)
 
 
 def objective(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
