@@ -14,17 +14,15 @@ block of codes being unpacked, above what stays.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.disk import drop_cached, has_direct, machine, plain_read_seconds, reset_peak, status_bytes
-from benchmarks.synthetic import SHAPES, write_model
+from benchmarks.synthetic import run_on_synthetic
 from exl.engine import EngineOptions, load_engine
 from exl.host_memory import trim_heap
 from exl.ops.torch_ops import cpu_target
@@ -113,26 +111,5 @@ def measure(folder: Path, packed_folder: Path, rounds: int) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
-    parser.add_argument("--layers", type=int, default=44, help="instead of the shape's own (default: 44)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the model is written for the time (default: the temporary)")
-    parser.add_argument("--write", metavar="NAME", help="also into benchmarks/results/NAME.txt")
-    args = parser.parse_args()
-    hidden, inter, _, *rest = SHAPES[args.shape]
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        model = Path(name) / "model"
-        write_model(model, (hidden, inter, args.layers, *rest), tokenizer=ROOT / "tests" / "data" / "stories260K")
-        lines = [f"python -m benchmarks.loading --shape {args.shape} --layers {args.layers} --rounds {args.rounds}"]
-        lines += measure(model, Path(name) / "packed", args.rounds)
-    print("\n".join(lines))
-    if args.write:
-        path = ROOT / "benchmarks" / "results" / f"{args.write}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_on_synthetic("benchmarks.loading", __doc__, 3, measure)

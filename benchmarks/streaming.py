@@ -12,15 +12,13 @@ Goal: max(read, compute) / streamed pass >= 0.9.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.disk import cached_share, disk_bytes_read, drop_cached, has_direct, machine, plain_read_seconds
-from benchmarks.synthetic import SHAPES, write_model
+from benchmarks.synthetic import run_on_synthetic
 from exl.block_file import BlockFile
 from exl.engine import Engine, EngineOptions, load_engine
 from exl.packed import read_header
@@ -123,26 +121,5 @@ def measure(folder: Path, packed_folder: Path, rounds: int) -> list[str]:
         resident.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
-    parser.add_argument("--layers", type=int, default=44, help="instead of the shape's own (default: 44)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the model is written for the time (default: the temporary)")
-    parser.add_argument("--write", metavar="NAME", help="also into benchmarks/results/NAME.txt")
-    args = parser.parse_args()
-    hidden, inter, _, *rest = SHAPES[args.shape]
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        model = Path(name) / "model"
-        write_model(model, (hidden, inter, args.layers, *rest), tokenizer=ROOT / "tests" / "data" / "stories260K")
-        lines = [f"python -m benchmarks.streaming --shape {args.shape} --layers {args.layers} --rounds {args.rounds}"]
-        lines += measure(model, Path(name) / "packed", args.rounds)
-    print("\n".join(lines))
-    if args.write:
-        path = ROOT / "benchmarks" / "results" / f"{args.write}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_on_synthetic("benchmarks.streaming", __doc__, 5, measure)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from exl.safetensors_writer import write_safetensors
+
+ROOT = Path(__file__).parents[1]
 
 # hidden, intermediate, layers, heads, kv heads, head size, vocabulary
 SHAPES = {
@@ -93,6 +96,31 @@ def _random_data(entries, bits: int, seed: int) -> Iterator[bytes]:
             yield (rng.random(shape, np.float32) * 0.04 - 0.02).astype(np.float16).tobytes()
 
 
+Measure = Callable[[Path, Path, int], list[str]]  # model, packed folder, rounds -> lines to print
+
+
+def run_on_synthetic(module: str, doc: str | None, rounds: int, measure: Measure) -> None:
+    """The command line of a benchmark: measures a random model, prints and keeps what it says."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--layers", type=int, default=44, help="instead of the shape's own (default: 44)")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--folder", type=Path, help="where the model is written for the time (default: the temporary)")
+    parser.add_argument("--write", metavar="NAME", help="also into benchmarks/results/NAME.txt")
+    args = parser.parse_args()
+    hidden, inter, _, *rest = SHAPES[args.shape]
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        model = Path(name) / "model"
+        write_model(model, (hidden, inter, args.layers, *rest), tokenizer=ROOT / "tests" / "data" / "stories260K")
+        lines = [f"python -m {module} --shape {args.shape} --layers {args.layers} --rounds {args.rounds}"]
+        lines += measure(model, Path(name) / "packed", args.rounds)
+    print("\n".join(lines))
+    if args.write:
+        path = ROOT / "benchmarks" / "results" / f"{args.write}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
@@ -100,7 +128,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
     parser.add_argument("--group-size", type=int, default=128)
     args = parser.parse_args()
-    tokenizer = Path(__file__).parents[1] / "tests" / "data" / "stories260K"
+    tokenizer = ROOT / "tests" / "data" / "stories260K"
     write_model(args.folder, SHAPES[args.shape], bits=args.bits, group_size=args.group_size, tokenizer=tokenizer)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from exl.errors import ExlError
 from exl.layout import LayerLayout, Target
 from exl.packed import SUFFIX, read_header, remove_dead_parts
 from exl.quant_config import QuantConfig
+from exl.user_cache import user_cache_folder
 
 # Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
 LAYOUT_VERSION = 1
@@ -27,14 +27,7 @@ _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
 
 
 def default_packed_folder() -> Path:
-    """In the user's cache folder by the platform's own convention (XDG on Linux)."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "exl" / "packed"
+    return user_cache_folder("packed")
 
 
 def packed_key(

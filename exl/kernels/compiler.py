@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Protocol
 
 from exl.errors import KernelError
 from exl.kernels.spec import KernelSpec, digest, flattened, nvrtc_options
+from exl.user_cache import user_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,7 @@ class Compiler(Protocol):
 
 
 def default_cache_folder() -> Path:
-    """The user's cache folder by the platform's own convention (XDG on Linux)."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "exl" / "kernels"
+    return user_cache_folder("kernels")
 
 
 def target_options(spec: KernelSpec, compiler: Compiler) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ LADDER = (
             "rope",
             "keywords",
             "hub",
+            "user_cache",
             "host_memory",
             "checkpoint",
             "safetensors_header",

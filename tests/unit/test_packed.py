@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -418,7 +419,7 @@ def test_changed_packing_needs_a_new_layout_version():
 
 
 def test_the_default_folder_follows_the_platform(monkeypatch, tmp_path):
-    monkeypatch.setattr(packed_store.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_packed_folder() == tmp_path / "exl" / "packed"
     monkeypatch.delenv("XDG_CACHE_HOME")
