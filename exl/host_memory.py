@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_LARGE_BYTES = 4 << 20  # from here on in pages of 2 MiB, where the system has such
+
+
 class HostBuffer:
     """Zeroed bytes that start at a memory page, as O_DIRECT and page-locking want them. Pages count as used when they
     are first touched."""
@@ -30,6 +33,10 @@ class HostBuffer:
         except (OSError, OverflowError, ValueError) as error:
             raise MemoryBudgetError(f"{purpose}: the system does not give {num_bytes} bytes ({error})") from None
         self.num_bytes = num_bytes
+        # Fewer faults while it is filled, fewer pages to pin for a direct read, fewer misses while it is multiplied.
+        if num_bytes >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._array: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8, num_bytes)
 
     @property

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,14 @@ class _CheckpointInMemory(Checkpoint):
         if raw is None:
             return super().read_bytes(name, start_byte, num_bytes)
         return raw[start_byte : start_byte + num_bytes]
+
+    def read_into(self, name: str, buffer: Any, start_byte: int = 0) -> None:
+        raw = self._in_memory.get(name)
+        if raw is None:
+            super().read_into(name, buffer, start_byte)
+            return
+        view = np.frombuffer(buffer, np.uint8)
+        view[:] = raw[start_byte : start_byte + len(view)]
 
 
 def layer_file_bytes(checkpoint: Checkpoint, names: Sequence[str]) -> int:

@@ -39,6 +39,7 @@ def load_dense(checkpoint: Checkpoint, name: str) -> DenseMatrix:
         bias=None if bias is None else checkpoint.read(bias.name),
         bias_dtype=None if bias is None else bias.dtype,
         read_rows=lambda start, stop: checkpoint.read_rows(weight.name, start, stop),
+        read_into=lambda out: checkpoint.read_into(weight.name, out),
     )
 
 

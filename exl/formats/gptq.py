@@ -23,7 +23,7 @@ from exl.quant_config import QuantConfig
 K_MULTIPLE = 32  # 32 codes of any width fill whole words
 
 
-def unpack_codes(packed: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+def unpack_codes(packed: NDArray[np.int32] | NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     """Packed words i32 [R, N] -> codes u8 [R * 32 / bits, N]: consecutive codes lie in consecutive bits along axis 0.
 
     All widths are one bit stream, least significant bit first; at 3 bits codes 10 and 21 of every 32 straddle words.
@@ -88,12 +88,15 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
     shape = _read_shape(checkpoint, name, quant)
     words: list[NDArray[np.int32]] = []  # read once, kept as long as the matrix
 
+    def read_words() -> NDArray[np.uint32]:
+        if not words:
+            words.append(checkpoint.read(f"{name}.qweight"))
+        return words[0].view(np.uint32)
+
     def read_codes(start: int, stop: int) -> NDArray[np.uint8]:
         if not 0 <= start <= stop <= shape.N:
             raise ValueError(f"columns {start}:{stop} of {name}, which has {shape.N}")
-        if not words:
-            words.append(checkpoint.read(f"{name}.qweight"))
-        codes = unpack_codes(words[0][:, start:stop], quant.bits)
+        codes = unpack_codes(read_words()[:, start:stop], quant.bits)
         return codes if shape.order is None else codes[shape.order]
 
     return QuantizedMatrix(
@@ -106,6 +109,7 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
         order=shape.order,
         bias=_read_bias(checkpoint, name, shape.N),
         read_codes=read_codes,
+        read_words=read_words if quant.bits == 4 and shape.order is None else None,
     )
 
 
@@ -169,19 +173,21 @@ def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int) -> N
 
 def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16]:
     info = checkpoint.info(f"{name}.scales")
-    values = read_float(checkpoint, info.name)
-    with np.errstate(over="ignore"):  # what overflows is inexact, too
-        scales = values.astype(np.float16)
-    wrong = np.argwhere(~np.isfinite(values))
-    if len(wrong):
-        group, column = wrong[0]
+    if info.dtype == "f16":
+        scales = values = checkpoint.read(info.name)
+    else:
+        values = read_float(checkpoint, info.name)
+        with np.errstate(over="ignore"):  # what overflows is inexact, too
+            scales = values.astype(np.float16)
+    finite = np.isfinite(values)
+    if not finite.all():
+        group, column = np.argwhere(~finite)[0]
         raise CheckpointError(
             f"{info.file}: {info.name}: found {values[group, column]} for group {group}, output {column} "
-            f"({len(wrong)} such in all), expected finite scales"
+            f"({np.count_nonzero(~finite)} such in all), expected finite scales"
         )
-    inexact = np.argwhere(scales != values)
-    if len(inexact):
-        group, column = inexact[0]
+    if info.dtype != "f16" and (scales != values).any():
+        group, column = np.argwhere(scales != values)[0]
         raise UnsupportedModelError(
             f"{info.file}: {info.name}: found {info.dtype} {values[group, column]:g}, which f16 cannot hold exactly; "
             "exl keeps scales in f16 and rounds no weight"

@@ -27,6 +27,9 @@ class QuantizedMatrix:
     order: NDArray[np.int32] | None  # [K]; makes groups contiguous along K; None: they already are
     bias: NDArray | None  # [N]; f16, or f32 where the file has a type that f16 cannot hold
     read_codes: Callable[[int, int], NDArray[np.uint8]] = field(repr=False)
+    # 4-bit codes in eights along K as the file has them, where its rows are in sorted order already: u32 [K / 8, N],
+    # row 8 i + j in bits 4 j and up of word i. For packers that turn words into words.
+    read_words: Callable[[], NDArray[np.uint32]] | None = field(default=None, repr=False)
 
     @property
     def num_groups(self) -> int:
@@ -53,6 +56,8 @@ class DenseMatrix:
     bias: NDArray | None  # [N]; f32, f16 or (bf16 bits) u16, by bias_dtype
     bias_dtype: str | None
     read_rows: Callable[[int, int], NDArray] = field(repr=False)
+    # All rows into a buffer u8 [N * K * bytes of dtype], block by block and without memory in between.
+    read_into: Callable[[NDArray[np.uint8]], None] | None = field(default=None, repr=False)
 
     def rows(self, start: int, stop: int) -> NDArray:
         """Rows ``start:stop`` of the [N, K] matrix on disk, in the file's type (bf16 as u16)."""

@@ -20,6 +20,8 @@ from exl.layout import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 
 _DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB: a row is multiplied as soon as it is written; a quarter faster than 4 MB
+_PACK_WORDS = 1 << 18  # words that are turned at a time: what is made of them stays in the caches
+_LOW_NIBBLES = np.uint32(0x0F0F0F0F)
 _INT4_ZERO = 8  # the code that torch's kernel takes for 0
 
 
@@ -56,6 +58,10 @@ def _pack_dense(parts: Sequence[DenseMatrix], weight: torch.Tensor) -> None:
     raw = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
     start = 0
     for part in parts:
+        if part.read_into is not None:  # the file's rows are the layout's
+            part.read_into(weight[start : start + part.N].view(torch.uint8).view(-1).numpy())
+            start += part.N
+            continue
         for i in range(0, part.N, PACK_COLUMNS):
             rows = part.rows(i, min(part.N, i + PACK_COLUMNS))
             rows = rows.view(np.int16) if part.dtype == "bf16" else rows
@@ -80,8 +86,16 @@ def _pack_quantized(
     wide = scales.astype(np.float32)
     pair = np.stack([wide, (_INT4_ZERO - zeros.astype(np.float32)) * wide], axis=2)
     fields["scales_zeros"].copy_(torch.from_numpy(pair))
+    order = target.int4pack or ""
+    if order.startswith("split") and all(part.read_words and part.N % target.int4pack_block == 0 for part in parts):
+        start = 0
+        for part in parts:
+            stop = start + part.K * part.N // 2
+            pack_int4_words(part.read_words(), target.int4pack_block, codes[start:stop])
+            start = stop
+        return
     for start, block in _blocks(parts):
-        packed = pack_int4(block, target.int4pack or "")
+        packed = pack_int4(block, order)
         codes[start * layout.spec.K // 2 :][: packed.size] = packed
 
 
@@ -138,6 +152,41 @@ def pack_int4(codes: np.ndarray, order: str) -> np.ndarray:
             low, high = part[:, 0::2], part[:, 1::2]
         pieces.append((low | high << 4).reshape(-1))
     return np.concatenate(pieces)
+
+
+def pack_int4_words(words: np.ndarray, block: int, out: np.ndarray) -> None:
+    """Eights of codes along K, u32 [K / 8, N], N a multiple of ``block`` -> ``out`` u8 [K * N / 2], the bytes that
+    ``pack_int4`` gives in the "split" order; ten times as fast, since codes stay in their words.
+
+    Byte j of a block's row k holds output j in its low and output j + half in its high bits. Even rows 2m are the low
+    nibbles of the words' bytes m, odd rows 2m + 1 the high ones.
+    """
+    half = block // 2
+    num_words, N = words.shape
+    step = max(1, _PACK_WORDS // N)
+    shape = (step, N // block, half)
+    even, odd, high = (np.empty(shape, np.uint32) for _ in range(3))
+    row = np.empty(shape, np.uint8)
+    # One element of ``rows`` is the `half` bytes of a block's row: [N / block, K / 8, m, even or odd].
+    rows = out.reshape(N // block, num_words, 4, 2, half).view(f"V{half}")[..., 0]
+    for start in range(0, num_words, step):
+        count = min(step, num_words - start)
+        pairs = words[start : start + count].reshape(count, N // block, 2, half)
+        e, o, h, r = even[:count], odd[:count], high[:count], row[:count]
+        np.bitwise_and(pairs[:, :, 1], _LOW_NIBBLES, out=h)
+        np.left_shift(h, 4, out=h)
+        np.bitwise_and(pairs[:, :, 0], _LOW_NIBBLES, out=e)
+        np.bitwise_or(e, h, out=e)
+        np.right_shift(pairs[:, :, 0], 4, out=o)
+        np.bitwise_and(o, _LOW_NIBBLES, out=o)
+        np.bitwise_and(pairs[:, :, 1], ~_LOW_NIBBLES, out=h)
+        np.bitwise_or(o, h, out=o)
+        for parity, quads in enumerate((e, o)):
+            for m in range(4):
+                if m:
+                    np.right_shift(quads, 8, out=quads)
+                np.copyto(r, quads, casting="unsafe")  # keeps byte 0
+                rows[:, start : start + count, m, parity] = r.view(f"V{half}")[..., 0].T
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import torch
 from exl.formats import DenseMatrix, QuantizedMatrix
 from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout
 from exl.ops.base import Linear, view_field
-from exl.ops.torch_linear import Scratch, matmul, pack_int4, pack_linear, pack_planes, probe_int4pack
+from exl.ops.torch_linear import Scratch, matmul, pack_int4, pack_int4_words, pack_linear, pack_planes, probe_int4pack
 
 NATIVE = Target("cpu", int4pack=probe_int4pack())
 NO_INT4PACK = Target("cpu")
@@ -198,3 +198,16 @@ def test_int4_packing_is_torchs_own():
     codes = rng.integers(0, 16, (96, 272), dtype=np.uint8)
     expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(codes.T.astype(np.int32)), 1)
     assert (pack_int4(codes, NATIVE.int4pack) == expected.view(-1).numpy()).all()
+
+
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize(("K", "N"), [(32, 64), (4096, 128), (2080, 192)])
+def test_words_are_packed_as_codes_are(monkeypatch, block, K, N):
+    monkeypatch.setattr("exl.ops.torch_linear._PACK_WORDS", 1000)  # several steps, the last one shorter
+    codes = np.random.default_rng(K).integers(0, 16, (K, N), dtype=np.uint8)
+    words = np.zeros((K // 8, N), np.uint32)
+    for j in range(8):
+        words |= codes[j::8].astype(np.uint32) << np.uint32(4 * j)
+    out = np.full(K * N // 2, 0xAA, np.uint8)
+    pack_int4_words(words, block, out)
+    assert np.array_equal(out, pack_int4(codes, f"split{block}"))
