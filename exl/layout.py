@@ -293,6 +293,32 @@ class KVLayout:
 
 
 @dataclass(frozen=True)
+class DeviceKVLayout:
+    """The cache's slab on a GPU: [layer][page][kv_head][K codes | K scales | V codes | V scales], 64 tokens a page.
+
+    The order inside of a page is the attention kernels': ``exl/kernels/page_layout.py``.
+    """
+
+    kind: str  # a key of KV_BITS, f32 left out
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def head_page_bytes(self) -> int:
+        """4 bits, 128 channels: 2 * (64 * 64 + 64 * 4 * 2) = 9216."""
+        bits = KV_BITS[self.kind]
+        scales = 2 * -(-self.head_dim // KV_GROUP) if bits[0] < 16 else 0
+        return sum(PAGE_SIZE * (self.head_dim * b // 8 + scales) for b in bits)
+
+    def layer_bytes(self, num_pages: int) -> int:
+        return num_pages * self.num_kv_heads * self.head_page_bytes
+
+    def slab_bytes(self, num_pages: int) -> int:
+        return self.num_layers * self.layer_bytes(num_pages)
+
+
+@dataclass(frozen=True)
 class StepLimits:
     """The largest step that the buffers are made for, and the widths of the model that runs in them."""
 
