@@ -42,6 +42,7 @@ LADDER = (
     ("engine",),
     ("llm", "evaluate"),
     ("quantize", "system_info"),
+    ("commands",),
     ("cli",),
 )
 

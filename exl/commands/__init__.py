@@ -1,0 +1,1 @@
+"""The commands of ``exl``, a module each. None imports torch before it runs."""

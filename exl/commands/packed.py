@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl.commands.common import Debug, say
+
+packed_app = typer.Typer(help="Packed copies of models that were streamed from disk.", no_args_is_help=True)
+PackedFolder = Annotated[Path | None, typer.Option("--folder", help="Default: the user's cache folder.")]
+
+
+@packed_app.command("list")
+def packed_list(folder: PackedFolder = None, debug: Debug = False) -> None:
+    """Show packed copies: bytes, model, file; last used first."""
+    from exl.packed_store import list_packed
+
+    for found in list_packed(folder):
+        print(f"{found.num_bytes:>15,}  {found.source or 'damaged, or of another version'}  {found.path}")
+
+
+@packed_app.command("clear")
+def packed_clear(
+    model: Annotated[Path | None, typer.Argument(help="Only this model's.")] = None,
+    folder: PackedFolder = None,
+    debug: Debug = False,
+) -> None:
+    """Remove packed copies. They are made again when they are needed."""
+    from exl.packed_store import clear_packed
+
+    removed = clear_packed(folder, model)
+    say(f"removed {len(removed)} packed files, {sum(found.num_bytes for found in removed):,} bytes")

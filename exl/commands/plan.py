@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from exl.commands.common import Context, Debug, KVCacheType, Ram, parse_context
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+    ram: Ram = None,
+    context: Context = None,
+    kv_cache: KVCacheType = "f16",
+    max_sequences: Annotated[int, typer.Option(help="Sequences that have a context of their own.")] = 1,
+    prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
+    prefill_window: Annotated[int, typer.Option(help="Rows that go through a layer before the next.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show where every byte of a model would go, from its headers alone.
+
+    exl plan path/to/model --ram 8GB --context auto
+    """
+    from exl.hub import find_model
+    from exl.layout import Target
+    from exl.planning import EngineOptions, open_model, plan_model
+
+    options = EngineOptions(
+        ram=ram,
+        context=parse_context(context),
+        kv_cache=kv_cache,
+        max_sequences=max_sequences,
+        prefill_chunk=prefill_chunk,
+        prefill_window=prefill_window,
+    )
+    with open_model(find_model(model)) as files:
+        # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
+        found, _ = plan_model(files, options, Target("cpu", int4pack="split64"))
+    print(json.dumps(found.to_json()) if as_json else found.table())

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl.commands.common import Debug, say
+
+
+def quantize(
+    src: Annotated[Path, typer.Argument(help="Folder of a dense model.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to make. An interrupted run is taken up again.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: all of them.")] = 128,
+    act_order: Annotated[
+        bool, typer.Option("--act-order/--no-act-order", help="Round the inputs that matter most first.")
+    ] = True,
+    static_groups: Annotated[
+        bool, typer.Option("--static-groups/--no-static-groups", help="With act-order: neighbours share a group.")
+    ] = True,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="One zero, in the middle; or one for each group.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text like what the model will read.")] = None,
+    documents: Annotated[str, typer.Option(help="Of the text: lines, packed or whole.")] = "lines",
+    num_samples: Annotated[int, typer.Option(help="Sequences taken from the text, at most.")] = 128,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence, at most.")] = None,
+    damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
+    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without a text.")] = "gptq",
+    checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
+    debug: Debug = False,
+) -> None:
+    """Make a GPTQ model from a dense one, a layer at a time.
+
+    exl quantize path/to/dense path/to/output --bits 4 --group-size 128 --calibration text.txt
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from exl.quantize import QuantizeOptions
+    from exl.quantize import quantize as run
+
+    options = QuantizeOptions(
+        bits=bits,
+        group_size=group_size,
+        act_order=act_order,
+        static_groups=static_groups,
+        sym=sym,
+        calibration=calibration,
+        documents=documents,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        damp=damp,
+        method=method,
+        checkpoint_format=checkpoint_format,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("quantizing", total=None)
+        done = run(
+            src, dst, options, lambda at, total, what: bar.update(task, completed=at, total=total, description=what)
+        )
+    resumed = f", {done.num_resumed_layers} layers were already done" if done.num_resumed_layers else ""
+    say(f"{done.folder}: {done.num_bytes} bytes of weights, {done.num_calibration_tokens} tokens of text{resumed}")
