@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exl.safetensors_writer import write_safetensors
+from exl.safetensors_writer import safetensors_header, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +31,36 @@ def write_model(
     folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, seed: int = 0, tokenizer: Path
 ) -> None:
     """A Llama with random codes, a distinct stream of them per layer; untied head, f16 embedding and head."""
-    hidden, inter, layers, heads, kv_heads, head_dim, vocab = shape
+    entries = _entries(shape, bits, group_size)
     folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", entries, _random_data(entries, bits, seed))
+    _write_config(folder, shape, bits, group_size)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+
+
+def write_headers(
+    folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, num_shards: int = 1
+) -> None:
+    """The same model as far as a plan looks: headers and the index are real, the weights are a hole in the file."""
+    entries = _entries(shape, bits, group_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for i in range(num_shards):
+        shard = entries[i * len(entries) // num_shards : (i + 1) * len(entries) // num_shards]
+        name = f"model-{i + 1:05}-of-{num_shards:05}.safetensors" if num_shards > 1 else "model.safetensors"
+        header, sizes = safetensors_header(shard)
+        with open(folder / name, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(sizes))
+        weight_map |= {tensor: name for tensor, _, _ in shard}
+    if num_shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _write_config(folder, shape, bits, group_size)
+
+
+def _entries(shape: tuple[int, ...], bits: int, group_size: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    hidden, inter, layers, heads, kv_heads, head_dim, vocab = shape
     linears = {
         "self_attn.q_proj": (hidden, heads * head_dim),
         "self_attn.k_proj": (hidden, kv_heads * head_dim),
@@ -52,8 +80,11 @@ def write_model(
                 (f"{prefix}{name}.qzeros", "i32", (K // group_size, N * bits // 32)),
                 (f"{prefix}{name}.scales", "f16", (K // group_size, N)),
             ]
-    entries += [("model.norm.weight", "f16", (hidden,)), ("lm_head.weight", "f16", (vocab, hidden))]
-    write_safetensors(folder / "model.safetensors", entries, _random_data(entries, bits, seed))
+    return [*entries, ("model.norm.weight", "f16", (hidden,)), ("lm_head.weight", "f16", (vocab, hidden))]
+
+
+def _write_config(folder: Path, shape: tuple[int, ...], bits: int, group_size: int) -> None:
+    hidden, inter, layers, heads, kv_heads, head_dim, vocab = shape
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -72,8 +103,6 @@ def write_model(
         "quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tokenizer / name).read_bytes())
 
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exl.cache import KVCache
 from exl.config import GenerationDefaults, ModelConfig
+from exl.errors import ConfigError
 from exl.generator import Generator
 from exl.layout import LayerLayout
 from exl.loader import ModelWeights, Progress, load_weights
@@ -37,6 +38,8 @@ class Engine:
 
 def load_engine(folder: Path, options: EngineOptions, progress: Progress | None = None) -> Engine:
     """Plans, then loads. Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
+    if options.on_gpu:
+        raise ConfigError("device: found a GPU, but this version of exl plans for GPUs and computes on the CPU only")
     with open_model(folder, options.head) as files:
         config = files.config
         plan, model = plan_model(files, options, cpu_target())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from exl.batch import PAGE_SIZE
+from exl.errors import KernelError, UnsupportedModelError
+from exl.kernels.tile_layout import ROWS, TileLayout
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "f16": 2, "bf16": 2, "f32": 4})
 FIELD_ALIGN = 64  # a cache line, and what vector loads and int4pack want
@@ -30,6 +32,7 @@ class Target:
     kind: str  # "cpu" | "cuda"
     int4pack: str | None = None  # CPU: nibble order of torch's int4pack: "split64", "split32", "pairs32"; None: absent
     arch: int | None = None  # CUDA: compute capability, 86 for 8.6
+    num_multiprocessors: int | None = None  # CUDA; None: a GPU that is not there, the largest of its architecture
 
     @property
     def int4pack_block(self) -> int:
@@ -51,6 +54,7 @@ class MatrixSpec:
     group_size: int = 0  # 0: dense; K: one group
     has_bias: bool = False
     order_key: str | None = None  # digest of the act-order permutation; None: groups are contiguous already
+    symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
 
     @property
     def quantized(self) -> bool:
@@ -66,6 +70,7 @@ class LinearSpec:
     """One packed launch: one or more matrices side by side along N, equal in everything else."""
 
     parts: tuple[MatrixSpec, ...]
+    gated: bool = False  # gate and up of a gated MLP: a GPU's tiles interleave them
 
     @property
     def K(self) -> int:
@@ -103,11 +108,15 @@ class LinearSpec:
     def order_key(self) -> str | None:
         return self.parts[0].order_key
 
+    @property
+    def symmetric(self) -> bool:
+        return all(part.symmetric for part in self.parts)
 
-def fuse(parts: Sequence[MatrixSpec]) -> tuple[LinearSpec, ...]:
+
+def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpec, ...]:
     """Neighbours that agree in K, bits, type, group and order share a launch; the others stand alone.
 
-    Order along N is kept, so that outputs lie where an unfused run would put them.
+    Order along N is kept, so that outputs lie where an unfused run would put them. ``gated``: they are gate and up.
     """
     fused: list[list[MatrixSpec]] = []
     for part in parts:
@@ -117,7 +126,7 @@ def fuse(parts: Sequence[MatrixSpec]) -> tuple[LinearSpec, ...]:
             fused[-1].append(part)
         else:
             fused.append([part])
-    return tuple(LinearSpec(tuple(group)) for group in fused)
+    return tuple(LinearSpec(tuple(group), gated and len(fused) == 1) for group in fused)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,12 @@ class LinearLayout:
       panels, and scales_zeros bf16 [G, N, 2] for torch's decode kernel
     - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales f16 [N, G], zeros u8 [N, G]
 
-    Besides, where the spec has them: bias f32 [N], order i32 [K].
+    Besides, where the spec has them: bias f32 [N], order i32 [K]. On a GPU:
+
+    - ``dense``: weight [N, K], bf16 where the GPU's tensor cores take it, f16 otherwise
+    - ``tiles``: codes i32, scales f16, zeros u8 as ``exl/kernels/tile_layout.py`` says; no zeros if symmetric
+
+    Besides: bias f32 [16 * tiles] in the order of the tiles' rows, positions i32 [K]: where input k is expected.
     """
 
     spec: LinearSpec
@@ -168,10 +182,13 @@ class LinearLayout:
 
 
 def linear_layout(spec: LinearSpec, target: Target) -> LinearLayout:
-    """Pure function of shapes and hardware. Raises ``ValueError`` for a target that has no packing."""
-    if target.kind != "cpu":
-        raise ValueError(f"no layout for target {target.kind!r}")
+    """Pure function of shapes and hardware. Raises ``UnsupportedModelError`` for a shape that no kernel takes."""
     pack = _FieldPacker()
+    kind = _add_cuda_fields(pack, spec, target) if target.kind == "cuda" else _add_cpu_fields(pack, spec, target)
+    return LinearLayout(spec, kind, MappingProxyType(pack.fields), align_up(pack.num_bytes, FIELD_ALIGN))
+
+
+def _add_cpu_fields(pack: _FieldPacker, spec: LinearSpec, target: Target) -> str:
     K, N, G = spec.K, spec.N, spec.num_groups
     if not spec.quantized:
         kind = "dense"
@@ -191,7 +208,40 @@ def linear_layout(spec: LinearSpec, target: Target) -> LinearLayout:
         pack.add("bias", "f32", (N,))
     if spec.order_key is not None:
         pack.add("order", "i32", (K,))
-    return LinearLayout(spec, kind, MappingProxyType(pack.fields), align_up(pack.num_bytes, FIELD_ALIGN))
+    return kind
+
+
+def _add_cuda_fields(pack: _FieldPacker, spec: LinearSpec, target: Target) -> str:
+    num_tiles = num_row_tiles(spec)
+    if not spec.quantized:
+        kind = "dense"
+        pack.add("weight", "bf16" if spec.dtype == "bf16" and target.arch >= 80 else "f16", (spec.N, spec.K))
+    else:
+        kind = "tiles"
+        tiles = tile_layout(spec)
+        pack.add("codes", "i32", tiles.codes_shape)
+        pack.add("scales", "f16", tiles.scales_shape)
+        if tiles.zeros_shape is not None:
+            pack.add("zeros", "u8", tiles.zeros_shape)
+    if spec.has_bias:
+        pack.add("bias", "f32", (num_tiles * ROWS,))
+    if spec.order_key is not None:
+        pack.add("positions", "i32", (spec.K,))
+    return kind
+
+
+def num_row_tiles(spec: LinearSpec) -> int:
+    """Tiles of 16 rows; gate and up have 8 each of them."""
+    return -(-spec.N // 2 // (ROWS // 2)) if spec.gated else -(-spec.N // ROWS)
+
+
+def tile_layout(spec: LinearSpec) -> TileLayout:
+    """How a GPU holds a quantized linear. Raises ``UnsupportedModelError`` for a shape that no kernel takes."""
+    num_rows = num_row_tiles(spec) * ROWS if spec.gated else spec.N
+    try:
+        return TileLayout(spec.bits, spec.K, num_rows, spec.group_size, spec.symmetric)
+    except KernelError as error:
+        raise UnsupportedModelError(f"{spec.parts[0].name}: {error}") from None
 
 
 @dataclass(frozen=True)

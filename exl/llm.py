@@ -300,6 +300,7 @@ def load(
     model: str | Path | None = None,
     device: str = "auto",
     *,
+    vram: int | str | Sequence[int | str] | None = None,
     ram: int | str | None = None,
     context: int | str | None = None,
     kv_cache: str = "f16",
@@ -314,19 +315,21 @@ def load(
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
-    ``ram``: what exl may use beyond the interpreter with torch imported, as "6GB", "6GiB" or bytes; layers that do
-    not fit are streamed from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer
-    may have together, for which the cache is allocated now; "auto" is as many as fit; by default the model's own
-    maximum, 8192 at most. ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the
-    cache has room for. ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer
-    before the next layer's turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a
-    dense head to so many bits. More on all of them: ``docs/memory.md``. ``progress(done, total)`` is told in bytes.
+    ``vram``: what exl may use of a GPU, or of several in order: planned for, not yet computed on. ``ram``: what exl
+    may use beyond the interpreter with torch imported, as "6GB", "6GiB" or bytes; layers that do not fit are streamed
+    from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer may have together,
+    for which the cache is allocated now; "auto" is as many as fit; by default the model's own maximum, 8192 at most.
+    ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has room for.
+    ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next layer's
+    turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so many
+    bits. More on all of them: ``docs/memory.md``. ``progress(done, total)`` is told in bytes.
 
     Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options, ``MemoryBudgetError`` for
     what cannot fit, ``UnsupportedModelError`` for models that exl does not have.
     """
     options = EngineOptions(
         device=device,
+        vram=vram,
         ram=ram,
         context=context,
         kv_cache=kv_cache,

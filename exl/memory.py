@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from exl.batch import PAGE_SIZE
 from exl.config import ModelConfig
@@ -18,6 +18,7 @@ from exl.layout import (
     BLOB_ALIGN,
     DTYPE_BYTES,
     PACK_COLUMNS,
+    DeviceKVLayout,
     KVLayout,
     LayerLayout,
     StepLimits,
@@ -84,14 +85,20 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a model will take, line by line. ``budget`` is what it was given, None for as much as there is."""
+    """What a model will take, line by line. ``budgets``: what each memory was given, by the name of its lines; one that
+    is not there gives as much as there is."""
 
     lines: tuple[PlanLine, ...]
     placement: Placement
     context: int  # tokens of one sequence
     num_pages: int
     num_slots: int  # 0: nothing is streamed
-    budget: int | None
+    budgets: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the memories, in the order of their lines."""
+        return tuple(dict.fromkeys(line.device for line in self.lines))
 
     @property
     def num_bytes(self) -> int:
@@ -102,8 +109,16 @@ class MemoryPlan:
         return sum(line.num_bytes for line in self.lines if line.exact)
 
     @property
+    def budget(self) -> int | None:
+        """Of all memories together; None where one of them has none."""
+        return sum(self.budgets.values()) if all(device in self.budgets for device in self.devices) else None
+
+    def device_bytes(self, device: str) -> int:
+        return sum(line.num_bytes for line in self.lines if line.device == device)
+
+    @property
     def fits(self) -> bool:
-        return self.budget is None or self.num_bytes <= self.budget
+        return all(self.device_bytes(device) <= budget for device, budget in self.budgets.items())
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -111,22 +126,24 @@ class MemoryPlan:
             "num_bytes": self.num_bytes,
             "exact_bytes": self.exact_bytes,
             "budget": self.budget,
+            "budgets": dict(self.budgets),
             "fits": self.fits,
             "context": self.context,
             "layers": {tier.value: sum(t is tier for t, _ in self.placement.layers) for tier in Tier},
         }
 
     def table(self) -> str:
-        """One row a line, bounds marked by <=."""
-        rows = [
-            (line.purpose, line.device, ("" if line.exact else "<= ") + format_bytes(line.num_bytes), line.note)
-            for line in self.lines
-        ]
-        rows.append(
-            ("total", "", ("" if all(x.exact for x in self.lines) else "<= ") + format_bytes(self.num_bytes), "")
-        )
-        if self.budget is not None:
-            rows.append(("budget", "", format_bytes(self.budget), "fits" if self.fits else "does not fit"))
+        """One row a line, bounds marked by <=; below each memory's lines its sum, and its budget."""
+        rows: list[tuple[str, str, str, str]] = []
+        for device in self.devices:
+            lines = [line for line in self.lines if line.device == device]
+            rows += [(line.purpose, device, _at_most(line.num_bytes, line.exact), line.note) for line in lines]
+            total = self.device_bytes(device)
+            name = "" if len(self.devices) == 1 else device
+            rows.append(("total", name, _at_most(total, all(line.exact for line in lines)), ""))
+            budget = self.budgets.get(device)
+            if budget is not None:
+                rows.append(("budget", name, format_bytes(budget), "fits" if total <= budget else "does not fit"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
             f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
@@ -134,6 +151,10 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _at_most(num_bytes: int, exact: bool) -> str:
+    return ("" if exact else "<= ") + format_bytes(num_bytes)
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ class PlanInput:
     layers: Sequence[LayerLayout]
     head: LayerLayout
     target: Target
-    kv_layout: KVLayout
+    kv_layout: KVLayout | DeviceKVLayout
     limits: StepLimits
     num_sequences: int = 1
     tokenizer_bytes: int = 0  # size of tokenizer.json
@@ -197,19 +218,25 @@ def _plan(model: PlanInput, budget: int | None, num_resident: int, num_slots: in
     # While loading, the file's bytes of two layers and what is unpacked of one are there, and the buffers of a step
     # are not touched yet: only what exceeds them adds to the peak.
     idle = sum(line.num_bytes for line in lines if line.purpose not in _LOADED_FIRST)
-    loading = 2 * model.layer_file_bytes + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
+    loading = loading_bytes(model)
     if loading > idle:
         lines.append(PlanLine("loading", device, loading - idle, False, "two layers as the file has them"))
     placement = Placement(
         tuple((Tier.DEVICE if i < num_resident else Tier.DISK, device) for i in range(len(layer_bytes)))
     )
-    return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, slots, budget)
+    budgets = {} if budget is None else {device: budget}
+    return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, slots, budgets)
 
 
 _LOADED_FIRST = ("embedding", "resident layers", "stream slots", "head and final norm")
 _TOKENIZER_FACTOR = 8
 _UNPACKED_BYTES = 8  # of one code while it is unpacked, sorted, fused and packed
 _LIBRARY_BYTES = 12 << 20  # what MKL keeps for f32 products of any size: 4 to 13 MB were seen
+
+
+def loading_bytes(model: PlanInput) -> int:
+    """Host memory while layers are packed, besides what stays."""
+    return 2 * model.layer_file_bytes + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
 
 
 def _max_k(limits: StepLimits) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 from exl.batch import PAGE_SIZE
 from exl.checkpoint import Checkpoint
 from exl.config import ModelConfig, read_json
+from exl.device_plan import HOST, plan_devices
 from exl.errors import ConfigError, MemoryBudgetError
-from exl.layout import KV_BITS, KVLayout, StepLimits, Target
+from exl.layout import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
 from exl.memory import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.quant_config import QuantConfig, read_quant_config
@@ -26,7 +27,9 @@ _MAX_TOKENS = 1 << 30
 class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
-    device: str = "auto"
+    device: str = "auto"  # or "cpu" or "cuda"; with vram given, "auto" is "cuda"
+    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: the CPU.
+    vram: int | str | Sequence[int | str] | None = None
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
     kv_cache: str = "f16"
@@ -38,10 +41,16 @@ class EngineOptions:
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu"):
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device: found {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
+        if self.device == "cuda" and self.vram is None:
             raise ConfigError(
-                f"device: found {self.device!r}, expected 'auto' or 'cpu': this version of exl runs on the CPU"
+                "device: found 'cuda' without vram=, expected a size such as vram='8GB', or one for each GPU"
             )
+        if self.device == "cpu" and self.vram is not None:
+            raise ConfigError(f"vram: found {self.vram!r} with device='cpu', which has none: expected ram=")
+        if self.vram is not None and not self.vram_bytes:
+            raise ConfigError("vram: found an empty list, expected a size for each GPU")
         if self.kv_cache not in KV_BITS:
             raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
         for name, low in (
@@ -60,6 +69,18 @@ class EngineOptions:
             )
         if self.ram is not None:
             parse_bytes(self.ram, "ram")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.vram is not None
+
+    @property
+    def vram_bytes(self) -> tuple[int, ...]:
+        """Of each GPU; empty for the CPU."""
+        if self.vram is None:
+            return ()
+        sizes = [self.vram] if isinstance(self.vram, str | int) else list(self.vram)
+        return tuple(parse_bytes(size, "vram") for size in sizes)
 
     @property
     def budget(self) -> int | None:
@@ -122,19 +143,26 @@ def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tup
 def _plan(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
     context = options.context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
+    layout = DeviceKVLayout if target.kind == "cuda" else KVLayout
     model = PlanInput(
         config=config,
         embed=layouts.embed,
         layers=layouts.layers,
         head=layouts.head,
         target=target,
-        kv_layout=KVLayout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
+        kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
         limits=step_limits(config, context, options),
         num_sequences=options.max_sequences,
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
     )
-    return plan_memory(model, options.budget, max_resident=options.resident_layers), model
+    if target.kind == "cuda":
+        if options.kv_cache == "f32":
+            raise ConfigError("kv_cache: found 'f32', which only the CPU has; expected f16, q8, k8v4 or q4")
+        plan = plan_devices(model, options.vram_bytes, options.budget, max_resident=options.resident_layers)
+    else:
+        plan = plan_memory(model, options.budget, max_resident=options.resident_layers)
+    return plan, model
 
 
 def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool) -> bool:
@@ -156,7 +184,7 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
 def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
     """What does not fit, and the nearest settings that would."""
     least, _ = _plan(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
-    hints = [f"ram='{-(-least.num_bytes // 10**6)}MB' or more"]
+    hints = [_needed(least, "ram" if target.kind == "cpu" else "vram")]
     context = _largest_context(files, options, target, resident=False)
     changes: list[dict[str, object]] = [
         {"context": context},
@@ -171,6 +199,13 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         f"{files.folder}: needs {format_bytes(plan.num_bytes)} with every layer streamed, the budget is "
         f"{format_bytes(plan.budget or 0)}. Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"
     )
+
+
+def _needed(least: MemoryPlan, option: str) -> str:
+    """Each memory of the option, as large as the plan has it."""
+    needed = [least.device_bytes(device) for device in least.devices if device != HOST]
+    sizes = [f"'{-(-num_bytes // 10**6)}MB'" for num_bytes in needed]
+    return f"{option}={sizes[0] if len(sizes) == 1 else '[' + ', '.join(sizes) + ']'} or more"
 
 
 def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> StepLimits:

@@ -30,7 +30,7 @@ def write_safetensors(
     Raises ``ValueError`` where entries and data do not agree, ``CheckpointError`` where the system cannot write.
     """
     path = Path(path)
-    header, sizes = _header(entries, metadata or {})
+    header, sizes = safetensors_header(entries, metadata or {})
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
@@ -47,9 +47,10 @@ def write_safetensors(
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _header(
-    entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+def safetensors_header(
+    entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[int]]:
+    """The bytes before the data, and how many each tensor has. Raises ``ValueError`` for what a file cannot say."""
     values: dict[str, Any] = {}
     if metadata:
         if not all(isinstance(text, str) for item in metadata.items() for text in item):

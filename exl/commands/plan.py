@@ -10,6 +10,11 @@ from exl.commands.common import Context, Debug, KVCacheType, Ram, parse_context
 
 def plan(
     model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(help="Memory of a GPU, which need not be in this machine: 24GB; of several: 10GB,24GB."),
+    ] = None,
+    arch: Annotated[int, typer.Option(help="With --vram: compute capability, 86 for 8.6.")] = 86,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
@@ -22,12 +27,15 @@ def plan(
     """Show where every byte of a model would go, from its headers alone.
 
     exl plan path/to/model --ram 8GB --context auto
+
+    exl plan path/to/model --vram 24GB --kv-cache q8
     """
     from exl.hub import find_model
     from exl.layout import Target
     from exl.planning import EngineOptions, open_model, plan_model
 
     options = EngineOptions(
+        vram=None if vram is None else vram.split(","),
         ram=ram,
         context=parse_context(context),
         kv_cache=kv_cache,
@@ -37,5 +45,6 @@ def plan(
     )
     with open_model(find_model(model)) as files:
         # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
-        found, _ = plan_model(files, options, Target("cpu", int4pack="split64"))
+        target = Target("cpu", int4pack="split64") if vram is None else Target("cuda", arch=arch)
+        found, _ = plan_model(files, options, target)
     print(json.dumps(found.to_json()) if as_json else found.table())

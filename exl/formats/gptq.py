@@ -76,6 +76,7 @@ def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSp
         group_size=shape.group_size,
         has_bias=f"{name}.bias" in checkpoint.tensors,
         order_key=order_key,
+        symmetric=quant.sym,
     )
 
 

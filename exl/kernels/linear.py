@@ -24,11 +24,13 @@ from exl.kernels.linear_config import (
     NUM_THREADS,
     LinearConfig,
     choose_config,
+    scratch_shapes,
 )
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.linear_simt import run_simt, simt_spec
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_layout import ROWS, PackedMatrix, TileLayout
+from exl.kernels.tile_layout import ROWS, TileLayout
+from exl.kernels.tile_pack import PackedMatrix
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,6 @@ class Scratch:
     x_scale: torch.Tensor  # f32 [64, 8]
     partial: torch.Tensor  # f32: sums of slices
     arrived: torch.Tensor  # i32, zero; kernels leave it zero
-
-
-def scratch_shapes(layouts: list[TileLayout], arch: int, num_multiprocessors: int) -> dict[str, tuple[str, int]]:
-    """Type and number of elements of each field of ``Scratch`` that serves all of ``layouts``; none below sm_75."""
-    if arch < MIN_ARCH:
-        return {"x": ("f16", 0), "x_scale": ("f32", 0), "partial": ("f32", 0), "arrived": ("i32", 0)}
-    configs = [
-        (layout, choose_config(layout, t, arch, num_multiprocessors)) for layout in layouts for t in (16, 32, 64)
-    ]
-    return {
-        "x": ("f16", MAX_TOKENS * max(layout.K for layout in layouts)),
-        "x_scale": ("f32", MAX_TOKENS * NUM_SLICES),
-        "partial": ("f32", max(config.partial_bytes(layout) for layout, config in configs) // 4),
-        "arrived": ("i32", max(config.grid(layout)[0] for layout, config in configs)),
-    }
 
 
 def make_scratch(layouts: list[TileLayout], backend: Backend) -> Scratch:

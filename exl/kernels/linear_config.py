@@ -6,7 +6,7 @@ are arithmetic about bytes in flight, shared memory and blocks, not measurements
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from exl.errors import KernelError
@@ -178,6 +178,22 @@ def _fit_wide(
                 if long_enough and config.shared_bytes(layout, num_tokens, arch) <= limit:
                     return config
     raise KernelError(f"linear_q_wide does not fit sm_{arch}: {layout}, {num_tokens} tokens")
+
+
+def scratch_shapes(layouts: Collection[TileLayout], arch: int, num_multiprocessors: int) -> dict[str, tuple[str, int]]:
+    """Type and number of elements of each field of ``linear.Scratch`` that serves all of ``layouts``; none below
+    sm_75."""
+    if arch < MIN_ARCH:
+        return {"x": ("f16", 0), "x_scale": ("f32", 0), "partial": ("f32", 0), "arrived": ("i32", 0)}
+    configs = [
+        (layout, choose_config(layout, t, arch, num_multiprocessors)) for layout in layouts for t in (16, 32, 64)
+    ]
+    return {
+        "x": ("f16", MAX_TOKENS * max(layout.K for layout in layouts)),
+        "x_scale": ("f32", MAX_TOKENS * NUM_SLICES),
+        "partial": ("f32", max(config.partial_bytes(layout) for layout, config in configs) // 4),
+        "arrived": ("i32", max(config.grid(layout)[0] for layout, config in configs)),
+    }
 
 
 def reachable_configs(layout: TileLayout, num_tokens: int, arch: int) -> Iterator[LinearConfig]:

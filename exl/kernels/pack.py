@@ -1,4 +1,4 @@
-"""A checkpoint's quantized tensors -> tiles, on the device. ``tile_layout.pack_matrix`` is the CPU twin."""
+"""A checkpoint's quantized tensors -> tiles, on the device. ``tile_pack.pack_matrix`` is the CPU twin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 16 x 64 tile: how quantized weights lie in device memory, as pure functions, and the packer for the CPU.
+"""The 16 x 64 tile: how quantized weights lie in device memory, as a pure function of shapes.
 
 Weights are the A operand of the tensor cores' m16n8k16, activations its B operand. A tile is 16 output rows by 64
 inputs; lane ``l = 4 g + t`` of a warp (g 0..7, t 0..3) holds rows g and g + 8. Of every 32 inputs lane t owns
@@ -26,20 +26,17 @@ Example: 4 bits, row 3, input 37. 37 = 32 + 5: t = 0, j = 3, p = 0, second of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exl.errors import KernelError
-from exl.formats.matrix import QuantizedMatrix
 
 ROWS = 16  # output rows of a tile
 BLOCK = 64  # inputs that four mma take
 STAGE_INPUTS = {2: 256, 3: 256, 4: 128, 8: 128}
 UNIT_GROUPS = (32, 64, 128)  # groups that a kernel is compiled for; longer ones are counted at run time
-TILES_AT_ONCE = 64  # that the packer holds unpacked
 
 
 @dataclass(frozen=True)
@@ -119,17 +116,6 @@ class TileLayout:
         return (self.num_tiles, self.num_groups, 8, 2) if self.bits == 8 else (self.num_tiles, self.num_groups, 8)
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix in tiles, on the CPU. ``bias`` is f32 [tiles * 16] in the order of the tiles' rows."""
-
-    layout: TileLayout
-    codes: NDArray[np.uint32]
-    scales: NDArray[np.float16]
-    zeros: NDArray[np.uint8] | None
-    bias: NDArray[np.float32] | None
-
-
 def natural_rows(N: int) -> NDArray[np.int64]:
     """Row i of the tiles is output i; -1 is padding."""
     rows = np.full(-(-N // ROWS) * ROWS, -1, np.int64)
@@ -146,130 +132,3 @@ def gated_rows(F: int, order: NDArray | None = None) -> NDArray[np.int64]:
     channels[:F] = np.arange(F) if order is None else order
     by_tile = channels.reshape(-1, 8)
     return np.concatenate([by_tile, np.where(by_tile < 0, -1, by_tile + F)], axis=1).reshape(-1)
-
-
-def lane_words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
-    """Codes u8 [tiles, 16, K] (K a multiple of 64) -> the words of each lane, u32 [tiles, K / 64, 32, bits]."""
-    tiles, _, K = codes.shape
-    # row = 8 r + g; input = 64 block + 32 b + 8 t + 4 jl + 2 ph + second
-    split = codes.reshape(tiles, 2, 8, K // 64, 2, 4, 2, 2, 2).transpose(0, 3, 2, 5, 4, 6, 7, 1, 8)
-    pairs = split.reshape(tiles, K // 64, 32, 16, 2).astype(np.uint32)  # pair q = 4 j + p
-    pair = pairs[..., 0] | pairs[..., 1] << 16
-    words = np.zeros((tiles, K // BLOCK, 32, bits), np.uint32)  # 16 * 64 * bits / 32 lanes / 32
-    for q in range(16):
-        j, p = divmod(q, 4)
-        v = pair[..., q]
-        if bits == 4:
-            words[..., j] |= v << 4 * p
-        elif bits == 8:
-            words[..., 2 * j + p // 2] |= (pairs[..., q, 0] | pairs[..., q, 1] << 8) << 16 * (p % 2)
-        elif bits == 2:
-            words[..., j // 2] |= v << (8 * (j % 2) + 2 * p)
-        elif q < 15:
-            words[..., q // 5] |= v << 3 * (q % 5)
-        else:
-            for b in range(3):
-                words[..., b] |= (v >> b & 0x00010001) << 15
-    return words
-
-
-def stage_planes(words: NDArray[np.uint32], layout: TileLayout) -> NDArray[np.uint32]:
-    """Words of each lane -> [tiles, stages, planes, 32, 4]."""
-    tiles = words.shape[0]
-    blocks = layout.stage_inputs // BLOCK
-    by_lane = words.reshape(tiles, layout.num_stages, blocks, 32, layout.bits).transpose(0, 1, 3, 2, 4)
-    planes = by_lane.reshape(tiles, layout.num_stages, 32, layout.planes, 4)
-    return np.ascontiguousarray(planes.transpose(0, 1, 3, 2, 4))
-
-
-def pack_codes(codes: NDArray[np.uint8], layout: TileLayout) -> NDArray[np.uint32]:
-    """Codes u8 [K, 16 * tiles], rows of the tiles side by side -> u32 [tiles, stages, planes, 32, 4]."""
-    K, num_rows = codes.shape
-    padded = np.zeros((num_rows // ROWS, ROWS, layout.num_stages * layout.stage_inputs), np.uint8)
-    padded[:, :, :K] = codes.T.reshape(num_rows // ROWS, ROWS, K)
-    return stage_planes(lane_words(padded, layout.bits), layout)
-
-
-def _by_tile(values: NDArray, layout: TileLayout) -> NDArray:
-    """[G, 16 * tiles] -> [tiles, groups, 8, 2], with zeros for groups that padding adds."""
-    G, num_rows = values.shape
-    out = np.zeros((num_rows // ROWS, layout.num_groups, 8, 2), values.dtype)
-    out[:, :G] = values.reshape(G, num_rows // ROWS, 2, 8).transpose(1, 0, 3, 2)
-    return out
-
-
-def pack_scales(scales: NDArray[np.float16], layout: TileLayout) -> NDArray[np.float16]:
-    """[G, 16 * tiles] -> [tiles, groups, 8, 2]."""
-    return _by_tile(scales, layout)
-
-
-def pack_zeros(zeros: NDArray[np.uint8], layout: TileLayout) -> NDArray[np.uint8]:
-    """[G, 16 * tiles] -> [tiles, groups, 8], for 8 bits [tiles, groups, 8, 2]."""
-    pairs = _by_tile(zeros, layout)
-    if layout.bits == 8:
-        return pairs
-    low, high = pairs[..., 0], pairs[..., 1]
-    both = low | high << {2: 2, 3: 3, 4: 4}[layout.bits]
-    return both | both << 4 if layout.bits == 2 else both
-
-
-def is_symmetric(zeros: NDArray[np.uint8], bits: int) -> bool:
-    return bool((zeros == 1 << (bits - 1)).all())
-
-
-def matrix_layout(parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64]) -> TileLayout:
-    """Layout of matrices side by side along N, in the order that ``rows`` gives to their outputs."""
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.bits, part.K, part.group_size) != (first.bits, first.K, first.group_size):
-            raise KernelError(
-                "matrices of one launch must agree in bits, K and group size: "
-                f"{(first.bits, first.K, first.group_size)} and {(part.bits, part.K, part.group_size)}"
-            )
-    symmetric = all(is_symmetric(part.zeros, part.bits) for part in parts)
-    return TileLayout(first.bits, first.K, int(np.flatnonzero(rows >= 0)[-1]) + 1, first.group_size, symmetric)
-
-
-def pack_matrix(parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64] | None = None) -> PackedMatrix:
-    """Matrices side by side along N -> tiles. ``rows`` [16 * tiles]: the output of each row of the tiles, -1: none.
-
-    Codes are unpacked for 64 tiles at a time. Raises ``KernelError`` for shapes that no kernel takes, for zero points
-    beyond the codes' range and for ``rows`` that name no output.
-    """
-    starts = np.cumsum([0] + [part.N for part in parts])
-    rows = natural_rows(int(starts[-1])) if rows is None else rows
-    if rows.ndim != 1 or len(rows) % ROWS or rows.max() >= starts[-1] or rows.min() < -1:
-        raise KernelError(f"row order of {len(rows)}: expected a multiple of {ROWS} values in -1..{starts[-1] - 1}")
-    layout = matrix_layout(parts, rows)
-    for part in parts:
-        if part.zeros.max(initial=0) >= 1 << part.bits:
-            raise KernelError(f"zero point {part.zeros.max()}: expected less than {1 << part.bits}")
-    codes = np.empty(layout.codes_shape, np.uint32)
-    for tile in range(0, layout.num_tiles, TILES_AT_ONCE):
-        stop = min(tile + TILES_AT_ONCE, layout.num_tiles)
-        codes[tile:stop] = pack_codes(_gather_codes(parts, starts, rows[tile * ROWS : stop * ROWS]), layout)
-
-    def gather(values: NDArray) -> NDArray:  # [..., N] by output -> by row of the tiles
-        return np.where(rows >= 0, values[..., rows], values.dtype.type(0))
-
-    bias = None
-    if any(part.bias is not None for part in parts):
-        zero = [np.zeros(part.N, np.float32) if part.bias is None else part.bias.astype(np.float32) for part in parts]
-        bias = gather(np.concatenate(zero))
-    scales = pack_scales(gather(np.concatenate([part.scales for part in parts], axis=1)), layout)
-    zeros = None
-    if not layout.symmetric:
-        zeros = pack_zeros(gather(np.concatenate([part.zeros for part in parts], axis=1)), layout)
-    return PackedMatrix(layout, codes, scales, zeros, bias)
-
-
-def _gather_codes(parts: Sequence[QuantizedMatrix], starts: NDArray, rows: NDArray) -> NDArray[np.uint8]:
-    """Codes u8 [K, len(rows)] of outputs ``rows``: each part is read as one block from its first to its last output."""
-    codes = np.zeros((parts[0].K, len(rows)), np.uint8)
-    for part, start in zip(parts, starts, strict=False):
-        here = np.flatnonzero((rows >= start) & (rows < start + part.N))
-        if len(here):
-            wanted = rows[here] - start
-            low, high = int(wanted.min()), int(wanted.max()) + 1
-            codes[:, here] = part.codes(low, high)[:, wanted - low]
-    return codes

@@ -103,7 +103,8 @@ class _ManifestReader:
                     [
                         self._matrix(prefix + module, *shape, bias=biased[key])
                         for module, shape in zip(names.linears[key], shapes[key], strict=True)
-                    ]
+                    ],
+                    gated=key == "gate_up",
                 ),
             )
             for key in shapes

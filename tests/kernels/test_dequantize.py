@@ -13,7 +13,8 @@ from exl.errors import KernelError
 from exl.kernels.dequantize import MAX_PANEL_BYTES, dequantize, panel_tiles
 from exl.kernels.launch import Backend
 from exl.kernels.linear import TiledWeight
-from exl.kernels.tile_layout import TileLayout, gated_rows, pack_matrix
+from exl.kernels.tile_layout import TileLayout, gated_rows
+from exl.kernels.tile_pack import pack_matrix
 
 
 def rounded(weights: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,8 @@ from exl.errors import KernelError
 from exl.kernels.linear import COMPILED, NormedInput, TiledWeight, gate_up, make_scratch, project, project_add, variants
 from exl.kernels.linear_config import RING_STAGES, choose_config
 from exl.kernels.spec import arch_limits
-from exl.kernels.tile_layout import TileLayout, pack_matrix
+from exl.kernels.tile_layout import TileLayout
+from exl.kernels.tile_pack import pack_matrix
 
 K, N = 256, 48
 

@@ -11,7 +11,8 @@ from reference.linear_twin import bias_of, dequantize, random_matrix, rms_norm, 
 from exl.kernels.linear import NormedInput, TiledWeight, gate_up, make_scratch, project, project_add
 from exl.kernels.linear_simt import choose_x_stages, simt_shared_bytes, token_counts
 from exl.kernels.spec import arch_limits
-from exl.kernels.tile_layout import TileLayout, gated_rows, pack_matrix
+from exl.kernels.tile_layout import TileLayout, gated_rows
+from exl.kernels.tile_pack import pack_matrix
 
 ARCH = 61
 SHAPES = [

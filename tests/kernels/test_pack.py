@@ -15,7 +15,8 @@ from exl.formats.matrix import QuantizedMatrix
 from exl.kernels.launch import Backend
 from exl.kernels.linear import TiledWeight
 from exl.kernels.pack import AwqTensors, GptqTensors, pack
-from exl.kernels.tile_layout import PackedMatrix, gated_rows, natural_rows, pack_matrix
+from exl.kernels.tile_layout import gated_rows, natural_rows
+from exl.kernels.tile_pack import PackedMatrix, pack_matrix
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word, lowest bits first: AutoAWQ's packing_utils
 

@@ -7,7 +7,8 @@ import pytest
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
-from exl.kernels.tile_layout import TileLayout, gated_rows, natural_rows, pack_matrix
+from exl.kernels.tile_layout import TileLayout, gated_rows, natural_rows
+from exl.kernels.tile_pack import pack_matrix
 
 
 def pair_of(words: list[int], bits: int, j: int, p: int) -> tuple[int, int]:

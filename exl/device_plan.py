@@ -1,0 +1,196 @@
+"""The memory plan of one or several GPUs, and of the RAM beside them: as pure as ``memory.py``, and no GPU is asked.
+
+Layers lie on the GPUs in order. Those that no GPU has room for are streamed to the last one: from pinned RAM, and the
+last of them from the disk, where ``ram`` ends. What they have in the cache lies on the last GPU, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from exl.batch import PAGE_SIZE
+from exl.kernels.linear_config import scratch_shapes
+from exl.kernels.tile_layout import ROWS, TileLayout
+from exl.layout import BLOB_ALIGN, DTYPE_BYTES, LayerLayout, StepLimits, Target, align_up, step_bytes, tile_layout
+from exl.memory import MemoryPlan, Placement, PlanInput, PlanLine, Tier, loading_bytes
+
+HOST = "ram"  # the name of host memory's lines
+# torch's caching allocator takes memory from the driver in segments of these sizes (its c10 source's kSmallBuffer,
+# kLargeBuffer, kMinLargeAlloc, kRoundLarge): a slab is rounded as it will be.
+_SMALL_ALLOCATION, _SMALL_SEGMENT = 1 << 20, 2 << 20
+_LARGE_ALLOCATION, _MIDDLE_SEGMENT, _ROUND = 10 << 20, 20 << 20, 2 << 20
+# Estimates, until a GPU has been asked: the driver's context with torch's and our modules, and cuBLAS's workspace
+# (documented for torch: 8 MiB + 128 KiB, 32 MiB on Hopper).
+_CONTEXT_BYTES = 500 << 20
+_CUBLAS_BYTES, _CUBLAS_HOPPER_BYTES = (8 << 20) + (128 << 10), 32 << 20
+# Multiprocessors of the largest GPU of an architecture, for one that is not there (NVIDIA's data sheets): TITAN RTX,
+# A100, RTX A6000, Orin, RTX 6000 Ada, H100, B200, Thor, RTX PRO 6000.
+_MOST_MULTIPROCESSORS = {75: 72, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 110: 20, 120: 188}
+PANEL_BYTES = 64 << 20  # dequantized at a time, at most
+
+
+def segment_bytes(num_bytes: int) -> int:
+    """What torch's allocator reserves for one slab of ``num_bytes`` on an empty GPU."""
+    if num_bytes == 0:
+        return 0
+    if num_bytes <= _SMALL_ALLOCATION:
+        return _SMALL_SEGMENT
+    return _MIDDLE_SEGMENT if num_bytes < _LARGE_ALLOCATION else align_up(num_bytes, _ROUND)
+
+
+def device_scratch(limits: StepLimits, target: Target, layers: Sequence[LayerLayout]) -> dict[str, int]:
+    """Bytes of the buffers that operations own on a GPU, by purpose; ``layers`` with the head among them."""
+    specs = {segment.spec for layer in layers for segments in layer.linears.values() for segment in segments}
+    tiles: set[TileLayout] = {tile_layout(spec) for spec in specs if spec.quantized}
+    most = target.num_multiprocessors or _most_multiprocessors(target.arch)
+    shapes = scratch_shapes(tiles, target.arch, most) if tiles else {}
+    max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
+    widest = max(spec.N for spec in specs if spec.quantized) if tiles else 0
+    return {
+        "linears": sum(align_up(count * DTYPE_BYTES[dtype], 512) for dtype, count in shapes.values()),
+        "dequantized panel": max(
+            (min(PANEL_BYTES, layout.num_tiles * ROWS * layout.K * 2) for layout in tiles), default=0
+        ),
+        "normed input": limits.max_rows * max_k * 2,
+        "product of a panel": limits.max_rows * widest * 2,
+        "sums of squares": limits.window_rows * -(-limits.hidden_size // ROWS) * 4,
+        "samples": limits.max_logit_rows * 8,
+    }
+
+
+def _most_multiprocessors(arch: int) -> int:
+    return _MOST_MULTIPROCESSORS[max((a for a in _MOST_MULTIPROCESSORS if a <= arch), default=75)]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one GPU holds."""
+
+    name: str
+    layers: range  # resident
+    streamed: range  # computed here, through the slots
+    is_first: bool
+    is_last: bool
+
+
+def plan_devices(
+    model: PlanInput,
+    vram: Sequence[int],
+    ram: int | None = None,
+    *,
+    num_slots: int = 2,
+    max_resident: int | None = None,
+) -> MemoryPlan:
+    """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
+    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. The plan may not
+    fit: ask ``fits``."""
+    num_layers = len(model.layers)
+    most = num_layers if max_resident is None else min(max_resident, num_layers)
+    scratch = sum(device_scratch(model.limits, model.target, (*model.layers, model.head)).values())
+    plan = None
+    for num_resident in range(most, -1, -1):
+        for num_devices in range(1, len(vram) + 1):
+            plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, scratch)
+            if plan.fits:
+                return plan
+    return plan
+
+
+def _plan(
+    model: PlanInput, vram: Sequence[int], ram: int | None, num_resident: int, num_slots: int, scratch: int
+) -> MemoryPlan:
+    num_layers = len(model.layers)
+    num_pages = model.num_sequences * -(-model.limits.max_context // PAGE_SIZE)
+    slots = min(num_slots, num_layers - num_resident)
+    shares = list(_shares(model, vram, num_resident, num_pages, slots, scratch))
+    lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, scratch)]
+    pinned, host_lines = _host_lines(model, num_resident, slots, ram)
+    placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
+    last = shares[-1].name
+    placed += [(Tier.PINNED if i < pinned else Tier.DISK, last) for i in range(num_layers - num_resident)]
+    budgets = {share.name: vram[i] for i, share in enumerate(shares)}
+    if ram is not None:
+        budgets[HOST] = ram
+    return MemoryPlan(
+        (*lines, *host_lines),
+        Placement(tuple(placed)),
+        model.limits.max_context,
+        num_pages,
+        slots,
+        budgets,
+    )
+
+
+def _shares(
+    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, slots: int, scratch: int
+) -> Iterator[_Share]:
+    """Each GPU takes as many layers as it has room for, the last one what is left."""
+    num_layers, start = len(model.layers), 0
+    for i, budget in enumerate(vram):
+        name, is_last = f"cuda:{i}", i == len(vram) - 1
+        stop = num_resident if is_last else start
+        while not is_last and stop < num_resident:
+            larger = _Share(name, range(start, stop + 1), range(0), i == 0, False)
+            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, slots, scratch)) > budget:
+                break
+            stop += 1
+        streamed = range(num_resident, num_layers) if is_last else range(0)
+        yield _Share(name, range(start, stop), streamed, i == 0, is_last)
+        start = stop
+
+
+def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, scratch: int) -> list[PlanLine]:
+    limits, name = model.limits, share.name
+    steps = step_bytes(limits)
+    resident = sum(model.layers[i].num_bytes for i in share.layers)
+    embed = model.embed.num_bytes if share.is_first else 0
+    head = model.head.num_bytes if share.is_last else 0
+    slot = slots * max((model.layers[i].num_bytes for i in share.streamed), default=0)
+    num_cached = len(share.layers) + len(share.streamed)
+    cache = num_cached * model.kv_layout.layer_bytes(num_pages)
+    activations = (steps["qkv"] + steps["attn"] + steps["mlp"]) // 2  # f16
+    logits = steps["logits"] + steps["sample"] if share.is_last else 0
+    arena = steps["residual"] + activations + logits + scratch
+    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, arena))
+    lines = [
+        PlanLine("embedding", name, embed, True),
+        PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
+        PlanLine("stream slots", name, slot, True, f"{slots} for {len(share.streamed)} layers"),
+        PlanLine("head and final norm", name, head, True),
+        PlanLine(
+            "KV cache", name, cache, True,
+            f"{model.kv_layout.kind}, {num_pages * PAGE_SIZE} tokens, {num_cached} layers",
+        ),
+        PlanLine("residual stream", name, steps["residual"], True, f"window of {limits.window_rows} rows"),
+        PlanLine("activations", name, activations, True, f"{limits.max_rows} rows"),
+        PlanLine("logits and sample", name, logits, True, f"{limits.max_logit_rows} rows"),
+        PlanLine("scratch of operations", name, scratch, True),
+        PlanLine("rounding to segments", name, rounding, True, "torch's allocator"),
+        PlanLine("cuBLAS workspace", name, _CUBLAS_HOPPER_BYTES if model.target.arch == 90 else _CUBLAS_BYTES, False),
+        PlanLine("CUDA context, modules", name, _CONTEXT_BYTES, False, "an estimate"),
+    ]  # fmt: skip
+    return [line for line in lines if line.num_bytes]
+
+
+def _host_lines(model: PlanInput, num_resident: int, slots: int, ram: int | None) -> tuple[int, list[PlanLine]]:
+    """How many of the streamed layers are pinned, the first of them first; and what host memory holds."""
+    sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
+    read_buffers = slots * max(sizes, default=0)  # pinned; what the disk is read into
+    loading = align_up(loading_bytes(model), BLOB_ALIGN)
+
+    def lines(pinned: int) -> list[PlanLine]:
+        on_disk = len(sizes) - pinned
+        buffers = read_buffers if on_disk else 0
+        found = [
+            PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}"),
+            PlanLine("pinned read buffers", HOST, buffers, True, f"for {on_disk} layers on the disk"),
+            # While loading; buffers are not there yet.
+            PlanLine("loading", HOST, max(0, loading - buffers), False, "two layers as the file has them"),
+        ]
+        return [line for line in found if line.num_bytes]
+
+    pinned = len(sizes)
+    while ram is not None and pinned and sum(line.num_bytes for line in lines(pinned)) > ram:
+        pinned -= 1
+    return pinned, lines(pinned)

@@ -1,0 +1,231 @@
+"""Plans for GPUs that are not there: budgets, placement, the order in which layers move, and what the lines say."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import exl
+from benchmarks.synthetic import SHAPES, write_headers
+from exl.device_plan import HOST, segment_bytes
+from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
+from exl.kernels.tile_layout import TileLayout
+from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout, tile_layout
+from exl.memory import Tier
+from exl.planning import EngineOptions, open_model, plan_model
+
+SM86 = Target("cuda", arch=86)
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("headers")
+    for name, num_shards in (("7b", 1), ("70b", 15)):
+        write_headers(root / name, SHAPES[name], num_shards=num_shards)
+    return {name: root / name for name in ("7b", "70b")}
+
+
+@pytest.fixture(scope="module")
+def seven(folders):
+    """(options) -> the plan of a 7B."""
+    with open_model(folders["7b"]) as files:
+        yield lambda **options: plan_model(files, EngineOptions(**options), SM86)[0]
+
+
+def lines_of(found, device):
+    return {line.purpose: line.num_bytes for line in found.lines if line.device == device}
+
+
+def test_a_7b_by_hand(seven):
+    """Every number from the model's shapes with a pencil: 4-bit symmetric codes and one f16 scale a group of 128."""
+    found = seven(vram="8GB", kv_cache="q4")
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    norms = 32 * 2 * 4096 * 4
+    lines = lines_of(found, "cuda:0")
+    assert lines["resident layers"] == weights // 2 + weights // 128 * 2 + norms
+    assert lines["embedding"] == 32000 * 4096 * 2
+    assert lines["head and final norm"] == 32000 * 4096 * 2 + 4096 * 4
+    # docs/design: 9,216 bytes a head and page of 64 tokens at q4 and 128 channels.
+    assert lines["KV cache"] == 32 * 32 * (4096 // 64) * 9216
+    assert lines["residual stream"] == 4096 * 4096 * 4
+    assert found.placement.num_streamed == 0
+    assert found.fits
+    assert found.budgets == {"cuda:0": 8 * GB}
+
+
+def test_slabs_are_rounded_as_torch_does():
+    """c10/cuda/CUDACachingAllocator: small blocks share 2 MiB, up to 10 MiB get 20 MiB, larger ones round to 2 MiB."""
+    MiB = 1 << 20
+    expected = {0: 0, 1: 2, MiB: 2, MiB + 1: 20, 10 * MiB - 1: 20, 10 * MiB: 10, 10 * MiB + 1: 12, 100 * MiB: 100}
+    assert {size: segment_bytes(size) for size in expected} == {size: n * MiB for size, n in expected.items()}
+
+
+BUDGETS = st.lists(st.integers(1, 60), min_size=1, max_size=3)  # in 100 MB
+
+
+@given(BUDGETS, st.one_of(st.none(), st.integers(3, 50)), st.integers(1, 2000), st.sampled_from(["f16", "q8", "q4"]))
+@settings(max_examples=60, deadline=None)
+def test_every_layer_has_one_place_and_no_budget_is_exceeded(seven, sizes, ram, context, kv_cache):
+    vram = [size * GB // 10 for size in sizes]
+    options = {"vram": vram, "ram": None if ram is None else ram * GB // 10, "context": context, "kv_cache": kv_cache}
+    try:
+        found = seven(**options)
+    except MemoryBudgetError:
+        return
+    layers = found.placement.layers
+    assert len(layers) == 32
+    names = [name for _, name in layers]
+    assert names == sorted(names)
+    assert set(names) <= {f"cuda:{i}" for i in range(len(vram))}
+    tiers = [tier for tier, _ in layers]
+    order = [Tier.DEVICE, Tier.PINNED, Tier.DISK]
+    assert tiers == sorted(tiers, key=order.index)  # resident first, then pinned, then on disk
+    for i, size in enumerate(vram):
+        assert found.device_bytes(f"cuda:{i}") <= size
+    if ram is not None:
+        assert found.device_bytes(HOST) <= ram * GB // 10
+    # Every byte of every layer is on a line, and each layer's cache is on some GPU.
+    with_layers = ("resident layers", "KV cache")
+    blob = 202_375_168 // 2 + 202_375_168 // 128 * 2 + 2 * 4096 * 4
+    held = {purpose: sum(line.num_bytes for line in found.lines if line.purpose == purpose) for purpose in with_layers}
+    assert held["KV cache"] == 32 * found.num_pages * 32 * head_page_bytes(kv_cache)
+    assert held.get("resident layers", 0) == tiers.count(Tier.DEVICE) * blob
+    assert lines_of(found, HOST).get("pinned layers", 0) == tiers.count(Tier.PINNED) * blob
+
+
+def head_page_bytes(kind: str) -> int:
+    return {"f16": 2 * 64 * 128 * 2, "q8": 2 * 64 * (128 + 8), "q4": 2 * 64 * (64 + 8)}[kind]
+
+
+@given(st.integers(20, 60), st.integers(1, 30))
+@settings(max_examples=25, deadline=None)
+def test_more_memory_never_streams_more(seven, tenth_of_gb, more):
+    few, many = (seven(vram=n * GB // 10, context=512) for n in (tenth_of_gb, tenth_of_gb + more))
+    assert many.placement.num_streamed <= few.placement.num_streamed
+
+
+def test_one_layer_more_would_not_fit(seven):
+    """The plan is not timid: with one more resident layer it would exceed the budget."""
+    found = seven(vram="3GB", context=512)
+    assert 0 < found.placement.num_streamed < 32
+    resident = 32 - found.placement.num_streamed
+    layer = lines_of(found, "cuda:0")["resident layers"] // resident
+    assert found.device_bytes("cuda:0") <= 3 * GB < found.device_bytes("cuda:0") + layer
+
+
+def test_gpus_are_filled_in_order(seven):
+    found = seven(vram=["2GB", "8GB"], context=512)
+    names = [name for _, name in found.placement.layers]
+    assert 0 < names.count("cuda:0") < names.count("cuda:1")
+    assert found.placement.num_streamed == 0
+    assert "embedding" not in lines_of(found, "cuda:1")
+    assert "head and final norm" not in lines_of(found, "cuda:0")
+    # One GPU is enough: the second is left alone.
+    assert {name for _, name in seven(vram=["8GB", "8GB"], context=512).placement.layers} == {"cuda:0"}
+
+
+def test_the_largest_context_that_fits_without_streaming(seven):
+    found = seven(vram="6GB", context="auto")
+    assert found.fits
+    assert not found.placement.num_streamed
+    assert found.context < 4096
+    tokens = found.context + 64
+    assert seven(vram="6GB", context=tokens).placement.num_streamed > 0
+
+
+def test_what_cannot_fit_says_what_would(seven):
+    with pytest.raises(MemoryBudgetError, match=r"vram='\d+MB' or more") as error:
+        seven(vram="1GB")
+    enough = int(str(error.value).split("vram='")[1].split("MB")[0])
+    assert seven(vram=f"{enough}MB").fits
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"vram": "banana"}, ["vram", "banana"]),
+        ({"vram": []}, ["vram", "empty"]),
+        ({"vram": "8GB", "device": "cpu"}, ["vram", "cpu"]),
+        ({"device": "cuda"}, ["cuda", "vram="]),
+        ({"device": "tpu"}, ["tpu", "'cuda'"]),
+        ({"vram": ["8GB", "x"]}, ["vram", "'x'"]),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(ConfigError) as error:
+        EngineOptions(**options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_f32_pages_are_the_cpus(seven):
+    with pytest.raises(ConfigError, match="'f32'"):
+        seven(vram="24GB", kv_cache="f32")
+
+
+def test_computing_on_a_gpu_is_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="computes on the CPU only"):
+        exl.load(vram="8GB")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("K", "N", "group"), [(4096, 4096, 128), (288, 72, 32), (11008, 4100, 64), (320, 24, 320)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_linear_takes_what_its_tiles_take(bits, K, N, group, gated):
+    parts = tuple(MatrixSpec(name, K, N, bits, "u8", group, True, "order") for name in (("g", "u") if gated else "m"))
+    spec = LinearSpec(parts, gated)
+    layout, tiles = linear_layout(spec, SM86), tile_layout(spec)
+    assert tiles.num_tiles == math.ceil(N / 8 if gated else N / 16)
+    fields = layout.fields
+    assert fields["codes"].num_bytes == tiles.codes_bytes == tiles.num_tiles * 16 * padded(K, bits) * bits // 8
+    assert fields["scales"].num_bytes == 2 * 16 * tiles.num_tiles * tiles.num_groups
+    assert fields["bias"].shape == (16 * tiles.num_tiles,)
+    assert fields["positions"].shape == (K,)
+    ends = [0, *(field.offset + field.num_bytes for field in fields.values())]
+    assert all(field.offset >= end for field, end in zip(fields.values(), ends, strict=False))
+    assert ends[-1] <= layout.num_bytes < ends[-1] + 64
+
+
+def padded(K: int, bits: int) -> int:
+    stage = {2: 256, 3: 256, 4: 128, 8: 128}[bits]
+    return -(-K // stage) * stage
+
+
+def test_symmetric_matrices_store_no_zeros():
+    def fields(symmetric):
+        spec = LinearSpec((MatrixSpec("m", 4096, 4096, 4, "u8", 128, symmetric=symmetric),))
+        return linear_layout(spec, SM86).fields
+
+    assert "zeros" not in fields(True)
+    assert fields(False)["zeros"].num_bytes == 4096 // 16 * 32 * 8
+
+
+def test_dense_weights_are_bf16_where_tensor_cores_take_it():
+    spec = LinearSpec((MatrixSpec("d", 64, 32, 16, "bf16"),))
+    assert linear_layout(spec, SM86).fields["weight"].dtype == "bf16"
+    assert linear_layout(spec, Target("cuda", arch=75)).fields["weight"].dtype == "f16"
+
+
+def test_a_group_that_no_kernel_takes_is_named():
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.q: group size 96"):
+        linear_layout(LinearSpec((MatrixSpec("layers.0.q", 192, 32, 4, "u8", 96),)), SM86)
+    assert TileLayout(4, 192, 32, 192, True).num_groups == 2  # one group is fine, and padded
+
+
+def test_the_command_prints_a_hypothetical_card(folders):
+    command = [sys.executable, "-m", "exl.cli", "plan", str(folders["70b"]), "--vram", "24GB,24GB", "--ram", "32GB"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["fits"]
+    assert found["budgets"] == {"cuda:0": 24 * GB, "cuda:1": 24 * GB, "ram": 32 * GB}
+    assert found["layers"] == {"resident": 80, "pinned": 0, "disk": 0}
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "resident layers" in table
+    assert "cuda:1" in table
+    assert table.count("fits") == 3
