@@ -4,17 +4,18 @@
 //   x          f16 [num_tokens, x_stride]; stride and K: multiples of 8
 //   x_scale    f32 [num_tokens, 8], or null: what a token's sum over a slice is multiplied by (round_activations.cu
 //              brought bf16 into f16's range)
-//   partial    f32 [EXL_SPREAD][grid x][8 warps][kR][EXL_NT][32 lanes][4]; EXL_SPREAD > 1: sums of slices on their way
-//   arrived    u32 [grid x], zero before the first launch and after every launch
+//   partial    f32 [EXL_SPREAD][grid y][8 warps][kR][EXL_NT][32 lanes][4]; EXL_SPREAD > 1: sums of slices on their way
+//   arrived    u32 [grid y], zero before the first launch and after every launch
 //   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //
-// Block: 8 warps of kR row tiles each; grid: (ceil(tiles / (8 kR)), EXL_SPREAD). Block y takes 8 / EXL_SPREAD slices of
-// K; the last one to arrive adds the partial sums in tree order (the counter is the only atomic). Weights come through
-// a private ring a lane; activations `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way meanwhile. Slices add up as a binary counter carries. Shared
-// bytes: 8 rings, then EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear.py.
+// Block: 8 warps of kR row tiles each; grid: (EXL_SPREAD, ceil(tiles / (8 kR))), so that the blocks that share rows run
+// together and find each other's sums in L2. Block x takes 8 / EXL_SPREAD slices of K; the last one to arrive adds the
+// partial sums in tree order (the counter is the only atomic). Weights come through a private ring a lane; activations
+// `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way
+// meanwhile. Slices add up as a binary counter carries. Shared bytes: 8 rings, then
+// EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear_config.py.
 //
-// Macros: linear_core.cuh; EXL_NT 2|4|8: tokens / 8; EXL_SPREAD 1|2|4|8; EXL_BUFFERS 1|2;
-// EXL_MIN_BLOCKS.
+// Macros: linear_core.cuh; EXL_NT 2|4|8: tokens / 8; EXL_SPREAD 1|2|4|8; EXL_BUFFERS 1|2; EXL_MIN_BLOCKS.
 // Architectures: sm_75 and up. Tests: tests/kernels/test_linear.py
 #include <exl/epilogue.cuh>
 #include <exl/linear_core.cuh>
@@ -137,9 +138,9 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
   EXL_DYNAMIC_SMEM(u8, smem);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   const int num_stages = (K + kStageK - 1) / kStageK;
-  const int slice0 = static_cast<int>(blockIdx.y) * kSlicesHere;
+  const int slice0 = static_cast<int>(blockIdx.x) * kSlicesHere;
   const int first = slice_start(slice0, num_stages), last = slice_start(slice0 + kSlicesHere, num_stages);
-  const int tile0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kR;
+  const int tile0 = (static_cast<int>(blockIdx.y) * kWarps + warp) * kR;
 
   Weights weights;
   weights.start(smem, warp, lane, codes, scales, zeros, tile0, num_tiles, num_stages, num_groups, group_units, first, last);
@@ -193,17 +194,17 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
       for (int n = 0; n < kNT; ++n) finish_tile(acc[r][n], out, tile0 + r, num_tiles, n * 8, lane);
     }
   } else {
-    const size_t spread_stride = static_cast<size_t>(gridDim.x) * kThreads * kR * kNT;   // of 16 bytes
-    float4* mine = reinterpret_cast<float4*>(partial) + (static_cast<size_t>(blockIdx.x) * kWarps + warp) * kR * kNT * 32 + lane;
+    const size_t spread_stride = static_cast<size_t>(gridDim.y) * kThreads * kR * kNT;   // of 16 bytes
+    float4* mine = reinterpret_cast<float4*>(partial) + (static_cast<size_t>(blockIdx.y) * kWarps + warp) * kR * kNT * 32 + lane;
     EXL_UNROLL
     for (int r = 0; r < kR; ++r)
       EXL_UNROLL
       for (int n = 0; n < kNT; ++n)
-        mine[blockIdx.y * spread_stride + (r * kNT + n) * 32] = make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]);
+        mine[blockIdx.x * spread_stride + (r * kNT + n) * 32] = make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]);
     __threadfence();       // the sums are there for all before this block counts as arrived
     __syncthreads();
     u32* s_before = reinterpret_cast<u32*>(smem);
-    if (tid == 0) *s_before = atomicInc(arrived + blockIdx.x, kSpread - 1);   // the last one puts the counter back to 0
+    if (tid == 0) *s_before = atomicInc(arrived + blockIdx.y, kSpread - 1);   // the last one puts the counter back to 0
     __syncthreads();
     if (*s_before != kSpread - 1) return;
     __threadfence();

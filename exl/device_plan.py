@@ -46,14 +46,15 @@ def device_scratch(limits: StepLimits, target: Target, layers: Sequence[LayerLay
     most = target.num_multiprocessors or _most_multiprocessors(target.arch)
     shapes = scratch_shapes(tiles, target.arch, most) if tiles else {}
     max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
-    widest = max(spec.N for spec in specs if spec.quantized) if tiles else 0
+    panel_tiles = {layout: min(layout.num_tiles, PANEL_BYTES // (ROWS * layout.K * 2)) for layout in tiles}
+    panel = max((count * ROWS * layout.K * 2 for layout, count in panel_tiles.items()), default=0)
+    product = limits.max_rows * ROWS * max(panel_tiles.values(), default=0) * 4
+    few = {name: align_up(count * DTYPE_BYTES[dtype], 512) for name, (dtype, count) in shapes.items()}
     return {
-        "linears": sum(align_up(count * DTYPE_BYTES[dtype], 512) for dtype, count in shapes.values()),
-        "dequantized panel": max(
-            (min(PANEL_BYTES, layout.num_tiles * ROWS * layout.K * 2) for layout in tiles), default=0
-        ),
+        "arrived": few.pop("arrived", 0),  # zero between launches: its own
+        # Few tokens or many, never both at once: one buffer.
+        "linears": max(sum(few.values()), panel + product),
         "normed input": limits.max_rows * max_k * 2,
-        "product of a panel": limits.max_rows * widest * 2,
         "sums of squares": limits.window_rows * -(-limits.hidden_size // ROWS) * 4,
         "samples": limits.max_logit_rows * 8,
     }

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from exl.kernels.spec import Variant
 
-KERNEL_MODULES: tuple[str, ...] = ("linear", "linear_dense", "dequantize", "pack")
+KERNEL_MODULES: tuple[str, ...] = ("linear", "linear_dense", "linear_many", "dequantize", "pack")
 ARCHS = (61, 70, 75, 80, 86, 89, 90, 100, 120)  # that CI compiles for
 
 

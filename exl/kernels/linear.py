@@ -191,12 +191,29 @@ def _round(
     """f16 activations for the wide kernel, and what their sums over a slice are multiplied by."""
     num_tokens, K = x.shape
     rounded = scratch.x[: num_tokens * K].view(num_tokens, K)
-    spec = KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": layout.stage_inputs}, backend.arch)
+    round_activations(backend, layout.stage_inputs, x, norm, rounded, scratch.x_scale, dependent)
+    return rounded, scratch.x_scale if norm is None else None
+
+
+def round_activations(
+    backend: Backend,
+    stage_inputs: int,
+    x: torch.Tensor,
+    norm: NormedInput | None,
+    rounded: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    dependent: bool = False,
+) -> None:
+    """rounded f16 [T, K] = x normalised, or x in bf16 with ``x_scale`` f32 [T, 8] to multiply sums over slices by.
+
+    The caller has checked its arguments.
+    """
+    num_tokens, K = x.shape
+    spec = KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage_inputs}, backend.arch)
     sumsq, weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
-    args = [ptr(x), ptr(sumsq), ptr(weight), ptr(rounded), ptr(scratch.x_scale), i32(K), i32(num_tokens)]
+    args = [ptr(x), ptr(sumsq), ptr(weight), ptr(rounded), ptr(x_scale), i32(K), i32(num_tokens)]
     args += [i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), f32(eps)]
     launch(backend.load(spec), (num_tokens,), (NUM_THREADS,), args, dependent=dependent)
-    return rounded, scratch.x_scale if norm is None else None
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -227,7 +244,7 @@ def _check_scratch(
         "x": (torch.float16, min(MAX_TOKENS, num_tokens) * layout.K),
         "x_scale": (torch.float32, MAX_TOKENS * NUM_SLICES),
         "partial": (torch.float32, max(c.partial_bytes(layout) for c in configs) // 4),
-        "arrived": (torch.int32, max(c.grid(layout)[0] for c in configs)),
+        "arrived": (torch.int32, max(c.row_blocks(layout) for c in configs)),
     }
     for name, (dtype, count) in least.items():
         tensor = getattr(scratch, name)
@@ -248,13 +265,13 @@ COMPILED = (
 
 def variants(arch: int) -> Iterator[Variant]:
     """Macro sets that ``choose_config`` asks for on ``arch``: all of them for each layout in ``COMPILED``."""
+    for stage in (128, 256):
+        yield Variant(KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage}, arch))
     if arch < MIN_ARCH:
         for bits, group_size, symmetric in COMPILED:
             for tokens in (1, 2, 4):
                 yield Variant(simt_spec(TileLayout(bits, 4096, 4096, group_size, symmetric), tokens, arch))
         return
-    for stage in (128, 256):
-        yield Variant(KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage}, arch))
     seen = set()
     for bits, group_size, symmetric in COMPILED:
         layout = TileLayout(bits, 4096, 4096, group_size, symmetric)

@@ -74,8 +74,12 @@ class LinearConfig:
         return KernelSpec(f"{name}.cu", name, self.macros(layout), arch)
 
     def grid(self, layout: TileLayout) -> tuple[int, int]:
-        per_block = self.row_tiles * (NUM_WARPS if self.wide else 1)
-        return -(-layout.num_tiles // per_block), self.spread
+        blocks = self.row_blocks(layout)
+        return (self.spread, blocks) if self.wide else (blocks, 1)
+
+    def row_blocks(self, layout: TileLayout) -> int:
+        """Blocks that share no rows."""
+        return -(-layout.num_tiles // (self.row_tiles * (NUM_WARPS if self.wide else 1)))
 
     def shared_bytes(self, layout: TileLayout, num_tokens: int, arch: int) -> int:
         ring = ring_bytes(layout, self.row_tiles, self.ring_stages, arch)
@@ -88,7 +92,7 @@ class LinearConfig:
         """f32 sums that blocks hand over; 0 where each block has all of K."""
         if self.spread == 1:
             return 0
-        return self.spread * self.grid(layout)[0] * NUM_THREADS * self.row_tiles * self.token_tiles * 16
+        return self.spread * self.row_blocks(layout) * NUM_THREADS * self.row_tiles * self.token_tiles * 16
 
 
 def ring_bytes(layout: TileLayout, row_tiles: int, ring_stages: int, arch: int) -> int:
@@ -150,17 +154,19 @@ def _fit_narrow(
 
 
 def _wide(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
-    """128 rows a block, or 256 at 64 tokens where K is spread anyway; K spread over 8 blocks where rows alone do not
-    fill the GPU. The more tokens, the fewer slices' sums a thread's registers can hold: ``least`` blocks share K."""
+    """128 rows a block; K spread over 8 blocks where rows alone do not fill the GPU. The more tokens, the fewer slices'
+    sums a thread's registers can hold: ``least`` blocks share K.
+
+    64 tokens: 256 rows a block where that nearly fills the GPU, as two row tiles share the reads of activations. A
+    thread's registers then hold the sums of one slice: K is spread over 8 blocks."""
     token_tiles = 2 if num_tokens <= 16 else 4 if num_tokens <= 32 else 8
     blocks = -(-layout.num_tiles // NUM_WARPS)
-    roomy = layout.bits in (4, 8) and layout.group_macro in (0, 128) and arch >= 80
     narrow_codes = layout.bits in (2, 3)
+    roomy = not narrow_codes and layout.group_macro in (0, 128) and arch >= 80
+    if token_tiles == 8 and roomy and layout.bits == 4 and 4 * (blocks // 2) * NUM_SLICES >= 3 * num_multiprocessors:
+        return _fit_wide(layout, num_tokens, arch, 2, token_tiles, NUM_SLICES)
     least = {2: 1, 4: 2 if narrow_codes else 1, 8: 2 if roomy else NUM_SLICES}[token_tiles]
     spread = least if blocks * least >= num_multiprocessors else NUM_SLICES
-    fills = 4 * (blocks // 2) * spread >= 3 * num_multiprocessors  # one wave of a block a multiprocessor, or nearly
-    if token_tiles == 8 and roomy and layout.bits == 4 and least < spread and fills:
-        return _fit_wide(layout, num_tokens, arch, 2, token_tiles, spread)
     return _fit_wide(layout, num_tokens, arch, 1, token_tiles, spread)
 
 
@@ -173,11 +179,38 @@ def _fit_wide(
     for ring in range(depth, 1, -1):
         for x_buffers in (2, 1) if row_tiles == 1 else (1,):
             for x_stages in range(4, 0, -1):
-                config = LinearConfig(True, row_tiles, ring, x_stages, x_buffers, token_tiles, spread, 1)
+                config = LinearConfig(True, row_tiles, ring, x_stages, x_buffers, token_tiles, spread, min_blocks=1)
                 long_enough = x_stages >= ring - 1 or (x_buffers == 1 and ring == 2)
                 if long_enough and config.shared_bytes(layout, num_tokens, arch) <= limit:
                     return config
     raise KernelError(f"linear_q_wide does not fit sm_{arch}: {layout}, {num_tokens} tokens")
+
+
+# By architecture, a multiprocessor and clock, from data sheets: bytes of memory; multiply-adds of f16 into f32 by mma;
+# the same by what cuBLAS has (sm_90 and up: other instructions). RTX 2080 Ti, A100, 3090, 4090, H100, B200, 5090.
+_RATES = {
+    75: (5.9, 256, 256),
+    80: (10.2, 1024, 1024),
+    86: (6.7, 256, 256),
+    89: (3.1, 256, 256),
+    90: (13.9, 1024, 2048),
+    100: (29.2, 1024, 4096),
+    120: (4.4, 256, 256),
+}
+_KERNEL_SHARE, _CUBLAS_SHARE = 0.75, 0.9  # of those multiply-adds, at 64 tokens and at many: assumed, not measured
+_PANEL_BYTES_A_WEIGHT = 0.53 + 2 + 2  # codes read, panel written and read
+
+
+def crossover_tokens(arch: int, panel_in_l2: bool = False) -> int:
+    """From how many tokens on ``linear_many`` is quicker than 64 at a time: a multiple of 64 from 256 to 1024.
+
+    Per weight, a panel costs its bytes once; each token costs what the slower multiply-adds of ``linear_q_wide`` take
+    more than cuBLAS's. ``panel_in_l2``: only the codes come from memory.
+    """
+    memory, by_mma, by_cublas = _RATES[max((a for a in _RATES if a <= arch), default=75)]
+    num_bytes = 0.53 if panel_in_l2 else _PANEL_BYTES_A_WEIGHT
+    saved = 1 / (_KERNEL_SHARE * by_mma) - 1 / (_CUBLAS_SHARE * by_cublas)
+    return min(1024, max(256, 64 * round(num_bytes / memory / saved / 64)))
 
 
 def scratch_shapes(layouts: Collection[TileLayout], arch: int, num_multiprocessors: int) -> dict[str, tuple[str, int]]:
@@ -192,7 +225,7 @@ def scratch_shapes(layouts: Collection[TileLayout], arch: int, num_multiprocesso
         "x": ("f16", MAX_TOKENS * max(layout.K for layout in layouts)),
         "x_scale": ("f32", MAX_TOKENS * NUM_SLICES),
         "partial": ("f32", max(config.partial_bytes(layout) for layout, config in configs) // 4),
-        "arrived": ("i32", max(config.grid(layout)[0] for layout, config in configs)),
+        "arrived": ("i32", max(config.row_blocks(layout) for layout, config in configs)),
     }
 
 

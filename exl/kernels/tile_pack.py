@@ -108,9 +108,12 @@ def matrix_layout(parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64]) -> 
     return TileLayout(first.bits, first.K, int(np.flatnonzero(rows >= 0)[-1]) + 1, first.group_size, symmetric)
 
 
-def pack_matrix(parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64] | None = None) -> PackedMatrix:
+def pack_matrix(
+    parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64] | None = None, layout: TileLayout | None = None
+) -> PackedMatrix:
     """Matrices side by side along N -> tiles. ``rows`` [16 * tiles]: the output of each row of the tiles, -1: none.
 
+    ``layout``: decided before, from headers; by default from the matrices, without zeros where they are symmetric.
     Codes are unpacked for 64 tiles at a time. Raises ``KernelError`` for shapes that no kernel takes, for zero points
     beyond the codes' range and for ``rows`` that name no output.
     """
@@ -118,7 +121,7 @@ def pack_matrix(parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64] | None
     rows = natural_rows(int(starts[-1])) if rows is None else rows
     if rows.ndim != 1 or len(rows) % ROWS or rows.max() >= starts[-1] or rows.min() < -1:
         raise KernelError(f"row order of {len(rows)}: expected a multiple of {ROWS} values in -1..{starts[-1] - 1}")
-    layout = matrix_layout(parts, rows)
+    layout = matrix_layout(parts, rows) if layout is None else layout
     for part in parts:
         if part.zeros.max(initial=0) >= 1 << part.bits:
             raise KernelError(f"zero point {part.zeros.max()}: expected less than {1 << part.bits}")

@@ -68,7 +68,7 @@ def run(
     scratch = make_scratch([weight.layout], backend)
     if config is not None and config.wide:
         scratch.partial.resize_(max(config.partial_bytes(weight.layout) // 4, 1))
-        scratch.arrived.resize_(config.grid(weight.layout)[0]).zero_()
+        scratch.arrived.resize_(config.row_blocks(weight.layout)).zero_()
     project(backend, weight, x.to(backend.device), y, scratch=scratch, config=config)
     assert not scratch.arrived.any()
     return y
@@ -143,7 +143,7 @@ def test_a_rows_bits_depend_on_nothing_else(bits: int, group_size: int, arch: in
             seen.add(config)
     assert {(config.wide, config.spread) for config in seen} >= {(False, 1), (True, 1), (True, 8)}
     if (bits, group_size) == (4, 128) and arch >= 80:
-        assert {(8, 1, 2), (8, 2, 8)} <= {(config.token_tiles, config.row_tiles, config.spread) for config in seen}
+        assert {(8, 1, 8), (8, 2, 8)} <= {(config.token_tiles, config.row_tiles, config.spread) for config in seen}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -123,7 +123,7 @@ def test_every_shape_fits_every_architecture(arch: int, bits: int) -> None:
                 assert config.shared_bytes(layout, T, arch) <= arch_limits(arch).max_shared_bytes
                 assert config.wide == (T > 8)
                 assert config.token_tiles * 8 >= T
-                blocks, spread = config.grid(layout)
+                blocks, spread = config.row_blocks(layout), config.spread
                 assert blocks * (8 if config.wide else 1) * config.row_tiles >= layout.num_tiles
                 assert spread in (1, 2, 8)
                 if not config.wide:
@@ -153,7 +153,7 @@ def test_no_configuration(T: int, arch: int, message: str) -> None:
 
 
 def test_variants_cover_what_can_be_chosen() -> None:
-    assert {variant.spec.entry for variant in variants(70)} == {"linear_q_simt"}
+    assert {variant.spec.entry for variant in variants(70)} == {"linear_q_simt", "round_activations"}
     specs = {variant.spec for variant in variants(86)}
     for bits, group_size, symmetric in COMPILED:
         for K, N in MODEL_SHAPES:

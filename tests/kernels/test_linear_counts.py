@@ -41,6 +41,14 @@ def test_instructions_a_tile(num_tokens: int, most: int, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("K", "N"), [(4096, 12288), (4096, 22016), (11008, 4096), (8192, 57344), (28672, 8192)])
+def test_instructions_a_tile_of_64_tokens_in_models_shapes(K: int, N: int, arch: int) -> None:
+    """qkv, gate and up, down of a 7B and a 70B."""
+    loop, num_tiles = inner_loop(64, arch, TileLayout(4, K, N, 128, True))
+    assert len(loop) / num_tiles <= 106, dict(loop.histogram())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_no_barrier_and_no_local_memory_in_the_loop(arch: int) -> None:
     for num_tokens in (1, 16, 64):
         loop, num_tiles = inner_loop(num_tokens, arch)

@@ -1,0 +1,146 @@
+"""From the formats' matrices through a layer's blob to the kernels: what is computed is what the matrices mean."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_or_skip
+from reference.linear_twin import dequantize, random_matrix, silu, sum_bound
+
+from exl.errors import CheckpointError, KernelError
+from exl.formats import DenseMatrix, round_to_nearest
+from exl.kernels.blob import pack_linear, view_linear
+from exl.kernels.linear import gate_up, make_scratch, project
+from exl.kernels.linear_dense import multiply_dense
+from exl.kernels.linear_io import Output
+from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
+from exl.ops.base import view_segments
+
+SM86 = Target("cuda", arch=86)
+
+
+def matrix_spec(matrix, symmetric: bool = False) -> MatrixSpec:
+    order = None if matrix.order is None else "order"
+    bias = matrix.bias is not None
+    return MatrixSpec("m", matrix.K, matrix.N, matrix.bits, "u8", matrix.group_size, bias, order, symmetric)
+
+
+def in_a_blob(parts, spec: LinearSpec, backend, **options):
+    """Packed behind a norm and another linear, as in a layer; then found again by name."""
+    other = LinearSpec((MatrixSpec("other", 64, 32, 16, "f16"),))
+    layout = layer_layout(BlobSpec((("attn_norm", 40),), (("o", (other,)), ("qkv", (spec,)))), SM86)
+    blob = np.full(layout.num_bytes, 0xEE, np.uint8)
+    start, stop = layout.linear_range("qkv", 0)
+    pack_linear(parts, layout.linears["qkv"][0], blob[start:stop], **options)
+    assert (blob[:start] == 0xEE).all()
+    assert (blob[stop:] == 0xEE).all()
+    (linear,) = view_segments(layout, torch.from_numpy(blob).to(backend.device), "qkv")
+    return view_linear(linear.layout, linear.fields), linear.fields
+
+
+def inputs(rng, T: int, K: int) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal((T, K))).half()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fused_matrices_with_bias(bits: int, symmetric: bool) -> None:
+    backend = backend_or_skip("race")
+    rng = np.random.default_rng(bits)
+    parts = [random_matrix(rng, bits, 256, N, 64, symmetric, bias) for N, bias in ((40, True), (24, False))]
+    weight, fields = in_a_blob(parts, LinearSpec(tuple(matrix_spec(m, symmetric) for m in parts)), backend)
+    assert ("zeros" in fields) == (not symmetric)
+    x, y = inputs(rng, 3, 256), torch.full((3, 64), float("nan"))
+    project(backend, weight, x, y)
+    exact = x.double().numpy() @ np.concatenate([dequantize(m) for m in parts], axis=1)
+    exact[:, :40] += parts[0].bias.astype(np.float64)
+    limit = np.concatenate([sum_bound(x.double().numpy(), m) for m in parts], axis=1) + 2.0**-23 * np.abs(exact)
+    assert (np.abs(y.double().numpy() - exact) <= limit).all()
+
+
+def test_gate_and_up_in_the_order_that_down_wants() -> None:
+    backend = backend_or_skip("race")
+    rng = np.random.default_rng(5)
+    parts = [random_matrix(rng, 4, 128, 40, 128) for _ in range(2)]
+    order = rng.permutation(40).astype(np.int32)
+    spec = LinearSpec(tuple(map(matrix_spec, parts)), gated=True)
+    weight, _ = in_a_blob(parts, spec, backend, output_order=order)
+    x, y = inputs(rng, 2, 128), torch.full((2, 40), float("nan"))
+    gate_up(backend, weight, x, y)
+    gate, up = (x.double().numpy() @ dequantize(m) for m in parts)
+    np.testing.assert_allclose(y.double().numpy(), (silu(gate) * up)[:, order], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_say_where_an_input_is_expected() -> None:
+    """y = x W with x scattered by ``positions``, as producers store it."""
+    backend = backend_or_skip("race")
+    rng = np.random.default_rng(6)
+    order = rng.permutation(256).astype(np.int32)
+    matrix = dataclasses.replace(random_matrix(rng, 4, 256, 32, 64), order=order)
+    weight, fields = in_a_blob([matrix], LinearSpec((matrix_spec(matrix),)), backend)
+    x = inputs(rng, 2, 256)
+    sorted_x, y = torch.empty_like(x), torch.full((2, 32), float("nan"))
+    sorted_x[:, fields["positions"].long()] = x
+    project(backend, weight, sorted_x, y)
+    exact = x.double().numpy()[:, order] @ dequantize(matrix)  # sorted row i multiplies x[order[i]]
+    assert (np.abs(y.double().numpy() - exact) <= sum_bound(x.double().numpy()[:, order], matrix)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("T", [1, 20])
+def test_a_dense_head_rounded_when_it_is_loaded(bits: int, T: int) -> None:
+    backend = backend_or_skip("race")
+    rng = np.random.default_rng(bits)
+    values = rng.standard_normal((120, 256)).astype(np.float16)
+    head = round_to_nearest(DenseMatrix("f16", 256, 120, None, None, lambda start, stop: values[start:stop]), bits, 128)
+    weight, _ = in_a_blob([head], LinearSpec((matrix_spec(head),)), backend)
+    x, logits = inputs(rng, T, 256), torch.full((T, 120), float("nan"))
+    project(backend, weight, x, logits, scratch=make_scratch([weight.layout], backend))
+    exact = x.double().numpy() @ dequantize(head)
+    assert (np.abs(logits.double().numpy() - exact) <= sum_bound(x.double().numpy(), head)).all()
+    # No weight is off by more than half a step of its group (plus f16's rounding of the step).
+    step = head.scales.astype(np.float64)[np.arange(256) // 128]
+    assert (np.abs(dequantize(head) - values.T) <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize(("source", "stored"), [("f32", "f16"), ("f16", "f16"), ("bf16", "bf16")])
+def test_dense_weights_in_a_type_that_the_kernel_takes(source: str, stored: str) -> None:
+    backend = backend_or_skip("race")
+    rng = np.random.default_rng(7)
+    exact = torch.from_numpy(rng.standard_normal((40, 64))).to(
+        {"f32": torch.float32, "f16": torch.float16}.get(source, torch.bfloat16)
+    )
+    rows = exact.view(torch.uint16).numpy() if source == "bf16" else exact.numpy()
+    bias = rng.standard_normal(40).astype(np.float32)
+    matrix = DenseMatrix(source, 64, 40, bias, "f32", lambda start, stop: rows[start:stop])
+    weight, fields = in_a_blob([matrix], LinearSpec((MatrixSpec("d", 64, 40, 16, source, has_bias=True),)), backend)
+    assert torch.equal(fields["weight"], exact.to(torch.bfloat16 if stored == "bf16" else torch.float16))
+    x, y = inputs(rng, 3, 64).to(fields["weight"].dtype), torch.full((3, 40), float("nan"))
+    multiply_dense(backend, weight, x, Output.store(y))
+    expected = x.double().numpy() @ fields["weight"].double().numpy().T + bias
+    np.testing.assert_allclose(y.double().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_points_that_are_not_what_the_configuration_says() -> None:
+    matrix = random_matrix(np.random.default_rng(8), 4, 128, 16, 128)
+    layout = linear_layout(LinearSpec((matrix_spec(matrix, symmetric=True),)), SM86)
+    with pytest.raises(CheckpointError, match=r"m\.qzeros: found zero point \d+, expected 8 everywhere"):
+        pack_linear([matrix], layout, np.zeros(layout.num_bytes, np.uint8))
+
+
+def test_what_f16_cannot_hold_is_named() -> None:
+    rows = np.full((16, 32), 1e6, np.float32)
+    layout = linear_layout(LinearSpec((MatrixSpec("d", 32, 16, 32, "f32"),)), SM86)
+    matrix = DenseMatrix("f32", 32, 16, None, None, lambda start, stop: rows[start:stop])
+    with pytest.raises(CheckpointError, match=r"found 1000000\.0, expected 65504 or less"):
+        pack_linear([matrix], layout, np.zeros(layout.num_bytes, np.uint8))
+
+
+def test_a_blob_of_another_size_is_refused() -> None:
+    matrix = random_matrix(np.random.default_rng(9), 4, 128, 16, 128)
+    layout = linear_layout(LinearSpec((matrix_spec(matrix),)), SM86)
+    with pytest.raises(KernelError, match=rf"expected u8 \[{layout.num_bytes}\]"):
+        pack_linear([matrix], layout, np.zeros(layout.num_bytes + 64, np.uint8))
