@@ -10,6 +10,7 @@ import sys
 import typer
 
 from exl.commands.common import say
+from exl.commands.evaluate import evaluate
 from exl.commands.generate import generate
 from exl.commands.info import info
 from exl.commands.packed import packed_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (generate, plan, quantize, info):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(packed_app, name="packed")
 
 

@@ -184,14 +184,18 @@ class LLM:
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits after every token of ``ids``: f32 [T, V], computed in chunks."""
+        out = torch.empty(len(ids), self.config.vocab_size)
+        start = 0
+        for chunk in self.iter_logits(ids):
+            out[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return out
+
+    def iter_logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The same a chunk at a time, f32 [n, V], valid until the next is asked for: for long texts."""
         generator = self._open_generator()
         with self._turn:
-            out = torch.empty(len(ids), self.config.vocab_size)
-            start = 0
-            for chunk in generator.logits(ids):
-                out[start : start + len(chunk)] = chunk
-                start += len(chunk)
-        return out
+            yield from generator.logits(ids)
 
     def close(self) -> None:
         """Gives the memory back. What is asked of the model afterwards raises ``ExlError``."""

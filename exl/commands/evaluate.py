@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl.commands.common import Context, Debug, KVCacheType, Ram, load_with_progress, parse_context
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hugging Face repository.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
+    against: Annotated[str | None, typer.Option(help="A reference model: KL divergence and agreement with it.")] = None,
+    documents: Annotated[str, typer.Option(help="lines: each line for itself; whole: the file in windows.")] = "lines",
+    window: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 512,
+    ram: Ram = None,
+    context: Context = None,
+    kv_cache: KVCacheType = "f16",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how well a model predicts a text: loss in nats a token, perplexity.
+
+    exl eval path/to/model --text text.txt
+
+    exl eval path/to/quantized --text text.txt --against path/to/original
+    """
+    from exl.evaluate import evaluate as run
+    from exl.evaluate import read_documents
+
+    options = {"ram": ram, "context": window if context is None else parse_context(context), "kv_cache": kv_cache}
+    with contextlib.ExitStack() as stack:
+        llm = stack.enter_context(load_with_progress(model, **options))
+        ids = read_documents(text, llm.tokenizer, documents, window)
+        reference = None if against is None else stack.enter_context(load_with_progress(against, **options))
+        found = run(llm, ids, reference)
+    facts: dict[str, float | int] = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "tokens": found.num_tokens,
+        "documents": found.num_documents,
+    }
+    if found.against is not None:
+        facts |= {
+            "reference_loss": found.against.reference_loss,
+            "kl_mean": found.against.kl_mean,
+            "kl_99th_percentile": found.against.kl_99th,
+            "top1_agreement": found.against.top1_agreement,
+        }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print(f"loss {found.loss:.4f} nats, perplexity {found.perplexity:.3f}")
+    print(f"over {found.num_tokens} tokens of {found.num_documents} documents")
+    if found.against is not None:
+        other = found.against
+        print(f"reference: loss {other.reference_loss:.4f} nats")
+        print(f"KL divergence {other.kl_mean:.4f} nats, 99th percentile {other.kl_99th:.4f}")
+        print(f"the same likeliest token in {100 * other.top1_agreement:.2f} % of places")

@@ -1,0 +1,146 @@
+"""How well a model predicts a text: loss and perplexity, and how far its predictions are from another model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exl.errors import ConfigError
+from exl.llm import LLM
+from exl.tokenizer import Tokenizer
+
+MIN_TOKENS = 8  # shorter documents are skipped
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against a reference, over the same positions. KL divergence in nats, of the reference from the model."""
+
+    reference_loss: float
+    kl_mean: float
+    kl_99th: float  # 99th percentile over positions
+    top1_agreement: float  # share of positions where both think the same token likeliest
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats a token, over all tokens but the first of each document."""
+
+    loss: float
+    num_tokens: int
+    num_documents: int
+    against: Comparison | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+def read_documents(
+    path: str | Path, tokenizer: Tokenizer, documents: str = "lines", window: int = WINDOW
+) -> list[list[int]]:
+    """Token ids of a UTF-8 text, each document with the tokenizer's BOS and at most ``window`` tokens.
+
+    ``documents``: "lines", each line without the white space around it, cut off at ``window``; "whole", the file in
+    consecutive windows, each with a BOS of its own. Documents under 8 tokens are skipped. Raises ``ConfigError``.
+    """
+    if documents not in ("lines", "whole"):
+        raise ConfigError(f"documents: found {documents!r}, expected 'lines' or 'whole'")
+    if window < MIN_TOKENS:
+        raise ConfigError(f"window: found {window}, expected {MIN_TOKENS} tokens or more")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"text: {path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text: {path}: not UTF-8: {error}") from None
+    if documents == "lines":
+        found = [tokenizer.encode(line.strip())[:window] for line in text.splitlines()]
+    else:
+        prefix = tokenizer.encode("")
+        ids = tokenizer.encode(text.strip())[len(prefix) :]
+        step = window - len(prefix)
+        found = [[*prefix, *ids[start : start + step]] for start in range(0, len(ids), step)]
+    found = [ids for ids in found if len(ids) >= MIN_TOKENS]
+    if not found:
+        raise ConfigError(f"text: {path}: found no document of {MIN_TOKENS} tokens or more")
+    return found
+
+
+def evaluate(llm: LLM, documents: Iterable[Sequence[int]], against: LLM | None = None) -> Evaluation:
+    """Loss over documents of token ids; with ``against``, also how far the model is from that reference.
+
+    Every token after a document's first counts once. No more than two chunks of logits are in memory. Raises
+    ``ConfigError`` for models whose vocabularies differ in size.
+    """
+    if against is not None and against.config.vocab_size != llm.config.vocab_size:
+        raise ConfigError(
+            f"against: found a vocabulary of {against.config.vocab_size} tokens, expected {llm.config.vocab_size}"
+        )
+    loss = reference_loss = 0.0
+    num_tokens = num_documents = num_agreed = 0
+    divergences: list[np.ndarray] = []
+    for ids in documents:
+        num_documents += 1
+        num_tokens += len(ids) - 1
+        targets = torch.tensor(ids[1:])
+        for start, ours, theirs in _aligned(llm, against, ids):
+            wanted = targets[start : start + len(ours), None]
+            loss -= float(ours.gather(1, wanted).sum())
+            if theirs is not None:
+                reference_loss -= float(theirs.gather(1, wanted).sum())
+                divergences.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).numpy())
+                num_agreed += int((ours.argmax(1) == theirs.argmax(1)).sum())
+    if not num_tokens:
+        raise ConfigError("documents: found no token to predict, expected documents of two tokens or more")
+    comparison = None
+    if against is not None:
+        divergence = np.concatenate(divergences)
+        comparison = Comparison(
+            reference_loss / num_tokens,
+            float(divergence.mean()),
+            float(np.quantile(divergence, 0.99)),
+            num_agreed / num_tokens,
+        )
+    return Evaluation(loss / num_tokens, num_tokens, num_documents, comparison)
+
+
+def _aligned(
+    llm: LLM, against: LLM | None, ids: Sequence[int]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """First position, log-probabilities f64 [n, V] and the reference's: all but the last position, which predicts
+    nothing that is known. The two models may cut their chunks differently."""
+    last = len(ids) - 1
+    if against is None:
+        for start, chunk in _log_probs(llm, ids):
+            if start < last:
+                yield start, chunk[: last - start], None
+        return
+    theirs = _log_probs(against, ids)
+    at, held = 0, torch.empty(0, 0)
+    for start, ours in _log_probs(llm, ids):
+        done = 0
+        while done < len(ours):
+            if not len(held):
+                at, held = next(theirs)
+            n = min(len(ours) - done, len(held), last - at)
+            if n <= 0:
+                break
+            yield start + done, ours[done : done + n], held[:n]
+            done, at, held = done + n, at + n, held[n:]
+    for _ in theirs:  # to be exhausted: it holds the model
+        pass
+
+
+def _log_probs(llm: LLM, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    start = 0
+    for chunk in llm.iter_logits(ids):
+        yield start, F.log_softmax(chunk.double(), dim=-1)
+        start += len(chunk)

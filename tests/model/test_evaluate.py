@@ -1,0 +1,118 @@
+"""Loss, divergence and agreement: published figures, and the same sums in float64 from whole logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import exl
+from exl.errors import ConfigError
+from exl.evaluate import evaluate, read_documents
+from exl.hub import BUNDLED_MODEL
+
+DATA = Path(__file__).parents[1] / "data"
+TEXT = DATA / "tinystories-valid-30k.txt"
+
+
+def run(*args: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "exl.cli", "eval", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_published_loss_of_the_dense_model():
+    """By transformers in f32: 9,136 tokens, 1.6438 nats."""
+    done = run(DATA / "stories260K", "--text", TEXT, "--kv-cache", "f32", "--json")
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 9136
+    assert abs(found["loss"] - 1.6438) < 1e-4
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_against_another_model():
+    """The sums of the definition, in float64, from logits that are not cut into chunks of the evaluation's."""
+    options = {"kv_cache": "f32"}
+    with (
+        exl.load(BUNDLED_MODEL, prefill_chunk=100, **options) as llm,
+        exl.load(DATA / "stories260K", prefill_chunk=64, **options) as other,
+    ):
+        documents = read_documents(TEXT, llm.tokenizer, window=200)[:3]
+        found = evaluate(llm, documents, other)
+        losses, divergences, agreed = [], [], []
+        for ids in documents:
+            p, q = (torch.log_softmax(m.logits(ids)[:-1].double(), 1).numpy() for m in (other, llm))
+            losses.append(-np.take_along_axis(q, np.array(ids[1:])[:, None], 1))
+            divergences.append((np.exp(p) * (p - q)).sum(1))
+            agreed.append(p.argmax(1) == q.argmax(1))
+        itself = evaluate(llm, documents[:1], llm_again(llm))
+    assert found.num_tokens == sum(len(ids) - 1 for ids in documents)
+    assert found.num_documents == 3
+    assert found.loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-9)
+    assert found.against.kl_mean == pytest.approx(np.concatenate(divergences).mean(), rel=1e-9)
+    assert found.against.kl_99th == pytest.approx(np.quantile(np.concatenate(divergences), 0.99), rel=1e-9)
+    assert found.against.top1_agreement == np.concatenate(agreed).mean()
+    assert itself.against.kl_mean < 1e-9
+    assert itself.against.top1_agreement == 1
+
+
+def llm_again(llm: exl.LLM) -> exl.LLM:
+    """The same model with chunks of its own."""
+    return exl.load(llm.folder, prefill_chunk=37, kv_cache="f32")
+
+
+def test_documents(tmp_path):
+    with exl.load() as llm:
+        tokenizer = llm.tokenizer
+    path = tmp_path / "text.txt"
+    path.write_text("  Once upon a time there was a little dog.  \n\nHi\n" + "He ran and ran. " * 40)
+    lines = read_documents(path, tokenizer, window=50)
+    assert lines == [
+        tokenizer.encode("Once upon a time there was a little dog."),
+        tokenizer.encode(("He ran and ran. " * 40).strip())[:50],
+    ]
+    windows = read_documents(path, tokenizer, "whole", window=50)
+    bos = tokenizer.encode("")
+    assert all(ids[: len(bos)] == bos and len(ids) <= 50 for ids in windows)
+    joined = [i for ids in windows for i in ids[len(bos) :]]
+    whole = tokenizer.encode(path.read_text().strip())[len(bos) :]
+    assert joined == whole[: len(joined)]
+    assert len(whole) - len(joined) < 8  # a last window that is too short
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--text", "nowhere.txt"], ["nowhere.txt", "cannot be read"]),
+        (["--text", DATA / "stories260K" / "model.safetensors"], ["not UTF-8"]),
+        (["--text", TEXT, "--documents", "chapters"], ["documents", "chapters"]),
+        (["--text", TEXT, "--window", "3"], ["window", "3"]),
+        (["--text", TEXT, "--ram", "banana"], ["ram", "banana"]),
+        (["--text", TEXT, "--against", "nobody/nothing-here"], ["nobody/nothing-here"]),
+    ],
+)
+def test_bad_input_is_one_line(args, words):
+    done = run(BUNDLED_MODEL, *args)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words)
+
+
+def test_vocabularies_must_agree(tmp_path):
+    class Other:
+        class config:
+            vocab_size = 7
+
+    with exl.load() as llm, pytest.raises(ConfigError, match="found a vocabulary of 7 tokens, expected 512"):
+        evaluate(llm, [[1, 2, 3]], Other())
+
+
+def test_a_text_without_a_document(tmp_path):
+    (tmp_path / "empty.txt").write_text("Hi\n\n")
+    with exl.load() as llm, pytest.raises(ConfigError, match="no document of 8 tokens"):
+        read_documents(tmp_path / "empty.txt", llm.tokenizer)
