@@ -84,13 +84,15 @@ def plan_devices(
     max_resident: int | None = None,
 ) -> MemoryPlan:
     """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
-    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. The plan may not
-    fit: ask ``fits``."""
+    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. The i-th streamed
+    layer has slot i modulo their number. The plan may not fit: ask ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
     scratch = sum(device_scratch(model.limits, model.target, (*model.layers, model.head)).values())
     plan = None
     for num_resident in range(most, -1, -1):
+        if num_resident and num_slots > 1 and (num_layers - num_resident) % num_slots == 1:
+            continue  # the last layer of a step and the first of the next would have the same slot: each step a stall
         for num_devices in range(1, len(vram) + 1):
             plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, scratch)
             if plan.fits:

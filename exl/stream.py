@@ -57,13 +57,13 @@ class StreamStats:
 
 
 @dataclass
-class _Slot:
+class Slot:
     array: NDArray[np.uint8]  # page-aligned
     layer_idx: int | None = None  # whose bytes it holds, all of them
     num_users: int = 0  # acquired and not released
 
 
-class _SlotReader:
+class SlotReader:
     """Slots, and the thread that fills them. Knows nothing of the stream above it, so that it does not keep it alive.
 
     What to read next follows from the order, the place in it and what the slots hold, and from nothing else: the
@@ -72,7 +72,7 @@ class _SlotReader:
     """
 
     def __init__(
-        self, packed: PackedFile, blob_indices: Mapping[int, int], sizes: Mapping[int, int], slots: list[_Slot]
+        self, packed: PackedFile, blob_indices: Mapping[int, int], sizes: Mapping[int, int], slots: list[Slot]
     ):
         self.packed, self.slots, self.stats = packed, slots, StreamStats()
         self._blob_indices, self._sizes = blob_indices, sizes
@@ -148,6 +148,10 @@ class _SlotReader:
                 raise ValueError(f"layer {layer_idx} is not acquired")
             self.slots[slot_idx].num_users -= 1
             self._changed.notify_all()
+
+    def holds(self, layer_idx: int) -> bool:
+        with self._changed:
+            return self._holder(layer_idx) is not None
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         with self._changed:
@@ -267,11 +271,11 @@ class LayerStream:
         memory = torch.from_numpy(slots.array)
         self._tensors = [memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(num_slots)]
         self._views: dict[tuple[int, int], LayerWeights] = {}
-        self._reader = _SlotReader(
+        self._reader = SlotReader(
             packed,
             dict(blob_indices),
             sizes,
-            [_Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
+            [Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
         )
         # Also at the interpreter's end, and where nobody calls close().
         self._finalizer = weakref.finalize(self, _close, self._reader, packed, slots)
@@ -318,7 +322,7 @@ class LayerStream:
             raise ExlError("the weights are closed")
 
 
-def _close(reader: _SlotReader, packed: PackedFile, slots: HostBuffer) -> None:
+def _close(reader: SlotReader, packed: PackedFile, slots: HostBuffer) -> None:
     if reader.close():  # else the thread still needs both
         packed.close()
         slots.close()

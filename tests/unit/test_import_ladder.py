@@ -37,7 +37,7 @@ LADDER = (
     ("kernels",),
     ("ops",),
     ("models",),
-    ("block_file", "packed", "packed_store", "read_ahead", "stream", "loader", "planning"),
+    ("block_file", "packed", "packed_store", "read_ahead", "stream", "device_stream", "loader", "planning"),
     ("runner",),
     ("generator",),
     ("engine",),

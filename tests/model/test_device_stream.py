@@ -1,0 +1,281 @@
+"""The stream to a GPU, on a device that is not there: two queues that run in random order, as late as they may.
+
+What is queued happens only when it must or when chance wants it, so that a copy that does not wait for the arithmetic
+before it, or arithmetic that does not wait for its copy, sees the wrong bytes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl.device_stream import DeviceStream, DiskLayers, PinnedLayers
+from exl.errors import CheckpointError
+from exl.host_memory import HostBuffer
+from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.ops.base import LayerWeights
+from exl.packed import PackedFile, PackedWriter
+from exl.stream import Slot, SlotReader
+
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
+
+TINY = layer_layout(
+    BlobSpec(
+        (("attn_norm", 8), ("mlp_norm", 8)),
+        tuple((name, (LinearSpec((MatrixSpec(name, 8, 8, 32, "f32"),)),)) for name in ("qkv", "o", "gate_up", "down")),
+    ),
+    Target("cpu"),
+)
+
+
+class Work:
+    """Something queued; also the event that it is done."""
+
+    def __init__(self, device: Device, run: Callable[[], None], after: list[Work]) -> None:
+        self.device, self.run, self.after, self.done = device, run, after, False
+
+    def query(self) -> bool:
+        self.device.chance()
+        return self.done
+
+    def synchronize(self) -> None:
+        stack = [self]
+        while stack:
+            waiting = [work for work in stack[-1].after if not work.done]
+            if waiting:
+                stack += waiting
+            else:
+                work = stack.pop()
+                if not work.done:
+                    work.run()
+                    work.done, work.after = True, []
+
+
+class Device:
+    """Two streams in order, each waiting for the other by events alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.tails: dict[str, Work | None] = {"copies": None, "arithmetic": None}
+        self.queued: list[Work] = []
+        self.awaited: list[Work] = []
+
+    def queue(self, stream: str, run: Callable[[], None], after: list[Work]) -> Work:
+        tail = self.tails[stream]
+        work = Work(self, run, after + ([tail] if tail else []))
+        self.tails[stream] = work
+        self.queued.append(work)
+        self.chance()
+        return work
+
+    def chance(self) -> None:
+        """Some of what is queued happens."""
+        for _ in range(self.random.choice([0, 0, 1, 3])):
+            if self.queued:
+                self.random.choice(self.queued).synchronize()
+        self.queued = [work for work in self.queued if not work.done]
+
+    def finish(self) -> None:
+        for work in self.queued:
+            work.synchronize()
+
+    # the engine of copies
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Work | None) -> Work:
+        dst_seen = lambda: dst.copy_(src)  # noqa: E731
+        return self.queue("copies", dst_seen, [after] if after else [])
+
+    def record(self) -> Work:
+        return self.arithmetic(lambda: None)
+
+    def wait(self, event: Work) -> None:
+        self.awaited.append(event)
+
+    def arithmetic(self, run: Callable[[], None]) -> Work:
+        after, self.awaited = self.awaited, []
+        return self.queue("arithmetic", run, after)
+
+
+def blob(layer_idx: int) -> np.ndarray:
+    return np.full(TINY.num_bytes, layer_idx + 1, np.uint8)
+
+
+def marks(weights: LayerWeights) -> set[int]:
+    """Every byte value in a layer's views."""
+    tensors = [weights.attn_norm, weights.mlp_norm]
+    tensors += [w.fields["weight"] for w in (*weights.qkv, *weights.o, *weights.gate_up, *weights.down)]
+    return {int(b) for t in tensors for b in t.contiguous().view(torch.uint8).unique()}
+
+
+class Model:
+    """``resident`` on the device, ``on_disk`` behind a reader thread, the others pinned."""
+
+    def __init__(self, folder: Path, num_layers: int, num_slots: int, resident=(), on_disk=(), seed: int = 0) -> None:
+        self.device = Device(seed)
+        streamed = [i for i in range(num_layers) if i not in resident]
+        host = [
+            (pinned := [i for i in streamed if i not in on_disk], PinnedLayers({i: tensor(blob(i)) for i in pinned}))
+        ]
+        self.reader = self.packed = None
+        if on_disk:
+            host.append((on_disk, self._disk(folder, num_layers, on_disk)))
+        views = {i: LayerWeights.view(TINY, tensor(blob(i))) for i in resident}
+        slots = [tensor(np.zeros(TINY.num_bytes, np.uint8)) for _ in range(num_slots)]
+        self.stream = DeviceStream([TINY] * num_layers, views, host, slots, self.device)
+        self.num_layers = num_layers
+        self.seen: list[tuple[int, set[int]]] = []
+
+    def _disk(self, folder: Path, num_layers: int, on_disk) -> DiskLayers:
+        sizes = [TINY.num_bytes] * num_layers
+        buffer = HostBuffer(TINY.num_bytes, "test")
+        with PackedWriter(folder / "packed", bytes(32), "", sizes) as writer:
+            for i in range(num_layers):
+                buffer.array[:] = blob(i)
+                writer.write(buffer.array)
+            writer.commit()
+        self.packed = PackedFile.open(folder / "packed", bytes(32), sizes)
+        self.memory = [HostBuffer(TINY.num_bytes, "read buffer") for _ in range(2)]
+        numbers = dict.fromkeys(on_disk, TINY.num_bytes)
+        self.reader = SlotReader(self.packed, {i: i for i in on_disk}, numbers, [Slot(m.array) for m in self.memory])
+        return DiskLayers(self.reader, [torch.from_numpy(m.array) for m in self.memory], numbers)
+
+    def run_layer(self, layer_idx: int) -> None:
+        weights = self.stream.acquire(layer_idx)
+        self.device.arithmetic(lambda: self.seen.append((layer_idx, marks(weights))))
+        self.stream.release(layer_idx)
+
+    def run_pass(self, length: int | None = None) -> None:
+        self.stream.begin(range(self.num_layers))
+        for layer_idx in range(self.num_layers if length is None else length):
+            self.run_layer(layer_idx)
+
+    def check(self) -> None:
+        self.device.finish()
+        assert all(found == {layer_idx + 1} for layer_idx, found in self.seen), self.seen
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+            self.packed.close()
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+@given(
+    num_layers=st.integers(1, 7),
+    num_slots=st.integers(1, 4),
+    resident=st.sets(st.integers(0, 6)),
+    on_disk=st.sets(st.integers(0, 6)),
+    lengths=st.lists(st.one_of(st.none(), st.integers(0, 7)), min_size=1, max_size=4),
+    seed=st.integers(0, 1 << 30),
+)
+@settings(max_examples=80, deadline=None)
+def test_arithmetic_sees_its_own_layer(tmp_path_factory, num_layers, num_slots, resident, on_disk, lengths, seed):
+    """Passes, some of them cut short, from both tiers, whatever happens when."""
+    resident = {i for i in resident if i < num_layers}
+    if len(resident) == num_layers:
+        resident.pop()
+    on_disk = sorted(i for i in on_disk if i < num_layers and i not in resident)
+    model = Model(tmp_path_factory.mktemp("m"), num_layers, num_slots, resident, on_disk, seed)
+    try:
+        for length in lengths:
+            model.run_pass(None if length is None else min(length, num_layers))
+        model.check()
+        assert len(model.seen) == sum(num_layers if n is None else min(n, num_layers) for n in lengths)
+    finally:
+        model.close()
+
+
+def test_a_device_without_events_is_caught(tmp_path):
+    """The test above can fail: copies that do not wait for arithmetic are seen."""
+    found = []
+    for seed in range(20):
+        model = Model(tmp_path, 5, 2, seed=seed)
+        copy = model.device.copy
+        model.device.copy = lambda dst, src, after, copy=copy: copy(dst, src, None)
+        for _ in range(3):
+            model.run_pass()
+        model.device.finish()
+        found.append(any(seen != {layer_idx + 1} for layer_idx, seen in model.seen))
+    assert any(found)
+
+
+def test_copies_run_ahead_of_the_arithmetic(tmp_path):
+    """While a layer is computed the next ones are queued, also across the end of a pass."""
+    model = Model(tmp_path, 6, 2)
+    copies = []
+    copy = model.device.copy
+    model.device.copy = lambda dst, src, after: copies.append(int(src[0]) - 1) or copy(dst, src, after)
+    model.stream.begin(range(6))
+    for layer_idx in range(6):
+        model.stream.acquire(layer_idx)
+        assert copies == [*range(2, min(6, layer_idx + 2)), *([0] if layer_idx == 5 else [])]  # 0 and 1 came before
+        model.stream.release(layer_idx)
+    assert copies == [2, 3, 4, 5, 0, 1]
+
+
+def test_a_layers_address_never_changes(tmp_path):
+    """So that a step can be a graph: the i-th streamed layer has slot i mod S, whatever ran before."""
+    model = Model(tmp_path, 5, 2, resident={1})
+    addresses = {}
+    for length in (None, 3, None, 1, None):
+        model.stream.begin(range(5))
+        for layer_idx in range(5 if length is None else length):
+            address = model.stream.acquire(layer_idx).attn_norm.data_ptr()
+            assert addresses.setdefault(layer_idx, address) == address
+            model.stream.release(layer_idx)
+    assert addresses[0] == addresses[3] != addresses[2] == addresses[4]
+
+
+def test_a_settled_stream_waits_for_nothing_before(tmp_path):
+    """A graph may not wait for what was queued before its capture, and must end joined with its copies."""
+    model = Model(tmp_path, 4, 2)
+    model.run_pass()
+    model.stream.settle()
+    assert not any(work for work in model.device.queued if not work.done)
+    waits, device = [], model.device
+    device.wait = waits.append
+    model.stream.begin(range(4))
+    model.stream.acquire(0)
+    assert waits == []
+    model.stream.release(0)
+    model.stream.join()
+    assert [work.done or work in device.queued for work in waits] == [True]
+
+
+def test_errors_of_the_disk_come_out_where_the_layer_is_asked_for(tmp_path, monkeypatch):
+    def broken(*args):
+        raise CheckpointError("packed: layer 2 is damaged")
+
+    model = Model(tmp_path, 6, 2, resident={0}, on_disk=[1, 2, 3, 4, 5])
+    try:
+        model.run_pass()
+        model.check()
+        monkeypatch.setattr(PackedFile, "read_blob", broken)
+        model.run_layer(0)
+        with pytest.raises(CheckpointError, match="damaged"):
+            model.run_pass()
+    finally:
+        model.close()
+
+
+def test_misuse_is_refused(tmp_path):
+    model = Model(tmp_path, 4, 2, resident={0})
+    with pytest.raises(ValueError, match="layer 1 is not acquired"):
+        model.stream.release(1)
+    model.stream.acquire(1)
+    with pytest.raises(ValueError, match="its slot is acquired, by layer 1"):
+        model.stream.acquire(3)
+    with pytest.raises(ValueError, match="layer 7 is not in the order"):
+        model.stream.acquire(7)
+    with pytest.raises(ValueError, match="either resident or streamed"):
+        DeviceStream([TINY] * 3, {}, [([0, 1], PinnedLayers({}))], [tensor(blob(0))], model.device)
