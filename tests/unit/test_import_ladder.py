@@ -41,7 +41,7 @@ LADDER = (
     ("runner",),
     ("generator",),
     ("engine",),
-    ("llm", "evaluate"),
+    ("llm", "evaluate", "bench"),
     ("quantize", "system_info"),
     ("commands",),
     ("cli",),

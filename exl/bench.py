@@ -1,0 +1,241 @@
+"""Speed of prompts and of generation, against what the memory allows, and memory against the plan.
+
+Names are llama-bench's: pp512 is a prompt of 512 tokens, tg128 the generation of 128, both after ``depth`` tokens that
+are in the cache already. Nothing but the model runs: token ids in, greedy token ids out.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exl.engine import Engine, load_engine
+from exl.errors import ConfigError
+from exl.host_memory import trim_heap
+from exl.hub import BUNDLED_MODEL
+from exl.layout import LayerLayout
+from exl.loader import Progress
+from exl.memory import MemoryPlan, PlanInput
+from exl.ops.torch_ops import cpu_target
+from exl.planning import EngineOptions, open_model, plan_model
+from exl.sampling import SamplingParams, sampling_batch
+
+ROOF_BYTES = 1 << 28  # that the roof is measured on: far beyond the caches
+ROOF_PASSES = 8
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One test, after a warm-up that does not count."""
+
+    name: str  # "pp512", "tg128", with "@d4096" at a depth
+    num_tokens: int
+    seconds: tuple[float, ...]  # of each repetition
+    bytes_a_token: int | None = None  # that generating one reads: weights, and the cache at half way
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        return tuple(self.num_tokens / seconds for seconds in self.seconds)
+
+    @property
+    def mean(self) -> float:
+        """Tokens a second."""
+        return statistics.fmean(self.speeds)
+
+    @property
+    def deviation(self) -> float:
+        """Of the sample; 0 for a single repetition."""
+        return statistics.stdev(self.speeds) if len(self.speeds) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    plan: MemoryPlan
+    results: tuple[BenchResult, ...]
+    roof: float  # bytes a second of a read-only pass over memory, with the same threads, in the same run
+    peak_bytes: int | None  # resident memory above that before loading; None where the system does not tell
+
+    def share_of_roof(self, result: BenchResult) -> float | None:
+        if result.bytes_a_token is None:
+            return None
+        return result.bytes_a_token * result.mean / self.roof
+
+
+def run_bench(
+    folder: Path,
+    options: EngineOptions,
+    num_prompt: int = 512,
+    num_generated: int = 128,
+    depth: int = 0,
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Loads the model and measures it; 0 tokens leave a test out. ``options.context`` must hold depth and tokens; None
+    is just as many. Raises ``ConfigError``, and all that loading raises."""
+    for name, value, least in (
+        ("pp", num_prompt, 0),
+        ("tg", num_generated, 0),
+        ("depth", depth, 0),
+        ("repeats", repeats, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}: found {value}, expected {least} or more")
+    needed = depth + max(num_prompt, num_generated + 1)
+    if options.context is None:
+        options = EngineOptions(**{**vars(options), "context": needed})
+    _run_tiny()
+    roof = read_bandwidth()
+    before = _reset_peak()
+    engine = load_engine(folder, options, progress)
+    try:
+        if engine.generator.context < needed:
+            raise ConfigError(f"context: found {engine.generator.context}, expected {needed} tokens or more")
+        tests: list[tuple[str, int, Callable[[], float], int | None]] = []
+        at = f"@d{depth}" if depth else ""
+        if num_prompt:
+            tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt), None))
+        if num_generated:
+            num_bytes = _bytes_a_token(folder, options, depth + num_generated // 2)
+            tests.append(
+                (f"tg{num_generated}{at}", num_generated, lambda: _generate(engine, depth, num_generated), num_bytes)
+            )
+        results = []
+        for name, count, run, num_bytes in tests:
+            run()
+            results.append(BenchResult(name, count, tuple(run() for _ in range(repeats)), num_bytes))
+        peak = None if before is None else _status_bytes("VmHWM") - before
+        return BenchReport(engine.plan, tuple(results), roof, peak)
+    finally:
+        engine.close()
+
+
+def _prompt(engine: Engine, depth: int, count: int) -> float:
+    generator, ids = engine.generator, _ids(engine, depth + count)
+    sequence = generator.begin(depth + count)
+    try:
+        if depth:
+            generator.extend(sequence, ids[:depth])
+        began = time.perf_counter()
+        generator.extend(sequence, ids[depth:])
+        return time.perf_counter() - began
+    finally:
+        generator.end(sequence)
+
+
+def _generate(engine: Engine, depth: int, count: int) -> float:
+    generator, ops = engine.generator, engine.generator.runner.decoder.ops
+    greedy = sampling_batch([(SamplingParams(max_tokens=count, temperature=0.0), 0, [])])
+    sample = torch.zeros(1, dtype=torch.int32, device=ops.device)
+    sequence = generator.begin(depth + count + 1)
+    try:
+        logits = generator.extend(sequence, _ids(engine, depth + 1))
+        began = time.perf_counter()
+        for _ in range(count):
+            ops.sample(logits, greedy, sample)
+            logits = generator.extend(sequence, [int(sample[0])])
+        return time.perf_counter() - began
+    finally:
+        generator.end(sequence)
+
+
+def _ids(engine: Engine, count: int) -> list[int]:
+    """Tokens of no meaning, all different from their neighbours."""
+    return [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(count)]
+
+
+def _bytes_a_token(folder: Path, options: EngineOptions, context: int) -> int:
+    """Layers and head as decoding reads them, and K and V of ``context`` tokens."""
+    with open_model(folder, options.head) as files:
+        _, model = plan_model(files, options, cpu_target())
+    head = model.head if model.head.linears else model.embed
+    return sum(map(_read_bytes, model.layers)) + _read_bytes(head) + _cache_bytes(model, context)
+
+
+def _read_bytes(layout: LayerLayout) -> int:
+    """int4pack: decoding reads codes and the bf16 pairs of scale and zero; prompts the exact scales and zeros."""
+    total = sum(field.num_bytes for name, field in layout.fields.items() if "." not in name)
+    for segments in layout.linears.values():
+        for linear in segments:
+            unread = ("scales", "zeros") if linear.kind == "int4pack" else ()
+            total += sum(field.num_bytes for name, field in linear.fields.items() if name not in unread)
+    return total
+
+
+def _cache_bytes(model: PlanInput, context: int) -> int:
+    page = model.kv_layout.slab_bytes(1)
+    return page * context // 64
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of the quickest of some read-only passes over memory, with torch's threads."""
+    memory = torch.ones(ROOF_BYTES // 4, dtype=torch.float32)
+    seconds = []
+    for _ in range(ROOF_PASSES):
+        began = time.perf_counter()
+        memory.sum()
+        seconds.append(time.perf_counter() - began)
+    return ROOF_BYTES / min(seconds)
+
+
+def _run_tiny() -> None:
+    """What torch allocates once for good belongs to nobody's plan."""
+    engine = load_engine(BUNDLED_MODEL, EngineOptions(context=64))
+    try:
+        _generate(engine, 8, 4)
+    finally:
+        engine.close()
+    gc.collect()
+    trim_heap()
+
+
+def _reset_peak() -> int | None:
+    """Resident memory now, from which the peak counts anew; None where the system does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    trim_heap()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError(f"/proc/self/status: found no {field}")
+
+
+def rows_of(report: BenchReport) -> list[dict[str, object]]:
+    """A row a test, for tables and files."""
+    rows = []
+    for result in report.results:
+        share = report.share_of_roof(result)
+        rows.append(
+            {
+                "test": result.name,
+                "tokens_per_second": round(result.mean, 2),
+                "deviation": round(result.deviation, 2),
+                "repeats": len(result.seconds),
+                "share_of_roof": None if share is None else round(share, 3),
+            }
+        )
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, object]]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| test | tokens/s | share of the roof |", "| --- | ---: | ---: |"]
+    for row in rows:
+        share = row["share_of_roof"]
+        speed = f"{row['tokens_per_second']:.2f} ± {row['deviation']:.2f}"
+        lines.append(f"| {row['test']} | {speed} | {'' if share is None else f'{100 * share:.1f} %'} |")
+    return "\n".join(lines)

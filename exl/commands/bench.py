@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from exl.commands.common import Context, Debug, KVCacheType, Model, Ram, parse_context, say
+from exl.errors import ConfigError
+
+
+def bench(
+    model: Model = None,
+    pp: Annotated[int, typer.Option("--pp", help="Tokens of the prompt; 0: leave it out.")] = 512,
+    tg: Annotated[int, typer.Option("--tg", help="Tokens to generate; 0: leave it out.")] = 128,
+    depth: Annotated[int, typer.Option(help="Tokens that are in the cache before.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Measurements of each, after one that does not count.")] = 5,
+    output: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
+    ram: Ram = None,
+    context: Context = None,
+    kv_cache: KVCacheType = "f16",
+    debug: Debug = False,
+) -> None:
+    """Measure the speed of prompts and of generation.
+
+    exl bench --model path/to/model
+
+    exl bench --model path/to/model --pp 0 --tg 64 --depth 1024 --output json
+    """
+    if output not in ("table", "csv", "json"):
+        raise ConfigError(f"output: found {output!r}, expected table, csv or json")
+    from exl.bench import markdown, rows_of, run_bench
+    from exl.hub import find_model
+    from exl.memory import format_bytes
+    from exl.planning import EngineOptions
+
+    options = EngineOptions(ram=ram, context=parse_context(context), kv_cache=kv_cache)
+    report = run_bench(find_model(model), options, pp, tg, depth, repeats)
+    rows = rows_of(report)
+    if output == "json":
+        facts = {"roof_bytes_per_second": report.roof, "peak_bytes": report.peak_bytes}
+        print(json.dumps({"results": rows, "planned_bytes": report.plan.num_bytes, **facts}))
+    elif output == "csv":
+        writer = csv.DictWriter(sys.stdout, rows[0] if rows else ["test"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print(markdown(rows))
+        peak = "not told by this system" if report.peak_bytes is None else format_bytes(report.peak_bytes)
+        say(f"memory: {peak} of {format_bytes(report.plan.num_bytes)} planned")
+        say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory with the same threads")

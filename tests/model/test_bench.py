@@ -1,0 +1,97 @@
+"""exl bench: what it counts, against sums made by hand; and that a person gets a table, a file or one clear line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from exl.bench import BenchReport, BenchResult, read_bandwidth, rows_of, run_bench
+from exl.errors import ConfigError
+from exl.hub import BUNDLED_MODEL
+from exl.planning import EngineOptions
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "exl.cli", "bench", *args], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def report() -> BenchReport:
+    return run_bench(BUNDLED_MODEL, EngineOptions(), num_prompt=40, num_generated=9, depth=70, repeats=3)
+
+
+def test_tests_are_named_as_llama_bench_names_them(report):
+    assert [(r.name, r.num_tokens, len(r.seconds)) for r in report.results] == [("pp40@d70", 40, 3), ("tg9@d70", 9, 3)]
+    assert all(seconds > 0 for r in report.results for seconds in r.seconds)
+
+
+def test_bytes_of_a_token_by_hand(report):
+    """The bundled model: 5 layers of 64 channels, 8 heads over 4 for K and V, 192 inner channels."""
+    generated = report.results[1]
+    matrices = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192
+    assert generated.bytes_a_token > 5 * matrices // 2
+    # Layers as the plan has them are an upper bound, with the exact scales and zeros that only prompts read.
+    lines = {line.purpose: line.num_bytes for line in report.plan.lines}
+    cache = 5 * 2 * 4 * 8 * 2 * (70 + 9 // 2)
+    assert generated.bytes_a_token <= lines["resident layers"] + lines["embedding"] + cache
+    assert report.results[0].bytes_a_token is None
+
+
+def test_mean_deviation_and_share():
+    result = BenchResult("tg10", 10, (1.0, 2.0, 4.0), bytes_a_token=100)
+    assert result.speeds == (10.0, 5.0, 2.5)
+    assert result.mean == pytest.approx(17.5 / 3)
+    assert result.deviation == pytest.approx(3.818813, rel=1e-5)
+    assert BenchResult("tg1", 1, (1.0,)).deviation == 0
+    report = BenchReport(None, (result,), roof=1000.0, peak_bytes=None)
+    assert report.share_of_roof(result) == pytest.approx(100 * 17.5 / 3 / 1000)
+    assert rows_of(report)[0]["share_of_roof"] == round(100 * 17.5 / 3 / 1000, 3)
+
+
+def test_peak_is_within_the_plan(report):
+    if report.peak_bytes is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    assert report.peak_bytes <= report.plan.num_bytes
+
+
+def test_the_roof_is_a_bandwidth():
+    assert 1e8 < read_bandwidth() < 1e13
+
+
+def test_output_for_people_and_programs():
+    small = ("--pp", "20", "--tg", "4", "--repeats", "2")
+    table = run(*small)
+    assert table.stdout.splitlines()[0].startswith("| test ")
+    assert "planned" in table.stderr
+    rows = list(csv.DictReader(io.StringIO(run(*small, "--output", "csv").stdout)))
+    assert [row["test"] for row in rows] == ["pp20", "tg4"]
+    found = json.loads(run(*small, "--pp", "0", "--output", "json").stdout)
+    assert [row["test"] for row in found["results"]] == ["tg4"]
+    assert found["planned_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--pp", "-1"], ["pp", "-1"]),
+        (["--repeats", "0"], ["repeats", "0"]),
+        (["--output", "xml"], ["output", "xml"]),
+        (["--context", "20"], ["context", "20", "512"]),
+        (["--ram", "banana"], ["ram", "banana"]),
+    ],
+)
+def test_bad_input_is_one_line(args, words):
+    done = run(*args)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words)
+
+
+def test_a_depth_below_zero_is_refused():
+    with pytest.raises(ConfigError, match="depth: found -2"):
+        run_bench(BUNDLED_MODEL, EngineOptions(), depth=-2)
