@@ -23,12 +23,14 @@ from exl.errors import (
 )
 
 if TYPE_CHECKING:
+    from exl.chat import Chat
     from exl.llm import LLM, Completion, TextIterator, load
     from exl.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Chat": "exl.chat",
     "LLM": "exl.llm",
     "Completion": "exl.llm",
     "SamplingParams": "exl.sampling",
@@ -38,6 +40,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "Chat",
     "CheckpointError",
     "Completion",
     "ConfigError",

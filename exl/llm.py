@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from exl.planning import EngineOptions
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from exl.chat import Chat
 
 Prompt = str | Sequence[int]
 
@@ -181,6 +185,18 @@ class LLM:
         return self.tokenizer.encode_chat(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
         )
+
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        tools: Sequence[Mapping] | None = None,
+        variables: Mapping | None = None,
+    ) -> Chat:
+        """A conversation whose earlier turns are not computed again; see ``exl.chat.Chat``."""
+        from exl.chat import Chat
+
+        return Chat(self, system, tools=tools, variables=variables)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits after every token of ``ids``: f32 [T, V], computed in chunks."""

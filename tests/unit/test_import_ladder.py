@@ -41,7 +41,7 @@ LADDER = (
     ("runner",),
     ("generator",),
     ("engine",),
-    ("llm", "evaluate", "bench"),
+    ("llm", "chat", "evaluate", "bench"),
     ("quantize", "system_info"),
     ("commands",),
     ("cli",),

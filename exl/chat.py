@@ -1,0 +1,285 @@
+"""Conversations: turns that the model has seen are not computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from exl.errors import ConfigError
+from exl.llm import LLM, Completion, TextIterator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+FORMAT, VERSION = "exl chat", 1
+_TRANSCRIPT_STOP = "\nUser:"
+_NOTICE = (
+    "this model has no chat template: it was not trained to talk, and is shown a transcript of User and Assistant to "
+    "continue"
+)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keywords of ``LLM.stream``, which checks them."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str]
+
+
+class Chat:
+    """A conversation with a model, made by ``llm.chat()``. Not for several threads at once.
+
+    Token ids are kept as they were run, and each turn appends to them: the cache has all of it but the last token that
+    was sampled, unless others have used up its room. Where the template writes earlier turns anew (it drops a
+    reasoning, say), the conversation is rendered as a whole, and computed from the first token on that differs.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        system: str | None = None,
+        *,
+        tools: Sequence[Mapping] | None = None,
+        variables: Mapping | None = None,
+    ) -> None:
+        """``tools`` and ``variables`` go to the chat template. Raises ``ConfigError`` for a model without one that is
+        to have tools."""
+        self._llm, self._system = llm, system
+        self._tools, self._variables = tools, variables
+        self._messages: list[dict[str, Any]] = []
+        self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: to be rendered
+        self._plain_ids: list[int] = []  # what the template made of the prompt of the last answer
+        if self.is_transcript and tools:
+            raise ConfigError(f"tools: {llm.folder.name} has no chat template to show them with")
+
+    @property
+    def is_transcript(self) -> bool:
+        """The model has no chat template."""
+        return self._llm.tokenizer.chat_template is None
+
+    @property
+    def notice(self) -> str | None:
+        """What a person should know before they talk."""
+        return f"{self._llm.folder.name}: {_NOTICE}" if self.is_transcript else None
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """Copies, without the system prompt: ``{"role": "user", "content": "Hello"}``."""
+        return [dict(message) for message in self._messages]
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt. A new one is there from the next turn on; all turns are computed again then."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = text
+        self._run_ids = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the conversation so far."""
+        return len(self._run_ids or (self._render(self._messages, to_answer=False) if self._messages else ()))
+
+    def send(self, text: str | None, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
+        """The answer to a message; None answers what ``add`` has added. Keywords as of ``LLM.generate``.
+
+        Raises ``ConfigError`` for an empty message and where the context is full; the conversation is as before then.
+        """
+        return _exhaust(self.stream(text, max_tokens, **options))
+
+    def stream(self, text: str | None, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
+        """The same piece by piece. Closed early, what was said by then is kept as the answer."""
+        messages = self._messages
+        if text is not None:
+            messages = [*messages, {"role": "user", "content": _checked(text)}]
+        if not messages:
+            raise ConfigError("message: found none, expected a text to answer")
+        ids, plain = self._prompt(messages)
+        context = self._llm.context
+        if len(ids) >= context:
+            raise ConfigError(
+                f"context: the conversation takes {len(ids)} tokens and the context holds {context}: undo a turn, "
+                "begin anew, or load the model with a larger context"
+            )
+        stop = options.pop("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if self.is_transcript:
+            stop = (*stop, _TRANSCRIPT_STOP)
+        answer = self._llm.stream(ids, max_tokens, reuse_prefix=True, stop=stop, **options)
+        return TextIterator(self._keep(answer, messages, ids, plain))
+
+    def undo(self) -> str:
+        """Takes back the last message of the user and all that followed; its text."""
+        for i in reversed(range(len(self._messages))):
+            if self._messages[i]["role"] == "user":
+                text = self._messages[i]["content"]
+                del self._messages[i:]
+                self._run_ids = []
+                return text
+        raise ConfigError("undo: found no message of the user")
+
+    def retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
+        """Another answer to the last message of the user, with another seed unless one is given."""
+        return _exhaust(self.stream_retry(max_tokens, **options))
+
+    def stream_retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
+        """The same piece by piece."""
+        before = self._messages[:], self._run_ids
+        text = self.undo()
+        try:
+            return self.stream(text, max_tokens, **options)
+        except Exception:
+            self._messages, self._run_ids = before
+            raise
+
+    def add(self, role: str, content: str, *, name: str | None = None, tool_call_id: str | None = None) -> None:
+        """Appends a message without asking for an answer: the result of a tool, or turns of an earlier conversation."""
+        extra = {key: value for key, value in (("name", name), ("tool_call_id", tool_call_id)) if value is not None}
+        self._messages.append({"role": _checked(role), "content": _checked(content), **extra})
+        self._run_ids = []
+
+    def reset(self) -> None:
+        """Forgets all messages, not the system prompt."""
+        self._messages, self._run_ids = [], []
+
+    # ---- files
+
+    def save(self, path: str | Path) -> None:
+        """Writes the conversation as JSON; the file is there whole or not at all. Raises ``ConfigError``."""
+        path = Path(path).expanduser()
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self._llm.folder.name,
+            "system": self._system,
+            "messages": self._messages,
+        }
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    @classmethod
+    def load(
+        cls,
+        llm: LLM,
+        path: str | Path,
+        *,
+        tools: Sequence[Mapping] | None = None,
+        variables: Mapping | None = None,
+    ) -> Chat:
+        """A conversation that ``save`` wrote, with any model. Raises ``ConfigError`` for what is not one."""
+        system, messages = _read(Path(path).expanduser())
+        chat = cls(llm, system, tools=tools, variables=variables)
+        chat._messages = messages
+        return chat
+
+    def __repr__(self) -> str:
+        mode = ", transcript" if self.is_transcript else ""
+        return f"Chat({self._llm.folder.name}{mode}, {len(self._messages)} messages, {self.num_tokens} tokens)"
+
+    # ---- prompts
+
+    def _keep(
+        self, answer: TextIterator, messages: list[dict[str, Any]], ids: list[int], plain: list[int]
+    ) -> Iterator[str | Completion]:
+        pieces: list[str] = []
+        done = None
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                yield piece
+            done = answer.completion
+        finally:
+            answer.close()
+            if pieces or done is not None:
+                self._messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+                # The tokens of a stop string belong to no turn: rendered anew, the cache still has what is before them.
+                whole = done is not None and self._llm.tokenizer.decode(done.token_ids).strip() == done.text.strip()
+                self._run_ids = [*ids, *done.token_ids] if whole else []
+                self._plain_ids = plain
+        yield done
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Ids to run, and the same as the template alone would have them."""
+        plain = self._render(messages, to_answer=True)
+        return self._extended(messages, plain) or plain, plain
+
+    def _extended(self, messages: list[dict[str, Any]], plain: list[int]) -> list[int] | None:
+        """What was run, the template's end of that answer, and what is new. None where the template, asked for all of
+        it, does not begin with what it made before."""
+        if not self._run_ids or messages[:-1] != self._messages:
+            return None
+        done = self._render(self._messages, to_answer=False)
+        silent = self._render([*self._messages[:-1], {"role": "assistant", "content": ""}], to_answer=False)
+        if plain[: len(done)] != done or silent[: len(self._plain_ids)] != self._plain_ids:
+            return None
+        ids = [*self._run_ids, *silent[len(self._plain_ids) :], *plain[len(done) :]]
+        decode = self._llm.tokenizer.decode
+        same = decode(ids, skip_special_tokens=False).split() == decode(plain, skip_special_tokens=False).split()
+        return ids if same else None
+
+    def _render(self, messages: Sequence[Mapping], *, to_answer: bool) -> list[int]:
+        if self.is_transcript:
+            return self._llm.encode(_transcript(self._system, messages, to_answer))
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return self._llm.chat_prompt(
+            [*system, *messages], add_generation_prompt=to_answer, tools=self._tools, variables=self._variables
+        )
+
+
+def _transcript(system: str | None, messages: Sequence[Mapping], to_answer: bool) -> str:
+    lines = [] if system is None else [system]
+    lines += [f"{message['role'].capitalize()}: {message['content']}".rstrip() for message in messages]
+    return "\n".join([*lines, "Assistant:"] if to_answer else lines)
+
+
+def _exhaust(stream: TextIterator) -> Completion:
+    for _ in stream:
+        pass
+    return stream.completion
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"message: found {text!r}, expected a text that is not empty")
+    return text
+
+
+def _read(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
+    def wrong(found: object, expected: str) -> ConfigError:
+        return ConfigError(f"{path}: not a saved chat: found {str(found)[:60]!r}, expected {expected}")
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise wrong(error, "JSON") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise wrong(data.get("format") if isinstance(data, dict) else data, f'"format": "{FORMAT}"')
+    if data.get("version") != VERSION:
+        raise wrong(data.get("version"), f"version {VERSION}")
+    system, messages = data.get("system"), data.get("messages")
+    if system is not None and not isinstance(system, str):
+        raise wrong(system, "a system prompt that is text or null")
+    if not isinstance(messages, list):
+        raise wrong(messages, "a list of messages")
+    for message in messages:
+        texts = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
+        if not texts or not {"role", "content"} <= message.keys():
+            raise wrong(message, "messages with a role and a content")
+    return system, messages
