@@ -30,6 +30,7 @@ setup(
         "huggingface_hub>=0.25",
         "typer>=0.12",
         "rich>=13",
+        "prompt_toolkit>=3.0.40",
     ],
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],
@@ -42,6 +43,7 @@ setup(
             "hypothesis>=6.100",
             "transformers>=4.57",
             "ruff>=0.6",
+            "pexpect>=4.9",
             # The compiler and disassembler alone: kernels compile in tests without a GPU and without CuPy.
             "nvidia-cuda-nvrtc-cu12>=12.9,<13; sys_platform == 'linux'",
             "nvidia-cuda-nvdisasm>=13; sys_platform == 'linux'",

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from exl.commands.bench import bench
+from exl.commands.chat import chat
 from exl.commands.common import say
 from exl.commands.evaluate import evaluate
 from exl.commands.generate import generate
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (generate, plan, quantize, bench, info):
+for command in (generate, chat, plan, quantize, bench, info):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(packed_app, name="packed")

@@ -42,7 +42,8 @@ LADDER = (
     ("generator",),
     ("engine",),
     ("llm", "chat", "evaluate", "bench"),
-    ("quantize", "system_info"),
+    ("quantize", "system_info", "chat_session"),
+    ("terminal",),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,45 @@
+"""A chatbot in the terminal: what `exl chat` does, as a script to take and change.
+
+python examples/chatbot.py --model path/to/model --system "You are brief."
+echo "Tell me a story." | python examples/chatbot.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import exl
+from exl.chat_session import ChatSession
+from exl.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hugging Face repository (default: the one that ships with exl)")
+    parser.add_argument("--system", help="what the model should know before the conversation")
+    parser.add_argument("--ram", help="what exl may use, such as 6GB; layers that do not fit are streamed")
+    parser.add_argument("--kv-cache", default="f16", help="f32, f16, q8, k8v4 or q4 (default: f16)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's own, else greedy)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
+    args = parser.parse_args()
+
+    with exl.load(args.model, ram=args.ram, kv_cache=args.kv_cache) as llm:
+        chat = llm.chat(args.system)
+        settings = {"max_tokens": args.max_tokens}
+        if args.temperature is not None:
+            settings["temperature"] = args.temperature
+        say = say_dim if is_terminal() else say_to_stderr
+        say(chat.notice or llm.folder.name)
+        session = ChatSession(llm, chat, write, say, settings)
+        if is_terminal():
+            run_terminal(session)
+        else:
+            run_piped(session)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except exl.ExlError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")
