@@ -204,6 +204,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     terminal.sendintr()  # at the prompt: only the line is cleared
     terminal.send("/stats\r")
     terminal.expect("KV cache")
+    terminal.expect(PROMPT)
     terminal.sendeof()
     terminal.expect(EOF)
     terminal.close()
