@@ -1,0 +1,110 @@
+"""A page's bytes: each belongs to one token, codes are the CPU cache's, and loads come out as mma operands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from exl.errors import KernelError
+from exl.kernels.page_layout import (
+    KINDS,
+    PageLayout,
+    hadamard,
+    k_code_places,
+    k_scale_places,
+    pack_pages,
+    unpack_pages,
+    v_code_places,
+    v_scale_places,
+)
+from exl.layout import DeviceKVLayout
+from exl.ops import torch_kv
+
+HEAD_DIMS = (16, 48, 64, 80, 96, 112, 128, 256)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_every_byte_belongs_to_one_token_and_every_bit_to_one_channel(kind: str, D: int) -> None:
+    layout = PageLayout(kind, D)
+    owner = np.full(layout.num_bytes, -1)
+    bits = np.zeros(layout.num_bytes, int)
+    tokens = np.arange(64)[:, None]
+
+    def claim(byte: np.ndarray, width: int) -> None:
+        assert ((owner[byte] == -1) | (owner[byte] == tokens)).all()
+        owner[byte] = tokens
+        np.add.at(bits, byte, width)
+
+    for places, width in ((k_code_places(layout), layout.k_bits), (v_code_places(layout), layout.v_bits)):
+        for byte in (places[0], places[0] + 1) if width == 16 else (places[0],):
+            claim(byte, min(width, 8))
+    if layout.quantized:
+        for at in (k_scale_places(layout), v_scale_places(layout)):
+            claim(at, 8)
+            claim(at + 1, 8)
+    assert (bits == 8).all()
+    assert layout.num_bytes == DeviceKVLayout(kind, 1, 1, D).head_page_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+def test_values_are_the_cpu_caches_bit_for_bit(kind: str, D: int) -> None:
+    rng = np.random.default_rng(D)
+    k, v = (rng.standard_normal((100, 2, D)).astype(np.float32) * 3 for _ in range(2))
+    k[3], v[5], k[7, :, 1:] = 0, 0, 0
+    k[9, 0, 0] = 3e6  # its scale saturates
+    layout = PageLayout(kind, D)
+    found = unpack_pages(layout, pack_pages(layout, k, v))
+    for values, bits, unpacked in zip((k, v), (layout.k_bits, layout.v_bits), found, strict=True):
+        rows = torch.from_numpy(values.copy())
+        if bits == 16:
+            expected = rows.half().float()
+        else:
+            torch_kv.hadamard(rows, layout.rotation)
+            np.testing.assert_array_equal(hadamard(values, layout.rotation), rows.numpy())
+            expected = torch_kv.dequantize_rows(*torch_kv.quantize_rows(rows, bits), D)
+        np.testing.assert_array_equal(unpacked[:100], expected.numpy())
+        assert not np.isnan(unpacked).any()
+
+
+def test_the_example_of_the_documentation() -> None:
+    byte, bit = k_code_places(PageLayout("q4", 128))
+    assert (byte[21, 77], bit[21, 77]) == (1875, 0)
+
+
+def fragment_rows_and_columns() -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of operand A's four registers, two halves each, by lane: the table of the PTX ISA."""
+    lane, register, half = np.meshgrid(np.arange(32), np.arange(4), np.arange(2), indexing="ij")
+    return lane // 4 + 8 * (register % 2), lane % 4 * 2 + half + 8 * (register // 2)
+
+
+def test_an_f16_plane_of_v_is_a_fragment() -> None:
+    layout = PageLayout("f16", 32)
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((64, 1, 32)).astype(np.float16) for _ in range(2))
+    page = pack_pages(layout, k, v)[0, 0]
+    row, column = fragment_rows_and_columns()
+    for tile in range(2):
+        for j in range(4):
+            start = layout.v_codes_at + tile * 2048 + j * 512
+            plane = page[start : start + 512].view(np.float16).reshape(32, 4, 2)
+            np.testing.assert_array_equal(plane, v[16 * j + column, 0, 16 * tile + row])
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8", "q4"])
+def test_one_load_of_k_feeds_two_mma(kind: str) -> None:
+    """Lane 4g + t's 16-byte load has rows g and g + 8 (f16: one of them) of channels 8t..8t+7."""
+    layout = PageLayout(kind, 128)
+    byte, _ = k_code_places(layout)
+    tokens, channels = np.meshgrid(np.arange(64), np.arange(128), indexing="ij")
+    lane = byte % 512 // 16
+    np.testing.assert_array_equal(lane // 4, tokens % 8)
+    np.testing.assert_array_equal(lane % 4, channels // 8 % 4)
+
+
+@pytest.mark.parametrize(("kind", "D", "message"), [("f32", 64, "'f32'"), ("q4", 72, "72"), ("q8", 272, "272")])
+def test_refuses_what_no_kernel_reads(kind: str, D: int, message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        PageLayout(kind, D)
