@@ -12,7 +12,16 @@ from collections.abc import Iterator
 
 from exl.kernels.spec import Variant
 
-KERNEL_MODULES: tuple[str, ...] = ("linear", "linear_dense", "linear_many", "dequantize", "pack")
+KERNEL_MODULES: tuple[str, ...] = (
+    "linear",
+    "linear_dense",
+    "linear_many",
+    "dequantize",
+    "pack",
+    "embed",
+    "rms_norm",
+    "silu_mul",
+)
 ARCHS = (61, 70, 75, 80, 86, 89, 90, 100, 120)  # that CI compiles for
 
 

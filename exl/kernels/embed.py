@@ -1,0 +1,74 @@
+"""Token ids -> the residual stream (``embed.cu``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from exl.errors import KernelError
+from exl.kernels.args import i32, ptr
+from exl.kernels.checks import check_tensor
+from exl.kernels.launch import Backend, launch
+from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.tile_layout import ROWS
+
+NUM_THREADS = 128
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, num_samples: int) -> None:
+    """Of a batch, on the host, before they are copied: ids of the vocabulary, or -1 - i for sample i of the step
+    before. Raises ``KernelError`` that names the first that is neither."""
+    for i, token_id in enumerate(ids):
+        if not -num_samples <= token_id < vocab_size:
+            raise KernelError(f"token id {token_id} at row {i}: expected {-num_samples} to {vocab_size - 1}")
+
+
+def embed(
+    backend: Backend,
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    h: torch.Tensor,
+    sumsq: torch.Tensor,
+    *,
+    samples: torch.Tensor | None = None,
+    permuted: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dependent: bool = False,
+) -> None:
+    """h f32 [T, C] = rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
+
+    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``positions`` as for ``linear.project_add``. What is
+    no id gives zeros: ``check_ids`` looks at them where they are still on the host. Raises ``KernelError``.
+    """
+    device = backend.device
+    if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.shape[1] % 8 or not table.shape[1]:
+        raise KernelError(f"table: expected [V, C], C a multiple of 8, found {getattr(table, 'shape', type(table))}")
+    vocab_size, C = table.shape
+    check_tensor("table", table, (torch.float16, torch.bfloat16), (vocab_size, C), device, 16)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 1 or not len(ids):
+        raise KernelError(f"ids: expected [T] with at least one token, found {getattr(ids, 'shape', type(ids))}")
+    num_tokens, num_tiles = len(ids), -(-C // ROWS)
+    check_tensor("ids", ids, (torch.int32,), (num_tokens,), device)
+    check_tensor("h", h, (torch.float32,), (num_tokens, C), device)
+    check_tensor("sumsq", sumsq, (torch.float32,), (num_tokens, num_tiles), device)
+    if samples is not None:
+        check_tensor("samples", samples, (torch.int32,), (samples.numel(),), device)
+    if (permuted is None) != (positions is None):
+        raise KernelError("permuted and positions go together: one is missing")
+    if permuted is not None:
+        check_tensor("permuted", permuted, (torch.float32,), (num_tokens, C), device)
+        check_tensor("positions", positions, (torch.int32,), (C,), device)
+    args = [ptr(table), ptr(ids), ptr(samples), ptr(h), ptr(sumsq), ptr(permuted), ptr(positions)]
+    args += [i32(C), i32(vocab_size), i32(0 if samples is None else samples.numel())]
+    function = backend.load(_spec(table.dtype == torch.bfloat16, backend.arch))
+    launch(function, (-(-num_tiles // NUM_THREADS), num_tokens), (NUM_THREADS,), args, dependent=dependent)
+
+
+def _spec(bf16: bool, arch: int) -> KernelSpec:
+    return KernelSpec("embed.cu", "embed", {"EXL_BF16": int(bf16)}, arch)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    for bf16 in (False, True):
+        yield Variant(_spec(bf16, arch))

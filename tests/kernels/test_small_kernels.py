@@ -1,0 +1,187 @@
+"""Embedding, norm and SiLU against float64; what they leave for the next kernel; what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_or_skip
+from reference.linear_twin import rms_norm as exact_norm
+from reference.linear_twin import silu, tile_sumsq
+
+from exl.errors import KernelError
+from exl.kernels.embed import check_ids, embed
+from exl.kernels.launch import Backend
+from exl.kernels.linear_io import NormedInput
+from exl.kernels.rms_norm import rms_norm
+from exl.kernels.silu_mul import silu_mul
+
+HALVES = (torch.float16, torch.bfloat16)
+TYPES = (*HALVES, torch.float32)
+
+
+def draw(rng: np.random.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
+
+def nan(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def f64(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()
+
+
+# ---- embed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("C", [8, 16, 40, 2064])
+def test_rows_of_the_table(backend: Backend, C: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(C)
+    table = draw(rng, 50, C, dtype=dtype)
+    ids = torch.tensor([0, 49, 7, -1, -3, 7], dtype=torch.int32)
+    samples = torch.tensor([5, 11, 49], dtype=torch.int32)
+    expected = table[[0, 49, 7, 5, 49, 7]].float()
+    h, sumsq = nan(6, C, device=backend.device), nan(6, -(-C // 16), device=backend.device)
+    order = torch.from_numpy(rng.permutation(C).astype(np.int32)).to(backend.device)
+    permuted = nan(6, C, device=backend.device)
+    place = backend.device
+    embed(
+        backend, table.to(place), ids.to(place), h, sumsq,
+        samples=samples.to(place), permuted=permuted, positions=order,
+    )  # fmt: skip
+    assert torch.equal(h.cpu(), expected)
+    assert torch.equal(permuted[:, order.long()], h)
+    # 16 squares, added in f32 with 15 roundings at most.
+    np.testing.assert_allclose(f64(sumsq), tile_sumsq(f64(expected)), rtol=16 * 2.0**-24)
+
+
+def test_an_id_that_is_none_gives_zeros_and_reads_nothing(backend: Backend) -> None:
+    table = draw(np.random.default_rng(0), 20, 16, dtype=torch.float16).to(backend.device)
+    ids = torch.tensor([20, -1, -2, 3, -2147483648], dtype=torch.int32, device=backend.device)
+    samples = torch.tensor([1 << 30], dtype=torch.int32, device=backend.device)
+    h, sumsq = nan(5, 16, device=backend.device), nan(5, 1, device=backend.device)
+    embed(backend, table, ids, h, sumsq, samples=samples)
+    assert torch.equal(h[3], table[3].float())
+    assert not h[[0, 1, 2, 4]].any()
+    assert not sumsq[[0, 1, 2, 4]].any()
+
+
+def test_sums_of_squares_are_those_that_the_residual_leaves(backend: Backend) -> None:
+    """Bit for bit: the first layer's norm is like any other's, and its bits those of a residual that nothing was added
+    to. The butterfly of epilogue.cuh, written out."""
+    table = draw(np.random.default_rng(1), 3, 48, dtype=torch.bfloat16)
+    h, sumsq = nan(3, 48, device=backend.device), nan(3, 3, device=backend.device)
+    embed(backend, table.to(backend.device), torch.arange(3, dtype=torch.int32, device=backend.device), h, sumsq)
+    x = table.float().numpy().reshape(3, 3, 2, 8)
+    exact = x[:, :, 1].astype(np.float64) ** 2 + (x[:, :, 0] * x[:, :, 0]).astype(np.float64)
+    s = exact.astype(np.float32)  # a bf16 squared is exact in f32, so this is one rounding, as fma's
+    s = s[..., 0::2] + s[..., 1::2]
+    s = s[..., 0::2] + s[..., 1::2]
+    np.testing.assert_array_equal(sumsq.cpu().numpy(), s[..., 0] + s[..., 1])
+
+
+def test_ids_are_checked_on_the_host() -> None:
+    check_ids([0, 9, -1, -2], 10, 2)
+    for ids, words in (([1, 10], "token id 10 at row 1: expected -2 to 9"), ([-3], "token id -3 at row 0")):
+        with pytest.raises(KernelError, match=words):
+            check_ids(ids, 10, 2)
+
+
+# ---- rms_norm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("T", "K"), [(1, 8), (3, 40), (2, 2056)])
+def test_norm(backend: Backend, T: int, K: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(K)
+    h = draw(rng, T, K) * torch.from_numpy(rng.uniform(0.01, 30, (T, 1))).float()
+    weight = torch.from_numpy(rng.uniform(0.2, 2, K)).float()
+    sumsq = torch.from_numpy(tile_sumsq(f64(h))).float()
+    norm = NormedInput(sumsq.to(backend.device), weight.to(backend.device), 1e-5)
+    y = nan(T, K, dtype=dtype, device=backend.device)
+    rms_norm(backend, h.to(backend.device), norm, y)
+    exact = exact_norm(f64(h), f64(weight), 1e-5)
+    # A sum of K / 16 numbers, a division, a root and two products in f32, and the output's own rounding.
+    own = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0}[dtype]
+    np.testing.assert_allclose(f64(y), exact, rtol=(8 + K / 16) * 2.0**-24 + own, atol=1e-7)
+
+
+def test_a_norms_row_does_not_depend_on_the_others(backend: Backend) -> None:
+    rng = np.random.default_rng(3)
+    h = draw(rng, 9, 264).to(backend.device)
+    sumsq = torch.from_numpy(tile_sumsq(f64(h))).float().to(backend.device)
+    weight = torch.ones(264, device=backend.device)
+    y = nan(9, 264, device=backend.device)
+    rms_norm(backend, h, NormedInput(sumsq, weight, 1e-6), y)
+    for i in (0, 8):
+        alone = nan(1, 264, device=backend.device)
+        rms_norm(backend, h[i : i + 1], NormedInput(sumsq[i : i + 1], weight, 1e-6), alone)
+        assert torch.equal(alone[0], y[i])
+
+
+# ---- silu_mul -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", TYPES)
+@pytest.mark.parametrize("target", TYPES)
+def test_silu(backend: Backend, source: torch.dtype, target: torch.dtype) -> None:
+    """Gate and up are halves of one tensor, as a launch that stores both leaves them."""
+    both = (draw(np.random.default_rng(4), 3, 2 * 300) * 4).to(source).to(backend.device)
+    gate, up = both[:, :300], both[:, 300:]
+    y = nan(3, 300, dtype=target, device=backend.device)
+    silu_mul(backend, gate, up, y)
+    exact = silu(f64(gate)) * f64(up)
+    # ex2.approx is good to 2 ulp (PTX ISA); its argument, up to 2^5, is rounded to 2^-19.
+    own = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0}[target]
+    np.testing.assert_allclose(f64(y), exact, rtol=2.0**-18 + own, atol=1e-6)
+
+
+# ---- all ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [61, 75])
+def test_other_architectures(arch: int) -> None:
+    backend = backend_or_skip("race", arch)
+    rng = np.random.default_rng(5)
+    table, h, sumsq = draw(rng, 4, 32, dtype=torch.float16), nan(2, 32, device=backend.device), torch.zeros(2, 2)
+    embed(backend, table, torch.tensor([3, 1], dtype=torch.int32), h, sumsq)
+    y = nan(2, 32, device=backend.device)
+    rms_norm(backend, h, NormedInput(sumsq, torch.ones(32), 0.0), y)
+    np.testing.assert_allclose((f64(y) ** 2).mean(1), 1, rtol=1e-5)
+    silu_mul(backend, h, y, out := nan(2, 32, device=backend.device))
+    np.testing.assert_allclose(f64(out), silu(f64(h)) * f64(y), rtol=1e-5, atol=1e-6)
+
+
+class NeverLaunches:
+    device = torch.device("cpu")
+    arch = 86
+
+    def load(self, spec: object) -> None:
+        raise AssertionError("a kernel was asked for")
+
+
+def test_bad_arguments_are_refused_before_a_launch() -> None:
+    nobody = NeverLaunches()
+    table, ids = torch.zeros(10, 16, dtype=torch.float16), torch.zeros(2, dtype=torch.int32)
+    h, sumsq = torch.zeros(2, 16), torch.zeros(2, 1)
+    norm = NormedInput(sumsq, torch.ones(16), 1e-5)
+    cases = [
+        ("table is torch.float32", lambda: embed(nobody, table.float(), ids, h, sumsq)),
+        ("C a multiple of 8", lambda: embed(nobody, table[:, :12], ids, h, sumsq)),
+        ("ids is torch.int64", lambda: embed(nobody, table, ids.long(), h, sumsq)),
+        (r"h has shape \(3, 16\)", lambda: embed(nobody, table, ids, torch.zeros(3, 16), sumsq)),
+        ("sumsq has shape", lambda: embed(nobody, table, ids, h, torch.zeros(2, 2))),
+        ("go together", lambda: embed(nobody, table, ids, h, sumsq, permuted=h.clone())),
+        ("expected a contiguous tensor", lambda: embed(nobody, torch.zeros(16, 10).half().T[:, :16], ids, h, sumsq)),
+        ("K a multiple of 8", lambda: rms_norm(nobody, h[:, :12], norm, h)),
+        ("y has shape", lambda: rms_norm(nobody, h, norm, torch.zeros(2, 8))),
+        ("x is torch.float16", lambda: rms_norm(nobody, h.half(), norm, h)),
+        ("up is torch.float16", lambda: silu_mul(nobody, h, h.half(), h)),
+        ("rows 16 elements apart", lambda: silu_mul(nobody, h, torch.zeros(2, 32)[:, :16], h)),
+        ("y has shape", lambda: silu_mul(nobody, h, h, torch.zeros(3, 16))),
+    ]
+    for words, call in cases:
+        with pytest.raises(KernelError, match=words):
+            call()
