@@ -21,6 +21,7 @@ KERNEL_MODULES: tuple[str, ...] = (
     "embed",
     "rms_norm",
     "silu_mul",
+    "append_kv",
 )
 ARCHS = (61, 70, 75, 80, 86, 89, 90, 100, 120)  # that CI compiles for
 

@@ -1,0 +1,101 @@
+#pragma once
+// One token's channels of one head, in shared memory, turned by a warp into what attention works with: normalised,
+// rotated by position, rotated by Hadamard, quantized, stored. Lanes own channels lane, lane + 32, ...
+//
+// Macros: page.cuh.
+#include <exl/half.cuh>
+#include <exl/page.cuh>
+
+constexpr u32 kWarp = 0xffffffffu;
+
+EXL_DEVICE float warp_sum(float s) {
+  EXL_UNROLL
+  for (int d = 16; d > 0; d /= 2) s += __shfl_xor_sync(kWarp, s, d);
+  return s;
+}
+
+// row *= weight / rms(row)
+EXL_DEVICE void normalise(float* row, const float* weight, float eps, int lane) {
+  float s = 0.0f;
+  for (int c = lane; c < kD; c += 32) s = fmaf(row[c], row[c], s);
+  const float factor = 1.0f / sqrtf(warp_sum(s) / static_cast<float>(kD) + eps);
+  for (int c = lane; c < kD; c += 32) row[c] = row[c] * factor * weight[c];
+  __syncwarp();
+}
+
+// RoPE, halves apart: channels c and c + half turn by an angle whose cosine and sine are given.
+EXL_DEVICE void rotate_by_position(float* row, const float* cosine, const float* sine, int half_dim, int lane) {
+  for (int c = lane; c < half_dim; c += 32) {
+    const float low = row[c], high = row[c + half_dim];
+    row[c] = low * cosine[c] - high * sine[c];
+    row[c + half_dim] = high * cosine[c] + low * sine[c];
+  }
+  __syncwarp();
+}
+
+// Orthonormal Walsh-Hadamard transform of every run of kRotation channels: its own inverse.
+EXL_DEVICE void rotate_by_hadamard(float* row, int lane) {
+  if (kRotation == 1) return;
+  EXL_UNROLL
+  for (int half_run = 1; half_run < kRotation; half_run *= 2) {
+    for (int i = lane; i < kD / 2; i += 32) {
+      float* low = row + i / half_run * (2 * half_run) + i % half_run;
+      const float a = low[0], b = low[half_run];
+      low[0] = a + b;
+      low[half_run] = a - b;
+    }
+    __syncwarp();
+  }
+  const int log2 = 31 - __clz(kRotation);
+  const float scale = log2 % 2 ? 0.70710678f / static_cast<float>(1 << log2 / 2) : 1.0f / static_cast<float>(1 << log2 / 2);
+  for (int c = lane; c < kD; c += 32) row[c] *= scale;
+  __syncwarp();
+}
+
+// Of 32 lanes: the value of largest magnitude, of equal ones the first lane's.
+EXL_DEVICE float extreme_of_warp(float x, int lane) {
+  EXL_UNROLL
+  for (int d = 1; d < 32; d *= 2) {
+    const float other = __shfl_xor_sync(kWarp, x, d);
+    const bool mine_first = (lane & d) == 0;
+    if (fabsf(other) > fabsf(x) || (fabsf(other) == fabsf(x) && !mine_first)) x = other;
+  }
+  return x;
+}
+
+// Code of lane's x, plus half its range, and the scale of all 32: docs/memory.md.
+template <int kBits> EXL_DEVICE u32 quantize_lane(float x, half& scale, int lane) {
+  const float extreme = extreme_of_warp(x, lane);
+  const float wanted = kBits == 8 ? fabsf(extreme) / 127.0f : extreme / -8.0f;
+  scale = __float2half_rn(fminf(fmaxf(wanted, -65504.0f), 65504.0f));
+  const float step = __half2float(scale);
+  const float code = step == 0.0f ? 0.0f : rintf(x / step);
+  const float low = kBits == 8 ? -127.0f : -8.0f, high = kBits == 8 ? 127.0f : 7.0f;
+  return static_cast<u32>(static_cast<int>(fminf(fmaxf(code, low), high)) + (1 << (kBits - 1)));
+}
+
+// A token's K (or V) into its page, by stores of bytes (f16: of halves) that belong to it alone.
+template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float* row, int lane) {
+  constexpr int kBits = kIsV ? kVBits : kKBits, kPartner = kIsV ? 8 : 2;
+  EXL_UNROLL
+  for (int start = 0; start < kD; start += 32) {
+    const int channel = start + lane;
+    const bool real = channel < kD;
+    const float x = real ? row[channel] : 0.0f;
+    const int at = kIsV ? v_code_at(token, real ? channel : 0) : k_code_at(token, real ? channel : 0);
+    if constexpr (kBits == 16) {
+      if (real) *reinterpret_cast<u16*>(page + at) = __half_as_ushort(__float2half_rn(x));
+    } else {
+      half scale;
+      const u32 code = quantize_lane<kBits>(x, scale, lane);
+      if constexpr (kBits == 8) {
+        if (real) page[at] = static_cast<u8>(code);
+      } else {
+        const u32 partner = __shfl_xor_sync(kWarp, code, kPartner);
+        if (real && (lane & kPartner) == 0) page[at] = static_cast<u8>(code | partner << 4);
+      }
+      const int scale_at = kIsV ? v_scale_at(token, start / 32) : k_scale_at(token, start / 32);
+      if (lane == 0) *reinterpret_cast<u16*>(page + scale_at) = __half_as_ushort(scale);
+    }
+  }
+}
