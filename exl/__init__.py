@@ -25,6 +25,8 @@ from exl.errors import (
 if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.llm import LLM, Completion, TextIterator, load
+    from exl.memory import MemoryPlan
+    from exl.planning import plan
     from exl.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -33,9 +35,11 @@ _HOMES = {
     "Chat": "exl.chat",
     "LLM": "exl.llm",
     "Completion": "exl.llm",
+    "MemoryPlan": "exl.memory",
     "SamplingParams": "exl.sampling",
     "TextIterator": "exl.llm",
     "load": "exl.llm",
+    "plan": "exl.planning",
 }
 
 __all__ = [
@@ -47,10 +51,12 @@ __all__ = [
     "ExlError",
     "KernelError",
     "MemoryBudgetError",
+    "MemoryPlan",
     "SamplingParams",
     "TextIterator",
     "UnsupportedModelError",
     "load",
+    "plan",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import secrets
 import threading
 import time
@@ -19,6 +20,7 @@ from exl.generator import Generator
 from exl.hub import find_model
 from exl.keywords import explain_foreign_keywords
 from exl.loader import Progress
+from exl.memory import format_bytes
 from exl.planning import EngineOptions
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
@@ -56,6 +58,14 @@ class Completion:
         return (
             f"Completion({self.text!r}, {self.num_prompt_tokens}+{self.num_tokens} tokens, "
             f"{self.finish_reason}, {self.tokens_per_second:.1f} tokens/s)"
+        )
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<div style="white-space: pre-wrap">{html.escape(self.text)}</div>'
+            f'<div style="opacity: 0.6; font-size: 85%">{self.num_prompt_tokens} + {self.num_tokens} tokens, '
+            f"{html.escape(self.finish_reason)}, first after {self.prompt_seconds * 1e3:.0f} ms, "
+            f"then {self.tokens_per_second:.1f} tokens/s</div>"
         )
 
 
@@ -229,7 +239,7 @@ class LLM:
 
     def __repr__(self) -> str:
         bits = f"{self.quant.bits}-bit" if self.quant else "dense"
-        state = "cpu" if self._engine else "closed"
+        state = f"cpu, {format_bytes(self.plan.num_bytes)}" if self._engine else "closed"
         return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
 
     def _open_generator(self) -> Generator:

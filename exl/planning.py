@@ -13,6 +13,7 @@ from exl.checkpoint import Checkpoint
 from exl.config import ModelConfig, read_json
 from exl.device_plan import HOST, plan_devices
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.hub import find_model
 from exl.layout import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
 from exl.memory import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
 from exl.models.manifest import ModelManifest, read_manifest
@@ -128,6 +129,43 @@ def open_model(folder: Path, head: str | int = "file") -> Iterator[ModelFiles]:
         if head != "file":
             manifest = manifest.with_head_bits(int(head))
         yield ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest)
+
+
+def plan(
+    model: str | Path | None = None,
+    *,
+    vram: int | str | Sequence[int | str] | None = None,
+    arch: int = 86,
+    ram: int | str | None = None,
+    context: int | str | None = None,
+    kv_cache: str = "f16",
+    max_sequences: int = 1,
+    prefill_chunk: int = 512,
+    prefill_window: int = 4096,
+    resident_layers: int | None = None,
+    head: str | int = "file",
+    revision: str | None = None,
+) -> MemoryPlan:
+    """Where every byte of a model would go, from its headers alone: no weights are read, nothing is allocated.
+
+    Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is 8.6), which need not be in this
+    machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
+    """
+    options = EngineOptions(
+        vram=vram,
+        ram=ram,
+        context=context,
+        kv_cache=kv_cache,
+        max_sequences=max_sequences,
+        prefill_chunk=prefill_chunk,
+        prefill_window=prefill_window,
+        resident_layers=resident_layers,
+        head=head,
+    )
+    # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
+    target = Target("cuda", arch=arch) if options.on_gpu else Target("cpu", int4pack="split64")
+    with open_model(find_model(model, revision=revision), options.head) as files:
+        return plan_model(files, options, target)[0]
 
 
 def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:

@@ -30,12 +30,12 @@ def plan(
 
     exl plan path/to/model --vram 24GB --kv-cache q8
     """
-    from exl.hub import find_model
-    from exl.layout import Target
-    from exl.planning import EngineOptions, open_model, plan_model
+    from exl.planning import plan as make_plan
 
-    options = EngineOptions(
+    found = make_plan(
+        model,
         vram=None if vram is None else vram.split(","),
+        arch=arch,
         ram=ram,
         context=parse_context(context),
         kv_cache=kv_cache,
@@ -43,8 +43,4 @@ def plan(
         prefill_chunk=prefill_chunk,
         prefill_window=prefill_window,
     )
-    with open_model(find_model(model)) as files:
-        # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
-        target = Target("cpu", int4pack="split64") if vram is None else Target("cuda", arch=arch)
-        found, _ = plan_model(files, options, target)
     print(json.dumps(found.to_json()) if as_json else found.table())

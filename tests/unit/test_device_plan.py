@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -229,3 +230,22 @@ def test_the_command_prints_a_hypothetical_card(folders):
     assert "resident layers" in table
     assert "cuda:1" in table
     assert table.count("fits") == 3
+
+
+def test_a_notebook_sees_a_bar_for_each_memory(folders):
+    found = exl.plan(folders["7b"], vram=["2GB", "8GB"], context=512)
+    html = found._repr_html_()
+    assert html.count("<span") == len(found.lines)
+    widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", html)]
+    shares = [
+        100 * line.num_bytes / found.budgets.get(line.device, found.device_bytes(line.device)) for line in found.lines
+    ]
+    assert widths == pytest.approx(shares, abs=1e-3)
+    assert "cuda:1" in html
+    assert str(found) == found.table()
+
+
+def test_the_function_and_the_command_agree(folders):
+    command = [sys.executable, "-m", "exl.cli", "plan", str(folders["7b"]), "--vram", "6GB", "--kv-cache", "q4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == exl.plan(folders["7b"], vram="6GB", kv_cache="q4").table() + "\n"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import memory_table
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -49,3 +51,7 @@ def test_commands_of_the_readme_exist():
     targets = set(re.findall(r"^    make (\w+)", text, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+def test_the_memory_table_is_what_the_plan_says():
+    assert memory_table.table() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -248,3 +248,13 @@ def test_the_chat_prompt_follows_the_template(tmp_path):
     with exl.load(folder) as llm:
         ids = llm.chat_prompt([{"role": "user", "content": "Hello </s> dog"}])
         assert (ids[0], ids.count(1), ids[-1], ids.count(2)) == (1, 1, 2, 1)
+
+
+def test_what_a_notebook_shows():
+    with exl.load() as llm:
+        assert repr(llm).startswith("LLM(stories, llama, 4-bit, cpu, ")
+        shown = llm.generate("Once <b>upon", 3)._repr_html_()
+    assert repr(llm) == "LLM(stories, llama, 4-bit, closed)"
+    assert "3 tokens, length" in shown
+    done = exl.Completion("<i>&", (1,), "stop", 2, 0, 0, 0.1, 0.0)
+    assert "&lt;i&gt;&amp;" in done._repr_html_()
