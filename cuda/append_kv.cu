@@ -13,12 +13,6 @@
 
 constexpr int kWarps = 8;
 
-EXL_DEVICE float load_value(const void* x, size_t at, int type) {
-  if (type == 0) return __half2float(static_cast<const half*>(x)[at]);
-  if (type == 1) return __bfloat162float(static_cast<const bf16*>(x)[at]);
-  return static_cast<const float*>(x)[at];
-}
-
 EXL_KERNEL(append_kv, 256, 2)
 (const void* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
  const float* __restrict__ cosine, const float* __restrict__ sine, const i32* __restrict__ slots, u8* pages, half* q,

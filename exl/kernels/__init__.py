@@ -22,6 +22,8 @@ KERNEL_MODULES: tuple[str, ...] = (
     "rms_norm",
     "silu_mul",
     "append_kv",
+    "attention_decode",
+    "attention_prefill",
 )
 ARCHS = (61, 70, 75, 80, 86, 89, 90, 100, 120)  # that CI compiles for
 

@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
+from reference.attention_twin import bytes_of_tokens
 
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv, check_slots
 from exl.kernels.launch import Backend
-from exl.kernels.page_layout import (
-    KINDS,
-    PageLayout,
-    hadamard,
-    k_code_places,
-    k_scale_places,
-    pack_pages,
-    unpack_pages,
-    v_code_places,
-    v_scale_places,
-)
+from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 
 H, HKV = 6, 2
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)
@@ -40,17 +31,6 @@ def turned(x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
 
 def normalised(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
-
-
-def bytes_of_tokens(layout: PageLayout, count: int) -> np.ndarray:
-    """Of a page: where its first tokens lie."""
-    found = []
-    for places, bits in ((k_code_places(layout)[0], layout.k_bits), (v_code_places(layout)[0], layout.v_bits)):
-        found += [places[:count], places[:count] + 1] if bits == 16 else [places[:count]]
-    if layout.quantized:
-        scales = [k_scale_places(layout)[:count], v_scale_places(layout)[:count]]
-        found += [*scales, *(at + 1 for at in scales)]
-    return np.unique(np.concatenate([at.ravel() for at in found]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

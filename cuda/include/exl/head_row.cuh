@@ -8,6 +8,12 @@
 
 constexpr u32 kWarp = 0xffffffffu;
 
+EXL_DEVICE float load_value(const void* x, size_t at, int type) {
+  if (type == 0) return __half2float(static_cast<const half*>(x)[at]);
+  if (type == 1) return __bfloat162float(static_cast<const bf16*>(x)[at]);
+  return static_cast<const float*>(x)[at];
+}
+
 EXL_DEVICE float warp_sum(float s) {
   EXL_UNROLL
   for (int d = 16; d > 0; d /= 2) s += __shfl_xor_sync(kWarp, s, d);

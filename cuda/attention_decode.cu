@@ -1,0 +1,184 @@
+// attention_decode: everything between qkv and o_proj for up to 8 new tokens a sequence, in one launch: norm, RoPE,
+// Hadamard rotation, append to the pages, attention over them.
+//
+//   qkv, q_norm, k_norm, cosine, sine, slots, pages   as in append_kv.cu
+//   query_start  i32 [B + 1]: rows of each sequence; context_len i32 [B]: tokens, the new ones included; 0: none
+//   page_table   i32 [B, max_pages]
+//   out          f16 [num_tokens, H * kD]; channel n of a row at positions[n] (i32 [H * kD]) where that is given
+//   partial      f32 [B][Hkv * column tiles][max_items][8][kD + 2]: what blocks hand over
+//   arrived      u32 [B][Hkv * column tiles], zero before the first launch and after every launch
+//
+// A block takes one item of the context (256 tokens up to 4096, then 1024) for one kv head and 8 columns, a column
+// being a head of its group and a new token. The item's borders are absolute, pages go to its 4 warps by their number,
+// and warps and items add up in the order of their numbers: a row's bits depend neither on the batch nor on the other
+// new tokens, whose places are masked to exact zeros. A block appends the new tokens of its item before it reads them;
+// blocks of other columns write the same bytes. The last block to arrive combines (the counter is the only atomic).
+//
+// Block: 4 warps; grid: (max_items, Hkv * column tiles, B). Shared bytes: kSharedBytes (attention_decode.py has the same sum).
+// Macros: page.cuh. Architectures: sm_75 and up. Tests: tests/kernels/test_attention_decode.py
+#include <exl/attend.cuh>
+#include <exl/head_row.cuh>
+
+constexpr int kWarps = 4, kThreads = 128, kColumns = 8;
+constexpr int kShort = 256, kShortEnd = 4096, kLong = 1024;
+
+EXL_DEVICE int item_start(int item) {
+  return item <= kShortEnd / kShort ? item * kShort : kShortEnd + (item - kShortEnd / kShort) * kLong;
+}
+EXL_DEVICE int items_of(int length) {
+  return length <= kShortEnd ? (length + kShort - 1) / kShort : kShortEnd / kShort + (length - kShortEnd + kLong - 1) / kLong;
+}
+
+struct Shared {
+  float row[kWarps][kD];
+  float o[kWarps][kColumns][kD];
+  float m[kWarps][kColumns], l[kWarps][kColumns];
+  u32 arrived[4];
+  half q[kColumns * kQPitch];
+};
+constexpr int kSharedBytes = sizeof(Shared);
+
+// Adds parts up in the order of their numbers: m, l and o [parts] lie `pitch` apart. Threads share channels.
+EXL_DEVICE float combined(const float* o, const float* m, const float* l, int parts, size_t pitch, float& top, float& sum) {
+  top = kNone;
+  for (int i = 0; i < parts; ++i) top = fmaxf(top, __ldcg(m + i * pitch));
+  float value = 0.0f;
+  sum = 0.0f;
+  for (int i = 0; i < parts; ++i) {
+    const float factor = ex2_approx(__ldcg(m + i * pitch) - top);
+    sum = fmaf(factor, __ldcg(l + i * pitch), sum);
+    value = fmaf(factor, __ldcg(o + i * pitch), value);
+  }
+  return value;
+}
+
+EXL_KERNEL(attention_decode, 128, 2)
+(const void* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+ const float* __restrict__ cosine, const float* __restrict__ sine, const i32* __restrict__ slots,
+ const i32* __restrict__ query_start, const i32* __restrict__ context_len, const i32* __restrict__ page_table, u8* pages,
+ half* out, const i32* __restrict__ positions, float* partial, u32* arrived, int num_heads, int num_kv_heads,
+ int column_tiles, int max_pages, int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
+  EXL_DYNAMIC_SMEM(u8, smem);
+  Shared& s = *reinterpret_cast<Shared*>(smem);
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, tid = static_cast<int>(threadIdx.x);
+  const int item = static_cast<int>(blockIdx.x), sequence = static_cast<int>(blockIdx.z);
+  const int kv_head = static_cast<int>(blockIdx.y) / column_tiles, column0 = static_cast<int>(blockIdx.y) % column_tiles * kColumns;
+  const int row0 = query_start[sequence], num_new = query_start[sequence + 1] - row0, length = context_len[sequence];
+  const int group = num_heads / num_kv_heads, before = length - num_new;   // tokens that were there
+  const int num_columns = group * num_new - column0 < kColumns ? group * num_new - column0 : kColumns;
+  const int oldest = window > 0 && before - window + 1 > 0 ? before - window + 1 : 0;   // that any new token sees
+  int first_item = 0;
+  while (item_start(first_item + 1) <= oldest) ++first_item;
+  const int last_item = items_of(length) - 1;
+  if (num_columns <= 0 || item < first_item || item > last_item) return;   // the whole block
+
+  // Columns of q: column c is head c % group of the kv head's group, new token c / group.
+  float* row = s.row[warp];
+  for (int c = warp; c < kColumns; c += kWarps) {
+    half* to = s.q + c * kQPitch;
+    const bool there = c < num_columns;
+    const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
+    if (there) {
+      const size_t at = static_cast<size_t>(token) * qkv_stride + head * kD, angle = static_cast<size_t>(token) * half_dim;
+      for (int i = lane; i < kD; i += 32) row[i] = load_value(qkv, at + i, in_type);
+      __syncwarp();
+      if (q_norm != nullptr) normalise(row, q_norm, eps, lane);
+      rotate_by_position(row, cosine + angle, sine + angle, half_dim, lane);
+      rotate_by_hadamard(row, lane);
+    }
+    for (int i = lane; i < kRuns * 32; i += 32) to[i] = __float2half_rn(there && i < kD ? row[i] : 0.0f);
+    __syncwarp();
+  }
+  // New tokens of this item into their pages, K and V in turn.
+  const int start = item_start(item), end = item_start(item + 1) < length ? item_start(item + 1) : length;
+  for (int i = warp; i < 2 * num_new; i += kWarps) {
+    const int token = row0 + i / 2, place = before + i / 2, slot = slots[token];
+    if (place < start || place >= end || slot < 0) continue;
+    const int head = num_heads + i % 2 * num_kv_heads + kv_head;
+    const size_t at = static_cast<size_t>(token) * qkv_stride + head * kD, angle = static_cast<size_t>(token) * half_dim;
+    for (int c = lane; c < kD; c += 32) row[c] = load_value(qkv, at + c, in_type);
+    __syncwarp();
+    if (i % 2 == 0) {
+      if (k_norm != nullptr) normalise(row, k_norm, eps, lane);
+      rotate_by_position(row, cosine + angle, sine + angle, half_dim, lane);
+    }
+    rotate_by_hadamard(row, lane);
+    u8* page = pages + (static_cast<size_t>(slot / kPageTokens) * num_kv_heads + kv_head) * kPageBytes;
+    if (i % 2 == 0) store_row<false>(page, slot % kPageTokens, row, lane);
+    else store_row<true>(page, slot % kPageTokens, row, lane);
+    __syncwarp();
+  }
+  __syncthreads();   // q, and the new tokens' bytes, are there for all warps
+
+  const int t = lane % 4, g = lane / 4;
+  Question question[1][2];
+  EXL_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    const int column = 2 * t + e, place = before + (column0 + column) / group;
+    question[0][e].last = column < num_columns ? place : -1;
+    question[0][e].first = window > 0 ? place - window + 1 : 0;
+  }
+  Attended<1> a = {};
+  a.m[0][0] = a.m[0][1] = kNone;
+  for (int number = start / kPageTokens + warp; number * kPageTokens < end; number += kWarps) {
+    if ((number + 1) * kPageTokens <= oldest) continue;
+    const size_t page = static_cast<size_t>(page_table[static_cast<size_t>(sequence) * max_pages + number]);
+    attend_page(a, pages + (page * num_kv_heads + kv_head) * kPageBytes, number * kPageTokens, s.q, question, length, lane, scale, softcap);
+  }
+  EXL_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    const float l = sum_over_rows(a.l[0][e]);
+    if (g == 0) { s.m[warp][2 * t + e] = a.m[0][e]; s.l[warp][2 * t + e] = l; }
+  }
+  EXL_UNROLL
+  for (int c = 0; c < kTiles; ++c)
+    EXL_UNROLL
+    for (int e = 0; e < 4; ++e) s.o[warp][2 * t + e % 2][c * 16 + g + 8 * (e / 2)] = a.o[0][c].r[e];
+  __syncthreads();
+
+  // This item's columns, and where there are more items, all of theirs by the last block.
+  const size_t pair = static_cast<size_t>(sequence) * gridDim.y + blockIdx.y;
+  float* parts = partial + pair * gridDim.x * (kColumns * (kD + 2));
+  float* mine = parts + static_cast<size_t>(item) * (kColumns * (kD + 2));
+  for (int i = tid; i < num_columns * kD; i += kThreads) {
+    const int column = i / kD, channel = i % kD;
+    float top = kNone;
+    EXL_UNROLL
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.m[w][column]);
+    float o = 0.0f, l = 0.0f;
+    EXL_UNROLL
+    for (int w = 0; w < kWarps; ++w) {
+      const float factor = ex2_approx(s.m[w][column] - top);
+      o = fmaf(factor, s.o[w][column][channel], o);
+      l = fmaf(factor, s.l[w][column], l);
+    }
+    float* to = mine + column * (kD + 2);
+    to[channel] = o;
+    if (channel == 0) { to[kD] = top; to[kD + 1] = l; }
+  }
+  const int num_items = last_item - first_item + 1;
+  __threadfence();
+  __syncthreads();
+  if (tid == 0) s.arrived[0] = atomicInc(arrived + pair, static_cast<u32>(num_items - 1));   // the last one puts it back to 0
+  __syncthreads();
+  if (s.arrived[0] != static_cast<u32>(num_items - 1)) return;
+  __threadfence();
+  for (int c = warp; c < num_columns; c += kWarps) {
+    const float* from = parts + static_cast<size_t>(first_item) * (kColumns * (kD + 2)) + c * (kD + 2);
+    for (int channel = lane; channel < kD; channel += 32) {
+      float top, sum;
+      const float value = combined(from + channel, from + kD, from + kD + 1, num_items, kColumns * (kD + 2), top, sum);
+      row[channel] = sum > 0.0f ? value / sum : 0.0f;
+    }
+    __syncwarp();
+    rotate_by_hadamard(row, lane);
+    const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
+    for (int channel = lane; channel < kD; channel += 32) {
+      const int n = head * kD + channel;
+      out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? n : positions[n])] = __float2half_rn(row[channel]);
+    }
+    __syncwarp();
+  }
+}

@@ -1,0 +1,86 @@
+// attention_prefill: causal attention of a chunk of new tokens over the pages that append_kv.cu has filled.
+//
+//   q            f16 [num_tokens, H, kD], as append_kv.cu leaves it
+//   query_start  i32 [B + 1]: rows of each sequence; context_len i32 [B]: tokens, the new ones included; 0: none
+//   page_table   i32 [B, max_pages]; pages u8 [pages][Hkv][kPageBytes] (page.cuh)
+//   out          f16 [num_tokens, H * kD]; channel n of a row at positions[n] (i32 [H * kD]) where that is given
+//
+// A column is a query head of a kv head's group and a new token. A warp has 8 kN of them, a block 32 kN; a warp goes
+// through all pages that its columns see, in order, so that a row's bits do not depend on the others'. Pages are read
+// as they are: there is no copy of the context in another type.
+//
+// Block: 4 warps; grid: (blocks of columns, Hkv, B). Shared bytes: 8 * kWarpHalves (attention_prefill.py has
+// the same sum).
+// Macros: page.cuh; EXL_N: kN, 1 or 2. Architectures: sm_75 and up. Tests: tests/kernels/test_attention_prefill.py
+#include <exl/attend.cuh>
+#include <exl/head_row.cuh>
+
+constexpr int kN = EXL_N, kWarps = 4, kColumns = 8 * kN;   // of a warp
+constexpr int kQHalves = kColumns * kQPitch, kOHalves = 8 * kD * 2;   // of shared memory: q, and then eight columns of O
+constexpr int kWarpHalves = kQHalves > kOHalves ? kQHalves : kOHalves;
+
+EXL_KERNEL(attention_prefill, 128, 1)
+(const half* __restrict__ q, const i32* __restrict__ query_start, const i32* __restrict__ context_len,
+ const i32* __restrict__ page_table, const u8* __restrict__ pages, half* out, const i32* __restrict__ positions, int num_heads,
+ int num_kv_heads, int max_pages, int window, float scale, float softcap) {
+  EXL_DYNAMIC_SMEM(half, smem);
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
+  const int kv_head = static_cast<int>(blockIdx.y), sequence = static_cast<int>(blockIdx.z);
+  const int row0 = query_start[sequence], num_new = query_start[sequence + 1] - row0, length = context_len[sequence];
+  const int group = num_heads / num_kv_heads, before = length - num_new;
+  const int column0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kColumns;
+  const int left = group * num_new - column0, num_columns = left < kColumns ? left : kColumns;
+  if (num_columns <= 0) return;   // a whole warp: there are no barriers of the block
+
+  // Columns are in the order of their tokens: first and last see the fewest and the most.
+  half* s_q = smem + warp * kWarpHalves;
+  for (int c = 0; c < kColumns; ++c) {
+    const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
+    const half* from = q + (static_cast<size_t>(token) * num_heads + head) * kD;
+    for (int i = lane; i < kRuns * 32; i += 32)
+      s_q[c * kQPitch + i] = c < num_columns && i < kD ? from[i] : __float2half_rn(0.0f);
+  }
+  __syncwarp();
+  Question question[kN][2];
+  EXL_UNROLL
+  for (int n = 0; n < kN; ++n)
+    EXL_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int column = n * 8 + 2 * t + e, place = before + (column0 + column) / group;
+      question[n][e].last = column < num_columns ? place : -1;
+      question[n][e].first = window > 0 ? place - window + 1 : 0;
+    }
+  Attended<kN> a = {};
+  EXL_UNROLL
+  for (int n = 0; n < kN; ++n) a.m[n][0] = a.m[n][1] = kNone;
+  const int newest = before + (column0 + num_columns - 1) / group, oldest = before + column0 / group - window + 1;
+  const int first_page = window > 0 && oldest > 0 ? oldest / kPageTokens : 0;
+  for (int number = first_page; number * kPageTokens <= newest; ++number) {
+    const size_t page = static_cast<size_t>(page_table[static_cast<size_t>(sequence) * max_pages + number]);
+    attend_page<kN>(a, pages + (page * num_kv_heads + kv_head) * kPageBytes, number * kPageTokens, s_q, question, length, lane, scale, softcap);
+  }
+
+  // O / l through the shared memory that held q, eight columns at a time.
+  float* rows = reinterpret_cast<float*>(s_q);   // [8][kD]
+  EXL_UNROLL
+  for (int n = 0; n < kN; ++n) {
+    __syncwarp();
+    EXL_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float l = sum_over_rows(a.l[n][e % 2]), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+      EXL_UNROLL
+      for (int c = 0; c < kTiles; ++c) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
+    }
+    __syncwarp();
+    for (int c = 0; c < 8 && n * 8 + c < num_columns; ++c) {
+      rotate_by_hadamard(rows + c * kD, lane);
+      const int column = column0 + n * 8 + c, token = row0 + column / group, head = kv_head * group + column % group;
+      for (int i = lane; i < kD; i += 32) {
+        const int to = head * kD + i;
+        out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? to : positions[to])] = __float2half_rn(rows[c * kD + i]);
+      }
+    }
+  }
+}

@@ -1,0 +1,195 @@
+"""Attention of up to 8 new tokens a sequence, appended to the cache in the same launch (``attention_decode.cu``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exl.batch import PAGE_SIZE
+from exl.errors import KernelError
+from exl.kernels.append_kv import COMPILED_HEAD_DIMS
+from exl.kernels.args import f32, i32, ptr
+from exl.kernels.checks import check_tensor
+from exl.kernels.launch import Backend, launch
+from exl.kernels.linear_io import OUT_TYPES
+from exl.kernels.page_layout import KINDS, PageLayout
+from exl.kernels.spec import KernelSpec, Variant
+
+NUM_WARPS, COLUMNS = 4, 8
+MAX_NEW_TOKENS = 8
+MIN_ARCH = 75  # tensor cores with f16 inputs
+
+
+def num_items(length: int) -> int:
+    """Items of a context: 256 tokens each up to 4096, then 1024."""
+    return -(-length // 256) if length <= 4096 else 16 + -(-(length - 4096) // 1024)
+
+
+def shared_bytes(head_dim: int) -> int:
+    """``kSharedBytes`` of the kernel."""
+    pitch = -(-head_dim // 32) * 32 + 8
+    floats = NUM_WARPS * head_dim * (1 + COLUMNS) + 2 * NUM_WARPS * COLUMNS
+    return floats * 4 + 16 + COLUMNS * pitch * 2
+
+
+@dataclass(frozen=True)
+class DecodeTables:
+    """What a step's sequences have, on the device, all i32."""
+
+    query_start: torch.Tensor  # [B + 1]: rows
+    context_len: torch.Tensor  # [B]: tokens, the new ones included; 0: an empty sequence
+    page_table: torch.Tensor  # [B, max_pages]
+    slots: torch.Tensor  # [T]: page * 64 + place of each new token, -1: not kept
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """Sums on their way between blocks: see ``scratch_shapes``."""
+
+    partial: torch.Tensor  # f32
+    arrived: torch.Tensor  # i32, zero; the kernel leaves it zero
+
+
+def scratch_shapes(
+    num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int, max_new: int = 1
+) -> dict[str, tuple[str, int]]:
+    """Type and number of elements of each field of ``DecodeScratch``."""
+    pairs = num_sequences * num_kv_heads * column_tiles(num_heads, num_kv_heads, max_new)
+    return {
+        "partial": ("f32", pairs * num_items(max_context) * COLUMNS * (head_dim + 2)),
+        "arrived": ("i32", pairs),
+    }
+
+
+def column_tiles(num_heads: int, num_kv_heads: int, max_new: int) -> int:
+    """Of 8 columns: heads of a group times new tokens."""
+    return -(-num_heads // num_kv_heads * max_new // COLUMNS)
+
+
+def check_tables(
+    query_start: NDArray[np.int32],
+    context_len: NDArray[np.int32],
+    page_table: NDArray[np.int32],
+    slots: NDArray[np.int32],
+    num_pages: int,
+) -> None:
+    """A batch's tables on the host, before they are copied. Raises ``KernelError`` that names the first that is wrong:
+    the device believes them."""
+    for b, length in enumerate(context_len):
+        num_new = int(query_start[b + 1] - query_start[b])
+        if not 0 <= num_new <= MAX_NEW_TOKENS:
+            raise KernelError(f"sequence {b} has {num_new} new tokens: expected 0 to {MAX_NEW_TOKENS}")
+        if not num_new <= length <= page_table.shape[1] * PAGE_SIZE:
+            raise KernelError(
+                f"sequence {b} has a context of {length}: expected {num_new} to {page_table.shape[1] * PAGE_SIZE}, the "
+                f"tokens of its {page_table.shape[1]} pages"
+            )
+        used = page_table[b, : -(-int(length) // PAGE_SIZE)]
+        if ((used < 0) | (used >= num_pages)).any():
+            wrong = used[(used < 0) | (used >= num_pages)][0]
+            raise KernelError(f"sequence {b} has page {wrong}: expected 0 to {num_pages - 1}")
+        for i in range(num_new):
+            place, slot = int(length) - num_new + i, int(slots[query_start[b] + i])
+            wanted = int(page_table[b, place // PAGE_SIZE]) * PAGE_SIZE + place % PAGE_SIZE
+            if slot not in (-1, wanted):
+                raise KernelError(f"slot {slot} of token {place} of sequence {b}: expected {wanted} or -1")
+
+
+def attention_decode(
+    backend: Backend,
+    layout: PageLayout,
+    qkv: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    tables: DecodeTables,
+    pages: torch.Tensor,
+    out: torch.Tensor,
+    scratch: DecodeScratch,
+    *,
+    scale: float,
+    max_context: int,
+    max_new: int = 1,
+    window: int | None = None,
+    softcap: float | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    positions: torch.Tensor | None = None,
+    dependent: bool = False,
+) -> None:
+    """out f16 [T, H * D] = attention of qkv's rows over their sequences, after appending their K and V to ``pages``.
+
+    ``qkv``, ``cosine``, ``sine``, ``pages``, norms as of ``append_kv``. ``tables`` have been through ``check_tables``.
+    ``max_context`` bounds all lengths, ``max_new`` the new tokens of a sequence: the grid is made for them, lengths are
+    read on the device. ``positions`` i32 [H * D]: where a consumer under act-order expects each channel. A row's bits
+    depend on its own sequence and nothing else. Raises ``KernelError``.
+    """
+    device, D = backend.device, layout.head_dim
+    if backend.arch < MIN_ARCH:
+        raise KernelError(f"attention_decode needs compute capability 7.5 or higher, found {backend.arch / 10}")
+    for name, tensor, dims in (("pages", pages, 3), ("cosine", cosine, 2), ("page_table", tables.page_table, 2)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
+            raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] % D or not out.numel():
+        raise KernelError(f"out: expected [T, heads * {D}], found {getattr(out, 'shape', type(out))}")
+    num_tokens, num_heads, num_kv_heads = out.shape[0], out.shape[1] // D, pages.shape[1]
+    num_sequences, max_pages = tables.page_table.shape
+    half_dim = cosine.shape[1]
+    if not num_kv_heads or num_heads % num_kv_heads:
+        raise KernelError(f"{num_heads} heads, {num_kv_heads} kv heads: expected whole groups")
+    if not 1 <= max_new <= MAX_NEW_TOKENS or not 1 <= max_context <= max_pages * PAGE_SIZE:
+        raise KernelError(
+            f"{max_new} new tokens, a context of {max_context}: expected 1 to {MAX_NEW_TOKENS} and 1 to "
+            f"{max_pages * PAGE_SIZE}"
+        )
+    if 2 * half_dim > D:
+        raise KernelError(f"cosine has {half_dim} angles: expected {D // 2} or fewer for a head size of {D}")
+    if window is not None and window < 1:
+        raise KernelError(f"window {window}: expected 1 or more")
+    check_tensor("out", out, (torch.float16,), (num_tokens, num_heads * D), device)
+    check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
+    width = (num_heads + 2 * num_kv_heads) * D
+    check_tensor("qkv", qkv, tuple(OUT_TYPES), (num_tokens, width), device, qkv.element_size(), rows_apart=True)
+    for name, tensor in (("cosine", cosine), ("sine", sine)):
+        check_tensor(name, tensor, (torch.float32,), (num_tokens, half_dim), device)
+    check_tensor("query_start", tables.query_start, (torch.int32,), (num_sequences + 1,), device)
+    check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
+    check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
+    check_tensor("slots", tables.slots, (torch.int32,), (num_tokens,), device)
+    for name, tensor in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if tensor is not None:
+            check_tensor(name, tensor, (torch.float32,), (D,), device)
+    if positions is not None:
+        check_tensor("positions", positions, (torch.int32,), (num_heads * D,), device)
+    shapes = scratch_shapes(num_sequences, num_heads, num_kv_heads, D, max_context, max_new)
+    for name, dtype in (("partial", torch.float32), ("arrived", torch.int32)):
+        tensor = getattr(scratch, name)
+        check_tensor(f"scratch.{name}", tensor, (dtype,), (tensor.numel(),), device)
+        if tensor.numel() < shapes[name][1]:
+            raise KernelError(f"scratch.{name} has {tensor.numel()} elements: expected {shapes[name][1]} or more")
+    tiles = column_tiles(num_heads, num_kv_heads, max_new)
+    args = [ptr(qkv), ptr(q_norm), ptr(k_norm), ptr(cosine), ptr(sine), ptr(tables.slots), ptr(tables.query_start)]
+    args += [ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out), ptr(positions)]
+    args += [ptr(scratch.partial), ptr(scratch.arrived), i32(num_heads), i32(num_kv_heads), i32(tiles), i32(max_pages)]
+    args += [i32(half_dim), i32(OUT_TYPES[qkv.dtype]), i32(qkv.stride(0)), i32(window or 0)]
+    args += [f32(scale), f32(softcap or 0.0), f32(eps)]
+    grid = (num_items(max_context), num_kv_heads * tiles, num_sequences)
+    function = backend.load(_spec(layout, backend.arch))
+    launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D), dependent=dependent)
+
+
+def _spec(layout: PageLayout, arch: int) -> KernelSpec:
+    macros = {"EXL_D": layout.head_dim, "EXL_K_BITS": layout.k_bits, "EXL_V_BITS": layout.v_bits}
+    return KernelSpec("attention_decode.cu", "attention_decode", macros, arch)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Head size 256 with quantized pages: ptxas keeps up to 48 bytes a thread in local memory on some architectures."""
+    for kind in KINDS if arch >= MIN_ARCH else ():
+        for head_dim in COMPILED_HEAD_DIMS:
+            layout = PageLayout(kind, head_dim)
+            yield Variant(_spec(layout, arch), may_spill=head_dim == 256 and layout.quantized)

@@ -1,0 +1,125 @@
+"""Causal attention of many new tokens over pages that ``append_kv`` has filled (``attention_prefill.cu``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exl.batch import PAGE_SIZE
+from exl.errors import KernelError
+from exl.kernels.append_kv import COMPILED_HEAD_DIMS
+from exl.kernels.args import f32, i32, ptr
+from exl.kernels.checks import check_tensor
+from exl.kernels.launch import Backend, launch
+from exl.kernels.page_layout import KINDS, PageLayout
+from exl.kernels.spec import KernelSpec, Variant
+
+NUM_WARPS = 4
+MIN_ARCH = 75  # tensor cores with f16 inputs
+
+
+@dataclass(frozen=True)
+class PrefillTables:
+    """What a chunk's sequences have, on the device, all i32."""
+
+    query_start: torch.Tensor  # [B + 1]: rows
+    context_len: torch.Tensor  # [B]: tokens, the new ones included; 0: an empty sequence
+    page_table: torch.Tensor  # [B, max_pages]
+
+
+def check_pages(
+    query_start: NDArray[np.int32], context_len: NDArray[np.int32], page_table: NDArray[np.int32], num_pages: int
+) -> None:
+    """A chunk's tables on the host, before they are copied. Raises ``KernelError`` that names the first wrong one."""
+    for b, length in enumerate(context_len):
+        num_new = int(query_start[b + 1] - query_start[b])
+        if not 0 <= num_new <= length <= page_table.shape[1] * PAGE_SIZE:
+            raise KernelError(
+                f"sequence {b} has {num_new} new tokens in a context of {length}: expected no more than the context, "
+                f"and that no more than the {page_table.shape[1] * PAGE_SIZE} of its {page_table.shape[1]} pages"
+            )
+        used = page_table[b, : -(-int(length) // PAGE_SIZE)]
+        wrong = used[(used < 0) | (used >= num_pages)]
+        if len(wrong):
+            raise KernelError(f"sequence {b} has page {wrong[0]}: expected 0 to {num_pages - 1}")
+
+
+def column_groups(head_dim: int) -> int:
+    """Eights of columns that a warp's registers have room for."""
+    return 2 if head_dim <= 128 else 1
+
+
+def shared_bytes(head_dim: int) -> int:
+    """Of a block: each warp's q, and in its place eight columns of O in f32."""
+    q = 8 * column_groups(head_dim) * (-(-head_dim // 32) * 32 + 8) * 2
+    return NUM_WARPS * max(q, 8 * head_dim * 4)
+
+
+def attention_prefill(
+    backend: Backend,
+    layout: PageLayout,
+    q: torch.Tensor,
+    tables: PrefillTables,
+    pages: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    max_new: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    positions: torch.Tensor | None = None,
+    dependent: bool = False,
+) -> None:
+    """out f16 [T, H * D] = attention of q f16 [T, H, D], as ``append_kv`` leaves it, over its sequences' pages.
+
+    ``tables`` have been through ``check_pages``. ``max_new`` bounds the new tokens of a sequence. ``positions``
+    i32 [H * D]: where a consumer under act-order expects each channel. Raises ``KernelError``.
+    """
+    device, D = backend.device, layout.head_dim
+    if backend.arch < MIN_ARCH:
+        raise KernelError(f"attention_prefill needs compute capability 7.5 or higher, found {backend.arch / 10}")
+    for name, tensor, dims in (("q", q, 3), ("pages", pages, 3), ("page_table", tables.page_table, 2)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
+            raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
+    num_tokens, num_heads, num_kv_heads = q.shape[0], q.shape[1], pages.shape[1]
+    num_sequences, max_pages = tables.page_table.shape
+    if not num_tokens or not num_kv_heads or not num_heads or num_heads % num_kv_heads:
+        raise KernelError(f"{num_tokens} tokens, {num_heads} heads, {num_kv_heads} kv heads: expected whole groups")
+    if not 1 <= max_new <= num_tokens:
+        raise KernelError(f"{max_new} new tokens of a sequence at most: expected 1 to {num_tokens}")
+    if window is not None and window < 1:
+        raise KernelError(f"window {window}: expected 1 or more")
+    check_tensor("q", q, (torch.float16,), (num_tokens, num_heads, D), device, 16)
+    check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
+    check_tensor("out", out, (torch.float16,), (num_tokens, num_heads * D), device)
+    check_tensor("query_start", tables.query_start, (torch.int32,), (num_sequences + 1,), device)
+    check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
+    check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
+    if positions is not None:
+        check_tensor("positions", positions, (torch.int32,), (num_heads * D,), device)
+    args = [ptr(q), ptr(tables.query_start), ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out)]
+    args += [ptr(positions), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(window or 0)]
+    args += [f32(scale), f32(softcap or 0.0)]
+    columns = NUM_WARPS * 8 * column_groups(D)
+    grid = (-(-num_heads // num_kv_heads * max_new // columns), num_kv_heads, num_sequences)
+    function = backend.load(_spec(layout, backend.arch))
+    launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D), dependent=dependent)
+
+
+def _spec(layout: PageLayout, arch: int) -> KernelSpec:
+    macros = {"EXL_D": layout.head_dim, "EXL_K_BITS": layout.k_bits, "EXL_V_BITS": layout.v_bits}
+    return KernelSpec(
+        "attention_prefill.cu", "attention_prefill", macros | {"EXL_N": column_groups(layout.head_dim)}, arch
+    )
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """From head size 128 on, with quantized pages, ptxas keeps up to 24 bytes a thread in local memory."""
+    for kind in KINDS if arch >= MIN_ARCH else ():
+        for head_dim in COMPILED_HEAD_DIMS:
+            layout = PageLayout(kind, head_dim)
+            yield Variant(_spec(layout, arch), may_spill=head_dim >= 128 and layout.quantized)

@@ -1,0 +1,289 @@
+"""Decode attention against float64 over what the pages hold; one row, one result; nothing unwritten is ever seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_or_skip
+from reference.attention_twin import attention, bytes_of_tokens
+
+from exl.errors import KernelError
+from exl.kernels.attention_decode import (
+    DecodeScratch,
+    DecodeTables,
+    attention_decode,
+    check_tables,
+    num_items,
+    scratch_shapes,
+)
+from exl.kernels.launch import Backend
+from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
+
+
+@dataclass
+class Case:
+    """Sequences of given lengths and numbers of new tokens, their pages in shuffled order among others of NaN."""
+
+    kind: str
+    D: int
+    H: int
+    Hkv: int
+    lengths: tuple[int, ...]
+    new: tuple[int, ...]
+    seed: int = 0
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        self.layout = PageLayout(self.kind, self.D)
+        self.scale = self.D**-0.5
+        counts = [-(-length // 64) for length in self.lengths]
+        order = rng.permutation(sum(counts) + 2)
+        self.table = np.full((len(self.lengths), max(max(counts), 1)), 10**6, np.int32)
+        self.pages = np.full((len(order), self.Hkv, self.layout.num_bytes), 0xFF, np.uint8)  # f16: NaN
+        rows, slots, at = [], [], 0
+        for b, (length, new) in enumerate(zip(self.lengths, self.new, strict=True)):
+            k, v = (rng.standard_normal((length, self.Hkv, self.D)).astype(np.float32) for _ in range(2))
+            q = rng.standard_normal((new, self.H, self.D)).astype(np.float32) * 2
+            pages = order[at : at + counts[b]]
+            at += counts[b]
+            self.table[b, : counts[b]] = pages
+            self._fill(pages, k[: length - new], v[: length - new])
+            rows.append(
+                np.concatenate(
+                    [x.reshape(new, x.shape[1] * self.D) for x in (q, k[length - new :], v[length - new :])], 1
+                )
+            )
+            places = np.arange(length - new, length)
+            slots.append(self.table[b, places // 64] * 64 + places % 64)
+        self.rows = np.concatenate(rows).astype(np.float16)
+        self.slots = np.concatenate(slots).astype(np.int32)
+        self.query_start = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
+
+    def _fill(self, pages: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """The bytes of the tokens that were there before; 0xFF stays everywhere else."""
+        if len(k):
+            for i, packed in enumerate(pack_pages(self.layout, k, v)):
+                mine = bytes_of_tokens(self.layout, len(k) - i * 64)
+                self.pages[pages[i]][:, mine] = packed[:, mine]
+
+    def run(self, backend: Backend, sequences: tuple[int, ...] | None = None, **options):
+        """-> out of the chosen sequences' rows, and the pages afterwards."""
+        chosen = range(len(self.lengths)) if sequences is None else sequences
+        take = np.concatenate([np.arange(self.query_start[b], self.query_start[b + 1]) for b in chosen])
+        new = [self.new[b] for b in chosen]
+        start = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        lengths = np.array([self.lengths[b] for b in chosen], np.int32)
+        table, slots = self.table[list(chosen)], self.slots[take]
+        check_tables(start, lengths, table, slots, len(self.pages))
+
+        def device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(backend.device)
+
+        T, max_context, max_new = len(take), max(max(self.lengths), 1), max(max(self.new), 1)
+        shapes = scratch_shapes(len(lengths), self.H, self.Hkv, self.D, max_context, max_new)
+        scratch = DecodeScratch(
+            torch.full((shapes["partial"][1],), float("nan"), device=backend.device),
+            torch.zeros(shapes["arrived"][1], dtype=torch.int32, device=backend.device),
+        )
+        out = torch.full((T, self.H * self.D), float("nan"), dtype=torch.float16, device=backend.device)
+        pages = device(self.pages)
+        one, zero = (
+            torch.ones(T, self.D // 2, device=backend.device),
+            torch.zeros(T, self.D // 2, device=backend.device),
+        )
+        attention_decode(
+            backend, self.layout, device(self.rows[take]), one, zero,
+            DecodeTables(device(start), device(lengths), device(table), device(slots)), pages, out, scratch,
+            scale=self.scale, max_context=max_context, max_new=max_new, window=self.window, softcap=self.softcap,
+            **options,
+        )  # fmt: skip
+        assert not scratch.arrived.any()
+        return out.cpu().numpy(), pages.cpu().numpy()
+
+    def expected(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Over what the pages hold after the launch, in float64; and how far the kernel may be from it.
+
+        Probabilities are rounded to f16, and again when they are multiplied by V's scales: 2 * 2^-11 of each term;
+        below f16's normal numbers by 2^-25 of their 2^8, times a code. Scores are f32: a hundredth of that. Undoing
+        V's rotation adds the errors of a run's channels up, over the root of their number.
+        """
+        rotation, rows, limits = self.layout.rotation, [], []
+        for b, (length, new) in enumerate(zip(self.lengths, self.new, strict=True)):
+            if not new:
+                continue
+            k, v = unpack_pages(self.layout, pages[self.table[b, : -(-length // 64)]])
+            q = self.rows[self.query_start[b] : self.query_start[b + 1], : self.H * self.D].astype(np.float32)
+            q = hadamard(q.reshape(new, self.H, self.D), rotation).astype(np.float16)
+            places = np.arange(length - new, length)
+            exact, magnitude = (
+                attention(q, k[:length], x[:length], places, self.scale, self.window, self.softcap)
+                for x in (v, np.abs(v))
+            )
+            error = 2.02 * 2.0**-11 * magnitude + length * 127 * 2.0**-33
+            error = error.reshape(new, self.H, -1, rotation).sum(-1, keepdims=True) / np.sqrt(rotation)
+            exact = undo(exact, rotation)
+            rows.append(exact.reshape(new, -1))
+            limits.append(
+                (np.repeat(error, rotation, -1).reshape(exact.shape) + 2.0**-11 * np.abs(exact)).reshape(new, -1)
+            )
+        return np.concatenate(rows), np.concatenate(limits)
+
+
+def undo(x: np.ndarray, size: int) -> np.ndarray:
+    i = np.arange(size)
+    matrix = (-1.0) ** np.array([[bin(a & b).count("1") for b in i] for a in i]) / np.sqrt(size)
+    return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
+
+
+def assert_close(found: np.ndarray, expected: tuple[np.ndarray, np.ndarray]) -> None:
+    exact, limit = expected
+    assert not np.isnan(found).any()
+    assert (np.abs(found - exact) <= limit).all(), (np.abs(found - exact) / limit).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 257, 1000])
+def test_lengths(backend: Backend, kind: str, length: int) -> None:
+    case = Case(kind, 64, 4, 2, (length,), (1,), seed=length)
+    out, pages = case.run(backend)
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D", [16, 48, 80, 96, 128, 256])
+def test_head_sizes(kind: str, D: int) -> None:
+    case = Case(kind, D, 2, 1, (150, 70), (1, 2), seed=D)
+    out, pages = case.run(backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 12])
+def test_groups_and_unequal_sequences(group: int) -> None:
+    """An empty sequence among them, and rows of 0 to 8 new tokens."""
+    case = Case("q8", 64, 2 * group, 2, (130, 0, 8, 64, 300), (3, 0, 8, 1, 2), seed=group)
+    out, pages = case.run(backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200, 5000])
+def test_windows(window: int) -> None:
+    case = Case("k8v4", 64, 4, 2, (600, 64, 5), (2, 1, 3), seed=window, window=window)
+    out, pages = case.run(backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+
+
+def test_a_soft_cap() -> None:
+    case = Case("f16", 64, 4, 2, (200,), (2,), softcap=3.0)
+    out, pages = case.run(backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+    capped, case.softcap = out, None
+    assert np.abs(case.run(backend_or_skip("race"))[0] - capped).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4"])
+def test_beyond_4096_tokens(kind: str) -> None:
+    case = Case(kind, 16, 1, 1, (4096, 4097, 5200), (1, 1, 2))
+    out, pages = case.run(backend_or_skip("plain"))
+    assert_close(out, case.expected(pages))
+    assert [num_items(n) for n in (0, 1, 256, 257, 4096, 4097, 5120, 5121)] == [0, 1, 1, 2, 16, 17, 17, 18]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_tokens_are_appended_as_the_cpu_would(kind: str) -> None:
+    case = Case(kind, 64, 4, 2, (66, 3), (4, 3), seed=3)
+    _, pages = case.run(backend_or_skip("race"))
+    for b, (length, new) in enumerate(zip(case.lengths, case.new, strict=True)):
+        k, v = unpack_pages(case.layout, pages[case.table[b, : -(-length // 64)]])
+        rows = (
+            case.rows[case.query_start[b] : case.query_start[b + 1], 4 * 64 :].astype(np.float32).reshape(new, 2, 2, 64)
+        )
+        wanted = unpack_pages(case.layout, pack_pages(case.layout, rows[:, 0], rows[:, 1]))
+        np.testing.assert_array_equal(k[length - new : length], wanted[0][:new])
+        np.testing.assert_array_equal(v[length - new : length], wanted[1][:new])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", [75, 90])
+def test_a_rows_bits_depend_on_nothing_else(kind: str, arch: int) -> None:
+    """Alone, in a batch, and as the first or last of up to 8 new tokens."""
+    backend = backend_or_skip("plain", arch)
+    case = Case(kind, 64, 6, 2, (255, 700, 20, 1), (8, 1, 5, 1), seed=7, window=None)
+    out, pages = case.run(backend)
+    for b in range(4):
+        alone, _ = case.run(backend, (b,))
+        np.testing.assert_array_equal(alone, out[case.query_start[b] : case.query_start[b + 1]])
+    # Token by token: the others of the eight are in the cache by then, or not there yet.
+    for i in (0, 3, 7):
+        single = Case(kind, 64, 6, 2, (248 + i,), (1,))
+        single.table, single.pages = case.table[:1], pages
+        single.rows, single.slots = case.rows[i : i + 1], case.slots[i : i + 1]
+        found, _ = single.run(backend)
+        np.testing.assert_array_equal(found[0], out[i])
+
+
+def test_norm_rope_and_the_consumers_order() -> None:
+    """The prologue is append_kv's, tested there; here: that q, K and the output go through it."""
+    backend, rng = backend_or_skip("race"), np.random.default_rng(1)
+    case = Case("f16", 64, 4, 2, (5,), (5,))
+    order = rng.permutation(4 * 64).astype(np.int32)
+    weight = torch.full((64,), 0.5)
+    out, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6)
+    shuffled, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6, positions=torch.from_numpy(order))
+    np.testing.assert_array_equal(shuffled[:, order], out)
+    rows = case.rows.astype(np.float64).reshape(5, -1, 64)
+    normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * 0.5
+    k = normed[:, 4:6].astype(np.float16)
+    expected = attention(normed[:, :4].astype(np.float16), k, case.rows.reshape(5, -1, 64)[:, 6:], np.arange(5), 0.125)
+    magnitude = np.abs(case.rows.astype(np.float64)).max()
+    assert_close(out, (expected.reshape(5, -1), np.full((5, 256), 4 * 2.0**-11 * magnitude)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"page_table": [[0, 9]]}, "sequence 0 has page 9: expected 0 to 3"),
+        ({"page_table": [[-1, 1]]}, "sequence 0 has page -1"),
+        ({"context_len": [129]}, "context of 129: expected 1 to 128"),
+        ({"query_start": [0, 9], "slots": [0] * 9}, "9 new tokens: expected 0 to 8"),
+        ({"slots": [5]}, r"slot 5 of token 69 of sequence 0: expected 69 or -1"),
+    ],
+)
+def test_tables_are_checked_on_the_host(change: dict, words: str) -> None:
+    good = {"query_start": [0, 1], "context_len": [70], "page_table": [[0, 1]], "slots": [69]}
+    check_tables(*(np.array(value, np.int32) for value in good.values()), 4)
+    with pytest.raises(KernelError, match=words):
+        check_tables(*(np.array(value, np.int32) for value in {**good, **change}.values()), 4)
+
+
+def test_bad_arguments_are_refused_before_a_launch() -> None:
+    class NeverLaunches:
+        device, arch = torch.device("cpu"), 86
+
+        def load(self, spec: object) -> None:
+            raise AssertionError("a kernel was asked for")
+
+    class Old(NeverLaunches):
+        arch = 70
+
+    case = Case("q4", 64, 4, 2, (5,), (1,))
+    with pytest.raises(KernelError, match=r"7\.5 or higher"):
+        case.run(Old())
+    for options, words in (
+        ({"q_norm": torch.ones(32)}, "q_norm has shape"),
+        ({"positions": torch.arange(256)}, "positions is torch.int64"),
+    ):
+        with pytest.raises(KernelError, match=words):
+            case.run(NeverLaunches(), **options)
+    for name, value, words in (
+        ("D", 80, "expected"),
+        ("window", -1, "window -1"),
+    ):
+        broken = Case("q4", 64, 4, 2, (5,), (1,))
+        setattr(broken, name, value)
+        with pytest.raises(KernelError, match=words):
+            broken.run(NeverLaunches())

@@ -1,0 +1,149 @@
+"""Prefill attention against float64 over what the pages hold, and against decode attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_or_skip
+from test_attention_decode import Case, assert_close
+
+from exl.errors import KernelError
+from exl.kernels.append_kv import append_kv
+from exl.kernels.attention_prefill import PrefillTables, attention_prefill, check_pages
+from exl.kernels.launch import Backend
+from exl.kernels.page_layout import KINDS
+
+
+def run(case: Case, backend: Backend, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Appends the case's new tokens, then attends: as a model does. -> out, pages afterwards."""
+
+    def device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(backend.device)
+
+    lengths = np.array(case.lengths, np.int32)
+    check_pages(case.query_start, lengths, case.table, len(case.pages))
+    T, pages = len(case.rows), device(case.pages)
+    q = torch.full((T, case.H, case.D), float("nan"), dtype=torch.float16, device=backend.device)
+    one, zero = torch.ones(T, case.D // 2, device=backend.device), torch.zeros(T, case.D // 2, device=backend.device)
+    append_kv(backend, case.layout, device(case.rows), one, zero, device(case.slots), pages, q)
+    out = torch.full((T, case.H * case.D), float("nan"), dtype=torch.float16, device=backend.device)
+    tables = PrefillTables(device(case.query_start), device(lengths), device(case.table))
+    attention_prefill(
+        backend, case.layout, q, tables, pages, out,
+        scale=case.scale, max_new=max(case.new), window=case.window, softcap=case.softcap, **options,
+    )  # fmt: skip
+    return out.cpu().numpy(), pages.cpu().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("length", "new"), [(1, 1), (63, 63), (64, 64), (65, 65), (130, 40), (300, 9)])
+def test_chunks(backend: Backend, kind: str, length: int, new: int) -> None:
+    """A whole prompt, and a chunk of one that is partly in the cache."""
+    case = Case(kind, 64, 4, 2, (length,), (new,), seed=length)
+    out, pages = run(case, backend)
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D", [16, 48, 80, 96, 128, 256])
+def test_head_sizes(kind: str, D: int) -> None:
+    case = Case(kind, D, 2, 1, (100, 70), (20, 33), seed=D)
+    out, pages = run(case, backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 12])
+def test_groups_and_unequal_sequences(group: int) -> None:
+    case = Case("q8", 64, 2 * group, 2, (130, 0, 8, 64), (30, 0, 8, 1), seed=group)
+    out, pages = run(case, backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 5000])
+def test_windows(window: int) -> None:
+    case = Case("k8v4", 64, 4, 2, (200, 64), (50, 64), seed=window, window=window)
+    out, pages = run(case, backend_or_skip("race"))
+    assert_close(out, case.expected(pages))
+
+
+def test_a_soft_cap_and_the_consumers_order() -> None:
+    backend = backend_or_skip("race")
+    case = Case("f16", 64, 4, 2, (70,), (20,), softcap=3.0)
+    out, pages = run(case, backend)
+    assert_close(out, case.expected(pages))
+    order = np.random.default_rng(0).permutation(256).astype(np.int32)
+    shuffled, _ = run(case, backend, positions=torch.from_numpy(order))
+    np.testing.assert_array_equal(shuffled[:, order], out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_as_decode_attention(kind: str) -> None:
+    """Two kernels, one meaning: up to what each may round."""
+    case = Case(kind, 64, 4, 2, (300, 40), (8, 5), seed=1)
+    backend = backend_or_skip("race", 75)
+    prefill, pages = run(case, backend)
+    decode, decode_pages = case.run(backend)
+    np.testing.assert_array_equal(pages, decode_pages)
+    exact, limit = case.expected(pages)
+    assert_close(prefill, (exact, limit))
+    assert_close(decode, (exact, limit))
+    assert (np.abs(prefill - decode) <= 2 * limit).all()
+
+
+def test_a_rows_bits_do_not_depend_on_the_other_rows() -> None:
+    """The second sequence alone has other columns in its warps' fragments, and the same bits."""
+    backend = backend_or_skip("plain")
+    both = Case("q4", 64, 6, 2, (90, 77), (90, 30), seed=2)
+    out, _ = run(both, backend)
+    alone = Case("q4", 64, 6, 2, (77,), (30,))
+    alone.table, alone.pages = both.table[1:], both.pages
+    alone.rows, alone.slots = both.rows[90:], both.slots[90:]
+    np.testing.assert_array_equal(run(alone, backend)[0], out[90:])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"page_table": [[0, 9]]}, "sequence 0 has page 9: expected 0 to 3"),
+        ({"context_len": [129]}, "context of 129"),
+        ({"query_start": [0, 71]}, "71 new tokens in a context of 70"),
+    ],
+)
+def test_tables_are_checked_on_the_host(change: dict, words: str) -> None:
+    good = {"query_start": [0, 70], "context_len": [70], "page_table": [[0, 1]]}
+    check_pages(*(np.array(value, np.int32) for value in good.values()), 4)
+    with pytest.raises(KernelError, match=words):
+        check_pages(*(np.array(value, np.int32) for value in {**good, **change}.values()), 4)
+
+
+def test_bad_arguments_are_refused_before_a_launch() -> None:
+    class NeverLaunches:
+        device, arch = torch.device("cpu"), 86
+
+        def load(self, spec: object) -> None:
+            raise AssertionError("a kernel was asked for")
+
+    class Old(NeverLaunches):
+        arch = 70
+
+    case = Case("q4", 64, 4, 2, (5,), (1,))
+    tables = PrefillTables(*(torch.from_numpy(x) for x in (case.query_start, np.array([5], np.int32), case.table)))
+    good = {"q": torch.zeros(1, 4, 64).half(), "pages": torch.from_numpy(case.pages), "out": torch.zeros(1, 256).half()}
+    for change, options, words in (
+        ({"q": torch.zeros(1, 4, 64)}, {}, "q is torch.float32"),
+        ({"q": torch.zeros(1, 4, 80).half()}, {}, "q has shape"),
+        ({"out": torch.zeros(1, 128).half()}, {}, "out has shape"),
+        ({"pages": torch.zeros(1, 3, 100, dtype=torch.uint8)}, {}, "whole groups"),
+        ({}, {"window": 0}, "window 0"),
+        ({}, {"max_new": 2}, "2 new tokens"),
+        ({}, {"positions": torch.arange(256)}, "positions is torch.int64"),
+    ):
+        args = {**good, **change}
+        with pytest.raises(KernelError, match=words):
+            attention_prefill(
+                NeverLaunches(), case.layout, args["q"], tables, args["pages"], args["out"],
+                **{"scale": 1.0, "max_new": 1, **options},
+            )  # fmt: skip
+    with pytest.raises(KernelError, match=r"7\.5 or higher"):
+        attention_prefill(Old(), case.layout, good["q"], tables, good["pages"], good["out"], scale=1.0, max_new=1)
