@@ -1,6 +1,6 @@
 """The memory table of README.md: which models fit which cards, from headers alone, as `exl plan` says.
 
-    python scripts/memory_table.py
+python scripts/memory_table.py
 """
 
 from __future__ import annotations
