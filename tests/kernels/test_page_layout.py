@@ -54,9 +54,8 @@ def test_values_are_the_cpu_caches_bit_for_bit(kind: str, D: int) -> None:
     rng = np.random.default_rng(D)
     k, v = (rng.standard_normal((100, 2, D)).astype(np.float32) * 3 for _ in range(2))
     k[3], v[5], k[7, :, 1:] = 0, 0, 0
+    k[9, 0, 0] = 3e6  # its scale saturates
     layout = PageLayout(kind, D)
-    if layout.quantized:
-        k[9, 0, 0] = 3e6  # its scale saturates
     found = unpack_pages(layout, pack_pages(layout, k, v))
     for values, bits, unpacked in zip((k, v), (layout.k_bits, layout.v_bits), found, strict=True):
         rows = torch.from_numpy(values.copy())
