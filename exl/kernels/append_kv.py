@@ -16,7 +16,6 @@ from exl.kernels.page_layout import KINDS, PageLayout
 from exl.kernels.spec import KernelSpec, Variant
 
 NUM_WARPS = 8
-COMPILED_HEAD_DIMS = (64, 80, 96, 128, 256)  # of models; others are compiled when they are needed
 
 
 def check_slots(slots: Sequence[int], num_pages: int) -> None:
@@ -80,7 +79,16 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
     return KernelSpec("append_kv.cu", "append_kv", macros, arch)
 
 
-def variants(arch: int) -> Iterator[Variant]:
+def compiled_layouts() -> Iterator[PageLayout]:
+    """Of models: all cache types at head size 128, the two that differ most at the others. What is not among them is
+    compiled when it is needed, as these are."""
     for kind in KINDS:
-        for head_dim in COMPILED_HEAD_DIMS:
-            yield Variant(_spec(PageLayout(kind, head_dim), arch))
+        yield PageLayout(kind, 128)
+    for head_dim in (64, 80, 96, 256):
+        for kind in ("f16", "q4"):
+            yield PageLayout(kind, head_dim)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    for layout in compiled_layouts():
+        yield Variant(_spec(layout, arch))

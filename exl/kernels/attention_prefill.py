@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
-from exl.kernels.append_kv import COMPILED_HEAD_DIMS
+from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.page_layout import KINDS, PageLayout
+from exl.kernels.page_layout import PageLayout
 from exl.kernels.spec import KernelSpec, Variant
 
 NUM_WARPS = 4
@@ -119,7 +119,5 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
 
 def variants(arch: int) -> Iterator[Variant]:
     """From head size 128 on, with quantized pages, ptxas keeps up to 24 bytes a thread in local memory."""
-    for kind in KINDS if arch >= MIN_ARCH else ():
-        for head_dim in COMPILED_HEAD_DIMS:
-            layout = PageLayout(kind, head_dim)
-            yield Variant(_spec(layout, arch), may_spill=head_dim >= 128 and layout.quantized)
+    for layout in compiled_layouts() if arch >= MIN_ARCH else ():
+        yield Variant(_spec(layout, arch), may_spill=layout.head_dim >= 128 and layout.quantized)
