@@ -68,7 +68,10 @@ class Placement:
 
     @property
     def resident(self) -> tuple[int, ...]:
-        return tuple(i for i, (tier, _) in enumerate(self.layers) if tier is Tier.DEVICE)
+        return self.on_tier(Tier.DEVICE)
+
+    def on_tier(self, tier: Tier) -> tuple[int, ...]:
+        return tuple(i for i, (found, _) in enumerate(self.layers) if found is tier)
 
     @property
     def num_streamed(self) -> int:

@@ -28,8 +28,8 @@ _MAX_TOKENS = 1 << 30
 class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
-    device: str = "auto"  # or "cpu" or "cuda"; with vram given, "auto" is "cuda"
-    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: the CPU.
+    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU where there is one that exl can use, or vram is given
+    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all that is free.
     vram: int | str | Sequence[int | str] | None = None
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
@@ -44,10 +44,6 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device: found {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
-        if self.device == "cuda" and self.vram is None:
-            raise ConfigError(
-                "device: found 'cuda' without vram=, expected a size such as vram='8GB', or one for each GPU"
-            )
         if self.device == "cpu" and self.vram is not None:
             raise ConfigError(f"vram: found {self.vram!r} with device='cpu', which has none: expected ram=")
         if self.vram is not None and not self.vram_bytes:
@@ -73,11 +69,12 @@ class EngineOptions:
 
     @property
     def on_gpu(self) -> bool:
-        return self.vram is not None
+        """Whether it was asked for."""
+        return self.vram is not None or self.device == "cuda"
 
     @property
     def vram_bytes(self) -> tuple[int, ...]:
-        """Of each GPU; empty for the CPU."""
+        """Of each GPU; empty where no size was given."""
         if self.vram is None:
             return ()
         sizes = [self.vram] if isinstance(self.vram, str | int) else list(self.vram)
@@ -260,4 +257,5 @@ def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> St
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         head_dim=config.head_dim,
+        max_sequences=options.max_sequences,
     )

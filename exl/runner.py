@@ -11,7 +11,6 @@ import torch
 
 from exl.batch import ForwardBatch
 from exl.cache import KVCache
-from exl.host_memory import host_tensor
 from exl.layout import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import Linear
@@ -32,16 +31,10 @@ class Runner:
         self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
         self._embed, self._final_norm, self._head = embed, final_norm, head
 
-        def buffer(rows: int, width: int) -> torch.Tensor:
-            return host_tensor([rows, width], torch.float32, "activations")
-
-        self._residual = buffer(limits.window_rows, limits.hidden_size)
-        self._buffers = StepBuffers(
-            qkv=buffer(limits.max_rows, limits.qkv_width),
-            attn=buffer(limits.max_rows, limits.attn_width),
-            mlp=buffer(limits.max_rows, limits.intermediate_size),
-        )
-        self._logits = buffer(limits.max_logit_rows, limits.vocab_size)
+        buffer = decoder.ops.buffer
+        self._residual = buffer("residual")
+        self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
+        self._logits = buffer("logits")
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.config import RopeConfig
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import Field, KVLayout, LayerLayout, LinearLayout, Target
+from exl.layout import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
 
 if TYPE_CHECKING:
     from exl.cache import KVCache
@@ -119,11 +121,24 @@ class Ops(Protocol):
     device: torch.device
     act_dtype: torch.dtype
     target: Target
-    kv_layout: KVLayout
+    kv_layout: KVLayout | DeviceKVLayout
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """One of the buffers of a step, zeroed, at one address for good: ``residual`` f32 [window rows, C]; ``qkv``,
+        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
 
     # load
-    def pack(self, parts: Sequence[QuantizedMatrix | DenseMatrix], layout: LinearLayout, out: torch.Tensor) -> None:
-        """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes]."""
+    def pack(
+        self,
+        parts: Sequence[QuantizedMatrix | DenseMatrix],
+        layout: LinearLayout,
+        out: torch.Tensor,
+        output_order: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes], in host memory.
+
+        ``output_order`` i32 [F]: of gate and up, the order in which ``down`` wants its inputs (``packs_in_order``).
+        """
 
     # step
     def stage(self, batches: Sequence[ForwardBatch]) -> None:
@@ -140,14 +155,27 @@ class Ops(Protocol):
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
         """out [T, N] = norm(h) W + b."""
 
-    def attend(self, qkv: torch.Tensor, spec: AttentionSpec, layer_idx: int, kv: KVCache, out: torch.Tensor) -> None:
-        """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv."""
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        to: Segments = (),
+    ) -> None:
+        """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv.
 
-    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, lora=None) -> None:
-        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h)."""
+        ``to`` is what ``out`` goes into: a backend may store in the order that its act-order wants.
+        """
+
+    def gate_up(
+        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
+    ) -> None:
+        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``to`` as for ``attend``."""
 
     def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
-        """h [T, C] += scale * (x W + b)."""
+        """h [T, C] += scale * (x W + b); x as ``attend`` or ``gate_up`` left it for ``w``."""
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
