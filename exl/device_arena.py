@@ -30,7 +30,7 @@ class ArenaLayout:
 
     - ``residual`` f32 [window rows, C], ``sums of squares`` f32 [window rows, C / 16]
     - ``qkv``, ``attn``, ``mlp``: 16 bits, [rows of a chunk, width]; mlp's rows are padded to eights
-    - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows]
+    - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows], ``sample`` i32 [1]: the generator's
     - ``tables`` i32: a window's ids, slots, pages and angles, copied from the host in one piece
     - ``normed`` 16 bits: normalised input, or q of a prefill chunk
     - ``fused`` 16 bits: gate and up where they are two launches
@@ -87,6 +87,7 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
     step.add("mlp", "f16", limits.max_rows, align_up(limits.intermediate_size, DENSE_STEP))
     step.add("logits", "f32", limits.max_logit_rows, limits.vocab_size)
     step.add("samples", "i32", limits.max_logit_rows)
+    step.add("sample", "i32", 1)
     step.add("tables", "i32", table_words(limits))
     max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
     step.add("normed", "f16", limits.max_rows * max_k)

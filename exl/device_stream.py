@@ -221,6 +221,11 @@ class DeviceStream:
         slot.in_use, slot.released = False, self._engine.record()
         self._prefetch()
 
+    @property
+    def capturable(self) -> bool:
+        """Whether no layer is read from the disk: for that the host would have to wait in the middle of a step."""
+        return all(isinstance(tier, PinnedLayers) for _, tier in self._host)
+
     def join(self) -> None:
         """Arithmetic that is queued from here on waits for all copies: the end of a captured step."""
         for slot in self._slots:
@@ -235,6 +240,18 @@ class DeviceStream:
                 if event is not None:
                     event.synchronize()
             slot.loaded = slot.released = None
+
+    def replayed(self) -> None:
+        """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""
+        for slot in self._slots:
+            slot.loaded, slot.released = None, self._engine.record()
+
+    def abandon(self) -> None:
+        """A capture that failed: what it queued will never happen, slots hold nothing."""
+        for slot in self._slots:
+            slot.layer_idx = slot.loaded = slot.released = None
+            slot.in_use = False
+        self._order, self._next = (), 0
 
     def _upcoming(self) -> tuple[int, ...]:
         return self._order[self._next :] + self._order[: self._next]

@@ -44,7 +44,7 @@ class Generator:
         self.runner, self.pool, self.context = runner, pool, context
         self.eos_ids = frozenset(eos_ids)
         self.max_decode_prompt = max_decode_prompt
-        self._samples = torch.zeros(1, dtype=torch.int32, device=runner.decoder.ops.device)
+        self._samples = runner.decoder.ops.buffer("sample")
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, reuse_prefix: bool = False

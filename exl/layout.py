@@ -18,6 +18,7 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "f16": 2, 
 FIELD_ALIGN = 64  # a cache line, and what vector loads and int4pack want
 BLOB_ALIGN = 4096  # a memory page and a disk sector: O_DIRECT needs both
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's kernel takes
+_DENSE_MIN_ARCH = 75  # GPUs from here on have a kernel for dense layers
 DENSE_STEP = 8  # inputs of a dense weight on a GPU, 16 bytes, are read together: K is padded to a multiple
 
 
@@ -285,7 +286,7 @@ def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
         pack.add(name, "f32", (width,))
     linears: dict[str, tuple[LinearLayout, ...]] = {}
     if target.kind == "cuda":
-        _check_orders(dict(spec.linears))
+        _check_cuda(dict(spec.linears), target)
     for name, segments in spec.linears:
         layouts = tuple(linear_layout(segment, target) for segment in segments)
         for i, layout in enumerate(layouts):
@@ -303,8 +304,16 @@ def packs_in_order(layout: LayerLayout) -> bool:
     return [linear.kind for linear in gate_up] == ["tiles"] and any(linear.spec.order_key for linear in down)
 
 
-def _check_orders(linears: Mapping[str, tuple[LinearSpec, ...]]) -> None:
-    """A GPU's gate and up store in the order that ``down`` wants; dense ones, fused, have no way to."""
+def _check_cuda(linears: Mapping[str, tuple[LinearSpec, ...]], target: Target) -> None:
+    """A GPU's gate and up store in the order that ``down`` wants; dense ones, fused, have no way to. Dense layers need
+    tensor cores: without them cuBLAS multiplies the head alone."""
+    for segments in (linears.get(name, ()) for name in ("qkv", "o", "gate_up", "down")):
+        for spec in segments:
+            if target.arch < _DENSE_MIN_ARCH and not spec.quantized:
+                raise UnsupportedModelError(
+                    f"{spec.parts[0].name}: found dense weights, compute capability {target.arch / 10} takes quantized "
+                    f"layers only; dense ones need {_DENSE_MIN_ARCH / 10} or higher"
+                )
     gate_up, down = linears.get("gate_up", ()), linears.get("down", ())
     if len(gate_up) == 1 and not gate_up[0].quantized and any(spec.order_key for spec in down):
         raise UnsupportedModelError(

@@ -242,6 +242,7 @@ def _check_scratch(
     configs = [config] if config is not None else [
         choose_config(layout, count, backend.arch, backend.num_multiprocessors) for count in counts
     ]  # fmt: skip
+    configs = [c for c in configs if c.wide]  # a rest of few tokens needs none
     least = {
         "x": (torch.float16, min(MAX_TOKENS, num_tokens) * layout.K),
         "x_scale": (torch.float32, MAX_TOKENS * NUM_SLICES),

@@ -7,7 +7,7 @@ buffer at a fixed address. Rows ``[0, num_decode_rows)`` of the selected batch r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +22,7 @@ from exl.layout import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayou
 
 if TYPE_CHECKING:
     from exl.cache import KVCache
+    from exl.kernels.launch import Backend
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,
@@ -121,11 +122,12 @@ class Ops(Protocol):
     device: torch.device
     act_dtype: torch.dtype
     target: Target
+    backend: Backend | None  # of kernels; None where there are none
     kv_layout: KVLayout | DeviceKVLayout
 
     def buffer(self, name: str) -> torch.Tensor:
         """One of the buffers of a step, zeroed, at one address for good: ``residual`` f32 [window rows, C]; ``qkv``,
-        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
+        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]; ``sample`` i32 [1]."""
 
     # load
     def pack(
@@ -145,6 +147,10 @@ class Ops(Protocol):
         """The one host-to-device copy of a pass; outside any graph. Selects the first batch. None lets go of all."""
 
     def select(self, batch_idx: int) -> None: ...
+
+    @property
+    def step_key(self) -> Hashable:
+        """Of the selected batch: batches with one key launch the same kernels with the same arguments."""
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Token ids of the selected batch -> h [T, C] f32."""

@@ -130,7 +130,7 @@ class Staging:
                 f"batch of {batch.num_rows} rows, {B} sequences that decode: expected {limits.max_rows} rows and "
                 f"{limits.max_sequences} sequences, or fewer"
             )
-        if int(batch.query_start[B]) != batch.num_decode_rows:
+        if batch.num_sequences > B and int(batch.query_start[B]) != batch.num_decode_rows:
             raise KernelError(f"{batch.num_decode_rows} decode rows: expected whole sequences, they end inside of one")
         if batch.page_table.shape[1] > limits.max_pages:
             raise KernelError(f"{batch.page_table.shape[1]} pages of a sequence: expected {limits.max_pages} or fewer")

@@ -28,13 +28,14 @@ from exl.kernels.launch import Backend
 from exl.kernels.linear import Scratch, TiledWeight, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
-from exl.kernels.linear_many import PanelScratch, multiply_many
+from exl.kernels.linear_config import MIN_ARCH
+from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
 from exl.kernels.page_layout import PageLayout
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
 from exl.layout import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
 from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
-from exl.ops.cuda_batch import DeviceBatch, Staging
+from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.sampling import sample
 
 
@@ -116,6 +117,10 @@ class CudaOps:
 
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
+
+    @property
+    def step_key(self) -> BatchShape:
+        return self._now.shape
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         embed(
@@ -250,7 +255,19 @@ class CudaOps:
         width = weight.weight.shape[1]
         if x.shape[1] != width:  # the buffer's rows are padded with zeros
             x = torch.as_strided(x, (x.shape[0], width), x.stride())
+        if self.target.arch < MIN_ARCH:
+            self._dense_by_cublas(x, norm, weight, out)
+            return
         multiply_dense(self.backend, weight, x, out, norm=norm, dependent=self.dependent)
+
+    def _dense_by_cublas(self, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output) -> None:
+        """The head, where there are no tensor cores. A row at a time: no row's bits depend on the others."""
+        normed = self._normed[: x.numel()].view(x.shape)
+        rms_norm(self.backend, x, norm, normed)
+        for i in range(x.shape[0]):
+            multiply_f32(normed[i : i + 1], weight.weight, out.y[i : i + 1])
+        if weight.bias is not None:
+            out.y.add_(weight.bias[: out.y.shape[1]])
 
     def _weight(self, linear: Linear) -> TiledWeight | DenseWeight:
         found = self._weights.get(id(linear))

@@ -30,6 +30,7 @@ class TorchOps:
 
     device = torch.device("cpu")
     act_dtype = torch.float32
+    backend = None
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:
         self.target = target
@@ -49,6 +50,8 @@ class TorchOps:
 
     def buffer(self, name: str) -> torch.Tensor:
         limits = self.limits
+        if name == "sample":
+            return host_tensor([1], torch.int32, name)
         rows, width = {
             "residual": (limits.window_rows, limits.hidden_size),
             "qkv": (limits.max_rows, limits.qkv_width),
@@ -86,6 +89,10 @@ class TorchOps:
 
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
+
+    @property
+    def step_key(self) -> None:
+        return None
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         h.copy_(table.fields["weight"].index_select(0, self._now.token_ids))

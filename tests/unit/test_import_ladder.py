@@ -49,7 +49,7 @@ LADDER = (
         "loader",
         "planning",
     ),
-    ("runner",),
+    ("step_graph", "runner"),
     ("generator",),
     ("engine",),
     ("llm", "chat", "evaluate", "bench"),
