@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ class Engine:
     config: ModelConfig
     quant: QuantConfig | None
     plan: MemoryPlan
+    model: PlanInput  # layouts and limits that the plan was made of
     generator: Generator
     weights: ModelWeights
     owned: ExitStack
@@ -47,6 +49,11 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.generator.runner.decoder.ops.device
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given: for clocks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards."""
@@ -60,26 +67,44 @@ def load_engine(
     ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
+    with open_model(folder, options.head) as files:
+
+        def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
+            placement = plan.placement
+            return load_weights(
+                files.checkpoint,
+                files.config,
+                files.quant,
+                files.manifest,
+                ops,
+                progress,
+                resident=placement.resident if placement.num_streamed else None,
+                in_host=placement.on_tier(Tier.PINNED),
+                num_slots=plan.num_slots,
+                packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
+            )
+
+        return build_engine(files, options, backend, load)
+
+
+def build_engine(
+    files: ModelFiles,
+    options: EngineOptions,
+    backend: Backend | None,
+    load: Callable[[Ops, MemoryPlan], ModelWeights],
+    *,
+    dependent: bool = True,
+) -> Engine:
+    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU. ``dependent``: see
+    ``CudaOps``."""
     target = cpu_target() if backend is None else Target("cuda", None, backend.arch, backend.num_multiprocessors)
-    with open_model(folder, options.head) as files, ExitStack() as stack:
+    with ExitStack() as stack:
         plan, model = plan_model(files, options, target)
         if backend is not None:
             _check_device(plan, backend)
-        ops = _make_ops(files, plan, model, backend, stack)
+        ops = _make_ops(files, plan, model, backend, dependent, stack)
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
-        placement = plan.placement
-        weights = load_weights(
-            files.checkpoint,
-            files.config,
-            files.quant,
-            files.manifest,
-            ops,
-            progress,
-            resident=placement.resident if placement.num_streamed else None,
-            in_host=placement.on_tier(Tier.PINNED),
-            num_slots=plan.num_slots,
-            packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
-        )
+        weights = load(ops, plan)
         stack.callback(weights.close)
         runner = Runner(
             decoder=Decoder(files.config, ops),
@@ -93,7 +118,7 @@ def load_engine(
         eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
         short = min(_decode_prompt(model, backend), model.limits.max_rows)
         generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
-        return Engine(files.config, files.quant, plan, generator, weights, stack.pop_all())
+        return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 
 def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None]:
@@ -132,7 +157,14 @@ def _check_device(plan: MemoryPlan, backend: Backend) -> None:
         )
 
 
-def _make_ops(files: ModelFiles, plan: MemoryPlan, model: PlanInput, backend: Backend | None, stack: ExitStack) -> Ops:
+def _make_ops(
+    files: ModelFiles,
+    plan: MemoryPlan,
+    model: PlanInput,
+    backend: Backend | None,
+    dependent: bool,
+    stack: ExitStack,
+) -> Ops:
     if backend is None:
         return TorchOps(model.target, model.kv_layout, model.limits)
     embed = model.embed.linears["embed"][0].spec
@@ -145,6 +177,7 @@ def _make_ops(files: ModelFiles, plan: MemoryPlan, model: PlanInput, backend: Ba
         files.config.rope,
         plan.num_pages,
         act_dtype=torch.bfloat16 if embed.dtype == "bf16" else torch.float16,
+        dependent=dependent,
     )
     stack.callback(ops.close)
     return ops

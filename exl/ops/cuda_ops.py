@@ -26,9 +26,9 @@ from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.embed import embed
 from exl.kernels.launch import Backend
 from exl.kernels.linear import Scratch, TiledWeight, multiply
+from exl.kernels.linear_config import MIN_ARCH
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
-from exl.kernels.linear_config import MIN_ARCH
 from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
 from exl.kernels.page_layout import PageLayout
 from exl.kernels.rms_norm import rms_norm
