@@ -94,9 +94,10 @@ def build_engine(
     load: Callable[[Ops, MemoryPlan], ModelWeights],
     *,
     dependent: bool = True,
+    graphs: bool = True,
 ) -> Engine:
     """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU. ``dependent``: see
-    ``CudaOps``."""
+    ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the backend can."""
     target = cpu_target() if backend is None else Target("cuda", None, backend.arch, backend.num_multiprocessors)
     with ExitStack() as stack:
         plan, model = plan_model(files, options, target)
@@ -114,6 +115,7 @@ def build_engine(
             head=weights.head,
             kv=kv,
             limits=model.limits,
+            graphs=graphs,
         )
         eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
         short = min(_decode_prompt(model, backend), model.limits.max_rows)

@@ -28,6 +28,8 @@ class Runner:
         head: Linear,
         kv: KVCache,
         limits: StepLimits,
+        *,
+        graphs: bool = True,
     ) -> None:
         self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
         self._embed, self._final_norm, self._head = embed, final_norm, head
@@ -37,7 +39,7 @@ class Runner:
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
         backend = decoder.ops.backend
-        self._graphs = None if backend is None else StepGraphs(backend, weights)
+        self._graphs = StepGraphs(backend, weights) if graphs and backend is not None else None
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],

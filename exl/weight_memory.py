@@ -34,7 +34,7 @@ class WeightMemory(Protocol):
         """The blob is complete: it goes where it is to stay."""
 
     def view(self, blob_idx: int) -> torch.Tensor:
-        """A kept blob where it stays."""
+        """A kept blob where it stays: on the device, or pinned."""
 
     def source(self, packed: PackedFile | None) -> WeightSource:
         """The layers, by their turn. Takes over ``packed`` where it needs it."""
@@ -145,7 +145,7 @@ class DeviceWeights:
             self._blobs[blob_idx].copy_(staged)  # waits: staging is free again
 
     def view(self, blob_idx: int) -> torch.Tensor:
-        return self._blobs[blob_idx]
+        return self._blobs[blob_idx] if blob_idx in self._blobs else self._host_blobs[blob_idx]
 
     def source(self, packed: PackedFile | None) -> WeightSource:
         self._staging.close()
