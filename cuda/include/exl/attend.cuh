@@ -84,49 +84,53 @@ struct Question {   // of one column
   int first, last;  // tokens that it sees, both included
 };
 
-// Scores of 64 tokens: s[tile][n][e] as the mma leaves them, in units of log2. s_q: [8 kN columns][kQPitch].
-template <int kN>
-EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q, int lane, float scale, float softcap) {
+// s += K Q^T of channels 64 tile .., at most 64 of them; codes of all 64 tokens are on their way together.
+template <bool kWhole, int kN>
+EXL_DEVICE void score_tile(float (&s)[4][kN][4], const u8* page, const half* s_q, int tile, int lane) {
+  constexpr int kHere = kWhole ? 2 : kRuns % 2 == 0 ? 2 : 1;   // runs
   const int g = lane / 4, t = lane % 4;
   EXL_UNROLL
   for (int tt = 0; tt < 4; ++tt) {
+    Tile<kKBits> k;
+    const u8* at = page + tt * (2 * kD * kKBits) + tile * (128 * kKBits);
+    if constexpr (kWhole) k.load(at, lane);
+    else k.load_part(at, g, t);
     EXL_UNROLL
-    for (int n = 0; n < kN; ++n) s[tt][n][0] = s[tt][n][1] = s[tt][n][2] = s[tt][n][3] = 0.0f;
-    EXL_UNROLL
-    for (int tile = 0; tile < (kD + 63) / 64; ++tile) {
-      Tile<kKBits> k;
-      const u8* at = page + tt * (2 * kD * kKBits) + tile * (128 * kKBits);
-      if (tile < kD / 64) k.load(at, lane);
-      else k.load_part(at, g, t);
+    for (int h = 0; h < kHere; ++h) {
+      const int run = tile * 2 + h;
+      const FragA first = k.of_k(h, 0), second = k.of_k(h, 1);
+      float lo = 1.0f, hi = 1.0f;
+      if constexpr (kQuantized) {
+        const half2 pair = bits_half2(*reinterpret_cast<const u32*>(page + k_scale_at(tt * 16 + g, run)));
+        lo = __low2float(pair); hi = __high2float(pair);
+      }
       EXL_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int run = tile * 2 + h;
-        if (run >= kRuns) continue;
-        const FragA first = k.of_k(h, 0), second = k.of_k(h, 1);
-        float lo = 1.0f, hi = 1.0f;
-        if constexpr (kQuantized) {
-          const half2 pair = bits_half2(*reinterpret_cast<const u32*>(page + k_scale_at(tt * 16 + g, run)));
-          lo = __low2float(pair); hi = __high2float(pair);
-        }
-        EXL_UNROLL
-        for (int n = 0; n < kN; ++n) {
-          const uint4 x = *reinterpret_cast<const uint4*>(s_q + (n * 8 + g) * kQPitch + run * 32 + 8 * t);
-          FragC part{{0.0f, 0.0f, 0.0f, 0.0f}};
-          mma_m16n8k16(part, first, FragB{{x.x, x.y}});
-          mma_m16n8k16(part, second, FragB{{x.z, x.w}});
-          s[tt][n][0] = fmaf(lo, part.r[0], s[tt][n][0]); s[tt][n][1] = fmaf(lo, part.r[1], s[tt][n][1]);
-          s[tt][n][2] = fmaf(hi, part.r[2], s[tt][n][2]); s[tt][n][3] = fmaf(hi, part.r[3], s[tt][n][3]);
-        }
+      for (int n = 0; n < kN; ++n) {
+        const uint4 x = *reinterpret_cast<const uint4*>(s_q + (n * 8 + g) * kQPitch + run * 32 + 8 * t);
+        FragC part{{0.0f, 0.0f, 0.0f, 0.0f}};
+        mma_m16n8k16(part, first, FragB{{x.x, x.y}});
+        mma_m16n8k16(part, second, FragB{{x.z, x.w}});
+        s[tt][n][0] = fmaf(lo, part.r[0], s[tt][n][0]); s[tt][n][1] = fmaf(lo, part.r[1], s[tt][n][1]);
+        s[tt][n][2] = fmaf(hi, part.r[2], s[tt][n][2]); s[tt][n][3] = fmaf(hi, part.r[3], s[tt][n][3]);
       }
     }
-    EXL_UNROLL
-    for (int n = 0; n < kN; ++n)
-      EXL_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        float x = s[tt][n][e] * scale;
-        if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
-        s[tt][n][e] = x * kLog2E;
-      }
+  }
+}
+
+// Scores of 64 tokens: s[tile][n][e] as the mma leaves them, in units of log2. s_q: [8 kN columns][kQPitch].
+template <int kN>
+EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q, int lane, float scale, float softcap) {
+  EXL_UNROLL
+  for (int i = 0; i < 16 * kN; ++i) s[i / 4 / kN][i / 4 % kN][i % 4] = 0.0f;
+  EXL_NO_UNROLL   // else the compiler asks for all of K at once, for which there are no registers
+  for (int tile = 0; tile < kD / 64; ++tile) score_tile<true>(s, page, s_q, tile, lane);
+  if constexpr (kD % 64 != 0) score_tile<false>(s, page, s_q, kD / 64, lane);
+  EXL_UNROLL
+  for (int i = 0; i < 16 * kN; ++i) {
+    float& score = s[i / 4 / kN][i / 4 % kN][i % 4];
+    float x = score * scale;
+    if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
+    score = x * kLog2E;
   }
 }
 
