@@ -6,7 +6,7 @@
 #include <exl/half.cuh>
 #include <exl/page.cuh>
 
-constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = kD / 16;   // of 32 channels; halves; V's tiles
+constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = (kD + 15) / 16;   // of 32 channels; halves; V's tiles
 constexpr float kNone = -1e30f;      // the largest score of no token
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLift = 8.0f;        // probabilities are kept times 2^8, so that V's scales leave f16's subnormals alone
@@ -31,6 +31,25 @@ template <int kBits> struct Tile {
       const u32* unit = reinterpret_cast<const u32*>(at + ((h * 4 + t) * 8 + g) * 2 * kBits);
       EXL_UNROLL
       for (int i = 0; i < kBits / 2; ++i) w[h * (kBits / 2) + i] = unit[i];
+    }
+  }
+  // V's last tile of eight channels: rows g + 8 are not there, and whatever they hold meets no other row.
+  EXL_DEVICE void load_eight(const u8* at, int lane) {
+    if constexpr (kBits == 4) {   // channels c and c + 4 share bytes
+      const uint4 v = *reinterpret_cast<const uint4*>(at + lane % 16 * 16);
+      const int shift = lane / 16 * 4;
+      w[0] = v.x >> shift; w[1] = v.y >> shift; w[2] = v.z >> shift; w[3] = v.w >> shift;
+    } else {
+      EXL_UNROLL
+      for (int p = 0; p < kBits / 8; ++p) {   // one word (16 bits: two) of a mma, as rows g and g + 8 alike
+        const uint4 v = *reinterpret_cast<const uint4*>(at + p * 512 + lane * 16);
+        if constexpr (kBits == 8) {
+          w[0] = w[1] = v.x; w[2] = w[3] = v.y; w[4] = w[5] = v.z; w[6] = w[7] = v.w;
+        } else {
+          w[p * 8] = w[p * 8 + 1] = v.x; w[p * 8 + 2] = w[p * 8 + 3] = v.y;
+          w[p * 8 + 4] = w[p * 8 + 5] = v.z; w[p * 8 + 6] = w[p * 8 + 7] = v.w;
+        }
+      }
     }
   }
   EXL_DEVICE static FragA four_bits(u32 word) {
@@ -191,7 +210,9 @@ EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const ha
   EXL_UNROLL
   for (int c = 0; c < kTiles; ++c) {
     Tile<kVBits> v;
-    v.load(page + kVCodesAt + c * (128 * kVBits), lane);
+    const u8* at = page + kVCodesAt + c * (128 * kVBits);
+    if (c < kD / 16) v.load(at, lane);
+    else v.load_eight(at, lane);
     EXL_UNROLL
     for (int j = 0; j < 4; ++j) {
       FragA codes = v.of_v(j);

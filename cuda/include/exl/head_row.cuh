@@ -95,7 +95,7 @@ template <int kBits> EXL_DEVICE u32 quantize_lane(float x, half& scale, int lane
 
 // A token's K (or V) into its page, by stores of bytes (f16: of halves) that belong to it alone.
 template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float* row, int lane) {
-  constexpr int kBits = kIsV ? kVBits : kKBits, kPartner = kIsV ? 8 : 2;
+  constexpr int kBits = kIsV ? kVBits : kKBits;
   EXL_NO_UNROLL   // once a token: short code
   for (int start = 0; start < kD; start += 32) {
     const int channel = start + lane;
@@ -110,8 +110,10 @@ template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float*
       if constexpr (kBits == 8) {
         if (real) page[at] = static_cast<u8>(code);
       } else {
-        const u32 partner = __shfl_xor_sync(kWarp, code, kPartner);
-        if (real && (lane & kPartner) == 0) page[at] = static_cast<u8>(code | partner << 4);
+        int apart = kIsV ? 8 : 2;   // channels that share a byte
+        if (kIsV && channel / 16 == kD / 16) apart = 4;
+        const u32 partner = __shfl_sync(kWarp, code, lane ^ apart);
+        if (real && (lane & apart) == 0) page[at] = static_cast<u8>(code | partner << 4);
       }
       const int scale_at = kIsV ? v_scale_at(token, start / 32) : k_scale_at(token, start / 32);
       if (lane == 0) *reinterpret_cast<u16*>(page + scale_at) = __half_as_ushort(scale);
