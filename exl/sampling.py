@@ -177,7 +177,7 @@ def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def likeliest(log_probs: torch.Tensor, count: int) -> list[tuple[int, float]]:
-    """(id, value) of the ``count`` largest of [V] in falling order, equals by rising id; fewer where others are -inf."""
+    """(id, value) of the ``count`` largest of [V], falling, equals by rising id; fewer where the others are -inf."""
     if count == 0:
         return []
     ids, values, _ = _sorted_prefix(log_probs, count)

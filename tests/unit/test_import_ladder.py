@@ -33,7 +33,7 @@ LADDER = (
         *("control_tokens", "chat_template"),
         *("tokenizer_files", "token_bytes", "tokenizer", "text_stream"),
     ),
-    ("memory", "device_plan", "cache", "page_pool", "sampling", "logprobs"),
+    ("memory", "plan_html", "device_plan", "cache", "page_pool", "sampling", "logprobs"),
     ("kernels",),
     ("ops",),
     ("models",),
