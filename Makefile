@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test matrix lint clean
+.PHONY: demo test matrix browser lint clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
@@ -15,6 +15,10 @@ test: .venv/installed-test lint
 # Every variant of every kernel for every architecture: what `make test` takes a sample of. About ten minutes.
 matrix: .venv/installed-test
 	$(BIN)/python -m pytest -rfEs -m matrix
+
+# The Gradio demo in a real browser; needs the system's chromium besides.
+browser: .venv/installed-browser
+	$(BIN)/python -m pytest -rfEs tests/browser
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -31,6 +35,10 @@ lint: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/installed-browser: .venv/installed-test
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,browser]'
 	touch $@
 
 clean:

@@ -36,7 +36,9 @@ setup(
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
         "server": ["fastapi>=0.110", "uvicorn>=0.29"],
-        "demo": ["gradio>=5"],
+        "demo": ["gradio>=6"],
+        # Drives the demo in a Chromium that the system has; nothing is downloaded.
+        "browser": ["playwright>=1.50"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",

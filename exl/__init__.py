@@ -25,6 +25,7 @@ from exl.errors import (
 if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.llm import LLM, Completion, TextIterator, load
+    from exl.logprobs import TokenLogprob
     from exl.memory import MemoryPlan
     from exl.planning import plan
     from exl.sampling import SamplingParams
@@ -38,6 +39,7 @@ _HOMES = {
     "MemoryPlan": "exl.memory",
     "SamplingParams": "exl.sampling",
     "TextIterator": "exl.llm",
+    "TokenLogprob": "exl.logprobs",
     "load": "exl.llm",
     "plan": "exl.planning",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "MemoryPlan",
     "SamplingParams",
     "TextIterator",
+    "TokenLogprob",
     "UnsupportedModelError",
     "load",
     "plan",

@@ -32,6 +32,7 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | None
     stop: str | Sequence[str]
+    top_logprobs: int | None
 
 
 class Chat:
@@ -104,6 +105,9 @@ class Chat:
             messages = [*messages, {"role": "user", "content": _checked(text)}]
         if not messages:
             raise ConfigError("message: found none, expected a text to answer")
+        return self._answer(messages, max_tokens, options)
+
+    def _answer(self, messages: list[dict[str, Any]], max_tokens: int, options: SamplingOptions) -> TextIterator:
         ids, plain = self._prompt(messages)
         context = self._llm.context
         if len(ids) >= context:
@@ -116,31 +120,23 @@ class Chat:
         if self.is_transcript:
             stop = (*stop, _TRANSCRIPT_STOP)
         answer = self._llm.stream(ids, max_tokens, reuse_prefix=True, stop=stop, **options)
-        return TextIterator(self._keep(answer, messages, ids, plain))
+        return TextIterator(self._keep(answer, messages, ids, plain), answer._logprobs)
 
     def undo(self) -> str:
         """Takes back the last message of the user and all that followed; its text."""
-        for i in reversed(range(len(self._messages))):
-            if self._messages[i]["role"] == "user":
-                text = self._messages[i]["content"]
-                del self._messages[i:]
-                self._run_ids = []
-                return text
-        raise ConfigError("undo: found no message of the user")
+        last = self._last_of_user("undo")
+        text = self._messages[last]["content"]
+        del self._messages[last:]
+        self._run_ids = []
+        return text
 
     def retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
         """Another answer to the last message of the user, with another seed unless one is given."""
         return _exhaust(self.stream_retry(max_tokens, **options))
 
     def stream_retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
-        """The same piece by piece."""
-        before = self._messages[:], self._run_ids
-        text = self.undo()
-        try:
-            return self.stream(text, max_tokens, **options)
-        except Exception:
-            self._messages, self._run_ids = before
-            raise
+        """The same piece by piece. Closed before the first piece, the answer before is kept."""
+        return self._answer(self._messages[: self._last_of_user("retry") + 1], max_tokens, options)
 
     def add(self, role: str, content: str, *, name: str | None = None, tool_call_id: str | None = None) -> None:
         """Appends a message without asking for an answer: the result of a tool, or turns of an earlier conversation."""
@@ -192,6 +188,12 @@ class Chat:
         return f"Chat({self._llm.folder.name}{mode}, {len(self._messages)} messages, {self.num_tokens} tokens)"
 
     # ---- prompts
+
+    def _last_of_user(self, asked: str) -> int:
+        for i in reversed(range(len(self._messages))):
+            if self._messages[i]["role"] == "user":
+                return i
+        raise ConfigError(f"{asked}: found no message of the user")
 
     def _keep(
         self, answer: TextIterator, messages: list[dict[str, Any]], ids: list[int], plain: list[int]

@@ -13,7 +13,7 @@ from exl.errors import ConfigError, MemoryBudgetError
 from exl.page_pool import PagePool
 from exl.rope import depends_on_length
 from exl.runner import Runner
-from exl.sampling import SamplingParams, sampling_batch
+from exl.sampling import SamplingParams, likeliest, sampling_batch
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class GeneratedToken:
     token_id: int
     finish_reason: str | None  # "stop": an end-of-sequence id; "length": max_tokens or the context is used up
     num_reused: int = 0  # tokens of the prompt that were in the cache
+    ranked: tuple[tuple[int, float], ...] | None = None  # (id, logprob) of the token, then of the likeliest
 
 
 @dataclass
@@ -47,9 +48,17 @@ class Generator:
         self._samples = runner.decoder.ops.buffer("sample")
 
     def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, reuse_prefix: bool = False
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reuse_prefix: bool = False,
+        top_logprobs: int | None = None,
     ) -> Iterator[GeneratedToken]:
         """Yields tokens as they are made; the last one carries the reason to stop.
+
+        ``top_logprobs``: tokens come with their log-probability and those of the so many likeliest, as in ``ranked``:
+        natural logarithms of the softmax of the plain logits, without penalty, temperature and filters.
 
         ``reuse_prefix`` takes what the cache already has of the prompt instead of computing it again. That is the
         same up to rounding, not bit for bit: the cached rows were computed in other chunks.
@@ -65,24 +74,34 @@ class Generator:
         reused = prompt_ids[:-1] if reuse_prefix and self._reusable(len(prompt_ids) + num_new) else ()
         sequence = self.begin(len(prompt_ids) + num_new - 1, reused)
         try:
-            yield from self._generate(sequence, prompt_ids, params, num_new)
+            yield from self._generate(sequence, prompt_ids, params, num_new, top_logprobs)
         finally:
             self.end(sequence)
 
     def _generate(
-        self, sequence: CachedSequence, prompt_ids: Sequence[int], params: SamplingParams, num_new: int
+        self,
+        sequence: CachedSequence,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        num_new: int,
+        top_logprobs: int | None,
     ) -> Iterator[GeneratedToken]:
         ops = self.runner.decoder.ops
         seen = set(prompt_ids) if params.repetition_penalty != 1.0 else set()
         new_ids: Sequence[int] = prompt_ids[sequence.num_cached :]
         for step in range(num_new):
             logits = self.extend(sequence, new_ids)
+            # Before the draw, which may use the logits up.
+            log_probs = None if top_logprobs is None else torch.log_softmax(logits[0].double(), dim=-1)
             ops.sample(logits, sampling_batch([(params, step, sorted(seen))]), self._samples)
             token_id = int(self._samples[0])
+            ranked = None
+            if log_probs is not None:
+                ranked = ((token_id, float(log_probs[token_id])), *likeliest(log_probs, top_logprobs))
             if token_id in self.eos_ids:
-                yield GeneratedToken(token_id, "stop", sequence.num_reused)
+                yield GeneratedToken(token_id, "stop", sequence.num_reused, ranked)
                 return
-            yield GeneratedToken(token_id, "length" if step == num_new - 1 else None, sequence.num_reused)
+            yield GeneratedToken(token_id, "length" if step == num_new - 1 else None, sequence.num_reused, ranked)
             if params.repetition_penalty != 1.0:
                 seen.add(token_id)
             new_ids = (token_id,)

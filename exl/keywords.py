@@ -11,6 +11,7 @@ _OURS = {
     "ctx_size": "context",
     "do_sample": "temperature (0 is greedy)",
     "gpu_memory_utilization": "ram",
+    "logprobs": "top_logprobs",
     "load_in_4bit": "a GPTQ checkpoint (exl quantize makes one)",
     "load_in_8bit": "a GPTQ checkpoint (exl quantize makes one)",
     "max_length": "max_tokens",

@@ -20,6 +20,7 @@ from exl.generator import Generator
 from exl.hub import find_model
 from exl.keywords import explain_foreign_keywords
 from exl.loader import Progress
+from exl.logprobs import TokenLogprob, check_top_logprobs
 from exl.memory import format_bytes
 from exl.planning import EngineOptions
 from exl.sampling import SamplingParams
@@ -44,6 +45,7 @@ class Completion:
     seed: int  # the one that was used: the same request with it gives the same text
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each of token_ids; None unless top_logprobs was given
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +74,8 @@ class Completion:
 class TextIterator:
     """Pieces of text as they become final; ``completion`` once it is exhausted. ``close()`` stops early."""
 
-    def __init__(self, pieces: Iterator[str | Completion]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Iterator[str | Completion], logprobs: Sequence[TokenLogprob] | None = None) -> None:
+        self._pieces, self._logprobs = pieces, logprobs
         self._completion: Completion | None = None
 
     def __iter__(self) -> TextIterator:
@@ -92,6 +94,11 @@ class TextIterator:
         if self._completion is None:
             raise ExlError("this stream has not ended: take its pieces first, then ask for its completion")
         return self._completion
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Of the tokens so far, those too whose text is not final yet; None unless ``top_logprobs`` was given."""
+        return None if self._logprobs is None else tuple(self._logprobs)
 
     def close(self) -> None:
         self._pieces.close()
@@ -143,20 +150,23 @@ class LLM:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         reuse_prefix: bool = False,
+        top_logprobs: int | None = None,
     ) -> Completion | list[Completion]:
         """Continues a prompt: text, or token ids that are taken as they are. A list of texts gives a list.
 
         Text gets the model's BOS; special tokens in it are plain text. What is None falls to the model's
         generation_config, then to greedy decoding. ``reuse_prefix`` takes what the cache still has of the prompt from
-        earlier requests: quicker, and the same up to rounding instead of bit for bit.
+        earlier requests: quicker, and the same up to rounding instead of bit for bit. ``top_logprobs=5`` fills
+        ``Completion.logprobs``: each token's log-probability and the 5 likeliest tokens in its place, from the
+        distribution before penalty, temperature and filters; 0 gives the tokens' own alone.
         Raises ``ConfigError`` for a value that makes no sense and for a prompt longer than the context.
         """
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
         )
         if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
-            return [self._complete(item, params, reuse_prefix) for item in prompt]
-        return self._complete(prompt, params, reuse_prefix)
+            return [self._complete(item, params, reuse_prefix, top_logprobs) for item in prompt]
+        return self._complete(prompt, params, reuse_prefix, top_logprobs)
 
     @explain_foreign_keywords
     def stream(
@@ -172,12 +182,16 @@ class LLM:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         reuse_prefix: bool = False,
+        top_logprobs: int | None = None,
     ) -> TextIterator:
-        """Like ``generate``, piece by piece: whole characters, and never text that a stop string cuts off."""
+        """Like ``generate``, piece by piece: whole characters, and never text that a stop string cuts off.
+
+        With ``top_logprobs``, the iterator's ``logprobs`` has the tokens so far.
+        """
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
         )
-        return TextIterator(self._stream(self.encode(prompt), params, reuse_prefix))
+        return self._begin(prompt, params, reuse_prefix, top_logprobs)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids with the model's BOS, once; ids are returned as they are."""
@@ -275,13 +289,30 @@ class LLM:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return SamplingParams(max_tokens=max_tokens, seed=seed, stop=stop, **{"temperature": 0.0, **chosen})
 
-    def _complete(self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool) -> Completion:
-        stream = TextIterator(self._stream(self.encode(prompt), params, reuse_prefix))
+    def _begin(
+        self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool, top_logprobs: int | None
+    ) -> TextIterator:
+        check_top_logprobs(top_logprobs, self.config.vocab_size)
+        logprobs: list[TokenLogprob] | None = None if top_logprobs is None else []
+        return TextIterator(self._stream(self.encode(prompt), params, reuse_prefix, top_logprobs, logprobs), logprobs)
+
+    def _complete(
+        self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool, top_logprobs: int | None
+    ) -> Completion:
+        stream = self._begin(prompt, params, reuse_prefix, top_logprobs)
         for _ in stream:
             pass
         return stream.completion
 
-    def _stream(self, prompt_ids: list[int], params: SamplingParams, reuse_prefix: bool) -> Iterator[str | Completion]:
+    def _stream(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        reuse_prefix: bool,
+        top_logprobs: int | None,
+        logprobs: list[TokenLogprob] | None,
+    ) -> Iterator[str | Completion]:
+        """Adds to ``logprobs`` as tokens are made."""
         generator = self._open_generator()
         with self._turn:
             text = TextStream(self.tokenizer, prompt_ids, params.stop)
@@ -290,7 +321,7 @@ class LLM:
             reason = "length"
             began = first = last = time.perf_counter()
             num_reused = 0
-            tokens = generator.stream(prompt_ids, params, reuse_prefix=reuse_prefix)
+            tokens = generator.stream(prompt_ids, params, reuse_prefix=reuse_prefix, top_logprobs=top_logprobs)
             try:
                 for token in tokens:
                     last = time.perf_counter()
@@ -300,6 +331,8 @@ class LLM:
                         reason = "stop"
                         break
                     token_ids.append(token.token_id)
+                    if logprobs is not None:
+                        logprobs.append(TokenLogprob.of(token.ranked, self.tokenizer))
                     piece = text.push(token.token_id)
                     if piece:
                         pieces.append(piece)
@@ -322,6 +355,7 @@ class LLM:
             seed=params.seed,
             prompt_seconds=first - began,
             decode_seconds=last - first,
+            logprobs=None if logprobs is None else tuple(logprobs),
         )
 
 

@@ -7,7 +7,6 @@ which come and go). Sizes are given as whole bytes, "6GB" (10^9) or "6GiB" (2^30
 from __future__ import annotations
 
 import enum
-import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,25 +156,10 @@ class MemoryPlan:
         return self.table()
 
     def _repr_html_(self) -> str:
-        """A bar for each memory, in proportion, and the table."""
-        bars = "".join(self._bar(device) for device in self.devices)
-        return f'<div>{bars}<pre style="line-height: 1.3">{html.escape(self.table())}</pre></div>'
+        """A bar for each memory, in proportion, and what its parts are."""
+        from exl.plan_html import plan_html  # which imports this module
 
-    def _bar(self, device: str) -> str:
-        lines = [line for line in self.lines if line.device == device]
-        total = self.device_bytes(device)
-        room = max(total, self.budgets.get(device, 0), 1)
-        parts = "".join(
-            f'<span title="{html.escape(line.purpose)}: {format_bytes(line.num_bytes)}" style="display: inline-block; '
-            f"height: 1.2em; width: {100 * line.num_bytes / room:.3f}%; "
-            f'background: hsl({137.5 * i % 360:.0f} 55% 55%)"></span>'
-            for i, line in enumerate(lines)
-        )
-        border = "1px solid #888" if total <= self.budgets.get(device, total) else "2px solid #c00"
-        return (
-            f'<div style="margin: 4px 0">{html.escape(device)}: {format_bytes(total)}'
-            f'<div style="border: {border}; font-size: 0.9em; line-height: 0; white-space: nowrap">{parts}</div></div>'
-        )
+        return plan_html(self)
 
 
 def _at_most(num_bytes: int, exact: bool) -> str:

@@ -176,6 +176,14 @@ def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     return out
 
 
+def likeliest(log_probs: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    """(id, value) of the ``count`` largest of [V], falling, equals by rising id; fewer where the others are -inf."""
+    if count == 0:
+        return []
+    ids, values, _ = _sorted_prefix(log_probs, count)
+    return list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
+
+
 def _check_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
     import torch
 

@@ -119,8 +119,17 @@ def test_undo_and_retry(llm):
     assert chat.undo() == "One."
     with pytest.raises(ConfigError, match="undo: found no message"):
         chat.undo()
-    with pytest.raises(ConfigError, match="undo: found no message"):
+    with pytest.raises(ConfigError, match="retry: found no message"):
         chat.retry()
+
+
+def test_a_retry_that_is_given_up_at_once_loses_nothing(llm):
+    chat = llm.chat()
+    chat.send("One.", 5)
+    before = chat.messages
+    chat.stream_retry(5, temperature=1.0, seed=2).close()
+    assert chat.messages == before
+    assert chat.send("Two.", 5).num_reused_tokens > 0
 
 
 def test_a_full_context_loses_nothing(tmp_path):

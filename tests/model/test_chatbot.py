@@ -83,7 +83,7 @@ def test_commands(session, tmp_path):
     [
         ("/nothing", ["/nothing", "/help"]),
         ("/undo", ["undo", "no message"]),
-        ("/retry", ["undo", "no message"]),
+        ("/retry", ["retry", "no message"]),
         ("/save", ["/save", "name of a file"]),
         ("/load nowhere.json", ["nowhere.json", "cannot be read"]),
         ("/set banana 3", ["banana", *SETTINGS]),

@@ -19,7 +19,7 @@ from exl.device_plan import HOST, segment_bytes
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.kernels.tile_layout import TileLayout
 from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout, tile_layout
-from exl.memory import Tier
+from exl.memory import MemoryPlan, Placement, PlanLine, Tier, format_bytes
 from exl.planning import EngineOptions, open_model, plan_model
 
 SM86 = Target("cuda", arch=86)
@@ -238,14 +238,28 @@ def test_the_command_prints_a_hypothetical_card(folders):
 def test_a_notebook_sees_a_bar_for_each_memory(folders):
     found = exl.plan(folders["7b"], vram=["2GB", "8GB"], context=512)
     html = found._repr_html_()
-    assert html.count("<span") == len(found.lines)
-    widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", html)]
+    parts = re.findall(r'class="exl-part" title="([^"]+)" style="width: ([\d.]+)%; (background: [^"]+)"', html)
+    assert [title.split(":")[0] for title, _, _ in parts] == [line.purpose for line in found.lines]
     shares = [
         100 * line.num_bytes / found.budgets.get(line.device, found.device_bytes(line.device)) for line in found.lines
     ]
-    assert widths == pytest.approx(shares, abs=1e-3)
-    assert "cuda:1" in html
+    assert [float(width) for _, width, _ in parts] == pytest.approx(shares, abs=1e-3)
+    assert ["gradient" not in fill for _, _, fill in parts] == [line.exact for line in found.lines]  # hatched: a bound
+    for line in found.lines:
+        assert f"{'' if line.exact else '≤ '}{format_bytes(line.num_bytes)}</td>" in html
+    assert "<b>cuda:1</b>" in html
+    assert "of 8.00 GB" in html
+    assert "does not fit" not in html
     assert str(found) == found.table()
+
+
+def test_a_bar_that_is_too_long_says_so_and_text_is_escaped():
+    lines = (PlanLine("<KV> & more", "cpu", 75, True, '"note"'), PlanLine("temporaries", "cpu", 25, False))
+    html = MemoryPlan(lines, Placement(()), 64, 1, 0, {"cpu": 80})._repr_html_()
+    assert "&lt;KV&gt; &amp; more" in html
+    assert "<KV>" not in html
+    assert "does not fit" in html
+    assert re.findall(r"width: ([\d.]+)%;", html)[:2] == ["75.000", "25.000"]  # of the sum: no part is cut off
 
 
 def test_the_function_and_the_command_agree(folders):

@@ -34,7 +34,7 @@ LADDER = (
         *("control_tokens", "chat_template"),
         *("tokenizer_files", "token_bytes", "tokenizer", "text_stream"),
     ),
-    ("memory", "device_arena", "device_plan", "cache", "page_pool", "sampling"),
+    ("memory", "plan_html", "device_arena", "device_plan", "cache", "page_pool", "sampling"),
     ("kernels",),
     ("ops",),
     ("models",),

@@ -1,0 +1,1 @@
+"""What examples/gradio_demo.py is made of besides its page."""

@@ -1,0 +1,140 @@
+"""What one browser tab has: its conversation, its completion, and its place in the queue."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import exl
+from exl.errors import ConfigError
+
+from .worker import Job, Worker
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as far as it is there."""
+
+    text: str
+    done: exl.Completion | None = None  # None: not at its end, or stopped before it
+    logprobs: tuple[exl.TokenLogprob, ...] = ()
+    num_tokens: int = 0  # of prompt and answer, once it is done
+    context: int = 0
+
+
+class Session:
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.job: Job | None = None
+        self.seen: str | None = None  # the state of the model that the page shows
+        self._chat: exl.Chat | None = None
+        self._llm: exl.LLM | None = None  # of the chat
+
+    @property
+    def messages(self) -> list[Message]:
+        return [] if self._chat is None else self._chat.messages
+
+    def submit(self, run: Callable[[Job], None]) -> Job:
+        """One job at a time for a tab. Raises ``ConfigError``."""
+        if self.busy:
+            raise ConfigError("this tab still waits for an answer: stop it, or wait for its end")
+        self.job = self.worker.submit(run)
+        return self.job
+
+    @property
+    def busy(self) -> bool:
+        return self.job is not None and not self.job.is_done
+
+    def stop(self) -> None:
+        if self.job is not None:
+            self.job.stop()
+
+    def send(self, text: str, system: str, options: dict[str, Any]) -> Job:
+        if not text.strip():
+            raise ConfigError("message: found nothing, expected a text to answer")
+        return self.submit(lambda job: self._answer(job, system, lambda chat: chat.stream(text, **options)))
+
+    def retry(self, system: str, options: dict[str, Any]) -> Job:
+        if not self.messages:
+            raise ConfigError("retry: there is no message to answer again")
+        return self.submit(lambda job: self._answer(job, system, lambda chat: chat.stream_retry(**options)))
+
+    def complete(self, prompt: str, top_logprobs: int, options: dict[str, Any]) -> Job:
+        """``Answer`` with the tokens' probabilities. An empty prompt is one: the model begins by itself."""
+
+        def run(job: Job) -> None:
+            llm = self.worker.loaded()
+            with closing(llm.stream(prompt, top_logprobs=top_logprobs, **options)) as stream:
+                _follow(job, llm, stream)
+
+        return self.submit(run)
+
+    def undo(self) -> str:
+        """The message that was taken back."""
+        if self.busy:
+            raise ConfigError("undo: an answer is still being written: stop it first")
+        if self._chat is None:
+            raise ConfigError("undo: there is no message to take back")
+        return self._chat.undo()
+
+    def clear(self) -> None:
+        self.stop()
+        self._chat = None
+
+    def _answer(self, job: Job, system: str, begin: Callable[[exl.Chat], exl.TextIterator]) -> None:
+        llm = self.worker.loaded()
+        with closing(begin(self._chat_with(llm, system.strip() or None))) as stream:
+            _follow(job, llm, stream)
+
+    def _chat_with(self, llm: exl.LLM, system: str | None) -> exl.Chat:
+        """The conversation; with another model, a new one that begins with the same messages."""
+        if self._chat is None or self._llm is not llm:
+            chat = llm.chat(system)
+            messages = self.messages
+            for message, answer in zip(messages[::2], messages[1::2], strict=True):
+                if answer["content"]:  # a turn without an answer is no turn
+                    chat.add(message["role"], message["content"])
+                    chat.add(answer["role"], answer["content"])
+            self._chat, self._llm = chat, llm
+        if self._chat.system != system:
+            self._chat.system = system
+        return self._chat
+
+
+class Sessions:
+    """Of all browser tabs, by the key that the server gives each."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def of(self, key: str) -> Session:
+        with self._lock:
+            return self._sessions.setdefault(key, Session(self._worker))
+
+    def drop(self, key: str) -> None:
+        """A tab was closed: nobody reads what it waits for."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+        if session is not None:
+            session.stop()
+
+
+def _follow(job: Job, llm: exl.LLM, stream: exl.TextIterator) -> None:
+    """Tells what is there, until the end or until the job is stopped."""
+    text = ""
+    job.tell(Answer(text))
+    for piece in stream:
+        text += piece
+        job.tell(Answer(text, logprobs=stream.logprobs or ()))
+        if job.stopped:
+            return
+    done = stream.completion
+    num_tokens = done.num_prompt_tokens + done.num_tokens
+    job.tell(Answer(done.text, done, done.logprobs or (), num_tokens, llm.context))

@@ -1,0 +1,93 @@
+"""What a person has typed into the forms -> options of ``exl.load`` and ``LLM.stream``, or one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import exl
+from exl.errors import ConfigError
+from exl.planning import EngineOptions
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Checked as far as it can be without the model's files."""
+
+    model: str  # a folder or a Hugging Face repository id
+    options: Mapping[str, Any]  # of exl.load
+
+    @property
+    def name(self) -> str:
+        return Path(self.model).name if self.is_local else self.model
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.model).expanduser().exists()
+
+    def plan(self) -> exl.MemoryPlan:
+        """From the headers alone; a repository that is not here is fetched first. Raises ``ExlError``."""
+        return exl.plan(self.model, **{name: value for name, value in self.options.items() if name != "device"})
+
+
+def load_settings(
+    model: str | None, device: str, kv_cache: str, ram: str, vram: str, context: str, head: str
+) -> LoadSettings:
+    """Raises ``ConfigError`` that names the field."""
+    model = (model or "").strip()
+    if not model:
+        raise ConfigError("model: found nothing, expected a folder or a Hugging Face repository id")
+    sizes = [size.strip() for size in (vram or "").split(",")]
+    options = {
+        "device": device,
+        "kv_cache": kv_cache,
+        "ram": (ram or "").strip() or None,
+        "vram": None if sizes == [""] else sizes,
+        "context": _context((context or "").strip()),
+        "head": "file" if head == "stored" else int(head.split()[0]),
+    }
+    EngineOptions(**options)  # refuses what makes no sense
+    return LoadSettings(model, options)
+
+
+def sampling_options(
+    temperature: float | None,
+    top_k: float | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    max_tokens: float | None,
+    seed: str | None,
+) -> dict[str, Any]:
+    """Keywords of ``LLM.stream``; a slider whose number was emptied leaves it to the model."""
+    return {
+        "temperature": temperature,
+        "top_k": None if top_k is None else int(top_k),
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": 256 if max_tokens is None else int(max_tokens),
+        "seed": _seed((seed or "").strip()),
+    }
+
+
+def _context(text: str) -> int | str | None:
+    if text in ("", "auto"):
+        return text or None
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"context: found {text!r}, expected a number of tokens, auto, or nothing for the model's own"
+        ) from None
+
+
+def _seed(text: str) -> int | None:
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"seed: found {text!r}, expected a whole number, or nothing for another each time") from None

@@ -1,0 +1,182 @@
+"""The model and its queue: one thread owns the model, and what browser tabs ask of it runs there, in turn."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import exl
+
+from .settings import LoadSettings
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What a job shows before its turn."""
+
+    ahead: int  # jobs that come first, the running one among them
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a job shows while a model is loaded."""
+
+    settings: LoadSettings
+    done: int = 0  # bytes
+    total: int = 0
+
+
+class Job:
+    """A request in the queue. What it tells replaces what it told before: a slow browser never holds up the model."""
+
+    def __init__(self, run: Callable[[Job], None], worker: Worker) -> None:
+        self.stopped = False
+        self.failure: str | None = None  # one line
+        self._run, self._worker = run, worker
+        self._changed = threading.Condition()
+        self._states: deque[Any] = deque(maxlen=1)
+        self._done = False
+
+    @property
+    def is_done(self) -> bool:
+        return self._done
+
+    def tell(self, state: Any) -> None:
+        with self._changed:
+            self._states.append(state)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Asks a running job to end; one that waits leaves the queue."""
+        self.stopped = True
+        self._worker.withdraw(self)
+
+    def watch(self, every: float = 0.05) -> Iterator[Any]:
+        """``Waiting`` while others come first, then the newest state, no more than one in so many seconds."""
+        shown = None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._states or self._done, timeout=0.25)
+                state = self._states.popleft() if self._states else None
+                done = self._done
+            ahead = self._worker.ahead(self)
+            if state is None and ahead:
+                state = Waiting(ahead)
+            if state is not None and state != shown:
+                shown = state
+                yield state
+            if done:
+                return
+            threading.Event().wait(every)
+
+    def execute(self) -> None:
+        try:
+            if not self.stopped:
+                self._run(self)
+        except Exception as error:
+            self.failure = one_line(error)
+        finally:
+            self.finish()
+
+    def finish(self) -> None:
+        with self._changed:
+            self._done = True
+            self._changed.notify_all()
+
+
+class Worker:
+    """Owns the model. ``llm`` may be read from any thread and is to be run in jobs only."""
+
+    def __init__(self) -> None:
+        self.llm: exl.LLM | None = None
+        self.settings: LoadSettings | None = None  # of llm
+        self._jobs: deque[Job] = deque()  # the first one runs
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name="model", daemon=True).start()
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    def submit(self, run: Callable[[Job], None]) -> Job:
+        job = Job(run, self)
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job
+
+    def ahead(self, job: Job) -> int:
+        with self._changed:
+            return self._jobs.index(job) if job in self._jobs else 0
+
+    def withdraw(self, job: Job) -> None:
+        with self._changed:
+            if job in self._jobs and self._jobs[0] is not job:
+                self._jobs.remove(job)
+                job.finish()
+
+    def loaded(self) -> exl.LLM:
+        if self.llm is None:
+            raise exl.ExlError("no model is loaded: choose one under Model, and load it")
+        return self.llm
+
+    def load(self, settings: LoadSettings, job: Job | None = None) -> None:
+        """To be run in a job. The old model goes first: there may be no room for two. If the new one cannot be
+        loaded, the old one is loaded again, and the error says so."""
+        before, old = self.settings, self.llm
+        if old is not None:
+            self.llm = None
+            old.close()
+        try:
+            self._open(settings, job)
+        except Exception as error:
+            if old is None or before is None:
+                raise
+            line = one_line(error).rstrip(".")
+            try:
+                self._open(before, job)
+            except Exception as again:
+                raise exl.ExlError(f"{line}. No model is loaded now: {before.name}: {one_line(again)}") from error
+            raise exl.ExlError(f"{line}. {before.name} is loaded again, as it was.") from error
+
+    def _open(self, settings: LoadSettings, job: Job | None) -> None:
+        def progress(done: int, total: int) -> None:
+            if job is not None:
+                job.tell(Loading(settings, done, total))
+
+        if job is not None:
+            job.tell(Loading(settings))
+        self.llm = exl.load(settings.model, progress=progress, **settings.options)
+        self.settings = settings
+
+    def close(self) -> None:
+        """Stops what runs, and gives the memory back."""
+        with self._changed:
+            for job in self._jobs:
+                job.stopped = True
+        job = self.submit(lambda job: self.llm.close() if self.llm is not None else None)
+        for _ in job.watch():
+            pass
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs)
+                job = self._jobs[0]
+            job.execute()
+            with self._changed:
+                self._jobs.popleft()
+
+
+def one_line(error: BaseException) -> str:
+    """What a person is told. What exl did not raise on purpose goes to the terminal with its traceback, too."""
+    if isinstance(error, exl.ExlError):
+        return str(error).strip().splitlines()[0]
+    traceback.print_exception(error, file=sys.stderr)
+    told = " ".join(str(error).split())[:200]
+    return f"unexpected {type(error).__name__}: {told} (the terminal has the details)"
