@@ -19,6 +19,8 @@ KVCacheType = Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8,
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")]
+Token = Annotated[str | None, typer.Option(help="For a private or gated repository; by default the one saved by hf.")]
 
 
 def load_with_progress(model: str | None, **options: object) -> LLM:

@@ -23,6 +23,7 @@ LADDER = (
             "rope",
             "keywords",
             "hub",
+            "remote",
             "user_cache",
             "host_memory",
             "checkpoint",
