@@ -10,12 +10,13 @@ from exl.config import GenerationDefaults, ModelConfig
 from exl.errors import ConfigError
 from exl.generator import Generator
 from exl.layout import LayerLayout
-from exl.loader import ModelWeights, Progress, load_weights
+from exl.loader import ModelWeights, load_weights
 from exl.memory import MemoryPlan
 from exl.models.decoder import Decoder
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.page_pool import PagePool
 from exl.planning import EngineOptions, open_model, plan_model
+from exl.progress import Progress
 from exl.quant_config import QuantConfig
 from exl.runner import Runner
 

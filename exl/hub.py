@@ -22,20 +22,28 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NOT_HERE = "no such folder here"
 
 
-def find_model(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path:
+def find_model(
+    model: str | Path | None, *, revision: str | None = None, token: Token = None, quiet: bool = False
+) -> Path:
     """A local folder (or the model that ships with exl, for None), else a Hugging Face repository's snapshot.
 
-    A snapshot is downloaded where it is not in huggingface_hub's cache, or where the hub has a newer one. Offline, the
-    cache has to have it. Raises ``CheckpointError`` when there is none.
+    A snapshot is downloaded where it is not in huggingface_hub's cache, or where the hub has a newer one; ``quiet``:
+    without progress bars. Offline, the cache has to have it. Raises ``CheckpointError`` when there is none.
     """
     path = _local_path(model)
     if path is not None:
         return path
     # Imported here: it takes longer than all of exl's command line.
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
 
+    class NoBar(tqdm):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    bars = {"tqdm_class": NoBar} if quiet else {}
     with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
-        return Path(snapshot_download(str(model), revision=revision, token=token, allow_patterns=_WANTED))
+        return Path(snapshot_download(str(model), revision=revision, token=token, allow_patterns=_WANTED, **bars))
 
 
 def find_headers(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path | RemoteFolder:

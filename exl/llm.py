@@ -19,9 +19,9 @@ from exl.errors import ExlError
 from exl.generator import Generator
 from exl.hub import Token, find_model
 from exl.keywords import explain_foreign_keywords
-from exl.loader import Progress
 from exl.memory import format_bytes
 from exl.planning import EngineOptions
+from exl.progress import Progress, shown_progress
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
@@ -342,7 +342,7 @@ def load(
     packed_folder: str | Path | None = None,
     revision: str | None = None,
     token: Token = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
@@ -355,7 +355,8 @@ def load(
     turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so many
     bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag or
     commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
-    ``progress(done, total)`` is told in bytes.
+    ``progress``: True shows a bar, False none; by default there is one in notebooks and terminals, if loading takes
+    more than a moment. A function is called as ``progress(done, total)``, in bytes.
 
     Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options, ``MemoryBudgetError`` for
     what cannot fit, ``UnsupportedModelError`` for models that exl does not have.
@@ -373,8 +374,9 @@ def load(
         head=head,
         packed_folder=packed_folder,
     )
-    folder = find_model(model, revision=revision, token=token)
-    engine = load_engine(folder, options, progress)
+    folder = find_model(model, revision=revision, token=token, quiet=progress is False)
+    with shown_progress(progress, "loading") as tell:
+        engine = load_engine(folder, options, tell)
     folder = folder if folder.is_dir() else folder.parent
     defaults = GenerationDefaults.from_folder(folder)
     bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id

@@ -34,7 +34,7 @@ LADDER = (
         *("control_tokens", "chat_template"),
         *("tokenizer_files", "token_bytes", "tokenizer", "text_stream"),
     ),
-    ("memory", "device_plan", "cache", "page_pool", "sampling"),
+    ("memory", "progress", "device_plan", "cache", "page_pool", "sampling"),
     ("kernels",),
     ("ops",),
     ("models",),
