@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test matrix lint clean
+.PHONY: demo test matrix lint notebook clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
@@ -19,6 +19,10 @@ matrix: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Runs examples/quickstart.ipynb and saves it with its outputs.
+notebook: .venv/installed-test
+	$(BIN)/python scripts/run_notebook.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

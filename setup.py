@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
+
 # The kernel sources live at the top level for their readers and ship inside the package for its users. `cuda/` never
 # gets an __init__.py: from the repository's root it would shadow NVIDIA's `cuda` namespace, which CuPy imports.
 setup(
@@ -37,7 +39,9 @@ setup(
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
         "server": ["fastapi>=0.110", "uvicorn>=0.29"],
         "demo": ["gradio>=5"],
+        "notebook": NOTEBOOK,
         "test": [
+            *NOTEBOOK,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -107,7 +107,7 @@ def explain_hub_errors(what: str, revision: str | None = None) -> Iterator[None]
         raise
     except ImportError as error:
         raise CheckpointError(
-            f"{what}: planning without a download needs huggingface_hub 1.0 or newer ({error})"
+            f"{what}: a plan without a download needs huggingface_hub 1.0 or newer: {_first_line(error)}"
         ) from None
     except (HTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"{what}, and {_reason(error, revision)}") from None

@@ -105,12 +105,12 @@ class RemoteFolder:
 
     def _get(self, name: str, headers: dict[str, str], take: Callable[[Any], T]) -> T:
         """``take`` is given the answer before its body is read; what it leaves of it is given up."""
-        # Imported here: it takes longer than all of exl's command line.
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
         with explain_hub_errors(f"{self.repo_id}/{name}"):
+            # Imported here: it takes longer than all of exl's command line.
+            from huggingface_hub import hf_hub_url
+            from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+            from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
             url = hf_hub_url(self.repo_id, name, revision=self.commit)
             headers = build_hf_headers(token=self.token, library_name="exl") | {"Accept-Encoding": "identity"} | headers
             # Its own retries after lost connections would yield a second time, which a with block cannot take.
