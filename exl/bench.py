@@ -21,9 +21,9 @@ from exl.errors import ConfigError
 from exl.host_memory import trim_heap
 from exl.hub import BUNDLED_MODEL
 from exl.layout import LayerLayout
-from exl.loader import Progress
 from exl.memory import MemoryPlan, PlanInput
 from exl.planning import EngineOptions
+from exl.progress import Progress
 from exl.sampling import SamplingParams, sampling_batch
 
 ROOF_BYTES = 1 << 28  # that the roof is measured on: far beyond the caches

@@ -18,7 +18,7 @@ from exl.errors import ConfigError, KernelError, MemoryBudgetError
 from exl.generator import Generator
 from exl.kernels.launch import Backend, CudaBackend
 from exl.layout import LayerLayout, Target
-from exl.loader import ModelWeights, Progress, load_weights
+from exl.loader import ModelWeights, load_weights
 from exl.memory import MemoryPlan, PlanInput, Tier, format_bytes
 from exl.models.decoder import Decoder
 from exl.ops.base import Ops
@@ -26,6 +26,7 @@ from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.page_pool import PagePool
 from exl.planning import EngineOptions, ModelFiles, open_model, plan_model
+from exl.progress import Progress
 from exl.quant_config import QuantConfig
 from exl.runner import Runner
 

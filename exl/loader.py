@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from exl.models.manifest import ModelManifest
 from exl.ops.base import Linear, Ops, view_field, view_segments
 from exl.packed import PackedFile, PackedWriter
 from exl.packed_store import default_packed_folder, packed_key, packed_path, source_name
+from exl.progress import Progress
 from exl.quant_config import QuantConfig
 from exl.read_ahead import LayerReadAhead
 from exl.stream import WeightSource
@@ -33,7 +34,6 @@ from exl.weight_memory import DeviceWeights, HostWeights, WeightMemory
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # bytes done so far, bytes in all
 _READ_THREADS = 2  # one waits for the disk while the other compares checksums
 
 

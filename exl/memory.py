@@ -155,6 +155,15 @@ class MemoryPlan:
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        """Each memory in a few words; ``print`` shows the table."""
+        memories = [f"{device} {_at_most(self.device_bytes(device), False)}" for device in self.devices]
+        resident, layers = len(self.placement.resident), len(self.placement.layers)
+        state = "" if self.fits else ", does not fit"
+        return (
+            f"MemoryPlan({', '.join(memories)}, {resident} of {layers} layers resident, {self.context} tokens{state})"
+        )
+
     def _repr_html_(self) -> str:
         """A bar for each memory, in proportion, and what its parts are."""
         from exl.plan_html import plan_html  # which imports this module
