@@ -136,15 +136,13 @@ def _prompt(engine: Engine, depth: int, count: int) -> float:
 def _generate(engine: Engine, depth: int, count: int) -> float:
     generator, ops = engine.generator, engine.generator.runner.decoder.ops
     greedy = sampling_batch([(SamplingParams(max_tokens=count, temperature=0.0), 0, [])])
-    sample = torch.zeros(1, dtype=torch.int32, device=ops.device)
     sequence = generator.begin(depth + count + 1)
     try:
         logits = generator.extend(sequence, _ids(engine, depth + 1))
         engine.synchronize()
         began = time.perf_counter()
         for _ in range(count):
-            ops.sample(logits, greedy, sample)
-            logits = generator.extend(sequence, [int(sample[0])])
+            logits = generator.extend(sequence, ops.sample(logits, greedy).token_ids())
         engine.synchronize()
         return time.perf_counter() - began
     finally:

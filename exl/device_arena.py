@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from exl.kernels import sample_layout
 from exl.kernels.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
 from exl.kernels.tile_layout import ROWS
 from exl.layout import DENSE_STEP, DTYPE_BYTES, Field, LayerLayout, StepLimits, Target, align_up, tile_layout
@@ -30,13 +31,14 @@ class ArenaLayout:
 
     - ``residual`` f32 [window rows, C], ``sums of squares`` f32 [window rows, C / 16]
     - ``qkv``, ``attn``, ``mlp``: 16 bits, [rows of a chunk, width]; mlp's rows are padded to eights
-    - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows], ``sample`` i32 [1]: the generator's
+    - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows]
     - ``tables`` i32: a window's ids, slots, pages and angles, copied from the host in one piece
     - ``normed`` 16 bits: normalised input, or q of a prefill chunk
     - ``fused`` 16 bits: gate and up where they are two launches
     - ``shared`` bytes: what linears of 9 to 64 tokens hand over, or a dequantized panel and its product, or what decode
       attention hands over: never two of them at once
     - ``linear arrived``, ``attention arrived`` i32: counters, zero between launches
+    - ``sampling tables`` u8: what the rows of a step ask for; ``sampling <name>``: what its blocks hand over
     """
 
     fields: Mapping[str, Field]
@@ -87,7 +89,6 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
     step.add("mlp", "f16", limits.max_rows, align_up(limits.intermediate_size, DENSE_STEP))
     step.add("logits", "f32", limits.max_logit_rows, limits.vocab_size)
     step.add("samples", "i32", limits.max_logit_rows)
-    step.add("sample", "i32", 1)
     step.add("tables", "i32", table_words(limits))
     max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
     step.add("normed", "f16", limits.max_rows * max_k)
@@ -96,6 +97,10 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
     step.add("shared", "u8", max(few.num_bytes, many.num_bytes, align_up(partial.num_bytes, ARENA_ALIGN)))
     step.add("linear arrived", "i32", shapes.get("arrived", ("i32", 0))[1])
     step.add("attention arrived", "i32", pairs)
+    rows = sample_rows(limits)
+    step.add("sampling tables", "u8", sample_layout.table_bytes(rows, max_seen(limits)))
+    for name, (dtype, count) in sample_layout.scratch_shapes(rows, limits.vocab_size).items():
+        step.add(f"sampling {name}", dtype, count)
     return ArenaLayout(
         MappingProxyType(step.fields),
         step.num_bytes,
@@ -103,6 +108,16 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
         MappingProxyType(many.fields),
         partial,
     )
+
+
+def sample_rows(limits: StepLimits) -> int:
+    """Rows that are drawn at once."""
+    return min(limits.max_logit_rows, limits.max_sequences, sample_layout.MAX_ROWS)
+
+
+def max_seen(limits: StepLimits) -> int:
+    """Earlier tokens of all those rows, each counted once."""
+    return sample_rows(limits) * min(limits.max_context, limits.vocab_size)
 
 
 def table_words(limits: StepLimits) -> int:

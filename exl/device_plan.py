@@ -121,9 +121,9 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
     slot = slots * max((model.layers[i].num_bytes for i in share.streamed), default=0)
     num_cached = len(share.layers) + len(share.streamed)
     cache = num_cached * model.kv_layout.layer_bytes(num_pages)
-    logits = arena.bytes_of("logits", "samples", "sample") if share.is_last else 0
+    logits = arena.bytes_of("logits", "samples") if share.is_last else 0
     residual, activations = arena.bytes_of("residual"), arena.bytes_of("qkv", "attn", "mlp")
-    scratch = arena.num_bytes - arena.bytes_of("logits", "samples", "sample") - residual - activations
+    scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
     slab = residual + activations + logits + scratch
     rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, slab))
     lines = [
@@ -137,7 +137,7 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
         ),
         PlanLine("residual stream", name, residual, True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", name, activations, True, f"{limits.max_rows} rows"),
-        PlanLine("logits and sample", name, logits, True, f"{limits.max_logit_rows} rows"),
+        PlanLine("logits and samples", name, logits, True, f"{limits.max_logit_rows} rows"),
         PlanLine("scratch of operations", name, scratch, True),
         PlanLine("rounding to segments", name, rounding, True, "torch's allocator"),
         PlanLine("cuBLAS workspace", name, _CUBLAS_HOPPER_BYTES if model.target.arch == 90 else _CUBLAS_BYTES, False),

@@ -14,7 +14,7 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError, UnsupportedModelError
 from exl.kernels.tile_layout import ROWS, TileLayout
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "f16": 2, "bf16": 2, "f32": 4})
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4})
 FIELD_ALIGN = 64  # a cache line, and what vector loads and int4pack want
 BLOB_ALIGN = 4096  # a memory page and a disk sector: O_DIRECT needs both
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's kernel takes
@@ -440,7 +440,6 @@ def step_bytes(limits: StepLimits) -> dict[str, int]:
         "attn": limits.max_rows * limits.attn_width * 4,
         "mlp": limits.max_rows * limits.intermediate_size * 4,
         "logits": limits.max_logit_rows * limits.vocab_size * 4,
-        "sample": 4,
     }
 
 

@@ -226,7 +226,7 @@ def _plan(model: PlanInput, budget: int | None, num_resident: int, num_slots: in
         ),
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),
-        PlanLine("logits and sample", device, steps["logits"] + steps["sample"], True, f"{limits.max_logit_rows} rows"),
+        PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
         PlanLine("scratch of operations", device, sum(scratch.values()), True),
     ]  # fmt: skip
     temporaries = torch_temporaries(model)

@@ -20,36 +20,17 @@ from exl.errors import KernelError
 from exl.kernels.args import i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
+from exl.kernels.sample_layout import MAX_ROWS, NUM_BINS, PART, ROW, scratch_shapes, table_bytes
 from exl.kernels.spec import KernelSpec, Variant
 from exl.sampling import no_distribution
 
 NUM_THREADS = 512
-PART = 4096  # tokens a block
-NUM_BINS = 45 * 16
 MAX_VOCAB = 2**19
-MAX_ROWS = 64
 TOP_BYTES = NUM_THREADS // 32 * 8 + PART // 32 * 4  # kTopBytes
 DRAW_BYTES = 2 * 3 * 4 * NUM_BINS + 3 * 8 * NUM_THREADS + NUM_THREADS // 32 * 16 + 72  # kDrawBytes
 
 # What a sample says of a row that has no distribution; the same logit in the words of ``exl.sampling``.
 CODES = {-1: math.nan, -2: math.inf, -3: -math.inf}
-
-# ``Params`` of the kernel.
-ROW = np.dtype(
-    [
-        ("uniform", "<u8"),  # times 2^64
-        ("top_p", "<u8"),  # times 2^64; 0: off
-        ("log_min_p", "<f8"),  # -inf: off
-        ("temperature", "<f4"),
-        ("scale_hi", "<f4"),  # log2(e) / temperature, in two parts
-        ("scale_lo", "<f4"),
-        ("penalty", "<f4"),
-        ("top_k", "<i4"),
-        ("seen_start", "<i4"),
-        ("seen_stop", "<i4"),
-        ("unused", "<i4"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -69,23 +50,6 @@ class SampleScratch:
     bin_counts: torch.Tensor  # i32, zero; the kernel leaves it zero
     bin_weights: torch.Tensor  # i64, zero; likewise
     arrived: torch.Tensor  # i32, zero; likewise
-
-
-def table_bytes(num_rows: int, max_seen: int) -> int:
-    """Of the buffer for ``num_rows`` rows and ``max_seen`` earlier tokens. Those are of all rows that have a repetition
-    penalty; a row has no more of them than its context or the vocabulary."""
-    return -(-(num_rows * ROW.itemsize + 4 * max_seen) // 16) * 16
-
-
-def scratch_shapes(num_rows: int, vocab_size: int) -> dict[str, tuple[str, int]]:
-    """Type and number of elements of each field of ``SampleScratch``, for up to ``num_rows`` rows."""
-    return {
-        "tops": ("i64", num_rows * -(-vocab_size // PART)),
-        "seen": ("i32", num_rows * -(-vocab_size // 32)),
-        "bin_counts": ("i32", num_rows * NUM_BINS),
-        "bin_weights": ("i64", num_rows * NUM_BINS),
-        "arrived": ("i32", num_rows),
-    }
 
 
 def pack_tables(batch: SamplingBatch, num_rows: int, max_seen: int, vocab_size: int) -> NDArray[np.uint8]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,
     "i32": torch.int32,
+    "i64": torch.int64,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
     "f32": torch.float32,
@@ -116,6 +117,13 @@ def view_segments(layout: LayerLayout, blob: torch.Tensor, name: str) -> Segment
     )
 
 
+class Samples(Protocol):
+    """Tokens that were drawn, on their way to the host."""
+
+    def token_ids(self) -> list[int]:
+        """Waits for them. Raises ``ExlError`` for a row of logits with NaN, +inf or every token forbidden."""
+
+
 class Ops(Protocol):
     """What a backend offers. ``select(i)`` names the staged batch that all following operations work on."""
 
@@ -123,11 +131,12 @@ class Ops(Protocol):
     act_dtype: torch.dtype
     target: Target
     backend: Backend | None  # of kernels; None where there are none
+    runs_ahead: bool  # the host may give the next step away before it has read the last one's samples
     kv_layout: KVLayout | DeviceKVLayout
 
     def buffer(self, name: str) -> torch.Tensor:
         """One of the buffers of a step, zeroed, at one address for good: ``residual`` f32 [window rows, C]; ``qkv``,
-        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]; ``sample`` i32 [1]."""
+        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
 
     # load
     def pack(
@@ -188,8 +197,9 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """Rows ``logit_rows`` of h -> out[:R] f32 [R, V], which is returned."""
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
-        """[R, V] -> out [R] i32, on the device; the next batch may name sample i as token -1-i."""
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
+        """[R, V] -> R tokens, on the device; the next batch may name sample i as token -1-i. The next call overwrites
+        them. Nothing waits."""
 
     # cache
     def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:

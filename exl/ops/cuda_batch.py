@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.config import RopeConfig
@@ -88,31 +89,52 @@ class DeviceBatch:
         return PrefillTables(self.query_start[B:], self.context_len[B:], self.page_table[B:])
 
 
-class Staging:
-    """The tables' place on the device, and two on the host: one is filled while the other is copied."""
+class Upload:
+    """Bytes on their way to one place on the device; two buffers on the host, one filled while the other is copied."""
 
-    def __init__(self, tables: torch.Tensor, limits: StepLimits, rope: RopeConfig, num_pages: int) -> None:
-        """``tables`` i32, a view of the arena. ``num_pages``: of the cache."""
-        self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
-        self._owned = ExitStack()
-        buffers = [HostBuffer(tables.numel() * 4, "tables of a window") for _ in range(2)]
-        if tables.is_cuda:
-            for buffer in buffers:
-                self._owned.enter_context(pinned(buffer))
-        self._words = [buffer.array.view(np.int32) for buffer in buffers]
+    def __init__(self, target: torch.Tensor, purpose: str, stack: ExitStack) -> None:
+        """``target``: contiguous. Page-locked buffers are given back when ``stack`` closes."""
+        self._target = target.view(torch.uint8)
+        self._buffers = [HostBuffer(self._target.numel(), purpose) for _ in range(2)]
+        if target.is_cuda:
+            for buffer in self._buffers:
+                stack.enter_context(pinned(buffer))
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
-        self._views: dict[BatchShape, DeviceBatch] = {}
 
-    def close(self) -> None:
-        self._owned.close()
+    def buffer(self) -> NDArray[np.uint8]:
+        """To be filled: no copy reads it any more."""
+        self._turn = 1 - self._turn
+        event = self._copied[self._turn]
+        if event is not None:
+            event.synchronize()  # of the pass before the last one: long done
+        return self._buffers[self._turn].array
+
+    def send(self, num_bytes: int) -> None:
+        """Queues the copy of the buffer's beginning."""
+        source = torch.from_numpy(self._buffers[self._turn].array[:num_bytes])
+        self._target[:num_bytes].copy_(source, non_blocking=True)
+        if self._target.is_cuda:
+            self._copied[self._turn] = torch.cuda.current_stream(self._target.device).record_event()
+
+
+class Staging:
+    """Tables of a window's batches."""
+
+    def __init__(
+        self, tables: torch.Tensor, limits: StepLimits, rope: RopeConfig, num_pages: int, stack: ExitStack
+    ) -> None:
+        """``tables`` i32, a view of the arena. ``num_pages``: of the cache."""
+        self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
+        self._upload = Upload(tables, "tables of a window", stack)
+        self._views: dict[BatchShape, DeviceBatch] = {}
 
     def fill(self, batches: Sequence[ForwardBatch], num_samples: int) -> list[DeviceBatch]:
         """Checks the batches and queues the copy. Raises ``KernelError`` that names what is wrong."""
         shapes = [BatchShape.of(batch, self._limits) for batch in batches]
         for batch, shape in zip(batches, shapes, strict=True):
             self._check(batch, shape, num_samples)
-        words, at = self._next_words(), 0
+        words, at = self._upload.buffer().view(np.int32), 0
         for batch in batches:
             for array in self._arrays(batch):
                 flat = np.ascontiguousarray(array).reshape(-1).view(np.int32)
@@ -120,7 +142,7 @@ class Staging:
                     raise KernelError(f"tables of {len(batches)} batches: expected {words.size} words or fewer")
                 words[at : at + flat.size] = flat
                 at = align_up(at + flat.size, TABLE_ALIGN)
-        self._copy(at)
+        self._upload.send(4 * at)
         return self._views_of(shapes)
 
     def _check(self, batch: ForwardBatch, shape: BatchShape, num_samples: int) -> None:
@@ -152,20 +174,6 @@ class Staging:
         T, B = shape.num_rows, shape.num_sequences
         half = num_angles(self._rope, self._limits.head_dim)
         return [(T,), (T,), (B + 1,), (B,), (B, self._limits.max_pages), (T, half), (T, half)]
-
-    def _next_words(self) -> np.ndarray:
-        """A buffer on the host that no copy reads any more."""
-        self._turn = 1 - self._turn
-        event = self._copied[self._turn]
-        if event is not None:
-            event.synchronize()  # of the pass before the last one: long done
-        return self._words[self._turn]
-
-    def _copy(self, num_words: int) -> None:
-        source = torch.from_numpy(self._words[self._turn][:num_words])
-        self._tables[:num_words].copy_(source, non_blocking=True)
-        if self._tables.is_cuda:
-            self._copied[self._turn] = torch.cuda.current_stream(self._tables.device).record_event()
 
     def _views_of(self, shapes: Sequence[BatchShape]) -> list[DeviceBatch]:
         if len(shapes) == 1 and shapes[0] in self._views:

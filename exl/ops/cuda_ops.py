@@ -7,6 +7,7 @@ act-order each of qkv and gate/up is preceded by one that normalises into its or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -36,11 +37,13 @@ from exl.kernels.silu_mul import silu_mul
 from exl.layout import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
 from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
-from exl.sampling import sample
+from exl.ops.cuda_sampling import DeviceSamples, Sampler
 
 
 class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -78,13 +81,15 @@ class CudaOps:
         self._sumsq = self._view(arena.fields["sums of squares"])
         self._normed = self._view(arena.fields["normed"])
         self._samples = self._view(arena.fields["samples"])
-        self._staging = Staging(self._view(arena.fields["tables"]), limits, rope, num_pages)
+        self._owned = ExitStack()
+        self._staging = Staging(self._view(arena.fields["tables"]), limits, rope, num_pages, self._owned)
+        self._sampler = Sampler(backend, limits, {n: self._view(f) for n, f in arena.fields.items()}, self._owned)
         self._weights: dict[int, tuple[Linear, TiledWeight | DenseWeight]] = {}
         self._staged: list[DeviceBatch] = []
         self._now: DeviceBatch | None = None
 
     def close(self) -> None:
-        self._staging.close()
+        self._owned.close()
 
     def _view(self, field: Field, base: int = 0) -> torch.Tensor:
         raw = self._slab[base + field.offset : base + field.offset + field.num_bytes]
@@ -214,10 +219,8 @@ class CudaOps:
             out.div_(softcap).tanh_().mul_(softcap)
         return out
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
-        ids = sample(logits, params)
-        out.copy_(ids)
-        self._samples[: len(ids)].copy_(ids)
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
+        return self._sampler.sample(logits, params, dependent=self.dependent)
 
     # cache
 

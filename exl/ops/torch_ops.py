@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,12 +26,23 @@ def cpu_target() -> Target:
     return Target("cpu", int4pack=probe_int4pack())
 
 
+@dataclass(frozen=True)
+class TokenIds:
+    """See ``exl.ops.base.Samples``."""
+
+    ids: list[int]
+
+    def token_ids(self) -> list[int]:
+        return self.ids
+
+
 class TorchOps:
     """See ``exl.ops.base.Ops``. Owns its scratch; everything else is the caller's."""
 
     device = torch.device("cpu")
     act_dtype = torch.float32
     backend = None
+    runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:
         self.target = target
@@ -50,8 +62,6 @@ class TorchOps:
 
     def buffer(self, name: str) -> torch.Tensor:
         limits = self.limits
-        if name == "sample":
-            return host_tensor([1], torch.int32, name)
         rows, width = {
             "residual": (limits.window_rows, limits.hidden_size),
             "qkv": (limits.max_rows, limits.qkv_width),
@@ -160,10 +170,10 @@ class TorchOps:
             out.div_(softcap).tanh_().mul_(softcap)
         return out
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
         ids = sample(logits, params)
-        out.copy_(ids)
         self._samples[: len(ids)].copy_(ids)
+        return TokenIds(ids.tolist())
 
     # cache
 

@@ -16,7 +16,7 @@ from exl.errors import KernelError, UnsupportedModelError
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
 from exl.memory import Tier
 from exl.planning import EngineOptions
-from exl.sampling import SamplingParams
+from exl.sampling import SamplingParams, sampling_batch
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
 from tests.model.batches import batch_of, run
@@ -221,12 +221,13 @@ def test_the_next_step_takes_its_token_from_the_device(backend, folder):
     runner, ids = engine.generator.runner, some_ids(10)
     ops = runner.decoder.ops
     logits = run(runner, batch_of([(ids, 0, [0])]))
-    from exl.sampling import sampling_batch
-
-    out = torch.zeros(1, dtype=torch.int32)
-    ops.sample(logits, sampling_batch([(SamplingParams(temperature=0.0), 0, [])]), out)
+    runner.decoder.ops.stage(())
+    (token_id,) = ops.sample(
+        logits.to(ops.device), sampling_batch([(SamplingParams(temperature=0.0), 0, [])])
+    ).token_ids()
+    assert token_id == int(logits.argmax())
     chained = run(runner, batch_of([([-1], 10, [0])], decode=True))
-    assert torch.equal(chained, run(runner, batch_of([([int(out[0])], 10, [0])], decode=True)))
+    assert torch.equal(chained, run(runner, batch_of([([token_id], 10, [0])], decode=True)))
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------
