@@ -232,10 +232,11 @@ class LLM:
         return out
 
     def iter_logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The same a chunk at a time, f32 [n, V], valid until the next is asked for: for long texts."""
+        """The same a chunk at a time, f32 [n, V] on the CPU, valid until the next is asked for: for long texts."""
         generator = self._open_generator()
         with self._turn:
-            yield from generator.logits(ids)
+            for chunk in generator.logits(ids):
+                yield chunk.cpu()
 
     def close(self) -> None:
         """Gives the memory back. What is asked of the model afterwards raises ``ExlError``."""
@@ -253,7 +254,7 @@ class LLM:
 
     def __repr__(self) -> str:
         bits = f"{self.quant.bits}-bit" if self.quant else "dense"
-        state = f"cpu, {format_bytes(self.plan.num_bytes)}" if self._engine else "closed"
+        state = f"{self._engine.device}, {format_bytes(self.plan.num_bytes)}" if self._engine else "closed"
         return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
 
     def _open_generator(self) -> Generator:
@@ -380,15 +381,16 @@ def load(
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
-    ``vram``: what exl may use of a GPU, or of several in order: planned for, not yet computed on. ``ram``: what exl
-    may use beyond the interpreter with torch imported, as "6GB", "6GiB" or bytes; layers that do not fit are streamed
-    from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer may have together,
-    for which the cache is allocated now; "auto" is as many as fit; by default the model's own maximum, 8192 at most.
-    ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has room for.
-    ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next layer's
-    turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so many
-    bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag or
-    commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
+    ``device``: "auto" is a GPU where there is one that exl can use, else the CPU; or "cuda", "cpu". ``vram``: what exl
+    may use of the GPU, as "6GB", "6GiB" or bytes; by default all that is free. ``ram``: what exl may use beyond the
+    interpreter with torch imported. Layers that do not fit in VRAM are streamed from pinned RAM, and those that do not
+    fit in RAM from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer may have
+    together, for which the cache is allocated now; "auto" is as many as fit; by default the model's own maximum, 8192
+    at most. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has
+    room for. ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next
+    layer's turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so
+    many bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag
+    or commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
     ``progress``: True shows a bar, False none; by default there is one in notebooks and terminals, if loading takes
     more than a moment. A function is called as ``progress(done, total)``, in bytes.
 
