@@ -48,8 +48,8 @@ def check_pages(
 
 
 def column_groups(head_dim: int, arch: int) -> int:
-    """Eights of columns that a warp's registers have room for."""
-    return 2 if head_dim <= 128 and arch >= MMA_ARCH else 1
+    """Eights of columns that a warp's registers have room for: a last part of a tile takes some too."""
+    return 2 if arch >= MMA_ARCH and (head_dim <= 96 or head_dim == 128) else 1
 
 
 def num_warps(head_dim: int, arch: int) -> int:
