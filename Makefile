@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test matrix browser lint clean
+.PHONY: demo test matrix browser lint notebook clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
@@ -23,6 +23,10 @@ browser: .venv/installed-browser
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Runs examples/quickstart.ipynb and saves it with its outputs.
+notebook: .venv/installed-test
+	$(BIN)/python scripts/run_notebook.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
+
 # The kernel sources live at the top level for their readers and ship inside the package for its users. `cuda/` never
 # gets an __init__.py: from the repository's root it would shadow NVIDIA's `cuda` namespace, which CuPy imports.
 setup(
@@ -39,7 +41,9 @@ setup(
         "demo": ["gradio>=6"],
         # Drives the demo in a Chromium that the system has; nothing is downloaded.
         "browser": ["playwright>=1.50"],
+        "notebook": NOTEBOOK,
         "test": [
+            *NOTEBOOK,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -135,7 +135,8 @@ EXL_KERNEL(attention_decode, 128, 2)
   EXL_UNROLL
   for (int c = 0; c < kTiles; ++c)
     EXL_UNROLL
-    for (int e = 0; e < 4; ++e) s.o[warp][2 * t + e % 2][c * 16 + g + 8 * (e / 2)] = a.o[0][c].r[e];
+    for (int e = 0; e < 4; ++e)
+      if (c * 16 + 8 * (e / 2) < kD) s.o[warp][2 * t + e % 2][c * 16 + g + 8 * (e / 2)] = a.o[0][c].r[e];
   __syncthreads();
 
   // This item's columns, and where there are more items, all of theirs by the last block.

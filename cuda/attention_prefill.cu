@@ -71,7 +71,8 @@ EXL_KERNEL(attention_prefill, 128, 1)
     for (int e = 0; e < 4; ++e) {
       const float l = sum_over_rows(a.l[n][e % 2]), inverse = l > 0.0f ? 1.0f / l : 0.0f;
       EXL_UNROLL
-      for (int c = 0; c < kTiles; ++c) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
+      for (int c = 0; c < kTiles; ++c)
+        if (c * 16 + 8 * (e / 2) < kD) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
     }
     __syncwarp();
     for (int c = 0; c < 8 && n * 8 + c < num_columns; ++c) {

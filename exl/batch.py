@@ -44,6 +44,35 @@ class ForwardBatch:
         return len(self.context_len)
 
 
+def is_step(batch: ForwardBatch) -> bool:
+    """One new token of each sequence, and logits of each: what graphs are captured for."""
+    rows = np.arange(batch.num_rows)
+    return (
+        batch.num_decode_rows == batch.num_rows == batch.num_sequences
+        and np.array_equal(batch.query_start[1:], rows + 1)
+        and np.array_equal(batch.logit_rows, rows)
+    )
+
+
+def padded_step(batch: ForwardBatch, num_rows: int) -> ForwardBatch:
+    """A step with rows added that belong to no sequence and are kept nowhere."""
+    more = num_rows - batch.num_rows
+    if more == 0:
+        return batch
+    zeros = np.zeros(more, np.int32)
+    return ForwardBatch(
+        token_ids=np.concatenate([batch.token_ids, zeros]),
+        positions=np.concatenate([batch.positions, zeros]),
+        slots=np.concatenate([batch.slots, zeros - 1]),
+        query_start=np.concatenate([batch.query_start, zeros + batch.num_rows]),
+        context_len=np.concatenate([batch.context_len, zeros]),
+        rope_len=np.concatenate([batch.rope_len, zeros + 1]),
+        page_table=np.concatenate([batch.page_table, np.zeros((more, batch.page_table.shape[1]), np.int32)]),
+        logit_rows=np.arange(num_rows, dtype=np.int32),
+        num_decode_rows=num_rows,
+    )
+
+
 @dataclass(frozen=True)
 class SamplingBatch:
     """How to turn R rows of logits into R token ids. Arrays, so that one launch serves unlike requests.

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 
-from exl.engine import Engine, load_engine
+from exl.engine import Engine, choose_device, load_engine
 from exl.errors import ConfigError
 from exl.host_memory import trim_heap
 from exl.hub import BUNDLED_MODEL
 from exl.layout import LayerLayout
-from exl.loader import Progress
 from exl.memory import MemoryPlan, PlanInput
-from exl.ops.torch_ops import cpu_target
-from exl.planning import EngineOptions, open_model, plan_model
+from exl.planning import EngineOptions
+from exl.progress import Progress
 from exl.sampling import SamplingParams, sampling_batch
 
 ROOF_BYTES = 1 << 28  # that the roof is measured on: far beyond the caches
@@ -60,7 +59,8 @@ class BenchReport:
     plan: MemoryPlan
     results: tuple[BenchResult, ...]
     roof: float  # bytes a second of a read-only pass over memory, with the same threads, in the same run
-    peak_bytes: int | None  # resident memory above that before loading; None where the system does not tell
+    # Resident memory above that before loading, None where the system does not tell; on a GPU what torch has reserved.
+    peak_bytes: int | None
 
     def share_of_roof(self, result: BenchResult) -> float | None:
         if result.bytes_a_token is None:
@@ -90,10 +90,12 @@ def run_bench(
     needed = depth + max(num_prompt, num_generated + 1)
     if options.context is None:
         options = EngineOptions(**{**vars(options), "context": needed})
-    _run_tiny()
-    roof = read_bandwidth()
-    before = _reset_peak()
-    engine = load_engine(folder, options, progress)
+    options, backend = choose_device(options)
+    if backend is None:
+        _run_tiny()
+    roof = read_bandwidth("cpu" if backend is None else backend.device)
+    before = _reset_peak() if backend is None else 0
+    engine = load_engine(folder, options, progress, backend)
     try:
         if engine.generator.context < needed:
             raise ConfigError(f"context: found {engine.generator.context}, expected {needed} tokens or more")
@@ -102,7 +104,7 @@ def run_bench(
         if num_prompt:
             tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt), None))
         if num_generated:
-            num_bytes = _bytes_a_token(folder, options, depth + num_generated // 2)
+            num_bytes = bytes_a_token(engine.model, depth + num_generated // 2)
             tests.append(
                 (f"tg{num_generated}{at}", num_generated, lambda: _generate(engine, depth, num_generated), num_bytes)
             )
@@ -110,7 +112,7 @@ def run_bench(
         for name, count, run, num_bytes in tests:
             run()
             results.append(BenchResult(name, count, tuple(run() for _ in range(repeats)), num_bytes))
-        peak = None if before is None else _status_bytes("VmHWM") - before
+        peak = None if before is None else _peak(engine) - before
         return BenchReport(engine.plan, tuple(results), roof, peak)
     finally:
         engine.close()
@@ -122,8 +124,10 @@ def _prompt(engine: Engine, depth: int, count: int) -> float:
     try:
         if depth:
             generator.extend(sequence, ids[:depth])
+        engine.synchronize()
         began = time.perf_counter()
         generator.extend(sequence, ids[depth:])
+        engine.synchronize()
         return time.perf_counter() - began
     finally:
         generator.end(sequence)
@@ -132,14 +136,14 @@ def _prompt(engine: Engine, depth: int, count: int) -> float:
 def _generate(engine: Engine, depth: int, count: int) -> float:
     generator, ops = engine.generator, engine.generator.runner.decoder.ops
     greedy = sampling_batch([(SamplingParams(max_tokens=count, temperature=0.0), 0, [])])
-    sample = torch.zeros(1, dtype=torch.int32, device=ops.device)
     sequence = generator.begin(depth + count + 1)
     try:
         logits = generator.extend(sequence, _ids(engine, depth + 1))
+        engine.synchronize()
         began = time.perf_counter()
         for _ in range(count):
-            ops.sample(logits, greedy, sample)
-            logits = generator.extend(sequence, [int(sample[0])])
+            logits = generator.extend(sequence, ops.sample(logits, greedy).token_ids())
+        engine.synchronize()
         return time.perf_counter() - began
     finally:
         generator.end(sequence)
@@ -150,10 +154,8 @@ def _ids(engine: Engine, count: int) -> list[int]:
     return [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(count)]
 
 
-def _bytes_a_token(folder: Path, options: EngineOptions, context: int) -> int:
+def bytes_a_token(model: PlanInput, context: int) -> int:
     """Layers and head as decoding reads them, and K and V of ``context`` tokens."""
-    with open_model(folder, options.head) as files:
-        _, model = plan_model(files, options, cpu_target())
     head = model.head if model.head.linears else model.embed
     return sum(map(_read_bytes, model.layers)) + _read_bytes(head) + _cache_bytes(model, context)
 
@@ -173,20 +175,27 @@ def _cache_bytes(model: PlanInput, context: int) -> int:
     return page * context // 64
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of the quickest of some read-only passes over memory, with torch's threads."""
-    memory = torch.ones(ROOF_BYTES // 4, dtype=torch.float32)
+def read_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes a second of the quickest of some read-only passes over memory, on a CPU with torch's threads."""
+    memory = torch.ones(ROOF_BYTES // 4, dtype=torch.float32, device=device)
     seconds = []
     for _ in range(ROOF_PASSES):
         began = time.perf_counter()
-        memory.sum()
+        memory.sum().item()  # waits
         seconds.append(time.perf_counter() - began)
     return ROOF_BYTES / min(seconds)
 
 
+def _peak(engine: Engine) -> int:
+    """Of resident memory; on a GPU, what torch has reserved there."""
+    if engine.device.type == "cuda":
+        return torch.cuda.max_memory_reserved(engine.device)
+    return _status_bytes("VmHWM")
+
+
 def _run_tiny() -> None:
     """What torch allocates once for good belongs to nobody's plan."""
-    engine = load_engine(BUNDLED_MODEL, EngineOptions(context=64))
+    engine = load_engine(BUNDLED_MODEL, EngineOptions(context=64, device="cpu"))
     try:
         _generate(engine, 8, 4)
     finally:

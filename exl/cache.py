@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from exl.host_memory import host_tensor
-from exl.layout import KVLayout
+from exl.device_memory import device_tensor
+from exl.layout import DeviceKVLayout, KVLayout
 
 _DTYPES = {"u8": torch.uint8, "f16": torch.float16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
 class KVPages:
-    """One layer's pages: k and v [page, token, kv_head, ...] in the cache's type, scales where it has any."""
+    """One layer's pages on the CPU: k and v [page, token, kv_head, ...], scales where it has any."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -29,31 +29,34 @@ class KVPages:
 class KVCache:
     """K and V of all layers and pages. Zeroed once: an attention weight of 0 times stale NaN would be NaN."""
 
-    def __init__(self, layout: KVLayout, num_pages: int, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout | DeviceKVLayout, num_pages: int, device: torch.device) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        if device.type != "cpu":
-            raise ValueError(f"no cache layout for {device}")
-        self.slab = host_tensor([layout.slab_bytes(num_pages)], torch.uint8, "KV cache")
-        fields = layout.fields(num_pages)
-        stride = layout.layer_bytes(num_pages)
-        self._layers = []
-        for layer_idx in range(layout.num_layers):
-            blob = self.slab[layer_idx * stride : (layer_idx + 1) * stride]
-            self._layers.append(
-                KVPages(
-                    **{
-                        name: blob[f.offset : f.offset + f.num_bytes].view(_DTYPES[f.dtype]).view(f.shape)
-                        for name, f in fields.items()
-                    }
-                )
-            )
+        self.slab = device_tensor(layout.slab_bytes(num_pages), device, "KV cache")
+        blobs = self.slab.split(layout.layer_bytes(num_pages))
+        self._layers: list[KVPages | torch.Tensor]
+        if isinstance(layout, DeviceKVLayout):
+            shape = (num_pages, layout.num_kv_heads, layout.head_page_bytes)
+            self._layers = [blob.view(shape) for blob in blobs]
+        else:
+            self._layers = [_cpu_pages(layout, num_pages, blob) for blob in blobs]
 
-    def layer(self, layer_idx: int) -> KVPages:
+    def layer(self, layer_idx: int) -> KVPages | torch.Tensor:
+        """What the layout's backend reads: on a GPU u8 [page, kv_head, bytes of a page]."""
         return self._layers[layer_idx]
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """All layers' contents of pages ``src`` to pages ``dst``."""
         for pages in self._layers:
-            for array in pages.arrays():
+            for array in [pages] if isinstance(pages, torch.Tensor) else pages.arrays():
                 array[list(dst)] = array[list(src)]
+
+
+def _cpu_pages(layout: KVLayout, num_pages: int, blob: torch.Tensor) -> KVPages:
+    fields = layout.fields(num_pages)
+    return KVPages(
+        **{
+            name: blob[f.offset : f.offset + f.num_bytes].view(_DTYPES[f.dtype]).view(f.shape)
+            for name, f in fields.items()
+        }
+    )

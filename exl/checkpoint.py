@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,40 @@ _OTHER_FORMATS: Mapping[str, str] = {
 }
 _INDEX_SUFFIX = ".safetensors.index.json"
 _HAS_PREADV = hasattr(os, "preadv")  # not on Windows
+
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+class CheckpointFile(Protocol):
+    """A safetensors file, wherever it is."""
+
+    name: str  # relative to the checkpoint's folder
+    num_bytes: int
+
+    def read_into(self, view: memoryview, offset: int, what: str) -> None:
+        """Fills ``view`` with the file's bytes from ``offset`` on; ``CheckpointError`` names the file and ``what``."""
+
+    def modified_ns(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class FileSource(Protocol):
+    """Where a checkpoint's files are: a folder, or a repository that is read over the network."""
+
+    path: Path  # what errors call it
+
+    def names(self) -> list[str]:
+        """Of its files, sorted."""
+
+    def read_small(self, name: str) -> bytearray:
+        """A whole file of at most ``MAX_HEADER_BYTES``."""
+
+    def open(self, name: str) -> CheckpointFile: ...
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """``map``, or the same with several calls at once where each of them waits."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +95,55 @@ class _OpenFile:
         except OSError as error:
             raise CheckpointError(f"{self.name}: cannot read {what}: {error.strerror or error}") from None
 
+    def modified_ns(self) -> int:
+        return os.fstat(self.handle.fileno()).st_mtime_ns
+
+    def close(self) -> None:
+        self.handle.close()
+
     def _read_some(self, view: memoryview, offset: int) -> int:
         if _HAS_PREADV:
             return os.preadv(self.handle.fileno(), [view], offset)
         with self.lock:
             self.handle.seek(offset)
             return self.handle.readinto(view) or 0
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder of this machine."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.path))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be listed: {error.strerror or error}") from None
+
+    def read_small(self, name: str) -> bytearray:
+        file = self.open(name)
+        with file.handle:
+            if file.num_bytes > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{name}: {file.num_bytes} bytes, expected at most {MAX_HEADER_BYTES}")
+            raw = bytearray(file.num_bytes)
+            file.read_into(memoryview(raw), 0, "the index")
+            return raw
+
+    def open(self, name: str) -> _OpenFile:
+        path = self.path / name
+        try:
+            mode = path.stat().st_mode  # before opening, which would wait for ever at a named pipe
+            if not stat.S_ISREG(mode):
+                raise CheckpointError(f"{name}: not a regular file, expected a safetensors file")
+            handle = FileIO(path, "rb")
+            return _OpenFile(name, handle, os.fstat(handle.fileno()).st_size, threading.Lock())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{name}: cannot be opened in {self.path}: {reason}") from None
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        return map(function, items)
 
 
 class Checkpoint:
@@ -77,7 +154,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, folder: Path, files: Mapping[str, _OpenFile], tensors: Mapping[str, TensorInfo]
+        self, path: Path, folder: Path, files: Mapping[str, CheckpointFile], tensors: Mapping[str, TensorInfo]
     ) -> None:
         self.path = path  # as it was given
         self.folder = folder
@@ -93,22 +170,37 @@ class Checkpoint:
         anything that is missing, damaged or hostile, and for what the operating system refuses.
         """
         path = Path(path)
+        if _is_folder(path):
+            return cls.open_from(_Folder(path))
+        return cls._open(_Folder(path.parent), path, [path.name], None, "")
+
+    @classmethod
+    def open_from(cls, source: FileSource) -> Checkpoint:
+        """The same from files that need not be on this machine. Raises as :meth:`open`."""
+        return cls._open(source, source.path, *_choose_files(source))
+
+    @classmethod
+    def _open(
+        cls, source: FileSource, path: Path, names: list[str], weight_map: dict[str, str] | None, index_name: str
+    ) -> Checkpoint:
         with ExitStack() as stack:
-            folder, names, weight_map, index_name = _find_files(path)
-            files: dict[str, _OpenFile] = {}
+            files: dict[str, CheckpointFile] = {}
             tensors: dict[str, TensorInfo] = {}
-            for name in names:
-                file = _open_file(folder, name)
-                stack.callback(file.handle.close)
-                files[name] = file
-                for info in _read_header(file):
+
+            def open_file(name: str) -> list[TensorInfo]:
+                file = files[name] = source.open(name)
+                stack.callback(file.close)
+                return _read_header(file)
+
+            for name, infos in zip(names, source.map(open_file, names), strict=True):
+                for info in infos:
                     other = tensors.setdefault(info.name, info)
                     if other is not info:
                         raise CheckpointError(f"tensor {shown(info.name)} is in two shards: {other.file} and {name}")
             if weight_map is not None:
                 _check_index(weight_map, tensors, index_name)
             stack.pop_all()  # success: the handles now belong to the checkpoint
-        return cls(path, folder, files, tensors)
+        return cls(path, source.path, {name: files[name] for name in names}, tensors)
 
     @property
     def files(self) -> Mapping[str, int]:
@@ -118,7 +210,7 @@ class Checkpoint:
     @property
     def modified_ns(self) -> Mapping[str, int]:
         """When each file was last changed, by name; of the files that are open, whatever has their names by now."""
-        return {name: os.fstat(file.handle.fileno()).st_mtime_ns for name, file in self._files.items()}
+        return {name: file.modified_ns() for name, file in self._files.items()}
 
     def info(self, name: str) -> TensorInfo:
         """Raises ``CheckpointError`` where there is no such tensor."""
@@ -175,7 +267,7 @@ class Checkpoint:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.handle.close()
+            file.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -186,8 +278,8 @@ class Checkpoint:
         self.close()
 
 
-def _find_files(path: Path) -> tuple[Path, list[str], dict[str, str] | None, str]:
-    """-> (folder, files in it, tensor -> shard where there is an index, the index's name)."""
+def _is_folder(path: Path) -> bool:
+    """False for a ``.safetensors`` file; ``CheckpointError`` for anything else that is no folder."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -195,23 +287,25 @@ def _find_files(path: Path) -> tuple[Path, list[str], dict[str, str] | None, str
     if stat.S_ISREG(mode):
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: expected a folder or a .safetensors file{_conversion(path.suffix)}")
-        return path.parent, [path.name], None, ""
+        return False
     if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: neither a file nor a folder, expected a model folder or a .safetensors file")
-    try:
-        names = sorted(entry.name for entry in os.scandir(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be listed: {error.strerror or error}") from None
+    return True
+
+
+def _choose_files(source: FileSource) -> tuple[list[str], dict[str, str] | None, str]:
+    """-> (safetensors files, tensor -> shard where there is an index, the index's name)."""
+    names = source.names()
     indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     if "model.safetensors" in names:  # transformers, too, takes the single file where both exist
-        return path, ["model.safetensors"], None, ""
+        return ["model.safetensors"], None, ""
     index_name = f"model{_INDEX_SUFFIX}" if f"model{_INDEX_SUFFIX}" in indices else None
     if index_name is None and len(indices) == 1:
         index_name = indices[0]
     if index_name is not None:
-        weight_map = parse_index(_read_small_file(path, index_name), index_name)
-        return path, sorted(set(weight_map.values())), weight_map, index_name
-    return path, [_only_safetensors_file(path, names)], None, ""
+        weight_map = parse_index(source.read_small(index_name), index_name)
+        return sorted(set(weight_map.values())), weight_map, index_name
+    return [_only_safetensors_file(source.path, names)], None, ""
 
 
 def _only_safetensors_file(folder: Path, names: list[str]) -> str:
@@ -237,20 +331,7 @@ def _conversion(suffix: str) -> str:
     return f". exl reads safetensors: {hint}" if hint else ""
 
 
-def _open_file(folder: Path, name: str) -> _OpenFile:
-    path = folder / name
-    try:
-        mode = path.stat().st_mode  # before opening, which would wait for ever at a named pipe
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{name}: not a regular file, expected a safetensors file")
-        handle = FileIO(path, "rb")
-        return _OpenFile(name, handle, os.fstat(handle.fileno()).st_size, threading.Lock())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{name}: cannot be opened in {folder}: {reason}") from None
-
-
-def _read_header(file: _OpenFile) -> list[TensorInfo]:
+def _read_header(file: CheckpointFile) -> list[TensorInfo]:
     if file.num_bytes < 8:
         raise CheckpointError(f"{file.name}: {file.num_bytes} bytes, expected at least the 8 of the header's length")
     length = bytearray(8)
@@ -265,16 +346,6 @@ def _read_header(file: _OpenFile) -> list[TensorInfo]:
     raw = bytearray(num_header_bytes)
     file.read_into(memoryview(raw), 8, "the header")
     return parse_header(raw, file.num_bytes - 8 - num_header_bytes, file.name)[0]
-
-
-def _read_small_file(folder: Path, name: str) -> bytearray:
-    file = _open_file(folder, name)
-    with file.handle:
-        if file.num_bytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{name}: {file.num_bytes} bytes, expected at most {MAX_HEADER_BYTES}")
-        raw = bytearray(file.num_bytes)
-        file.read_into(memoryview(raw), 0, "the index")
-        return raw
 
 
 def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], index_name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from exl.errors import ConfigError, UnsupportedModelError
 
 _MAX_SIZE = 1 << 24  # no dimension of a real model comes near; keeps products of three within 64 bits
-_MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 16 << 20
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -24,15 +24,22 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
             raise ConfigError(f"{path}: not a regular file")
-        if status.st_size > _MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: {status.st_size} bytes, expected at most {_MAX_JSON_BYTES}")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if status.st_size > MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: {status.st_size} bytes, expected at most {MAX_JSON_BYTES}")
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes | bytearray, source: str) -> dict[str, Any]:
+    """The same from a file's bytes; ``source`` is what errors call it."""
+    try:
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        raise ConfigError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+        raise ConfigError(f"{source}: found a JSON {type(value).__name__}, expected an object")
     return value
 
 

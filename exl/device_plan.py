@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from exl.batch import PAGE_SIZE
-from exl.kernels.linear_config import scratch_shapes
-from exl.kernels.tile_layout import ROWS, TileLayout
-from exl.layout import BLOB_ALIGN, DTYPE_BYTES, LayerLayout, StepLimits, Target, align_up, step_bytes, tile_layout
+from exl.device_arena import ArenaLayout, arena_layout
+from exl.layout import BLOB_ALIGN, align_up
 from exl.memory import MemoryPlan, Placement, PlanInput, PlanLine, Tier, loading_bytes
 
 HOST = "ram"  # the name of host memory's lines
@@ -22,12 +21,8 @@ _SMALL_ALLOCATION, _SMALL_SEGMENT = 1 << 20, 2 << 20
 _LARGE_ALLOCATION, _MIDDLE_SEGMENT, _ROUND = 10 << 20, 20 << 20, 2 << 20
 # Estimates, until a GPU has been asked: the driver's context with torch's and our modules, and cuBLAS's workspace
 # (documented for torch: 8 MiB + 128 KiB, 32 MiB on Hopper).
-_CONTEXT_BYTES = 500 << 20
+CONTEXT_BYTES = 500 << 20
 _CUBLAS_BYTES, _CUBLAS_HOPPER_BYTES = (8 << 20) + (128 << 10), 32 << 20
-# Multiprocessors of the largest GPU of an architecture, for one that is not there (NVIDIA's data sheets): TITAN RTX,
-# A100, RTX A6000, Orin, RTX 6000 Ada, H100, B200, Thor, RTX PRO 6000.
-_MOST_MULTIPROCESSORS = {75: 72, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 110: 20, 120: 188}
-PANEL_BYTES = 64 << 20  # dequantized at a time, at most
 
 
 def segment_bytes(num_bytes: int) -> int:
@@ -37,31 +32,6 @@ def segment_bytes(num_bytes: int) -> int:
     if num_bytes <= _SMALL_ALLOCATION:
         return _SMALL_SEGMENT
     return _MIDDLE_SEGMENT if num_bytes < _LARGE_ALLOCATION else align_up(num_bytes, _ROUND)
-
-
-def device_scratch(limits: StepLimits, target: Target, layers: Sequence[LayerLayout]) -> dict[str, int]:
-    """Bytes of the buffers that operations own on a GPU, by purpose; ``layers`` with the head among them."""
-    specs = {segment.spec for layer in layers for segments in layer.linears.values() for segment in segments}
-    tiles: set[TileLayout] = {tile_layout(spec) for spec in specs if spec.quantized}
-    most = target.num_multiprocessors or _most_multiprocessors(target.arch)
-    shapes = scratch_shapes(tiles, target.arch, most) if tiles else {}
-    max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
-    panel_tiles = {layout: min(layout.num_tiles, PANEL_BYTES // (ROWS * layout.K * 2)) for layout in tiles}
-    panel = max((count * ROWS * layout.K * 2 for layout, count in panel_tiles.items()), default=0)
-    product = limits.max_rows * ROWS * max(panel_tiles.values(), default=0) * 4
-    few = {name: align_up(count * DTYPE_BYTES[dtype], 512) for name, (dtype, count) in shapes.items()}
-    return {
-        "arrived": few.pop("arrived", 0),  # zero between launches: its own
-        # Few tokens or many, never both at once: one buffer.
-        "linears": max(sum(few.values()), panel + product),
-        "normed input": limits.max_rows * max_k * 2,
-        "sums of squares": limits.window_rows * -(-limits.hidden_size // ROWS) * 4,
-        "samples": limits.max_logit_rows * 8,
-    }
-
-
-def _most_multiprocessors(arch: int) -> int:
-    return _MOST_MULTIPROCESSORS[max((a for a in _MOST_MULTIPROCESSORS if a <= arch), default=75)]
 
 
 @dataclass(frozen=True)
@@ -88,26 +58,26 @@ def plan_devices(
     layer has slot i modulo their number. The plan may not fit: ask ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
-    scratch = sum(device_scratch(model.limits, model.target, (*model.layers, model.head)).values())
+    arena = arena_layout(model.limits, model.target, (*model.layers, model.head))
     plan = None
     for num_resident in range(most, -1, -1):
         if num_resident and num_slots > 1 and (num_layers - num_resident) % num_slots == 1:
             continue  # the last layer of a step and the first of the next would have the same slot: each step a stall
         for num_devices in range(1, len(vram) + 1):
-            plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, scratch)
+            plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, arena)
             if plan.fits:
                 return plan
     return plan
 
 
 def _plan(
-    model: PlanInput, vram: Sequence[int], ram: int | None, num_resident: int, num_slots: int, scratch: int
+    model: PlanInput, vram: Sequence[int], ram: int | None, num_resident: int, num_slots: int, arena: ArenaLayout
 ) -> MemoryPlan:
     num_layers = len(model.layers)
     num_pages = model.num_sequences * -(-model.limits.max_context // PAGE_SIZE)
     slots = min(num_slots, num_layers - num_resident)
-    shares = list(_shares(model, vram, num_resident, num_pages, slots, scratch))
-    lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, scratch)]
+    shares = list(_shares(model, vram, num_resident, num_pages, slots, arena))
+    lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, arena)]
     pinned, host_lines = _host_lines(model, num_resident, slots, ram)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
@@ -126,7 +96,7 @@ def _plan(
 
 
 def _shares(
-    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, slots: int, scratch: int
+    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, slots: int, arena: ArenaLayout
 ) -> Iterator[_Share]:
     """Each GPU takes as many layers as it has room for, the last one what is left."""
     num_layers, start = len(model.layers), 0
@@ -135,7 +105,7 @@ def _shares(
         stop = num_resident if is_last else start
         while not is_last and stop < num_resident:
             larger = _Share(name, range(start, stop + 1), range(0), i == 0, False)
-            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, slots, scratch)) > budget:
+            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, slots, arena)) > budget:
                 break
             stop += 1
         streamed = range(num_resident, num_layers) if is_last else range(0)
@@ -143,19 +113,19 @@ def _shares(
         start = stop
 
 
-def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, scratch: int) -> list[PlanLine]:
+def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, arena: ArenaLayout) -> list[PlanLine]:
     limits, name = model.limits, share.name
-    steps = step_bytes(limits)
     resident = sum(model.layers[i].num_bytes for i in share.layers)
     embed = model.embed.num_bytes if share.is_first else 0
     head = model.head.num_bytes if share.is_last else 0
     slot = slots * max((model.layers[i].num_bytes for i in share.streamed), default=0)
     num_cached = len(share.layers) + len(share.streamed)
     cache = num_cached * model.kv_layout.layer_bytes(num_pages)
-    activations = (steps["qkv"] + steps["attn"] + steps["mlp"]) // 2  # f16
-    logits = steps["logits"] + steps["sample"] if share.is_last else 0
-    arena = steps["residual"] + activations + logits + scratch
-    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, arena))
+    logits = arena.bytes_of("logits", "samples") if share.is_last else 0
+    residual, activations = arena.bytes_of("residual"), arena.bytes_of("qkv", "attn", "mlp")
+    scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
+    slab = residual + activations + logits + scratch
+    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, slab))
     lines = [
         PlanLine("embedding", name, embed, True),
         PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
@@ -165,13 +135,13 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, s
             "KV cache", name, cache, True,
             f"{model.kv_layout.kind}, {num_pages * PAGE_SIZE} tokens, {num_cached} layers",
         ),
-        PlanLine("residual stream", name, steps["residual"], True, f"window of {limits.window_rows} rows"),
+        PlanLine("residual stream", name, residual, True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", name, activations, True, f"{limits.max_rows} rows"),
-        PlanLine("logits and sample", name, logits, True, f"{limits.max_logit_rows} rows"),
+        PlanLine("logits and samples", name, logits, True, f"{limits.max_logit_rows} rows"),
         PlanLine("scratch of operations", name, scratch, True),
         PlanLine("rounding to segments", name, rounding, True, "torch's allocator"),
         PlanLine("cuBLAS workspace", name, _CUBLAS_HOPPER_BYTES if model.target.arch == 90 else _CUBLAS_BYTES, False),
-        PlanLine("CUDA context, modules", name, _CONTEXT_BYTES, False, "an estimate"),
+        PlanLine("CUDA context, modules", name, CONTEXT_BYTES, False, "an estimate"),
     ]  # fmt: skip
     return [line for line in lines if line.num_bytes]
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from exl.errors import MemoryBudgetError
-from exl.host_memory import HostBuffer
 from exl.layout import LayerLayout
 from exl.ops.base import LayerWeights
 from exl.stream import SlotReader
@@ -64,19 +61,25 @@ class TorchCopyEngine:
         torch.cuda.current_stream(self._device).wait_event(event)
 
 
-@contextmanager
-def pinned(buffer: HostBuffer):
-    """Page-locks a buffer, whose exact bytes count: torch's own pinned memory is rounded up to powers of two. Raises
-    ``MemoryBudgetError`` where the driver refuses."""
-    runtime = torch.cuda.cudart()
-    address = buffer.array.ctypes.data
-    error = runtime.cudaHostRegister(address, buffer.num_bytes, 0)
-    if int(error):
-        raise MemoryBudgetError(f"pinned memory: the driver does not lock {buffer.num_bytes} bytes ({error})")
-    try:
-        yield buffer
-    finally:
-        runtime.cudaHostUnregister(address)
+class HostCopyEngine:
+    """A device that is the host itself, as tests have it: what is queued has happened."""
+
+    class _Done:
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            pass
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Event | None) -> Event:
+        dst.copy_(src)
+        return self._Done()
+
+    def record(self) -> Event:
+        return self._Done()
+
+    def wait(self, event: Event) -> None:
+        pass
 
 
 class HostLayers(Protocol):
@@ -218,6 +221,11 @@ class DeviceStream:
         slot.in_use, slot.released = False, self._engine.record()
         self._prefetch()
 
+    @property
+    def capturable(self) -> bool:
+        """Whether no layer is read from the disk: for that the host would have to wait in the middle of a step."""
+        return all(isinstance(tier, PinnedLayers) for _, tier in self._host)
+
     def join(self) -> None:
         """Arithmetic that is queued from here on waits for all copies: the end of a captured step."""
         for slot in self._slots:
@@ -232,6 +240,18 @@ class DeviceStream:
                 if event is not None:
                     event.synchronize()
             slot.loaded = slot.released = None
+
+    def replayed(self) -> None:
+        """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""
+        for slot in self._slots:
+            slot.loaded, slot.released = None, self._engine.record()
+
+    def abandon(self) -> None:
+        """A capture that failed: what it queued will never happen, slots hold nothing."""
+        for slot in self._slots:
+            slot.layer_idx = slot.loaded = slot.released = None
+            slot.in_use = False
+        self._order, self._next = (), 0
 
     def _upcoming(self) -> tuple[int, ...]:
         return self._order[self._next :] + self._order[: self._next]

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from exl.cache import KVCache
 from exl.config import GenerationDefaults, ModelConfig
-from exl.errors import ConfigError
+from exl.device_arena import MAX_NEW_TOKENS, arena_layout
+from exl.device_plan import CONTEXT_BYTES, HOST
+from exl.errors import ConfigError, KernelError, MemoryBudgetError
 from exl.generator import Generator
-from exl.layout import LayerLayout
-from exl.loader import ModelWeights, Progress, load_weights
-from exl.memory import MemoryPlan
+from exl.kernels.launch import Backend, CudaBackend
+from exl.layout import LayerLayout, Target
+from exl.loader import ModelWeights, load_weights
+from exl.memory import MemoryPlan, PlanInput, Tier, format_bytes
 from exl.models.decoder import Decoder
+from exl.ops.base import Ops
+from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.page_pool import PagePool
-from exl.planning import EngineOptions, open_model, plan_model
+from exl.planning import EngineOptions, ModelFiles, open_model, plan_model
+from exl.progress import Progress
 from exl.quant_config import QuantConfig
 from exl.runner import Runner
 
-# Up to so many tokens, a 4-bit prompt is quicker through the decode kernel than through dequantized panels.
+logger = logging.getLogger(__name__)
+
+# Up to so many tokens, a 4-bit prompt is quicker through a CPU's decode kernel than through dequantized panels.
 _MAX_DECODE_PROMPT = 32
+_MARGIN_BYTES = 256 << 20  # of free VRAM that is left alone where nobody said how much to take
 
 
 @dataclass(frozen=True)
@@ -28,47 +42,155 @@ class Engine:
     config: ModelConfig
     quant: QuantConfig | None
     plan: MemoryPlan
+    model: PlanInput  # layouts and limits that the plan was made of
     generator: Generator
     weights: ModelWeights
+    owned: ExitStack
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.runner.decoder.ops.device
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given: for clocks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards."""
-        self.weights.close()
+        self.owned.close()
 
 
-def load_engine(folder: Path, options: EngineOptions, progress: Progress | None = None) -> Engine:
-    """Plans, then loads. Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
-    if options.on_gpu:
-        raise ConfigError("device: found a GPU, but this version of exl plans for GPUs and computes on the CPU only")
+def load_engine(
+    folder: Path, options: EngineOptions, progress: Progress | None = None, backend: Backend | None = None
+) -> Engine:
+    """Plans, then loads. ``backend``: where kernels run (default: what ``options`` ask for and the machine has). Raises
+    ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
+    if backend is None:
+        options, backend = choose_device(options)
     with open_model(folder, options.head) as files:
-        config = files.config
-        plan, model = plan_model(files, options, cpu_target())
-        ops = TorchOps(model.target, model.kv_layout, model.limits)
+
+        def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
+            placement = plan.placement
+            return load_weights(
+                files.checkpoint,
+                files.config,
+                files.quant,
+                files.manifest,
+                ops,
+                progress,
+                resident=placement.resident if placement.num_streamed else None,
+                in_host=placement.on_tier(Tier.PINNED),
+                num_slots=plan.num_slots,
+                packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
+            )
+
+        return build_engine(files, options, backend, load)
+
+
+def build_engine(
+    files: ModelFiles,
+    options: EngineOptions,
+    backend: Backend | None,
+    load: Callable[[Ops, MemoryPlan], ModelWeights],
+    *,
+    dependent: bool = True,
+    graphs: bool = True,
+) -> Engine:
+    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU. ``dependent``: see
+    ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the backend can."""
+    target = cpu_target() if backend is None else Target("cuda", None, backend.arch, backend.num_multiprocessors)
+    with ExitStack() as stack:
+        plan, model = plan_model(files, options, target)
+        if backend is not None:
+            _check_device(plan, backend)
+        ops = _make_ops(files, plan, model, backend, dependent, stack)
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
-        weights = load_weights(
-            files.checkpoint,
-            config,
-            files.quant,
-            files.manifest,
-            ops,
-            progress,
-            resident=plan.placement.resident if plan.placement.num_streamed else None,
-            num_slots=plan.num_slots,
-            packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
+        weights = load(ops, plan)
+        stack.callback(weights.close)
+        runner = Runner(
+            decoder=Decoder(files.config, ops),
+            weights=weights.source,
+            embed=weights.embed,
+            final_norm=weights.final_norm,
+            head=weights.head,
+            kv=kv,
+            limits=model.limits,
+            graphs=graphs,
         )
-        eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or config.eos_ids
-    runner = Runner(
-        decoder=Decoder(config, ops),
-        weights=weights.source,
-        embed=weights.embed,
-        final_norm=weights.final_norm,
-        head=weights.head,
-        kv=kv,
-        limits=model.limits,
+        eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
+        short = min(_decode_prompt(model, backend), model.limits.max_rows)
+        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
+        return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
+
+
+def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None]:
+    """The GPU that was asked for or that is there, with the VRAM that it may take; None is the CPU. Raises
+    ``ConfigError`` where a GPU was asked for and there is none that exl can use."""
+    if options.device == "cpu":
+        return options, None
+    try:
+        backend = CudaBackend()
+    except KernelError as error:
+        if options.on_gpu:
+            asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
+            raise ConfigError(f"{asked}: found no GPU that exl can use ({error})") from None
+        return options, None
+    if len(options.vram_bytes) > 1:
+        raise ConfigError(
+            f"vram: found {len(options.vram_bytes)} sizes; this version plans for several GPUs and computes on one"
+        )
+    if options.vram is None:
+        free, _ = torch.cuda.mem_get_info(backend.device)
+        options = replace(options, vram=free + CONTEXT_BYTES - _MARGIN_BYTES)
+        logger.info("computing on %s", torch.cuda.get_device_name(backend.device))
+    return options, backend
+
+
+def _check_device(plan: MemoryPlan, backend: Backend) -> None:
+    """The plan against the memory that is free now."""
+    if backend.device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(backend.device)
+    needed = sum(line.num_bytes for line in plan.lines if line.device != HOST) - CONTEXT_BYTES
+    if needed > free:
+        raise MemoryBudgetError(
+            f"{backend.device} has {format_bytes(free)} of {format_bytes(total)} free, {format_bytes(needed)} are "
+            f"needed: a smaller vram= keeps layers in RAM.\n{plan.table()}"
+        )
+
+
+def _make_ops(
+    files: ModelFiles,
+    plan: MemoryPlan,
+    model: PlanInput,
+    backend: Backend | None,
+    dependent: bool,
+    stack: ExitStack,
+) -> Ops:
+    if backend is None:
+        return TorchOps(model.target, model.kv_layout, model.limits)
+    embed = model.embed.linears["embed"][0].spec
+    ops = CudaOps(
+        backend,
+        model.target,
+        model.kv_layout,
+        model.limits,
+        arena_layout(model.limits, model.target, (*model.layers, model.head)),
+        files.config.rope,
+        plan.num_pages,
+        act_dtype=torch.bfloat16 if embed.dtype == "bf16" else torch.float16,
+        dependent=dependent,
     )
-    short = min(_MAX_DECODE_PROMPT, model.limits.max_rows) if all(map(_all_int4, model.layers)) else 1
-    generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
-    return Engine(config, files.quant, plan, generator, weights)
+    stack.callback(ops.close)
+    return ops
+
+
+def _decode_prompt(model: PlanInput, backend: Backend | None) -> int:
+    """A prompt of so many tokens or fewer runs as decode rows, whose kernels are quicker there."""
+    if backend is not None:
+        return MAX_NEW_TOKENS
+    return _MAX_DECODE_PROMPT if all(map(_all_int4, model.layers)) else 1
 
 
 def _all_int4(layer: LayerLayout) -> bool:

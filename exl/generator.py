@@ -10,6 +10,7 @@ import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.ops.base import Samples
 from exl.page_pool import PagePool
 from exl.rope import depends_on_length
 from exl.runner import Runner
@@ -45,7 +46,6 @@ class Generator:
         self.runner, self.pool, self.context = runner, pool, context
         self.eos_ids = frozenset(eos_ids)
         self.max_decode_prompt = max_decode_prompt
-        self._samples = torch.zeros(1, dtype=torch.int32, device=runner.decoder.ops.device)
 
     def stream(
         self,
@@ -86,25 +86,52 @@ class Generator:
         num_new: int,
         top_logprobs: int | None,
     ) -> Iterator[GeneratedToken]:
+        """On a device that runs ahead, a step is given away before the token before it has been read: the device takes
+        that from its own samples, and never waits for the host."""
         ops = self.runner.decoder.ops
-        seen = set(prompt_ids) if params.repetition_penalty != 1.0 else set()
-        new_ids: Sequence[int] = prompt_ids[sequence.num_cached :]
+        ahead = ops.runs_ahead and top_logprobs is None
+        seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
+        drawn: Samples | None = None  # of the step before, not read yet
+        token_id: int | None = None  # the same where it has been read
         for step in range(num_new):
-            logits = self.extend(sequence, new_ids)
+            if step == 0:
+                logits = self.extend(sequence, prompt_ids[sequence.num_cached :])
+            elif ahead:
+                logits = self._forward(sequence, (-1,))
+                token_id = self._read(drawn, seen)
+                sequence.token_ids.append(token_id)
+            else:
+                logits = self.extend(sequence, (token_id,))
+            if ahead and token_id in self.eos_ids:
+                yield GeneratedToken(token_id, "stop", sequence.num_reused)
+                return
             # Before the draw, which may use the logits up.
             log_probs = None if top_logprobs is None else torch.log_softmax(logits[0].double(), dim=-1)
-            ops.sample(logits, sampling_batch([(params, step, sorted(seen))]), self._samples)
-            token_id = int(self._samples[0])
+            drawn = ops.sample(logits, sampling_batch([(params, step, sorted(seen or ()))]))
+            if ahead:
+                if token_id is not None:
+                    yield GeneratedToken(token_id, None, sequence.num_reused)
+                continue
+            token_id = self._read(drawn, seen)
             ranked = None
             if log_probs is not None:
                 ranked = ((token_id, float(log_probs[token_id])), *likeliest(log_probs, top_logprobs))
-            if token_id in self.eos_ids:
-                yield GeneratedToken(token_id, "stop", sequence.num_reused, ranked)
+            reason = self._reason(token_id, is_last=step == num_new - 1)
+            yield GeneratedToken(token_id, reason, sequence.num_reused, ranked)
+            if reason == "stop":
                 return
-            yield GeneratedToken(token_id, "length" if step == num_new - 1 else None, sequence.num_reused, ranked)
-            if params.repetition_penalty != 1.0:
-                seen.add(token_id)
-            new_ids = (token_id,)
+        if ahead:
+            token_id = self._read(drawn, seen)
+            yield GeneratedToken(token_id, self._reason(token_id, is_last=True), sequence.num_reused)
+
+    def _read(self, drawn: Samples, seen: set[int] | None) -> int:
+        (token_id,) = drawn.token_ids()
+        if seen is not None:
+            seen.add(token_id)
+        return token_id
+
+    def _reason(self, token_id: int, *, is_last: bool) -> str | None:
+        return "stop" if token_id in self.eos_ids else "length" if is_last else None
 
     def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
         """Logits of every position, f32 [n, V] a chunk; each chunk is valid until the next is asked for."""
@@ -135,10 +162,14 @@ class Generator:
 
     def extend(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
         """Runs new tokens of a sequence; logits after the last one, f32 [1, V], valid until the next call."""
+        logits = self._forward(sequence, ids)
+        sequence.token_ids.extend(ids)  # only now: what was interrupted is not to be found again
+        return logits
+
+    def _forward(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
         logits = None
         for logits in self.runner.forward(self._batches(sequence, ids, every=False)):  # noqa: B007
             pass
-        sequence.token_ids.extend(ids)  # only now: what was interrupted is not to be found again
         return logits
 
     def end(self, sequence: CachedSequence) -> None:

@@ -14,10 +14,12 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError, UnsupportedModelError
 from exl.kernels.tile_layout import ROWS, TileLayout
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "f16": 2, "bf16": 2, "f32": 4})
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4})
 FIELD_ALIGN = 64  # a cache line, and what vector loads and int4pack want
 BLOB_ALIGN = 4096  # a memory page and a disk sector: O_DIRECT needs both
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's kernel takes
+_DENSE_MIN_ARCH = 75  # GPUs from here on have a kernel for dense layers
+DENSE_STEP = 8  # inputs of a dense weight on a GPU, 16 bytes, are read together: K is padded to a multiple
 
 
 def align_up(num_bytes: int, alignment: int) -> int:
@@ -169,7 +171,7 @@ class LinearLayout:
 
     Besides, where the spec has them: bias f32 [N], order i32 [K]. On a GPU:
 
-    - ``dense``: weight [N, K], bf16 where the GPU's tensor cores take it, f16 otherwise
+    - ``dense``: weight [N, K padded to eights with zeros], bf16 where the GPU's tensor cores take it, f16 otherwise
     - ``tiles``: codes i32, scales f16, zeros u8 as ``exl/kernels/tile_layout.py`` says; no zeros if symmetric
 
     Besides: bias f32 [16 * tiles] in the order of the tiles' rows, positions i32 [K]: where input k is expected.
@@ -215,7 +217,8 @@ def _add_cuda_fields(pack: _FieldPacker, spec: LinearSpec, target: Target) -> st
     num_tiles = num_row_tiles(spec)
     if not spec.quantized:
         kind = "dense"
-        pack.add("weight", "bf16" if spec.dtype == "bf16" and target.arch >= 80 else "f16", (spec.N, spec.K))
+        dtype = "bf16" if spec.dtype == "bf16" and target.arch >= 80 else "f16"
+        pack.add("weight", dtype, (spec.N, align_up(spec.K, DENSE_STEP)))
     else:
         kind = "tiles"
         tiles = tile_layout(spec)
@@ -282,6 +285,8 @@ def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
     for name, width in spec.norms:
         pack.add(name, "f32", (width,))
     linears: dict[str, tuple[LinearLayout, ...]] = {}
+    if target.kind == "cuda":
+        _check_cuda(dict(spec.linears), target)
     for name, segments in spec.linears:
         layouts = tuple(linear_layout(segment, target) for segment in segments)
         for i, layout in enumerate(layouts):
@@ -291,6 +296,30 @@ def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
             pack.num_bytes = base + layout.num_bytes
         linears[name] = layouts
     return LayerLayout(MappingProxyType(pack.fields), MappingProxyType(linears), align_up(pack.num_bytes, BLOB_ALIGN))
+
+
+def packs_in_order(layout: LayerLayout) -> bool:
+    """Whether gate and up, one launch on a GPU, compute their channels in the order that ``down``'s act-order wants."""
+    gate_up, down = layout.linears.get("gate_up", ()), layout.linears.get("down", ())
+    return [linear.kind for linear in gate_up] == ["tiles"] and any(linear.spec.order_key for linear in down)
+
+
+def _check_cuda(linears: Mapping[str, tuple[LinearSpec, ...]], target: Target) -> None:
+    """A GPU's gate and up store in the order that ``down`` wants; dense ones, fused, have no way to. Dense layers need
+    tensor cores: without them cuBLAS multiplies the head alone."""
+    for segments in (linears.get(name, ()) for name in ("qkv", "o", "gate_up", "down")):
+        for spec in segments:
+            if target.arch < _DENSE_MIN_ARCH and not spec.quantized:
+                raise UnsupportedModelError(
+                    f"{spec.parts[0].name}: found dense weights, compute capability {target.arch / 10} takes quantized "
+                    f"layers only; dense ones need {_DENSE_MIN_ARCH / 10} or higher"
+                )
+    gate_up, down = linears.get("gate_up", ()), linears.get("down", ())
+    if len(gate_up) == 1 and not gate_up[0].quantized and any(spec.order_key for spec in down):
+        raise UnsupportedModelError(
+            f"{down[0].parts[0].name}: found act-order behind a dense {gate_up[0].parts[0].name}, "
+            "expected both quantized"
+        )
 
 
 # Bits of a K and of a V element, by the name of the cache type.
@@ -382,6 +411,25 @@ class StepLimits:
     intermediate_size: int
     vocab_size: int
     head_dim: int
+    max_sequences: int = 1  # of one batch
+
+    @property
+    def num_heads(self) -> int:
+        return self.attn_width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        return (self.qkv_width - self.attn_width) // (2 * self.head_dim)
+
+    @property
+    def max_pages(self) -> int:
+        """Of one sequence."""
+        return -(-self.max_context // PAGE_SIZE)
+
+    @property
+    def window_sequences(self) -> int:
+        """Sequences of all batches of a window, each counted as often as it is in one."""
+        return self.max_sequences + -(-self.window_rows // min(self.max_rows, self.max_logit_rows))
 
 
 def step_bytes(limits: StepLimits) -> dict[str, int]:
@@ -392,7 +440,6 @@ def step_bytes(limits: StepLimits) -> dict[str, int]:
         "attn": limits.max_rows * limits.attn_width * 4,
         "mlp": limits.max_rows * limits.intermediate_size * 4,
         "logits": limits.max_logit_rows * limits.vocab_size * 4,
-        "sample": 4,
     }
 
 

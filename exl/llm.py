@@ -17,12 +17,12 @@ from exl.config import GenerationDefaults
 from exl.engine import Engine, load_engine
 from exl.errors import ExlError
 from exl.generator import Generator
-from exl.hub import find_model
+from exl.hub import Token, find_model
 from exl.keywords import explain_foreign_keywords
-from exl.loader import Progress
 from exl.logprobs import TokenLogprob, check_top_logprobs
 from exl.memory import format_bytes
 from exl.planning import EngineOptions
+from exl.progress import Progress, shown_progress
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
@@ -375,7 +375,8 @@ def load(
     head: str | int = "file",
     packed_folder: str | Path | None = None,
     revision: str | None = None,
-    progress: Progress | None = None,
+    token: Token = None,
+    progress: bool | Progress | None = None,
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
@@ -386,7 +387,10 @@ def load(
     ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has room for.
     ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next layer's
     turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so many
-    bits. More on all of them: ``docs/memory.md``. ``progress(done, total)`` is told in bytes.
+    bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag or
+    commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
+    ``progress``: True shows a bar, False none; by default there is one in notebooks and terminals, if loading takes
+    more than a moment. A function is called as ``progress(done, total)``, in bytes.
 
     Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options, ``MemoryBudgetError`` for
     what cannot fit, ``UnsupportedModelError`` for models that exl does not have.
@@ -404,8 +408,9 @@ def load(
         head=head,
         packed_folder=packed_folder,
     )
-    folder = find_model(model, revision=revision)
-    engine = load_engine(folder, options, progress)
+    folder = find_model(model, revision=revision, token=token, quiet=progress is False)
+    with shown_progress(progress, "loading") as tell:
+        engine = load_engine(folder, options, tell)
     folder = folder if folder.is_dir() else folder.parent
     defaults = GenerationDefaults.from_folder(folder)
     bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id

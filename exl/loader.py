@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +20,20 @@ from exl.checkpoint import Checkpoint
 from exl.config import ModelConfig
 from exl.errors import CheckpointError
 from exl.formats import load_part, read_vector
-from exl.host_memory import HostBuffer, trim_heap
-from exl.layout import LayerLayout
+from exl.host_memory import trim_heap
+from exl.layout import LayerLayout, packs_in_order
 from exl.models.manifest import ModelManifest
-from exl.ops.base import LayerWeights, Linear, Ops, view_field, view_segments
+from exl.ops.base import Linear, Ops, view_field, view_segments
 from exl.packed import PackedFile, PackedWriter
 from exl.packed_store import default_packed_folder, packed_key, packed_path, source_name
+from exl.progress import Progress
 from exl.quant_config import QuantConfig
 from exl.read_ahead import LayerReadAhead
-from exl.stream import LayerStream, ResidentWeights, WeightSource
+from exl.stream import WeightSource
+from exl.weight_memory import DeviceWeights, HostWeights, WeightMemory
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # bytes done so far, bytes in all
 _READ_THREADS = 2  # one waits for the disk while the other compares checksums
 
 
@@ -44,7 +45,7 @@ class ModelWeights:
     final_norm: torch.Tensor  # [C] f32
     head: Linear
     source: WeightSource
-    slabs: Mapping[str, int]  # bytes by purpose: "embedding", "layers", "head", "slots"
+    slabs: Mapping[str, int]  # bytes by purpose
     _owned: ExitStack
 
     def close(self) -> None:
@@ -61,12 +62,14 @@ def load_weights(
     progress: Progress | None = None,
     *,
     resident: Collection[int] | None = None,
+    in_host: Collection[int] = (),
     num_slots: int = 2,
     packed_folder: Path | None = None,
 ) -> ModelWeights:
-    """``resident``: the layers that stay in memory (None: all); the others are streamed through ``num_slots`` slots
-    from the packed file in ``packed_folder`` (default: the user's cache), which is written first where there is none.
-    Where nothing is streamed no packed file is written, and one is read only if the folder is given.
+    """``resident``: the layers that stay where they are computed (None: all); the others are streamed through
+    ``num_slots`` slots: those ``in_host`` from pinned memory to the GPU, the rest from the packed file in
+    ``packed_folder`` (default: the user's cache), which is written first where there is none. Where nothing is read
+    from it later no packed file is written, and one is read only if the folder is given.
 
     ``progress`` is told in bytes of packed weights. What raises leaves nothing behind, Ctrl-C included. Raises
     ``CheckpointError`` for what only the data can show to be wrong, ``MemoryBudgetError`` where the system has no
@@ -74,18 +77,22 @@ def load_weights(
     """
     layers = range(config.num_layers)
     kept = frozenset(layers if resident is None else resident)
-    if not kept <= frozenset(layers):
-        raise ValueError(f"resident layers {sorted(kept)} of a model of {config.num_layers}")
-    loader = _Loader(checkpoint, config, quant, manifest, ops, kept, num_slots, progress or (lambda done, total: None))
+    from_disk = any(i not in kept and i not in in_host for i in layers)
+    layouts = manifest.layouts(ops.target)
+    blobs = (layouts.embed, *layouts.layers, layouts.head)
     with ExitStack() as stack:
-        weights = loader.load(stack, packed_folder)
+        memory: WeightMemory
+        if ops.target.kind == "cuda":
+            memory = DeviceWeights(blobs, kept, in_host, num_slots, ops.device, stack)
+        else:
+            memory = HostWeights(blobs, kept, num_slots, stack)
+        loader = _Loader(checkpoint, config, quant, manifest, ops, memory, progress or (lambda done, total: None))
+        weights = loader.load(stack, packed_folder, from_disk)
         trim_heap()
         return weights
 
 
 class _Loader:
-    """Blob 0 is the embedding, blob 1 + i layer i, the last one the head: in memory as in the packed file."""
-
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -93,53 +100,25 @@ class _Loader:
         quant: QuantConfig | None,
         manifest: ModelManifest,
         ops: Ops,
-        resident: frozenset[int],
-        num_slots: int,
+        memory: WeightMemory,
         progress: Progress,
     ) -> None:
         self.checkpoint, self.config, self.quant = checkpoint, config, quant
-        self.manifest, self.ops, self.progress = manifest, ops, progress
+        self.manifest, self.ops, self.memory, self.progress = manifest, ops, memory, progress
         self.layouts = manifest.layouts(ops.target)
         self.all_layouts = (self.layouts.embed, *self.layouts.layers, self.layouts.head)
         self.sizes = [layout.num_bytes for layout in self.all_layouts]
-        self.resident = sorted(resident)
-        self.streamed = [i for i in range(config.num_layers) if i not in resident]
-        self.num_slots = num_slots
-        self.blobs: dict[int, torch.Tensor] = {}  # of what stays in memory, by blob
         self.done = 0
 
-    def load(self, stack: ExitStack, packed_folder: Path | None) -> ModelWeights:
-        slabs = self._allocate(stack)
+    def load(self, stack: ExitStack, packed_folder: Path | None, from_disk: bool) -> ModelWeights:
         packed = None
-        if self.streamed or packed_folder is not None:
+        if from_disk or packed_folder is not None:
             packed = self._read_packed(packed_folder or default_packed_folder(), stack)
-        if packed is None and self.streamed:
-            staging = torch.from_numpy(slabs["slots"].array)
-            packed = self._pack_to_file(packed_folder or default_packed_folder(), staging, stack)
+        if packed is None and from_disk:
+            packed = self._pack_to_file(packed_folder or default_packed_folder(), stack)
         elif packed is None:
-            self._pack(None, None)
-        return self._assemble(slabs, packed, stack)
-
-    def _allocate(self, stack: ExitStack) -> dict[str, HostBuffer]:
-        """One slab a purpose; the blobs that stay are views of them."""
-        layer_bytes = [self.layouts.layers[i].num_bytes for i in self.resident]
-        slot_bytes = max((self.layouts.layers[i].num_bytes for i in self.streamed), default=0)
-        sizes = {
-            "embedding": self.layouts.embed.num_bytes,
-            "layers": sum(layer_bytes),
-            "head": self.layouts.head.num_bytes,
-            "slots": self.num_slots * slot_bytes,
-        }
-        slabs = {}
-        for purpose, num_bytes in sizes.items():
-            slabs[purpose] = HostBuffer(num_bytes, purpose)
-            stack.callback(slabs[purpose].close)
-        memory = torch.from_numpy(slabs["layers"].array)
-        pieces = memory.split(layer_bytes) if layer_bytes else ()
-        self.blobs = {1 + i: piece for i, piece in zip(self.resident, pieces, strict=True)}
-        self.blobs[0] = torch.from_numpy(slabs["embedding"].array)
-        self.blobs[len(self.sizes) - 1] = torch.from_numpy(slabs["head"].array)
-        return slabs
+            self._pack(None)
+        return self._assemble(packed, stack)
 
     # from the packed file
 
@@ -154,35 +133,44 @@ class _Loader:
         if packed is None:
             return None
         stack.callback(packed.close)
+        try:
+            self._read_blobs(packed)
+            return packed
+        except CheckpointError as error:
+            logger.warning("%s; packing again", error)
+        for i in self.memory.kept:
+            self.memory.blob(i).zero_()
+        return None
+
+    def _read_blobs(self, packed: PackedFile) -> None:
+        """Those that stay. One thread waits for the disk while the other compares checksums; through staging, one by
+        one."""
         stopped = threading.Event()
-        total, done = sum(self.sizes[i] for i in self.blobs), 0
-        with ThreadPoolExecutor(_READ_THREADS, "exl packed reader") as executor:
+        total, done = sum(self.sizes[i] for i in self.memory.kept), 0
+        threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
+
+        def read(blob_idx: int) -> int:
+            if packed.read_blob(blob_idx, self.memory.blob(blob_idx).numpy(), lambda: not stopped.is_set()):
+                self.memory.filled(blob_idx)
+            return self.sizes[blob_idx]
+
+        with ThreadPoolExecutor(threads, "exl packed reader") as executor:
             try:
-                jobs: dict[Future, int] = {
-                    executor.submit(packed.read_blob, i, blob.numpy(), lambda: not stopped.is_set()): self.sizes[i]
-                    for i, blob in sorted(self.blobs.items())
-                }
+                jobs = [executor.submit(read, i) for i in self.memory.kept]
                 for job in as_completed(jobs):
-                    job.result()
-                    done += jobs[job]
+                    done += job.result()
                     self.progress(done, total)
-                return packed
-            except CheckpointError as error:
-                logger.warning("%s; packing again", error)
             finally:
                 stopped.set()
                 executor.shutdown(wait=True, cancel_futures=True)
-        for blob in self.blobs.values():
-            blob.zero_()
-        return None
 
     # from the checkpoint
 
-    def _pack_to_file(self, folder: Path, staging: torch.Tensor, stack: ExitStack) -> PackedFile:
+    def _pack_to_file(self, folder: Path, stack: ExitStack) -> PackedFile:
         key, stamps = self._key(), self.checkpoint.modified_ns
         path = packed_path(folder, self.checkpoint.path, key)
         with PackedWriter(path, key, source_name(self.checkpoint.path), self.sizes) as writer:
-            self._pack(writer, staging)
+            self._pack(writer)
             if self.checkpoint.modified_ns != stamps:
                 raise CheckpointError(f"{self.checkpoint.path}: its files were changed while they were being packed")
             writer.commit()
@@ -192,18 +180,17 @@ class _Loader:
         stack.callback(packed.close)
         return packed
 
-    def _pack(self, writer: PackedWriter | None, staging: torch.Tensor | None) -> None:
-        """Every blob once, in order: into its place where it stays, through ``staging`` where it only goes to the
-        file."""
+    def _pack(self, writer: PackedWriter | None) -> None:
+        """Every blob once, in order: to its place where it stays, and to the file."""
         names = self.manifest.names
         self.done = 0
         prefixes = [f"{names.layers}.{i}." for i in range(self.config.num_layers)]
         with LayerReadAhead(self.checkpoint, self._tensor_names(prefixes)) as layers:
-            self._pack_blob(0, self.checkpoint, "", {}, writer, staging)
+            self._pack_blob(0, self.checkpoint, "", {}, writer)
             for i, prefix in enumerate(prefixes):
-                self._pack_blob(1 + i, layers.layer(i), prefix, dict(names.norms), writer, staging)
+                self._pack_blob(1 + i, layers.layer(i), prefix, dict(names.norms), writer)
         final_norm = {"final_norm": names.final_norm}
-        self._pack_blob(len(self.sizes) - 1, self.checkpoint, "", final_norm, writer, staging)
+        self._pack_blob(len(self.sizes) - 1, self.checkpoint, "", final_norm, writer)
 
     def _tensor_names(self, prefixes: list[str]) -> list[list[str]]:
         """Tensors that are packed, by layer."""
@@ -222,15 +209,13 @@ class _Loader:
         prefix: str,
         norms: dict[str, str],
         writer: PackedWriter | None,
-        staging: torch.Tensor | None,
     ) -> None:
         layout = self.all_layouts[blob_idx]
-        blob = self.blobs.get(blob_idx)
-        if blob is None:
-            blob = staging[: layout.num_bytes].zero_()  # of the layer before it
+        blob = self.memory.blob(blob_idx)
         self._fill(blob, layout, checkpoint, prefix, norms)
         if writer is not None:
             writer.write(blob.numpy())
+        self.memory.filled(blob_idx)
         self.done += layout.num_bytes
         self.progress(self.done, self.layouts.num_bytes)
 
@@ -244,27 +229,24 @@ class _Loader:
             for i, linear in enumerate(linears):
                 start, stop = layout.linear_range(key, i)
                 parts = [load_part(checkpoint, part, self.quant) for part in linear.spec.parts]
-                self.ops.pack(parts, linear, blob[start:stop])
+                order = None
+                if key == "gate_up" and packs_in_order(layout):
+                    (down,) = layout.linears["down"][0].spec.parts
+                    order = load_part(checkpoint, down, self.quant).order
+                self.ops.pack(parts, linear, blob[start:stop], order)
                 self.progress(self.done + stop, self.layouts.num_bytes)
 
     # what the model runs on
 
-    def _assemble(self, slabs: dict[str, HostBuffer], packed: PackedFile | None, stack: ExitStack) -> ModelWeights:
-        layouts, last = self.layouts, len(self.sizes) - 1
-        views = {i: LayerWeights.view(layouts.layers[i], self.blobs[1 + i]) for i in self.resident}
-        source: WeightSource
-        if self.streamed:
-            blob_indices = {i: 1 + i for i in self.streamed}
-            source = LayerStream(layouts.layers, views, packed, blob_indices, slabs["slots"], self.num_slots)
-            stack.callback(source.close)
-        else:
-            source = ResidentWeights([views[i] for i in self.resident])
-        embed = view_segments(layouts.embed, self.blobs[0], "embed")[0]
+    def _assemble(self, packed: PackedFile | None, stack: ExitStack) -> ModelWeights:
+        layouts, memory, last = self.layouts, self.memory, len(self.sizes) - 1
+        embed = view_segments(layouts.embed, memory.view(0), "embed")[0]
+        head = memory.view(last)
         return ModelWeights(
             embed=embed,
-            final_norm=view_field(self.blobs[last], layouts.head.fields["final_norm"]),
-            head=view_segments(layouts.head, self.blobs[last], "head")[0] if layouts.head.linears else embed,
-            source=source,
-            slabs={purpose: slab.num_bytes for purpose, slab in slabs.items()},
+            final_norm=view_field(head, layouts.head.fields["final_norm"]),
+            head=view_segments(layouts.head, head, "head")[0] if layouts.head.linears else embed,
+            source=memory.source(packed),
+            slabs=memory.slabs,
             _owned=stack.pop_all(),
         )

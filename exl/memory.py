@@ -67,7 +67,10 @@ class Placement:
 
     @property
     def resident(self) -> tuple[int, ...]:
-        return tuple(i for i, (tier, _) in enumerate(self.layers) if tier is Tier.DEVICE)
+        return self.on_tier(Tier.DEVICE)
+
+    def on_tier(self, tier: Tier) -> tuple[int, ...]:
+        return tuple(i for i, (found, _) in enumerate(self.layers) if found is tier)
 
     @property
     def num_streamed(self) -> int:
@@ -152,6 +155,15 @@ class MemoryPlan:
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        """Each memory in a few words; ``print`` shows the table."""
+        memories = [f"{device} {_at_most(self.device_bytes(device), False)}" for device in self.devices]
+        resident, layers = len(self.placement.resident), len(self.placement.layers)
+        state = "" if self.fits else ", does not fit"
+        return (
+            f"MemoryPlan({', '.join(memories)}, {resident} of {layers} layers resident, {self.context} tokens{state})"
+        )
+
     def _repr_html_(self) -> str:
         """A bar for each memory, in proportion, and what its parts are."""
         from exl.plan_html import plan_html  # which imports this module
@@ -214,7 +226,7 @@ def _plan(model: PlanInput, budget: int | None, num_resident: int, num_slots: in
         ),
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),
-        PlanLine("logits and sample", device, steps["logits"] + steps["sample"], True, f"{limits.max_logit_rows} rows"),
+        PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
         PlanLine("scratch of operations", device, sum(scratch.values()), True),
     ]  # fmt: skip
     temporaries = torch_temporaries(model)

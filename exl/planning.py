@@ -13,11 +13,12 @@ from exl.checkpoint import Checkpoint
 from exl.config import ModelConfig, read_json
 from exl.device_plan import HOST, plan_devices
 from exl.errors import ConfigError, MemoryBudgetError
-from exl.hub import find_model
+from exl.hub import Token, find_headers
 from exl.layout import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
 from exl.memory import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
 from exl.models.manifest import ModelManifest, read_manifest
-from exl.quant_config import QuantConfig, read_quant_config
+from exl.quant_config import QuantConfig, find_quant_config, read_quant_config
+from exl.remote import RemoteFolder
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
@@ -28,8 +29,8 @@ _MAX_TOKENS = 1 << 30
 class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
-    device: str = "auto"  # or "cpu" or "cuda"; with vram given, "auto" is "cuda"
-    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: the CPU.
+    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU where there is one that exl can use, or vram is given
+    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all that is free.
     vram: int | str | Sequence[int | str] | None = None
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
@@ -44,10 +45,6 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device: found {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
-        if self.device == "cuda" and self.vram is None:
-            raise ConfigError(
-                "device: found 'cuda' without vram=, expected a size such as vram='8GB', or one for each GPU"
-            )
         if self.device == "cpu" and self.vram is not None:
             raise ConfigError(f"vram: found {self.vram!r} with device='cpu', which has none: expected ram=")
         if self.vram is not None and not self.vram_bytes:
@@ -73,11 +70,12 @@ class EngineOptions:
 
     @property
     def on_gpu(self) -> bool:
-        return self.vram is not None
+        """Whether it was asked for."""
+        return self.vram is not None or self.device == "cuda"
 
     @property
     def vram_bytes(self) -> tuple[int, ...]:
-        """Of each GPU; empty for the CPU."""
+        """Of each GPU; empty where no size was given."""
         if self.vram is None:
             return ()
         sizes = [self.vram] if isinstance(self.vram, str | int) else list(self.vram)
@@ -97,11 +95,7 @@ class ModelFiles:
     config: ModelConfig
     quant: QuantConfig | None
     manifest: ModelManifest
-
-    @property
-    def tokenizer_bytes(self) -> int:
-        path = self.folder / "tokenizer.json"
-        return path.stat().st_size if path.is_file() else 0
+    tokenizer_bytes: int  # size of tokenizer.json
 
     @property
     def layer_file_bytes(self) -> int:
@@ -116,19 +110,30 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(folder: Path, head: str | int = "file") -> Iterator[ModelFiles]:
+def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterator[ModelFiles]:
     """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head`` as in ``EngineOptions``.
 
     Raises ``ExlError``.
     """
-    with Checkpoint.open(folder) as checkpoint:
-        config_json = read_json(checkpoint.folder / "config.json")
-        config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
-        quant = read_quant_config(checkpoint.folder, config_json)
+    is_remote = isinstance(folder, RemoteFolder)
+    with folder.open_checkpoint() if is_remote else Checkpoint.open(folder) as checkpoint:
+        where = checkpoint.folder / "config.json"
+        if is_remote:
+            config_json = folder.read_json("config.json")
+            if config_json is None:
+                raise ConfigError(f"{where}: not in the repository")
+            quant = find_quant_config(folder.read_json, config_json)
+            tokenizer_bytes = folder.sizes.get("tokenizer.json") or 0
+        else:
+            config_json = read_json(where)
+            quant = read_quant_config(checkpoint.folder, config_json)
+            tokenizer = checkpoint.folder / "tokenizer.json"
+            tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+        config = ModelConfig.from_dict(config_json, str(where))
         manifest = read_manifest(checkpoint, config, quant)
         if head != "file":
             manifest = manifest.with_head_bits(int(head))
-        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest)
+        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
 
 
 def plan(
@@ -145,11 +150,13 @@ def plan(
     resident_layers: int | None = None,
     head: str | int = "file",
     revision: str | None = None,
+    token: Token = None,
 ) -> MemoryPlan:
     """Where every byte of a model would go, from its headers alone: no weights are read, nothing is allocated.
 
-    Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is 8.6), which need not be in this
-    machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
+    A Hugging Face repository that is not in the cache is not downloaded: its configuration, headers and ``g_idx`` are
+    asked for by range requests. Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
+    8.6), which need not be in this machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
     """
     options = EngineOptions(
         vram=vram,
@@ -164,7 +171,7 @@ def plan(
     )
     # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
     target = Target("cuda", arch=arch) if options.on_gpu else Target("cpu", int4pack="split64")
-    with open_model(find_model(model, revision=revision), options.head) as files:
+    with open_model(find_headers(model, revision=revision, token=token), options.head) as files:
         return plan_model(files, options, target)[0]
 
 
@@ -260,4 +267,5 @@ def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> St
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         head_dim=config.head_dim,
+        max_sequences=options.max_sequences,
     )

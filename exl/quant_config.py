@@ -8,7 +8,7 @@ pattern that ``re.match`` finds at the start of the module's name decides.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,22 @@ def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, 
     Raises ``ConfigError`` that names file and key for values that make no sense, ``UnsupportedModelError`` that
     names the method or format for a quantization that exl does not have.
     """
-    for name in _FILES:
+
+    def read(name: str) -> Mapping[str, Any] | None:
         path = Path(folder) / name
-        if os.path.lexists(path):  # a link that leads nowhere is an error, not an absent file
-            return parse_quant_config(read_json(path), name)
+        return read_json(path) if os.path.lexists(path) else None  # a link that leads nowhere is an error
+
+    return find_quant_config(read, config_json)
+
+
+def find_quant_config(
+    read: Callable[[str], Mapping[str, Any] | None], config_json: Mapping[str, Any]
+) -> QuantConfig | None:
+    """The same; ``read`` gives a file's JSON object by its name, None where there is no such file."""
+    for name in _FILES:
+        values = read(name)
+        if values is not None:
+            return parse_quant_config(values, name)
     values = config_json.get("quantization_config")
     if values is None:
         return None

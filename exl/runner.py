@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from exl.batch import ForwardBatch
+from exl.batch import ForwardBatch, is_step, padded_step
 from exl.cache import KVCache
-from exl.host_memory import host_tensor
 from exl.layout import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import Linear
+from exl.step_graph import StepGraphs
 from exl.stream import WeightSource
 
 
@@ -28,20 +28,18 @@ class Runner:
         head: Linear,
         kv: KVCache,
         limits: StepLimits,
+        *,
+        graphs: bool = True,
     ) -> None:
         self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
         self._embed, self._final_norm, self._head = embed, final_norm, head
 
-        def buffer(rows: int, width: int) -> torch.Tensor:
-            return host_tensor([rows, width], torch.float32, "activations")
-
-        self._residual = buffer(limits.window_rows, limits.hidden_size)
-        self._buffers = StepBuffers(
-            qkv=buffer(limits.max_rows, limits.qkv_width),
-            attn=buffer(limits.max_rows, limits.attn_width),
-            mlp=buffer(limits.max_rows, limits.intermediate_size),
-        )
-        self._logits = buffer(limits.max_logit_rows, limits.vocab_size)
+        buffer = decoder.ops.buffer
+        self._residual = buffer("residual")
+        self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
+        self._logits = buffer("logits")
+        backend = decoder.ops.backend
+        self._graphs = StepGraphs(backend, weights) if graphs and backend is not None else None
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
@@ -50,12 +48,31 @@ class Runner:
         ops = self.decoder.ops
         try:
             for window in self._windows(batches):
+                if self._graphs is not None and len(window) == 1 and is_step(window[0]):
+                    yield self._step(self._graphs, window[0])
+                    continue
                 rows = self._run_layers(window)
                 for i, h in enumerate(rows):
                     ops.select(i)
                     yield self.decoder.head(self._final_norm, self._head, h, self._logits)
         finally:
             ops.stage(())
+
+    def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
+        """One new token a sequence, in a batch of the next power of two: few shapes, so few graphs."""
+        decoder, ops = self.decoder, self.decoder.ops
+        bucket = min(1 << (batch.num_rows - 1).bit_length(), self.limits.max_sequences, len(self._logits))
+        padded = padded_step(batch, max(bucket, batch.num_rows))
+        ops.stage((padded,))
+        h = self._residual[: padded.num_rows]
+
+        def step() -> None:
+            decoder.embed(self._embed, h)
+            self._through_layers([h])
+            decoder.head(self._final_norm, self._head, h, self._logits)
+
+        graphs.run(ops.step_key, step)
+        return self._logits[: batch.num_rows]
 
     def _run_layers(self, window: Sequence[ForwardBatch]) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops
@@ -67,6 +84,11 @@ class Runner:
             start += batch.num_rows
             ops.select(i)
             decoder.embed(self._embed, rows[i])
+        self._through_layers(rows)
+        return rows
+
+    def _through_layers(self, rows: Sequence[torch.Tensor]) -> None:
+        decoder, ops = self.decoder, self.decoder.ops
         order = range(decoder.config.num_layers)
         self.weights.begin(order)
         for layer_idx in order:
@@ -75,20 +97,21 @@ class Runner:
                 ops.select(i)
                 decoder.layer(layer_idx, weights, self._buffers, h, self.kv)
             self.weights.release(layer_idx)
-        return rows
 
     def _windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
         window: list[ForwardBatch] = []
-        num_rows = 0
+        num_rows = num_sequences = 0
         for batch in batches:
             if batch.num_rows > self.limits.max_rows:
                 raise ValueError(f"batch of {batch.num_rows} rows, buffers are made for {self.limits.max_rows}")
             if len(batch.logit_rows) > self.limits.max_logit_rows:
                 raise ValueError(f"{len(batch.logit_rows)} logit rows, expected <= {self.limits.max_logit_rows}")
-            if num_rows + batch.num_rows > self.limits.window_rows:
+            limits, sequences = self.limits, num_sequences + batch.num_sequences
+            if window and (num_rows + batch.num_rows > limits.window_rows or sequences > limits.window_sequences):
                 yield window
-                window, num_rows = [], 0
+                window, num_rows, num_sequences = [], 0, 0
             window.append(batch)
             num_rows += batch.num_rows
+            num_sequences += batch.num_sequences
         if window:
             yield window

@@ -209,9 +209,14 @@ def _penalized(logits: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tens
         row = row.index_put((where,), torch.where(value < 0, value * penalty, value / penalty))
     top = float(row.max())  # NaN if any logit is
     if not math.isfinite(top):
-        found = "no allowed token (all logits are -inf)" if top == -math.inf else f"a logit of {top}"
-        raise ExlError(f"sample: row {i}: found {found}, expected finite logits")
+        raise no_distribution(i, top)
     return row
+
+
+def no_distribution(i: int, top: float) -> ExlError:
+    """The error of row i, whose largest logit is ``top``: NaN if any is, inf, or -inf."""
+    found = "no allowed token (all logits are -inf)" if top == -math.inf else f"a logit of {top}"
+    return ExlError(f"sample: row {i}: found {found}, expected finite logits")
 
 
 def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor:

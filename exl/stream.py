@@ -29,6 +29,10 @@ class WeightSource(Protocol):
 
     def release(self, layer_idx: int) -> None: ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a pass can be captured in a graph: each layer always at one address, nothing waited for."""
+
 
 class ResidentWeights:
     """All layers in memory for good."""
@@ -44,6 +48,10 @@ class ResidentWeights:
 
     def release(self, layer_idx: int) -> None:
         pass
+
+    @property
+    def capturable(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -308,6 +316,10 @@ class LayerStream:
     def release(self, layer_idx: int) -> None:
         if layer_idx not in self._resident:
             self._reader.release(layer_idx)
+
+    @property
+    def capturable(self) -> bool:
+        return False
 
     def wait_until_idle(self, timeout_seconds: float = 60.0) -> bool:
         """Until the reader has nothing left to read ahead: for counting what a pass reads. False: it took longer."""

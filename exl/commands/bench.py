@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Model, Ram, parse_context, say
+from exl.commands.common import Context, Debug, KVCacheType, Model, Ram, Revision, Token, parse_context, say
 from exl.errors import ConfigError
 
 
@@ -21,6 +21,8 @@ def bench(
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
+    revision: Revision = None,
+    token: Token = None,
     debug: Debug = False,
 ) -> None:
     """Measure the speed of prompts and of generation.
@@ -37,7 +39,7 @@ def bench(
     from exl.planning import EngineOptions
 
     options = EngineOptions(ram=ram, context=parse_context(context), kv_cache=kv_cache)
-    report = run_bench(find_model(model), options, pp, tg, depth, repeats)
+    report = run_bench(find_model(model, revision=revision, token=token), options, pp, tg, depth, repeats)
     rows = rows_of(report)
     if output == "json":
         facts = {"roof_bytes_per_second": report.roof, "peak_bytes": report.peak_bytes}

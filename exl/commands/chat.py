@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Model, Ram, load_with_progress, parse_context
+from exl.commands.common import (
+    Context,
+    Debug,
+    KVCacheType,
+    Model,
+    Ram,
+    Revision,
+    Token,
+    load_with_progress,
+    parse_context,
+)
 
 
 def chat(
@@ -24,6 +34,8 @@ def chat(
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
+    revision: Revision = None,
+    token: Token = None,
     debug: Debug = False,
 ) -> None:
     """Talk with a model. /help shows the commands.
@@ -45,7 +57,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    with load_with_progress(model, ram=ram, context=parse_context(context), kv_cache=kv_cache) as llm:
+    options = {"ram": ram, "context": parse_context(context), "kv_cache": kv_cache}
+    with load_with_progress(model, revision=revision, token=token, **options) as llm:
         found = llm.chat(system) if load is None else Chat.load(llm, load)
         if load is not None and system is not None:
             found.system = system

@@ -19,21 +19,15 @@ KVCacheType = Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8,
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")]
+Token = Annotated[str | None, typer.Option(help="For a private or gated repository; by default the one saved by hf.")]
 
 
 def load_with_progress(model: str | None, **options: object) -> LLM:
-    """Loads with a progress bar on standard error, where that is a terminal."""
+    """Loads with a progress bar on standard error, where that is a terminal. torch is imported now."""
     from exl.llm import load
 
-    if not sys.stderr.isatty():
-        return load(model, **options)
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        return load(model, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
+    return load(model, **options)
 
 
 def parse_context(text: str | None) -> int | str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Ram, load_with_progress, parse_context
+from exl.commands.common import Context, Debug, KVCacheType, Ram, Revision, Token, load_with_progress, parse_context
 
 
 def evaluate(
@@ -19,6 +19,8 @@ def evaluate(
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
+    revision: Revision = None,  # of the model, not of the reference
+    token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -33,9 +35,11 @@ def evaluate(
 
     options = {"ram": ram, "context": window if context is None else parse_context(context), "kv_cache": kv_cache}
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(load_with_progress(model, **options))
+        llm = stack.enter_context(load_with_progress(model, revision=revision, token=token, **options))
         ids = read_documents(text, llm.tokenizer, documents, window)
-        reference = None if against is None else stack.enter_context(load_with_progress(against, **options))
+        reference = None
+        if against is not None:
+            reference = stack.enter_context(load_with_progress(against, token=token, **options))
         found = run(llm, ids, reference)
     facts: dict[str, float | int] = {
         "loss": found.loss,

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Model, Ram, load_with_progress, parse_context, say
+from exl.commands.common import (
+    Context,
+    Debug,
+    KVCacheType,
+    Model,
+    Ram,
+    Revision,
+    Token,
+    load_with_progress,
+    parse_context,
+    say,
+)
 from exl.errors import ConfigError
 
 
@@ -27,6 +38,8 @@ def generate(
     context: Context = None,
     kv_cache: KVCacheType = "f16",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    revision: Revision = None,
+    token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -37,7 +50,8 @@ def generate(
     echo "Once upon a time" | exl generate - --temperature 0.8 --seed 1 --json
     """
     text = _read_stdin() if prompt == "-" else prompt
-    with load_with_progress(model, device=device, ram=ram, context=parse_context(context), kv_cache=kv_cache) as llm:
+    options = {"device": device, "ram": ram, "context": parse_context(context), "kv_cache": kv_cache}
+    with load_with_progress(model, revision=revision, token=token, **options) as llm:
         stream = llm.stream(
             text,
             max_tokens,

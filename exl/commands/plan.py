@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Ram, parse_context
+from exl.commands.common import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context
 
 
 def plan(
@@ -21,12 +21,18 @@ def plan(
     max_sequences: Annotated[int, typer.Option(help="Sequences that have a context of their own.")] = 1,
     prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
     prefill_window: Annotated[int, typer.Option(help="Rows that go through a layer before the next.")] = 4096,
+    revision: Revision = None,
+    token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show where every byte of a model would go, from its headers alone.
 
+    A Hugging Face repository is not downloaded for that.
+
     exl plan path/to/model --ram 8GB --context auto
+
+    exl plan owner/name --vram 12GB --context 8192
 
     exl plan path/to/model --vram 24GB --kv-cache q8
     """
@@ -42,5 +48,7 @@ def plan(
         max_sequences=max_sequences,
         prefill_chunk=prefill_chunk,
         prefill_window=prefill_window,
+        revision=revision,
+        token=token,
     )
     print(json.dumps(found.to_json()) if as_json else found.table())

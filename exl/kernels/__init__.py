@@ -24,6 +24,7 @@ KERNEL_MODULES: tuple[str, ...] = (
     "append_kv",
     "attention_decode",
     "attention_prefill",
+    "sample",
 )
 ARCHS = (61, 70, 75, 80, 86, 89, 90, 100, 120)  # that CI compiles for
 

@@ -80,13 +80,14 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
 
 
 def compiled_layouts() -> Iterator[PageLayout]:
-    """Of models: all cache types at head size 128, the two that differ most at the others. What is not among them is
-    compiled when it is needed, as these are."""
+    """Of models: all cache types at head size 128, the two that differ most at the others, and one that ends with half
+    a tile. What is not among them is compiled when it is needed, as these are."""
     for kind in KINDS:
         yield PageLayout(kind, 128)
     for head_dim in (64, 80, 96, 256):
         for kind in ("f16", "q4"):
             yield PageLayout(kind, head_dim)
+    yield PageLayout("q4", 120)
 
 
 def variants(arch: int) -> Iterator[Variant]:

@@ -188,6 +188,5 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Head size 256 with quantized pages: ptxas keeps 8 to 48 bytes a thread in local memory."""
     for layout in compiled_layouts() if arch >= MIN_ARCH else ():
-        yield Variant(_spec(layout, arch), may_spill=layout.head_dim == 256 and layout.quantized)
+        yield Variant(_spec(layout, arch))

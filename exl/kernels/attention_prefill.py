@@ -118,6 +118,6 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """From head size 128 on, with quantized pages, ptxas keeps up to 24 bytes a thread in local memory."""
+    """On sm_75 with quantized pages of head size 128, ptxas keeps a few registers in local memory."""
     for layout in compiled_layouts() if arch >= MIN_ARCH else ():
-        yield Variant(_spec(layout, arch), may_spill=layout.head_dim >= 128 and layout.quantized)
+        yield Variant(_spec(layout, arch), may_spill=arch == 75 and layout.head_dim == 128 and layout.quantized)

@@ -88,7 +88,8 @@ def _pack_dense(parts: Sequence[DenseMatrix], weight: NDArray, dtype: str) -> No
     for part in parts:
         for start in range(0, part.N, BLOCK_ROWS):
             block = part.rows(start, min(part.N, start + BLOCK_ROWS))
-            weight[at : at + len(block)] = _convert(block, part.dtype, dtype)
+            weight[at : at + len(block), : part.K] = _convert(block, part.dtype, dtype)
+            weight[at : at + len(block), part.K :] = 0
             at += len(block)
 
 

@@ -8,7 +8,7 @@ shim, with which everything above the hardware is proven without a GPU.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,10 @@ class Backend(Protocol):
 
     def load(self, spec: KernelSpec) -> Function:
         """Compiles if need be; the same function for the same spec. Not during a graph capture."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        """What ``run`` launches, without running it: a call that runs all of it again, with the same addresses. None:
+        this backend has no graphs. Raises ``KernelError`` or ``RuntimeError`` for what cannot be captured."""
 
 
 def launch(
@@ -177,6 +181,13 @@ class CudaBackend:
             self._functions[spec] = CudaFunction(spec, self.device, function, self._driver, self._cupy)
         return self._functions[spec]
 
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: the one that reads layers from the disk uses no stream.
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
 
 class CudaFunction:
     """A kernel of a loaded module."""
@@ -258,6 +269,9 @@ class HostBackend:
         if spec not in self._functions:
             self._functions[spec] = HostFunction(spec, self._library.load(spec))
         return self._functions[spec]
+
+    def capture(self, run: Callable[[], None]) -> None:
+        return None
 
 
 class HostFunction:

@@ -86,7 +86,7 @@ def project(
     ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then not
     write the weight. Raises ``KernelError``.
     """
-    _run(backend, weight, x, Output.store(y), norm, scratch, config, dependent)
+    multiply(backend, weight, x, Output.store(y), norm=norm, scratch=scratch, config=config, dependent=dependent)
 
 
 def gate_up(
@@ -101,7 +101,7 @@ def gate_up(
     dependent: bool = False,
 ) -> None:
     """y [T, F] = SiLU(x W_gate + b_gate) * (x W_up + b_up), for rows packed by ``gated_rows``."""
-    _run(backend, weight, x, Output.gated(y), norm, scratch, config, dependent)
+    multiply(backend, weight, x, Output.gated(y), norm=norm, scratch=scratch, config=config, dependent=dependent)
 
 
 def project_add(
@@ -124,19 +124,21 @@ def project_add(
     act-order.
     """
     out = Output.residual(h, sumsq, scale, permuted, positions)
-    _run(backend, weight, x, out, None, scratch, config, dependent)
+    multiply(backend, weight, x, out, scratch=scratch, config=config, dependent=dependent)
 
 
-def _run(
+def multiply(
     backend: Backend,
     weight: TiledWeight,
     x: torch.Tensor,
     out: Output,
-    norm: NormedInput | None,
-    scratch: Scratch | None,
-    config: LinearConfig | None,
-    dependent: bool,
+    *,
+    norm: NormedInput | None = None,
+    scratch: Scratch | None = None,
+    config: LinearConfig | None = None,
+    dependent: bool = False,
 ) -> None:
+    """The three above in one: ``out`` says what becomes of x W + bias."""
     check_weight(weight, backend.device)
     check_input(weight.layout.K, x, norm, backend.device)
     check_output(weight.layout.num_tiles, x.shape[0], out, backend.device)
@@ -240,6 +242,7 @@ def _check_scratch(
     configs = [config] if config is not None else [
         choose_config(layout, count, backend.arch, backend.num_multiprocessors) for count in counts
     ]  # fmt: skip
+    configs = [c for c in configs if c.wide]  # a rest of few tokens needs none
     least = {
         "x": (torch.float16, min(MAX_TOKENS, num_tokens) * layout.K),
         "x_scale": (torch.float32, MAX_TOKENS * NUM_SLICES),

@@ -71,12 +71,13 @@ def multiply_many(
         panel = scratch.panel[: count * ROWS * layout.K].view(x.dtype).view(count * ROWS, layout.K)
         product = scratch.product[: num_tokens * count * ROWS].view(num_tokens, count * ROWS)
         dequantize(backend, weight, panel, first)
-        _multiply(x, panel, product)
+        multiply_f32(x, panel, product)
         _finish(backend, weight, product, out, first)
 
 
-def _multiply(x: torch.Tensor, panel: torch.Tensor, product: torch.Tensor) -> None:
-    """product f32 = x panel^T, summed in f32: cuBLAS with an f32 result never reduces in 16 bits."""
+def multiply_f32(x: torch.Tensor, panel: torch.Tensor, product: torch.Tensor) -> None:
+    """product f32 [T, N] = x [T, K] panel [N, K]^T, both of one 16-bit type, summed in f32: cuBLAS with an f32 result
+    never reduces in 16 bits."""
     if x.is_cuda:
         torch.mm(x, panel.t(), out_dtype=torch.float32, out=product)
     else:

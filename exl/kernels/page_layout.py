@@ -20,6 +20,12 @@ which lane t has ``2t, 2t+1, 2t+8, 2t+9``: places 0 to 3::
      8 bits  word 2j + r (plane word // 4), byte place
      4 bits  word j, byte (0, 2, 1, 3)[place]; row g in its low half, row g + 8 in its high half
 
+A head size of 8 mod 16 ends with a tile of eight channels: rows g alone::
+
+    16 bits  word 2j + place // 2 (plane word // 4), half place % 2
+     8 bits  word j, byte place
+     4 bits  word j of lane 4 (g % 4) + t, byte (0, 2, 1, 3)[place]; rows 0..3 in its low half, 4..7 in its high half
+
 **Scales**, f16, one for each token and 32 channels: K [token tile][g][group][g, g + 8], V [group][t][j][place].
 
 Every byte belongs to one token, so a token is appended by plain stores. 8-bit codes are stored plus 128 and 4-bit codes
@@ -27,6 +33,9 @@ plus 8; what they mean is in ``docs/memory.md``.
 
 Example: 4 bits, head size 128, K of token 21, channel 77. Token tile 1, row 5: g = 5, r = 0. Channel tile 1, h = 0,
 t = 1, i = 5: lane 21, byte 1024 + 512 + 21 * 16 + (4 * 2 + 16) // 8 = 1875, low half.
+
+Example: 4 bits, head size 40, V of token 27, channel 37. Tile 2 has eight channels, row 5; j = 1, t = 1, place 3: lane
+4 * (5 % 4) + 1, byte 2 * 512 + 5 * 16 + 1 * 4 + 3 = 1111 of V's codes, high half.
 """
 
 from __future__ import annotations
@@ -42,7 +51,7 @@ from exl.errors import KernelError
 from exl.layout import KV_BITS, KV_GROUP
 
 KINDS = ("f16", "q8", "k8v4", "q4")
-HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
+HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 256
 _F16_MAX = np.float32(65504)
 _Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # byte and lowest bit in it, each [64 tokens, D]
 
@@ -131,6 +140,15 @@ def v_code_places(layout: PageLayout) -> _Places:
         word, bit = 2 * j + r, place * 8
     else:
         word, bit = j, np.array([0, 2, 1, 3])[place] * 8 + 4 * r
+    if D % 16:  # the last tile has eight channels
+        last = channel >= D - 8
+        if bits == 16:
+            word = np.where(last, 2 * j + place // 2, word)
+        elif bits == 8:
+            word = np.where(last, j, word)
+        else:
+            lane = np.where(last, lane % 16, lane)
+            bit = np.where(last, np.array([0, 2, 1, 3])[place] * 8 + channel // 4 % 2 * 4, bit)
     at = layout.v_codes_at + channel // 16 * (16 * PAGE_SIZE * bits // 8)
     return at + word // 4 * 512 + lane * 16 + word % 4 * 4 + bit // 8, bit % 8
 

@@ -34,9 +34,9 @@ class Decoder:
         ops, T = self.ops, h.shape[0]
         qkv, attn, mlp = buffers.qkv[:T], buffers.attn[:T], buffers.mlp[:T]
         ops.project(h, self._norm(w.attn_norm), w.qkv, qkv)
-        ops.attend(qkv, self._attention(layer_idx, w), layer_idx, kv, attn)
+        ops.attend(qkv, self._attention(layer_idx, w), layer_idx, kv, attn, w.o)
         ops.project_add(attn, w.o, h)
-        ops.gate_up(h, self._norm(w.mlp_norm), w.gate_up, mlp)
+        ops.gate_up(h, self._norm(w.mlp_norm), w.gate_up, mlp, w.down)
         ops.project_add(mlp, w.down, h)
 
     def head(self, final_norm: torch.Tensor, head: Linear, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -7,23 +7,27 @@ buffer at a fixed address. Rows ``[0, num_decode_rows)`` of the selected batch r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.config import RopeConfig
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import Field, KVLayout, LayerLayout, LinearLayout, Target
+from exl.layout import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
 
 if TYPE_CHECKING:
     from exl.cache import KVCache
+    from exl.kernels.launch import Backend
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,
     "i32": torch.int32,
+    "i64": torch.int64,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
     "f32": torch.float32,
@@ -113,23 +117,49 @@ def view_segments(layout: LayerLayout, blob: torch.Tensor, name: str) -> Segment
     )
 
 
+class Samples(Protocol):
+    """Tokens that were drawn, on their way to the host."""
+
+    def token_ids(self) -> list[int]:
+        """Waits for them. Raises ``ExlError`` for a row of logits with NaN, +inf or every token forbidden."""
+
+
 class Ops(Protocol):
     """What a backend offers. ``select(i)`` names the staged batch that all following operations work on."""
 
     device: torch.device
     act_dtype: torch.dtype
     target: Target
-    kv_layout: KVLayout
+    backend: Backend | None  # of kernels; None where there are none
+    runs_ahead: bool  # the host may give the next step away before it has read the last one's samples
+    kv_layout: KVLayout | DeviceKVLayout
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """One of the buffers of a step, zeroed, at one address for good: ``residual`` f32 [window rows, C]; ``qkv``,
+        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
 
     # load
-    def pack(self, parts: Sequence[QuantizedMatrix | DenseMatrix], layout: LinearLayout, out: torch.Tensor) -> None:
-        """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes]."""
+    def pack(
+        self,
+        parts: Sequence[QuantizedMatrix | DenseMatrix],
+        layout: LinearLayout,
+        out: torch.Tensor,
+        output_order: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes], in host memory.
+
+        ``output_order`` i32 [F]: of gate and up, the order in which ``down`` wants its inputs (``packs_in_order``).
+        """
 
     # step
     def stage(self, batches: Sequence[ForwardBatch]) -> None:
         """The one host-to-device copy of a pass; outside any graph. Selects the first batch. None lets go of all."""
 
     def select(self, batch_idx: int) -> None: ...
+
+    @property
+    def step_key(self) -> Hashable:
+        """Of the selected batch: batches with one key launch the same kernels with the same arguments."""
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Token ids of the selected batch -> h [T, C] f32."""
@@ -140,22 +170,36 @@ class Ops(Protocol):
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
         """out [T, N] = norm(h) W + b."""
 
-    def attend(self, qkv: torch.Tensor, spec: AttentionSpec, layer_idx: int, kv: KVCache, out: torch.Tensor) -> None:
-        """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv."""
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        to: Segments = (),
+    ) -> None:
+        """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv.
 
-    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, lora=None) -> None:
-        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h)."""
+        ``to`` is what ``out`` goes into: a backend may store in the order that its act-order wants.
+        """
+
+    def gate_up(
+        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
+    ) -> None:
+        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``to`` as for ``attend``."""
 
     def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
-        """h [T, C] += scale * (x W + b)."""
+        """h [T, C] += scale * (x W + b); x as ``attend`` or ``gate_up`` left it for ``w``."""
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
     ) -> torch.Tensor:
         """Rows ``logit_rows`` of h -> out[:R] f32 [R, V], which is returned."""
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
-        """[R, V] -> out [R] i32, on the device; the next batch may name sample i as token -1-i."""
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
+        """[R, V] -> R tokens, on the device; the next batch may name sample i as token -1-i. The next call overwrites
+        them. Nothing waits."""
 
     # cache
     def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:

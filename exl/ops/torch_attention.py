@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache import KVCache
 from exl.ops.base import AttentionSpec, Norm
+from exl.ops.rotation import rotation_tables
 from exl.ops.torch_kv import dequantize_rows, hadamard, quantize_rows
-from exl.rope import depends_on_length, inverse_frequencies, rotary_dim
 
 _QUERY_BLOCK = 128  # rows that share a mask: bounds it to 128 x context and skips keys that none of them sees
 
@@ -30,21 +30,9 @@ class StagedBatch:
         """cos and sin, each f32 [T, 1, rotary_dim / 2]; computed by the first layer that asks."""
         key = (spec.rope, spec.head_dim)
         if key not in self._rotations:
-            self._rotations[key] = self._compute_rotation(spec)
+            cosine, sine = rotation_tables(self.batch, spec.rope, spec.head_dim)
+            self._rotations[key] = (cosine[:, None], sine[:, None])
         return self._rotations[key]
-
-    def _compute_rotation(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self.batch
-        positions = torch.from_numpy(batch.positions).float()
-        angles = torch.empty(batch.num_rows, (rotary_dim(spec.rope, spec.head_dim) + 1) // 2)
-        factor = 1.0
-        runs = [(0, batch.num_rows, int(batch.rope_len[0]))]
-        if depends_on_length(spec.rope):
-            runs = zip(batch.query_start[:-1], batch.query_start[1:], batch.rope_len, strict=True)
-        for start, stop, length in runs:
-            freq, factor = inverse_frequencies(spec.rope, spec.head_dim, int(length))
-            torch.outer(positions[start:stop], torch.from_numpy(freq), out=angles[start:stop])
-        return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
 
 
 def attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,15 +26,28 @@ def cpu_target() -> Target:
     return Target("cpu", int4pack=probe_int4pack())
 
 
+@dataclass(frozen=True)
+class TokenIds:
+    """See ``exl.ops.base.Samples``."""
+
+    ids: list[int]
+
+    def token_ids(self) -> list[int]:
+        return self.ids
+
+
 class TorchOps:
     """See ``exl.ops.base.Ops``. Owns its scratch; everything else is the caller's."""
 
     device = torch.device("cpu")
     act_dtype = torch.float32
+    backend = None
+    runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:
         self.target = target
         self.kv_layout = kv_layout
+        self.limits = limits
         sizes = scratch_bytes(limits, target)
 
         def buffer(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,9 +60,28 @@ class TorchOps:
         self._staged: list[torch_attention.StagedBatch] = []
         self._now: torch_attention.StagedBatch | None = None
 
+    def buffer(self, name: str) -> torch.Tensor:
+        limits = self.limits
+        rows, width = {
+            "residual": (limits.window_rows, limits.hidden_size),
+            "qkv": (limits.max_rows, limits.qkv_width),
+            "attn": (limits.max_rows, limits.attn_width),
+            "mlp": (limits.max_rows, limits.intermediate_size),
+            "logits": (limits.max_logit_rows, limits.vocab_size),
+        }[name]
+        return host_tensor([rows, width], torch.float32, "activations")
+
     # load
 
-    def pack(self, parts: Sequence[QuantizedMatrix | DenseMatrix], layout: LinearLayout, out: torch.Tensor) -> None:
+    def pack(
+        self,
+        parts: Sequence[QuantizedMatrix | DenseMatrix],
+        layout: LinearLayout,
+        out: torch.Tensor,
+        output_order: np.ndarray | None = None,
+    ) -> None:
+        if output_order is not None:
+            raise ValueError("inputs are sorted where they are multiplied: outputs keep their order")
         pack_linear(parts, layout, self.target, out)
 
     # step
@@ -66,6 +99,10 @@ class TorchOps:
 
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
+
+    @property
+    def step_key(self) -> None:
+        return None
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         h.copy_(table.fields["weight"].index_select(0, self._now.token_ids))
@@ -95,10 +132,20 @@ class TorchOps:
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
         self._multiply(self._input(h, norm), w, out, lora, self._now.batch.num_decode_rows)
 
-    def attend(self, qkv: torch.Tensor, spec: AttentionSpec, layer_idx: int, kv: KVCache, out: torch.Tensor) -> None:
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        to: Segments = (),
+    ) -> None:
         torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out)
 
-    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, lora=None) -> None:
+    def gate_up(
+        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
+    ) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
         self._multiply(self._input(h, norm), w, both, lora, self._now.batch.num_decode_rows)
@@ -123,10 +170,10 @@ class TorchOps:
             out.div_(softcap).tanh_().mul_(softcap)
         return out
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch, out: torch.Tensor) -> None:
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
         ids = sample(logits, params)
-        out.copy_(ids)
         self._samples[: len(ids)].copy_(ids)
+        return TokenIds(ids.tolist())
 
     # cache
 

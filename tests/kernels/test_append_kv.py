@@ -15,6 +15,7 @@ from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, unp
 
 H, HKV = 6, 2
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)
+EIGHTS = (("k8v4", 8), ("q4", 24), ("q8", 40), ("f16", 72), ("q4", 120))  # V ends with half a tile
 
 
 def no_rotation(T: int, D: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,8 +34,7 @@ def normalised(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("D", HEAD_DIMS)
+@pytest.mark.parametrize(("kind", "D"), [*((kind, D) for D in HEAD_DIMS for kind in KINDS), *EIGHTS])
 def test_pages_are_the_twins_byte_for_byte(backend: Backend, kind: str, D: int) -> None:
     """Without RoPE: 70 tokens on two pages in shuffled order, written in a shuffled order; zeros, equal magnitudes of
     both signs, a scale that saturates."""

@@ -154,8 +154,11 @@ def test_lengths(backend: Backend, kind: str, length: int) -> None:
     assert_close(out, case.expected(pages))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("D", [16, 48, 80, 96, 128, 256])
+HEAD_DIMS = [(kind, D) for D in (16, 48, 80, 96, 128, 256) for kind in KINDS]
+EIGHTS = [("f16", 8), ("q4", 8), ("q8", 24), ("k8v4", 40), ("f16", 72), ("q4", 120)]  # V ends with half a tile
+
+
+@pytest.mark.parametrize(("kind", "D"), HEAD_DIMS + EIGHTS)
 def test_head_sizes(kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (150, 70), (1, 2), seed=D)
     out, pages = case.run(backend_or_skip("race"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
-from test_attention_decode import Case, assert_close
+from test_attention_decode import HEAD_DIMS, Case, assert_close
 
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv
@@ -45,8 +45,10 @@ def test_chunks(backend: Backend, kind: str, length: int, new: int) -> None:
     assert_close(out, case.expected(pages))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("D", [16, 48, 80, 96, 128, 256])
+EIGHTS = [("q8", 8), ("q4", 24), ("f16", 40), ("q8", 72), ("k8v4", 120)]  # V ends with half a tile
+
+
+@pytest.mark.parametrize(("kind", "D"), HEAD_DIMS + EIGHTS)
 def test_head_sizes(kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (100, 70), (20, 33), seed=D)
     out, pages = run(case, backend_or_skip("race"))

@@ -21,7 +21,7 @@ from exl.kernels.page_layout import (
 from exl.layout import DeviceKVLayout
 from exl.ops import torch_kv
 
-HEAD_DIMS = (16, 48, 64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (8, 16, 24, 40, 48, 64, 72, 80, 96, 112, 120, 128, 248, 256)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,7 +49,7 @@ def test_every_byte_belongs_to_one_token_and_every_bit_to_one_channel(kind: str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 120, 128, 256])
 def test_values_are_the_cpu_caches_bit_for_bit(kind: str, D: int) -> None:
     rng = np.random.default_rng(D)
     k, v = (rng.standard_normal((100, 2, D)).astype(np.float32) * 3 for _ in range(2))
@@ -69,9 +69,12 @@ def test_values_are_the_cpu_caches_bit_for_bit(kind: str, D: int) -> None:
         assert not np.isnan(unpacked).any()
 
 
-def test_the_example_of_the_documentation() -> None:
+def test_the_examples_of_the_documentation() -> None:
     byte, bit = k_code_places(PageLayout("q4", 128))
     assert (byte[21, 77], bit[21, 77]) == (1875, 0)
+    layout = PageLayout("q4", 40)
+    byte, bit = v_code_places(layout)
+    assert (byte[27, 37] - layout.v_codes_at, bit[27, 37]) == (1111, 4)
 
 
 def fragment_rows_and_columns() -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +96,17 @@ def test_an_f16_plane_of_v_is_a_fragment() -> None:
             np.testing.assert_array_equal(plane, v[16 * j + column, 0, 16 * tile + row])
 
 
+def test_eight_channels_of_v_at_the_end_are_half_a_fragment() -> None:
+    """f16: two words of each of four mma, rows 0 to 7 of operand A."""
+    layout = PageLayout("f16", 24)
+    v = np.random.default_rng(0).standard_normal((64, 1, 24)).astype(np.float16)
+    page = pack_pages(layout, v, v)[0, 0]
+    planes = page[layout.v_codes_at + 2048 :].view(np.float16).reshape(2, 32, 2, 2, 2)  # plane, lane, j % 2, word, half
+    row, column = (x[:, ::2] for x in fragment_rows_and_columns())  # registers of rows g
+    for j in range(4):
+        np.testing.assert_array_equal(planes[j // 2, :, j % 2], v[16 * j + column, 0, 16 + row])
+
+
 @pytest.mark.parametrize("kind", ["f16", "q8", "q4"])
 def test_one_load_of_k_feeds_two_mma(kind: str) -> None:
     """Lane 4g + t's 16-byte load has rows g and g + 8 (f16: one of them) of channels 8t..8t+7."""
@@ -104,7 +118,7 @@ def test_one_load_of_k_feeds_two_mma(kind: str) -> None:
     np.testing.assert_array_equal(lane % 4, channels // 8 % 4)
 
 
-@pytest.mark.parametrize(("kind", "D", "message"), [("f32", 64, "'f32'"), ("q4", 72, "72"), ("q8", 272, "272")])
+@pytest.mark.parametrize(("kind", "D", "message"), [("f32", 64, "'f32'"), ("q4", 68, "68"), ("q8", 264, "264")])
 def test_refuses_what_no_kernel_reads(kind: str, D: int, message: str) -> None:
     with pytest.raises(KernelError, match=message):
         PageLayout(kind, D)

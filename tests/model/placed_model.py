@@ -10,12 +10,13 @@ import torch
 from exl.cache import KVCache
 from exl.generator import Generator
 from exl.layout import KVLayout, StepLimits
-from exl.loader import Progress, load_weights
+from exl.loader import load_weights
 from exl.models.decoder import Decoder
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.packed_store import list_packed
 from exl.page_pool import PagePool
 from exl.planning import open_model
+from exl.progress import Progress
 from exl.runner import Runner
 from exl.sampling import SamplingParams
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.engine import load_engine
 from exl.planning import EngineOptions
 from exl.sampling import SamplingParams, sampling_batch
+from tests.model.batches import batch_of, run
 from tests.model.hf_models import CASES, build, decode_logits, prefill_logits, save
 
 TOLERANCE = 2e-4
@@ -30,60 +29,29 @@ def _ids(count: int, seed: int) -> list[int]:
     return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _batch(sequences, *, decode: bool = False, padding: int = 0) -> ForwardBatch:
-    """``sequences``: (new ids, number cached, pages) each; logits after each one's last token."""
-    ids, positions, slots, starts, lengths, tables = [], [], [], [0], [], []
-    for new_ids, num_cached, pages in sequences:
-        where = np.arange(num_cached, num_cached + len(new_ids))
-        ids += new_ids
-        positions += where.tolist()
-        slots += (np.asarray(pages)[where // PAGE_SIZE] * PAGE_SIZE + where % PAGE_SIZE).tolist()
-        starts.append(len(ids))
-        lengths.append(num_cached + len(new_ids))
-        tables.append(pages)
-    width = max(map(len, tables))
-    array = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
-    return ForwardBatch(
-        token_ids=array(ids + [0] * padding),
-        positions=array(positions + [0] * padding),
-        slots=array(slots + [-1] * padding),
-        query_start=array(starts),
-        context_len=array(lengths),
-        rope_len=array(lengths),
-        page_table=array([pages + [0] * (width - len(pages)) for pages in tables]),
-        logit_rows=array(starts[1:]) - 1,
-        num_decode_rows=len(ids) if decode else 0,
-    )
-
-
-def _run(runner, batch: ForwardBatch) -> torch.Tensor:
-    (logits,) = runner.forward([batch])
-    return logits.clone()
-
-
 def test_unequal_sequences_prefill_and_decode_together(mistral):
     model, folder = mistral
     first, second = _ids(30, 1), _ids(71, 2)
     runner = _runner(folder)
     pages = [2], [3, 0]
-    logits = _run(runner, _batch([(first[:-1], 0, pages[0]), (second[:-1], 0, pages[1])]))
+    logits = run(runner, batch_of([(first[:-1], 0, pages[0]), (second[:-1], 0, pages[1])]))
     for row, ids in zip(logits, (first, second), strict=True):
         assert (row - prefill_logits(model, ids[:-1])[-1]).abs().max() <= TOLERANCE
-    steps = _run(runner, _batch([(first[-1:], 29, pages[0]), (second[-1:], 70, pages[1])], decode=True))
+    steps = run(runner, batch_of([(first[-1:], 29, pages[0]), (second[-1:], 70, pages[1])], decode=True))
     for row, ids in zip(steps, (first, second), strict=True):
         assert (row - decode_logits(model, ids, len(ids) - 1)[-1]).abs().max() <= TOLERANCE
 
 
-def test_a_decode_row_has_the_same_bits_alone_and_in_any_batch(mistral):
+def test_a_decode_row_has_the_same_bits_alone_and_in_anybatch_of(mistral):
     _, folder = mistral
     sequences = [(_ids(n, n), [i]) for i, n in enumerate((5, 40, 64))]
 
     def decode(chosen) -> torch.Tensor:
         runner = _runner(folder)
         for ids, pages in sequences:
-            _run(runner, _batch([(ids[:-2], 0, pages)]))
-        return _run(
-            runner, _batch([(sequences[i][0][-2:], len(sequences[i][0]) - 2, [i]) for i in chosen], decode=True)
+            run(runner, batch_of([(ids[:-2], 0, pages)]))
+        return run(
+            runner, batch_of([(sequences[i][0][-2:], len(sequences[i][0]) - 2, [i]) for i in chosen], decode=True)
         )
 
     together = decode([0, 1, 2])
@@ -97,20 +65,20 @@ def test_several_new_tokens_have_the_bits_of_one_by_one(mistral):
     _, folder = mistral
     ids = _ids(24, 3)
     runner = _runner(folder)
-    _run(runner, _batch([(ids[:16], 0, [1])]))
-    alone = torch.cat([_run(runner, _batch([([ids[i]], i, [1])], decode=True)) for i in range(16, 24)])
+    run(runner, batch_of([(ids[:16], 0, [1])]))
+    alone = torch.cat([run(runner, batch_of([([ids[i]], i, [1])], decode=True)) for i in range(16, 24)])
     for count in range(1, 9):
         runner = _runner(folder)
-        _run(runner, _batch([(ids[:16], 0, [1])]))
-        assert torch.equal(_run(runner, _batch([(ids[16 : 16 + count], 16, [1])], decode=True))[0], alone[count - 1])
+        run(runner, batch_of([(ids[:16], 0, [1])]))
+        assert torch.equal(run(runner, batch_of([(ids[16 : 16 + count], 16, [1])], decode=True))[0], alone[count - 1])
 
 
 def test_padding_rows_change_nothing_and_are_not_cached(mistral):
     _, folder = mistral
     ids = _ids(20, 4)
     padded = _runner(folder)
-    expected = _run(_runner(folder), _batch([(ids, 0, [0])]))
-    assert torch.allclose(_run(padded, _batch([(ids, 0, [0])], padding=5)), expected, rtol=0, atol=1e-5)
+    expected = run(_runner(folder), batch_of([(ids, 0, [0])]))
+    assert torch.allclose(run(padded, batch_of([(ids, 0, [0])], padding=5)), expected, rtol=0, atol=1e-5)
     for layer_idx in range(3):
         for array in padded.kv.layer(layer_idx).arrays():
             assert (array[0, :20] != 0).any()
@@ -126,12 +94,11 @@ def test_a_token_can_be_the_sample_that_never_left_the_device(mistral):
 
     def two_steps(by_reference: bool) -> torch.Tensor:
         runner = _runner(folder)
-        logits = _run(runner, _batch([(ids[0], 0, [0]), (ids[1], 0, [1])]))
-        samples = torch.zeros(2, dtype=torch.int32)
-        runner.decoder.ops.sample(logits, sampling_batch([(greedy, 0, ()), (greedy, 0, ())]), samples)
-        assert samples.tolist() == logits.argmax(-1).tolist()
-        new = [[-1], [-2]] if by_reference else [[i] for i in samples.tolist()]
-        return _run(runner, _batch([(new[0], 10, [0]), (new[1], 12, [1])], decode=True))
+        logits = run(runner, batch_of([(ids[0], 0, [0]), (ids[1], 0, [1])]))
+        samples = runner.decoder.ops.sample(logits, sampling_batch([(greedy, 0, ()), (greedy, 0, ())])).token_ids()
+        assert samples == logits.argmax(-1).tolist()
+        new = [[-1], [-2]] if by_reference else [[i] for i in samples]
+        return run(runner, batch_of([(new[0], 10, [0]), (new[1], 12, [1])], decode=True))
 
     assert torch.equal(two_steps(True), two_steps(False))
 
@@ -141,7 +108,7 @@ def test_copied_pages_are_the_pages(mistral):
     _, folder = mistral
     ids = _ids(30, 7)
     runner = _runner(folder)
-    _run(runner, _batch([(ids[:29], 0, [0])]))
-    expected = _run(runner, _batch([(ids[29:], 29, [0])], decode=True))
+    run(runner, batch_of([(ids[:29], 0, [0])]))
+    expected = run(runner, batch_of([(ids[29:], 29, [0])], decode=True))
     runner.decoder.ops.copy_pages(runner.kv, [0], [3])
-    assert torch.equal(_run(runner, _batch([(ids[29:], 29, [3])], decode=True)), expected)
+    assert torch.equal(run(runner, batch_of([(ids[29:], 29, [3])], decode=True)), expected)

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from exl import block_file, loader
+from exl import block_file, weight_memory
 from exl.errors import ExlError
 from exl.host_memory import HostBuffer
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
@@ -83,7 +83,7 @@ def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path, monkeypatch):
             if purpose == "slots":
                 self.array[:] = 255
 
-    monkeypatch.setattr(loader, "HostBuffer", UsedBuffer)
+    monkeypatch.setattr(weight_memory, "HostBuffer", UsedBuffer)
     packed_folder = tmp_path / "packed"
     with PlacedModel(four_bit, packed_folder, resident=(1,)) as model:
         first = {i: bytes_of(model, i) for i in range(NUM_LAYERS)}

@@ -6,7 +6,7 @@
 #include <exl/half.cuh>
 #include <exl/page.cuh>
 
-constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = kD / 16;   // of 32 channels; halves; V's tiles
+constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = (kD + 15) / 16;   // of 32 channels; halves; V's tiles
 constexpr float kNone = -1e30f;      // the largest score of no token
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLift = 8.0f;        // probabilities are kept times 2^8, so that V's scales leave f16's subnormals alone
@@ -31,6 +31,25 @@ template <int kBits> struct Tile {
       const u32* unit = reinterpret_cast<const u32*>(at + ((h * 4 + t) * 8 + g) * 2 * kBits);
       EXL_UNROLL
       for (int i = 0; i < kBits / 2; ++i) w[h * (kBits / 2) + i] = unit[i];
+    }
+  }
+  // V's last tile of eight channels: rows g + 8 are not there, and whatever they hold meets no other row.
+  EXL_DEVICE void load_eight(const u8* at, int lane) {
+    if constexpr (kBits == 4) {   // channels c and c + 4 share bytes
+      const uint4 v = *reinterpret_cast<const uint4*>(at + lane % 16 * 16);
+      const int shift = lane / 16 * 4;
+      w[0] = v.x >> shift; w[1] = v.y >> shift; w[2] = v.z >> shift; w[3] = v.w >> shift;
+    } else {
+      EXL_UNROLL
+      for (int p = 0; p < kBits / 8; ++p) {   // one word (16 bits: two) of a mma, as rows g and g + 8 alike
+        const uint4 v = *reinterpret_cast<const uint4*>(at + p * 512 + lane * 16);
+        if constexpr (kBits == 8) {
+          w[0] = w[1] = v.x; w[2] = w[3] = v.y; w[4] = w[5] = v.z; w[6] = w[7] = v.w;
+        } else {
+          w[p * 8] = w[p * 8 + 1] = v.x; w[p * 8 + 2] = w[p * 8 + 3] = v.y;
+          w[p * 8 + 4] = w[p * 8 + 5] = v.z; w[p * 8 + 6] = w[p * 8 + 7] = v.w;
+        }
+      }
     }
   }
   EXL_DEVICE static FragA four_bits(u32 word) {
@@ -84,49 +103,53 @@ struct Question {   // of one column
   int first, last;  // tokens that it sees, both included
 };
 
-// Scores of 64 tokens: s[tile][n][e] as the mma leaves them, in units of log2. s_q: [8 kN columns][kQPitch].
-template <int kN>
-EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q, int lane, float scale, float softcap) {
+// s += K Q^T of channels 64 tile .., at most 64 of them; codes of all 64 tokens are on their way together.
+template <bool kWhole, int kN>
+EXL_DEVICE void score_tile(float (&s)[4][kN][4], const u8* page, const half* s_q, int tile, int lane) {
+  constexpr int kHere = kWhole ? 2 : kRuns % 2 == 0 ? 2 : 1;   // runs
   const int g = lane / 4, t = lane % 4;
   EXL_UNROLL
   for (int tt = 0; tt < 4; ++tt) {
+    Tile<kKBits> k;
+    const u8* at = page + tt * (2 * kD * kKBits) + tile * (128 * kKBits);
+    if constexpr (kWhole) k.load(at, lane);
+    else k.load_part(at, g, t);
     EXL_UNROLL
-    for (int n = 0; n < kN; ++n) s[tt][n][0] = s[tt][n][1] = s[tt][n][2] = s[tt][n][3] = 0.0f;
-    EXL_UNROLL
-    for (int tile = 0; tile < (kD + 63) / 64; ++tile) {
-      Tile<kKBits> k;
-      const u8* at = page + tt * (2 * kD * kKBits) + tile * (128 * kKBits);
-      if (tile < kD / 64) k.load(at, lane);
-      else k.load_part(at, g, t);
+    for (int h = 0; h < kHere; ++h) {
+      const int run = tile * 2 + h;
+      const FragA first = k.of_k(h, 0), second = k.of_k(h, 1);
+      float lo = 1.0f, hi = 1.0f;
+      if constexpr (kQuantized) {
+        const half2 pair = bits_half2(*reinterpret_cast<const u32*>(page + k_scale_at(tt * 16 + g, run)));
+        lo = __low2float(pair); hi = __high2float(pair);
+      }
       EXL_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int run = tile * 2 + h;
-        if (run >= kRuns) continue;
-        const FragA first = k.of_k(h, 0), second = k.of_k(h, 1);
-        float lo = 1.0f, hi = 1.0f;
-        if constexpr (kQuantized) {
-          const half2 pair = bits_half2(*reinterpret_cast<const u32*>(page + k_scale_at(tt * 16 + g, run)));
-          lo = __low2float(pair); hi = __high2float(pair);
-        }
-        EXL_UNROLL
-        for (int n = 0; n < kN; ++n) {
-          const uint4 x = *reinterpret_cast<const uint4*>(s_q + (n * 8 + g) * kQPitch + run * 32 + 8 * t);
-          FragC part{{0.0f, 0.0f, 0.0f, 0.0f}};
-          mma_m16n8k16(part, first, FragB{{x.x, x.y}});
-          mma_m16n8k16(part, second, FragB{{x.z, x.w}});
-          s[tt][n][0] = fmaf(lo, part.r[0], s[tt][n][0]); s[tt][n][1] = fmaf(lo, part.r[1], s[tt][n][1]);
-          s[tt][n][2] = fmaf(hi, part.r[2], s[tt][n][2]); s[tt][n][3] = fmaf(hi, part.r[3], s[tt][n][3]);
-        }
+      for (int n = 0; n < kN; ++n) {
+        const uint4 x = *reinterpret_cast<const uint4*>(s_q + (n * 8 + g) * kQPitch + run * 32 + 8 * t);
+        FragC part{{0.0f, 0.0f, 0.0f, 0.0f}};
+        mma_m16n8k16(part, first, FragB{{x.x, x.y}});
+        mma_m16n8k16(part, second, FragB{{x.z, x.w}});
+        s[tt][n][0] = fmaf(lo, part.r[0], s[tt][n][0]); s[tt][n][1] = fmaf(lo, part.r[1], s[tt][n][1]);
+        s[tt][n][2] = fmaf(hi, part.r[2], s[tt][n][2]); s[tt][n][3] = fmaf(hi, part.r[3], s[tt][n][3]);
       }
     }
-    EXL_UNROLL
-    for (int n = 0; n < kN; ++n)
-      EXL_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        float x = s[tt][n][e] * scale;
-        if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
-        s[tt][n][e] = x * kLog2E;
-      }
+  }
+}
+
+// Scores of 64 tokens: s[tile][n][e] as the mma leaves them, in units of log2. s_q: [8 kN columns][kQPitch].
+template <int kN>
+EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q, int lane, float scale, float softcap) {
+  EXL_UNROLL
+  for (int i = 0; i < 16 * kN; ++i) s[i / 4 / kN][i / 4 % kN][i % 4] = 0.0f;
+  EXL_NO_UNROLL   // else the compiler asks for all of K at once, for which there are no registers
+  for (int tile = 0; tile < kD / 64; ++tile) score_tile<true>(s, page, s_q, tile, lane);
+  if constexpr (kD % 64 != 0) score_tile<false>(s, page, s_q, kD / 64, lane);
+  EXL_UNROLL
+  for (int i = 0; i < 16 * kN; ++i) {
+    float& score = s[i / 4 / kN][i / 4 % kN][i % 4];
+    float x = score * scale;
+    if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
+    score = x * kLog2E;
   }
 }
 
@@ -187,7 +210,9 @@ EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const ha
   EXL_UNROLL
   for (int c = 0; c < kTiles; ++c) {
     Tile<kVBits> v;
-    v.load(page + kVCodesAt + c * (128 * kVBits), lane);
+    const u8* at = page + kVCodesAt + c * (128 * kVBits);
+    if (c < kD / 16) v.load(at, lane);
+    else v.load_eight(at, lane);
     EXL_UNROLL
     for (int j = 0; j < 4; ++j) {
       FragA codes = v.of_v(j);

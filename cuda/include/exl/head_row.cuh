@@ -39,22 +39,35 @@ EXL_DEVICE void rotate_by_position(float* row, const float* cosine, const float*
   __syncwarp();
 }
 
-// Orthonormal Walsh-Hadamard transform of every run of kRotation channels: its own inverse.
+// Orthonormal Walsh-Hadamard transform of every run of kRotation channels: its own inverse. In registers: partners
+// within 32 channels are lanes, the others this lane's own.
 EXL_DEVICE void rotate_by_hadamard(float* row, int lane) {
   if (kRotation == 1) return;
+  constexpr int kOwn = (kD + 31) / 32;
+  float x[kOwn];
   EXL_UNROLL
-  for (int half_run = 1; half_run < kRotation; half_run *= 2) {
-    for (int i = lane; i < kD / 2; i += 32) {
-      float* low = row + i / half_run * (2 * half_run) + i % half_run;
-      const float a = low[0], b = low[half_run];
-      low[0] = a + b;
-      low[half_run] = a - b;
+  for (int i = 0; i < kOwn; ++i) x[i] = i * 32 + lane < kD ? row[i * 32 + lane] : 0.0f;
+  EXL_UNROLL
+  for (int half_run = 1; half_run < kRotation && half_run < 32; half_run *= 2)
+    EXL_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      const float other = __shfl_xor_sync(kWarp, x[i], half_run);
+      x[i] = lane & half_run ? other - x[i] : x[i] + other;
     }
-    __syncwarp();
-  }
+  EXL_UNROLL
+  for (int half_run = 1; half_run < kRotation / 32; half_run *= 2)
+    EXL_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (i & half_run) continue;
+      const float a = x[i], b = x[i + half_run];
+      x[i] = a + b;
+      x[i + half_run] = a - b;
+    }
   const int log2 = 31 - __clz(kRotation);
   const float scale = log2 % 2 ? 0.70710678f / static_cast<float>(1 << log2 / 2) : 1.0f / static_cast<float>(1 << log2 / 2);
-  for (int c = lane; c < kD; c += 32) row[c] *= scale;
+  EXL_UNROLL
+  for (int i = 0; i < kOwn; ++i)
+    if (i * 32 + lane < kD) row[i * 32 + lane] = x[i] * scale;
   __syncwarp();
 }
 
@@ -82,8 +95,8 @@ template <int kBits> EXL_DEVICE u32 quantize_lane(float x, half& scale, int lane
 
 // A token's K (or V) into its page, by stores of bytes (f16: of halves) that belong to it alone.
 template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float* row, int lane) {
-  constexpr int kBits = kIsV ? kVBits : kKBits, kPartner = kIsV ? 8 : 2;
-  EXL_UNROLL
+  constexpr int kBits = kIsV ? kVBits : kKBits;
+  EXL_NO_UNROLL   // once a token: short code
   for (int start = 0; start < kD; start += 32) {
     const int channel = start + lane;
     const bool real = channel < kD;
@@ -97,8 +110,10 @@ template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float*
       if constexpr (kBits == 8) {
         if (real) page[at] = static_cast<u8>(code);
       } else {
-        const u32 partner = __shfl_xor_sync(kWarp, code, kPartner);
-        if (real && (lane & kPartner) == 0) page[at] = static_cast<u8>(code | partner << 4);
+        int apart = kIsV ? 8 : 2;   // channels that share a byte
+        if (kIsV && channel / 16 == kD / 16) apart = 4;
+        const u32 partner = __shfl_sync(kWarp, code, lane ^ apart);
+        if (real && (lane & apart) == 0) page[at] = static_cast<u8>(code | partner << 4);
       }
       const int scale_at = kIsV ? v_scale_at(token, start / 32) : k_scale_at(token, start / 32);
       if (lane == 0) *reinterpret_cast<u16*>(page + scale_at) = __half_as_ushort(scale);

@@ -2,7 +2,7 @@
 // One page of one kv head: [K codes | K scales | V codes | V scales] of 64 tokens, in the order of
 // exl/kernels/page_layout.py, whose arithmetic this is.
 //
-// Macros: EXL_D head size, a multiple of 16 up to 256; EXL_K_BITS, EXL_V_BITS: 16, 8 or 4.
+// Macros: EXL_D head size, a multiple of 8 up to 256; EXL_K_BITS, EXL_V_BITS: 16, 8 or 4.
 #include <exl/platform.cuh>
 
 constexpr int kPageTokens = 64, kD = EXL_D, kKBits = EXL_K_BITS, kVBits = EXL_V_BITS;
@@ -21,12 +21,16 @@ EXL_DEVICE constexpr int k_code_at(int token, int channel) {
   const int whole = in_lane / 16 * 512 + (4 * g + t) * 16 + in_lane % 16, part = ((channel % 64 / 8 * 8 + g) * 2 + r) * kKBits;
   return token / 16 * (2 * kD * kKBits) + tile * (128 * kKBits) + (tile < kD / 64 ? whole : part) + bit / 8;
 }
-// Byte of V's; at 4 bits channels c and c + 8 of sixteen share it.
+// Byte of V's; at 4 bits channels c and c + 8 of sixteen share it, c and c + 4 of a last tile of eight.
 EXL_DEVICE constexpr int v_code_at(int token, int channel) {
-  const int lane = 4 * (channel % 8) + token / 2 % 4, r = channel / 8 % 2, j = token / 16, place = token % 2 + 2 * (token / 8 % 2);
-  const int word = kVBits == 16 ? 4 * j + r + 2 * (place / 2) : kVBits == 8 ? 2 * j + r : j;
-  const int byte = kVBits == 16 ? place % 2 * 2 : kVBits == 8 ? place : place == 1 ? 2 : place == 2 ? 1 : place;
-  return kVCodesAt + channel / 16 * (128 * kVBits) + word / 4 * 512 + lane * 16 + word % 4 * 4 + byte;
+  const int t = token / 2 % 4, j = token / 16, place = token % 2 + 2 * (token / 8 % 2), byte4 = place == 1 || place == 2 ? 3 - place : place;
+  const int at = kVCodesAt + channel / 16 * (128 * kVBits), r = channel / 8 % 2;
+  if (channel / 16 == kD / 16) {   // eight channels
+    const int lane = 4 * (channel % (kVBits == 4 ? 4 : 8)) + t, word = kVBits == 16 ? 2 * j + place / 2 : j;
+    return at + word / 4 * 512 + lane * 16 + word % 4 * 4 + (kVBits == 16 ? place % 2 * 2 : kVBits == 8 ? place : byte4);
+  }
+  const int lane = 4 * (channel % 8) + t, word = kVBits == 16 ? 4 * j + r + 2 * (place / 2) : kVBits == 8 ? 2 * j + r : j;
+  return at + word / 4 * 512 + lane * 16 + word % 4 * 4 + (kVBits == 16 ? place % 2 * 2 : kVBits == 8 ? place : byte4);
 }
 EXL_DEVICE constexpr int k_scale_at(int token, int group) {
   return kKScalesAt + 2 * (((token / 16 * 8 + token % 8) * kGroups + group) * 2 + token / 8 % 2);

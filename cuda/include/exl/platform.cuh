@@ -8,6 +8,7 @@
 //   EXL_DYNAMIC_SMEM(T, name)             T* name = the block's shared memory, aligned to 16 bytes; static shared
 //                                         memory is not used: one plan of the bytes, in one place
 //   EXL_UNROLL                            before a loop that must be unrolled: its body indexes registers
+//   EXL_NO_UNROLL                         before a loop that must stay one: unrolled, it would take too many registers
 //   u8 u16 u32 u64, i8 i32 i64            NVRTC has no <cstdint>
 
 using u8 = unsigned char;
@@ -28,4 +29,5 @@ using i64 = long long;
   extern __shared__ __align__(16) unsigned char exl_smem_raw[]; \
   T* const name = reinterpret_cast<T*>(exl_smem_raw)
 #define EXL_UNROLL _Pragma("unroll")
+#define EXL_NO_UNROLL _Pragma("unroll 1")
 #endif

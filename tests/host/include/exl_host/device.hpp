@@ -14,6 +14,7 @@
   __attribute__((unused, noinline)) static void name
 #define EXL_DYNAMIC_SMEM(T, name) T* const name = static_cast<T*>(exl_shared_memory())
 #define EXL_UNROLL
+#define EXL_NO_UNROLL
 #define __restrict__ __restrict
 
 // ---- vector types --------------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+#pragma once
+// A row of logits as the sampler reads it: penalised, as integers in the order of drawing, and as integer weights.
+//
+// A weight is exp((logit - largest) / temperature) in units of 2^-44, computed in integers and in f32 operations that
+// IEEE 754 defines: the same on every machine, and sums of weights are exact, so that no order of adding and no number
+// of blocks shows in them. It is less than one unit off: the rounding to whole units is half of one, the exponent's
+// error (see weight_of) 0.19, the polynomial 0.01. 2^19 tokens weigh 2^63 at most.
+#include <exl/platform.cuh>
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kPart = 4096;      // tokens of a row that one block reads: a constant, so that the grid is V's alone
+constexpr int kIdBits = 19;      // V is at most 2^19
+constexpr u32 kMaxId = (1u << kIdBits) - 1;
+constexpr int kUnitBits = 44;
+constexpr float kOctaves = 45.0f;   // 2^-45 and less weigh nothing
+
+// ---- order ---------------------------------------------------------------------------------------------------------
+
+// Keys are ordered as the logits are; -0 and 0 are equal, and every NaN is above all.
+constexpr u32 kKeyMinusInfinity = 0x007fffffu, kKeyInfinity = 0xff800000u, kKeyNan = 0xffffffffu;
+
+EXL_DEVICE u32 key_of(float v) {
+  const u32 bits = __float_as_uint(v);
+  if (v != v) return kKeyNan;
+  if (bits == 0x80000000u) return bits;
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+EXL_DEVICE float value_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+// Rises in the order of drawing: falling logits, equals by rising id.
+EXL_DEVICE u64 order_of(u32 key, u32 id) { return (static_cast<u64>(~key) << kIdBits) | id; }
+EXL_DEVICE u32 key_in(u64 order) { return ~static_cast<u32>(order >> kIdBits); }
+
+// ---- a row ---------------------------------------------------------------------------------------------------------
+
+struct Row {
+  const float* logits;
+  const u32* seen;   // a bit for each token from seen_start on; null: nothing is penalised
+  int seen_start, V;
+  float penalty;
+};
+
+EXL_DEVICE float penalised(const Row& row, float v, int id) {
+  if (row.seen == nullptr) return v;
+  const u32 bit = static_cast<u32>(id - row.seen_start);
+  if (!(row.seen[bit / 32] >> (bit % 32) & 1u)) return v;
+  return v < 0.0f ? v * row.penalty : v / row.penalty;
+}
+
+// visit(id, logit) for the tokens [start, stop) of the row, spread over the block's threads, kQuads loads of 16 bytes on
+// their way in each. Rows of an odd V begin anywhere: a quad at either end is read one by one.
+template <int kQuads, class Visit> EXL_DEVICE void for_each(const Row& row, int start, int stop, Visit visit) {
+  const int shift = static_cast<int>(reinterpret_cast<size_t>(row.logits) / 4 % 4);   // quad q begins with token 4 q - shift
+  const int end = (stop + shift + 3) / 4;
+  for (int q0 = (start + shift) / 4 + static_cast<int>(threadIdx.x); q0 < end; q0 += kThreads * kQuads) {
+    float v[kQuads][4];
+    EXL_UNROLL
+    for (int i = 0; i < kQuads; ++i) {
+      const int id = 4 * (q0 + i * kThreads) - shift;
+      if (id >= start && id + 4 <= stop) {
+        const float4 quad = *reinterpret_cast<const float4*>(row.logits + id);
+        v[i][0] = quad.x, v[i][1] = quad.y, v[i][2] = quad.z, v[i][3] = quad.w;
+      } else {
+        EXL_UNROLL
+        for (int j = 0; j < 4; ++j) v[i][j] = id + j >= start && id + j < stop ? row.logits[id + j] : 0.0f;
+      }
+    }
+    EXL_UNROLL
+    for (int i = 0; i < kQuads; ++i) {
+      EXL_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int id = 4 * (q0 + i * kThreads) - shift + j;
+        if (id >= start && id < stop) visit(id, penalised(row, v[i][j], id));
+      }
+    }
+  }
+}
+
+// ---- weights -------------------------------------------------------------------------------------------------------
+
+EXL_DEVICE u64 mul_high(u64 a, u64 b) {   // the upper half of the product
+  const u64 a0 = static_cast<u32>(a), a1 = a >> 32, b0 = static_cast<u32>(b), b1 = b >> 32;
+  const u64 low = a1 * b0 + (a0 * b0 >> 32), high = a0 * b1 + static_cast<u32>(low);
+  return a1 * b1 + (low >> 32) + (high >> 32);
+}
+
+struct Scale {
+  float top;       // the row's largest logit
+  float hi, lo;    // log2(e) / temperature = hi + lo
+};
+
+// How many octaves below the largest logit, rounded: never falls where the logit falls. Infinite for a forbidden token.
+EXL_DEVICE float octaves_of(const Scale& s, float v) { return (s.top - v) * s.hi; }
+
+// 2^(44 - y) to the nearest integer, y = (top - v) (hi + lo) as a sum of two floats: off by 2^-45 y at most (2^-49 y for
+// lo's end, 2^-48 y for the product that is left out, 2^-47 y and 1.5 * 2^-47 y for the roundings of the last two fmaf).
+EXL_DEVICE u64 weight_of(const Scale& s, float v) {
+  const float p = octaves_of(s, v);
+  if (!(p < kOctaves)) return 0;
+  const float d = s.top - v, back = d - s.top;
+  const float rest = (s.top - (d - back)) - (v + back);   // d + rest is the difference (Knuth's two-sum)
+  float e = fmaf(d, s.hi, -p);
+  e = fmaf(d, s.lo, e);
+  e = fmaf(rest, s.hi, e);
+  const i64 y = static_cast<i64>(p * 0x1p57f) + static_cast<i64>(e * 0x1p57f);
+  const int whole = static_cast<int>(y >> 57);
+  if (whole > kUnitBits) return 0;
+  const u64 f = static_cast<u64>(y) << 7;   // the fraction, times 2^64
+  // 2^-f = 1 - f (c1 - f (c2 - ...)): interpolated at Chebyshev's points on [0, 1], off by 2^-50.5 at most; exact at 0.
+  u64 c = 0x162bc56dc1ull;
+  c = 0x1a4ceed1065ull - mul_high(f, c);
+  c = 0x16194fd835a9ull - mul_high(f, c);
+  c = 0xffd8e9b04581ull - mul_high(f, c);
+  c = 0xa1842e560e8dbull - mul_high(f, c);
+  c = 0x5761fe1a260cf1ull - mul_high(f, c);
+  c = 0x276556dbbdc364eull - mul_high(f, c);
+  c = 0xe35846b7daf294aull - mul_high(f, c);
+  c = 0x3d7f7bff056740a8ull - mul_high(f, c);
+  c = 0xb17217f7d1cf4bc8ull - mul_high(f, c);
+  const u64 power = (1ull << 63) - (mul_high(f, c) >> 1);   // 2^(63 - f)
+  const int drop = 63 - kUnitBits + whole;
+  return (power + (1ull << (drop - 1))) >> drop;
+}

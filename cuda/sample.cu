@@ -1,0 +1,404 @@
+// sample: logits -> token ids, as exl/sampling.py draws them, in two launches.
+//
+//   logits       f32 [R, V], V up to 2^19
+//   params       Params [R] (below; ROW of exl/kernels/sample.py): what each row asks for, read on the device
+//   seen_ids     i32 [S]; row r's earlier tokens are seen_ids[seen_start:seen_stop]
+//   tops         u64 [R, ceil(V / 4096)]: of each part of a row the first in the order of drawing, complemented
+//   seen         u32 [R, ceil(V / 32)]: a bit for each token that is penalised; untouched where the penalty is 1
+//   bin_counts   u32 [R, kBins], bin_weights u64 [R, kBins], arrived u32 [R]: zero before the first launch and after every
+//   samples      i32 [R]: token ids, or kNan, kInfinite, kForbidden for a row that has no distribution
+//
+// sample_top finds each part's largest logit: a row's weights are relative to the largest of all. In sample_draw a greedy
+// row ends there. Else each block adds its part's weights to the row's 720 bins, a sixteenth of an octave wide, and the
+// last block to arrive has the row: it finds tokens by their place in the cumulated counts or weights, in a bin, then in
+// a list of 512 tokens or fewer that it picks out of the row and sorts. A bin with more is divided again and again.
+// Everything that is added up is an integer, so a row's token depends on nothing but the row.
+//
+// Grid of both: (ceil(V / 4096), R), 512 threads. Shared bytes: kTopBytes, kDrawBytes (sample.py has the same sums).
+// Macros: none. Architectures: all. Tests: tests/kernels/test_sample.py
+#include <exl/logit_row.cuh>
+#include <exl/ptx.cuh>
+
+constexpr int kBinsPerOctave = 16, kBins = 45 * kBinsPerOctave;
+constexpr int kList = kThreads;   // a thread for each token of the list
+constexpr u32 kAll = 0xffffffffu;
+constexpr i32 kNan = -1, kInfinite = -2, kForbidden = -3;
+
+struct Params {
+  u64 uniform;           // times 2^64, cut off
+  u64 top_p;             // times 2^64, rounded up; 0: off
+  double log_min_p;      // -inf: off
+  float temperature;     // 0: greedy
+  float scale_hi, scale_lo;   // log2(e) / temperature
+  float penalty;         // 1: off
+  i32 top_k;             // 0: off
+  i32 seen_start, seen_stop;
+  i32 unused;
+};
+
+// ---- the first launch ----------------------------------------------------------------------------------------------
+
+struct TopShared {
+  u64 first[kWarps];
+  u32 seen[kPart / 32];
+};
+constexpr int kTopBytes = sizeof(TopShared);
+
+EXL_DEVICE u64 largest_of_warp(u64 v) {
+  for (int d = 16; d > 0; d /= 2) {
+    const u64 other = __shfl_xor_sync(kAll, v, d);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
+EXL_KERNEL(sample_top, 512, 2)
+(const float* __restrict__ logits, const Params* __restrict__ params, const i32* __restrict__ seen_ids, u64* tops, u32* seen, int V) {
+  EXL_DYNAMIC_SMEM(u8, smem);
+  TopShared& s = *reinterpret_cast<TopShared*>(smem);
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const int tid = static_cast<int>(threadIdx.x), part = static_cast<int>(blockIdx.x), r = static_cast<int>(blockIdx.y);
+  const int start = part * kPart, stop = start + kPart < V ? start + kPart : V;
+  const Params& p = params[r];
+  Row row{logits + static_cast<size_t>(r) * V, nullptr, start, V, p.penalty};
+  if (p.penalty != 1.0f) {
+    row.seen = s.seen;
+    for (int i = tid; i < kPart / 32; i += kThreads) s.seen[i] = 0;
+    __syncthreads();
+    for (int i = p.seen_start + tid; i < p.seen_stop; i += kThreads) {
+      const int id = seen_ids[i] - start;
+      if (id >= 0 && id < kPart) atomicOr(s.seen + id / 32, 1u << (id % 32));
+    }
+    __syncthreads();
+    u32* out = seen + static_cast<size_t>(r) * ((V + 31) / 32) + start / 32;
+    for (int i = tid; i < (stop - start + 31) / 32; i += kThreads) out[i] = s.seen[i];
+  }
+  u64 first = 0;   // of orders, all complemented: the largest
+  for_each<2>(row, start, stop, [&](int id, float v) {
+    const u64 order = ~order_of(key_of(v), static_cast<u32>(id));
+    first = order > first ? order : first;
+  });
+  first = largest_of_warp(first);
+  if (tid % 32 == 0) s.first[tid / 32] = first;
+  __syncthreads();
+  if (tid >= 32) return;
+  first = largest_of_warp(tid < kWarps ? s.first[tid] : 0);
+  if (tid == 0) tops[static_cast<size_t>(r) * gridDim.x + part] = first;
+}
+
+// ---- the second launch ---------------------------------------------------------------------------------------------
+
+struct Sum {
+  u64 weight;
+  u32 count;
+};
+EXL_DEVICE Sum operator+(Sum a, Sum b) { return Sum{a.weight + b.weight, a.count + b.count}; }
+
+// Weights in two words: shared memory has no 64-bit addition, and two of 32 bits with a carry are as exact.
+struct Histogram {
+  u32 count[kBins], low[kBins], high[kBins];
+};
+EXL_DEVICE void add(Histogram& h, int bin, u64 weight) {
+  const u32 low = static_cast<u32>(weight);
+  const u32 carry = atomicAdd(h.low + bin, low) + low < low ? 1u : 0u;
+  atomicAdd(h.high + bin, static_cast<u32>(weight >> 32) + carry);
+  atomicAdd(h.count + bin, 1u);
+}
+EXL_DEVICE Sum bin_of(const Histogram& h, int bin) {
+  return Sum{static_cast<u64>(h.high[bin]) << 32 | h.low[bin], h.count[bin]};
+}
+EXL_DEVICE void clear(Histogram& h) {
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) h.count[i] = h.low[i] = h.high[i] = 0;
+}
+
+struct Found {
+  Sum before, in;
+  int bin;
+};
+struct Place {
+  u64 order;     // the token
+  u64 through;   // cumulated weight, its own included
+};
+struct DrawShared {
+  Histogram coarse, fine;
+  u64 list[kList], sorted[kList], through[kList];   // orders as they came, orders, cumulated weights
+  Sum warp[kWarps];
+  Found found;
+  Place place;
+  u32 key, num_listed, arrived;
+};
+constexpr int kDrawBytes = sizeof(DrawShared);
+
+// Sum of all threads before this one; reached by the whole block.
+EXL_DEVICE Sum sum_before(Sum mine, Sum& total, DrawShared& s) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  Sum through = mine;
+  for (int d = 1; d < 32; d *= 2) {
+    const Sum other{__shfl_up_sync(kAll, through.weight, d), __shfl_up_sync(kAll, through.count, d)};
+    if (lane >= d) through = through + other;
+  }
+  if (lane == 31) s.warp[warp] = through;
+  __syncthreads();
+  Sum before{through.weight - mine.weight, through.count - mine.count};
+  total = Sum{0, 0};
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = before + total;
+    total = total + s.warp[w];
+  }
+  __syncthreads();   // s.warp may be written again
+  return before;
+}
+
+// The bin with `position` in the cumulated counts or weights; there is one.
+EXL_DEVICE Found locate(const Histogram& h, u64 position, bool by_count, DrawShared& s) {
+  constexpr int kEach = (kBins + kThreads - 1) / kThreads;
+  const int bin0 = static_cast<int>(threadIdx.x) * kEach;
+  Sum in[kEach], mine{0, 0}, total;
+  EXL_UNROLL
+  for (int i = 0; i < kEach; ++i) {
+    in[i] = bin0 + i < kBins ? bin_of(h, bin0 + i) : Sum{0, 0};
+    mine = mine + in[i];
+  }
+  Sum before = sum_before(mine, total, s);
+  EXL_UNROLL
+  for (int i = 0; i < kEach; ++i) {
+    const u64 start = by_count ? before.count : before.weight, size = by_count ? in[i].count : in[i].weight;
+    if (position >= start && position - start < size) s.found = Found{before, in[i], bin0 + i};
+    before = before + in[i];
+  }
+  __syncthreads();
+  return s.found;
+}
+
+// The lowest key for which `holds`, false for keys below some border and true from there on, at the top key too.
+template <class Holds> EXL_DEVICE u32 lowest_key(u32 top_key, DrawShared& s, Holds holds) {
+  if (threadIdx.x < 32) {
+    u64 key = 0;   // does not hold below
+    for (int bits = 30; bits >= 0; bits -= 5) {
+      const u64 last = key + (static_cast<u64>(threadIdx.x + 1) << bits) - 1;   // of the lane's share
+      const u32 probe = static_cast<u32>(last);
+      const bool below = last < top_key && (probe < kKeyMinusInfinity || !holds(value_of(probe)));
+      key += static_cast<u64>(__popc(__ballot_sync(kAll, below))) << bits;
+    }
+    if (threadIdx.x == 0) s.key = static_cast<u32>(key);
+  }
+  __syncthreads();
+  const u32 key = s.key;
+  __syncthreads();
+  return key;
+}
+
+// A run of the row in the order of drawing, sorted in shared memory.
+struct List {
+  Sum before;        // of what comes before it
+  u64 first, last;   // orders
+  int num;           // 0: none yet
+};
+
+EXL_DEVICE bool has(const List& list, u64 position, bool by_count, const DrawShared& s) {
+  const u64 before = by_count ? list.before.count : list.before.weight;
+  if (list.num == 0 || position < before) return false;
+  return position - before < (by_count ? static_cast<u64>(list.num) : s.through[list.num - 1]);
+}
+
+EXL_DEVICE void fill(List& list, const Row& row, const Scale& scale, DrawShared& s) {
+  const int tid = static_cast<int>(threadIdx.x);
+  if (tid == 0) s.num_listed = 0;
+  __syncthreads();
+  for_each<4>(row, 0, row.V, [&](int id, float v) {
+    const u64 order = order_of(key_of(v), static_cast<u32>(id));
+    if (order < list.first || order > list.last) return;
+    const u32 at = atomicAdd(&s.num_listed, 1u);
+    if (at < kList) s.list[at] = order;
+  });
+  __syncthreads();
+  list.num = static_cast<int>(s.num_listed < kList ? s.num_listed : kList);
+  if (tid < list.num) {
+    int rank = 0;
+    for (int i = 0; i < list.num; ++i) rank += s.list[i] < s.list[tid];
+    s.sorted[rank] = s.list[tid];
+  }
+  __syncthreads();
+  Sum total;
+  const u64 weight = tid < list.num ? weight_of(scale, value_of(key_in(s.sorted[tid]))) : 0;
+  const Sum before = sum_before(Sum{weight, 0}, total, s);
+  s.through[tid] = before.weight + weight;
+  __syncthreads();
+}
+
+// The token at `position` in the row's cumulated counts or weights. Reads the row where the list does not have it.
+EXL_DEVICE Place find(List& list, u64 position, bool by_count, const Row& row, const Scale& scale, DrawShared& s) {
+  const int tid = static_cast<int>(threadIdx.x);
+  if (!has(list, position, by_count, s)) {
+    const u32 top_key = key_of(scale.top);
+    const auto order_after = [&](int bin) {   // of the bin's last possible token, plus 1
+      const u32 key = lowest_key(top_key, s, [&](float v) {
+        const float octaves = octaves_of(scale, v);
+        return octaves < kOctaves && static_cast<int>(octaves * kBinsPerOctave) <= bin;
+      });
+      return order_of(key, kMaxId) + 1;
+    };
+    Found found = locate(s.coarse, position, by_count, s);
+    list = List{found.before, 0, order_after(found.bin) - 1, 0};
+    u32 count = found.in.count;
+    if (found.before.count + count <= kList) {   // from the first token on: what comes next will be in it too
+      list.before = Sum{0, 0};
+    } else if (found.bin > 0) {
+      list.first = order_after(found.bin - 1);
+    }
+    while (count > kList && list.first < list.last) {
+      int shift = 0;
+      while ((list.last - list.first) >> shift >= kBins) ++shift;
+      clear(s.fine);
+      __syncthreads();
+      for_each<2>(row, 0, row.V, [&](int id, float v) {
+        const u64 order = order_of(key_of(v), static_cast<u32>(id));
+        if (order >= list.first && order <= list.last)
+          add(s.fine, static_cast<int>((order - list.first) >> shift), weight_of(scale, v));
+      });
+      __syncthreads();
+      found = locate(s.fine, position - (by_count ? list.before.count : list.before.weight), by_count, s);
+      list.first += static_cast<u64>(found.bin) << shift;
+      const u64 last = list.first + ((1ull << shift) - 1);
+      list.last = last < list.last ? last : list.last;
+      list.before = list.before + found.before;
+      count = found.in.count;
+    }
+    fill(list, row, scale, s);
+  }
+  if (tid < list.num) {
+    const u64 start = by_count ? list.before.count + static_cast<u32>(tid)
+                               : list.before.weight + (tid > 0 ? s.through[tid - 1] : 0);
+    const u64 through = list.before.weight + s.through[tid];
+    if (by_count ? position == start : position >= start && position < through) s.place = Place{s.sorted[tid], through};
+  }
+  __syncthreads();
+  const Place place = s.place;
+  __syncthreads();
+  return place;
+}
+
+// What the tokens with keys from `cut` on weigh.
+EXL_DEVICE u64 mass_from(u32 cut, const List& list, const Row& row, const Scale& scale, DrawShared& s) {
+  const int tid = static_cast<int>(threadIdx.x);
+  const u64 last = order_of(cut, kMaxId);
+  const float octaves = octaves_of(scale, value_of(cut));
+  Sum mine{0, 0}, total;
+  if (list.num > 0 && last >= list.first && last <= list.last) {
+    if (tid < list.num && s.sorted[tid] <= last) mine.weight = s.through[tid] - (tid > 0 ? s.through[tid - 1] : 0);
+    if (tid == 0) mine.weight += list.before.weight;
+  } else {
+    const int bin = octaves < kOctaves ? static_cast<int>(octaves * kBinsPerOctave) : kBins;
+    for (int i = tid; i < bin; i += kThreads) mine = mine + bin_of(s.coarse, i);
+    if (bin < kBins)   // its own bin is parted
+      for_each<2>(row, 0, row.V, [&](int, float v) {
+        if (key_of(v) >= cut && static_cast<int>(octaves_of(scale, v) * kBinsPerOctave) == bin) mine.weight += weight_of(scale, v);
+      });
+  }
+  sum_before(mine, total, s);
+  return total.weight;
+}
+
+// A row's token, once all of it is in s.coarse. Filters are prefixes in the order of drawing, so each is but a weight:
+// `kept` is the least of them.
+EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawShared& s) {
+  const double top = static_cast<double>(scale.top), temperature = static_cast<double>(p.temperature);
+  Sum mine{0, 0}, total;
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) mine = mine + bin_of(s.coarse, i);
+  sum_before(mine, total, s);
+  u64 kept = total.weight, top_p_share = total.weight;
+  List list{Sum{0, 0}, 0, 0, 0};
+  Place place{0, 0};
+  enum { kTopK, kMinP, kTopP, kDraw };
+  for (int stage = kTopK; stage <= kDraw; ++stage) {   // a loop, so that each function below is compiled once
+    const bool by_count = stage == kTopK;
+    u64 position = 0;
+    if (by_count) {
+      // Tokens that weigh nothing are in no bin: a k among them keeps all that weigh.
+      if (p.top_k <= 0 || static_cast<u32>(p.top_k) >= total.count) continue;
+      position = static_cast<u64>(p.top_k) - 1;
+    } else if (stage == kMinP) {
+      if (p.log_min_p == -static_cast<double>(__uint_as_float(0x7f800000u))) continue;
+    } else if (stage == kTopP) {
+      // The least whole number of units that is no less than the share; the token that reaches it is kept.
+      if (p.top_p == 0) continue;
+      position = mul_high(p.top_p, top_p_share) + (p.top_p * top_p_share != 0 ? 1 : 0) - 1;
+      if (position >= kept) continue;
+    } else {
+      position = mul_high(p.uniform, kept);
+    }
+    if (stage != kMinP) place = find(list, position, by_count, row, scale, s);
+    if (stage == kTopP && place.through < kept) kept = place.through;
+    if (stage == kTopP || stage == kDraw) continue;
+    // As the CPU compares: f64, rounded after the difference and after the quotient. Equals of the k-th are kept.
+    const double cut = by_count ? (static_cast<double>(value_of(key_in(place.order))) - top) / temperature : p.log_min_p;
+    const u32 key = lowest_key(key_of(scale.top), s, [&](float v) { return (static_cast<double>(v) - top) / temperature >= cut; });
+    const u64 mass = mass_from(key, list, row, scale, s);
+    if (mass < kept) kept = mass;
+    if (by_count) top_p_share = kept;
+  }
+  return static_cast<i32>(place.order & kMaxId);
+}
+
+EXL_KERNEL(sample_draw, 512, 1)
+(const float* __restrict__ logits, const Params* __restrict__ params, const u64* __restrict__ tops, const u32* __restrict__ seen,
+ u32* bin_counts, u64* bin_weights, u32* arrived, i32* samples, int V) {
+  EXL_DYNAMIC_SMEM(u8, smem);
+  DrawShared& s = *reinterpret_cast<DrawShared*>(smem);
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const int tid = static_cast<int>(threadIdx.x), part = static_cast<int>(blockIdx.x), num_parts = static_cast<int>(gridDim.x);
+  const int r = static_cast<int>(blockIdx.y);
+  const Params p = params[r];
+  u64 first = 0;
+  for (int i = tid % 32; i < num_parts; i += 32) {
+    const u64 other = tops[static_cast<size_t>(r) * num_parts + i];
+    first = other > first ? other : first;
+  }
+  first = ~largest_of_warp(first);   // each warp for itself: no barrier
+  const u32 top_key = key_in(first);
+  const bool finite = top_key > kKeyMinusInfinity && top_key < kKeyInfinity;
+  if (!finite || p.temperature == 0.0f) {   // the whole block
+    const i32 code = top_key == kKeyNan ? kNan : top_key == kKeyInfinity ? kInfinite : kForbidden;
+    if (part == 0 && tid == 0) samples[r] = finite ? static_cast<i32>(first & kMaxId) : code;
+    return;
+  }
+  const u32* bits = p.penalty != 1.0f ? seen + static_cast<size_t>(r) * ((V + 31) / 32) : nullptr;
+  const Row row{logits + static_cast<size_t>(r) * V, bits, 0, V, p.penalty};
+  const Scale scale{value_of(top_key), p.scale_hi, p.scale_lo};
+  clear(s.coarse);
+  __syncthreads();
+  for_each<2>(row, part * kPart, (part + 1) * kPart < V ? (part + 1) * kPart : V, [&](int, float v) {
+    const float octaves = octaves_of(scale, v);
+    if (octaves < kOctaves) add(s.coarse, static_cast<int>(octaves * kBinsPerOctave), weight_of(scale, v));
+  });
+  __syncthreads();
+  if (num_parts > 1) {
+    u32* counts = bin_counts + static_cast<size_t>(r) * kBins;
+    u64* weights = bin_weights + static_cast<size_t>(r) * kBins;
+    for (int i = tid; i < kBins; i += kThreads) {
+      const Sum in = bin_of(s.coarse, i);
+      if (in.count == 0) continue;
+      atomicAdd(counts + i, in.count);
+      atomicAdd(weights + i, in.weight);
+    }
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) s.arrived = atomicInc(arrived + r, static_cast<u32>(num_parts - 1));   // the last one puts it back to 0
+    __syncthreads();
+    if (s.arrived != static_cast<u32>(num_parts - 1)) return;
+    __threadfence();
+    for (int i = tid; i < kBins; i += kThreads) {
+      const u64 weight = __ldcg(weights + i);
+      s.coarse.count[i] = __ldcg(counts + i);
+      s.coarse.low[i] = static_cast<u32>(weight);
+      s.coarse.high[i] = static_cast<u32>(weight >> 32);
+      counts[i] = 0;
+      weights[i] = 0;
+    }
+    __syncthreads();
+  }
+  const i32 id = draw(p, row, scale, s);
+  if (tid == 0) samples[r] = id;
+}

@@ -1,0 +1,292 @@
+"""The operations on a GPU: exl's own kernels, every buffer a view of one arena.
+
+A decode step of up to 8 rows is five launches a layer: qkv, attention (with the append), o, gate and up, down. Under
+act-order each of qkv and gate/up is preceded by one that normalises into its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exl.batch import ForwardBatch, SamplingBatch
+from exl.cache import KVCache
+from exl.config import RopeConfig
+from exl.device_arena import ArenaLayout, crossover
+from exl.device_memory import device_tensor
+from exl.errors import UnsupportedModelError
+from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.kernels.append_kv import append_kv
+from exl.kernels.attention_decode import DecodeScratch, attention_decode
+from exl.kernels.attention_prefill import attention_prefill
+from exl.kernels.blob import pack_linear, view_linear
+from exl.kernels.embed import embed
+from exl.kernels.launch import Backend
+from exl.kernels.linear import Scratch, TiledWeight, multiply
+from exl.kernels.linear_config import MIN_ARCH
+from exl.kernels.linear_dense import DenseWeight, multiply_dense
+from exl.kernels.linear_io import NormedInput, Output
+from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
+from exl.kernels.page_layout import PageLayout
+from exl.kernels.rms_norm import rms_norm
+from exl.kernels.silu_mul import silu_mul
+from exl.layout import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
+from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
+from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
+from exl.ops.cuda_sampling import DeviceSamples, Sampler
+
+
+class CudaOps:
+    """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
+
+    runs_ahead = True
+
+    def __init__(
+        self,
+        backend: Backend,
+        target: Target,
+        kv_layout: DeviceKVLayout,
+        limits: StepLimits,
+        arena: ArenaLayout,
+        rope: RopeConfig,
+        num_pages: int,
+        *,
+        act_dtype: torch.dtype = torch.float16,
+        dependent: bool = True,
+    ) -> None:
+        """``act_dtype``: f16, or bf16 for models whose values leave f16's range. ``dependent``: launches start before
+        their predecessors have ended, where the GPU can do that."""
+        self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
+        self.device, self.act_dtype = backend.device, act_dtype
+        self.dependent = dependent
+        self._slab = device_tensor(arena.num_bytes, self.device, "buffers of a step")
+        self._arena = arena
+        self._pages = PageLayout(kv_layout.kind, kv_layout.head_dim)
+        self._crossover = crossover(target.arch)
+        shared = arena.fields["shared"].offset
+        self._few = Scratch(
+            **{name: self._view(field, shared) for name, field in arena.few.items()},
+            arrived=self._view(arena.fields["linear arrived"]),
+        )
+        self._many = None
+        if arena.many:
+            many = {name: self._view(field, shared) for name, field in arena.many.items()}
+            self._many = PanelScratch(x=self._view(arena.fields["normed"]), **many)
+        partial = self._slab[shared : shared + arena.partial.num_bytes].view(torch.float32)
+        self._attention = DecodeScratch(partial, self._view(arena.fields["attention arrived"]))
+        self._sumsq = self._view(arena.fields["sums of squares"])
+        self._normed = self._view(arena.fields["normed"])
+        self._samples = self._view(arena.fields["samples"])
+        self._owned = ExitStack()
+        self._staging = Staging(self._view(arena.fields["tables"]), limits, rope, num_pages, self._owned)
+        self._sampler = Sampler(backend, limits, {n: self._view(f) for n, f in arena.fields.items()}, self._owned)
+        self._weights: dict[int, tuple[Linear, TiledWeight | DenseWeight]] = {}
+        self._staged: list[DeviceBatch] = []
+        self._now: DeviceBatch | None = None
+
+    def close(self) -> None:
+        self._owned.close()
+
+    def _view(self, field: Field, base: int = 0) -> torch.Tensor:
+        raw = self._slab[base + field.offset : base + field.offset + field.num_bytes]
+        return raw.view(TORCH_DTYPES[field.dtype]).view(field.shape)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        tensor = self._view(self._arena.fields[name])
+        if name == "mlp":
+            tensor = tensor.view(self.act_dtype)[:, : self.limits.intermediate_size]
+        elif name == "attn":
+            tensor = tensor[:, : self.limits.attn_width]
+        return tensor.view(self.act_dtype) if name == "qkv" else tensor
+
+    # load
+
+    def pack(
+        self,
+        parts: Sequence[QuantizedMatrix | DenseMatrix],
+        layout: LinearLayout,
+        out: torch.Tensor,
+        output_order: NDArray[np.int32] | None = None,
+    ) -> None:
+        pack_linear(parts, layout, out.numpy(), output_order)
+
+    # step
+
+    def stage(self, batches: Sequence[ForwardBatch]) -> None:
+        self._staged = self._staging.fill(batches, len(self._samples)) if batches else []
+        self._now = self._staged[0] if self._staged else None
+
+    def select(self, batch_idx: int) -> None:
+        self._now = self._staged[batch_idx]
+
+    @property
+    def step_key(self) -> BatchShape:
+        return self._now.shape
+
+    def embed(self, table: Linear, h: torch.Tensor) -> None:
+        embed(
+            *(self.backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
+            samples=self._samples,
+            dependent=self.dependent,
+        )
+
+    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+        rms_norm(self.backend, h, self._normed_input(h, norm), out, dependent=self.dependent)
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
+        _refuse(lora)
+        start = 0
+        for linear in w:
+            self._linear(h, norm, linear, Output.store(out[:, start : start + linear.N]))
+            start += linear.N
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        to: Segments = (),
+    ) -> None:
+        batch, pages = self._now, kv.layer(layer_idx)
+        T, n = batch.shape.num_rows, batch.shape.num_decode_rows
+        norms = {
+            "q_norm": None if spec.q_norm is None else spec.q_norm.weight,
+            "k_norm": None if spec.k_norm is None else spec.k_norm.weight,
+            "eps": 0.0 if spec.q_norm is None else spec.q_norm.eps,
+        }
+        common = {
+            "scale": spec.scale,
+            "window": spec.window,
+            "softcap": spec.softcap,
+            "positions": to[0].fields.get("positions") if to else None,
+            "dependent": self.dependent,
+        }
+        if n:
+            attention_decode(
+                *(self.backend, self._pages, qkv[:n], batch.cosine[:n], batch.sine[:n], batch.decode_tables, pages),
+                *(out[:n], self._attention),
+                max_context=batch.shape.max_context,
+                max_new=batch.shape.max_new,
+                **norms,
+                **common,
+            )
+        if n < T:
+            q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
+            append_kv(
+                *(self.backend, self._pages, qkv[n:], batch.cosine[n:], batch.sine[n:], batch.slots[n:], pages, q[n:]),
+                **norms,
+                dependent=self.dependent,
+            )
+            tables = batch.prefill_tables
+            attention_prefill(
+                *(self.backend, self._pages, q, tables, pages, out), max_new=batch.shape.max_chunk, **common
+            )
+
+    def gate_up(
+        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
+    ) -> None:
+        _refuse(lora)
+        if len(w) == 1:  # its rows are packed in the order that ``to`` wants
+            self._linear(h, norm, w[0], Output.gated(out))
+            return
+        T, width = out.shape
+        both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
+        self.project(h, norm, w, both)
+        positions = to[0].fields.get("positions") if to else None
+        silu_mul(*(self.backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self.dependent)
+
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+        _refuse(lora)
+        for linear in w:
+            self._linear(x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
+
+    def logits(
+        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        done = 0
+        for start, stop in self._now.shape.logit_runs:
+            part = out[done : done + stop - start]
+            self._linear(h[start:stop], norm, head, Output.store(part), first_row=start)
+            done += stop - start
+        out = out[:done]
+        if softcap is not None:
+            out.div_(softcap).tanh_().mul_(softcap)
+        return out
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
+        return self._sampler.sample(logits, params, dependent=self.dependent)
+
+    # cache
+
+    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
+        kv.copy_pages(src, dst)
+
+    # linears
+
+    def _linear(self, x: torch.Tensor, norm: Norm | None, linear: Linear, out: Output, first_row: int = 0) -> None:
+        """x W into ``out``. A normalised x under act-order is normalised into the weight's order first; one that is not
+        comes in that order already."""
+        weight = self._weight(linear)
+        normed = None if norm is None else self._normed_input(x, norm, first_row)
+        positions = linear.fields.get("positions")
+        if normed is not None and positions is not None:
+            sorted_x = self._normed[: x.numel()].view(x.shape)
+            rms_norm(self.backend, x, normed, sorted_x, positions=positions, dependent=self.dependent)
+            x, normed = sorted_x, None
+        if isinstance(weight, DenseWeight):
+            self._dense(x, normed, weight, out)
+            return
+        num_rows, n = x.shape[0], max(0, self._now.shape.num_decode_rows - first_row)
+        if self._many is None or num_rows - n < self._crossover:
+            n = num_rows
+        if n:
+            part = None if normed is None else normed.rows(0, n)
+            multiply(
+                *(self.backend, weight, x[:n], out.rows(0, n)), norm=part, scratch=self._few, dependent=self.dependent
+            )
+        if n < num_rows:
+            part = None if normed is None else normed.rows(n, num_rows)
+            multiply_many(self.backend, weight, x[n:], out.rows(n, num_rows), self._many, part)
+
+    def _dense(self, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output) -> None:
+        width = weight.weight.shape[1]
+        if x.shape[1] != width:  # the buffer's rows are padded with zeros
+            x = torch.as_strided(x, (x.shape[0], width), x.stride())
+        if self.target.arch < MIN_ARCH:
+            self._dense_by_cublas(x, norm, weight, out)
+            return
+        multiply_dense(self.backend, weight, x, out, norm=norm, dependent=self.dependent)
+
+    def _dense_by_cublas(self, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output) -> None:
+        """The head, where there are no tensor cores. A row at a time: no row's bits depend on the others."""
+        normed = self._normed[: x.numel()].view(x.shape)
+        rms_norm(self.backend, x, norm, normed)
+        for i in range(x.shape[0]):
+            multiply_f32(normed[i : i + 1], weight.weight, out.y[i : i + 1])
+        if weight.bias is not None:
+            out.y.add_(weight.bias[: out.y.shape[1]])
+
+    def _weight(self, linear: Linear) -> TiledWeight | DenseWeight:
+        found = self._weights.get(id(linear))
+        if found is None or found[0] is not linear:
+            found = self._weights[id(linear)] = (linear, view_linear(linear.layout, linear.fields))
+        return found[1]
+
+    def _rows_sumsq(self, h: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """Sums of squares of the rows of h, which begin at row ``first_row`` of the selected batch."""
+        start = self._now.start + first_row
+        return self._sumsq[start : start + h.shape[0]]
+
+    def _normed_input(self, h: torch.Tensor, norm: Norm, first_row: int = 0) -> NormedInput:
+        return NormedInput(self._rows_sumsq(h, first_row), norm.weight, norm.eps)
+
+
+def _refuse(lora) -> None:
+    if lora is not None:
+        raise UnsupportedModelError("LoRA adapters are not supported yet")

@@ -1,0 +1,68 @@
+"""Tokens drawn on a GPU: what a step's rows ask for goes there, ids come back, and nobody waits in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+
+from exl.batch import SamplingBatch
+from exl.device_arena import max_seen, sample_rows
+from exl.device_memory import pinned
+from exl.errors import KernelError
+from exl.host_memory import HostBuffer
+from exl.kernels.launch import Backend
+from exl.kernels.sample import SampleScratch, check_samples, pack_tables, sample, tables_at
+from exl.kernels.sample_layout import scratch_shapes
+from exl.layout import StepLimits
+from exl.ops.cuda_batch import Upload
+
+
+class DeviceSamples:
+    """See ``exl.ops.base.Samples``: a copy on its way, to a place that the call after the next overwrites."""
+
+    def __init__(self, ids: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+        self._ids, self._copied = ids, copied
+
+    def token_ids(self) -> list[int]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        ids = self._ids.tolist()
+        check_samples(ids)
+        return ids
+
+
+class Sampler:
+    def __init__(
+        self, backend: Backend, limits: StepLimits, fields: Mapping[str, torch.Tensor], stack: ExitStack
+    ) -> None:
+        """``fields``: of the arena, by purpose. Page-locked buffers are given back when ``stack`` closes."""
+        self._backend = backend
+        self._num_rows, self._max_seen, self._vocab_size = sample_rows(limits), max_seen(limits), limits.vocab_size
+        self._samples, buffer = fields["samples"], fields["sampling tables"]
+        self._tables = tables_at(buffer, self._num_rows, self._max_seen)
+        names = scratch_shapes(self._num_rows, self._vocab_size)
+        self._scratch = SampleScratch(**{name: fields[f"sampling {name}"] for name in names})
+        self._upload = Upload(buffer, "sampling tables", stack)
+        self._found = [HostBuffer(4 * self._num_rows, "samples") for _ in range(2)]
+        if buffer.is_cuda:
+            for found in self._found:
+                stack.enter_context(pinned(found))
+        self._turn = 0
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch, *, dependent: bool) -> DeviceSamples:
+        """Raises ``KernelError`` for more rows than the buffers are made for."""
+        R = len(logits)
+        if not 1 <= R <= self._num_rows:
+            raise KernelError(f"{R} rows of logits: expected 1 to {self._num_rows}, the sequences of a batch")
+        packed = pack_tables(params, self._num_rows, self._max_seen, self._vocab_size)
+        self._upload.buffer()[: packed.size] = packed
+        self._upload.send(packed.size)
+        ids = self._samples[:R]
+        sample(self._backend, logits, self._tables, ids, self._scratch, dependent=dependent)
+        self._turn = 1 - self._turn
+        found = torch.from_numpy(self._found[self._turn].array).view(torch.int32)[:R]
+        found.copy_(ids, non_blocking=True)
+        copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+        return DeviceSamples(found, copied)

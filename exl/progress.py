@@ -1,0 +1,127 @@
+"""A bar while a model is loaded: bytes, rate, time left; in a terminal by rich, in a notebook by plain HTML.
+
+Nothing is shown of what is done in a moment.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from exl.errors import ConfigError
+from exl.memory import format_bytes
+
+Progress = Callable[[int, int], None]  # bytes done so far, bytes in all
+
+_DELAY = 0.5  # seconds before a bar appears
+_PAUSE = 0.1  # seconds between two pictures of a notebook's bar
+
+
+@contextmanager
+def shown_progress(progress: bool | Progress | None, title: str) -> Iterator[Progress | None]:
+    """What is to be called while something is loaded.
+
+    ``progress``: a function that is called itself; True: a bar; False: nothing; None: a bar where somebody watches, in
+    a notebook or a terminal. Raises ``ConfigError`` for anything else.
+    """
+    if progress is not None and not isinstance(progress, bool):
+        if not callable(progress):
+            raise ConfigError(f"progress: found {progress!r}, expected True, False or a function of (done, total)")
+        yield progress
+        return
+    in_notebook = _in_notebook()
+    if progress is False or (progress is None and not in_notebook and not sys.stderr.isatty()):
+        yield None
+        return
+    bar = NotebookBar(title) if in_notebook else TerminalBar(title)
+    try:
+        yield bar.update
+    finally:
+        bar.close()
+
+
+def _in_notebook() -> bool:
+    """A kernel that shows HTML: Jupyter, Colab, VS Code. IPython is not imported for that."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+class TerminalBar:
+    """On standard error. It goes when it is done, but where it was written to a file."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._began = time.monotonic()
+        self._bar: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None:
+            if time.monotonic() - self._began < _DELAY:
+                return
+            self._start()
+        self._bar.update(self._task, completed=done, total=total)
+
+    def _start(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=sys.stderr.isatty())
+        self._task = self._bar.add_task(self._title, total=None)
+        self._bar.start()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class NotebookBar:
+    """One output of the cell, drawn again as bytes come. A line stays that says how much and how long it was."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._began = self._drawn = time.monotonic()
+        self._handle: Any = None
+        self._done = self._total = 0
+
+    def update(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+        now = time.monotonic()
+        if now - self._drawn < (_DELAY if self._handle is None else _PAUSE):
+            return
+        self._drawn = now
+        share = done / total if total else 0.0
+        elapsed = now - self._began
+        left = f", {elapsed * (1 - share) / share:.0f} s left" if share else ""
+        self._show(
+            f'<progress value="{done}" max="{max(total, 1)}" style="width: 20em; vertical-align: middle"></progress> '
+            f"{format_bytes(done)} of {format_bytes(total)}, {self._rate(elapsed)}{left}"
+        )
+
+    def close(self) -> None:
+        if self._handle is not None:
+            elapsed = time.monotonic() - self._began
+            self._show(f"{format_bytes(self._done)} in {elapsed:.1f} s, {self._rate(elapsed)}")
+
+    def _rate(self, elapsed: float) -> str:
+        return f"{format_bytes(int(self._done / elapsed) if elapsed else 0)}/s"
+
+    def _show(self, text: str) -> None:
+        from IPython.display import HTML, display
+
+        picture = HTML(f"<div>{html.escape(self._title)}: {text}</div>")
+        if self._handle is None:
+            self._handle = display(picture, display_id=True)
+        else:
+            self._handle.update(picture)

@@ -1,0 +1,68 @@
+"""Decode steps as graphs: what a step launches is captured once and replayed, so that the host takes no part in it.
+
+A step's inputs come by ``Ops.stage``, outside of the graph and to fixed addresses; weights, cache and buffers have such
+anyway. So one graph serves all steps of one shape: batch bucket and bound of the contexts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+
+from exl.device_stream import DeviceStream
+from exl.errors import KernelError
+from exl.kernels.launch import Backend
+from exl.stream import WeightSource
+
+logger = logging.getLogger(__name__)
+
+
+class StepGraphs:
+    """Runs steps: the first of a shape plainly, which loads its kernels; the second is captured; the rest are replayed.
+
+    Where a capture fails, and where layers come from the disk, steps are launched one by one, and a message says why.
+    """
+
+    def __init__(self, backend: Backend, weights: WeightSource) -> None:
+        self._backend, self._weights = backend, weights
+        self._replays: dict[Hashable, Callable[[], None]] = {}
+        self._seen: set[Hashable] = set()
+        self.reason: str | None = None if weights.capturable else "layers are read from the disk"
+        if self.reason:
+            logger.info("decode steps are launched one by one: %s", self.reason)
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """``step`` launches on fixed addresses and nothing else; equal keys launch the same."""
+        if self.reason is None and key in self._seen and key not in self._replays:
+            self._capture(key, step)
+        replay = self._replays.get(key)
+        if replay is None:
+            self._seen.add(key)
+            step()
+            return
+        replay()
+        if isinstance(self._weights, DeviceStream):
+            self._weights.replayed()
+
+    def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
+        stream = self._weights if isinstance(self._weights, DeviceStream) else None
+
+        def run() -> None:
+            step()
+            if stream is not None:
+                stream.join()
+
+        if stream is not None:
+            stream.settle()
+        try:
+            replay = self._backend.capture(run)
+        except (KernelError, RuntimeError) as error:
+            self.reason = f"a graph could not be captured ({error})"
+            logger.warning("decode steps are launched one by one: %s", self.reason)
+            if stream is not None:
+                stream.abandon()
+            return
+        if replay is None:
+            self.reason = "this device has no graphs"
+            return
+        self._replays[key] = replay

@@ -1,0 +1,99 @@
+"""A backend that writes down what is launched, and whose graphs are such lists, run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from exl.kernels.args import Arg
+from exl.kernels.launch import Backend, Function
+from exl.kernels.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class Launch:
+    function: Function
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    args: tuple[Arg, ...]
+    shared_bytes: int
+    dependent: bool
+
+    @property
+    def entry(self) -> str:
+        return self.function.spec.entry
+
+    def run(self) -> None:
+        self.function.run(self.grid, self.block, self.args, self.shared_bytes, self.dependent)
+
+
+class RecordingBackend:
+    """Launches through ``inner`` and keeps ``launches``. While it captures it runs nothing, as CUDA does."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner, self.device, self.arch = inner, inner.device, inner.arch
+        self.num_multiprocessors = inner.num_multiprocessors
+        self.launches: list[Launch] = []
+        self.graphs: list[list[Callable[[], None]]] = []
+        self._capturing: list[Callable[[], None]] | None = None
+        self._functions: dict[KernelSpec, RecordedFunction] = {}
+
+    def load(self, spec: KernelSpec) -> RecordedFunction:
+        if spec not in self._functions:
+            assert self._capturing is None, f"{spec} is loaded while a graph is captured"
+            self._functions[spec] = RecordedFunction(self, self.inner.load(spec))
+        return self._functions[spec]
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        graph: list[Callable[[], None]] = []
+        self._capturing = graph
+        try:
+            run()
+        finally:
+            self._capturing = None
+        self.graphs.append(graph)
+        return lambda: [work() for work in graph]
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Now, or when the graph that is being captured is replayed."""
+        if self._capturing is None:
+            work()
+        else:
+            self._capturing.append(work)
+
+    def note(self, launch: Launch) -> None:
+        self.launches.append(launch)
+        self.do(launch.run)
+
+
+class RecordedFunction:
+    def __init__(self, backend: RecordingBackend, inner: Function) -> None:
+        self.spec, self.device = inner.spec, inner.device
+        self._backend, self._inner = backend, inner
+
+    def run(
+        self, grid: Sequence[int], block: Sequence[int], args: Sequence[Arg], shared_bytes: int, dependent: bool
+    ) -> None:
+        self._backend.note(Launch(self._inner, tuple(grid), tuple(block), tuple(args), shared_bytes, dependent))
+
+
+class TorchCalls(TorchDispatchMode):
+    """Names of the torch operations that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func.overloadpacket).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+
+def on_device(calls: list[str]) -> list[str]:
+    """Operations that a GPU would have to do something for, or the host to wait for: all but views."""
+    return [name for name in calls if name not in _VIEWS]
+
+
+_VIEWS = {"view", "slice", "split", "as_strided", "select", "split_with_sizes", "alias"}

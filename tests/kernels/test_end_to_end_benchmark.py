@@ -1,0 +1,64 @@
+"""``benchmarks/end_to_end.py`` on the host shim, with a model that is small enough: all but the clock's truth."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+
+from benchmarks import end_to_end as benchmark
+from exl.batch import is_step
+from tests.host.backends import make_backend
+
+TINY = (128, 256, 2, 4, 2, 32, 128)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    monkeypatch.setattr(benchmark, "PROMPT", 70)
+    return make_backend("plain")
+
+
+def test_a_steps_batch_is_one_and_sequences_share_no_page() -> None:
+    batch = benchmark.step_batch(130, 3, 128)
+    assert is_step(batch)
+    assert len({int(page) for page in batch.page_table.reshape(-1)}) == 9
+    assert (batch.slots == batch.page_table[:, 2] * 64 + 2).all()
+
+
+def test_random_models_decode(backend) -> None:
+    row = benchmark.decode_row(backend, "tiny", "q4", 64, 2, 1e9)
+    assert re.fullmatch(r"\| tiny \| q4 \| 64 \| 2 \| [\d.]+ \| [\d.]+ \| \d+% \|", row)
+
+
+def test_logits_of_random_models_are_finite(backend) -> None:
+    with benchmark.synthetic_engine(backend, TINY, vram="1GB", context=64) as engine:
+        (logits,) = engine.generator.runner.forward([benchmark.step_batch(0, 1, 128)])
+        assert torch.isfinite(logits).all()
+        assert logits.std() > 0
+
+
+def test_bytes_of_a_step_by_hand(backend) -> None:
+    """Weights once, pages of each sequence."""
+    with benchmark.synthetic_engine(backend, TINY, vram="1GB", context=128, max_sequences=4) as engine:
+        one, four = (benchmark.step_bytes_read(engine, 99, n) for n in (1, 4))
+    assert four - one == 3 * 100 * 2 * 2 * 2 * 32 * 2  # tokens, layers, K and V, heads, channels, bytes
+
+
+def test_prompts_and_streams(backend) -> None:
+    assert re.match(r"- tiny: \d+ tokens/s; \d+ bytes planned", benchmark.prefill_line(backend, "tiny", None))
+    assert re.match(
+        r"- tiny, 1 of 2 layers in VRAM: [\d.]+ tokens/s, [\d.]+ GB/s", benchmark.stream_line(backend, "tiny", 1e9)
+    )
+
+
+def test_one_line_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py"])
+    assert benchmark.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks/end_to_end.py needs a GPU: no CUDA device")

@@ -1,0 +1,420 @@
+"""Drawing tokens on the device against ``exl.sampling``: the same ids, and the same distribution to its last border."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_or_skip
+
+from exl.batch import SamplingBatch
+from exl.errors import ExlError, KernelError
+from exl.kernels.embed import embed
+from exl.kernels.launch import Backend, HostBackend
+from exl.kernels.sample import (
+    MAX_VOCAB,
+    SampleScratch,
+    SampleTables,
+    check_samples,
+    pack_tables,
+    sample,
+    scratch_shapes,
+    table_bytes,
+    tables_at,
+)
+from exl.sampling import SamplingParams, probabilities, sampling_batch
+from exl.sampling import sample as cpu_sample
+from tests.host.shim import HostShim
+
+DTYPES = {"i32": torch.int32, "i64": torch.int64}
+INF = float("inf")
+ALMOST_ONE = 1 - 2**-53
+
+FILTERS = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.8},
+    {},
+    {"temperature": 0.3},
+    {"temperature": 3.0, "top_p": 0.5},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 10_000_000},
+    {"top_p": 0.8},
+    {"top_p": 1e-6},
+    {"top_p": 1e-50},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6, "top_k": 20},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
+    {"temperature": 1.5, "top_k": 700, "top_p": 0.99},
+    {"temperature": 1.5, "top_p": 0.95, "min_p": 0.001},
+]
+
+
+def scratch_for(num_rows: int, vocab_size: int, device: torch.device) -> SampleScratch:
+    shapes = scratch_shapes(num_rows, vocab_size)
+    return SampleScratch(**{name: torch.zeros(n, dtype=DTYPES[t], device=device) for name, (t, n) in shapes.items()})
+
+
+def tables_of(batch: SamplingBatch, vocab_size: int, device: torch.device, num_rows: int = 0) -> SampleTables:
+    num_rows, max_seen = num_rows or len(batch.temperature), len(batch.seen_ids)
+    buffer = torch.full((table_bytes(num_rows, max_seen),), 255, dtype=torch.uint8, device=device)
+    put(buffer, pack_tables(batch, num_rows, max_seen, vocab_size))
+    return tables_at(buffer, num_rows, max_seen)
+
+
+def put(buffer: torch.Tensor, packed: np.ndarray) -> None:
+    buffer[: len(packed)].copy_(torch.from_numpy(packed))
+
+
+def draw(backend: Backend, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
+    R, V = logits.shape
+    scratch = scratch_for(R, V, backend.device)
+    samples = torch.full((R,), -99, dtype=torch.int32, device=backend.device)
+    sample(backend, logits.to(backend.device), tables_of(batch, V, backend.device), samples, scratch)
+    for counter in (scratch.bin_counts, scratch.bin_weights, scratch.arrived):
+        assert not counter.any()
+    return samples.tolist()
+
+
+def cumulated(logits: torch.Tensor, batch: SamplingBatch, i: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row i's kept tokens in the order of drawing, the upper borders of their shares of [0, 1), and how far off a
+    border may be on the device.
+
+    A weight is off by less than 2^-44 of the likeliest token's (cuda/include/exl/logit_row.cuh), so a sum of weights by
+    V 2^-44, and so the mass; a border is their quotient. The CPU's own f64 sums of V terms are off by V 2^-53 each.
+    """
+    p = probabilities(logits[i : i + 1], one_row(batch, i))[0].numpy()
+    order = np.lexsort((np.arange(len(p)), -p))[: np.count_nonzero(p)]
+    return order, np.cumsum(p[order]), len(p) * (2 * 2.0**-44 * p.max() + 2 * 2.0**-53)
+
+
+def one_row(batch: SamplingBatch, i: int, **changed: float) -> SamplingBatch:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "uniform")
+    values = {name: getattr(batch, name)[i : i + 1].copy() for name in names}
+    for name, value in changed.items():
+        values[name][:] = value
+    seen = batch.seen_ids[batch.seen_start[i] : batch.seen_start[i + 1]]
+    return SamplingBatch(**values, seen_start=np.array([0, len(seen)], dtype=np.int32), seen_ids=seen)
+
+
+def joined(rows: list[SamplingBatch]) -> SamplingBatch:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "uniform", "seen_ids")
+    arrays = {name: np.concatenate([getattr(row, name) for row in rows]) for name in names}
+    return SamplingBatch(**arrays, seen_start=np.cumsum([0, *(len(row.seen_ids) for row in rows)], dtype=np.int32))
+
+
+def mixed(rng: np.random.Generator, num_rows: int, V: int) -> tuple[torch.Tensor, SamplingBatch]:
+    """Rows of all kinds: smooth, full of ties, with forbidden tokens; filters in turn; drawn at random."""
+    logits = rng.normal(0, 4, (num_rows, V)).astype(np.float32)
+    logits[1::3] = np.round(logits[1::3])
+    logits[2::3][rng.random(logits[2::3].shape) < 0.2] = -INF
+    logits[2::3, V // 2] = 1.5
+    rows = []
+    for i in range(num_rows):
+        seen = rng.integers(0, V, min(V, 50)).tolist()
+        rows.append((SamplingParams(seed=i, **FILTERS[i % len(FILTERS)]), int(rng.integers(1000)), seen))
+    return torch.from_numpy(logits), sampling_batch(rows)
+
+
+def assert_same_ids(found: list[int], logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """But for a draw that is so near to a border that rounding decides, of which there is one in thousands."""
+    expected = cpu_sample(logits, batch).tolist()
+    for i in np.nonzero(np.array(found) != np.array(expected))[0]:
+        _, borders, bound = cumulated(logits, batch, i)
+        distance = np.abs(borders - batch.uniform[i]).min()
+        assert distance <= bound, f"row {i}: token {found[i]}, the CPU's {expected[i]}, {distance} from a border"
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
+
+
+# ---- the CPU's ids --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("V", "num_rows"), [(1, 17), (5, 51), (31, 51), (32, 51), (33, 51), (1000, 51), (32_000, 17)])
+def test_rows_of_all_kinds_in_one_launch(backend: Backend, V: int, num_rows: int) -> None:
+    logits, batch = mixed(np.random.default_rng(V), num_rows, V)
+    before = logits.clone()
+    assert_same_ids(draw(backend, logits, batch), logits, batch)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("V", [128_001, 135_169])  # the second is 34 blocks a row
+def test_large_vocabularies(backend: Backend, V: int) -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 3, (2, V)).astype(np.float32))
+    logits[1, V - 1] = 30.0
+    params = [SamplingParams(seed=5, temperature=1.5), SamplingParams(temperature=0.0)]
+    batch = sampling_batch([(p, 3, ()) for p in params])
+    assert_same_ids(draw(backend, logits, batch), logits, batch)
+
+
+# ---- the distribution, border by border -----------------------------------------------------------------------------
+
+
+def assert_borders(backend: Backend, logits: torch.Tensor, row: SamplingBatch, rng: np.random.Generator) -> None:
+    """Just below a border of the cumulated distribution the token that ends there, just above it the next: for all
+    uniforms in between as well, since a token's share is one interval. As many borders as 32 pairs of rows can show."""
+    order, borders, bound = cumulated(logits, row, 0)
+    shares = np.diff(borders, prepend=0)
+    wide = np.minimum(shares[:-1], shares[1:]) > 4 * bound  # else the next border is in the way
+    chosen = rng.permutation(np.nonzero(wide)[0])[:31]
+    assert len(order) == 1 or len(chosen) >= min(8, len(order) - 1)
+    draws = [(0.0, order[0])]
+    for j in chosen:
+        draws += [(borders[j] - 2 * bound, order[j]), (borders[j] + 2 * bound, order[j + 1])]
+    if shares[-1] > 4 * bound:
+        draws.append((ALMOST_ONE, order[-1]))
+    batch = joined([one_row(row, 0, uniform=u) for u, _ in draws])
+    assert draw(backend, logits.expand(len(draws), -1).contiguous(), batch) == [token for _, token in draws]
+
+
+@pytest.mark.parametrize("values", FILTERS[2:], ids=str)
+def test_every_filters_distribution(backend: Backend, values: dict) -> None:
+    rng = np.random.default_rng(7)
+    V = 33 if backend.device.type == "cpu" else 4000
+    logits = torch.from_numpy(rng.normal(0, 2, (1, V)).astype(np.float32))
+    row = sampling_batch([(SamplingParams(seed=0, **values), 0, rng.integers(0, V, 12).tolist())])
+    assert_borders(backend, logits, row, rng)
+
+
+CROWDS = {  # more tokens than a list holds in one bin of a sixteenth of an octave
+    "equal": lambda rng, V: np.zeros(V),
+    "nearly equal": lambda rng, V: 5 + rng.uniform(0, 0.02, V),
+    "two values": lambda rng, V: np.where(rng.random(V) < 0.5, 1.0, 3.0),
+    "around zero": lambda rng, V: rng.normal(0, 1e-30, V),
+    "a crowd below a few": lambda rng, V: np.where(rng.random(V) < 0.01, rng.normal(4, 1, V), rng.normal(0, 0.01, V)),
+}
+
+
+@pytest.mark.parametrize("values", [{}, {"top_k": 900, "min_p": 0.01, "top_p": 0.7}], ids=["plain", "filters"])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_crowded_bins(backend: Backend, crowd: str, values: dict) -> None:
+    rng = np.random.default_rng(3)
+    logits = torch.from_numpy(CROWDS[crowd](rng, 1800).astype(np.float32))[None]
+    rows = [(SamplingParams(seed=i, **values), i, ()) for i in range(7)]
+    assert_same_ids(
+        draw(backend, logits.expand(7, -1).contiguous(), sampling_batch(rows)),
+        logits.expand(7, -1),
+        sampling_batch(rows),
+    )
+    if backend.device.type != "cpu" or (crowd in ("equal", "a crowd below a few") and not values):
+        assert_borders(backend, logits, sampling_batch(rows[:1]), rng)
+
+
+def last_kept(backend: Backend, logits: torch.Tensor, params: list[SamplingParams], seen: tuple[int, ...] = ()) -> None:
+    """The last token in the order of drawing shows where a filter cuts."""
+    rows = joined([one_row(sampling_batch([(p, 0, seen)]), 0, uniform=ALMOST_ONE) for p in params])
+    logits = logits.expand(len(params), -1).contiguous()
+    assert draw(backend, logits, rows) == cpu_sample(logits, rows).tolist()
+
+
+def test_top_k_cuts_where_the_cpu_cuts(backend: Backend) -> None:
+    rng = np.random.default_rng(1)
+    tied = torch.from_numpy(rng.integers(-4, 5, 31).astype(np.float32))[None]
+    tied[0, 3] = -INF
+    last_kept(backend, tied, [SamplingParams(seed=0, top_k=k) for k in range(1, 33)])
+    # Unlike logits at the same distance from the largest in f64: equals of the second, as the CPU has them.
+    merged = torch.tensor([[20.0, 2e-16, 1e-16, -3.0]])
+    assert probabilities(merged, sampling_batch([(SamplingParams(seed=0, top_k=2), 0, ())])).count_nonzero() == 3
+    last_kept(backend, merged, [SamplingParams(seed=0, top_k=k) for k in range(5)])
+
+
+def test_min_p_and_top_p_cut_where_the_cpu_cuts(backend: Backend) -> None:
+    """The f32 numbers beside the likelihood that decides: 2^-24 of it apart, far more than sums are off."""
+    rng = np.random.default_rng(2)
+    logits = torch.from_numpy(rng.normal(0, 2, (1, 33)).astype(np.float32))
+    _, borders, _ = cumulated(logits, sampling_batch([(SamplingParams(seed=0), 0, ())]), 0)
+    shares = np.diff(borders, prepend=0) / borders[0]
+    beside = [np.nextafter(np.float32(x), np.float32(to)) for x in shares[1:16] for to in (0, 1)]
+    last_kept(backend, logits, [SamplingParams(seed=0, min_p=x) for x in beside])
+    beside = [np.nextafter(np.float32(x), np.float32(to)) for x in borders[:16] for to in (0, 1)]
+    last_kept(backend, logits, [SamplingParams(seed=0, top_p=x) for x in beside])
+    last_kept(backend, logits, [SamplingParams(seed=0, top_p=x, top_k=12) for x in beside])
+    last_kept(backend, logits, [SamplingParams(seed=0, top_p=x, min_p=0.05) for x in beside])
+
+
+def test_weights_that_are_exact_are_drawn_exactly(backend: Backend) -> None:
+    """Equal weights: sums are whole numbers, here and on the CPU, and a share begins where the one before it ends."""
+    batch = sampling_batch([(SamplingParams(seed=0), 0, ())] * 8 + [(SamplingParams(seed=0, top_p=0.5), 0, ())] * 8)
+    batch.uniform[:] = np.arange(16) % 8 / 8
+    assert draw(backend, torch.zeros(16, 8), batch) == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_extreme_temperatures_and_logits(backend: Backend) -> None:
+    logits = torch.tensor([[3e38, -3e38, 2.9e38, 3e38]] * 4 + [[1e-44, 0.0, -0.0, -1e-44]] * 2 + [[-3.4e38] * 4] * 2)
+    temperatures = [1e-30, 1e-42, 100.0, 1.0, 1e-3, 100.0, 1e-30, 1.0]
+    batch = sampling_batch([(SamplingParams(seed=i, temperature=t), i, ()) for i, t in enumerate(temperatures)])
+    assert draw(backend, logits, batch) == cpu_sample(logits, batch).tolist()
+
+
+# ---- one row, one token ---------------------------------------------------------------------------------------------
+
+
+def test_a_row_alone_gives_the_token_it_gives_in_a_batch(backend: Backend) -> None:
+    """Rows of 1,001 logits begin at every place between borders of 16 bytes."""
+    logits, batch = mixed(np.random.default_rng(4), 17, 1001)
+    together = draw(backend, logits, batch)
+    for i in (2, 5, 12, 14, 15):
+        assert draw(backend, logits[i : i + 1].contiguous(), one_row(batch, i)) == [together[i]]
+    backwards = joined([one_row(batch, i) for i in reversed(range(17))])
+    assert draw(backend, logits.flip(0), backwards) == together[::-1]
+
+
+def test_the_number_of_multiprocessors_does_not_show() -> None:
+    logits, batch = mixed(np.random.default_rng(5), 17, 9001)
+    backends = [HostBackend(HostShim("race"), num_multiprocessors=n) for n in (1, 3, 132)]
+    ids = [draw(backend, logits, batch) for backend in backends]
+    assert ids[0] == ids[1] == ids[2]
+    assert_same_ids(ids[0], logits, batch)
+
+
+def test_buffers_serve_one_step_after_another(backend: Backend) -> None:
+    """As in a graph: the same buffers, made for four rows, for steps that ask for other things; rows that a step does
+    not fill are greedy."""
+    V, device = 9001, backend.device
+    scratch, samples = scratch_for(4, V, device), torch.zeros(4, dtype=torch.int32, device=device)
+    buffer = torch.zeros(table_bytes(4, 100), dtype=torch.uint8, device=device)
+    tables = tables_at(buffer, 4, 100)
+    for step in range(3):
+        logits, batch = mixed(np.random.default_rng(step), 20, V)
+        logits, batch = logits[14:18], joined([one_row(batch, i) for i in (14, 15 + step)])
+        put(buffer, pack_tables(batch, 4, 100, V))
+        sample(backend, logits.to(device).contiguous(), tables, samples, scratch)
+        assert_same_ids(samples[:2].tolist(), logits[:2], batch)
+        assert samples[2:].tolist() == logits[2:].argmax(1).tolist()
+        few = samples[:1].clone()
+        sample(backend, logits[:1].to(device).contiguous(), tables, few, scratch)  # fewer rows than the buffers have
+        assert few[0] == samples[0]
+
+
+def test_the_next_step_reads_the_samples(backend: Backend) -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, float("nan"), 1.0]])
+    batch = sampling_batch([(SamplingParams(temperature=0.0), 0, ())] * 2)
+    device = backend.device
+    samples = torch.zeros(2, dtype=torch.int32, device=device)
+    sample(backend, logits.to(device), tables_of(batch, 3, device), samples, scratch_for(2, 3, device))
+    table = torch.arange(24, device=device).reshape(3, 8).half()
+    h, sumsq = torch.full((2, 8), 9.0, device=device), torch.zeros(2, 1, device=device)
+    embed(backend, table, torch.tensor([-1, -2], dtype=torch.int32, device=device), h, sumsq, samples=samples)
+    assert torch.equal(h[0], table[1].float())
+    assert not h[1].any()
+
+
+@pytest.mark.parametrize("arch", [61, 75, 90])
+def test_other_architectures(arch: int) -> None:
+    logits, batch = mixed(np.random.default_rng(6), 17, 600)
+    assert_same_ids(draw(backend_or_skip("race", arch), logits, batch), logits, batch)
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), INF, -float("nan"), None])
+def test_rows_without_a_distribution(backend: Backend, bad: float | None, temperature: float) -> None:
+    """In any part of the row; a repetition penalty may be what overflows. The words are the CPU's."""
+    logits = torch.zeros(3, 4100)
+    if bad is None:
+        logits[1] = -INF
+    else:
+        logits[1, 4098] = bad
+        logits[1, 5] = INF  # NaN goes before it
+    batch = sampling_batch([(SamplingParams(temperature=temperature, seed=0), 0, ())] * 3)
+    ids = draw(backend, logits, batch)
+    assert ids[0] >= 0
+    assert ids[2] >= 0
+    with pytest.raises(ExlError) as said_by_cpu:
+        cpu_sample(logits, batch)
+    with pytest.raises(ExlError) as said:
+        check_samples(ids)
+    assert str(said.value) == str(said_by_cpu.value)
+    check_samples(ids[2:])
+
+
+def test_a_penalty_that_overflows(backend: Backend) -> None:
+    logits = torch.tensor([[3e38, -3e38, 1.0]] * 3)
+    rows = [(0.01, [0]), (100.0, [1]), (0.01, [1])]
+    batch = sampling_batch([(SamplingParams(seed=0, repetition_penalty=p), 0, seen) for p, seen in rows])
+    assert draw(backend, logits, batch) == [-2, 0, 0]
+
+
+def test_seen_ids_may_repeat_and_come_in_any_order(backend: Backend) -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.5, -1.0]])
+    batch = sampling_batch([(SamplingParams(temperature=0.0, repetition_penalty=2.0), 0, [0, 1])])
+    shuffled = replace(batch, seen_start=np.array([0, 4], np.int32), seen_ids=np.array([1, 0, 1, 1], np.int32))
+    assert draw(backend, logits, shuffled) == cpu_sample(logits, batch).tolist() == [2]
+
+
+def test_tables_are_checked_on_the_host() -> None:
+    params = SamplingParams(seed=0, repetition_penalty=1.5)
+    batch = sampling_batch([(params, 0, [3, 5]), (params, 0, [4])])
+    pack_tables(batch, 2, 3, 6)
+    with pytest.raises(KernelError) as said_by_cpu:
+        cpu_sample(torch.zeros(2, 5), batch)
+    cases = [
+        (str(said_by_cpu.value), batch, (2, 3, 5)),
+        ("3 seen token ids in all: expected 2 or fewer", batch, (2, 2, 6)),
+        ("a batch of 2 rows: expected 1 or fewer", batch, (1, 3, 6)),
+        (r"top_k has shape \(1,\): expected \(2,\)", replace(batch, top_k=batch.top_k[:1]), (2, 3, 6)),
+        (
+            "seen_start is .* expected 3 rising numbers up to 3",
+            replace(batch, seen_start=batch.seen_start + 1),
+            (2, 3, 6),
+        ),
+    ]
+    values = {"temperature": [-1.0, 101.0, float("nan")], "top_k": [-1], "top_p": [-0.5, 1.5], "min_p": [-0.1, 2.0]}
+    values |= {"repetition_penalty": [0.0, INF], "uniform": [1.0, -0.5]}
+    for name, bad_values in values.items():
+        for bad in bad_values:
+            array = getattr(batch, name).copy()
+            array[1] = bad
+            cases.append((f"row 1: {name} is .* expected", replace(batch, **{name: array}), (2, 3, 6)))
+    for words, bad_batch, shape in cases:
+        with pytest.raises(KernelError, match=words):
+            pack_tables(bad_batch, *shape)
+    assert len(pack_tables(batch, 5, 9, 6)) == 5 * 56 + 3 * 4 <= table_bytes(5, 9)
+    unpenalised = sampling_batch([(SamplingParams(seed=0), 0, [4])])
+    pack_tables(replace(unpenalised, seen_ids=np.array([9], np.int32), seen_start=np.array([0, 1], np.int32)), 1, 0, 6)
+
+
+class NeverLaunches:
+    device = torch.device("cpu")
+    arch = 86
+
+    def load(self, spec: object) -> None:
+        raise AssertionError("a kernel was asked for")
+
+
+def test_bad_arguments_are_refused_before_a_launch() -> None:
+    nobody, logits, samples = NeverLaunches(), torch.zeros(2, 100), torch.zeros(2, dtype=torch.int32)
+    batch = sampling_batch([(SamplingParams(seed=0), 0, ())] * 2)
+    tables, scratch = tables_of(batch, 100, nobody.device), scratch_for(2, 100, nobody.device)
+    one = tables_of(one_row(batch, 0), 100, nobody.device)
+    small = scratch_for(1, 100, nobody.device)
+    cases = [
+        (r"logits: expected \[R, V\]", lambda: sample(nobody, logits[0], tables, samples, scratch)),
+        ("logits is torch.float16", lambda: sample(nobody, logits.half(), tables, samples, scratch)),
+        ("expected a contiguous tensor", lambda: sample(nobody, logits[:, :50], tables, samples, scratch)),
+        ("1 to 64 rows", lambda: sample(nobody, torch.zeros(65, 4), tables, samples, scratch)),
+        ("1 to 64 rows", lambda: sample(nobody, torch.zeros(2, 0), tables, samples, scratch)),
+        (f"1 to {MAX_VOCAB}", lambda: sample(nobody, torch.zeros(1, MAX_VOCAB + 1), tables, samples, scratch)),
+        (r"samples has shape \(1,\)", lambda: sample(nobody, logits, tables, samples[:1], scratch)),
+        ("samples is torch.int64", lambda: sample(nobody, logits, tables, samples.long(), scratch)),
+        (
+            r"tables.params has shape \(1, 56\): expected \(2, 56\)",
+            lambda: sample(nobody, logits, one, samples, scratch),
+        ),
+        ("scratch.tops has 1 elements: expected 2 or more", lambda: sample(nobody, logits, tables, samples, small)),
+        (
+            "scratch.bin_weights is torch.int32",
+            lambda: sample(nobody, logits, tables, samples, replace(scratch, bin_weights=scratch.bin_counts)),
+        ),
+        (r"tables has shape \(111,\)", lambda: tables_at(torch.zeros(111, dtype=torch.uint8), 2, 0)),
+        ("starts at address", lambda: tables_at(torch.zeros(113, dtype=torch.uint8)[1:], 2, 0)),
+    ]
+    for words, call in cases:
+        with pytest.raises(KernelError, match=words):
+            call()
