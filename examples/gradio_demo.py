@@ -274,9 +274,9 @@ class Page:
             if settings == self.worker.settings:
                 shown = ""
             elif settings.is_local:
-                shown = render.plan("Plan", settings.plan())
+                shown = render.plan("Plan", settings.plan(self.loaded_plan))
             else:
-                shown = render.plan("Plan", None, "Press Plan: the model is fetched first, if it is not here yet.")
+                shown = render.plan("Plan", None, "Press Plan: the headers are read where they are.")
         except Exception as error:
             shown = render.notice(one_line(error))
         return {self.planned: gr.skip() if session.asked == typed else shown}
@@ -284,7 +284,10 @@ class Page:
     def on_plan(self, request: gr.Request, *typed: Any) -> Update:
         self.session(request).asked = typed
         try:
-            return {self.planned: render.plan("Plan", load_settings(*typed).plan()), self.load_notice: ""}
+            return {
+                self.planned: render.plan("Plan", load_settings(*typed).plan(self.loaded_plan)),
+                self.load_notice: "",
+            }
         except Exception as error:
             return {self.planned: render.notice(one_line(error)), self.load_notice: ""}
 
@@ -295,7 +298,8 @@ class Page:
         yield {self.load: gr.Button(interactive=False), self.load_notice: render.notice("Planning", "wait")}
         try:
             settings = load_settings(*typed)
-            found = settings.plan()
+            found = settings.plan(self.loaded_plan)
+            settings.check_device()
             job = session.submit(lambda job: self.worker.load(settings, job))
         except Exception as error:
             shown = render.notice(one_line(error))
@@ -318,8 +322,12 @@ class Page:
         return render.status(self.worker.llm, self.worker.settings, self.worker.num_jobs)
 
     def shown_memory(self) -> str:
+        return render.plan("In memory now", self.loaded_plan, "nothing")
+
+    @property
+    def loaded_plan(self) -> exl.MemoryPlan | None:
         llm = self.worker.llm
-        return render.plan("In memory now", None if llm is None else llm.plan, "nothing")
+        return None if llm is None else llm.plan
 
     def on_open(self, request: gr.Request, *typed: Any) -> Update:
         self.session(request).seen = None

@@ -151,7 +151,7 @@ def test_one_request_at_a_time_for_a_tab(parts, worker):
         (("", "auto", "f16", "", "", "", "stored"), "model: found nothing"),
         (("m", "auto", "f16", "banana", "", "", "stored"), "ram: found 'banana'"),
         (("m", "auto", "f16", "", "8GB, x", "", "stored"), "vram: found 'x'"),
-        (("m", "cuda", "f16", "", "", "", "stored"), "device: found 'cuda' without vram="),
+        (("m", "cpu", "f16", "", "8GB", "", "stored"), "vram: found '8GB' with device='cpu'"),
         (("m", "auto", "f16", "", "", "many", "stored"), "context: found 'many', expected a number of tokens"),
         (("m", "auto", "f16", "", "", "-1", "stored"), "context: found -1"),
     ],
@@ -173,6 +173,38 @@ def test_what_is_typed_right(parts):
     assert parts["settings"].sampling_options(None, None, None, None, None, None, None)["seed"] is None
     with pytest.raises(ConfigError, match="seed: found 'x'"):
         parts["settings"].sampling_options(1, 0, 1, 0, 1, 5, "x")
+
+
+def test_a_gpu_that_is_not_there_is_planned_for_and_not_loaded_on(parts, monkeypatch):
+    def no_gpu(options):
+        raise ConfigError("found no GPU")
+
+    monkeypatch.setattr(parts["settings"], "choose_device", no_gpu)
+    found = parts["settings"].load_settings(str(BUNDLED_MODEL), "auto", "q8", "", "2GB", "", "stored")
+    assert found.plan() == exl.plan(vram="2GB", kv_cache="q8")
+    with pytest.raises(ConfigError, match="no GPU"):
+        found.check_device()
+    found = parts["settings"].load_settings(str(BUNDLED_MODEL), "cuda", "q8", "", "", "", "stored")
+    with pytest.raises(ConfigError, match="no GPU"):
+        found.plan()
+
+
+def test_a_plan_counts_what_the_loaded_model_gives_back(parts, monkeypatch):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from exl.device_plan import CONTEXT_BYTES
+
+    free = 700 * 10**6
+    gpu = SimpleNamespace(arch=89)
+    monkeypatch.setattr(
+        parts["settings"], "choose_device", lambda options: (replace(options, vram=options.vram or free), gpu)
+    )
+    loaded = exl.plan(vram="2GB", arch=89)
+    given_back = loaded.device_bytes("cuda:0") - CONTEXT_BYTES
+    found = parts["settings"].load_settings(str(BUNDLED_MODEL), "auto", "q8", "", "", "", "stored")
+    assert found.plan(loaded).budgets["cuda:0"] == free + given_back
+    assert found.plan().budgets["cuda:0"] == free
 
 
 HOSTILE = "</span><script>alert('1')</script>\" onmouseover=\"x"
