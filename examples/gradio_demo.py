@@ -152,14 +152,13 @@ class Page:
         self.load.click(self.on_load, self.load_options, loading, **free)
         self.show_plan.click(self.on_plan, self.load_options, [self.planned, self.load_notice], **free)
         for field in (self.model, self.device, self.kv_cache, self.head):
-            field.change(self.on_change, self.load_options, [self.planned, self.load_notice], **free)
+            field.change(self.on_change, self.load_options, self.planned, **free)
         for field in (self.ram, self.vram, self.context):
-            gr.on(
-                [field.submit, field.blur], self.on_change, self.load_options, [self.planned, self.load_notice], **free
-            )
+            changed = [field.submit, field.blur]
+            gr.on(changed, self.on_change, self.load_options, self.planned, trigger_mode="always_last", **free)
 
         state = [self.status, self.in_memory, self.chatbot]
-        self.blocks.load(self.on_open, self.load_options, [*state, self.planned, self.load_notice], **free)
+        self.blocks.load(self.on_open, self.load_options, [*state, self.planned], **free)
         gr.Timer(1.5).tick(self.on_tick, None, state, **free)
         self.blocks.unload(self.on_close)
 
@@ -170,7 +169,7 @@ class Page:
         session = self.session(request)
         try:
             job = session.send(text, system, sampling_options(*sampling))
-        except exl.ExlError as error:
+        except Exception as error:
             yield {self.chat_notice: render.notice(one_line(error))}
             return
         turn = [*session.messages, {"role": "user", "content": text}]
@@ -185,7 +184,7 @@ class Page:
         session = self.session(request)
         try:
             job = session.retry(system, sampling_options(*sampling))
-        except exl.ExlError as error:
+        except Exception as error:
             yield {self.chat_notice: render.notice(one_line(error))}
             return
         turn = session.messages[:-1]
@@ -224,7 +223,7 @@ class Page:
         session = self.session(request)
         try:
             text = session.undo()
-        except exl.ExlError as error:
+        except Exception as error:
             return {self.chat_notice: render.notice(one_line(error))}
         return {self.chatbot: session.messages, self.message: text, self.chat_stats: "", self.chat_notice: ""}
 
@@ -239,7 +238,7 @@ class Page:
         session = self.session(request)
         try:
             job = session.complete(prompt, TOP_LOGPROBS, sampling_options(*sampling))
-        except exl.ExlError as error:
+        except Exception as error:
             yield {self.completion_notice: render.notice(one_line(error))}
             return
         yield {
@@ -264,36 +263,47 @@ class Page:
 
     # ---- the model
 
-    def on_change(self, *typed: Any) -> Update:
-        """The plan follows the form. A repository may have to be fetched for it: only when asked to."""
+    def on_change(self, request: gr.Request, *typed: Any) -> Update:
+        """The plan follows the form, unless Plan or Load has been pressed for just this: they say more."""
+        session = self.session(request)
+        if session.asked == typed:
+            return {self.planned: gr.skip()}
+        session.asked = None
         try:
             settings = load_settings(*typed)
-        except exl.ExlError as error:
-            return {self.load_notice: render.notice(one_line(error))}
-        if settings == self.worker.settings:
-            return {self.planned: "", self.load_notice: ""}
-        if not settings.is_local:
-            hint = "Press Plan: the model is fetched first, if it is not here yet."
-            return {self.planned: render.plan("Plan", None, hint), self.load_notice: ""}
-        return self.on_plan(*typed)
+            if settings == self.worker.settings:
+                shown = ""
+            elif settings.is_local:
+                shown = render.plan("Plan", settings.plan(self.loaded_plan))
+            else:
+                shown = render.plan("Plan", None, "Press Plan: the headers are read where they are.")
+        except Exception as error:
+            shown = render.notice(one_line(error))
+        return {self.planned: gr.skip() if session.asked == typed else shown}
 
-    def on_plan(self, *typed: Any) -> Update:
+    def on_plan(self, request: gr.Request, *typed: Any) -> Update:
+        self.session(request).asked = typed
         try:
-            found = load_settings(*typed).plan()
-        except exl.ExlError as error:
-            return {self.planned: "", self.load_notice: render.notice(one_line(error))}
-        return {self.planned: render.plan("Plan", found), self.load_notice: ""}
+            return {
+                self.planned: render.plan("Plan", load_settings(*typed).plan(self.loaded_plan)),
+                self.load_notice: "",
+            }
+        except Exception as error:
+            return {self.planned: render.notice(one_line(error)), self.load_notice: ""}
 
     def on_load(self, request: gr.Request, *typed: Any) -> Iterator[Update]:
         """The plan first: what cannot be planned does not cost the model that is there."""
         session = self.session(request)
+        session.asked = typed
         yield {self.load: gr.Button(interactive=False), self.load_notice: render.notice("Planning", "wait")}
         try:
             settings = load_settings(*typed)
-            found = settings.plan()
+            found = settings.plan(self.loaded_plan)
+            settings.check_device()
             job = session.submit(lambda job: self.worker.load(settings, job))
-        except exl.ExlError as error:
-            yield {self.load: gr.Button(interactive=True), self.load_notice: render.notice(one_line(error))}
+        except Exception as error:
+            shown = render.notice(one_line(error))
+            yield {self.load: gr.Button(interactive=True), self.planned: shown, self.load_notice: ""}
             return
         yield {self.planned: render.plan("Plan", found), self.load_notice: ""}
         for state in job.watch():
@@ -312,22 +322,25 @@ class Page:
         return render.status(self.worker.llm, self.worker.settings, self.worker.num_jobs)
 
     def shown_memory(self) -> str:
+        return render.plan("In memory now", self.loaded_plan, "nothing")
+
+    @property
+    def loaded_plan(self) -> exl.MemoryPlan | None:
         llm = self.worker.llm
-        return render.plan("In memory now", None if llm is None else llm.plan, "nothing")
+        return None if llm is None else llm.plan
 
     def on_open(self, request: gr.Request, *typed: Any) -> Update:
         self.session(request).seen = None
-        return {**self.on_tick(request), **self.on_change(*typed)}
+        return {**self.on_tick(request), **self.on_change(request, *typed)}
 
     def on_tick(self, request: gr.Request) -> Update:
         """Any tab may have loaded another model."""
-        session, state = self.session(request), self.shown_status()
-        if session.seen == state:
+        session, llm, shown = self.session(request), self.worker.llm, self.shown_status()
+        if session.seen == (llm, shown):
             return {self.status: gr.skip()}
-        session.seen = state
-        llm = self.worker.llm
+        session.seen = llm, shown
         hint = "Say something to begin." if llm is None else llm.chat().notice or "Say something to begin."
-        return {self.status: state, self.in_memory: self.shown_memory(), self.chatbot: gr.Chatbot(placeholder=hint)}
+        return {self.status: shown, self.in_memory: self.shown_memory(), self.chatbot: gr.Chatbot(placeholder=hint)}
 
     def on_close(self, request: gr.Request) -> None:
         self.sessions.drop(request.session_hash)

@@ -15,8 +15,15 @@
   // After Gradio's own listener, which would follow the system whatever was chosen here.
   systemIsDark.addEventListener("change", () => setTimeout(apply));
 
-  let tip = null;
-  const hide = () => { tip?.remove(); tip = null; };
+  let tip = null, tipOf = null;
+  const hide = () => { tip?.remove(); tip = tipOf = null; };
+  const place = () => {
+    const at = tipOf?.getClientRects()[0];
+    if (!at) return hide();
+    const below = at.bottom + 6 + tip.offsetHeight < innerHeight;
+    tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - tip.offsetWidth - 8))}px`;
+    tip.style.top = `${below ? at.bottom + 6 : at.top - 6 - tip.offsetHeight}px`;
+  };
   const row = ([text, probability, chosen]) => {
     const line = document.createElement("div");
     line.className = chosen ? "exl-tip-row exl-chosen" : "exl-tip-row";
@@ -36,18 +43,21 @@
     tip.setAttribute("role", "tooltip");
     tip.append(...JSON.parse(token.dataset.top).map(row));
     document.body.append(tip);
-    const at = token.getClientRects()[0];
-    const left = Math.min(at.left, innerWidth - tip.offsetWidth - 8);
-    const below = at.bottom + 6 + tip.offsetHeight < innerHeight;
-    tip.style.left = `${Math.max(8, left)}px`;
-    tip.style.top = `${below ? at.bottom + 6 : at.top - 6 - tip.offsetHeight}px`;
+    tipOf = token;
+    place();
   };
   const tokenOf = (event) => event.target.closest?.(".exl-token");
 
-  document.addEventListener("mouseover", (event) => { const token = tokenOf(event); token ? show(token) : hide(); });
+  // A token that was tapped, or reached by Tab, keeps its alternatives while the pointer is elsewhere.
+  const focused = () => document.activeElement?.closest(".exl-token");
+  document.addEventListener("mouseover", (event) => {
+    const token = tokenOf(event) ?? focused();
+    if (!token) hide();
+    else if (token !== tipOf) show(token);
+  });
   document.addEventListener("focusin", (event) => { const token = tokenOf(event); if (token) show(token); });
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, true);
+  document.addEventListener("scroll", () => { if (tip) place(); }, true);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   document.addEventListener("click", (event) => { if (event.target.closest?.("#theme-toggle")) toggle(); });
 

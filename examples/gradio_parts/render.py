@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 
 import exl
+from exl.device_plan import HOST
 from exl.memory import format_bytes
 
 from .settings import LoadSettings
@@ -38,9 +39,13 @@ def notice(text: str, kind: str = "error") -> str:
 def status(llm: exl.LLM | None, settings: LoadSettings | None, num_jobs: int) -> str:
     """The model that is loaded, and how many wait for it."""
     if llm is None or settings is None:
-        return '<div class="exl-status exl-off"><i></i>no model is loaded</div>'
+        told = "a model is being loaded" if num_jobs else "no model is loaded"
+        return f'<div class="exl-status exl-off"><i></i><span>{told}</span></div>'
     bits = f"{llm.quant.bits}-bit" if llm.quant else "dense"
-    parts = [bits, f"{settings.options['kv_cache']} cache", f"context {llm.context}", format_bytes(llm.plan.num_bytes)]
+    found = llm.plan
+    devices = ", ".join(device for device in found.devices if device != HOST)
+    parts = [bits, devices, f"{settings.options['kv_cache']} cache", f"context {found.context}"]
+    parts.append(format_bytes(found.num_bytes))
     queue = f'<b class="exl-queue">{num_jobs - 1} waiting</b>' if num_jobs > 1 else ""
     return (
         f'<div class="exl-status"><i></i><b>{html.escape(settings.name)}</b>'

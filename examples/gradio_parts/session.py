@@ -31,7 +31,8 @@ class Session:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.job: Job | None = None
-        self.seen: str | None = None  # the state of the model that the page shows
+        self.seen: Any = None  # the state of the model that the page shows
+        self.asked: Any = None  # what stood in the form when Plan or Load was pressed; None once it has changed
         self._chat: exl.Chat | None = None
         self._llm: exl.LLM | None = None  # of the chat
 

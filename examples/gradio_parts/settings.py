@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import exl
+from exl.device_plan import CONTEXT_BYTES
+from exl.engine import choose_device
 from exl.errors import ConfigError
 from exl.planning import EngineOptions
 
@@ -27,9 +29,26 @@ class LoadSettings:
     def is_local(self) -> bool:
         return Path(self.model).expanduser().exists()
 
-    def plan(self) -> exl.MemoryPlan:
-        """From the headers alone; a repository that is not here is fetched first. Raises ``ExlError``."""
-        return exl.plan(self.model, **{name: value for name, value in self.options.items() if name != "device"})
+    def check_device(self) -> None:
+        """Raises ``ConfigError`` where a GPU is asked for that is not in this machine."""
+        choose_device(EngineOptions(**self.options))
+
+    def plan(self, loaded: exl.MemoryPlan | None = None) -> exl.MemoryPlan:
+        """From the headers alone. On a GPU with no budget given, what is free counts, and what ``loaded`` will give
+        back. A budget may also be one of a GPU that is not in this machine. Raises ``ExlError``."""
+        options = EngineOptions(**self.options)
+        planned = {name: value for name, value in self.options.items() if name != "device"}
+        try:
+            options, backend = choose_device(options)
+        except ConfigError:
+            if options.vram is None:
+                raise
+            backend = None
+        if backend is not None:
+            planned |= {"vram": options.vram, "arch": backend.arch}
+            if self.options["vram"] is None and loaded is not None:
+                planned["vram"] = options.vram + _freed_bytes(loaded)
+        return exl.plan(self.model, **planned)
 
 
 def load_settings(
@@ -44,7 +63,7 @@ def load_settings(
         "device": device,
         "kv_cache": kv_cache,
         "ram": (ram or "").strip() or None,
-        "vram": None if sizes == [""] else sizes,
+        "vram": None if sizes == [""] else sizes[0] if len(sizes) == 1 else sizes,
         "context": _context((context or "").strip()),
         "head": "file" if head == "stored" else int(head.split()[0]),
     }
@@ -71,6 +90,12 @@ def sampling_options(
         "max_tokens": 256 if max_tokens is None else int(max_tokens),
         "seed": _seed((seed or "").strip()),
     }
+
+
+def _freed_bytes(loaded: exl.MemoryPlan) -> int:
+    """VRAM that goes back with a model; the CUDA context stays."""
+    on_gpus = sum(line.num_bytes for line in loaded.lines if line.device.startswith("cuda"))
+    return max(0, on_gpus - CONTEXT_BYTES)
 
 
 def _context(text: str) -> int | str | None:
