@@ -247,7 +247,9 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         if _fits(files, dataclasses.replace(options, **change), target, resident=False):
             hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))
     short = [device for device, budget in plan.budgets.items() if plan.device_bytes(device) > budget]
-    needs = " and ".join(f"{format_bytes(plan.device_bytes(device))} of {device}" for device in short)
+    needs = " and ".join(
+        format_bytes(plan.device_bytes(device)) + ("" if device == "cpu" else f" of {device}") for device in short
+    )
     given = " and ".join(format_bytes(plan.budgets[device]) for device in short)
     return (
         f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}. "
