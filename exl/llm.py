@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import torch
 
 from exl.config import GenerationDefaults
 from exl.engine import Engine, load_engine
-from exl.errors import ExlError
+from exl.errors import ConfigError, ExlError
 from exl.generator import Generator
 from exl.hub import Token, find_model
 from exl.keywords import explain_foreign_keywords
@@ -23,6 +24,7 @@ from exl.logprobs import TokenLogprob, check_top_logprobs
 from exl.memory import format_bytes
 from exl.planning import EngineOptions
 from exl.progress import Progress, shown_progress
+from exl.safetensors_header import shown
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
@@ -164,7 +166,7 @@ class LLM:
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
         )
-        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
+        if isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
             return [self._complete(item, params, reuse_prefix, top_logprobs) for item in prompt]
         return self._complete(prompt, params, reuse_prefix, top_logprobs)
 
@@ -194,8 +196,21 @@ class LLM:
         return self._begin(prompt, params, reuse_prefix, top_logprobs)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Text -> token ids with the model's BOS, once; ids are returned as they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        """Text -> token ids with the model's BOS, once; ids are returned as they are. Raises ``ConfigError``."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            ids = None if isinstance(prompt, bytes) else [index(item) for item in prompt]  # NumPy's integers, too
+        except TypeError:
+            ids = None
+        if ids is None:
+            raise ConfigError(f"prompt: found {shown(prompt)}, expected a text, a list of texts, or token ids")
+        for token_id in ids:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise ConfigError(
+                    f"prompt: found token id {token_id}, expected an integer from 0 to {self.config.vocab_size - 1}"
+                )
+        return ids
 
     def chat_prompt(
         self,
@@ -287,6 +302,8 @@ class LLM:
             if value is not None:
                 chosen[name] = value
         seed = secrets.randbits(63) if seed is None else seed
+        if not isinstance(stop, Sequence):
+            raise ConfigError(f"stop: found {stop!r}, expected a text or a list of texts")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return SamplingParams(max_tokens=max_tokens, seed=seed, stop=stop, **{"temperature": 0.0, **chosen})
 

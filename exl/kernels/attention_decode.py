@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
+from exl.device_arena import num_items
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
@@ -22,11 +23,6 @@ from exl.kernels.spec import KernelSpec, Variant
 NUM_WARPS, COLUMNS = 4, 8
 MAX_NEW_TOKENS = 8
 MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic
-
-
-def num_items(length: int) -> int:
-    """Items of a context: 256 tokens each up to 4096, then 1024."""
-    return -(-length // 256) if length <= 4096 else 16 + -(-(length - 4096) // 1024)
 
 
 def shared_bytes(head_dim: int, arch: int) -> int:
