@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from exl.kernels import sample_layout
+from exl.kernels import attention_layout, sample_layout
 from exl.kernels.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
 from exl.kernels.tile_layout import ROWS
 from exl.layout import DENSE_STEP, DTYPE_BYTES, Field, LayerLayout, StepLimits, Target, align_up, tile_layout
 
 ARENA_ALIGN = 256  # as the driver aligns an allocation: what every kernel's vector loads are content with
 PANEL_BYTES = 64 << 20  # dequantized at a time, at most
-MAX_NEW_TOKENS = 8  # of a sequence in a decode batch
 TABLE_ALIGN = 4  # words: tables of a batch start at multiples of 16 bytes
 _TABLES = 8  # of a batch
 # Multiprocessors of the largest GPU of an architecture, for one that is not there (NVIDIA's data sheets): TITAN RTX,
@@ -78,9 +77,15 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
         counts = {layout: min(layout.num_tiles, PANEL_BYTES // (ROWS * layout.K * 2)) for layout in tiles}
         many.add("panel", "f16", max(count * ROWS * layout.K for layout, count in counts.items()))
         many.add("product", "f32", limits.max_rows * ROWS * max(counts.values()))
-    column_tiles = -(-limits.num_heads // limits.num_kv_heads * MAX_NEW_TOKENS // 8)
-    pairs = limits.max_sequences * limits.num_kv_heads * column_tiles
-    partial = Field(0, pairs * num_items(limits.max_context) * 8 * (limits.head_dim + 2) * 4, "f32", ())
+    attention = attention_layout.scratch_shapes(
+        limits.max_sequences,
+        limits.num_heads,
+        limits.num_kv_heads,
+        limits.head_dim,
+        limits.max_context,
+        attention_layout.MAX_NEW_TOKENS,
+    )
+    partial = Field(0, attention["partial"][1] * 4, "f32", (attention["partial"][1],))
     step = _Slab()
     step.add("residual", "f32", limits.window_rows, limits.hidden_size)
     step.add("sums of squares", "f32", limits.window_rows, -(-limits.hidden_size // ROWS))
@@ -96,7 +101,7 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
         step.add("fused", "f16", limits.max_rows * 2 * limits.intermediate_size)
     step.add("shared", "u8", max(few.num_bytes, many.num_bytes, align_up(partial.num_bytes, ARENA_ALIGN)))
     step.add("linear arrived", "i32", shapes.get("arrived", ("i32", 0))[1])
-    step.add("attention arrived", "i32", pairs)
+    step.add("attention arrived", *attention["arrived"])
     rows = sample_rows(limits)
     step.add("sampling tables", "u8", sample_layout.table_bytes(rows, max_seen(limits)))
     for name, (dtype, count) in sample_layout.scratch_shapes(rows, limits.vocab_size).items():
@@ -126,11 +131,6 @@ def table_words(limits: StepLimits) -> int:
     sequences = limits.window_sequences
     a_row, a_sequence = 2 + 2 * half, limits.max_pages + 2
     return limits.window_rows * a_row + sequences * (a_sequence + 1 + _TABLES * TABLE_ALIGN)
-
-
-def num_items(length: int) -> int:
-    """Items that decode attention cuts a context into: 256 tokens each up to 4096, then 1024."""
-    return -(-length // 256) if length <= 4096 else 16 + -(-(length - 4096) // 1024)
 
 
 def crossover(arch: int) -> int:

@@ -12,10 +12,11 @@ import torch
 
 from exl.cache import KVCache
 from exl.config import GenerationDefaults, ModelConfig
-from exl.device_arena import MAX_NEW_TOKENS, arena_layout
+from exl.device_arena import arena_layout
 from exl.device_plan import CONTEXT_BYTES, HOST
 from exl.errors import ConfigError, KernelError, MemoryBudgetError
 from exl.generator import Generator
+from exl.kernels.attention_layout import MAX_NEW_TOKENS
 from exl.kernels.launch import Backend, CudaBackend
 from exl.layout import LayerLayout, Target
 from exl.loader import ModelWeights, load_weights

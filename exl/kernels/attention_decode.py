@@ -10,18 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
-from exl.device_arena import num_items
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
+from exl.kernels.attention_layout import COLUMNS, MAX_NEW_TOKENS, column_tiles, num_items, scratch_shapes
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import OUT_TYPES
 from exl.kernels.page_layout import PageLayout
 from exl.kernels.spec import KernelSpec, Variant
 
-NUM_WARPS, COLUMNS = 4, 8
-MAX_NEW_TOKENS = 8
+NUM_WARPS = 4
 MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic
 
 
@@ -51,22 +50,6 @@ class DecodeScratch:
 
     partial: torch.Tensor  # f32
     arrived: torch.Tensor  # i32, zero; the kernel leaves it zero
-
-
-def scratch_shapes(
-    num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int, max_new: int = 1
-) -> dict[str, tuple[str, int]]:
-    """Type and number of elements of each field of ``DecodeScratch``."""
-    pairs = num_sequences * num_kv_heads * column_tiles(num_heads, num_kv_heads, max_new)
-    return {
-        "partial": ("f32", pairs * num_items(max_context) * COLUMNS * (head_dim + 2)),
-        "arrived": ("i32", pairs),
-    }
-
-
-def column_tiles(num_heads: int, num_kv_heads: int, max_new: int) -> int:
-    """Of 8 columns: heads of a group times new tokens."""
-    return -(-num_heads // num_kv_heads * max_new // COLUMNS)
 
 
 def check_tables(

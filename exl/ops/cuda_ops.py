@@ -76,7 +76,7 @@ class CudaOps:
         if arena.many:
             many = {name: self._view(field, shared) for name, field in arena.many.items()}
             self._many = PanelScratch(x=self._view(arena.fields["normed"]), **many)
-        partial = self._slab[shared : shared + arena.partial.num_bytes].view(torch.float32)
+        partial = self._view(arena.partial, shared)
         self._attention = DecodeScratch(partial, self._view(arena.fields["attention arrived"]))
         self._sumsq = self._view(arena.fields["sums of squares"])
         self._normed = self._view(arena.fields["normed"])

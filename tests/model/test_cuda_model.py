@@ -40,11 +40,15 @@ def backend(request):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """4 bits, every linear with an order of its own."""
+def folder_and_model(tmp_path_factory):
+    """4 bits, every linear with an order of its own; and transformers' twin."""
     path = tmp_path_factory.mktemp("own-order")
-    make(path, 4, 32, order="own")
-    return path
+    return path, make(path, 4, 32, order="own")
+
+
+@pytest.fixture(scope="module")
+def folder(folder_and_model):
+    return folder_and_model[0]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,26 @@ def test_gptq_against_transformers(backend, tmp_path, bits, group_size, options)
     assert (all_logits(engine, ids) - expected).abs().max() < bound(expected, 2)
     expected = decode_logits(model, ids, 1)
     assert (step_logits(engine, ids) - expected).abs().max() < bound(expected, 2)
+
+
+@pytest.mark.parametrize("arch", [61, 75, 90])
+def test_other_architectures(folder_and_model, arch):
+    """Without tensor cores, without asynchronous copies, with dependent launches."""
+    folder, model = folder_and_model
+    ids, engine = some_ids(13), load(folder, make_backend("plain", arch))
+    expected = prefill_logits(model, ids)
+    assert (all_logits(engine, ids) - expected).abs().max() < bound(expected, 2)
+    assert (step_logits(engine, ids) - decode_logits(model, ids, 1)).abs().max() < bound(expected, 2)
+
+
+@pytest.mark.parametrize("mode", ["race", "asan"])
+def test_a_whole_pass_under_the_sanitizers(folder_and_model, mode):
+    """Prefill, decode steps that start before their predecessors have ended, sampling: memory between launches is
+    watched, too. Reads before griddepcontrol_wait of what an earlier launch of the chain writes are reported."""
+    folder, _ = folder_and_model
+    engine = load(folder, make_backend(mode, 90), kv_cache="q8")
+    params = SamplingParams(temperature=0.8, top_k=20, seed=3, max_tokens=5)
+    assert len(tokens(engine, params)) == 5
 
 
 @pytest.mark.parametrize("kind", ["q8", "k8v4", "q4"])

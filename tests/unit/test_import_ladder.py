@@ -38,6 +38,7 @@ LADDER = (
             "kernels.spec",
             "kernels.tile_layout",
             "kernels.linear_config",
+            "kernels.attention_layout",
             "kernels.sample_layout",
         ),
         *("control_tokens", "chat_template"),
