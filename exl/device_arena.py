@@ -46,6 +46,12 @@ class ArenaLayout:
     many: Mapping[str, Field]  # inside of ``shared``: panel and product; empty where no chunk is so long
     partial: Field  # inside of ``shared``: of decode attention
 
+    @property
+    def upload_bytes(self) -> int:
+        """Of page-locked buffers on the host: two for each table that is copied, and two for samples that come back."""
+        tables = self.fields["tables"].num_bytes + self.fields["sampling tables"].num_bytes
+        return 2 * (tables + self.fields["sampling arrived"].num_bytes)  # a counter a row, as samples are
+
     def bytes_of(self, *names: str) -> int:
         return sum(align_up(self.fields[name].num_bytes, ARENA_ALIGN) for name in names if name in self.fields)
 

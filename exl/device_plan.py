@@ -78,7 +78,7 @@ def _plan(
     slots = min(num_slots, num_layers - num_resident)
     shares = list(_shares(model, vram, num_resident, num_pages, slots, arena))
     lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, arena)]
-    pinned, host_lines = _host_lines(model, num_resident, slots, ram)
+    pinned, host_lines = _host_lines(model, num_resident, slots, ram, arena)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
     placed += [(Tier.PINNED if i < pinned else Tier.DISK, last) for i in range(num_layers - num_resident)]
@@ -146,20 +146,28 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
     return [line for line in lines if line.num_bytes]
 
 
-def _host_lines(model: PlanInput, num_resident: int, slots: int, ram: int | None) -> tuple[int, list[PlanLine]]:
+def _host_lines(
+    model: PlanInput, num_resident: int, slots: int, ram: int | None, arena: ArenaLayout
+) -> tuple[int, list[PlanLine]]:
     """How many of the streamed layers are pinned, the first of them first; and what host memory holds."""
     sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
-    read_buffers = slots * max(sizes, default=0)  # pinned; what the disk is read into
-    loading = align_up(loading_bytes(model), BLOB_ALIGN)
+    unpinned = [
+        model.embed.num_bytes,
+        model.head.num_bytes,
+        *(layer.num_bytes for layer in model.layers[:num_resident]),
+    ]
 
     def lines(pinned: int) -> list[PlanLine]:
         on_disk = len(sizes) - pinned
-        buffers = read_buffers if on_disk else 0
+        buffers = slots * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
+        staging = max(*unpinned, *sizes[pinned:], 0)  # where a blob is packed that does not stay in host memory
+        loading = align_up(loading_bytes(model) + staging, BLOB_ALIGN)
         found = [
             PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}"),
             PlanLine("pinned read buffers", HOST, buffers, True, f"for {on_disk} layers on the disk"),
-            # While loading; buffers are not there yet.
-            PlanLine("loading", HOST, max(0, loading - buffers), False, "two layers as the file has them"),
+            PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
+            # While loading; read buffers are not there yet.
+            PlanLine("loading", HOST, max(0, loading - buffers), False, "two layers as the file has them, one packed"),
         ]
         return [line for line in found if line.num_bytes]
 

@@ -14,6 +14,7 @@ from exl import weight_memory
 from exl.device_stream import HostCopyEngine
 from exl.engine import Engine, load_engine
 from exl.errors import KernelError, UnsupportedModelError
+from exl.host_memory import HostBuffer
 from exl.hub import BUNDLED_MODEL
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
 from exl.memory import Tier
@@ -397,7 +398,8 @@ def test_copies_of_streamed_layers_are_part_of_the_graph(backend, four_bit, monk
 def test_exact_lines_are_what_is_alive(backend, four_bit):
     before = live_bytes()
     engine = load(four_bit, backend)
-    lines = [line for line in engine.plan.lines if line.exact and not line.purpose.startswith("rounding")]
+    lines = [line for line in engine.plan.lines if line.exact and line.device == "cuda:0"]
+    lines = [line for line in lines if line.purpose != "rounding to segments"]
     assert live_bytes() - before == sum(line.num_bytes for line in lines)
     assert len(tokens(engine)) == 64
     assert live_bytes() - before == sum(line.num_bytes for line in lines)
@@ -440,3 +442,19 @@ def test_dense_layers_need_tensor_cores():
     spec = BlobSpec((), (("o", (LinearSpec((MatrixSpec("o_proj", 64, 64, 16, "f16"),)),)),))
     with pytest.raises(UnsupportedModelError, match=r"o_proj: found dense weights, compute capability 6\.1"):
         layer_layout(spec, Target("cuda", arch=61))
+
+
+def test_pinned_tables_are_what_the_plan_says(backend, four_bit, monkeypatch):
+    from exl.ops import cuda_batch, cuda_sampling
+
+    made = []
+
+    class Counted(HostBuffer):
+        def __init__(self, num_bytes, purpose):
+            super().__init__(num_bytes, purpose)
+            made.append(num_bytes)
+
+    monkeypatch.setattr(cuda_batch, "HostBuffer", Counted)
+    monkeypatch.setattr(cuda_sampling, "HostBuffer", Counted)
+    plan = load(four_bit, backend, max_sequences=3).plan
+    assert [line.num_bytes for line in plan.lines if line.purpose == "pinned tables"] == [sum(made)]
