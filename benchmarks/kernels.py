@@ -1,8 +1,8 @@
-"""Speeds of the linear kernels on this machine's GPU, beside the roofs and peers measured in the same run.
+"""Speeds of linear and attention kernels on this machine's GPU, beside the roofs and peers measured in the same run.
 
-``python benchmarks/kernels.py`` takes under six minutes, prints a report and writes it to
+``python benchmarks/kernels.py`` is made to take under eight minutes, prints a report and writes it to
 ``benchmarks/results/<gpu>.md``. Needs this repository, torch and CuPy. Each figure is the median of events around
-single launches, with the L2 cache flushed before each; weights are random.
+single launches, with the L2 cache flushed before each; weights and pages are random.
 """
 
 # ruff: noqa: E402
@@ -12,7 +12,7 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository, installed or not
 
+from benchmarks.attention import attention_rows
+from benchmarks.timing import REPEATS, Timer
 from exl.errors import KernelError
 from exl.kernels.args import ptr, u64
 from exl.kernels.launch import Backend, CudaBackend, launch
@@ -30,8 +32,6 @@ from exl.kernels.tile_layout import TileLayout
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GROUP_SIZE = 128
-REPEATS = 15
-FLUSH_BYTES = 2**30  # larger than any L2, and long enough to hide the wrapper's own time behind
 READ_BYTES = 2 * 2**30
 GRAPH_NODES = 512
 # Linears of a layer as a decode step launches them: name, K, N.
@@ -41,27 +41,6 @@ MODELS: dict[str, tuple[tuple[str, int, int], ...]] = {
     "13B": (("qkv", 5120, 15360), ("o", 5120, 5120), ("gate_up", 5120, 27648), ("down", 13824, 5120)),
     "70B": (("qkv", 8192, 10240), ("o", 8192, 8192), ("gate_up", 8192, 57344), ("down", 28672, 8192)),
 }
-
-
-class Timer:
-    """Medians of events; a buffer larger than L2 is written before every launch that is timed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-
-    def median_us(self, run: Callable[[], None], repeats: int = REPEATS) -> float:
-        for _ in range(3):
-            run()
-        times = []
-        for _ in range(repeats):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._flush.zero_()
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) * 1e3)
-        return statistics.median(times)
 
 
 @dataclass(frozen=True)
@@ -158,12 +137,15 @@ def linear_rows(backend: Backend, timer: Timer, roofs: Roofs, models: list[str],
                 yield f"| {model} {name} | {K} x {N} | {num_tokens} | {speeds} |"
 
 
-def report(backend: Backend, models: list[str], bits: int) -> Iterator[str]:
+PARTS = ("linear", "attention")
+
+
+def report(backend: Backend, models: list[str], bits: int, parts: list[str]) -> Iterator[str]:
     """The file's lines, as they are measured."""
     torch.manual_seed(0)
     timer = Timer(backend.device)
     properties = torch.cuda.get_device_properties(backend.device)
-    yield f"# {properties.name}: linear kernels"
+    yield f"# {properties.name}: kernels"
     yield ""
     yield f"torch {torch.__version__}, CUDA {torch.version.cuda}, compute capability {backend.arch / 10}, "
     yield f"{backend.num_multiprocessors} multiprocessors. Medians of {REPEATS} launches, L2 flushed before each."
@@ -174,6 +156,14 @@ def report(backend: Backend, models: list[str], bits: int) -> Iterator[str]:
     yield f"- from one graph node to the next: {roofs.gap_us:.2f} us"
     if roofs.dependent_gap_us is not None:
         yield f"- the same with programmatic dependent launch: {roofs.dependent_gap_us:.2f} us"
+    if "linear" in parts:
+        yield from linear_report(backend, timer, roofs, models, bits)
+    if "attention" in parts:
+        yield ""
+        yield from attention_rows(backend, timer, roofs.read)
+
+
+def linear_report(backend: Backend, timer: Timer, roofs: Roofs, models: list[str], bits: int) -> Iterator[str]:
     yield ""
     yield f"{bits} bits, groups of {GROUP_SIZE}, f16 activations. Share: bytes of weights, scales and zeros by the"
     yield "time, against the roof. Ratios above 1: exl is faster."
@@ -187,6 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes to measure")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the report")
     arguments = parser.parse_args()
     try:
@@ -195,7 +186,7 @@ def main() -> int:
         print(f"benchmarks/kernels.py needs a GPU: {error}", file=sys.stderr)
         return 1
     lines = []
-    for line in report(backend, arguments.models, arguments.bits):
+    for line in report(backend, arguments.models, arguments.bits, arguments.parts):
         print(line, flush=True)
         lines.append(line)
     name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(backend.device)).strip("-").lower()

@@ -15,8 +15,9 @@
 // blocks of other columns write the same bytes. The last block to arrive combines (the counter is the only atomic).
 //
 // Block: 4 warps; grid: (max_items, Hkv * column tiles, B). Shared bytes: kSharedBytes (attention_decode.py has the same sum).
-// Macros: page.cuh. Architectures: sm_75 and up. Tests: tests/kernels/test_attention_decode.py
+// Macros: page.cuh. Architectures: all; below sm_75 in f32 arithmetic. Tests: tests/kernels/test_attention_decode.py
 #include <exl/attend.cuh>
+#include <exl/attend_simt.cuh>
 #include <exl/head_row.cuh>
 
 constexpr int kWarps = 4, kThreads = 128, kColumns = 8;
@@ -29,12 +30,16 @@ EXL_DEVICE int items_of(int length) {
   return length <= kShortEnd ? (length + kShort - 1) / kShort : kShortEnd / kShort + (length - kShortEnd + kLong - 1) / kLong;
 }
 
+// Of a warp: a row [kD], m and l of its columns, and behind them, in the first warp's, the count of arrived blocks.
+// Below sm_75 probabilities lie there too, between the rows and the sums: sm_61 has no more than 48 KB.
+constexpr int kRowFloats = kHasMma || kD + 20 > kSimtProbabilities ? kD + 20 : kSimtProbabilities;
 struct Shared {
-  float row[kWarps][kD];
+  float row[kWarps][kRowFloats];
   float o[kWarps][kColumns][kD];
-  float m[kWarps][kColumns], l[kWarps][kColumns];
-  u32 arrived[4];
-  half q[kColumns * kQPitch];
+  float q[kHasMma ? kColumns * kQPitch / 2 : kColumns * kSimtPitch];   // halves, or below sm_75 floats
+  EXL_DEVICE float& m(int warp, int column) { return row[warp][kD + column]; }
+  EXL_DEVICE float& l(int warp, int column) { return row[warp][kD + kColumns + column]; }
+  EXL_DEVICE u32& arrived() { return *reinterpret_cast<u32*>(&row[0][kD + 2 * kColumns]); }
 };
 constexpr int kSharedBytes = sizeof(Shared);
 
@@ -74,10 +79,10 @@ EXL_KERNEL(attention_decode, 128, 2)
   const int last_item = items_of(length) - 1;
   if (num_columns <= 0 || item < first_item || item > last_item) return;   // the whole block
 
-  // Columns of q: column c is head c % group of the kv head's group, new token c / group.
+  const Columns columns{column0, num_columns, group, before, window};
   float* row = s.row[warp];
+  half* s_q = reinterpret_cast<half*>(s.q);
   for (int c = warp; c < kColumns; c += kWarps) {
-    half* to = s.q + c * kQPitch;
     const bool there = c < num_columns;
     const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     if (there) {
@@ -88,7 +93,11 @@ EXL_KERNEL(attention_decode, 128, 2)
       rotate_by_position(row, cosine + angle, sine + angle, half_dim, lane);
       rotate_by_hadamard(row, lane);
     }
-    for (int i = lane; i < kRuns * 32; i += 32) to[i] = __float2half_rn(there && i < kD ? row[i] : 0.0f);
+    for (int i = lane; i < kRuns * 32; i += 32) {
+      const half value = __float2half_rn(there && i < kD ? row[i] : 0.0f);
+      if constexpr (kHasMma) s_q[c * kQPitch + i] = value;
+      else s.q[c * kSimtPitch + i] = __half2float(value);
+    }
     __syncwarp();
   }
   // New tokens of this item into their pages, K and V in turn.
@@ -112,31 +121,37 @@ EXL_KERNEL(attention_decode, 128, 2)
   }
   __syncthreads();   // q, and the new tokens' bytes, are there for all warps
 
-  const int t = lane % 4, g = lane / 4;
-  Question question[1][2];
-  EXL_UNROLL
-  for (int e = 0; e < 2; ++e) {
-    const int column = 2 * t + e, place = before + (column0 + column) / group;
-    question[0][e].last = column < num_columns ? place : -1;
-    question[0][e].first = window > 0 ? place - window + 1 : 0;
-  }
-  Attended<1> a = {};
-  a.m[0][0] = a.m[0][1] = kNone;
-  for (int number = start / kPageTokens + warp; number * kPageTokens < end; number += kWarps) {
-    if ((number + 1) * kPageTokens <= oldest) continue;
+  const auto page_of = [&](int number) {
     const size_t page = static_cast<size_t>(page_table[static_cast<size_t>(sequence) * max_pages + number]);
-    attend_page(a, pages + (page * num_kv_heads + kv_head) * kPageBytes, number * kPageTokens, s.q, question, length, lane, scale, softcap);
-  }
-  EXL_UNROLL
-  for (int e = 0; e < 2; ++e) {
-    const float l = sum_over_rows(a.l[0][e]);
-    if (g == 0) { s.m[warp][2 * t + e] = a.m[0][e]; s.l[warp][2 * t + e] = l; }
-  }
-  EXL_UNROLL
-  for (int c = 0; c < kTiles; ++c)
+    return pages + (page * num_kv_heads + kv_head) * kPageBytes;
+  };
+  const int first_page = start / kPageTokens + warp, oldest_page = oldest / kPageTokens;
+  if constexpr (kHasMma) {
+    const int t = lane % 4, g = lane / 4;
+    const Question question[1][2] = {{columns.question(2 * t), columns.question(2 * t + 1)}};
+    Attended<1> a = {};
+    a.m[0][0] = a.m[0][1] = kNone;
+    for (int number = first_page; number * kPageTokens < end; number += kWarps)
+      if (number >= oldest_page) attend_page(a, page_of(number), number * kPageTokens, s_q, question, length, lane, scale, softcap);
     EXL_UNROLL
-    for (int e = 0; e < 4; ++e)
-      if (c * 16 + 8 * (e / 2) < kD) s.o[warp][2 * t + e % 2][c * 16 + g + 8 * (e / 2)] = a.o[0][c].r[e];
+    for (int e = 0; e < 2; ++e) {
+      const float l = sum_over_rows(a.l[0][e]);
+      if (g == 0) { s.m(warp, 2 * t + e) = a.m[0][e]; s.l(warp, 2 * t + e) = l; }
+    }
+    EXL_UNROLL
+    for (int c = 0; c < kTiles; ++c)
+      EXL_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (c * 16 + 8 * (e / 2) < kD) s.o[warp][2 * t + e % 2][c * 16 + g + 8 * (e / 2)] = a.o[0][c].r[e];
+  } else {
+    const SimtWarp mine{s.q, s.o[warp][0], row};
+    SimtSums sums{kNone, 0.0f};
+    for (int i = lane; i < kColumns * kD; i += 32) mine.o[i] = 0.0f;
+    __syncwarp();
+    for (int number = first_page; number * kPageTokens < end; number += kWarps)
+      if (number >= oldest_page) attend_page_simt(sums, mine, page_of(number), number * kPageTokens, columns, length, lane, scale, softcap);
+    if (lane < kColumns) { s.m(warp, lane) = sums.m; s.l(warp, lane) = sums.l; }
+  }
   __syncthreads();
 
   // This item's columns, and where there are more items, all of theirs by the last block.
@@ -147,13 +162,13 @@ EXL_KERNEL(attention_decode, 128, 2)
     const int column = i / kD, channel = i % kD;
     float top = kNone;
     EXL_UNROLL
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.m[w][column]);
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.m(w, column));
     float o = 0.0f, l = 0.0f;
     EXL_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-      const float factor = ex2_approx(s.m[w][column] - top);
+      const float factor = ex2_approx(s.m(w, column) - top);
       o = fmaf(factor, s.o[w][column][channel], o);
-      l = fmaf(factor, s.l[w][column], l);
+      l = fmaf(factor, s.l(w, column), l);
     }
     float* to = mine + column * (kD + 2);
     to[channel] = o;
@@ -162,9 +177,9 @@ EXL_KERNEL(attention_decode, 128, 2)
   const int num_items = last_item - first_item + 1;
   __threadfence();
   __syncthreads();
-  if (tid == 0) s.arrived[0] = atomicInc(arrived + pair, static_cast<u32>(num_items - 1));   // the last one puts it back to 0
+  if (tid == 0) s.arrived() = atomicInc(arrived + pair, static_cast<u32>(num_items - 1));   // the last one puts it back to 0
   __syncthreads();
-  if (s.arrived[0] != static_cast<u32>(num_items - 1)) return;
+  if (s.arrived() != static_cast<u32>(num_items - 1)) return;
   __threadfence();
   for (int c = warp; c < num_columns; c += kWarps) {
     const float* from = parts + static_cast<size_t>(first_item) * (kColumns * (kD + 2)) + c * (kD + 2);

@@ -5,25 +5,28 @@
 //   page_table   i32 [B, max_pages]; pages u8 [pages][Hkv][kPageBytes] (page.cuh)
 //   out          f16 [num_tokens, H * kD]; channel n of a row at positions[n] (i32 [H * kD]) where that is given
 //
-// A column is a query head of a kv head's group and a new token. A warp has 8 kN of them, a block 32 kN; a warp goes
+// A column is a query head of a kv head's group and a new token. A warp has 8 kN of them; a warp goes
 // through all pages that its columns see, in order, so that a row's bits do not depend on the others'. Pages are read
 // as they are: there is no copy of the context in another type.
 //
-// Block: 4 warps; grid: (blocks of columns, Hkv, B). Shared bytes: 8 * kWarpHalves (attention_prefill.py has
-// the same sum).
-// Macros: page.cuh; EXL_N: kN, 1 or 2. Architectures: sm_75 and up. Tests: tests/kernels/test_attention_prefill.py
+// Block: EXL_WARPS warps; grid: (blocks of columns, Hkv, B). Shared bytes: EXL_WARPS * kWarpBytes (attention_prefill.py
+// has the same sum).
+// Macros: page.cuh; EXL_N: kN, 1 or 2, below sm_75 1; EXL_WARPS 2 or 4. Architectures: all; below sm_75 in f32
+// arithmetic. Tests: tests/kernels/test_attention_prefill.py
 #include <exl/attend.cuh>
+#include <exl/attend_simt.cuh>
 #include <exl/head_row.cuh>
 
-constexpr int kN = EXL_N, kWarps = 4, kColumns = 8 * kN;   // of a warp
-constexpr int kQHalves = kColumns * kQPitch, kOHalves = 8 * kD * 2;   // of shared memory: q, and then eight columns of O
-constexpr int kWarpHalves = kQHalves > kOHalves ? kQHalves : kOHalves;
+constexpr int kN = EXL_N, kWarps = EXL_WARPS, kColumns = 8 * kN;   // of a warp
+// Shared memory of a warp: q, and then in its place eight columns of O; below sm_75 O, q and probabilities side by side.
+constexpr int kQBytes = kColumns * kQPitch * 2, kOBytes = 8 * kD * 4, kMmaBytes = kQBytes > kOBytes ? kQBytes : kOBytes;
+constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + kSimtProbabilities * 4;
 
 EXL_KERNEL(attention_prefill, 128, 1)
 (const half* __restrict__ q, const i32* __restrict__ query_start, const i32* __restrict__ context_len,
  const i32* __restrict__ page_table, const u8* __restrict__ pages, half* out, const i32* __restrict__ positions, int num_heads,
  int num_kv_heads, int max_pages, int window, float scale, float softcap) {
-  EXL_DYNAMIC_SMEM(half, smem);
+  EXL_DYNAMIC_SMEM(u8, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
@@ -34,45 +37,62 @@ EXL_KERNEL(attention_prefill, 128, 1)
   const int left = group * num_new - column0, num_columns = left < kColumns ? left : kColumns;
   if (num_columns <= 0) return;   // a whole warp: there are no barriers of the block
 
-  // Columns are in the order of their tokens: first and last see the fewest and the most.
-  half* s_q = smem + warp * kWarpHalves;
+  u8* mine = smem + warp * kWarpBytes;
+  half* s_q = reinterpret_cast<half*>(mine);
+  float* rows = reinterpret_cast<float*>(mine);   // O [8][kD]
+  float* q32 = rows + 8 * kD;
   for (int c = 0; c < kColumns; ++c) {
     const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     const half* from = q + (static_cast<size_t>(token) * num_heads + head) * kD;
-    for (int i = lane; i < kRuns * 32; i += 32)
-      s_q[c * kQPitch + i] = c < num_columns && i < kD ? from[i] : __float2half_rn(0.0f);
+    for (int i = lane; i < kRuns * 32; i += 32) {
+      const half value = c < num_columns && i < kD ? from[i] : __float2half_rn(0.0f);
+      if constexpr (kHasMma) s_q[c * kQPitch + i] = value;
+      else q32[c * kSimtPitch + i] = __half2float(value);
+    }
   }
+  if constexpr (!kHasMma)
+    for (int i = lane; i < 8 * kD; i += 32) rows[i] = 0.0f;
   __syncwarp();
+
+  // Columns are in the order of their tokens: first and last see the fewest and the most.
+  const Columns columns{column0, num_columns, group, before, window};
   Question question[kN][2];
   EXL_UNROLL
-  for (int n = 0; n < kN; ++n)
-    EXL_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int column = n * 8 + 2 * t + e, place = before + (column0 + column) / group;
-      question[n][e].last = column < num_columns ? place : -1;
-      question[n][e].first = window > 0 ? place - window + 1 : 0;
-    }
+  for (int i = 0; i < 2 * kN; ++i) question[i / 2][i % 2] = columns.question(i / 2 * 8 + 2 * t + i % 2);
   Attended<kN> a = {};
   EXL_UNROLL
   for (int n = 0; n < kN; ++n) a.m[n][0] = a.m[n][1] = kNone;
+  SimtSums sums{kNone, 0.0f};
   const int newest = before + (column0 + num_columns - 1) / group, oldest = before + column0 / group - window + 1;
   const int first_page = window > 0 && oldest > 0 ? oldest / kPageTokens : 0;
   for (int number = first_page; number * kPageTokens <= newest; ++number) {
-    const size_t page = static_cast<size_t>(page_table[static_cast<size_t>(sequence) * max_pages + number]);
-    attend_page<kN>(a, pages + (page * num_kv_heads + kv_head) * kPageBytes, number * kPageTokens, s_q, question, length, lane, scale, softcap);
+    const size_t index = static_cast<size_t>(page_table[static_cast<size_t>(sequence) * max_pages + number]);
+    const u8* page = pages + (index * num_kv_heads + kv_head) * kPageBytes;
+    if constexpr (kHasMma) {
+      attend_page<kN>(a, page, number * kPageTokens, s_q, question, length, lane, scale, softcap);
+    } else {
+      const SimtWarp shared{q32, rows, q32 + 8 * kSimtPitch};
+      attend_page_simt<8>(sums, shared, page, number * kPageTokens, columns, length, lane, scale, softcap);
+    }
   }
 
-  // O / l through the shared memory that held q, eight columns at a time.
-  float* rows = reinterpret_cast<float*>(s_q);   // [8][kD]
+  // O / l through shared memory, eight columns at a time.
   EXL_UNROLL
   for (int n = 0; n < kN; ++n) {
     __syncwarp();
-    EXL_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const float l = sum_over_rows(a.l[n][e % 2]), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+    if constexpr (kHasMma) {
       EXL_UNROLL
-      for (int c = 0; c < kTiles; ++c)
-        if (c * 16 + 8 * (e / 2) < kD) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
+      for (int e = 0; e < 4; ++e) {
+        const float l = sum_over_rows(a.l[n][e % 2]), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+        EXL_UNROLL
+        for (int c = 0; c < kTiles; ++c)
+          if (c * 16 + 8 * (e / 2) < kD) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
+      }
+    } else {
+      for (int c = 0; c < 8; ++c) {
+        const float l = __shfl_sync(kWarp, sums.l, c), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+        for (int i = lane; i < kD; i += 32) rows[c * kD + i] *= inverse;
+      }
     }
     __syncwarp();
     for (int c = 0; c < 8 && n * 8 + c < num_columns; ++c) {

@@ -329,7 +329,7 @@ EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawSha
       position = mul_high(p.uniform, kept);
     }
     if (stage != kMinP) place = find(list, position, by_count, row, scale, s);
-    if (stage == kTopP && place.through < kept) kept = place.through;
+    if (stage == kTopP) kept = place.through;
     if (stage == kTopP || stage == kDraw) continue;
     // As the CPU compares: f64, rounded after the difference and after the quotient. Equals of the k-th are kept.
     const double cut = by_count ? (static_cast<double>(value_of(key_in(place.order))) - top) / temperature : p.log_min_p;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class Chat:
     ) -> None:
         """``tools`` and ``variables`` go to the chat template. Raises ``ConfigError`` for a model without one that is
         to have tools."""
-        self._llm, self._system = llm, system
+        self._llm, self._system = llm, _checked_system(system)
         self._tools, self._variables = tools, variables
         self._messages: list[dict[str, Any]] = []
         self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: to be rendered
@@ -83,7 +84,7 @@ class Chat:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._system = text
+        self._system = _checked_system(text)
         self._run_ids = []
 
     @property
@@ -160,13 +161,14 @@ class Chat:
             "system": self._system,
             "messages": self._messages,
         }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
             part.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             os.replace(part, path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a null byte; a message that is no Unicode
+            with contextlib.suppress(OSError, ValueError):
+                part.unlink()
+            raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
     @classmethod
     def load(
@@ -258,6 +260,12 @@ def _exhaust(stream: TextIterator) -> Completion:
 def _checked(text: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"message: found {text!r}, expected a text that is not empty")
+    return text
+
+
+def _checked_system(text: str | None) -> str | None:
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"system: found {text!r}, expected a text or None")
     return text
 
 

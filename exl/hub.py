@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exl.errors import CheckpointError
+from exl.errors import CheckpointError, ConfigError
+from exl.safetensors_header import shown
 
 if TYPE_CHECKING:
     from exl.remote import RemoteFolder
@@ -33,6 +34,7 @@ def find_model(
     path = _local_path(model)
     if path is not None:
         return path
+    _check_access(revision, token)
     # Imported here: it takes longer than all of exl's command line.
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
@@ -50,6 +52,7 @@ def find_headers(model: str | Path | None, *, revision: str | None = None, token
     """The same without a download: a repository that is not in the cache is looked at where it is."""
     path = _local_path(model)
     if path is None:
+        _check_access(revision, token)
         path = _cached(str(model), revision)
     if path is not None:
         return path
@@ -71,12 +74,27 @@ def _local_path(model: str | Path | None) -> Path | None:
     """None: it can only be a repository. Raises ``CheckpointError`` where it can be neither."""
     if model is None:
         return BUNDLED_MODEL
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model: found {model!r}, expected a folder or a Hugging Face repository id")
     path = Path(model).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:  # a name that no system can have
+        raise CheckpointError(f"{shown(str(model))}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(model, str) or not _REPO_ID.fullmatch(model):
         raise CheckpointError(f"{model}: {_NOT_HERE}, and not a Hugging Face repository id (owner/name)")
     return None
+
+
+def _check_access(revision: str | None, token: Token) -> None:
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ConfigError(f"revision: found {revision!r}, expected a branch, a tag or a commit")
+    # It goes into a header. What it is stays out of the message.
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.strip()):
+        raise ConfigError("token: found characters that no token has, expected one such as hf_...")
+    if token is not None and not isinstance(token, str | bool):
+        raise ConfigError(f"token: found a {type(token).__name__}, expected a text, True, False or None")
 
 
 def _cached(repo_id: str, revision: str | None) -> Path | None:

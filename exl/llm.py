@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import torch
 
 from exl.config import GenerationDefaults
 from exl.engine import Engine, load_engine
-from exl.errors import ExlError
+from exl.errors import ConfigError, ExlError
 from exl.generator import Generator
 from exl.hub import Token, find_model
 from exl.keywords import explain_foreign_keywords
@@ -23,6 +24,7 @@ from exl.logprobs import TokenLogprob, check_top_logprobs
 from exl.memory import format_bytes
 from exl.planning import EngineOptions
 from exl.progress import Progress, shown_progress
+from exl.safetensors_header import shown
 from exl.sampling import SamplingParams
 from exl.text_stream import TextStream
 from exl.tokenizer import Tokenizer
@@ -164,7 +166,7 @@ class LLM:
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
         )
-        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
+        if isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
             return [self._complete(item, params, reuse_prefix, top_logprobs) for item in prompt]
         return self._complete(prompt, params, reuse_prefix, top_logprobs)
 
@@ -194,8 +196,21 @@ class LLM:
         return self._begin(prompt, params, reuse_prefix, top_logprobs)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Text -> token ids with the model's BOS, once; ids are returned as they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        """Text -> token ids with the model's BOS, once; ids are returned as they are. Raises ``ConfigError``."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            ids = None if isinstance(prompt, bytes) else [index(item) for item in prompt]  # NumPy's integers, too
+        except TypeError:
+            ids = None
+        if ids is None:
+            raise ConfigError(f"prompt: found {shown(prompt)}, expected a text, a list of texts, or token ids")
+        for token_id in ids:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise ConfigError(
+                    f"prompt: found token id {token_id}, expected an integer from 0 to {self.config.vocab_size - 1}"
+                )
+        return ids
 
     def chat_prompt(
         self,
@@ -232,10 +247,11 @@ class LLM:
         return out
 
     def iter_logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The same a chunk at a time, f32 [n, V], valid until the next is asked for: for long texts."""
+        """The same a chunk at a time, f32 [n, V] on the CPU, valid until the next is asked for: for long texts."""
         generator = self._open_generator()
         with self._turn:
-            yield from generator.logits(ids)
+            for chunk in generator.logits(ids):
+                yield chunk.cpu()
 
     def close(self) -> None:
         """Gives the memory back. What is asked of the model afterwards raises ``ExlError``."""
@@ -253,7 +269,7 @@ class LLM:
 
     def __repr__(self) -> str:
         bits = f"{self.quant.bits}-bit" if self.quant else "dense"
-        state = f"cpu, {format_bytes(self.plan.num_bytes)}" if self._engine else "closed"
+        state = f"{self._engine.device}, {format_bytes(self.plan.num_bytes)}" if self._engine else "closed"
         return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
 
     def _open_generator(self) -> Generator:
@@ -286,6 +302,8 @@ class LLM:
             if value is not None:
                 chosen[name] = value
         seed = secrets.randbits(63) if seed is None else seed
+        if not isinstance(stop, Sequence):
+            raise ConfigError(f"stop: found {stop!r}, expected a text or a list of texts")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return SamplingParams(max_tokens=max_tokens, seed=seed, stop=stop, **{"temperature": 0.0, **chosen})
 
@@ -380,15 +398,16 @@ def load(
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
-    ``vram``: what exl may use of a GPU, or of several in order: planned for, not yet computed on. ``ram``: what exl
-    may use beyond the interpreter with torch imported, as "6GB", "6GiB" or bytes; layers that do not fit are streamed
-    from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer may have together,
-    for which the cache is allocated now; "auto" is as many as fit; by default the model's own maximum, 8192 at most.
-    ``kv_cache``: "f32", "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has room for.
-    ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next layer's
-    turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so many
-    bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag or
-    commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
+    ``device``: "auto" is a GPU where there is one that exl can use, else the CPU; or "cuda", "cpu". ``vram``: what exl
+    may use of the GPU, as "6GB", "6GiB" or bytes; by default all that is free. ``ram``: what exl may use beyond the
+    interpreter with torch imported. Layers that do not fit in VRAM are streamed from pinned RAM, and those that do not
+    fit in RAM from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer may have
+    together, for which the cache is allocated now; "auto" is as many as fit; by default the model's own maximum, 8192
+    at most. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has
+    room for. ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next
+    layer's turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so
+    many bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag
+    or commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
     ``progress``: True shows a bar, False none; by default there is one in notebooks and terminals, if loading takes
     more than a moment. A function is called as ``progress(done, total)``, in bytes.
 

@@ -38,7 +38,7 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
         raise ConfigError(f"{name}: found {size!r}, expected a size such as '6GB', '512MiB' or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -23,6 +23,7 @@ from exl.remote import RemoteFolder
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
 _MAX_TOKENS = 1 << 30
+_MIN_ARCH, _MAX_ARCH = 60, 1000  # what the kernels know at least
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class EngineOptions:
             raise ConfigError(f"vram: found {self.vram!r} with device='cpu', which has none: expected ram=")
         if self.vram is not None and not self.vram_bytes:
             raise ConfigError("vram: found an empty list, expected a size for each GPU")
-        if self.kv_cache not in KV_BITS:
+        if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_BITS:
             raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
         for name, low in (
             ("context", 1), ("max_sequences", 1), ("prefill_chunk", 1), ("prefill_window", 1), ("resident_layers", 0)
@@ -78,7 +79,7 @@ class EngineOptions:
         """Of each GPU; empty where no size was given."""
         if self.vram is None:
             return ()
-        sizes = [self.vram] if isinstance(self.vram, str | int) else list(self.vram)
+        sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
         return tuple(parse_bytes(size, "vram") for size in sizes)
 
     @property
@@ -169,6 +170,8 @@ def plan(
         resident_layers=resident_layers,
         head=head,
     )
+    if isinstance(arch, bool) or not isinstance(arch, int) or not _MIN_ARCH <= arch < _MAX_ARCH:
+        raise ConfigError(f"arch: found {arch!r}, expected a compute capability, {_MIN_ARCH} or higher: 86 is 8.6")
     # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
     target = Target("cuda", arch=arch) if options.on_gpu else Target("cpu", int4pack="split64")
     with open_model(find_headers(model, revision=revision, token=token), options.head) as files:
@@ -240,9 +243,14 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
     for change in changes:
         if _fits(files, dataclasses.replace(options, **change), target, resident=False):
             hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))
+    short = [device for device, budget in plan.budgets.items() if plan.device_bytes(device) > budget]
+    needs = " and ".join(
+        format_bytes(plan.device_bytes(device)) + ("" if device == "cpu" else f" of {device}") for device in short
+    )
+    given = " and ".join(format_bytes(plan.budgets[device]) for device in short)
     return (
-        f"{files.folder}: needs {format_bytes(plan.num_bytes)} with every layer streamed, the budget is "
-        f"{format_bytes(plan.budget or 0)}. Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"
+        f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}. "
+        f"Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"
     )
 
 

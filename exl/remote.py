@@ -34,8 +34,8 @@ class RemoteFolder:
     repo_id: str
     commit: str
     sizes: Mapping[str, int | None]  # of the files at its top, where the hub tells them
-    token: Token = None
-    opened: dict[str, RemoteFile] = field(default_factory=dict)
+    token: Token = field(default=None, repr=False)
+    opened: dict[str, RemoteFile] = field(default_factory=dict, repr=False)
 
     @property
     def path(self) -> Path:

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Model, Ram, Revision, Token, parse_context, say
+from exl.commands.common import (
+    Context,
+    Debug,
+    Device,
+    KVCacheType,
+    Model,
+    Ram,
+    Revision,
+    Token,
+    Vram,
+    load_options,
+    say,
+)
 from exl.errors import ConfigError
 
 
@@ -18,6 +30,8 @@ def bench(
     depth: Annotated[int, typer.Option(help="Tokens that are in the cache before.")] = 0,
     repeats: Annotated[int, typer.Option(help="Measurements of each, after one that does not count.")] = 5,
     output: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
+    device: Device = "auto",
+    vram: Vram = None,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
@@ -38,7 +52,7 @@ def bench(
     from exl.memory import format_bytes
     from exl.planning import EngineOptions
 
-    options = EngineOptions(ram=ram, context=parse_context(context), kv_cache=kv_cache)
+    options = EngineOptions(**load_options(device, vram, ram, context, kv_cache))
     report = run_bench(find_model(model, revision=revision, token=token), options, pp, tg, depth, repeats)
     rows = rows_of(report)
     if output == "json":
@@ -52,4 +66,4 @@ def bench(
         print(markdown(rows))
         peak = "not told by this system" if report.peak_bytes is None else format_bytes(report.peak_bytes)
         say(f"memory: {peak} of {format_bytes(report.plan.num_bytes)} planned")
-        say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory with the same threads")
+        say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory")

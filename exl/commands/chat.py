@@ -8,13 +8,15 @@ import typer
 from exl.commands.common import (
     Context,
     Debug,
+    Device,
     KVCacheType,
     Model,
     Ram,
     Revision,
     Token,
+    Vram,
+    load_options,
     load_with_progress,
-    parse_context,
 )
 
 
@@ -31,6 +33,8 @@ def chat(
     min_p: Annotated[float | None, typer.Option(help="Only tokens p times as likely as the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    device: Device = "auto",
+    vram: Vram = None,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
@@ -57,7 +61,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    options = {"ram": ram, "context": parse_context(context), "kv_cache": kv_cache}
+    options = load_options(device, vram, ram, context, kv_cache)
     with load_with_progress(model, revision=revision, token=token, **options) as llm:
         found = llm.chat(system) if load is None else Chat.load(llm, load)
         if load is not None and system is not None:

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Ram, Revision, Token, load_with_progress, parse_context
+from exl.commands.common import (
+    Context,
+    Debug,
+    Device,
+    KVCacheType,
+    Ram,
+    Revision,
+    Token,
+    Vram,
+    load_options,
+    load_with_progress,
+)
 
 
 def evaluate(
@@ -16,6 +27,8 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="A reference model: KL divergence and agreement with it.")] = None,
     documents: Annotated[str, typer.Option(help="lines: each line for itself; whole: the file in windows.")] = "lines",
     window: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 512,
+    device: Device = "auto",
+    vram: Vram = None,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
@@ -33,7 +46,7 @@ def evaluate(
     from exl.evaluate import evaluate as run
     from exl.evaluate import read_documents
 
-    options = {"ram": ram, "context": window if context is None else parse_context(context), "kv_cache": kv_cache}
+    options = load_options(device, vram, ram, window if context is None else context, kv_cache)
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(load_with_progress(model, revision=revision, token=token, **options))
         ids = read_documents(text, llm.tokenizer, documents, window)

@@ -9,13 +9,15 @@ import typer
 from exl.commands.common import (
     Context,
     Debug,
+    Device,
     KVCacheType,
     Model,
     Ram,
     Revision,
     Token,
+    Vram,
+    load_options,
     load_with_progress,
-    parse_context,
     say,
 )
 from exl.errors import ConfigError
@@ -34,10 +36,11 @@ def generate(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,
+    device: Device = "auto",
+    vram: Vram = None,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     revision: Revision = None,
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
@@ -50,7 +53,7 @@ def generate(
     echo "Once upon a time" | exl generate - --temperature 0.8 --seed 1 --json
     """
     text = _read_stdin() if prompt == "-" else prompt
-    options = {"device": device, "ram": ram, "context": parse_context(context), "kv_cache": kv_cache}
+    options = load_options(device, vram, ram, context, kv_cache)
     with load_with_progress(model, revision=revision, token=token, **options) as llm:
         stream = llm.stream(
             text,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context
+from exl.commands.common import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
 
 
 def plan(
@@ -40,7 +40,7 @@ def plan(
 
     found = make_plan(
         model,
-        vram=None if vram is None else vram.split(","),
+        vram=parse_vram(vram),
         arch=arch,
         ram=ram,
         context=parse_context(context),

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
+from exl.device_arena import num_items
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
@@ -21,19 +22,17 @@ from exl.kernels.spec import KernelSpec, Variant
 
 NUM_WARPS, COLUMNS = 4, 8
 MAX_NEW_TOKENS = 8
-MIN_ARCH = 75  # tensor cores with f16 inputs
+MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic
 
 
-def num_items(length: int) -> int:
-    """Items of a context: 256 tokens each up to 4096, then 1024."""
-    return -(-length // 256) if length <= 4096 else 16 + -(-(length - 4096) // 1024)
-
-
-def shared_bytes(head_dim: int) -> int:
-    """``kSharedBytes`` of the kernel."""
-    pitch = -(-head_dim // 32) * 32 + 8
-    floats = NUM_WARPS * head_dim * (1 + COLUMNS) + 2 * NUM_WARPS * COLUMNS
-    return floats * 4 + 16 + COLUMNS * pitch * 2
+def shared_bytes(head_dim: int, arch: int) -> int:
+    """``kSharedBytes`` of the kernel: 48 KB, sm_61's limit, at head size 256 below sm_75."""
+    padded, row = -(-head_dim // 32) * 32, head_dim + 2 * COLUMNS + 4
+    if arch < MMA_ARCH:
+        row, q = max(row, COLUMNS * PAGE_SIZE), COLUMNS * padded * 4
+    else:
+        q = COLUMNS * (padded + 8) * 2
+    return NUM_WARPS * (row + COLUMNS * head_dim) * 4 + q
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,6 @@ def attention_decode(
     depend on its own sequence and nothing else. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
-    if backend.arch < MIN_ARCH:
-        raise KernelError(f"attention_decode needs compute capability 7.5 or higher, found {backend.arch / 10}")
     for name, tensor, dims in (("pages", pages, 3), ("cosine", cosine, 2), ("page_table", tables.page_table, 2)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
             raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
@@ -179,7 +176,7 @@ def attention_decode(
     args += [f32(scale), f32(softcap or 0.0), f32(eps)]
     grid = (num_items(max_context), num_kv_heads * tiles, num_sequences)
     function = backend.load(_spec(layout, backend.arch))
-    launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D), dependent=dependent)
+    launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D, backend.arch), dependent=dependent)
 
 
 def _spec(layout: PageLayout, arch: int) -> KernelSpec:
@@ -188,5 +185,5 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    for layout in compiled_layouts() if arch >= MIN_ARCH else ():
+    for layout in compiled_layouts():
         yield Variant(_spec(layout, arch))

@@ -18,8 +18,7 @@ from exl.kernels.launch import Backend, launch
 from exl.kernels.page_layout import PageLayout
 from exl.kernels.spec import KernelSpec, Variant
 
-NUM_WARPS = 4
-MIN_ARCH = 75  # tensor cores with f16 inputs
+MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,23 @@ def check_pages(
             raise KernelError(f"sequence {b} has page {wrong[0]}: expected 0 to {num_pages - 1}")
 
 
-def column_groups(head_dim: int) -> int:
-    """Eights of columns that a warp's registers have room for."""
-    return 2 if head_dim <= 128 else 1
+def column_groups(head_dim: int, arch: int) -> int:
+    """Eights of columns that a warp's registers have room for: a last part of a tile takes some too."""
+    return 2 if arch >= MMA_ARCH and (head_dim <= 96 or head_dim == 128) else 1
 
 
-def shared_bytes(head_dim: int) -> int:
-    """Of a block: each warp's q, and in its place eight columns of O in f32."""
-    q = 8 * column_groups(head_dim) * (-(-head_dim // 32) * 32 + 8) * 2
-    return NUM_WARPS * max(q, 8 * head_dim * 4)
+def num_warps(head_dim: int, arch: int) -> int:
+    """Of a block: four, two where four would need more than sm_61's 48 KB of shared memory."""
+    return 4 if head_dim <= 128 or arch >= MMA_ARCH else 2
+
+
+def shared_bytes(head_dim: int, arch: int) -> int:
+    """Of a block: each warp's q, and in its place eight columns of O in f32; below sm_75 q and O in f32 and the
+    probabilities of eight columns and 64 tokens."""
+    padded, o = -(-head_dim // 32) * 32, 8 * head_dim * 4
+    if arch < MMA_ARCH:
+        return num_warps(head_dim, arch) * (o + 8 * padded * 4 + 8 * PAGE_SIZE * 4)
+    return num_warps(head_dim, arch) * max(8 * column_groups(head_dim, arch) * (padded + 8) * 2, o)
 
 
 def attention_prefill(
@@ -80,8 +87,6 @@ def attention_prefill(
     i32 [H * D]: where a consumer under act-order expects each channel. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
-    if backend.arch < MIN_ARCH:
-        raise KernelError(f"attention_prefill needs compute capability 7.5 or higher, found {backend.arch / 10}")
     for name, tensor, dims in (("q", q, 3), ("pages", pages, 3), ("page_table", tables.page_table, 2)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
             raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
@@ -104,20 +109,21 @@ def attention_prefill(
     args = [ptr(q), ptr(tables.query_start), ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out)]
     args += [ptr(positions), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(window or 0)]
     args += [f32(scale), f32(softcap or 0.0)]
-    columns = NUM_WARPS * 8 * column_groups(D)
+    warps = num_warps(D, backend.arch)
+    columns = warps * 8 * column_groups(D, backend.arch)
     grid = (-(-num_heads // num_kv_heads * max_new // columns), num_kv_heads, num_sequences)
     function = backend.load(_spec(layout, backend.arch))
-    launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D), dependent=dependent)
+    launch(function, grid, (32 * warps,), args, shared_bytes(D, backend.arch), dependent=dependent)
 
 
 def _spec(layout: PageLayout, arch: int) -> KernelSpec:
-    macros = {"EXL_D": layout.head_dim, "EXL_K_BITS": layout.k_bits, "EXL_V_BITS": layout.v_bits}
-    return KernelSpec(
-        "attention_prefill.cu", "attention_prefill", macros | {"EXL_N": column_groups(layout.head_dim)}, arch
-    )
+    D = layout.head_dim
+    macros = {"EXL_D": D, "EXL_K_BITS": layout.k_bits, "EXL_V_BITS": layout.v_bits}
+    macros |= {"EXL_N": column_groups(D, arch), "EXL_WARPS": num_warps(D, arch)}
+    return KernelSpec("attention_prefill.cu", "attention_prefill", macros, arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
     """On sm_75 with quantized pages of head size 128, ptxas keeps a few registers in local memory."""
-    for layout in compiled_layouts() if arch >= MIN_ARCH else ():
+    for layout in compiled_layouts():
         yield Variant(_spec(layout, arch), may_spill=arch == 75 and layout.head_dim == 128 and layout.quantized)

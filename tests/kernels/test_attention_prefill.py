@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
-from test_attention_decode import HEAD_DIMS, Case, assert_close
+from test_attention_decode import HEAD_DIMS, WITHOUT_TENSOR_CORES, Case, assert_close
 
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv
@@ -62,6 +62,14 @@ def test_groups_and_unequal_sequences(group: int) -> None:
     assert_close(out, case.expected(pages))
 
 
+@pytest.mark.parametrize(("mode", "arch", "kind", "D", "H"), WITHOUT_TENSOR_CORES)
+def test_without_tensor_cores(mode: str, arch: int, kind: str, D: int, H: int) -> None:
+    for window, softcap in ((None, 3.0), (20, None)):
+        case = Case(kind, D, H, 2, (130, 0, 8, 64), (30, 0, 8, 1), seed=D, window=window, softcap=softcap)
+        out, pages = run(case, backend_or_skip(mode, arch))
+        assert_close(out, case.expected(pages))
+
+
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 5000])
 def test_windows(window: int) -> None:
     case = Case("k8v4", 64, 4, 2, (200, 64), (50, 64), seed=window, window=window)
@@ -93,9 +101,10 @@ def test_the_same_as_decode_attention(kind: str) -> None:
     assert (np.abs(prefill - decode) <= 2 * limit).all()
 
 
-def test_a_rows_bits_do_not_depend_on_the_other_rows() -> None:
+@pytest.mark.parametrize("arch", [61, 86])
+def test_a_rows_bits_do_not_depend_on_the_other_rows(arch: int) -> None:
     """The second sequence alone has other columns in its warps' fragments, and the same bits."""
-    backend = backend_or_skip("plain")
+    backend = backend_or_skip("plain", arch)
     both = Case("q4", 64, 6, 2, (90, 77), (90, 30), seed=2)
     out, _ = run(both, backend)
     alone = Case("q4", 64, 6, 2, (77,), (30,))
@@ -126,9 +135,6 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         def load(self, spec: object) -> None:
             raise AssertionError("a kernel was asked for")
 
-    class Old(NeverLaunches):
-        arch = 70
-
     case = Case("q4", 64, 4, 2, (5,), (1,))
     tables = PrefillTables(*(torch.from_numpy(x) for x in (case.query_start, np.array([5], np.int32), case.table)))
     good = {"q": torch.zeros(1, 4, 64).half(), "pages": torch.from_numpy(case.pages), "out": torch.zeros(1, 256).half()}
@@ -147,5 +153,3 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
                 NeverLaunches(), case.layout, args["q"], tables, args["pages"], args["out"],
                 **{"scale": 1.0, "max_new": 1, **options},
             )  # fmt: skip
-    with pytest.raises(KernelError, match=r"7\.5 or higher"):
-        attention_prefill(Old(), case.layout, good["q"], tables, good["pages"], good["out"], scale=1.0, max_new=1)

@@ -46,6 +46,8 @@ FILTERS = [
     {"top_p": 1e-50},
     {"min_p": 0.1},
     {"min_p": 1.0},
+    {"top_k": 3, "min_p": 0.001},
+    {"top_k": 20, "min_p": 0.3},
     {"repetition_penalty": 1.7},
     {"repetition_penalty": 0.6, "top_k": 20},
     {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
@@ -145,7 +147,7 @@ def test_rows_of_all_kinds_in_one_launch(backend: Backend, V: int, num_rows: int
 def test_large_vocabularies(backend: Backend, V: int) -> None:
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(0, 3, (2, V)).astype(np.float32))
-    logits[1, V - 1] = 30.0
+    logits[0, 5], logits[1, V - 1] = 20.0, 30.0  # in the first part and in the last
     params = [SamplingParams(seed=5, temperature=1.5), SamplingParams(temperature=0.0)]
     batch = sampling_batch([(p, 3, ()) for p in params])
     assert_same_ids(draw(backend, logits, batch), logits, batch)
@@ -178,6 +180,24 @@ def test_every_filters_distribution(backend: Backend, values: dict) -> None:
     logits = torch.from_numpy(rng.normal(0, 2, (1, V)).astype(np.float32))
     row = sampling_batch([(SamplingParams(seed=0, **values), 0, rng.integers(0, V, 12).tolist())])
     assert_borders(backend, logits, row, rng)
+
+
+def test_weights_to_the_unit(backend: Backend) -> None:
+    """Of two tokens the one border shows the other's weight, off by less than 2^-44, at 32 distances and temperatures;
+    below that it never is drawn."""
+    rng = np.random.default_rng(8)
+    temperatures = rng.uniform(0.1, 5, 32).astype(np.float32)
+    logits = np.stack([rng.uniform(-20, 20, 32), np.zeros(32)], 1)
+    logits[:, 1] = logits[:, 0] - rng.uniform(0, 24, 32) * temperatures
+    logits = torch.from_numpy(logits.astype(np.float32)).repeat(2, 1)
+    batch = sampling_batch([(SamplingParams(seed=0, temperature=t), 0, ()) for t in [*temperatures, *temperatures]])
+    for i in range(64):
+        order, borders, bound = cumulated(logits, batch, i)
+        assert order.tolist() == [0, 1]
+        batch.uniform[i] = borders[0] + (bound if i < 32 else -bound)
+    assert draw(backend, logits, batch) == [1] * 32 + [0] * 32
+    far = torch.tensor([[45.001, 0.0], [44.9, 0.0]]) * float(np.log(2))
+    assert draw(backend, far, joined([one_row(batch, 0, temperature=1, uniform=ALMOST_ONE)] * 2)) == [0, 1]
 
 
 CROWDS = {  # more tokens than a list holds in one bin of a sixteenth of an octave

@@ -9,21 +9,26 @@ import numpy as np
 import pytest
 import torch
 
+import exl.engine
 from exl import weight_memory
 from exl.device_stream import HostCopyEngine
 from exl.engine import Engine, load_engine
 from exl.errors import KernelError, UnsupportedModelError
+from exl.hub import BUNDLED_MODEL
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
 from exl.memory import Tier
 from exl.planning import EngineOptions
-from exl.sampling import SamplingParams, sampling_batch
+from exl.sampling import SamplingParams, sample, sampling_batch
+from exl.tokenizer import Tokenizer
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
 from tests.model.batches import batch_of, run
 from tests.model.hf_models import decode_logits, prefill_logits
 from tests.model.test_memory_plan import live_bytes
+from tests.model.test_published_story import PUBLISHED
 from tests.model.test_quantized import make
 
+DENSE = Path(__file__).parents[1] / "data" / "stories260K"
 STORIES = Path(__file__).parents[1] / "data" / "stories2M"
 PROMPT = [1, 403, 407, 261, 378, 100, 50, 60, 70, 80, 90, 101]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
@@ -94,6 +99,24 @@ def test_stories_word_for_word_as_through_torch(backend):
     assert tokens(ours) == tokens(torchs)
     expected = all_logits(torchs, PROMPT)
     assert (all_logits(ours, PROMPT) - expected).abs().max() < bound(expected, 4)
+
+
+def test_the_published_story_through_the_kernels(backend):
+    """Dense stories260K: head size 8, 172 inner channels. 100 of the 256 published tokens."""
+    engine = load(DENSE, backend)
+    tokenizer = Tokenizer.from_folder(DENSE)
+    story = [token.token_id for token in engine.generator.stream([1], replace(GREEDY, max_tokens=100))]
+    assert PUBLISHED.startswith(tokenizer.decode(story).strip())
+
+
+def test_the_bundled_story_as_through_torch(backend, monkeypatch):
+    """4 bits in groups of 32. torch's own 4-bit kernel rounds to bf16: both sides multiply what codes mean in f32."""
+    monkeypatch.setattr(exl.engine, "cpu_target", lambda: Target("cpu"))
+    prompt = Tokenizer.from_folder(BUNDLED_MODEL, bos_id=1).encode("Once upon a time")
+    params = replace(GREEDY, max_tokens=80)
+    found = [token.token_id for token in load(BUNDLED_MODEL, backend).generator.stream(prompt, params)]
+    torchs = load_engine(BUNDLED_MODEL, EngineOptions(device="cpu", context=128)).generator.stream(prompt, params)
+    assert found == [token.token_id for token in torchs]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +202,35 @@ def test_staging_is_one_copy(backend, plain_folder):
     with TorchCalls() as calls:
         ops.stage([batch, batch])
     assert calls.names.count("copy_") == 1
+
+
+def test_the_generator_runs_ahead_and_says_the_same(backend, folder):
+    """Sampled tokens with a penalty, an end in the middle, an answer that is given up: as a loop that reads each token
+    before the next step would have them."""
+    engine = load(folder, backend)
+    generator, ids = engine.generator, some_ids(12)
+    params = SamplingParams(temperature=1.3, top_p=0.9, repetition_penalty=1.2, seed=4, max_tokens=24)
+    expected, seen = [], set(ids)
+    sequence = generator.begin(40)
+    logits = generator.extend(sequence, ids)
+    for step in range(24):
+        batch = sampling_batch([(params, step, sorted(seen))])
+        expected.append(int(sample(logits.cpu(), batch)[0]))
+        seen.add(expected[-1])
+        logits = generator.extend(sequence, expected[-1:])
+    generator.end(sequence)
+    generator.eos_ids = frozenset()
+    assert [token.token_id for token in generator.stream(ids, params)] == expected
+    generator.eos_ids = frozenset({expected[10]})
+    stopped = list(generator.stream(ids, params))
+    last = expected.index(expected[10])
+    assert [token.token_id for token in stopped] == expected[: last + 1]
+    assert [token.finish_reason for token in stopped] == [None] * last + ["stop"]
+    answer = generator.stream(ids, params)
+    first = [next(answer).token_id for _ in range(3)]
+    answer.close()
+    assert first == expected[:3]
+    assert generator.pool.num_free == generator.pool.num_pages
 
 
 # ---- rows and their batches -----------------------------------------------------------------------------------------

@@ -116,13 +116,13 @@ def test_imports_go_up_only(path):
     ("module", "forbidden"),
     [
         ("exl", ("torch", "numpy", "cupy")),
-        ("exl.cli", ("torch", "numpy", "cupy", "transformers")),
+        ("exl.cli", ("torch", "numpy", "cupy", "transformers", "huggingface_hub")),
         ("exl.layout", ("torch", "cupy")),
         ("exl.batch", ("torch", "cupy")),
         ("exl.checkpoint", ("torch", "cupy")),
         ("exl.formats", ("torch", "cupy")),
         ("exl.kernels.spec", ("torch", "cupy")),
-        ("exl.planning", ("torch", "cupy")),
+        ("exl.planning", ("torch", "cupy", "huggingface_hub")),
         ("exl.llm", ("cupy", "transformers")),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 
@@ -16,13 +17,24 @@ def committed() -> nbformat.NotebookNode:
     return nbformat.read(run_notebook.NOTEBOOK, 4)
 
 
+FIRST = """
+import exl
+from exl import progress
+
+print(exl.__file__)
+delay, progress._DELAY = progress._DELAY, 0.0
+exl.load().close()
+progress._DELAY = delay
+"""
+
+
 @pytest.fixture(scope="module")
 def executed(committed, tmp_path_factory) -> nbformat.NotebookNode:
-    """Run anew in a kernel of its own, after a cell that tells which exl it has."""
+    """Run anew in a kernel of its own, after a cell that tells which exl it has and what a load shows."""
     notebook = copy.deepcopy(committed)
     for cell in code_cells(notebook):
         cell.outputs = []
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("import exl; print(exl.__file__)"))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FIRST))
     run_notebook.execute(notebook, tmp_path_factory.mktemp("kernel"))  # raises where a cell does
     return notebook
 
@@ -48,6 +60,12 @@ def test_every_cell_runs_with_this_trees_exl(executed):
     assert [cell.id for cell in cells if any(output.output_type == "error" for output in cell.outputs)] == []
     errors = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
     assert errors == []
+
+
+def test_a_load_that_takes_its_time_is_shown(executed):
+    shown = [output.data["text/html"] for output in executed.cells[0].outputs if output.output_type == "display_data"]
+    assert len(shown) == 1
+    assert re.fullmatch(r"<div>loading: [\d.]+ [KM]B in [\d.]+ s, [\d.]+ [KMG]?B/s</div>", shown[0])
 
 
 def test_outputs_are_committed_and_true(committed, executed):

@@ -103,6 +103,21 @@ struct Question {   // of one column
   int first, last;  // tokens that it sees, both included
 };
 
+struct Columns {   // of a block or warp: column c is head (column0 + c) % group of the kv head's, and a new token
+  int column0, count, group, before, window;   // before: tokens that were there before the new ones
+  EXL_DEVICE Question question(int c) const {
+    const int place = before + (column0 + c) / group;
+    return Question{window > 0 ? place - window + 1 : 0, c < count ? place : -1};
+  }
+};
+
+// A score in units of log2.
+EXL_DEVICE float log2_score(float x, float scale, float softcap) {
+  x *= scale;
+  if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
+  return x * kLog2E;
+}
+
 // s += K Q^T of channels 64 tile .., at most 64 of them; codes of all 64 tokens are on their way together.
 template <bool kWhole, int kN>
 EXL_DEVICE void score_tile(float (&s)[4][kN][4], const u8* page, const half* s_q, int tile, int lane) {
@@ -147,9 +162,7 @@ EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q
   EXL_UNROLL
   for (int i = 0; i < 16 * kN; ++i) {
     float& score = s[i / 4 / kN][i / 4 % kN][i % 4];
-    float x = score * scale;
-    if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
-    score = x * kLog2E;
+    score = log2_score(score, scale, softcap);
   }
 }
 

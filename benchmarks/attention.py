@@ -1,0 +1,134 @@
+"""Decode attention over pages, beside torch's ``scaled_dot_product_attention``: part of ``benchmarks/kernels.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.timing import Timer
+from exl.batch import PAGE_SIZE
+from exl.kernels.attention_decode import DecodeScratch, DecodeTables, attention_decode, scratch_shapes
+from exl.kernels.launch import Backend
+from exl.kernels.page_layout import KINDS, PageLayout
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model's attention, one layer."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+SHAPES = (Shape("7B", 32, 32, 128), Shape("8B", 32, 8, 128))
+DEPTHS = (1024, 4096, 32768)  # tokens of a sequence, the new one included
+BATCHES = (1, 4, 16)
+REPEATS = 9  # the longest reads take milliseconds
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token for each of a batch's sequences of ``depth`` tokens; pages of random values, in random order."""
+
+    shape: Shape
+    layout: PageLayout
+    depth: int
+    qkv: torch.Tensor  # f16 [B, (H + 2 Hkv) * D]
+    angles: torch.Tensor  # f32 [B, D / 2]: cosine and sine alike
+    tables: DecodeTables
+    pages: torch.Tensor  # u8 [pages, Hkv, bytes]
+    out: torch.Tensor  # f16 [B, H * D]
+    scratch: DecodeScratch
+
+    @property
+    def page_bytes(self) -> int:
+        """That the launch must read."""
+        return self.pages.numel()
+
+    def run(self, backend: Backend) -> None:
+        attention_decode(
+            backend, self.layout, self.qkv, self.angles, self.angles, self.tables, self.pages, self.out, self.scratch,
+            scale=self.shape.head_dim**-0.5, max_context=self.depth,
+        )  # fmt: skip
+
+
+def make_step(shape: Shape, kind: str, depth: int, batch: int, device: torch.device) -> Step:
+    H, Hkv, D = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    layout, pages_each = PageLayout(kind, D), -(-depth // PAGE_SIZE)
+    table = torch.randperm(batch * pages_each, device=device).to(torch.int32).reshape(batch, pages_each)
+    last = depth - 1
+    tables = DecodeTables(
+        torch.arange(batch + 1, dtype=torch.int32, device=device),
+        torch.full((batch,), depth, dtype=torch.int32, device=device),
+        table,
+        table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE,
+    )
+    pages = torch.empty(batch * pages_each, Hkv, layout.num_bytes, dtype=torch.uint8, device=device)
+    pages.random_(0, 0x3C)  # as halves below 1
+    sizes = scratch_shapes(batch, H, Hkv, D, depth)
+    return Step(
+        shape, layout, depth,
+        torch.randn(batch, (H + 2 * Hkv) * D, device=device).half(),
+        torch.full((batch, D // 2), 0.5**0.5, device=device),
+        tables, pages,
+        torch.empty(batch, H * D, dtype=torch.float16, device=device),
+        DecodeScratch(
+            torch.empty(sizes["partial"][1], device=device),
+            torch.zeros(sizes["arrived"][1], dtype=torch.int32, device=device),
+        ),
+    )  # fmt: skip
+
+
+def exl_us(backend: Backend, timer: Timer, shape: Shape, kind: str, depth: int, batch: int) -> tuple[float, int] | None:
+    """Time of a launch and the bytes of its pages; None where this GPU has no room for them."""
+    try:
+        step = make_step(shape, kind, depth, batch, backend.device)
+        return timer.median_us(lambda: step.run(backend), REPEATS), step.page_bytes
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def torch_us(timer: Timer, shape: Shape, depth: int, batch: int, device: torch.device) -> float | None:
+    """torch's attention of one token over a contiguous f16 cache; None where there is no room for it."""
+    try:
+        q = torch.randn(batch, shape.num_heads, 1, shape.head_dim, dtype=torch.float16, device=device)
+        size = (batch, shape.num_kv_heads, depth, shape.head_dim)
+        k, v = (torch.randn(size, dtype=torch.float16, device=device) for _ in range(2))
+        grouped = shape.num_heads != shape.num_kv_heads
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return timer.median_us(lambda: attend(q, k, v, enable_gqa=grouped), REPEATS)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def attention_rows(
+    backend: Backend,
+    timer: Timer,
+    read_roof: float,
+    shapes: Sequence[Shape] = SHAPES,
+    depths: Sequence[int] = DEPTHS,
+    batches: Sequence[int] = BATCHES,
+) -> Iterator[str]:
+    """Lines of the report. ``read_roof``: bytes a second."""
+    yield "Decode attention, one new token a sequence, appended in the same launch. Share: bytes of pages by the time,"
+    yield "against the roof. Ratio to `scaled_dot_product_attention`, contiguous f16: above 1, exl is faster."
+    yield ""
+    yield "| heads / kv heads | depth | batch | cache | us | share of the roof | vs torch, f16 |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for shape in shapes:
+        for depth in depths:
+            for batch in batches:
+                peer = torch_us(timer, shape, depth, batch, backend.device)
+                for kind in KINDS:
+                    head = f"| {shape.name} {shape.num_heads} / {shape.num_kv_heads} | {depth} | {batch} | {kind} |"
+                    found = exl_us(backend, timer, shape, kind, depth, batch)
+                    if found is None:
+                        yield f"{head} no room | - | - |"
+                        continue
+                    us, num_bytes = found
+                    ratio = "-" if peer is None else f"{peer / us:.2f}"
+                    yield f"{head} {us:.1f} | {num_bytes / us * 1e6 / read_roof:.0%} | {ratio} |"
