@@ -11,7 +11,7 @@ from exl.memory import MemoryPlan, PlanLine, format_bytes
 
 # A purpose has one colour in all plans, so that two bars can be compared: weights are blue, the cache is amber, the
 # buffers of a step are green, what the libraries take is grey and red.
-_COLORS = {
+COLORS = {
     "embedding": "#7fb2f0",
     "resident layers": "#3f78e0",
     "pinned layers": "#3f78e0",
@@ -21,7 +21,8 @@ _COLORS = {
     "KV cache": "#f2a33a",
     "residual stream": "#1f9d6b",
     "activations": "#4cbf8b",
-    "logits and sample": "#93d06f",
+    "logits": "#93d06f",
+    "logits and samples": "#93d06f",
     "scratch of operations": "#c3c14e",
     "rounding to segments": "#8d99a6",
     "temporaries": "#e0708a",
@@ -98,7 +99,7 @@ def _fill(color: str, exact: bool) -> str:
 
 
 def _color(line: PlanLine) -> str:
-    return _COLORS.get(line.purpose, _OTHER_COLOR)
+    return COLORS.get(line.purpose, _OTHER_COLOR)
 
 
 def _size(num_bytes: int, exact: bool) -> str:

@@ -55,12 +55,12 @@ class Session:
         if self.job is not None:
             self.job.stop()
 
-    def send(self, text: str, system: str, options: dict[str, Any]) -> Job:
+    def send(self, text: str, system: str | None, options: dict[str, Any]) -> Job:
         if not text.strip():
             raise ConfigError("message: found nothing, expected a text to answer")
         return self.submit(lambda job: self._answer(job, system, lambda chat: chat.stream(text, **options)))
 
-    def retry(self, system: str, options: dict[str, Any]) -> Job:
+    def retry(self, system: str | None, options: dict[str, Any]) -> Job:
         if not self.messages:
             raise ConfigError("retry: there is no message to answer again")
         return self.submit(lambda job: self._answer(job, system, lambda chat: chat.stream_retry(**options)))
@@ -87,9 +87,9 @@ class Session:
         self.stop()
         self._chat = None
 
-    def _answer(self, job: Job, system: str, begin: Callable[[exl.Chat], exl.TextIterator]) -> None:
+    def _answer(self, job: Job, system: str | None, begin: Callable[[exl.Chat], exl.TextIterator]) -> None:
         llm = self.worker.loaded()
-        with closing(begin(self._chat_with(llm, system.strip() or None))) as stream:
+        with closing(begin(self._chat_with(llm, (system or "").strip() or None))) as stream:
             _follow(job, llm, stream)
 
     def _chat_with(self, llm: exl.LLM, system: str | None) -> exl.Chat:

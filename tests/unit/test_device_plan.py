@@ -20,6 +20,7 @@ from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.kernels.tile_layout import TileLayout
 from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout, tile_layout
 from exl.memory import MemoryPlan, Placement, PlanLine, Tier, format_bytes
+from exl.plan_html import COLORS
 from exl.planning import EngineOptions, open_model, plan_model
 
 SM86 = Target("cuda", arch=86)
@@ -251,6 +252,14 @@ def test_a_notebook_sees_a_bar_for_each_memory(folders):
     assert "of 8.00 GB" in html
     assert "does not fit" not in html
     assert str(found) == found.table()
+
+
+def test_every_purpose_has_its_colour(folders):
+    plans = [exl.plan(ram="1GB", resident_layers=3), exl.plan(folders["7b"], vram="4GB", context=512)]
+    plans.append(exl.plan(folders["7b"], vram="2GB", ram="2GB", context=512))
+    purposes = {line.purpose for plan in plans for line in plan.lines}
+    assert {"pinned layers", "pinned read buffers", "stream slots", "loading", "tokenizer"} <= purposes
+    assert purposes <= COLORS.keys()
 
 
 def test_a_bar_that_is_too_long_says_so_and_text_is_escaped():
