@@ -68,6 +68,30 @@ def pack_codes(codes: NDArray[np.uint8], layout: TileLayout) -> NDArray[np.uint3
     return stage_planes(lane_words(padded, layout.bits), layout)
 
 
+def pack_words(words: NDArray[np.uint32], layout: TileLayout) -> NDArray[np.uint32]:
+    """4-bit codes in eights, u32 [K / 8, 16 * tiles] (input 8 i + j in bits 4 j and up of word i), rows of the tiles side
+    by side -> u32 [tiles, stages, planes, 32, 4]. Words stay words: no code is ever alone.
+
+    A lane's word j is one half of word ``i`` of row g, its codes at bits 0, 16, 8 and 24, and of row g + 8, 4 bits up.
+    """
+    num_words, num_rows = words.shape
+    tiles, blocks = num_rows // ROWS, layout.num_stages * layout.stage_inputs // BLOCK
+    if num_words < blocks * BLOCK // 8:
+        words = np.concatenate([words, np.zeros((blocks * BLOCK // 8 - num_words, num_rows), np.uint32)])
+    # word 4 b + t of a block; row 8 r + g of a tile
+    split = words.reshape(blocks, 2, 4, tiles, 2, 8)
+    out = np.empty((tiles, blocks, 8, 4, 2, 2), np.uint32)  # tile, block, g, t, b, half
+    low, high = np.uint32(0x0F0F), np.uint32(0x0F0F0000)
+    for half in range(2):
+        if half == 0:
+            spread = (split & low) | ((split << np.uint32(12)) & high)
+        else:
+            spread = ((split >> np.uint32(16)) & low) | ((split >> np.uint32(4)) & high)
+        both = spread[:, :, :, :, 0] | spread[:, :, :, :, 1] << np.uint32(4)  # block, b, t, tile, g
+        out[..., half] = both.transpose(3, 0, 4, 2, 1)
+    return out.reshape(tiles, layout.num_stages, layout.planes, 32, 4)
+
+
 def _by_tile(values: NDArray, layout: TileLayout) -> NDArray:
     """[G, 16 * tiles] -> [tiles, groups, 8, 2], with zeros for groups that padding adds."""
     G, num_rows = values.shape
@@ -128,7 +152,11 @@ def pack_matrix(
     codes = np.empty(layout.codes_shape, np.uint32)
     for tile in range(0, layout.num_tiles, TILES_AT_ONCE):
         stop = min(tile + TILES_AT_ONCE, layout.num_tiles)
-        codes[tile:stop] = pack_codes(_gather_codes(parts, starts, rows[tile * ROWS : stop * ROWS]), layout)
+        wanted = rows[tile * ROWS : stop * ROWS]
+        if layout.bits == 4:
+            codes[tile:stop] = pack_words(_gather_words(parts, starts, wanted), layout)
+        else:
+            codes[tile:stop] = pack_codes(_gather_codes(parts, starts, wanted), layout)
 
     def gather(values: NDArray) -> NDArray:  # [..., N] by output -> by row of the tiles
         return np.where(rows >= 0, values[..., rows], values.dtype.type(0))
@@ -142,6 +170,30 @@ def pack_matrix(
     if not layout.symmetric:
         zeros = pack_zeros(gather(np.concatenate([part.zeros for part in parts], axis=1)), layout)
     return PackedMatrix(layout, codes, scales, zeros, bias)
+
+
+def _gather_words(parts: Sequence[QuantizedMatrix], starts: NDArray, rows: NDArray) -> NDArray[np.uint32]:
+    """4-bit codes of outputs ``rows`` in eights along K, u32 [K / 8, len(rows)]."""
+    if len(parts) == 1 and parts[0].read_words is not None and rows[0] >= 0 and (np.diff(rows) == 1).all():
+        return parts[0].read_words()[:, rows[0] : rows[-1] + 1]
+    words = np.zeros((parts[0].K // 8, len(rows)), np.uint32)
+    for part, start in zip(parts, starts, strict=False):
+        here = np.flatnonzero((rows >= start) & (rows < start + part.N))
+        if not len(here):
+            continue
+        wanted = rows[here] - start
+        low, high = int(wanted.min()), int(wanted.max()) + 1
+        found = part.read_words()[:, low:high] if part.read_words is not None else _eights(part.codes(low, high))
+        words[:, here] = found[:, wanted - low]
+    return words
+
+
+def _eights(codes: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """u8 [K, n] -> u32 [K / 8, n], as GPTQ files have them."""
+    words = np.zeros((codes.shape[0] // 8, codes.shape[1]), np.uint32)
+    for j in range(8):
+        words |= codes[j::8].astype(np.uint32) << np.uint32(4 * j)
+    return words
 
 
 def _gather_codes(parts: Sequence[QuantizedMatrix], starts: NDArray, rows: NDArray) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from exl.kernels.launch import Backend
 from exl.kernels.linear import TiledWeight
 from exl.kernels.pack import AwqTensors, GptqTensors, pack
 from exl.kernels.tile_layout import gated_rows, natural_rows
-from exl.kernels.tile_pack import PackedMatrix, pack_matrix
+from exl.kernels.tile_pack import PackedMatrix, matrix_layout, pack_codes, pack_matrix
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word, lowest bits first: AutoAWQ's packing_utils
 
@@ -152,3 +152,23 @@ def test_awq_has_neither_an_order_nor_other_widths() -> None:
     parts, rows = [awq(matrix, backend.device)], row_order(natural_rows(16), backend.device)
     with pytest.raises(KernelError, match="AWQ has 4 bits and no order"):
         pack(backend, parts, rows, weight, torch.arange(128, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("K", [32, 96, 256])
+@pytest.mark.parametrize("gated", [False, True])
+def test_words_of_the_file_become_the_words_of_the_tiles(K: int, gated: bool) -> None:
+    """Code by code through the lanes' bit positions (``lane_words``), and word by word: the same tiles."""
+    rng = np.random.default_rng(K)
+    plain = [random_matrix(rng, 4, K, 40, 32) for _ in range(2)]
+
+    def eights(matrix) -> np.ndarray:
+        codes = matrix.codes(0, matrix.N).astype(np.uint32).reshape(K // 8, 8, matrix.N)
+        return np.bitwise_or.reduce(codes << 4 * np.arange(8, dtype=np.uint32)[None, :, None], axis=1)
+
+    rows = gated_rows(40, rng.permutation(40)) if gated else natural_rows(80)
+    layout = matrix_layout(plain, rows)
+    codes = np.concatenate([matrix.codes(0, 40) for matrix in plain], axis=1)
+    expected = pack_codes(np.where(rows >= 0, codes[:, rows], 0).astype(np.uint8), layout)
+    with_words = [dataclasses.replace(matrix, read_words=lambda words=eights(matrix): words) for matrix in plain]
+    for parts in (plain, with_words):
+        np.testing.assert_array_equal(pack_matrix(parts, rows).codes, expected)
