@@ -69,8 +69,8 @@ def pack_codes(codes: NDArray[np.uint8], layout: TileLayout) -> NDArray[np.uint3
 
 
 def pack_words(words: NDArray[np.uint32], layout: TileLayout) -> NDArray[np.uint32]:
-    """4-bit codes in eights, u32 [K / 8, 16 * tiles] (input 8 i + j in bits 4 j and up of word i), rows of the tiles side
-    by side -> u32 [tiles, stages, planes, 32, 4]. Words stay words: no code is ever alone.
+    """4-bit codes in eights, u32 [K / 8, 16 * tiles] (input 8 i + j in bits 4 j and up of word i), rows of the tiles
+    side by side -> u32 [tiles, stages, planes, 32, 4]. Words stay words: no code is ever alone.
 
     A lane's word j is one half of word ``i`` of row g, its codes at bits 0, 16, 8 and 24, and of row g + 8, 4 bits up.
     """

@@ -161,14 +161,14 @@ def test_words_of_the_file_become_the_words_of_the_tiles(K: int, gated: bool) ->
     rng = np.random.default_rng(K)
     plain = [random_matrix(rng, 4, K, 40, 32) for _ in range(2)]
 
-    def eights(matrix) -> np.ndarray:
+    def with_words(matrix: QuantizedMatrix) -> QuantizedMatrix:
         codes = matrix.codes(0, matrix.N).astype(np.uint32).reshape(K // 8, 8, matrix.N)
-        return np.bitwise_or.reduce(codes << 4 * np.arange(8, dtype=np.uint32)[None, :, None], axis=1)
+        words = np.bitwise_or.reduce(codes << 4 * np.arange(8, dtype=np.uint32)[None, :, None], axis=1)
+        return dataclasses.replace(matrix, read_words=lambda: words)
 
     rows = gated_rows(40, rng.permutation(40)) if gated else natural_rows(80)
     layout = matrix_layout(plain, rows)
     codes = np.concatenate([matrix.codes(0, 40) for matrix in plain], axis=1)
     expected = pack_codes(np.where(rows >= 0, codes[:, rows], 0).astype(np.uint8), layout)
-    with_words = [dataclasses.replace(matrix, read_words=lambda words=eights(matrix): words) for matrix in plain]
-    for parts in (plain, with_words):
+    for parts in (plain, [with_words(matrix) for matrix in plain]):
         np.testing.assert_array_equal(pack_matrix(parts, rows).codes, expected)
