@@ -24,9 +24,10 @@ from exl.layout import LayerLayout
 from exl.memory import MemoryPlan, PlanInput
 from exl.planning import EngineOptions
 from exl.progress import Progress
-from exl.sampling import SamplingParams, sampling_batch
+from exl.sampling import SamplingParams
 
 ROOF_BYTES = 1 << 28  # that the roof is measured on: far beyond the caches
+GPU_ROOF_BYTES = 1 << 30
 ROOF_PASSES = 8
 
 
@@ -87,7 +88,7 @@ def run_bench(
     ):
         if value < least:
             raise ConfigError(f"{name}: found {value}, expected {least} or more")
-    needed = depth + max(num_prompt, num_generated + 1)
+    needed = depth + max(num_prompt, num_generated + 2)
     if options.context is None:
         options = EngineOptions(**{**vars(options), "context": needed})
     options, backend = choose_device(options)
@@ -134,19 +135,19 @@ def _prompt(engine: Engine, depth: int, count: int) -> float:
 
 
 def _generate(engine: Engine, depth: int, count: int) -> float:
-    generator, ops = engine.generator, engine.generator.runner.decoder.ops
-    greedy = sampling_batch([(SamplingParams(max_tokens=count, temperature=0.0), 0, [])])
-    sequence = generator.begin(depth + count + 1)
+    """From the first token that the generator yields to the last, as whoever asks for a text gets them."""
+    generator = engine.generator
+    eos_ids, generator.eos_ids = generator.eos_ids, frozenset()
+    answer = generator.stream(_ids(engine, depth + 1), SamplingParams(max_tokens=count + 1, temperature=0.0))
     try:
-        logits = generator.extend(sequence, _ids(engine, depth + 1))
-        engine.synchronize()
+        next(answer)
         began = time.perf_counter()
-        for _ in range(count):
-            logits = generator.extend(sequence, ops.sample(logits, greedy).token_ids())
-        engine.synchronize()
+        for _ in answer:
+            pass
         return time.perf_counter() - began
     finally:
-        generator.end(sequence)
+        answer.close()
+        generator.eos_ids = eos_ids
 
 
 def _ids(engine: Engine, count: int) -> list[int]:
@@ -177,13 +178,28 @@ def _cache_bytes(model: PlanInput, context: int) -> int:
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:
     """Bytes a second of the quickest of some read-only passes over memory, on a CPU with torch's threads."""
-    memory = torch.ones(ROOF_BYTES // 4, dtype=torch.float32, device=device)
-    seconds = []
-    for _ in range(ROOF_PASSES):
+    on_gpu = torch.device(device).type == "cuda"
+    num_bytes = GPU_ROOF_BYTES if on_gpu else ROOF_BYTES
+    memory = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    passes = [_pass_seconds(memory) for _ in range(ROOF_PASSES)]
+    if on_gpu:
+        del memory
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return num_bytes / min(passes)
+
+
+def _pass_seconds(memory: torch.Tensor) -> float:
+    if not memory.is_cuda:
         began = time.perf_counter()
-        memory.sum().item()  # waits
-        seconds.append(time.perf_counter() - began)
-    return ROOF_BYTES / min(seconds)
+        memory.sum()
+        return time.perf_counter() - began
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    memory.sum()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 def _peak(engine: Engine) -> int:

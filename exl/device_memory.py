@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -24,6 +24,18 @@ def device_tensor(num_bytes: int, device: torch.device, purpose: str) -> torch.T
         ) from error
 
 
+def release_cached(device: torch.device) -> None:
+    """What torch keeps of freed tensors on a GPU goes back to the driver, for others to take."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """Free and all memory of a GPU; what torch keeps of freed tensors counts as free, and is."""
+    release_cached(device)
+    return torch.cuda.mem_get_info(device)
+
+
 @contextmanager
 def pinned(buffer: HostBuffer) -> Iterator[HostBuffer]:
     """Page-locks a buffer, whose exact bytes count: torch's own pinned memory is rounded up to powers of two. Raises
@@ -35,6 +47,8 @@ def pinned(buffer: HostBuffer) -> Iterator[HostBuffer]:
     address = buffer.array.ctypes.data
     error = runtime.cudaHostRegister(address, buffer.num_bytes, 0)
     if int(error):
+        with suppress(RuntimeError):  # the error stays until somebody asks for it
+            torch.cuda.synchronize()
         raise MemoryBudgetError(f"pinned memory: the driver does not lock {buffer.num_bytes} bytes ({error})")
     try:
         yield buffer

@@ -22,7 +22,7 @@ _LARGE_ALLOCATION, _MIDDLE_SEGMENT, _ROUND = 10 << 20, 20 << 20, 2 << 20
 # Estimates, until a GPU has been asked: the driver's context with torch's and our modules, and cuBLAS's workspace
 # (documented for torch: 8 MiB + 128 KiB, 32 MiB on Hopper).
 CONTEXT_BYTES = 500 << 20
-_CUBLAS_BYTES, _CUBLAS_HOPPER_BYTES = (8 << 20) + (128 << 10), 32 << 20
+_CUBLAS_BYTES, _CUBLAS_LARGE_BYTES = (8 << 20) + (128 << 10), 32 << 20
 
 
 def segment_bytes(num_bytes: int) -> int:
@@ -126,6 +126,7 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
     scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
     slab = residual + activations + logits + scratch
     rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, slab))
+    cublas = _CUBLAS_LARGE_BYTES if model.target.arch in (90, 100) else _CUBLAS_BYTES
     lines = [
         PlanLine("embedding", name, embed, True),
         PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
@@ -140,7 +141,7 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
         PlanLine("logits and samples", name, logits, True, f"{limits.max_logit_rows} rows"),
         PlanLine("scratch of operations", name, scratch, True),
         PlanLine("rounding to segments", name, rounding, True, "torch's allocator"),
-        PlanLine("cuBLAS workspace", name, _CUBLAS_HOPPER_BYTES if model.target.arch == 90 else _CUBLAS_BYTES, False),
+        PlanLine("cuBLAS workspace", name, cublas, False),
         PlanLine("CUDA context, modules", name, CONTEXT_BYTES, False, "an estimate"),
     ]  # fmt: skip
     return [line for line in lines if line.num_bytes]

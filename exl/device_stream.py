@@ -174,7 +174,9 @@ class DeviceStream:
         self._sizes = {layer_idx: layouts[layer_idx].num_bytes for layer_idx in self._tiers}
         if not slots or any(len(slot) < max(self._sizes.values()) for slot in slots):
             raise ValueError(f"slots of {[len(slot) for slot in slots]} bytes for layers of {self._sizes}")
-        self._slots = [_DeviceSlot(slot) for slot in slots]
+        self._num_layers = len(layouts)
+        # What was queued before, such as the memory's zeroing, comes before the first copy.
+        self._slots = [_DeviceSlot(slot, released=engine.record()) for slot in slots]
         self._slot_of = {layer_idx: self._slots[i % len(slots)] for i, layer_idx in enumerate(sorted(self._tiers))}
         self._views = {
             i: LayerWeights.view(layouts[i], slot.memory[: self._sizes[i]]) for i, slot in self._slot_of.items()
@@ -240,6 +242,12 @@ class DeviceStream:
                 if event is not None:
                     event.synchronize()
             slot.loaded = slot.released = None
+
+    def rest(self) -> None:
+        """Before a captured pass, and before each time that it is queued again: slots hold the first layers, whatever a
+        pass that was interrupted left in them, and arithmetic waits for copies that are still on their way."""
+        self.begin(range(self._num_layers))
+        self.join()
 
     def replayed(self) -> None:
         """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""

@@ -13,6 +13,7 @@ import torch
 from exl.cache import KVCache
 from exl.config import GenerationDefaults, ModelConfig
 from exl.device_arena import arena_layout
+from exl.device_memory import free_bytes
 from exl.device_plan import CONTEXT_BYTES, HOST
 from exl.errors import ConfigError, KernelError, MemoryBudgetError
 from exl.generator import Generator
@@ -58,7 +59,9 @@ class Engine:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards."""
+        """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards. A GPU's memory
+        goes with the last reference to the engine."""
+        self.synchronize()  # copies that are on their way read pages that are about to go
         self.owned.close()
 
 
@@ -142,7 +145,7 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
             f"vram: found {len(options.vram_bytes)} sizes; this version plans for several GPUs and computes on one"
         )
     if options.vram is None:
-        free, _ = torch.cuda.mem_get_info(backend.device)
+        free, _ = free_bytes(backend.device)
         options = replace(options, vram=free + CONTEXT_BYTES - _MARGIN_BYTES)
         logger.info("computing on %s", torch.cuda.get_device_name(backend.device))
     return options, backend
@@ -152,7 +155,7 @@ def _check_device(plan: MemoryPlan, backend: Backend) -> None:
     """The plan against the memory that is free now."""
     if backend.device.type != "cuda":
         return
-    free, total = torch.cuda.mem_get_info(backend.device)
+    free, total = free_bytes(backend.device)
     needed = sum(line.num_bytes for line in plan.lines if line.device != HOST) - CONTEXT_BYTES
     if needed > free:
         raise MemoryBudgetError(

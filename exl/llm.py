@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from exl.config import GenerationDefaults
+from exl.device_memory import release_cached
 from exl.engine import Engine, load_engine
 from exl.errors import ConfigError, ExlError
 from exl.generator import Generator
@@ -259,7 +260,10 @@ class LLM:
             with self._turn:
                 engine, self._engine = self._engine, None
                 if engine is not None:
+                    device = engine.device
                     engine.close()
+                    del engine
+                    release_cached(device)
 
     def __enter__(self) -> LLM:
         return self

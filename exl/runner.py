@@ -15,7 +15,7 @@ from exl.layout import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import Linear
 from exl.step_graph import StepGraphs
-from exl.stream import WeightSource
+from exl.stream import ResidentWeights, WeightSource
 
 
 class Runner:
@@ -93,6 +93,8 @@ class Runner:
         self.weights.begin(order)
         for layer_idx in order:
             weights = self.weights.acquire(layer_idx)
+            if not isinstance(self.weights, ResidentWeights):
+                ops.fence()
             for i, h in enumerate(rows):
                 ops.select(i)
                 decoder.layer(layer_idx, weights, self._buffers, h, self.kv)

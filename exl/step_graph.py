@@ -24,7 +24,8 @@ class StepGraphs:
     """
 
     def __init__(self, backend: Backend, weights: WeightSource) -> None:
-        self._backend, self._weights = backend, weights
+        self._backend = backend
+        self._stream = weights if isinstance(weights, DeviceStream) else None
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._seen: set[Hashable] = set()
         self.reason: str | None = None if weights.capturable else "layers are read from the disk"
@@ -40,12 +41,17 @@ class StepGraphs:
             self._seen.add(key)
             step()
             return
-        replay()
-        if isinstance(self._weights, DeviceStream):
-            self._weights.replayed()
+        if self._stream is None:
+            replay()
+            return
+        self._stream.rest()
+        try:
+            replay()
+        finally:  # also where Ctrl-C falls in between
+            self._stream.replayed()
 
     def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
-        stream = self._weights if isinstance(self._weights, DeviceStream) else None
+        stream = self._stream
 
         def run() -> None:
             step()
@@ -53,14 +59,17 @@ class StepGraphs:
                 stream.join()
 
         if stream is not None:
+            stream.rest()
             stream.settle()
         try:
             replay = self._backend.capture(run)
-        except (KernelError, RuntimeError) as error:
-            self.reason = f"a graph could not be captured ({error})"
-            logger.warning("decode steps are launched one by one: %s", self.reason)
+        except BaseException as error:
             if stream is not None:
                 stream.abandon()
+            if not isinstance(error, KernelError | RuntimeError):
+                raise
+            self.reason = f"a graph could not be captured ({error})"
+            logger.warning("decode steps are launched one by one: %s", self.reason)
             return
         if replay is None:
             self.reason = "this device has no graphs"

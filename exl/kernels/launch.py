@@ -21,6 +21,7 @@ from exl.kernels.compiler import CompileFailed, Compiler, compile_cached
 from exl.kernels.driver import Driver, pack_params
 from exl.kernels.spec import DEFAULT_SHARED_BYTES, KernelSpec, arch_limits
 
+MIN_TORCH = (2, 8)  # for GPUs
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 Dim = Sequence[int]  # up to three sizes, x first
 
@@ -95,6 +96,11 @@ def _dims(spec: KernelSpec, name: str, dims: Dim) -> tuple[int, int, int]:
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
 
 
+def _version(text: str) -> tuple[int, ...]:
+    """``_version("2.11.0+cu130") == (2, 11)``."""
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+
+
 class CupyCompiler:
     """NVRTC through CuPy's binding; needs CuPy, but no GPU."""
 
@@ -149,6 +155,8 @@ class CudaBackend:
     ) -> None:
         if not torch.cuda.is_available():
             raise KernelError("no CUDA device: torch.cuda.is_available() is False")
+        if _version(torch.__version__) < MIN_TORCH:  # products of 16 bits with an f32 result
+            raise KernelError(f"torch {torch.__version__}: expected {'.'.join(map(str, MIN_TORCH))} or newer on a GPU")
         try:
             import cupy
         except ImportError as error:
@@ -165,6 +173,7 @@ class CudaBackend:
         self._compiler = CupyCompiler() if compiler is None else compiler
         self._driver = Driver()
         self._functions: dict[KernelSpec, CudaFunction] = {}
+        self._capture_stream: torch.cuda.Stream | None = None
 
     def load(self, spec: KernelSpec) -> CudaFunction:
         if spec not in self._functions:
@@ -182,10 +191,18 @@ class CudaBackend:
         return self._functions[spec]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: the one that reads layers from the disk uses no stream.
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        if self._capture_stream is None:
+            self._capture_stream = torch.cuda.Stream(self.device)
+        try:
+            # Other threads may go on: the one that reads layers from the disk uses no stream.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, stream=self._capture_stream, capture_error_mode="thread_local"),
+            ):
+                run()
+        finally:  # a capture that fails at its end leaves its own stream behind
+            torch.cuda.set_stream(before)
         return graph.replay
 
 

@@ -157,6 +157,9 @@ class Ops(Protocol):
 
     def select(self, batch_idx: int) -> None: ...
 
+    def fence(self) -> None:
+        """What follows starts when all before it has ended, copies on other streams that were waited for among them."""
+
     @property
     def step_key(self) -> Hashable:
         """Of the selected batch: batches with one key launch the same kernels with the same arguments."""

@@ -63,6 +63,7 @@ class CudaOps:
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
         self.dependent = dependent
+        self._fenced = False
         self._slab = device_tensor(arena.num_bytes, self.device, "buffers of a step")
         self._arena = arena
         self._pages = PageLayout(kv_layout.kind, kv_layout.head_dim)
@@ -123,6 +124,14 @@ class CudaOps:
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
 
+    def fence(self) -> None:
+        self._fenced = True
+
+    def _may_overlap(self) -> bool:
+        """Whether the next launch may start before its predecessor has ended."""
+        fenced, self._fenced = self._fenced, False
+        return self.dependent and not fenced
+
     @property
     def step_key(self) -> BatchShape:
         return self._now.shape
@@ -131,11 +140,11 @@ class CudaOps:
         embed(
             *(self.backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
             samples=self._samples,
-            dependent=self.dependent,
+            dependent=self._may_overlap(),
         )
 
     def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        rms_norm(self.backend, h, self._normed_input(h, norm), out, dependent=self.dependent)
+        rms_norm(self.backend, h, self._normed_input(h, norm), out, dependent=self._may_overlap())
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
         _refuse(lora)
@@ -165,7 +174,7 @@ class CudaOps:
             "window": spec.window,
             "softcap": spec.softcap,
             "positions": to[0].fields.get("positions") if to else None,
-            "dependent": self.dependent,
+            "dependent": self._may_overlap(),
         }
         if n:
             attention_decode(
@@ -181,7 +190,7 @@ class CudaOps:
             append_kv(
                 *(self.backend, self._pages, qkv[n:], batch.cosine[n:], batch.sine[n:], batch.slots[n:], pages, q[n:]),
                 **norms,
-                dependent=self.dependent,
+                dependent=self._may_overlap(),
             )
             tables = batch.prefill_tables
             attention_prefill(
@@ -199,7 +208,9 @@ class CudaOps:
         both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
         self.project(h, norm, w, both)
         positions = to[0].fields.get("positions") if to else None
-        silu_mul(*(self.backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self.dependent)
+        silu_mul(
+            *(self.backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self._may_overlap()
+        )
 
     def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
         _refuse(lora)
@@ -220,7 +231,7 @@ class CudaOps:
         return out
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
-        return self._sampler.sample(logits, params, dependent=self.dependent)
+        return self._sampler.sample(logits, params, dependent=self._may_overlap())
 
     # cache
 
@@ -237,7 +248,7 @@ class CudaOps:
         positions = linear.fields.get("positions")
         if normed is not None and positions is not None:
             sorted_x = self._normed[: x.numel()].view(x.shape)
-            rms_norm(self.backend, x, normed, sorted_x, positions=positions, dependent=self.dependent)
+            rms_norm(self.backend, x, normed, sorted_x, positions=positions, dependent=self._may_overlap())
             x, normed = sorted_x, None
         if isinstance(weight, DenseWeight):
             self._dense(x, normed, weight, out)
@@ -248,7 +259,10 @@ class CudaOps:
         if n:
             part = None if normed is None else normed.rows(0, n)
             multiply(
-                *(self.backend, weight, x[:n], out.rows(0, n)), norm=part, scratch=self._few, dependent=self.dependent
+                *(self.backend, weight, x[:n], out.rows(0, n)),
+                norm=part,
+                scratch=self._few,
+                dependent=self._may_overlap(),
             )
         if n < num_rows:
             part = None if normed is None else normed.rows(n, num_rows)
@@ -261,7 +275,7 @@ class CudaOps:
         if self.target.arch < MIN_ARCH:
             self._dense_by_cublas(x, norm, weight, out)
             return
-        multiply_dense(self.backend, weight, x, out, norm=norm, dependent=self.dependent)
+        multiply_dense(self.backend, weight, x, out, norm=norm, dependent=self._may_overlap())
 
     def _dense_by_cublas(self, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output) -> None:
         """The head, where there are no tensor cores. A row at a time: no row's bits depend on the others."""

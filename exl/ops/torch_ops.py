@@ -100,6 +100,9 @@ class TorchOps:
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
 
+    def fence(self) -> None:
+        pass
+
     @property
     def step_key(self) -> None:
         return None

@@ -37,6 +37,7 @@ class RecordingBackend:
         self.num_multiprocessors = inner.num_multiprocessors
         self.launches: list[Launch] = []
         self.graphs: list[list[Callable[[], None]]] = []
+        self.copies: list[int] = []  # addresses that layers were copied to, for tests that record them
         self._capturing: list[Callable[[], None]] | None = None
         self._functions: dict[KernelSpec, RecordedFunction] = {}
 

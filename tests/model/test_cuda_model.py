@@ -40,6 +40,20 @@ def backend(request):
     return make_backend(request.param)
 
 
+@pytest.fixture
+def recorder(monkeypatch):
+    """Copies of streamed layers are recorded, too: while a graph is captured they do not happen."""
+    recorder = RecordingBackend(make_backend("plain"))
+
+    class Copies(HostCopyEngine):
+        def copy(self, dst, src, after):
+            recorder.do(lambda: (recorder.copies.append(dst.data_ptr()), dst.copy_(src)))
+            return self._Done()
+
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", Copies)
+    return recorder
+
+
 @pytest.fixture(scope="module")
 def folder_and_model(tmp_path_factory):
     """4 bits, every linear with an order of its own; and transformers' twin."""
@@ -373,26 +387,57 @@ def test_streamed_layers_give_the_same_bits(backend, four_bit, tmp_path, tier):
         streamed.close()
 
 
-def test_copies_of_streamed_layers_are_part_of_the_graph(backend, four_bit, monkeypatch):
+def test_replays_find_the_slots_at_rest(recorder, four_bit):
+    """A second request, whose prompt is launched plainly between replays; and a step after a pass that was given up in
+    its middle, which has left other layers in the slots."""
+    streamed, resident = load(four_bit, recorder, resident_layers=0), load(four_bit, recorder.inner)
+    params = replace(GREEDY, max_tokens=6)
+    expected = tokens(resident, params)
+    assert tokens(streamed, params) == expected
+    assert tokens(streamed, params) == expected
+    runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
+
+    def give_up(layer_idx, *args):
+        if layer_idx == 2:
+            raise KeyboardInterrupt
+        layer(layer_idx, *args)
+
+    runner.decoder.layer = give_up
+    with pytest.raises(KeyboardInterrupt):
+        tokens(streamed, params)
+    runner.decoder.layer = layer
+    one = batch_of([([5], 0, [0])], decode=True)
+    assert torch.equal(run(runner, one), run(resident.generator.runner, one))
+    assert len(recorder.graphs) == 1
+
+
+def test_a_capture_that_is_interrupted_leaves_no_layer_for_another(recorder, four_bit):
+    streamed = load(four_bit, recorder, resident_layers=0)
+    capture = recorder.capture
+
+    def interrupted(run):
+        capture(run)
+        raise KeyboardInterrupt
+
+    recorder.capture = interrupted
+    params = replace(GREEDY, max_tokens=6)
+    with pytest.raises(KeyboardInterrupt):
+        tokens(streamed, params)
+    recorder.capture = capture
+    assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
+
+
+def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
     """On replay layers are copied again, in their turn: in between, the slots hold other layers."""
-    recorder = RecordingBackend(backend)
-    copies = []
-
-    class Engine(HostCopyEngine):
-        def copy(self, dst, src, after):
-            recorder.do(lambda: (copies.append(dst.data_ptr()), dst.copy_(src)))
-            return self._Done()
-
-    monkeypatch.setattr(weight_memory, "HostCopyEngine", Engine)
     streamed = load(four_bit, recorder, resident_layers=0)
     params = replace(GREEDY, max_tokens=8)
-    assert tokens(streamed, params) == tokens(load(four_bit, backend), params)
+    assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
     assert len(recorder.graphs) == 1
-    copies.clear()
+    recorder.copies.clear()
     for work in recorder.graphs[0]:
         work()
-    assert len(copies) == 4
-    assert len(set(copies)) == streamed.plan.num_slots == 2
+    assert len(recorder.copies) == 4
+    assert len(set(recorder.copies)) == streamed.plan.num_slots == 2
 
 
 def test_exact_lines_are_what_is_alive(backend, four_bit):

@@ -252,6 +252,28 @@ def test_a_settled_stream_waits_for_nothing_before(tmp_path):
     assert [work.done or work in device.queued for work in waits] == [True]
 
 
+@given(
+    num_layers=st.integers(2, 7),
+    num_slots=st.integers(1, 4),
+    given_up=st.one_of(st.none(), st.integers(0, 7)),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, num_slots, given_up, seed):
+    """Arithmetic of a graph waits for nothing by itself: after ``rest`` it reads the first layers, though a pass before
+    it has only just queued their copies, or was given up in its middle. A pass after it overwrites no slot too early."""
+    model = Model(tmp_path_factory.getbasetemp(), num_layers, num_slots, seed=seed)
+    model.run_pass(None if given_up is None else min(given_up, num_layers))
+    for _ in range(2):
+        model.stream.rest()
+        for layer_idx in range(min(num_layers, num_slots)):
+            weights = model.stream._views[layer_idx]
+            model.device.arithmetic(lambda i=layer_idx, w=weights: model.seen.append((i, marks(w))))
+        model.stream.replayed()
+        model.run_pass()
+    model.check()
+
+
 def test_errors_of_the_disk_come_out_where_the_layer_is_asked_for(tmp_path, monkeypatch):
     def broken(*args):
         raise CheckpointError("packed: layer 2 is damaged")
