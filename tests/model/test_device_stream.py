@@ -261,7 +261,7 @@ def test_a_settled_stream_waits_for_nothing_before(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, num_slots, given_up, seed):
     """Arithmetic of a graph waits for nothing by itself: after ``rest`` it reads the first layers, though a pass before
-    it has only just queued their copies, or was given up in its middle. A pass after it overwrites no slot too early."""
+    it has only just queued their copies, or was given up in its middle. A pass after it overwrites none too soon."""
     model = Model(tmp_path_factory.getbasetemp(), num_layers, num_slots, seed=seed)
     model.run_pass(None if given_up is None else min(given_up, num_layers))
     for _ in range(2):
