@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from exl import weight_memory
+from exl.device_stream import HostCopyEngine
+from tests.host.backends import make_backend
+from tests.host.recording import RecordingBackend
 from tests.model import test_quantized
 from tests.model.placed_model import NUM_LAYERS, reader_threads
 
@@ -20,3 +24,42 @@ def four_bit(tmp_path_factory):
 def no_thread_stays():
     yield
     assert reader_threads() == []
+
+
+@pytest.fixture(scope="module", params=["plain", pytest.param("cupy", marks=pytest.mark.gpu)])
+def backend(request):
+    return make_backend(request.param)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Copies of streamed layers are recorded, too: while a graph is captured they do not happen."""
+    recorder = RecordingBackend(make_backend("plain"))
+
+    class Copies(HostCopyEngine):
+        def copy(self, dst, src, after):
+            recorder.do(lambda: (recorder.copies.append(dst.data_ptr()), dst.copy_(src)))
+            return self._Done()
+
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", Copies)
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def folder_and_model(tmp_path_factory):
+    """4 bits, every linear with an order of its own; and transformers' twin."""
+    path = tmp_path_factory.mktemp("own-order")
+    return path, test_quantized.make(path, 4, 32, order="own")
+
+
+@pytest.fixture(scope="module")
+def folder(folder_and_model):
+    return folder_and_model[0]
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    """4 bits without act-order."""
+    path = tmp_path_factory.mktemp("no-order")
+    test_quantized.make(path, 4, 32)
+    return path

@@ -1,0 +1,50 @@
+"""Whole models through the CUDA kernels: how tests load and ask them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from exl.engine import Engine, load_engine
+from exl.planning import EngineOptions
+from exl.sampling import SamplingParams
+
+DENSE = Path(__file__).parents[1] / "data" / "stories260K"
+STORIES = Path(__file__).parents[1] / "data" / "stories2M"
+PROMPT = [1, 403, 407, 261, 378, 100, 50, 60, 70, 80, 90, 101]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
+
+
+def load(folder: Path, backend, **options) -> Engine:
+    return load_engine(folder, EngineOptions(**{"context": 128, "vram": "2GB"} | options), backend=backend)
+
+
+def all_logits(engine: Engine, ids) -> torch.Tensor:
+    return torch.cat([chunk.to("cpu", copy=True) for chunk in engine.generator.logits(ids)])
+
+
+def step_logits(engine: Engine, ids) -> torch.Tensor:
+    """Token by token, through the decode kernels."""
+    sequence = engine.generator.begin(len(ids))
+    rows = [engine.generator.extend(sequence, [token]).to("cpu", copy=True) for token in ids]
+    engine.generator.end(sequence)
+    return torch.cat(rows)
+
+
+def tokens(engine: Engine, params: SamplingParams = GREEDY) -> list[int]:
+    prompt = [token_id % engine.config.vocab_size for token_id in PROMPT]
+    engine.generator.eos_ids = frozenset()
+    return [token.token_id for token in engine.generator.stream(prompt, params)]
+
+
+def some_ids(count: int, seed: int = 9) -> list[int]:
+    return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def bound(expected: torch.Tensor, num_layers: int) -> float:
+    """Activations are rounded to f16 where the other side has f32: normalised input, qkv, q and k or v in their pages,
+    the attention's output, normalised input again and the MLP's output, seven a layer and one before the head, each by
+    2^-12 of the largest value at most. Roundings are of both signs and spread over many channels; that no more than
+    twice their plain sum arrives is what these models show."""
+    return 2 * (7 * num_layers + 1) * 2.0**-12 * float(expected.abs().max())
