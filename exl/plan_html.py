@@ -17,6 +17,7 @@ COLORS = {
     "pinned layers": "#3f78e0",
     "stream slots": "#8a6fe8",
     "pinned read buffers": "#8a6fe8",
+    "pinned tables": "#c3c14e",
     "head and final norm": "#35a7c9",
     "KV cache": "#f2a33a",
     "residual stream": "#1f9d6b",

@@ -191,12 +191,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     terminal.send("/set max_tokens 490\r")
     terminal.expect("max_tokens 490")
     terminal.expect(PROMPT)
-    terminal.send("Tell me a story.\r")
-    terminal.expect("story")  # the echo of the line
-    terminal.expect("[a-z]{2,} ")  # the answer has begun
-    terminal.sendintr()
-    terminal.expect(r"stopped \| context (\d+) of 512")
-    assert int(terminal.match[1]) < 400
+    for _ in range(5):  # the whole answer takes a second: on a busy machine it may be there before the key is pressed
+        terminal.send("Tell me a story.\r")
+        # The answer has begun. The line itself is drawn more than once, in fewer words: a Ctrl-C that comes while the
+        # terminal still belongs to the prompt is lost.
+        terminal.expect("(?:[a-z]+[,.]? ){5}")
+        terminal.sendintr()
+        if terminal.expect([r"stopped \| context (\d+) of 512", STATUS]) == 0:
+            break
+        terminal.send("/reset\r")
+        terminal.expect("forgotten")
+    assert int(terminal.match[1]) < 500
     terminal.send("/set max_tokens 3\r")
     terminal.expect("max_tokens 3")
     terminal.send("Hello.\r")
