@@ -10,7 +10,7 @@ demo: .venv/installed
 	@$(BIN)/exl generate "Once upon a time" --max-tokens 200 --temperature 0
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEs -m "not matrix and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEs --durations=15 -m "not matrix and not browser"
 
 # Every variant of every kernel for every architecture: what `make test` takes a sample of. About ten minutes.
 matrix: .venv/installed-test

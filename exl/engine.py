@@ -139,6 +139,8 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
         if options.on_gpu:
             asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
             raise ConfigError(f"{asked}: found no GPU that exl can use ({error})") from None
+        if torch.cuda.is_available():  # whoever has a GPU wants to know why it is left alone
+            logger.warning("computing on the CPU: %s", error)
         return options, None
     if len(options.vram_bytes) > 1:
         raise ConfigError(
