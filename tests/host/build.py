@@ -42,6 +42,8 @@ UNDEFINED = (
     "-fno-sanitize=vptr,return,null,object-size,pointer-overflow",
 )
 ADDRESS = ("-fsanitize=address", "-fsanitize-recover=address", "--param=asan-use-after-return=0")
+# No part of a library's name: what lies there is (``shim_sources``), so that checkouts can share a cache.
+INCLUDES = (f"-I{HERE / 'include'}", f"-I{HERE / 'include' / 'exl_host'}")
 BUILDS = {  # name -> options of the kernel, options of the link
     "plain": ((), ()),
     "race": (("-fsanitize=thread", *UNDEFINED), ()),
@@ -86,7 +88,6 @@ def build(spec: KernelSpec, mode: str, folder: Path | None = None, extra: tuple[
     """
     instrument, link = BUILDS[mode]
     common = (*COMMON, *machine_options(), f"-DEXL_ARCH={spec.arch}", f"-DEXL_{mode.upper()}", *extra)
-    common += (f"-I{HERE / 'include'}", f"-I{HERE / 'include' / 'exl_host'}")
     text = f"{flattened(spec, folder)}#include <exl_host/kernel_main.hpp>\n"
     options = (*common, *KERNEL, *WARNINGS, *instrument, *spec.defines(), f"-DEXL_HOST_ENTRY={spec.entry}")
     library = _path(spec.entry, ".so", text, *options, *link)
@@ -95,7 +96,7 @@ def build(spec: KernelSpec, mode: str, folder: Path | None = None, extra: tuple[
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             source, kernel = Path(scratch) / f"{spec.entry}.cpp", Path(scratch) / f"{spec.entry}.o"
             source.write_text(text)
-            _run(str(spec), (*options, "-c", str(source), "-o", str(kernel)))
+            _run(str(spec), (*options, *INCLUDES, "-c", str(source), "-o", str(kernel)))
             linked = ("-shared", *link, str(kernel), str(runtime), "-Wl,--no-undefined", "-lm")
             _publish(str(spec), linked, library)
         prune()
@@ -108,7 +109,7 @@ def _runtime(common: tuple[str, ...]) -> Path:
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         source = HERE / "src" / "runtime.cpp"
-        _publish("the shim's runtime", (*common, *RUNTIME, f"-I{source.parent}", "-c", str(source)), path)
+        _publish("the shim's runtime", (*common, *RUNTIME, *INCLUDES, f"-I{source.parent}", "-c", str(source)), path)
     os.utime(path)
     return path
 
