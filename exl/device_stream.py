@@ -3,7 +3,7 @@
 The host queues copies on a stream of their own and tells the two streams, by events, to wait for each other: a copy
 waits for the arithmetic that still reads its slot, arithmetic for the copy of its layer. The host itself waits for the
 disk alone. The i-th streamed layer always has slot i mod S, so that its weights have one address: a step can be
-captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end).
+captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end, ``captured`` or ``abandon`` after).
 """
 
 from __future__ import annotations
@@ -253,6 +253,12 @@ class DeviceStream:
         """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""
         for slot in self._slots:
             slot.loaded, slot.released = None, self._engine.record()
+
+    def captured(self) -> None:
+        """A pass has been captured and nothing has run: slots are as ``settle`` left them. Events that were recorded
+        inside of a capture are edges of its graph; CUDA refuses to wait for them anywhere else."""
+        for slot in self._slots:
+            slot.loaded = slot.released = None
 
     def abandon(self) -> None:
         """A capture that failed: what it queued will never happen, slots hold nothing."""

@@ -63,6 +63,8 @@ class StepGraphs:
             stream.settle()
         try:
             replay = self._backend.capture(run)
+            if stream is not None:
+                stream.captured()
         except BaseException as error:
             if stream is not None:
                 stream.abandon()

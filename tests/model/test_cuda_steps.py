@@ -11,6 +11,7 @@ import torch
 
 from exl.memory import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
+from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
 from tests.model.batches import batch_of, run
 from tests.model.cuda_engines import (
@@ -265,6 +266,32 @@ def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
         work()
     assert len(recorder.copies) == 4
     assert len(set(recorder.copies)) == streamed.plan.num_slots == 2
+
+
+def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
+    """Two shapes of steps, so that the second capture, too, comes after replays of the first. Copies are recorded with
+    events that obey CUDA's rules: what was recorded in a capture cannot be waited for outside of it."""
+    streamed = load(four_bit, recorder, resident_layers=0, max_sequences=2)
+    resident = load(four_bit, recorder.inner, max_sequences=2)
+    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
+    for step in range(5):
+        for count in (1, 2):
+            batch = batch_of([([5 + step], step, [i]) for i in range(count)], decode=True)
+            found = [run(engine.generator.runner, batch) for engine in (streamed, resident)]
+            assert torch.equal(*found)
+    assert len(recorder.graphs) == 2
+    assert streamed.generator.runner._graphs.reason is None
+
+
+@pytest.mark.gpu
+def test_more_streamed_layers_than_slots_are_replayed_on_a_gpu(four_bit):
+    """The same with CUDA's own events and graphs, several requests one after the other."""
+    backend = make_backend("cupy")
+    streamed, resident = load(four_bit, backend, resident_layers=0), load(four_bit, backend)
+    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
+    for _ in range(3):
+        assert tokens(streamed) == tokens(resident)
+    assert streamed.generator.runner._graphs.reason is None
 
 
 def test_exact_lines_are_what_is_alive(backend, four_bit):
