@@ -53,6 +53,11 @@ class Engine:
     def device(self) -> torch.device:
         return self.generator.runner.decoder.ops.device
 
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        return self.generator.runner.decode_steps
+
     def synchronize(self) -> None:
         """Waits until the device has done what it was given: for clocks."""
         if self.device.type == "cuda":

@@ -39,7 +39,14 @@ class Runner:
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
         backend = decoder.ops.backend
-        self._graphs = StepGraphs(backend, weights) if graphs and backend is not None else None
+        self.graphs = StepGraphs(backend, weights) if graphs and backend is not None else None
+
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        if self.decoder.ops.backend is None:
+            return None
+        return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
@@ -48,8 +55,8 @@ class Runner:
         ops = self.decoder.ops
         try:
             for window in self._windows(batches):
-                if self._graphs is not None and len(window) == 1 and is_step(window[0]):
-                    yield self._step(self._graphs, window[0])
+                if self.graphs is not None and len(window) == 1 and is_step(window[0]):
+                    yield self._step(self.graphs, window[0])
                     continue
                 rows = self._run_layers(window)
                 for i, h in enumerate(rows):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Hashable
 
 from exl.device_stream import DeviceStream
-from exl.errors import KernelError
+from exl.errors import KernelError, chain_of, with_causes
 from exl.kernels.launch import Backend
 from exl.stream import WeightSource
 
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class StepGraphs:
     """Runs steps: the first of a shape plainly, which loads its kernels; the second is captured; the rest are replayed.
 
-    Where a capture fails, and where layers come from the disk, steps are launched one by one, and a message says why.
+    Where a capture fails, and where layers come from the disk, steps are launched one by one; ``reason`` says why, with
+    all that the failure was caused by.
     """
 
     def __init__(self, backend: Backend, weights: WeightSource) -> None:
@@ -31,6 +32,14 @@ class StepGraphs:
         self.reason: str | None = None if weights.capturable else "layers are read from the disk"
         if self.reason:
             logger.info("decode steps are launched one by one: %s", self.reason)
+
+    def describe(self) -> str:
+        """How steps run, for people."""
+        if self.reason is not None:
+            return f"launched one by one: {self.reason}"
+        if not self._replays:
+            return "launched one by one so far: a step is captured when its shape comes for the second time"
+        return "replayed as graphs"
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """``step`` launches on fixed addresses and nothing else; equal keys launch the same."""
@@ -68,9 +77,13 @@ class StepGraphs:
         except BaseException as error:
             if stream is not None:
                 stream.abandon()
+            # The end of a broken capture fails in its turn, and its error hides the one that came first.
+            for earlier in chain_of(error):
+                if not isinstance(earlier, Exception):  # Ctrl-C
+                    raise earlier from None
             if not isinstance(error, KernelError | RuntimeError):
                 raise
-            self.reason = f"a graph could not be captured ({error})"
+            self.reason = f"a graph could not be captured ({with_causes(error)})"
             logger.warning("decode steps are launched one by one: %s", self.reason)
             return
         if replay is None:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from exl.config import GenerationDefaults
+from exl.errors import KernelError
+from exl.llm import LLM
 from exl.memory import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
 from tests.host.backends import make_backend
@@ -159,7 +162,7 @@ def test_replayed_steps_give_the_same_bits(backend, folder):
     engine = load(folder, recorder)
     found = tokens(engine, replace(GREEDY, max_tokens=20))
     assert len(recorder.graphs) == 1
-    assert engine.generator.runner._graphs.reason is None
+    assert engine.generator.runner.graphs.reason is None
     assert found == tokens(load(folder, backend), replace(GREEDY, max_tokens=20))
 
 
@@ -178,6 +181,58 @@ def test_a_graph_for_each_bucket(backend, folder):
     assert len(recorder.graphs) == 1
 
 
+def test_the_reason_of_a_failed_capture_is_the_whole_chain(recorder, four_bit):
+    """CUDA ends a broken capture with an error of its own, which hides the one that came first."""
+    streamed = load(four_bit, recorder, resident_layers=0)
+    runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
+    assert streamed.decode_steps.startswith("launched one by one so far")
+
+    def fail(layer_idx, *args):
+        if layer_idx == 3 and recorder.captures.active:
+            try:
+                raise ValueError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+            except ValueError as error:
+                raise KernelError("linear_q on grid (9, 1, 1)") from error
+        layer(layer_idx, *args)
+
+    runner.decoder.layer = fail
+    params = replace(GREEDY, max_tokens=6)
+    assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
+    for words in ("cudaErrorStreamCaptureUnjoined", "linear_q on grid (9, 1, 1)", "CUDA_ERROR_INVALID_VALUE"):
+        assert words in runner.graphs.reason
+    assert "\n" not in runner.graphs.reason
+    assert streamed.decode_steps == f"launched one by one: {runner.graphs.reason}"
+
+
+def test_ctrl_c_inside_of_a_capture_is_heard(recorder, four_bit):
+    """Though the capture's end fails, and its error takes the interrupt's place."""
+    streamed = load(four_bit, recorder, resident_layers=0)
+    runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
+
+    def interrupt(layer_idx, *args):
+        if layer_idx == 3 and recorder.captures.active:
+            raise KeyboardInterrupt
+        layer(layer_idx, *args)
+
+    runner.decoder.layer = interrupt
+    params = replace(GREEDY, max_tokens=6)
+    with pytest.raises(KeyboardInterrupt):
+        tokens(streamed, params)
+    runner.decoder.layer = layer
+    assert runner.graphs.reason is None
+    assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
+    assert streamed.decode_steps == "replayed as graphs"
+
+
+@pytest.mark.gpu
+def test_steps_are_replayed_on_a_gpu(folder):
+    """With CUDA's own capture: a failure would cost speed and nothing else, and nobody would see it."""
+    engine = load(folder, make_backend("cupy"))
+    assert len(tokens(engine)) == 64
+    assert engine.generator.runner.graphs.reason is None
+    assert engine.decode_steps == "replayed as graphs"
+
+
 def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
     recorder = RecordingBackend(backend)
 
@@ -185,9 +240,12 @@ def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     recorder.capture = refuse
-    found = tokens(load(folder, recorder), replace(GREEDY, max_tokens=6))
-    assert found == tokens(load(folder, backend), replace(GREEDY, max_tokens=6))
-    assert "launched one by one: a graph could not be captured (operation not permitted" in caplog.text
+    engine = load(folder, recorder)
+    assert tokens(engine, replace(GREEDY, max_tokens=6)) == tokens(load(folder, backend), replace(GREEDY, max_tokens=6))
+    llm = LLM(folder, engine, None, GenerationDefaults())
+    assert "decode steps launched one by one: a graph could not be captured" in repr(llm)
+    assert llm.decode_steps == engine.decode_steps
+    assert "launched one by one: a graph could not be captured (RuntimeError: operation not permitted" in caplog.text
 
 
 # ---- where layers are -----------------------------------------------------------------------------------------------
@@ -280,7 +338,7 @@ def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
             found = [run(engine.generator.runner, batch) for engine in (streamed, resident)]
             assert torch.equal(*found)
     assert len(recorder.graphs) == 2
-    assert streamed.generator.runner._graphs.reason is None
+    assert streamed.generator.runner.graphs.reason is None
 
 
 @pytest.mark.gpu
@@ -291,7 +349,7 @@ def test_more_streamed_layers_than_slots_are_replayed_on_a_gpu(four_bit):
     assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
     for _ in range(3):
         assert tokens(streamed) == tokens(resident)
-    assert streamed.generator.runner._graphs.reason is None
+    assert streamed.generator.runner.graphs.reason is None
 
 
 def test_exact_lines_are_what_is_alive(backend, four_bit):
