@@ -38,8 +38,7 @@ class Runner:
         self._residual = buffer("residual")
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
-        backend = decoder.ops.backend
-        self.graphs = StepGraphs(backend, weights) if graphs and backend is not None else None
+        self.graphs = StepGraphs(decoder.ops, weights) if graphs and decoder.ops.backend is not None else None
 
     @property
     def decode_steps(self) -> str | None:
@@ -74,6 +73,7 @@ class Runner:
         h = self._residual[: padded.num_rows]
 
         def step() -> None:
+            ops.fence()  # nothing to overlap with: before it is a copy, or the beginning of a graph
             decoder.embed(self._embed, h)
             self._through_layers([h])
             decoder.head(self._final_norm, self._head, h, self._logits)

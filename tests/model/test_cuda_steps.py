@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from exl import weight_memory
 from exl.config import GenerationDefaults
 from exl.errors import KernelError
 from exl.llm import LLM
 from exl.memory import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
 from tests.host.backends import make_backend
-from tests.host.recording import RecordingBackend, TorchCalls, on_device
+from tests.host.recording import Launch, RecordedCopies, RecordingBackend, TorchCalls, on_device
 from tests.model.batches import batch_of, run
 from tests.model.cuda_engines import (
     GREEDY,
@@ -222,6 +223,69 @@ def test_ctrl_c_inside_of_a_capture_is_heard(recorder, four_bit):
     assert runner.graphs.reason is None
     assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
     assert streamed.decode_steps == "replayed as graphs"
+
+
+class NoDependentNodes(RecordingBackend):
+    """Refuses dependent launches in a graph, as some drivers do. ``all``: every launch."""
+
+    all = False
+
+    def note(self, launch: Launch) -> None:
+        if self.captures.active and (launch.dependent or self.all):
+            raise KernelError(f"{launch.entry}: cuLaunchKernelEx failed with 801: operation not supported")
+        super().note(launch)
+
+
+@pytest.mark.parametrize("num_resident", [None, 0])
+def test_a_capture_is_tried_again_without_dependent_launches(monkeypatch, four_bit, num_resident):
+    """Then steps stay without, and that is told."""
+    recorder = NoDependentNodes(make_backend("plain", 90))
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    engine = load(four_bit, recorder, resident_layers=num_resident)
+    params = replace(GREEDY, max_tokens=6)
+    expected = tokens(load(four_bit, recorder.inner), params)
+    assert tokens(engine, params) == expected
+    graphs = engine.generator.runner.graphs
+    assert len(recorder.graphs) == 1
+    assert graphs.reason is None
+    assert "801: operation not supported" in graphs.note
+    assert engine.decode_steps == f"replayed as graphs, {graphs.note}"
+    recorder.launches.clear()
+    assert tokens(engine, params) == expected
+    assert recorder.launches
+    assert not any(launch.dependent for launch in recorder.launches)
+
+
+@pytest.mark.parametrize("num_resident", [None, 0])
+def test_launches_stay_dependent_where_both_captures_fail(monkeypatch, four_bit, num_resident):
+    recorder = NoDependentNodes(make_backend("plain", 90))
+    recorder.all = True
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    engine = load(four_bit, recorder, resident_layers=num_resident)
+    params = replace(GREEDY, max_tokens=6)
+    assert tokens(engine, params) == tokens(load(four_bit, recorder.inner), params)
+    graphs = engine.generator.runner.graphs
+    assert recorder.graphs == []
+    assert graphs.note is None
+    assert "without dependent launches: KernelError: embed: cuLaunchKernelEx failed with 801" in graphs.reason
+    assert engine.generator.runner.decoder.ops.dependent
+    assert any(launch.dependent for launch in recorder.launches)
+
+
+def test_dependence_can_be_switched_off(four_bit):
+    """``CudaOps.dependent``, at any time; and a step's first launch has nothing before it to overlap with."""
+    recorder = RecordingBackend(make_backend("plain", 90))
+    engine = load(four_bit, recorder)
+    runner, batch = engine.generator.runner, batch_of([([5], 0, [0])], decode=True)
+    first = run(runner, batch)
+    assert not recorder.launches[0].dependent
+    assert all(launch.dependent for launch in recorder.launches[1:])
+    recorder.launches.clear()
+    runner.decoder.ops.dependent = False
+    for _ in range(3):  # captured, then replayed
+        assert torch.equal(run(runner, batch), first)
+    assert len(recorder.graphs) == 1
+    assert not any(launch.dependent for launch in recorder.launches)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from exl.errors import KernelError, chain_of, with_causes
 
 
@@ -25,12 +23,9 @@ def test_contexts_and_causes_are_told_from_the_last_to_the_first():
 
 
 def test_what_was_hidden_on_purpose_stays_hidden():
-    with pytest.raises(KernelError) as caught:
-        try:
-            raise ValueError("hidden")
-        except ValueError:
-            raise KernelError("shown") from None
-    assert with_causes(caught.value) == "KernelError: shown"
+    error = raised(ValueError("hidden"), KernelError("shown"))
+    error.__suppress_context__ = True  # ``from None``
+    assert with_causes(error) == "KernelError: shown"
 
 
 def test_a_text_that_an_error_repeats_is_told_once():
