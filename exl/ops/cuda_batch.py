@@ -98,7 +98,7 @@ class Upload:
         self._buffers = [HostBuffer(self._target.numel(), purpose) for _ in range(2)]
         if target.is_cuda:
             for buffer in self._buffers:
-                stack.enter_context(pinned(buffer))
+                stack.enter_context(pinned(buffer, target.device))
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 

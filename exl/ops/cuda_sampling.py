@@ -48,7 +48,7 @@ class Sampler:
         self._found = [HostBuffer(4 * self._num_rows, "samples") for _ in range(2)]
         if buffer.is_cuda:
             for found in self._found:
-                stack.enter_context(pinned(found))
+                stack.enter_context(pinned(found, buffer.device))
         self._turn = 0
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch, *, dependent: bool) -> DeviceSamples:
