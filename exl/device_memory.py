@@ -43,6 +43,14 @@ def free_bytes(device: torch.device) -> tuple[int, int]:
     return torch.cuda.mem_get_info(device)
 
 
+def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """All that the stream has been given so far. Whoever waits for it on the host leaves the core to others, such as
+    the thread that reads layers; by default CUDA spins."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
+
+
 class Runtime(Protocol):
     """What page-locking needs of the CUDA runtime. Errors are its ``cudaError_t``, 0 is success."""
 
@@ -100,7 +108,8 @@ def pinned(
     buffer: HostBuffer, device: torch.device | None = None, runtime: Runtime | None = None
 ) -> Iterator[HostBuffer]:
     """Page-locks a buffer for copies to ``device`` (default: the current one), whose exact bytes count: torch's own
-    pinned memory is rounded up to powers of two. Raises ``MemoryBudgetError`` where the driver refuses."""
+    pinned memory is rounded up to powers of two. A child that is forked meanwhile does not have it. Raises
+    ``MemoryBudgetError`` where the driver refuses."""
     if not buffer.num_bytes:
         yield buffer
         return
@@ -113,9 +122,11 @@ def pinned(
         raise MemoryBudgetError(
             f"pinned memory: the driver does not lock {buffer.num_bytes} bytes ({runtime.text(error)})"
         )
+    buffer.share_with_children(False)
     try:
         yield buffer
     finally:
+        buffer.share_with_children(True)
         error = runtime.unregister(address)
         if error:
             runtime.clear()

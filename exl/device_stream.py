@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from exl.device_memory import record_event
 from exl.layout import LayerLayout
 from exl.ops.base import LayerWeights
 from exl.stream import SlotReader
@@ -52,10 +53,10 @@ class TorchCopyEngine:
             self._copies.wait_event(after)
         with torch.cuda.stream(self._copies):
             dst.copy_(src, non_blocking=True)
-        return self._copies.record_event()
+        return record_event(self._copies)
 
     def record(self) -> Event:
-        return torch.cuda.current_stream(self._device).record_event()
+        return record_event(torch.cuda.current_stream(self._device))
 
     def wait(self, event: Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)

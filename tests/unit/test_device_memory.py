@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import exl
 from exl.device_memory import TorchRuntime, pinned
+from exl.device_stream import TorchCopyEngine
 from exl.errors import MemoryBudgetError
 from exl.host_memory import HostBuffer
 
@@ -99,6 +105,70 @@ def test_what_cannot_be_unlocked_is_told_and_forgotten(cuda, caplog):
         cuda.refuse = 713
     assert "8192 bytes stay locked (the memory is not registered" in caplog.text
     cuda.kernel()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="this system forks all pages")
+def test_a_child_does_not_get_locked_pages(cuda):
+    """The kernel would duplicate them all at once: they may not be written behind the device's back."""
+    buffer = HostBuffer(8192, "test")
+    assert flags_of(buffer) is not None
+    assert "dc" not in flags_of(buffer)  # "do not copy area on fork"
+    with pinned(buffer):
+        assert "dc" in flags_of(buffer)
+        assert not child_has(buffer)
+    assert "dc" not in flags_of(buffer)
+    assert child_has(buffer)
+    with pinned(buffer):
+        buffer.close()
+
+
+def flags_of(buffer: HostBuffer) -> list[str] | None:
+    """Of the mapping that the buffer lies in, as /proc/self/smaps has them."""
+    return mapping_flags(buffer.array.ctypes.data, Path("/proc/self/smaps").read_text())
+
+
+def mapping_flags(address: int, smaps: str) -> list[str] | None:
+    inside = False
+    for line in smaps.splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return None
+
+
+def child_has(buffer: HostBuffer) -> bool:
+    address = buffer.array.ctypes.data
+    child = os.fork()
+    if not child:
+        found = mapping_flags(address, Path("/proc/self/smaps").read_text())
+        os._exit(1 if found is None else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_whoever_waits_for_an_event_leaves_the_core_to_others(monkeypatch):
+    """Events of copies, too: the thread that reads layers wants that core."""
+    made = []
+
+    class Event:
+        def __init__(self, **options) -> None:
+            made.append(options)
+
+        def record(self, stream) -> None:
+            self.stream = stream
+
+    current = SimpleNamespace(wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_event=lambda event: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    engine = TorchCopyEngine(GPU)
+    assert engine.record().stream is current
+    copied = engine.copy(torch.zeros(4), torch.ones(4), None)
+    assert copied.stream is not current
+    assert made == [{"blocking": True}] * 2
+    sources = [path.read_text(encoding="utf-8") for path in Path(exl.__file__).parent.rglob("*.py")]
+    assert not any(".record_event(" in source for source in sources)  # torch's own spin
 
 
 def test_any_runtime_can_be_handed_in():
