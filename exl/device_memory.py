@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from exl.errors import MemoryBudgetError
+from exl.errors import KernelError, MemoryBudgetError
 from exl.host_memory import HostBuffer, host_tensor
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ def release_cached(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:
-    """Free and all memory of a GPU; what torch keeps of freed tensors counts as free, and is."""
+    """Free and all memory of a GPU, once the context and cuBLAS have taken theirs; what torch keeps of freed tensors
+    counts as free, and is. Raises ``KernelError`` where the GPU cannot even be started."""
+    _start(device)
     release_cached(device)
     return torch.cuda.mem_get_info(device)
 
@@ -101,6 +103,19 @@ def _loaded_runtime() -> ctypes.CDLL | None:
         return ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
         return None
+
+
+def _start(device: torch.device) -> None:
+    """A first product, as prompts have them: it brings cuBLAS's handle, kernels and workspace."""
+    try:
+        x = torch.ones(16, 16, dtype=torch.float16, device=device)
+        torch.mm(x, x, out_dtype=torch.float32)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise KernelError(
+            f"{device}, {free} of {total} bytes free: a first product by cuBLAS failed ({error})"
+        ) from error
 
 
 @contextmanager

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import exl
-from exl.device_memory import TorchRuntime, pinned
+from exl.device_memory import TorchRuntime, free_bytes, pinned
 from exl.device_stream import TorchCopyEngine
-from exl.errors import MemoryBudgetError
+from exl.errors import KernelError, MemoryBudgetError
 from exl.host_memory import HostBuffer
 
 GPU = torch.device("cuda", 1)
@@ -169,6 +169,23 @@ def test_whoever_waits_for_an_event_leaves_the_core_to_others(monkeypatch):
     assert made == [{"blocking": True}] * 2
     sources = [path.read_text(encoding="utf-8") for path in Path(exl.__file__).parent.rglob("*.py")]
     assert not any(".record_event(" in source for source in sources)  # torch's own spin
+
+
+def test_free_memory_is_read_when_the_gpu_is_started(cuda, monkeypatch):
+    """The first product takes some: cuBLAS's workspace and kernels."""
+    free = [8000]
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: device)
+    monkeypatch.setattr(torch, "mm", lambda x, y, out_dtype: free.append(7000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free[-1] + 100))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 9000))
+    assert free_bytes(GPU) == (7100, 9000)
+
+    def broken(*args, **options) -> None:
+        raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate")
+
+    monkeypatch.setattr(torch, "mm", broken)
+    with pytest.raises(KernelError, match=r"cuda:1, 7100 of 9000 bytes free: a first product .*NOT_INITIALIZED"):
+        free_bytes(GPU)
 
 
 def test_any_runtime_can_be_handed_in():
