@@ -51,7 +51,8 @@ class HostBuffer:
         that are locked for a device would be duplicated by the fork itself, all of them at once."""
         advice = getattr(mmap, "MADV_DOFORK" if share else "MADV_DONTFORK", None)
         if advice is not None and self._array is not None:
-            self._map.madvise(advice)
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(advice)
 
     def close(self) -> None:
         """Gives the memory back now. Views that are still around stay valid and read as zeros, where the system can
