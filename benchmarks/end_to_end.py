@@ -314,7 +314,7 @@ def pinned_copy_rate(device: torch.device) -> float:
     """Bytes a second of large copies from page-locked memory."""
     buffer = HostBuffer(COPY_BYTES, "copied")
     buffer.array[::4096] = 1
-    with pinned(buffer):
+    with pinned(buffer, device):
         source, target = torch.from_numpy(buffer.array), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
         seconds = []
         for _ in range(5):

@@ -62,6 +62,7 @@ class BenchReport:
     roof: float  # bytes a second of a read-only pass over memory, with the same threads, in the same run
     # Resident memory above that before loading, None where the system does not tell; on a GPU what torch has reserved.
     peak_bytes: int | None
+    decode_steps: str | None = None  # how they ran on a GPU: replayed as graphs, or launched one by one and why
 
     def share_of_roof(self, result: BenchResult) -> float | None:
         if result.bytes_a_token is None:
@@ -114,7 +115,7 @@ def run_bench(
             run()
             results.append(BenchResult(name, count, tuple(run() for _ in range(repeats)), num_bytes))
         peak = None if before is None else _peak(engine) - before
-        return BenchReport(engine.plan, tuple(results), roof, peak)
+        return BenchReport(engine.plan, tuple(results), roof, peak, engine.decode_steps)
     finally:
         engine.close()
 

@@ -46,10 +46,14 @@ class KVCache:
         return self._layers[layer_idx]
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """All layers' contents of pages ``src`` to pages ``dst``."""
+        """All layers' contents of pages ``src`` to as many other pages ``dst``. Page by page: an index that is a list
+        would be copied to a GPU in every layer, and waited for."""
+        if set(src) & set(dst) or len(src) != len(dst):
+            raise ValueError(f"pages {list(src)} to {list(dst)}: expected as many others")
         for pages in self._layers:
             for array in [pages] if isinstance(pages, torch.Tensor) else pages.arrays():
-                array[list(dst)] = array[list(src)]
+                for one, other in zip(src, dst, strict=True):
+                    array[other].copy_(array[one])
 
 
 def _cpu_pages(layout: KVLayout, num_pages: int, blob: torch.Tensor) -> KVPages:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import torch
 
-from exl.errors import MemoryBudgetError
+from exl.errors import KernelError, MemoryBudgetError
 from exl.host_memory import HostBuffer, host_tensor
+
+logger = logging.getLogger(__name__)
 
 
 def device_tensor(num_bytes: int, device: torch.device, purpose: str) -> torch.Tensor:
@@ -31,26 +38,111 @@ def release_cached(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:
-    """Free and all memory of a GPU; what torch keeps of freed tensors counts as free, and is."""
+    """Free and all memory of a GPU, once the context and cuBLAS have taken theirs; what torch keeps of freed tensors
+    counts as free, and is. Raises ``KernelError`` where the GPU cannot even be started."""
+    _start(device)
     release_cached(device)
     return torch.cuda.mem_get_info(device)
 
 
+def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """All that the stream has been given so far. Whoever waits for it on the host leaves the core to others, such as
+    the thread that reads layers; by default CUDA spins."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
+
+
+class Runtime(Protocol):
+    """What page-locking needs of the CUDA runtime. Errors are its ``cudaError_t``, 0 is success."""
+
+    def register(self, address: int, num_bytes: int) -> int: ...
+
+    def unregister(self, address: int) -> int: ...
+
+    def text(self, error: int) -> str: ...
+
+    def clear(self) -> None:
+        """Forgets the last error, which torch would otherwise report at the next kernel."""
+
+
+class TorchRuntime:
+    """The runtime library that torch uses, with ``device`` as the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def register(self, address: int, num_bytes: int) -> int:
+        with torch.cuda.device(self._device):
+            return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+
+    def unregister(self, address: int) -> int:
+        with torch.cuda.device(self._device):
+            return int(torch.cuda.cudart().cudaHostUnregister(address))
+
+    def text(self, error: int) -> str:
+        runtime = torch.cuda.cudart()
+        return f"{runtime.cudaGetErrorString(runtime.cudaError(error))}, cudaError_t {error}"
+
+    def clear(self) -> None:
+        """torch's binding has no ``cudaGetLastError``."""
+        library = _loaded_runtime()
+        if library is not None and library.cudaGetLastError():
+            return
+        # Linked into torch, perhaps: the check behind each of its kernels reads the last error, and so clears it.
+        with suppress(RuntimeError):
+            torch.ones(1, device=self._device)
+
+
+def _loaded_runtime() -> ctypes.CDLL | None:
+    """The CUDA runtime that is loaded already; none is loaded for this."""
+    major = (torch.version.cuda or "0").split(".")[0]
+    try:
+        if sys.platform == "win32":
+            return ctypes.CDLL(f"cudart64_{major}.dll")  # by its bare name: the one that is there
+        return ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return None
+
+
+def _start(device: torch.device) -> None:
+    """A first product, as prompts have them: it brings cuBLAS's handle, kernels and workspace."""
+    try:
+        x = torch.ones(16, 16, dtype=torch.float16, device=device)
+        torch.mm(x, x, out_dtype=torch.float32)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise KernelError(
+            f"{device}, {free} of {total} bytes free: a first product by cuBLAS failed ({error})"
+        ) from error
+
+
 @contextmanager
-def pinned(buffer: HostBuffer) -> Iterator[HostBuffer]:
-    """Page-locks a buffer, whose exact bytes count: torch's own pinned memory is rounded up to powers of two. Raises
+def pinned(
+    buffer: HostBuffer, device: torch.device | None = None, runtime: Runtime | None = None
+) -> Iterator[HostBuffer]:
+    """Page-locks a buffer for copies to ``device`` (default: the current one), whose exact bytes count: torch's own
+    pinned memory is rounded up to powers of two. A child that is forked meanwhile does not have it. Raises
     ``MemoryBudgetError`` where the driver refuses."""
     if not buffer.num_bytes:
         yield buffer
         return
-    runtime = torch.cuda.cudart()
+    if runtime is None:
+        runtime = TorchRuntime(torch.device("cuda") if device is None else device)
     address = buffer.array.ctypes.data
-    error = runtime.cudaHostRegister(address, buffer.num_bytes, 0)
-    if int(error):
-        with suppress(RuntimeError):  # the error stays until somebody asks for it
-            torch.cuda.synchronize()
-        raise MemoryBudgetError(f"pinned memory: the driver does not lock {buffer.num_bytes} bytes ({error})")
+    error = runtime.register(address, buffer.num_bytes)
+    if error:
+        runtime.clear()
+        raise MemoryBudgetError(
+            f"pinned memory: the driver does not lock {buffer.num_bytes} bytes ({runtime.text(error)})"
+        )
+    buffer.share_with_children(False)
     try:
         yield buffer
     finally:
-        runtime.cudaHostUnregister(address)
+        buffer.share_with_children(True)
+        error = runtime.unregister(address)
+        if error:
+            runtime.clear()
+            logger.warning("pinned memory: %d bytes stay locked (%s)", buffer.num_bytes, runtime.text(error))

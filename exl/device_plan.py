@@ -6,6 +6,7 @@ last of them from the disk, where ``ram`` ends. What they have in the cache lies
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,25 @@ _LARGE_ALLOCATION, _MIDDLE_SEGMENT, _ROUND = 10 << 20, 20 << 20, 2 << 20
 # (documented for torch: 8 MiB + 128 KiB, 32 MiB on Hopper).
 CONTEXT_BYTES = 500 << 20
 _CUBLAS_BYTES, _CUBLAS_LARGE_BYTES = (8 << 20) + (128 << 10), 32 << 20
+STARTED_LINES = (
+    "cuBLAS workspace",
+    "CUDA context, modules",
+)  # what is there before the first tensor, and after the last
+# Of free memory, left alone: kernels of cuBLAS that are loaded when they are first used, graphs, other programs. On
+# Windows the desktop lives there, and what is too much does not fail: it is paged out, and everything is slow.
+_MARGIN_BYTES, _WINDOWS_MARGIN_BYTES = 512 << 20, 1 << 30
+
+
+def started_bytes(arch: int) -> int:
+    """Of ``STARTED_LINES``."""
+    return CONTEXT_BYTES + (_CUBLAS_LARGE_BYTES if arch in (90, 100) else _CUBLAS_BYTES)
+
+
+def usable_bytes(free: int, arch: int, system: str = sys.platform) -> int:
+    """What a plan may take of a GPU that has ``free`` bytes left now that it is started, where nobody said how much; 1
+    or more. ``system`` as ``sys.platform`` names it."""
+    margin = _WINDOWS_MARGIN_BYTES if system == "win32" else _MARGIN_BYTES
+    return max(1, free + started_bytes(arch) - margin)
 
 
 def segment_bytes(num_bytes: int) -> int:
@@ -126,7 +146,6 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
     scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
     slab = residual + activations + logits + scratch
     rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, slab))
-    cublas = _CUBLAS_LARGE_BYTES if model.target.arch in (90, 100) else _CUBLAS_BYTES
     lines = [
         PlanLine("embedding", name, embed, True),
         PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
@@ -141,8 +160,8 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
         PlanLine("logits and samples", name, logits, True, f"{limits.max_logit_rows} rows"),
         PlanLine("scratch of operations", name, scratch, True),
         PlanLine("rounding to segments", name, rounding, True, "torch's allocator"),
-        PlanLine("cuBLAS workspace", name, cublas, False),
-        PlanLine("CUDA context, modules", name, CONTEXT_BYTES, False, "an estimate"),
+        PlanLine(STARTED_LINES[0], name, started_bytes(model.target.arch) - CONTEXT_BYTES, False),
+        PlanLine(STARTED_LINES[1], name, CONTEXT_BYTES, False, "an estimate"),
     ]  # fmt: skip
     return [line for line in lines if line.num_bytes]
 

@@ -3,7 +3,7 @@
 The host queues copies on a stream of their own and tells the two streams, by events, to wait for each other: a copy
 waits for the arithmetic that still reads its slot, arithmetic for the copy of its layer. The host itself waits for the
 disk alone. The i-th streamed layer always has slot i mod S, so that its weights have one address: a step can be
-captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end).
+captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end, ``captured`` or ``abandon`` after).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from exl.device_memory import record_event
 from exl.layout import LayerLayout
 from exl.ops.base import LayerWeights
 from exl.stream import SlotReader
@@ -52,10 +53,10 @@ class TorchCopyEngine:
             self._copies.wait_event(after)
         with torch.cuda.stream(self._copies):
             dst.copy_(src, non_blocking=True)
-        return self._copies.record_event()
+        return record_event(self._copies)
 
     def record(self) -> Event:
-        return torch.cuda.current_stream(self._device).record_event()
+        return record_event(torch.cuda.current_stream(self._device))
 
     def wait(self, event: Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)
@@ -253,6 +254,12 @@ class DeviceStream:
         """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""
         for slot in self._slots:
             slot.loaded, slot.released = None, self._engine.record()
+
+    def captured(self) -> None:
+        """A pass has been captured and nothing has run: slots are as ``settle`` left them. Events that were recorded
+        inside of a capture are edges of its graph; CUDA refuses to wait for them anywhere else."""
+        for slot in self._slots:
+            slot.loaded = slot.released = None
 
     def abandon(self) -> None:
         """A capture that failed: what it queued will never happen, slots hold nothing."""

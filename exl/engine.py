@@ -14,7 +14,7 @@ from exl.cache import KVCache
 from exl.config import GenerationDefaults, ModelConfig
 from exl.device_arena import arena_layout
 from exl.device_memory import free_bytes
-from exl.device_plan import CONTEXT_BYTES, HOST
+from exl.device_plan import HOST, STARTED_LINES, usable_bytes
 from exl.errors import ConfigError, KernelError, MemoryBudgetError
 from exl.generator import Generator
 from exl.kernels.attention_layout import MAX_NEW_TOKENS
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Up to so many tokens, a 4-bit prompt is quicker through a CPU's decode kernel than through dequantized panels.
 _MAX_DECODE_PROMPT = 32
-_MARGIN_BYTES = 256 << 20  # of free VRAM that is left alone where nobody said how much to take
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,11 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.generator.runner.decoder.ops.device
+
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        return self.generator.runner.decode_steps
 
     def synchronize(self) -> None:
         """Waits until the device has done what it was given: for clocks."""
@@ -148,7 +152,7 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
         )
     if options.vram is None:
         free, _ = free_bytes(backend.device)
-        options = replace(options, vram=free + CONTEXT_BYTES - _MARGIN_BYTES)
+        options = replace(options, vram=usable_bytes(free, backend.arch))
         logger.info("computing on %s", torch.cuda.get_device_name(backend.device))
     return options, backend
 
@@ -158,7 +162,8 @@ def _check_device(plan: MemoryPlan, backend: Backend) -> None:
     if backend.device.type != "cuda":
         return
     free, total = free_bytes(backend.device)
-    needed = sum(line.num_bytes for line in plan.lines if line.device != HOST) - CONTEXT_BYTES
+    lines = [line for line in plan.lines if line.device != HOST and line.purpose not in STARTED_LINES]
+    needed = sum(line.num_bytes for line in lines)
     if needed > free:
         raise MemoryBudgetError(
             f"{backend.device} has {format_bytes(free)} of {format_bytes(total)} free, {format_bytes(needed)} are "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_TORCH_ADVICE = "CUDA kernel errors might be asynchronously"  # three lines of it follow each error of torch's
+
 
 class ExlError(Exception):
     """Base of all errors that a user of exl can cause or meet."""
@@ -25,6 +27,28 @@ class MemoryBudgetError(ExlError):
 
 class KernelError(ExlError):
     """A kernel could not be compiled, or was called with arguments it must not be given."""
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error, then what it was raised from or while handling, and so on."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        hidden = following.__suppress_context__ and following.__cause__ is None
+        following = None if hidden else following.__cause__ or following.__context__
+    return found
+
+
+def with_causes(error: BaseException) -> str:
+    """All of ``chain_of`` in one line: what CUDA says at a capture's end rarely names the call that failed in it."""
+    texts: list[str] = []
+    for item in chain_of(error):
+        text = " ".join(str(item).split(_TORCH_ADVICE)[0].split())
+        text = f"{type(item).__name__}: {text}" if text else type(item).__name__
+        if not any(text.removeprefix(f"{type(item).__name__}: ") in earlier for earlier in texts):
+            texts.append(text)
+    return "; caused by ".join(texts)
 
 
 class ExlWarning(UserWarning):

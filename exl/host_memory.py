@@ -46,6 +46,14 @@ class HostBuffer:
             raise ValueError("the buffer is closed")
         return self._array
 
+    def share_with_children(self, share: bool) -> None:
+        """Whether processes that are forked from here on get the pages, where the system lets one choose. Pages
+        that are locked for a device would be duplicated by the fork itself, all of them at once."""
+        advice = getattr(mmap, "MADV_DOFORK" if share else "MADV_DONTFORK", None)
+        if advice is not None and self._array is not None:
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(advice)
+
     def close(self) -> None:
         """Gives the memory back now. Views that are still around stay valid and read as zeros, where the system can
         do that; elsewhere the memory goes when they do. May be called again."""

@@ -139,6 +139,12 @@ class LLM:
         """Tokens that prompt and answer may have together."""
         return self._open_generator().context
 
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: "replayed as graphs" from the third on, or "launched one by one" and why. None
+        on a CPU."""
+        return self._open_generator().runner.decode_steps
+
     @explain_foreign_keywords
     def generate(
         self,
@@ -274,6 +280,9 @@ class LLM:
     def __repr__(self) -> str:
         bits = f"{self.quant.bits}-bit" if self.quant else "dense"
         state = f"{self._engine.device}, {format_bytes(self.plan.num_bytes)}" if self._engine else "closed"
+        graphs = self._engine.generator.runner.graphs if self._engine else None
+        if graphs is not None and graphs.reason is not None:
+            state += f", decode steps {graphs.describe()}"
         return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
 
     def _open_generator(self) -> Generator:

@@ -31,7 +31,7 @@ class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
     device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU where there is one that exl can use, or vram is given
-    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all that is free.
+    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all but a margin.
     vram: int | str | Sequence[int | str] | None = None
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most

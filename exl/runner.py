@@ -38,8 +38,14 @@ class Runner:
         self._residual = buffer("residual")
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
-        backend = decoder.ops.backend
-        self._graphs = StepGraphs(backend, weights) if graphs and backend is not None else None
+        self.graphs = StepGraphs(decoder.ops, weights) if graphs and decoder.ops.backend is not None else None
+
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        if self.decoder.ops.backend is None:
+            return None
+        return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
@@ -48,8 +54,8 @@ class Runner:
         ops = self.decoder.ops
         try:
             for window in self._windows(batches):
-                if self._graphs is not None and len(window) == 1 and is_step(window[0]):
-                    yield self._step(self._graphs, window[0])
+                if self.graphs is not None and len(window) == 1 and is_step(window[0]):
+                    yield self._step(self.graphs, window[0])
                     continue
                 rows = self._run_layers(window)
                 for i, h in enumerate(rows):
@@ -67,6 +73,7 @@ class Runner:
         h = self._residual[: padded.num_rows]
 
         def step() -> None:
+            ops.fence()  # nothing to overlap with: before it is a copy, or the beginning of a graph
             decoder.embed(self._embed, h)
             self._through_layers([h])
             decoder.head(self._final_norm, self._head, h, self._logits)

@@ -132,7 +132,7 @@ class DeviceWeights:
 
     def _pinned(self, purpose: str) -> HostBuffer:
         buffer = _host_slab(self.slabs[purpose], purpose, self._stack)
-        return self._stack.enter_context(pinned(buffer)) if self._device.type == "cuda" else buffer
+        return self._stack.enter_context(pinned(buffer, self._device)) if self._device.type == "cuda" else buffer
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._host_blobs:

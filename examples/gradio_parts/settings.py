@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import exl
-from exl.device_plan import CONTEXT_BYTES
+from exl.device_plan import STARTED_LINES
 from exl.engine import choose_device
 from exl.errors import ConfigError
 from exl.planning import EngineOptions
@@ -93,9 +93,9 @@ def sampling_options(
 
 
 def _freed_bytes(loaded: exl.MemoryPlan) -> int:
-    """VRAM that goes back with a model; the CUDA context stays."""
-    on_gpus = sum(line.num_bytes for line in loaded.lines if line.device.startswith("cuda"))
-    return max(0, on_gpus - CONTEXT_BYTES)
+    """VRAM that goes back with a model; the CUDA context and cuBLAS's workspace stay."""
+    lines = [line for line in loaded.lines if line.device.startswith("cuda") and line.purpose not in STARTED_LINES]
+    return sum(line.num_bytes for line in lines)
 
 
 def _context(text: str) -> int | str | None:

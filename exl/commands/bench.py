@@ -57,6 +57,7 @@ def bench(
     rows = rows_of(report)
     if output == "json":
         facts = {"roof_bytes_per_second": report.roof, "peak_bytes": report.peak_bytes}
+        facts["decode_steps"] = report.decode_steps
         print(json.dumps({"results": rows, "planned_bytes": report.plan.num_bytes, **facts}))
     elif output == "csv":
         writer = csv.DictWriter(sys.stdout, rows[0] if rows else ["test"], lineterminator="\n")
@@ -67,3 +68,5 @@ def bench(
         peak = "not told by this system" if report.peak_bytes is None else format_bytes(report.peak_bytes)
         say(f"memory: {peak} of {format_bytes(report.plan.num_bytes)} planned")
         say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory")
+        if report.decode_steps is not None:
+            say(f"decode steps: {report.decode_steps}")

@@ -8,6 +8,7 @@ shim, with which everything above the hardware is proven without a GPU.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from exl.kernels.spec import DEFAULT_SHARED_BYTES, KernelSpec, arch_limits
 
 MIN_TORCH = (2, 8)  # for GPUs
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# torch's allocators go on asking a graph whose capture did not end well, and would ask freed memory.
+_BROKEN_GRAPHS: list[torch.cuda.CUDAGraph] = []
 Dim = Sequence[int]  # up to three sizes, x first
 
 
@@ -194,15 +197,23 @@ class CudaBackend:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         if self._capture_stream is None:
             self._capture_stream = torch.cuda.Stream(self.device)
+        gc.collect()  # inside of the capture it could unload a module, which breaks it
+        collects = gc.isenabled()
         try:
+            gc.disable()
             # Other threads may go on: the one that reads layers from the disk uses no stream.
             with (
                 torch.cuda.device(self.device),
                 torch.cuda.graph(graph, stream=self._capture_stream, capture_error_mode="thread_local"),
             ):
                 run()
-        finally:  # a capture that fails at its end leaves its own stream behind
-            torch.cuda.set_stream(before)
+        except BaseException:
+            _BROKEN_GRAPHS.append(graph)
+            raise
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails at its end leaves its own stream behind
+            if collects:
+                gc.enable()
         return graph.replay
 
 

@@ -131,6 +131,7 @@ class Ops(Protocol):
     act_dtype: torch.dtype
     target: Target
     backend: Backend | None  # of kernels; None where there are none
+    dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
     runs_ahead: bool  # the host may give the next step away before it has read the last one's samples
     kv_layout: KVLayout | DeviceKVLayout
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.config import RopeConfig
 from exl.device_arena import TABLE_ALIGN
-from exl.device_memory import pinned
+from exl.device_memory import pinned, record_event
 from exl.errors import KernelError
 from exl.host_memory import HostBuffer
 from exl.kernels.append_kv import check_slots
@@ -98,7 +98,7 @@ class Upload:
         self._buffers = [HostBuffer(self._target.numel(), purpose) for _ in range(2)]
         if target.is_cuda:
             for buffer in self._buffers:
-                stack.enter_context(pinned(buffer))
+                stack.enter_context(pinned(buffer, target.device))
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
@@ -115,7 +115,7 @@ class Upload:
         source = torch.from_numpy(self._buffers[self._turn].array[:num_bytes])
         self._target[:num_bytes].copy_(source, non_blocking=True)
         if self._target.is_cuda:
-            self._copied[self._turn] = torch.cuda.current_stream(self._target.device).record_event()
+            self._copied[self._turn] = record_event(torch.cuda.current_stream(self._target.device))
 
 
 class Staging:

@@ -59,7 +59,9 @@ class CudaOps:
         dependent: bool = True,
     ) -> None:
         """``act_dtype``: f16, or bf16 for models whose values leave f16's range. ``dependent``: launches start before
-        their predecessors have ended, where the GPU can do that."""
+        their predecessors have ended, where the GPU can do that. A plain attribute, read at every launch: False from
+        here on makes every launch wait for those before it, and changes no result. Graphs stay as they were captured.
+        """
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
         self.dependent = dependent

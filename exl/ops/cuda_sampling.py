@@ -9,7 +9,7 @@ import torch
 
 from exl.batch import SamplingBatch
 from exl.device_arena import max_seen, sample_rows
-from exl.device_memory import pinned
+from exl.device_memory import pinned, record_event
 from exl.errors import KernelError
 from exl.host_memory import HostBuffer
 from exl.kernels.launch import Backend
@@ -48,7 +48,7 @@ class Sampler:
         self._found = [HostBuffer(4 * self._num_rows, "samples") for _ in range(2)]
         if buffer.is_cuda:
             for found in self._found:
-                stack.enter_context(pinned(found))
+                stack.enter_context(pinned(found, buffer.device))
         self._turn = 0
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch, *, dependent: bool) -> DeviceSamples:
@@ -64,5 +64,5 @@ class Sampler:
         self._turn = 1 - self._turn
         found = torch.from_numpy(self._found[self._turn].array).view(torch.int32)[:R]
         found.copy_(ids, non_blocking=True)
-        copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+        copied = record_event(torch.cuda.current_stream(ids.device)) if ids.is_cuda else None
         return DeviceSamples(found, copied)

@@ -42,6 +42,7 @@ class TorchOps:
     device = torch.device("cpu")
     act_dtype = torch.float32
     backend = None
+    dependent = False
     runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exl.kernels.args import Arg
 from exl.kernels.launch import Backend, Function
 from exl.kernels.spec import KernelSpec
+
+from .captures import Captures, Event
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class RecordingBackend:
         self.num_multiprocessors = inner.num_multiprocessors
         self.launches: list[Launch] = []
         self.graphs: list[list[Callable[[], None]]] = []
-        self.copies: list[int] = []  # addresses that layers were copied to, for tests that record them
+        self.copies: list[int] = []  # addresses that layers were copied to, by ``RecordedCopies``
+        self.captures = Captures()
         self._capturing: list[Callable[[], None]] | None = None
         self._functions: dict[KernelSpec, RecordedFunction] = {}
 
@@ -50,10 +54,12 @@ class RecordingBackend:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph: list[Callable[[], None]] = []
         self._capturing = graph
+        self.captures.begin()
         try:
             run()
         finally:
             self._capturing = None
+            self.captures.end()
         self.graphs.append(graph)
         return lambda: [work() for work in graph]
 
@@ -67,6 +73,27 @@ class RecordingBackend:
     def note(self, launch: Launch) -> None:
         self.launches.append(launch)
         self.do(launch.run)
+
+
+class RecordedCopies:
+    """Copies of streamed layers, beside the recorder's launches: while it captures they do not happen, and their events
+    obey CUDA's rules."""
+
+    def __init__(self, recorder: RecordingBackend) -> None:
+        self._recorder, self._captures = recorder, recorder.captures
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Event | None) -> Event:
+        if after is not None:
+            self._captures.wait("copies", after)
+        self._captures.work("copies")
+        self._recorder.do(lambda: (self._recorder.copies.append(dst.data_ptr()), dst.copy_(src)))
+        return self._captures.record("copies")
+
+    def record(self) -> Event:
+        return self._captures.record("arithmetic")
+
+    def wait(self, event: Event) -> None:
+        self._captures.wait("arithmetic", event)
 
 
 class RecordedFunction:

@@ -4,8 +4,11 @@ CuPy's compiler needs no GPU, and is tested where CuPy is installed."""
 from __future__ import annotations
 
 import ctypes
+import gc
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +150,85 @@ def test_dependent_launches_go_to_the_driver_where_it_knows_them(gpu, tmp_path, 
     backend = CudaBackend(folder=tmp_path, compiler=compiler, sources=TEST_KERNELS)
     launch(backend.load(older), (9,), (128,), arguments(), 64, dependent=True)
     assert [call[0] for call in gpu.calls].count("launch") == 1  # a plain launch below sm_90
+
+
+class Graphs:
+    """torch's side of captures: a graph's scope, which may fail at its end, and the stream that it leaves behind."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.fail_at_end = False
+        self.stream = None
+        outer = self
+
+        class Scope:
+            def __init__(self, graph, stream, capture_error_mode) -> None:
+                self.stream = stream
+
+            def __enter__(self) -> None:
+                outer.stream = self.stream
+
+            def __exit__(self, *_: object) -> None:
+                if outer.fail_at_end:
+                    raise RuntimeError("the capture was invalidated")
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: "replayed"))
+        monkeypatch.setattr(torch.cuda, "graph", Scope)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "a stream of its own")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+
+
+class Circle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.parametrize("failure", [None, "inside", "at the end"])
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_inside_of_a_capture(gpu, tmp_path, monkeypatch, failure, collects):
+    """It may be a module, and unloading one breaks the capture. Before, there is a chance."""
+    graphs = Graphs(monkeypatch)
+    graphs.fail_at_end = failure == "at the end"
+    backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
+    before = torch.cuda.current_stream(backend.device).cuda_stream
+    garbage = weakref.ref(Circle())
+    seen = []
+
+    def run() -> None:
+        seen.append((gc.isenabled(), garbage() is None, graphs.stream))
+        if failure == "inside":
+            raise KernelError("inside")
+
+    was = gc.isenabled()
+    gc.enable() if collects else gc.disable()
+    try:
+        if failure is None:
+            assert backend.capture(run)() == "replayed"
+        else:
+            with pytest.raises((KernelError, RuntimeError), match=r"inside|invalidated"):
+                backend.capture(run)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable() if was else gc.disable()
+    assert seen == [(False, True, "a stream of its own")]
+    assert graphs.stream.cuda_stream == before
+
+
+def test_a_graph_whose_capture_failed_is_kept(gpu, tmp_path, monkeypatch):
+    """torch's allocators hold on to its address until a capture has ended well."""
+    graphs, kept = Graphs(monkeypatch), []
+    made = SimpleNamespace(replay=None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr("exl.kernels.launch._BROKEN_GRAPHS", kept)
+    backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
+    backend.capture(lambda: None)
+    assert kept == []
+    graphs.fail_at_end = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        backend.capture(lambda: None)
+    assert kept == [made]
 
 
 def test_refusals(gpu, tmp_path, monkeypatch):

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 
 from exl import weight_memory
-from exl.device_stream import HostCopyEngine
 from tests.host.backends import make_backend
-from tests.host.recording import RecordingBackend
+from tests.host.recording import RecordedCopies, RecordingBackend
 from tests.model import test_quantized
 from tests.model.placed_model import NUM_LAYERS, reader_threads
 
@@ -35,13 +34,7 @@ def backend(request):
 def recorder(monkeypatch):
     """Copies of streamed layers are recorded, too: while a graph is captured they do not happen."""
     recorder = RecordingBackend(make_backend("plain"))
-
-    class Copies(HostCopyEngine):
-        def copy(self, dst, src, after):
-            recorder.do(lambda: (recorder.copies.append(dst.data_ptr()), dst.copy_(src)))
-            return self._Done()
-
-    monkeypatch.setattr(weight_memory, "HostCopyEngine", Copies)
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
     return recorder
 
 

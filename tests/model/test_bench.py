@@ -7,13 +7,18 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+import exl.bench
 from exl.bench import BenchReport, BenchResult, read_bandwidth, rows_of, run_bench
-from exl.errors import ConfigError
+from exl.commands.bench import bench
+from exl.errors import ConfigError, KernelError
 from exl.hub import BUNDLED_MODEL
 from exl.planning import EngineOptions
+from tests.host.backends import make_backend
+from tests.host.recording import RecordingBackend
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -73,6 +78,31 @@ def test_output_for_people_and_programs():
     found = json.loads(run(*small, "--pp", "0", "--output", "json").stdout)
     assert [row["test"] for row in found["results"]] == ["tg4"]
     assert found["planned_bytes"] > 0
+
+
+def test_how_decode_steps_ran_is_told(monkeypatch, capsys):
+    """On a GPU, which the host shim plays, with a capture that fails as CUDA lets it fail."""
+    recorder = RecordingBackend(make_backend("plain"))
+
+    def broken(run):
+        try:
+            raise KernelError("embed: a kernel that cannot be captured")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    recorder.capture = broken
+    monkeypatch.setattr(exl.bench, "choose_device", lambda options: (replace(options, vram="1GB"), recorder))
+    for output in ("json", "table"):
+        bench(str(BUNDLED_MODEL), pp=0, tg=4, repeats=1, output=output)
+        shown = capsys.readouterr()
+        text = json.loads(shown.out)["decode_steps"] if output == "json" else shown.err
+        assert "launched one by one" in text
+        assert "the capture was invalidated" in text
+        assert "a kernel that cannot be captured" in text
+
+
+def test_a_cpu_has_no_steps_to_capture(report):
+    assert report.decode_steps is None
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from exl import weight_memory
+from exl.config import GenerationDefaults
+from exl.errors import KernelError
+from exl.llm import LLM
 from exl.memory import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
-from tests.host.recording import RecordingBackend, TorchCalls, on_device
+from tests.host.backends import make_backend
+from tests.host.recording import Launch, RecordedCopies, RecordingBackend, TorchCalls, on_device
 from tests.model.batches import batch_of, run
 from tests.model.cuda_engines import (
     GREEDY,
@@ -148,6 +153,21 @@ def test_the_next_step_takes_its_token_from_the_device(backend, folder):
     assert torch.equal(chained, run(runner, batch_of([([token_id], 10, [0])], decode=True)))
 
 
+def test_pages_are_copied_without_an_index(backend, folder):
+    """An index would go to the device in every layer, and the host would wait for it."""
+    runner = load(folder, backend, max_sequences=2).generator.runner
+    ops, ids = runner.decoder.ops, some_ids(30)
+    run(runner, batch_of([(ids[:29], 0, [0])]))
+    expected = run(runner, batch_of([(ids[29:], 29, [0])], decode=True))
+    with TorchCalls() as calls:
+        ops.copy_pages(runner.kv, [0, 1], [3, 2])
+    assert on_device(calls.names) == ["copy_"] * 2 * runner.decoder.config.num_layers
+    assert torch.equal(run(runner, batch_of([(ids[29:], 29, [3])], decode=True)), expected)
+    for src, dst in (([0, 1], [1, 2]), ([0, 1], [2])):
+        with pytest.raises(ValueError, match="expected as many others"):
+            ops.copy_pages(runner.kv, src, dst)
+
+
 # ---- graphs ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +178,7 @@ def test_replayed_steps_give_the_same_bits(backend, folder):
     engine = load(folder, recorder)
     found = tokens(engine, replace(GREEDY, max_tokens=20))
     assert len(recorder.graphs) == 1
-    assert engine.generator.runner._graphs.reason is None
+    assert engine.generator.runner.graphs.reason is None
     assert found == tokens(load(folder, backend), replace(GREEDY, max_tokens=20))
 
 
@@ -177,6 +197,121 @@ def test_a_graph_for_each_bucket(backend, folder):
     assert len(recorder.graphs) == 1
 
 
+def test_the_reason_of_a_failed_capture_is_the_whole_chain(recorder, four_bit):
+    """CUDA ends a broken capture with an error of its own, which hides the one that came first."""
+    streamed = load(four_bit, recorder, resident_layers=0)
+    runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
+    assert streamed.decode_steps.startswith("launched one by one so far")
+
+    def fail(layer_idx, *args):
+        if layer_idx == 3 and recorder.captures.active:
+            try:
+                raise ValueError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+            except ValueError as error:
+                raise KernelError("linear_q on grid (9, 1, 1)") from error
+        layer(layer_idx, *args)
+
+    runner.decoder.layer = fail
+    params = replace(GREEDY, max_tokens=6)
+    assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
+    for words in ("cudaErrorStreamCaptureUnjoined", "linear_q on grid (9, 1, 1)", "CUDA_ERROR_INVALID_VALUE"):
+        assert words in runner.graphs.reason
+    assert "\n" not in runner.graphs.reason
+    assert streamed.decode_steps == f"launched one by one: {runner.graphs.reason}"
+
+
+def test_ctrl_c_inside_of_a_capture_is_heard(recorder, four_bit):
+    """Though the capture's end fails, and its error takes the interrupt's place."""
+    streamed = load(four_bit, recorder, resident_layers=0)
+    runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
+
+    def interrupt(layer_idx, *args):
+        if layer_idx == 3 and recorder.captures.active:
+            raise KeyboardInterrupt
+        layer(layer_idx, *args)
+
+    runner.decoder.layer = interrupt
+    params = replace(GREEDY, max_tokens=6)
+    with pytest.raises(KeyboardInterrupt):
+        tokens(streamed, params)
+    runner.decoder.layer = layer
+    assert runner.graphs.reason is None
+    assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
+    assert streamed.decode_steps == "replayed as graphs"
+
+
+class NoDependentNodes(RecordingBackend):
+    """Refuses dependent launches in a graph, as some drivers do. ``all``: every launch."""
+
+    all = False
+
+    def note(self, launch: Launch) -> None:
+        if self.captures.active and (launch.dependent or self.all):
+            raise KernelError(f"{launch.entry}: cuLaunchKernelEx failed with 801: operation not supported")
+        super().note(launch)
+
+
+@pytest.mark.parametrize("num_resident", [None, 0])
+def test_a_capture_is_tried_again_without_dependent_launches(monkeypatch, four_bit, num_resident):
+    """Then steps stay without, and that is told."""
+    recorder = NoDependentNodes(make_backend("plain", 90))
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    engine = load(four_bit, recorder, resident_layers=num_resident)
+    params = replace(GREEDY, max_tokens=6)
+    expected = tokens(load(four_bit, recorder.inner), params)
+    assert tokens(engine, params) == expected
+    graphs = engine.generator.runner.graphs
+    assert len(recorder.graphs) == 1
+    assert graphs.reason is None
+    assert "801: operation not supported" in graphs.note
+    assert engine.decode_steps == f"replayed as graphs, {graphs.note}"
+    recorder.launches.clear()
+    assert tokens(engine, params) == expected
+    assert recorder.launches
+    assert not any(launch.dependent for launch in recorder.launches)
+
+
+@pytest.mark.parametrize("num_resident", [None, 0])
+def test_launches_stay_dependent_where_both_captures_fail(monkeypatch, four_bit, num_resident):
+    recorder = NoDependentNodes(make_backend("plain", 90))
+    recorder.all = True
+    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    engine = load(four_bit, recorder, resident_layers=num_resident)
+    params = replace(GREEDY, max_tokens=6)
+    assert tokens(engine, params) == tokens(load(four_bit, recorder.inner), params)
+    graphs = engine.generator.runner.graphs
+    assert recorder.graphs == []
+    assert graphs.note is None
+    assert "without dependent launches: KernelError: embed: cuLaunchKernelEx failed with 801" in graphs.reason
+    assert engine.generator.runner.decoder.ops.dependent
+    assert any(launch.dependent for launch in recorder.launches)
+
+
+def test_dependence_can_be_switched_off(four_bit):
+    """``CudaOps.dependent``, at any time; and a step's first launch has nothing before it to overlap with."""
+    recorder = RecordingBackend(make_backend("plain", 90))
+    engine = load(four_bit, recorder)
+    runner, batch = engine.generator.runner, batch_of([([5], 0, [0])], decode=True)
+    first = run(runner, batch)
+    assert not recorder.launches[0].dependent
+    assert all(launch.dependent for launch in recorder.launches[1:])
+    recorder.launches.clear()
+    runner.decoder.ops.dependent = False
+    for _ in range(3):  # captured, then replayed
+        assert torch.equal(run(runner, batch), first)
+    assert len(recorder.graphs) == 1
+    assert not any(launch.dependent for launch in recorder.launches)
+
+
+@pytest.mark.gpu
+def test_steps_are_replayed_on_a_gpu(folder):
+    """With CUDA's own capture: a failure would cost speed and nothing else, and nobody would see it."""
+    engine = load(folder, make_backend("cupy"))
+    assert len(tokens(engine)) == 64
+    assert engine.generator.runner.graphs.reason is None
+    assert engine.decode_steps == "replayed as graphs"
+
+
 def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
     recorder = RecordingBackend(backend)
 
@@ -184,9 +319,12 @@ def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     recorder.capture = refuse
-    found = tokens(load(folder, recorder), replace(GREEDY, max_tokens=6))
-    assert found == tokens(load(folder, backend), replace(GREEDY, max_tokens=6))
-    assert "launched one by one: a graph could not be captured (operation not permitted" in caplog.text
+    engine = load(folder, recorder)
+    assert tokens(engine, replace(GREEDY, max_tokens=6)) == tokens(load(folder, backend), replace(GREEDY, max_tokens=6))
+    llm = LLM(folder, engine, None, GenerationDefaults())
+    assert "decode steps launched one by one: a graph could not be captured" in repr(llm)
+    assert llm.decode_steps == engine.decode_steps
+    assert "launched one by one: a graph could not be captured (RuntimeError: operation not permitted" in caplog.text
 
 
 # ---- where layers are -----------------------------------------------------------------------------------------------
@@ -265,6 +403,32 @@ def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
         work()
     assert len(recorder.copies) == 4
     assert len(set(recorder.copies)) == streamed.plan.num_slots == 2
+
+
+def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
+    """Two shapes of steps, so that the second capture, too, comes after replays of the first. Copies are recorded with
+    events that obey CUDA's rules: what was recorded in a capture cannot be waited for outside of it."""
+    streamed = load(four_bit, recorder, resident_layers=0, max_sequences=2)
+    resident = load(four_bit, recorder.inner, max_sequences=2)
+    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
+    for step in range(5):
+        for count in (1, 2):
+            batch = batch_of([([5 + step], step, [i]) for i in range(count)], decode=True)
+            found = [run(engine.generator.runner, batch) for engine in (streamed, resident)]
+            assert torch.equal(*found)
+    assert len(recorder.graphs) == 2
+    assert streamed.generator.runner.graphs.reason is None
+
+
+@pytest.mark.gpu
+def test_more_streamed_layers_than_slots_are_replayed_on_a_gpu(four_bit):
+    """The same with CUDA's own events and graphs, several requests one after the other."""
+    backend = make_backend("cupy")
+    streamed, resident = load(four_bit, backend, resident_layers=0), load(four_bit, backend)
+    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
+    for _ in range(3):
+        assert tokens(streamed) == tokens(resident)
+    assert streamed.generator.runner.graphs.reason is None
 
 
 def test_exact_lines_are_what_is_alive(backend, four_bit):

@@ -1,4 +1,5 @@
-"""The stream to a GPU, on a device that is not there: two queues that run in random order, as late as they may.
+"""The stream to a GPU, on a device that is not there: two queues that run in random order, as late as they may, and
+graphs of them by CUDA's rules for captures.
 
 What is queued happens only when it must or when chance wants it, so that a copy that does not wait for the arithmetic
 before it, or arithmetic that does not wait for its copy, sees the wrong bytes.
@@ -9,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exl.device_stream import DeviceStream, DiskLayers, PinnedLayers
@@ -22,7 +24,9 @@ from exl.host_memory import HostBuffer
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
 from exl.ops.base import LayerWeights
 from exl.packed import PackedFile, PackedWriter
+from exl.step_graph import StepGraphs
 from exl.stream import Slot, SlotReader
+from tests.host.captures import Captures
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
@@ -36,16 +40,21 @@ TINY = layer_layout(
 
 
 class Work:
-    """Something queued; also the event that it is done."""
+    """Something queued, or a node of a graph; also the event that it is done."""
 
-    def __init__(self, device: Device, run: Callable[[], None], after: list[Work]) -> None:
-        self.device, self.run, self.after, self.done = device, run, after, False
+    def __init__(self, device: Device, run: Callable[[], None], after: list[Work], capture: object | None) -> None:
+        self.device, self.run, self.after, self.done, self.capture = device, run, after, False, capture
 
     def query(self) -> bool:
+        self.device.captures.ask(self)
         self.device.chance()
         return self.done
 
     def synchronize(self) -> None:
+        self.device.captures.ask(self)
+        self.happen()
+
+    def happen(self) -> None:
         stack = [self]
         while stack:
             waiting = [work for work in stack[-1].after if not work.done]
@@ -66,11 +75,17 @@ class Device:
         self.tails: dict[str, Work | None] = {"copies": None, "arithmetic": None}
         self.queued: list[Work] = []
         self.awaited: list[Work] = []
+        self.captures = Captures()
+        self.graph: list[Work] = []  # that is being captured
 
     def queue(self, stream: str, run: Callable[[], None], after: list[Work]) -> Work:
+        self.captures.work(stream)
         tail = self.tails[stream]
-        work = Work(self, run, after + ([tail] if tail else []))
+        work = Work(self, run, after + ([tail] if tail else []), self.captures.capture_of(stream))
         self.tails[stream] = work
+        if self.captures.active:
+            self.graph.append(work)
+            return self.captures.note(stream, work)
         self.queued.append(work)
         self.chance()
         return work
@@ -79,16 +94,42 @@ class Device:
         """Some of what is queued happens."""
         for _ in range(self.random.choice([0, 0, 1, 3])):
             if self.queued:
-                self.random.choice(self.queued).synchronize()
+                self.random.choice(self.queued).happen()
         self.queued = [work for work in self.queued if not work.done]
 
     def finish(self) -> None:
         for work in self.queued:
-            work.synchronize()
+            work.happen()
+
+    # graphs
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        before = self.tails, self.awaited, self.graph
+        self.tails, self.awaited, self.graph = dict.fromkeys(self.tails), [], []
+        graph = self.graph
+        self.captures.begin()
+        try:
+            run()
+        finally:
+            self.tails, self.awaited, self.graph = before
+            self.captures.end()
+        return lambda: self.arithmetic(lambda: self.run_graph(graph))
+
+    def run_graph(self, graph: list[Work]) -> None:
+        """Its nodes in any order that its edges allow."""
+        pending, done = list(graph), set()
+        while pending:
+            ready = [work for work in pending if all(id(before) in done for before in work.after)]
+            work = self.random.choice(ready)
+            work.run()
+            pending.remove(work)
+            done.add(id(work))
 
     # the engine of copies
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Work | None) -> Work:
+        if after is not None:
+            self.captures.wait("copies", after)
         dst_seen = lambda: dst.copy_(src)  # noqa: E731
         return self.queue("copies", dst_seen, [after] if after else [])
 
@@ -96,6 +137,7 @@ class Device:
         return self.arithmetic(lambda: None)
 
     def wait(self, event: Work) -> None:
+        self.captures.wait("arithmetic", event)
         self.awaited.append(event)
 
     def arithmetic(self, run: Callable[[], None]) -> Work:
@@ -272,6 +314,41 @@ def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, n
         model.stream.replayed()
         model.run_pass()
     model.check()
+
+
+@given(
+    num_layers=st.integers(1, 7),
+    num_slots=st.integers(1, 4),
+    resident=st.sets(st.integers(0, 6)),
+    work=st.lists(st.one_of(st.sampled_from("abab"), st.integers(0, 7), st.just(None)), min_size=4, max_size=12),
+    held=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+@example(num_layers=5, num_slots=2, resident=set(), work=["a", "a", "a"], held=False, seed=0)
+@settings(max_examples=100, deadline=None)
+def test_steps_as_graphs_see_their_own_layers(tmp_path_factory, num_layers, num_slots, resident, work, held, seed):
+    """Steps of two shapes, plain, captured and replayed, between passes that are run to their end or given up, with a
+    layer in use (``held``) or not. No event of a capture is waited for outside of it, nor the other way round, and
+    inside of a graph its own edges keep copies and arithmetic apart."""
+    resident = {i for i in resident if i < num_layers}
+    if len(resident) == num_layers:
+        resident.pop()
+    model = Model(tmp_path_factory.getbasetemp(), num_layers, num_slots, resident, seed=seed)
+    backend = SimpleNamespace(capture=model.device.capture, arch=86)
+    graphs = StepGraphs(SimpleNamespace(backend=backend, dependent=True), model.stream)
+    expected = 0
+    for item in work:
+        length = num_layers if item is None or isinstance(item, str) else min(item, num_layers)
+        if isinstance(item, str):
+            graphs.run(item, model.run_pass)
+        else:
+            model.run_pass(length)
+            if held and length < num_layers:
+                model.stream.acquire(length)
+        expected += length
+    assert graphs.reason is None
+    model.check()
+    assert len(model.seen) == expected
 
 
 def test_errors_of_the_disk_come_out_where_the_layer_is_asked_for(tmp_path, monkeypatch):

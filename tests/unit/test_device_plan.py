@@ -7,6 +7,8 @@ import math
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl
+import exl.engine
 from benchmarks.synthetic import SHAPES, write_headers
-from exl.device_plan import HOST, segment_bytes
+from exl.device_plan import HOST, STARTED_LINES, segment_bytes, started_bytes, usable_bytes
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.kernels.tile_layout import TileLayout
 from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout, tile_layout
@@ -275,3 +278,28 @@ def test_the_function_and_the_command_agree(folders):
     command = [sys.executable, "-m", "exl.cli", "plan", str(folders["7b"]), "--vram", "6GB", "--kv-cache", "q4"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == exl.plan(folders["7b"], vram="6GB", kv_cache="q4").table() + "\n"
+
+
+def test_some_of_the_free_memory_is_left_alone(folders):
+    """512 MiB; 1 GiB on Windows. The context and cuBLAS have taken theirs by then, and the plan counts them."""
+    plan = exl.plan(folders["7b"], vram="24GB", arch=90)
+    lines = [line.num_bytes for line in plan.lines if line.purpose in STARTED_LINES]
+    assert len(lines) == 2
+    assert sum(lines) == started_bytes(90) == (500 + 32) << 20
+    assert started_bytes(89) == (508 << 20) + (128 << 10)
+    for system, margin in (("linux", 512 << 20), ("win32", 1 << 30)):
+        usable = usable_bytes(8 * GB, 90, system)
+        others = usable - sum(lines)  # what is allocated from now on
+        assert others == 8 * GB - margin
+        assert usable_bytes(100 << 20, 90, system) >= 1
+
+
+def test_a_plan_is_held_against_what_is_free_now(folders, monkeypatch):
+    """Without context and cuBLAS, which are in use by the time that free memory is read."""
+    plan = exl.plan(folders["7b"], vram="24GB", arch=89, context=1024)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), arch=89)
+    needed = plan.device_bytes("cuda:0") - started_bytes(89)
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(exl.engine, "free_bytes", lambda device, free=free: (free, 24 * GB))
+        with nullcontext() if free == needed else pytest.raises(MemoryBudgetError, match="a smaller vram="):
+            exl.engine._check_device(plan, gpu)

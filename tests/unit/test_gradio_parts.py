@@ -193,7 +193,7 @@ def test_a_plan_counts_what_the_loaded_model_gives_back(parts, monkeypatch):
     from dataclasses import replace
     from types import SimpleNamespace
 
-    from exl.device_plan import CONTEXT_BYTES
+    from exl.device_plan import started_bytes
 
     free = 700 * 10**6
     gpu = SimpleNamespace(arch=89)
@@ -201,7 +201,7 @@ def test_a_plan_counts_what_the_loaded_model_gives_back(parts, monkeypatch):
         parts["settings"], "choose_device", lambda options: (replace(options, vram=options.vram or free), gpu)
     )
     loaded = exl.plan(vram="2GB", arch=89)
-    given_back = loaded.device_bytes("cuda:0") - CONTEXT_BYTES
+    given_back = loaded.device_bytes("cuda:0") - started_bytes(89)
     found = parts["settings"].load_settings(str(BUNDLED_MODEL), "auto", "q8", "", "", "", "stored")
     assert found.plan(loaded).budgets["cuda:0"] == free + given_back
     assert found.plan().budgets["cuda:0"] == free
