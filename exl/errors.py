@@ -27,5 +27,9 @@ class KernelError(ExlError):
     """A kernel could not be compiled, or was called with arguments it must not be given."""
 
 
+class NoGpuError(KernelError):
+    """There is no NVIDIA GPU, or none that the driver shows: nothing is broken, and nothing has to be installed."""
+
+
 class ExlWarning(UserWarning):
     """Something was wrong and exl went on with what is most likely meant."""

@@ -27,6 +27,7 @@ LADDER = (
             "user_cache",
             "host_memory",
             "device_memory",
+            "gpu_environment",
             "checkpoint",
             "safetensors_header",
             "safetensors_writer",
