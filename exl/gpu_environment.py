@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 CUPY_WHEELS = ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy")
+_CUDA13_WHEELS = ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13")  # that bring an NVRTC
 # The first driver of each CUDA major; CUDA's minor versions are compatible ("CUDA Compatibility", NVIDIA).
 _DRIVERS = {12: 525, 13: 580}
 # CUDA 13 and what is built for it begin at Turing; CUDA 12.6, whose wheels PyTorch has besides, ends at Hopper.
@@ -69,6 +71,11 @@ def cupy_command(cuda: int = 13, remove: Iterable[str] = ()) -> str:
     """What brings CuPy for CUDA 12 or 13, with its NVRTC."""
     removed = " ".join(remove)
     return (f"pip uninstall -y {removed}, then " if removed else "") + f'pip install "cupy-cuda{cuda}x[ctk]"'
+
+
+def nvrtc_command(installed: Callable[[str], str] = metadata.version) -> str:
+    """What makes CuPy take CUDA 12's NVRTC: wheels that bring CUDA 13's go, as the first found is loaded."""
+    return f"{cupy_command(12, installed_of(_CUDA13_WHEELS, installed))} nvidia-cuda-nvrtc-cu12"
 
 
 def diagnose(facts: GpuFacts) -> Finding | None:
@@ -194,6 +201,30 @@ def installed_of(names: Iterable[str], installed: Callable[[str], str] = metadat
             continue
         found.append(name)
     return tuple(found)
+
+
+def loaded_nvrtc(major: int, maps: Path = Path("/proc/self/maps")) -> Path | None:
+    """The file that this process has loaded as that CUDA's NVRTC; None where the system does not tell."""
+    if sys.platform == "win32":
+        return _loaded_dll(f"nvrtc64_{major}0_0.dll")
+    try:
+        lines = maps.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    name = re.compile(rf"libnvrtc(\.alt)?\.so\.{major}(\.|$)")
+    paths = (Path(line[line.index("/") :]) for line in lines if "/" in line)
+    return next((path for path in paths if name.match(path.name)), None)
+
+
+def _loaded_dll(name: str) -> Path | None:
+    kernel32 = ctypes.windll.kernel32
+    kernel32.GetModuleHandleW.argtypes, kernel32.GetModuleHandleW.restype = [ctypes.c_wchar_p], ctypes.c_void_p
+    kernel32.GetModuleFileNameW.argtypes = [ctypes.c_void_p, ctypes.c_wchar_p, ctypes.c_uint32]
+    handle = kernel32.GetModuleHandleW(name)
+    text = ctypes.create_unicode_buffer(32768)
+    if not handle or not kernel32.GetModuleFileNameW(handle, text, len(text)):
+        return None
+    return Path(text.value)
 
 
 def driver_library() -> str:

@@ -26,6 +26,7 @@ def describe_system() -> dict[str, str]:
         "4-bit cpu kernel": f"torch int4pack, {int4pack}" if int4pack else "none: 4-bit weights run through f32 panels",
         "gpu": _describe_gpu(torch),
         "cupy": _versions(CUPY_WHEELS),
+        "nvrtc": _describe_nvrtc(),
         "kernel cache": str(default_cache_folder()),
     }
     facts["missing"] = _missing() or "nothing"
@@ -43,6 +44,16 @@ def _describe_gpu(torch) -> str:
         props = torch.cuda.get_device_properties(i)
         names.append(f"{props.name} (sm_{props.major}{props.minor}, {props.total_memory / 1e9:.1f} GB)")
     return ", ".join(names)
+
+
+def _describe_nvrtc() -> str:
+    """The one that compiles kernels: several may be installed."""
+    from exl.kernels.launch import CupyCompiler
+
+    try:
+        return CupyCompiler().describe()
+    except KernelError:
+        return "not found"
 
 
 def _missing() -> str | None:

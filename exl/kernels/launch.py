@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from exl.errors import KernelError
+from exl.gpu_environment import loaded_nvrtc, nvrtc_command
 from exl.kernels.args import Arg, Pointer
 from exl.kernels.compiler import CompileFailed, Compiler, compile_cached
 from exl.kernels.driver import Driver, pack_params
@@ -120,10 +121,24 @@ class CupyCompiler:
             major, minor = nvrtc.getVersion()
         except RuntimeError as error:  # the binding opens the library at the first call
             raise KernelError(f"CuPy is installed, but finds no NVRTC (wheel nvidia-cuda-nvrtc): {error}") from error
-        self._version = f"nvrtc {major}.{minor}"
+        self._version, self._major = f"nvrtc {major}.{minor}", major
 
     def version(self) -> str:
         return self._version
+
+    def describe(self) -> str:
+        """Version and file: several may be installed, and CuPy takes the first that it finds."""
+        path = loaded_nvrtc(self._major)
+        return f"{self._version.replace('nvrtc', 'NVRTC')}{'' if path is None else f' ({path})'}"
+
+    def require(self, arch: int) -> None:
+        """Raises ``KernelError`` for an architecture older than all that this NVRTC knows."""
+        known = self.archs()
+        if not any(other <= arch for other in known):
+            raise KernelError(
+                f"{self.describe()} cannot compile for compute capability {arch / 10}: it begins at {min(known) / 10}, "
+                f"and CUDA 12 is the last that knows 6.x and 7.0: {nvrtc_command()}"
+            )
 
     def archs(self) -> tuple[int, ...]:
         return tuple(sorted(self._nvrtc.getSupportedArchs()))
@@ -183,7 +198,10 @@ class CudaBackend:
         self.num_multiprocessors = properties.multi_processor_count
         self._folder = folder
         self._sources = sources
-        self._compiler = CupyCompiler() if compiler is None else compiler
+        if compiler is None:
+            compiler = CupyCompiler()
+            compiler.require(self.arch)
+        self._compiler = compiler
         self._driver = Driver()
         self._functions: dict[KernelSpec, CudaFunction] = {}
         self._capture_stream: torch.cuda.Stream | None = None

@@ -48,11 +48,9 @@ class FakeGpu:
     # what stands in for torch, CuPy and its binding of NVRTC
 
     def install(self, monkeypatch) -> None:
-        properties = SimpleNamespace(major=self.arch // 10, minor=self.arch % 10, multi_processor_count=4)
-
         def get_properties(device: torch.device) -> SimpleNamespace:
             self.call("torch")
-            return properties
+            return SimpleNamespace(major=self.arch // 10, minor=self.arch % 10, multi_processor_count=4)
 
         for name, value in {
             "is_available": lambda: True,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
+from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ import torch
 from exl import engine
 from exl.engine import choose_device
 from exl.errors import ConfigError, KernelError
-from exl.gpu_environment import DriverFacts, GpuFacts
+from exl.gpu_environment import DriverFacts, GpuFacts, loaded_nvrtc, nvrtc_command
 from exl.kernels import compiler
 from exl.kernels.device import check_backend, open_backend
 from exl.kernels.launch import HostBackend
 from exl.planning import EngineOptions
+from tests.compile.nvrtc import nvrtc
 from tests.host.fake_gpu import TOO_OLD, CUDADriverError, CUDARuntimeError, FakeGpu, NVRTCError
 from tests.host.shim import HostShim
 
@@ -97,3 +101,79 @@ def test_without_cupy_the_gpu_is_left_alone(gpu, monkeypatch, caplog):
 
 def test_the_first_kernel_is_right_where_kernels_run():
     check_backend(HostBackend(HostShim("race")))
+
+
+# ---- which NVRTC ----------------------------------------------------------------------------------------------------
+
+MAPS = """\
+7f00-7f01 r-xp 00000000 08:01 11  /venv/lib/libnvrtc-builtins.so.13.0
+7f02-7f03 r-xp 00000000 08:01 12  /venv/my env/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+7f04-7f05 r-xp 00000000 08:01 13  /venv/my env/nvidia/cu13/lib/libnvrtc.so.13
+7f06-7f07 rw-p 00000000 00:00 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "command"),
+    [
+        (("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "cupy-cuda12x"), "pip uninstall -y nvidia-cuda-nvrtc, then "),
+        (("cupy-cuda13x", "nvidia-cuda-nvrtc"), "pip uninstall -y cupy-cuda13x nvidia-cuda-nvrtc, then "),
+        ((), ""),
+    ],
+)
+def test_an_nvrtc_that_is_too_new_is_named_with_the_wheel_to_remove(gpu, monkeypatch, tmp_path, installed, command):
+    """Pascal, with CUDA 12 and 13 both installed: the NVRTC that CuPy found first is CUDA 13's."""
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return "13.0.88"
+
+    (tmp_path / "maps").write_text(MAPS)
+    gpu.arch = 61
+    monkeypatch.setattr("exl.kernels.launch.nvrtc_command", lambda: nvrtc_command(version))
+    monkeypatch.setattr("exl.kernels.launch.loaded_nvrtc", lambda major: loaded_nvrtc(major, tmp_path / "maps"))
+    with pytest.raises(ConfigError) as raised:
+        choose_device(EngineOptions(device="cuda"))
+    assert (
+        "NVRTC 13.0 (/venv/my env/nvidia/cu13/lib/libnvrtc.so.13) cannot compile for compute capability 6.1: it begins "
+        f"at 7.5, and CUDA 12 is the last that knows 6.x and 7.0: {command}"
+        'pip install "cupy-cuda12x[ctk]" nvidia-cuda-nvrtc-cu12'
+    ) in str(raised.value)
+
+
+def test_the_nvrtc_that_is_loaded_is_found():
+    """The real one, where it is installed, as this process sees it."""
+    if nvrtc() is None or sys.platform != "linux":
+        pytest.skip("NVRTC is not installed")
+    major = int(nvrtc().version().split()[1].split(".")[0])
+    path = loaded_nvrtc(major)
+    assert path.name.startswith("libnvrtc")
+    assert path.is_file()
+    assert loaded_nvrtc(major + 50) is None
+    assert loaded_nvrtc(major, path / "nothing") is None
+
+
+def test_windows_is_asked_for_the_file(monkeypatch):
+    def file_name(handle: int, text, size: int) -> int:
+        text.value = r"C:\env\nvrtc64_130_0.dll"
+        return len(text.value)
+
+    names = {"nvrtc64_130_0.dll": 0x7FF0}
+    kernel32 = SimpleNamespace(GetModuleHandleW=FakeFunction(names.get), GetModuleFileNameW=FakeFunction(file_name))
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert str(loaded_nvrtc(13)) == r"C:\env\nvrtc64_130_0.dll"
+    assert loaded_nvrtc(12) is None
+
+
+class FakeFunction:
+    """A function of a library: ctypes gives it types."""
+
+    argtypes = restype = None
+
+    def __init__(self, run) -> None:
+        self._run = run
+
+    def __call__(self, *args: object) -> object:
+        return self._run(*args)
