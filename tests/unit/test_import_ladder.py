@@ -26,6 +26,7 @@ LADDER = (
             "remote",
             "user_cache",
             "host_memory",
+            "virtual_memory",
             "device_memory",
             "gpu_environment",
             "checkpoint",
