@@ -1,5 +1,7 @@
-"""Windows' memory, page by page, as ``host_memory`` wants it: what Python's ``mmap`` maps there is a section, whose pages
-cannot be given back while a view of it lives."""
+"""Memory of Windows' own kind, as ``host_memory`` wants it.
+
+What Python's ``mmap`` maps there is a section, whose pages cannot be given back while a view of it lives.
+"""
 
 from __future__ import annotations
 

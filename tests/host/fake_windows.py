@@ -1,9 +1,13 @@
-"""Windows' kernel32 as far as exl calls it, on the memory calls of Linux: what is decommitted may not be touched, and
-takes no memory."""
+"""Windows as far as exl notices it, played on Linux: kernel32's memory calls, and files that cannot be replaced or
+removed while they are open."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
+import sys
+from pathlib import Path
 
 _COMMIT, _RESERVE, _DECOMMIT, _RELEASE = 0x1000, 0x2000, 0x4000, 0x8000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -22,7 +26,8 @@ class _Function:
 
 
 class FakeKernel32:
-    """``sizes``: what is reserved, by address. ``total_ram``: what the machine says it has."""
+    """On the memory calls of Linux: what is decommitted may not be touched, and takes no memory. ``sizes``: what is
+    reserved, by address. ``total_ram``: what the machine says it has."""
 
     def __init__(self, total_ram: int = 16 << 30) -> None:
         self.sizes: dict[int, int] = {}
@@ -64,3 +69,39 @@ class FakeKernel32:
         assert ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] == 64
         structure[1] = self.total_ram
         return 1
+
+
+def open_here(path: str | os.PathLike[str]) -> bool:
+    """Whether this process has the file open."""
+    wanted = os.stat(path)
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            if os.path.samestat(os.stat(link), wanted):
+                return True
+        except OSError:  # the listing's own, closed by now
+            continue
+    return False
+
+
+def play_windows_files(monkeypatch) -> None:
+    """Python opens files without FILE_SHARE_DELETE: who has one open keeps its name. No locks, no positional reads."""
+
+    def guarded(function):
+        def call(*paths: str | os.PathLike[str], **options: object) -> None:
+            for path in paths:
+                if os.path.exists(path) and open_here(path):
+                    raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+            function(*paths, **options)
+
+        return call
+
+    for name in ("replace", "rename", "unlink", "remove"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("exl.replace_file._WAITS", (0.0, 0.0), raising=False)
+    monkeypatch.setattr("exl.block_file.fcntl", None)
+    monkeypatch.setattr("exl.packed.fcntl", None)
+    monkeypatch.setattr("exl.block_file._O_DIRECT", 0)
+    monkeypatch.setattr("exl.block_file._POSITIONAL", False)
+    kernel32 = FakeKernel32()
+    monkeypatch.setattr(ctypes, "WinDLL", lambda *_, **__: kernel32, raising=False)

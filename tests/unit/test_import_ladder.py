@@ -27,6 +27,7 @@ LADDER = (
             "user_cache",
             "host_memory",
             "virtual_memory",
+            "replace_file",
             "device_memory",
             "gpu_environment",
             "checkpoint",
