@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.errors import MemoryBudgetError
 from exl.host_memory import HostBuffer, host_tensor
@@ -37,7 +41,7 @@ def free_bytes(device: torch.device) -> tuple[int, int]:
 
 
 @contextmanager
-def pinned(buffer: HostBuffer) -> Iterator[HostBuffer]:
+def pinned(buffer: HostBuffer | _Piece) -> Iterator[HostBuffer | _Piece]:
     """Page-locks a buffer, whose exact bytes count: torch's own pinned memory is rounded up to powers of two. Raises
     ``MemoryBudgetError`` where the driver refuses."""
     if not buffer.num_bytes:
@@ -54,3 +58,36 @@ def pinned(buffer: HostBuffer) -> Iterator[HostBuffer]:
         yield buffer
     finally:
         runtime.cudaHostUnregister(address)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a buffer, as ``pinned`` takes it."""
+
+    array: NDArray[np.uint8]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.array)
+
+
+@contextmanager
+def pinned_pieces(buffer: HostBuffer, sizes: Sequence[int]) -> Iterator[HostBuffer]:
+    """``pinned``, each of the pieces that the buffer consists of by itself: Windows locks many smaller ranges where it
+    refuses a large one. No copy may cross from one piece to the next. Raises ``MemoryBudgetError`` that says how far it
+    came and which budget leaves the rest on the disk."""
+    if any(size % mmap.PAGESIZE for size in sizes):  # a page has one owner
+        sizes = [buffer.num_bytes]
+    with ExitStack() as stack:
+        start = 0
+        for size in sizes:
+            try:
+                stack.enter_context(pinned(_Piece(buffer.array[start : start + size])))
+            except MemoryBudgetError as error:
+                if len(sizes) == 1:
+                    raise
+                raise MemoryBudgetError(
+                    f"{error}, after {start} of {buffer.num_bytes}: a smaller ram= leaves more layers on the disk"
+                ) from error
+            start += size
+        yield buffer
