@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import sys
-from pathlib import Path
 
 _COMMIT, _RESERVE, _DECOMMIT, _RELEASE = 0x1000, 0x2000, 0x4000, 0x8000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -74,17 +73,17 @@ class FakeKernel32:
 def open_here(path: str | os.PathLike[str]) -> bool:
     """Whether this process has the file open."""
     wanted = os.stat(path)
-    for link in Path("/proc/self/fd").iterdir():
+    for descriptor in os.listdir("/proc/self/fd"):
         try:
-            if os.path.samestat(os.stat(link), wanted):
+            if os.path.samestat(os.fstat(int(descriptor)), wanted):
                 return True
         except OSError:  # the listing's own, closed by now
             continue
     return False
 
 
-def play_windows_files(monkeypatch) -> None:
-    """Python opens files without FILE_SHARE_DELETE: who has one open keeps its name. No locks, no positional reads."""
+def guard_open_files(monkeypatch) -> None:
+    """Python opens files without FILE_SHARE_DELETE: who has one open keeps its name."""
 
     def guarded(function):
         def call(*paths: str | os.PathLike[str], **options: object) -> None:
@@ -97,6 +96,11 @@ def play_windows_files(monkeypatch) -> None:
 
     for name in ("replace", "rename", "unlink", "remove"):
         monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+
+
+def play_windows_files(monkeypatch) -> None:
+    """As ``guard_open_files``, and no locks, no positional reads, memory from kernel32."""
+    guard_open_files(monkeypatch)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr("exl.replace_file._WAITS", (0.0, 0.0), raising=False)
     monkeypatch.setattr("exl.block_file.fcntl", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exl import packed
+from exl import cli, packed
 from exl.errors import ExlError
 from exl.host_memory import HostBuffer
 from exl.kernels.compiler import write_file
@@ -131,3 +132,17 @@ def test_a_name_is_asked_for_again(windows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     refusals.append(1)
     assert not write_file(tmp_path / "kernel.bin", b"new")
+
+
+def test_what_a_model_writes_gets_through_a_pipe(monkeypatch):
+    """A pipe's code page has neither."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\u6f22".encode()), encoding="cp1252"))
+    monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
+    monkeypatch.setattr(cli, "app", lambda **_: print(sys.stdin.read(), "\U0001f642", end="", flush=True))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert raw.getvalue().decode() == "\u6f22 \U0001f642"
