@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
+from io import FileIO
 from types import TracebackType
 
 try:
@@ -28,13 +30,14 @@ _POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwritev")
 class BlockFile:
     """An open file. Buffers are page-aligned, offsets and sizes multiples of 4096; only then is it direct.
 
-    Reading is thread-safe where there are positional reads (not on Windows). All errors are ``OSError``.
+    Thread-safe: where there are no positional reads (Windows) threads take turns. All errors are ``OSError``.
     """
 
     def __init__(self, descriptor: int) -> None:
         """Takes over ``descriptor``."""
         self.descriptor = descriptor
         self.direct = False
+        self._position = threading.Lock()  # of the file, where it is one for all
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> BlockFile:
@@ -98,16 +101,16 @@ class BlockFile:
     def _read_some(self, view: memoryview, offset: int) -> int:
         if _POSITIONAL:
             return os.preadv(self.descriptor, [view], offset)
-        os.lseek(self.descriptor, offset, os.SEEK_SET)
-        data = os.read(self.descriptor, len(view))
-        view[: len(data)] = data
-        return len(data)
+        with self._position, FileIO(self.descriptor, "rb", closefd=False) as file:
+            file.seek(offset)
+            return file.readinto(view)
 
     def _write_some(self, view: memoryview, offset: int) -> int:
         if _POSITIONAL:
             return os.pwritev(self.descriptor, [view], offset)
-        os.lseek(self.descriptor, offset, os.SEEK_SET)
-        return os.write(self.descriptor, view)
+        with self._position:
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            return os.write(self.descriptor, view)
 
     def _drop_cached(self, offset: int, num_bytes: int) -> None:
         if hasattr(os, "posix_fadvise"):

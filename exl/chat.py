@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from exl.errors import ConfigError
 from exl.llm import LLM, Completion, TextIterator
+from exl.replace_file import replace_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -164,7 +165,7 @@ class Chat:
         part = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
             part.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
+            replace_file(part, path)
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte; a message that is no Unicode
             with contextlib.suppress(OSError, ValueError):
                 part.unlink()

@@ -36,6 +36,8 @@ app.add_typer(packed_app, name="packed")
 
 def main() -> None:
     """Entry point. Errors that a user can cause are one line and exit code 1; ``--debug`` shows where."""
+    if sys.platform == "win32":
+        _pipe_utf8()
     try:
         code = app(standalone_mode=False)
     except ExlError as error:
@@ -55,6 +57,13 @@ def main() -> None:
         else:
             code = _fail(error, error.format_message())
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _pipe_utf8() -> None:
+    """Windows' pipes and files have a code page by default, which lacks most of what a model writes."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is not None and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def _fail(error: Exception, message: str | None = None) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.errors import KernelError, MemoryBudgetError
 from exl.host_memory import HostBuffer, host_tensor
@@ -120,29 +123,54 @@ def _start(device: torch.device) -> None:
 
 @contextmanager
 def pinned(
-    buffer: HostBuffer, device: torch.device | None = None, runtime: Runtime | None = None
+    buffer: HostBuffer,
+    device: torch.device | None = None,
+    runtime: Runtime | None = None,
+    pieces: Sequence[int] | None = None,
 ) -> Iterator[HostBuffer]:
     """Page-locks a buffer for copies to ``device`` (default: the current one), whose exact bytes count: torch's own
-    pinned memory is rounded up to powers of two. A child that is forked meanwhile does not have it. Raises
-    ``MemoryBudgetError`` where the driver refuses."""
-    if not buffer.num_bytes:
-        yield buffer
-        return
+    pinned memory is rounded up to powers of two. A child that is forked meanwhile does not have it.
+
+    ``pieces``: sizes of parts that are locked one by one, because Windows locks many smaller ranges where it refuses a
+    large one. No copy may cross from one to the next. Raises ``MemoryBudgetError`` where the driver refuses, which says
+    how far it came and which budget leaves the rest on the disk.
+    """
+    sizes = [buffer.num_bytes] if pieces is None else list(pieces)
+    if any(size % mmap.PAGESIZE for size in sizes):  # a page has one owner
+        sizes = [buffer.num_bytes]
     if runtime is None:
         runtime = TorchRuntime(torch.device("cuda") if device is None else device)
-    address = buffer.array.ctypes.data
-    error = runtime.register(address, buffer.num_bytes)
+    with ExitStack() as stack:
+        start = 0
+        for size in sizes:
+            try:
+                stack.enter_context(_locked(buffer.array[start : start + size], runtime))
+            except MemoryBudgetError as error:
+                if len(sizes) == 1:
+                    raise
+                raise MemoryBudgetError(
+                    f"{error}, after {start} of {buffer.num_bytes}: a smaller ram= leaves more layers on the disk"
+                ) from error
+            start += size
+        buffer.share_with_children(False)
+        stack.callback(buffer.share_with_children, True)
+        yield buffer
+
+
+@contextmanager
+def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
+    if not len(memory):
+        yield
+        return
+    address, num_bytes = memory.ctypes.data, len(memory)
+    error = runtime.register(address, num_bytes)
     if error:
         runtime.clear()
-        raise MemoryBudgetError(
-            f"pinned memory: the driver does not lock {buffer.num_bytes} bytes ({runtime.text(error)})"
-        )
-    buffer.share_with_children(False)
+        raise MemoryBudgetError(f"pinned memory: the driver does not lock {num_bytes} bytes ({runtime.text(error)})")
     try:
-        yield buffer
+        yield
     finally:
-        buffer.share_with_children(True)
         error = runtime.unregister(address)
         if error:
             runtime.clear()
-            logger.warning("pinned memory: %d bytes stay locked (%s)", buffer.num_bytes, runtime.text(error))
+            logger.warning("pinned memory: %d bytes stay locked (%s)", num_bytes, runtime.text(error))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from exl.batch import PAGE_SIZE
 from exl.device_arena import ArenaLayout, arena_layout
 from exl.layout import BLOB_ALIGN, align_up
-from exl.memory import MemoryPlan, Placement, PlanInput, PlanLine, Tier, loading_bytes
+from exl.memory import MemoryPlan, Placement, PlanInput, PlanLine, Tier, format_bytes, loading_bytes
 
 HOST = "ram"  # the name of host memory's lines
 # torch's caching allocator takes memory from the driver in segments of these sizes (its c10 source's kSmallBuffer,
@@ -72,10 +72,12 @@ def plan_devices(
     *,
     num_slots: int = 2,
     max_resident: int | None = None,
+    max_pinned: int | None = None,
 ) -> MemoryPlan:
     """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
-    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. The i-th streamed
-    layer has slot i modulo their number. The plan may not fit: ask ``fits``."""
+    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. ``max_pinned``: bytes
+    that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has slot i modulo their
+    number. The plan may not fit: ask ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
     arena = arena_layout(model.limits, model.target, (*model.layers, model.head))
@@ -84,21 +86,27 @@ def plan_devices(
         if num_resident and num_slots > 1 and (num_layers - num_resident) % num_slots == 1:
             continue  # the last layer of a step and the first of the next would have the same slot: each step a stall
         for num_devices in range(1, len(vram) + 1):
-            plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, arena)
+            plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, arena, max_pinned)
             if plan.fits:
                 return plan
     return plan
 
 
 def _plan(
-    model: PlanInput, vram: Sequence[int], ram: int | None, num_resident: int, num_slots: int, arena: ArenaLayout
+    model: PlanInput,
+    vram: Sequence[int],
+    ram: int | None,
+    num_resident: int,
+    num_slots: int,
+    arena: ArenaLayout,
+    max_pinned: int | None,
 ) -> MemoryPlan:
     num_layers = len(model.layers)
     num_pages = model.num_sequences * -(-model.limits.max_context // PAGE_SIZE)
     slots = min(num_slots, num_layers - num_resident)
     shares = list(_shares(model, vram, num_resident, num_pages, slots, arena))
     lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, arena)]
-    pinned, host_lines = _host_lines(model, num_resident, slots, ram, arena)
+    pinned, host_lines = _host_lines(model, num_resident, slots, ram, arena, max_pinned)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
     placed += [(Tier.PINNED if i < pinned else Tier.DISK, last) for i in range(num_layers - num_resident)]
@@ -167,7 +175,7 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
 
 
 def _host_lines(
-    model: PlanInput, num_resident: int, slots: int, ram: int | None, arena: ArenaLayout
+    model: PlanInput, num_resident: int, slots: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
 ) -> tuple[int, list[PlanLine]]:
     """How many of the streamed layers are pinned, the first of them first; and what host memory holds."""
     sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
@@ -182,8 +190,9 @@ def _host_lines(
         buffers = slots * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
         staging = max(*unpinned, *sizes[pinned:], 0)  # where a blob is packed that does not stay in host memory
         loading = align_up(loading_bytes(model) + staging, BLOB_ALIGN)
+        limited = f", {format_bytes(max_pinned)} may be pinned" if pinned < most else ""
         found = [
-            PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}"),
+            PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}{limited}"),
             PlanLine("pinned read buffers", HOST, buffers, True, f"for {on_disk} layers on the disk"),
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
             # While loading; read buffers are not there yet.
@@ -191,7 +200,14 @@ def _host_lines(
         ]
         return [line for line in found if line.num_bytes]
 
-    pinned = len(sizes)
-    while ram is not None and pinned and sum(line.num_bytes for line in lines(pinned)) > ram:
+    def fits(pinned: int, limit: int | None, exact: bool) -> bool:
+        found = lines(pinned)
+        return limit is None or sum(line.num_bytes for line in found if line.exact or not exact) <= limit
+
+    most = len(sizes)
+    while most and not fits(most, ram, exact=False):
+        most -= 1
+    pinned = most
+    while pinned and not (fits(pinned, ram, exact=False) and fits(pinned, max_pinned, exact=True)):
         pinned -= 1
     return pinned, lines(pinned)

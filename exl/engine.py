@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,10 +16,11 @@ from exl.config import GenerationDefaults, ModelConfig
 from exl.device_arena import arena_layout
 from exl.device_memory import free_bytes
 from exl.device_plan import HOST, STARTED_LINES, usable_bytes
-from exl.errors import ConfigError, KernelError, MemoryBudgetError
+from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError
 from exl.generator import Generator
 from exl.kernels.attention_layout import MAX_NEW_TOKENS
-from exl.kernels.launch import Backend, CudaBackend
+from exl.kernels.device import open_backend
+from exl.kernels.launch import Backend
 from exl.layout import LayerLayout, Target
 from exl.loader import ModelWeights, load_weights
 from exl.memory import MemoryPlan, PlanInput, Tier, format_bytes
@@ -138,13 +140,13 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
     if options.device == "cpu":
         return options, None
     try:
-        backend = CudaBackend()
+        backend = open_backend()
     except KernelError as error:
         if options.on_gpu:
             asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
             raise ConfigError(f"{asked}: found no GPU that exl can use ({error})") from None
-        if torch.cuda.is_available():  # whoever has a GPU wants to know why it is left alone
-            logger.warning("computing on the CPU: %s", error)
+        if not isinstance(error, NoGpuError):  # whoever has a GPU wants to know why it is left alone
+            _say_once(f"computing on the CPU: {_one_line(error)}")
         return options, None
     if len(options.vram_bytes) > 1:
         raise ConfigError(
@@ -155,6 +157,17 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
         options = replace(options, vram=usable_bytes(free, backend.arch))
         logger.info("computing on %s", torch.cuda.get_device_name(backend.device))
     return options, backend
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """However many models a process loads."""
+    logger.warning("%s", text)
+
+
+def _one_line(error: Exception) -> str:
+    """Further lines are logs and tables."""
+    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
 
 
 def _check_device(plan: MemoryPlan, backend: Backend) -> None:

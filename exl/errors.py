@@ -29,6 +29,10 @@ class KernelError(ExlError):
     """A kernel could not be compiled, or was called with arguments it must not be given."""
 
 
+class NoGpuError(KernelError):
+    """There is no NVIDIA GPU, or none that the driver shows: nothing is broken, and nothing has to be installed."""
+
+
 def chain_of(error: BaseException) -> list[BaseException]:
     """An error, then what it was raised from or while handling, and so on."""
     found: list[BaseException] = []

@@ -138,6 +138,7 @@ class _Loader:
             return packed
         except CheckpointError as error:
             logger.warning("%s; packing again", error)
+            packed.close()  # on Windows a file that is open keeps its name
         for i in self.memory.kept:
             self.memory.blob(i).zero_()
         return None
@@ -174,6 +175,7 @@ class _Loader:
             if self.checkpoint.modified_ns != stamps:
                 raise CheckpointError(f"{self.checkpoint.path}: its files were changed while they were being packed")
             writer.commit()
+        path = writer.path
         packed = PackedFile.open(path, key, self.sizes)
         if packed is None:
             raise CheckpointError(f"{path}: packed weights were changed right after they had been written")

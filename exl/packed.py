@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from exl.block_file import BlockFile, fcntl
 from exl.errors import CheckpointError, ExlError
 from exl.host_memory import HostBuffer
 from exl.layout import BLOB_ALIGN, align_up
+from exl.replace_file import replace_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ _HEAD = struct.Struct("<8sIIIQ32sI")  # ..., key, bytes of the path
 _BLOB = struct.Struct("<QQI")
 _CRC = struct.Struct("<I")
 _MAX_HEADER_BYTES = 1 << 24
+_YOUNG_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -253,15 +256,33 @@ class PackedWriter:
             raw.array[:] = np.frombuffer(header.to_bytes(), np.uint8)
             self._file.write(memoryview(raw.array), 0)
             os.fsync(self._file.descriptor)
-            os.replace(self._part, self.path)
-            self._part = None
-            _sync_folder(self.path.parent)
+            self._take_name(header)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from error
         finally:
             raw.close()
 
+    def _take_name(self, header: PackedHeader) -> None:
+        """Where the name is somebody's who has it open (Windows) and theirs is no equal file, another name is taken:
+        what took long to pack is not lost. ``path`` says which."""
+        if fcntl is None:  # Windows: an open file cannot be renamed. Elsewhere it stays locked until it has its name.
+            self._file.close()
+        try:
+            replace_file(self._part, self.path)
+        except PermissionError:
+            if _is_equal(self.path, header):
+                self._part.unlink()
+            else:
+                spare = self.path.with_name(f"{os.getpid()}-{self.path.name}")
+                replace_file(self._part, spare)
+                logger.warning("%s: another program has it open, packed weights are in %s", self.path, spare.name)
+                self.path = spare
+        self._part = None
+
     def close(self) -> None:
+        if fcntl is None and self._file is not None:  # Windows: an open file cannot be removed
+            self._file.close()
         if self._part is not None:
             self._part.unlink(missing_ok=True)
             self._part = None
@@ -290,6 +311,15 @@ class PackedWriter:
             f"{folder}: packing this model needs {self._header.file_bytes} bytes of disk, {free} "
             f"({error.strerror}); give another folder for packed weights, or make room, as with `exl packed clear`"
         )
+
+
+def _is_equal(path: Path, header: PackedHeader) -> bool:
+    """Whether the file there is for the same, with the same contents."""
+    try:
+        with BlockFile.open(path) as file:
+            return read_header(file) == header
+    except (OSError, ValueError):
+        return False
 
 
 def _create_part(path: Path) -> tuple[Path, BlockFile]:
@@ -322,21 +352,13 @@ def remove_dead_parts(folder: Path) -> list[Path]:
         with contextlib.suppress(OSError):
             if path.is_symlink() or not path.is_file():
                 continue
-            with open(path, "rb+") as file:
-                if fcntl is not None:
+            if fcntl is None:
+                if time.time() - path.stat().st_mtime < _YOUNG_SECONDS:
+                    continue  # closed a moment ago, and about to get its name
+                path.unlink()  # refused while it is open
+            else:
+                with open(path, "rb+") as file:
                     fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-            if fcntl is None:
-                path.unlink()  # refused while it is open
             removed.append(path)
     return removed
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name must reach the disk, too; Windows has no way to ask for it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -105,20 +105,23 @@ def clear_packed(folder: Path | None = None, model: Path | None = None) -> list[
     """Removes packed files and what killed writers left, nothing else; says which. With ``model``, those of that
     model alone. A file in use is removed when its last user ends, where the system can do that.
 
-    Raises ``ExlError`` that names what cannot be removed.
+    Raises ``ExlError`` that names what cannot be removed, such as a file in use on Windows; the others are gone then.
     """
     folder = default_packed_folder() if folder is None else folder
-    removed = []
+    removed, kept = [], []
     for info in list_packed(folder):
         if model is not None and info.source != source_name(model):
             continue
         try:
             info.path.unlink(missing_ok=True)
         except OSError as error:
-            raise ExlError(f"{info.path}: cannot be removed: {error.strerror or error}") from None
+            kept.append(f"{info.path}: cannot be removed: {error.strerror or error}")
+            continue
         removed.append(info)
     if folder.is_dir():
         remove_dead_parts(folder)
+    if kept:
+        raise ExlError("; ".join(kept))
     return removed
 
 

@@ -13,6 +13,7 @@ from exl.checkpoint import Checkpoint
 from exl.config import ModelConfig, read_json
 from exl.device_plan import HOST, plan_devices
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.host_memory import pinned_limit
 from exl.hub import Token, find_headers
 from exl.layout import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
 from exl.memory import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
@@ -207,7 +208,13 @@ def _plan(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[Me
     if target.kind == "cuda":
         if options.kv_cache == "f32":
             raise ConfigError("kv_cache: found 'f32', which only the CPU has; expected f16, q8, k8v4 or q4")
-        plan = plan_devices(model, options.vram_bytes, options.budget, max_resident=options.resident_layers)
+        plan = plan_devices(
+            model,
+            options.vram_bytes,
+            options.budget,
+            max_resident=options.resident_layers,
+            max_pinned=pinned_limit(),
+        )
     else:
         plan = plan_memory(model, options.budget, max_resident=options.resident_layers)
     return plan, model

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exl.errors import CheckpointError
+from exl.replace_file import replace_file, sync_folder
 from exl.safetensors_header import DTYPE_BITS, MAX_HEADER_BYTES, shown
 
 _HEADER_ALIGN = 8  # the reference library pads the header with spaces so that the data section is aligned
@@ -39,8 +40,8 @@ def write_safetensors(
                 _write_data(file, entries, sizes, data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
-            _sync_folder(path.parent)
+            replace_file(part, path)
+            sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
@@ -91,13 +92,3 @@ def _write_data(
             file.write(view.cast("B"))
     if next(pieces, None) is not None:
         raise ValueError(f"data for more than the {len(entries)} tensors announced")
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name itself must reach the disk; Windows has no way to ask for it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

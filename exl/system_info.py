@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 
 import exl
+from exl.errors import KernelError, NoGpuError
+from exl.gpu_environment import CUPY_WHEELS, diagnose, gpu_facts, installed_of
 from exl.kernels.compiler import default_cache_folder
 
 
@@ -22,18 +25,20 @@ def describe_system() -> dict[str, str]:
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "4-bit cpu kernel": f"torch int4pack, {int4pack}" if int4pack else "none: 4-bit weights run through f32 panels",
         "gpu": _describe_gpu(torch),
-        "cupy": _version("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+        "cupy": _versions(CUPY_WHEELS),
+        "nvrtc": _describe_nvrtc(),
         "kernel cache": str(default_cache_folder()),
     }
-    missing = _missing(torch)
-    facts["missing"] = missing or "nothing"
+    facts["missing"] = _missing() or "nothing"
     return facts
 
 
 def _describe_gpu(torch) -> str:
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        return "none" if built else "none that torch can see: this torch is built for the CPU"
+        driver = gpu_facts().driver
+        if driver is None or not driver.archs:
+            return str(diagnose(gpu_facts()))
+        return f"compute capability {', '.join(str(arch / 10) for arch in driver.archs)}, which torch does not see"
     names = []
     for i in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(i)
@@ -41,20 +46,29 @@ def _describe_gpu(torch) -> str:
     return ", ".join(names)
 
 
-def _missing(torch) -> str | None:
-    """The one thing to install next, if any."""
-    if not torch.cuda.is_available():
-        return None
-    if _version("cupy-cuda13x", "cupy-cuda12x", "cupy") != "not installed":
-        return None
-    major = (torch.version.cuda or "12").split(".")[0]
-    return f"CuPy, which compiles the kernels: pip install 'exl-engine[cuda{major}]'"
+def _describe_nvrtc() -> str:
+    """The one that compiles kernels: several may be installed."""
+    from exl.kernels.launch import CupyCompiler
+
+    try:
+        return CupyCompiler().describe()
+    except KernelError:
+        return "not found"
 
 
-def _version(*distributions: str) -> str:
-    for name in distributions:
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "not installed"
+def _missing() -> str | None:
+    """The one thing to install or mend next, if any: a GPU that is there must run a first kernel."""
+    from exl.kernels.device import open_backend
+
+    try:
+        open_backend()
+    except NoGpuError:
+        return None
+    except KernelError as error:
+        return " ".join(str(error).strip().splitlines()[0].split())
+    return None
+
+
+def _versions(distributions: Sequence[str]) -> str:
+    found = [f"{name} {metadata.version(name)}" for name in installed_of(distributions)]
+    return ", ".join(found) or "not installed"

@@ -124,15 +124,19 @@ class DeviceWeights:
         pieces = slab.split([sizes[i] for i in on_device])
         self._blobs = dict(zip(on_device, pieces, strict=True))
         self._slots = device_tensor(self.slabs["slots"], device, "stream slots")
-        host = torch.from_numpy(self._pinned("pinned layers").array).split(pinned_bytes) if pinned_bytes else ()
+        memory = self._pinned("pinned layers", pinned_bytes).array
+        host = torch.from_numpy(memory).split(pinned_bytes) if pinned_bytes else ()
         self._host_blobs = {1 + i: piece for i, piece in zip(self._in_host, host, strict=True)}
         self.kept = sorted((*self._blobs, *self._host_blobs))
         through = [i for i in range(len(sizes)) if i not in self._host_blobs]
         self._staging: HostBuffer | None = HostBuffer(max(sizes[i] for i in through), "staging")
 
-    def _pinned(self, purpose: str) -> HostBuffer:
+    def _pinned(self, purpose: str, pieces: Sequence[int]) -> HostBuffer:
+        """``pieces``: bytes of each part that is copied by itself."""
         buffer = _host_slab(self.slabs[purpose], purpose, self._stack)
-        return self._stack.enter_context(pinned(buffer, self._device)) if self._device.type == "cuda" else buffer
+        if self._device.type != "cuda":
+            return buffer
+        return self._stack.enter_context(pinned(buffer, self._device, pieces=pieces))
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._host_blobs:
@@ -163,7 +167,7 @@ class DeviceWeights:
 
     def _disk_layers(self, packed: PackedFile) -> DiskLayers:
         sizes = {i: self._layouts[1 + i].num_bytes for i in self._on_disk}
-        buffers = self._pinned("pinned read buffers").array
+        buffers = self._pinned("pinned read buffers", [max(sizes.values())] * self._num_slots).array
         arrays = [buffers[i * len(buffers) // self._num_slots :][: max(sizes.values())] for i in range(self._num_slots)]
         reader = SlotReader(packed, {i: 1 + i for i in self._on_disk}, sizes, [Slot(array) for array in arrays])
         self._stack.callback(reader.close)

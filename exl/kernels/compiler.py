@@ -11,6 +11,7 @@ from typing import Protocol
 
 from exl.errors import KernelError
 from exl.kernels.spec import KernelSpec, digest, flattened, nvrtc_options
+from exl.replace_file import holds, replace_file
 from exl.user_cache import user_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -105,11 +106,13 @@ def write_file(path: Path, data: bytes) -> bool:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            os.replace(name, path)
+            replace_file(name, path)
         except BaseException:
             os.unlink(name)
             raise
     except OSError as error:
+        if isinstance(error, PermissionError) and holds(path, data):
+            return True  # Windows: another process has written the same and has it open
         logger.warning("kernel cache: cannot write %s: %s", path, error)
         return False
     return True

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from exl.errors import KernelError
+from exl.gpu_environment import loaded_nvrtc, nvrtc_command
 from exl.kernels.args import Arg, Pointer
 from exl.kernels.compiler import CompileFailed, Compiler, compile_cached
 from exl.kernels.driver import Driver, pack_params
@@ -104,6 +105,12 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
 
+def cuda_errors(cupy: Any) -> tuple[type[Exception], ...]:
+    """What CuPy's calls raise: those to the driver, and those to CUDA's runtime, such as entering a device, which fail
+    first where the driver is older than the runtime that CuPy brings."""
+    return cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError
+
+
 class CupyCompiler:
     """NVRTC through CuPy's binding; needs CuPy, but no GPU."""
 
@@ -117,16 +124,33 @@ class CupyCompiler:
             major, minor = nvrtc.getVersion()
         except RuntimeError as error:  # the binding opens the library at the first call
             raise KernelError(f"CuPy is installed, but finds no NVRTC (wheel nvidia-cuda-nvrtc): {error}") from error
-        self._version = f"nvrtc {major}.{minor}"
+        self._version, self._major = f"nvrtc {major}.{minor}", major
 
     def version(self) -> str:
         return self._version
+
+    def describe(self) -> str:
+        """Version and file: several may be installed, and CuPy takes the first that it finds."""
+        path = loaded_nvrtc(self._major)
+        return f"{self._version.replace('nvrtc', 'NVRTC')}{'' if path is None else f' ({path})'}"
+
+    def require(self, arch: int) -> None:
+        """Raises ``KernelError`` for an architecture older than all that this NVRTC knows."""
+        known = self.archs()
+        if not any(other <= arch for other in known):
+            raise KernelError(
+                f"{self.describe()} cannot compile for compute capability {arch / 10}: it begins at {min(known) / 10}, "
+                f"and CUDA 12 is the last that knows 6.x and 7.0: {nvrtc_command()}"
+            )
 
     def archs(self) -> tuple[int, ...]:
         return tuple(sorted(self._nvrtc.getSupportedArchs()))
 
     def compile(self, text: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
-        program = self._nvrtc.createProgram(text, name, (), ())
+        try:
+            program = self._nvrtc.createProgram(text, name, (), ())
+        except self._nvrtc.NVRTCError as error:
+            raise KernelError(f"{self._version} takes no program: {error}") from error
         try:
             try:
                 self._nvrtc.compileProgram(program, options)
@@ -165,15 +189,22 @@ class CudaBackend:
         except ImportError as error:
             raise KernelError(f"CuPy is not installed: {error}") from error
         self._cupy = cupy
-        index = torch.cuda.current_device() if device is None or device.index is None else device.index
-        self.device = torch.device("cuda", index)
-        torch.cuda.init()
-        properties = torch.cuda.get_device_properties(self.device)
+        self._errors = cuda_errors(cupy)
+        try:
+            index = torch.cuda.current_device() if device is None or device.index is None else device.index
+            self.device = torch.device("cuda", index)
+            torch.cuda.init()
+            properties = torch.cuda.get_device_properties(self.device)
+        except RuntimeError as error:
+            raise KernelError(f"torch cannot use the GPU: {error}") from error
         self.arch = properties.major * 10 + properties.minor
         self.num_multiprocessors = properties.multi_processor_count
         self._folder = folder
         self._sources = sources
-        self._compiler = CupyCompiler() if compiler is None else compiler
+        if compiler is None:
+            compiler = CupyCompiler()
+            compiler.require(self.arch)
+        self._compiler = compiler
         self._driver = Driver()
         self._functions: dict[KernelSpec, CudaFunction] = {}
         self._capture_stream: torch.cuda.Stream | None = None
@@ -183,13 +214,13 @@ class CudaBackend:
             if torch.cuda.is_current_stream_capturing():
                 raise KernelError(f"{spec} must be loaded before a graph is captured")
             code = compile_cached(spec, self._compiler, self._folder, self._sources)
-            module = self._cupy.cuda.function.Module()
-            with self._cupy.cuda.Device(self.device.index):
-                try:
+            try:
+                module = self._cupy.cuda.function.Module()
+                with self._cupy.cuda.Device(self.device.index):
                     module.load(code)
                     function = module.get_function(spec.entry)
-                except self._cupy.cuda.driver.CUDADriverError as error:
-                    raise KernelError(f"{spec} cannot be loaded on {self.device}: {error}") from error
+            except self._errors as error:
+                raise KernelError(f"{spec} cannot be loaded on {self.device}: {error}") from error
             self._functions[spec] = CudaFunction(spec, self.device, function, self._driver, self._cupy)
         return self._functions[spec]
 
@@ -226,14 +257,15 @@ class CudaFunction:
         self._function = function  # keeps its module loaded
         self._driver = driver
         self._cupy = cupy
+        self._errors = cuda_errors(cupy)
         self._shared_bytes = DEFAULT_SHARED_BYTES
 
     def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None:
         api = self._cupy.cuda.driver
         params, keep = pack_params(args)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        with self._cupy.cuda.Device(self.device.index):
-            try:
+        try:
+            with self._cupy.cuda.Device(self.device.index):
                 if shared_bytes > self._shared_bytes:
                     api.funcSetAttribute(self._function.ptr, MAX_SHARED_ATTRIBUTE, shared_bytes)
                     self._shared_bytes = shared_bytes
@@ -242,10 +274,8 @@ class CudaFunction:
                 else:
                     address = ctypes.addressof(params)
                     api.launchKernel(self._function.ptr, *grid, *block, shared_bytes, stream, address, 0)
-            except api.CUDADriverError as error:
-                raise KernelError(
-                    f"{self.spec} on grid {grid}, block {block}, {shared_bytes} bytes: {error}"
-                ) from error
+        except self._errors as error:
+            raise KernelError(f"{self.spec} on grid {grid}, block {block}, {shared_bytes} bytes: {error}") from error
         del keep
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from exl.checkpoint import Checkpoint
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import Entry, QuantizePlan
 from exl.quantize.work import WorkFolder, write_text
+from exl.replace_file import replace_file
 from exl.safetensors_header import DTYPE_BITS
 from exl.safetensors_writer import write_safetensors
 
@@ -87,7 +87,7 @@ def write_checkpoint(
     config_json = {**config_json, "intermediate_size": plan.intermediate_size, "quantization_config": quant_json}
     write_text(out / "config.json", json.dumps(config_json, indent=1) + "\n")
     for path in sorted(out.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, dst / path.name)
+        replace_file(path, dst / path.name)
     return total
 
 

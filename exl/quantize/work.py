@@ -24,6 +24,7 @@ import torch
 
 from exl.config import read_json
 from exl.errors import CheckpointError, ConfigError
+from exl.replace_file import replace_file
 
 WORK_NAME = ".partial"
 _REQUEST = "request.json"
@@ -109,7 +110,7 @@ def write_atomically(path: Path) -> Iterator[Callable[[Any], object]]:
         yield file.write
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    replace_file(part, path)
 
 
 def read_rows(path: Path, start: int, stop: int, width: int) -> torch.Tensor:

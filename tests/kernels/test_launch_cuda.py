@@ -42,7 +42,12 @@ class FakeCupy:
         api = SimpleNamespace(
             CUDADriverError=DriverError, launchKernel=self.launch_kernel, funcSetAttribute=self.set_attribute
         )
-        self.cuda = SimpleNamespace(driver=api, function=SimpleNamespace(Module=self.make_module), Device=self.device)
+        self.cuda = SimpleNamespace(
+            driver=api,
+            runtime=SimpleNamespace(CUDARuntimeError=DriverError),
+            function=SimpleNamespace(Module=self.make_module),
+            Device=self.device,
+        )
 
     def make_module(self) -> SimpleNamespace:
         def load(code: bytes) -> None:

@@ -117,6 +117,31 @@ def test_more_memory_never_streams_more(seven, tenth_of_gb, more):
     assert many.placement.num_streamed <= few.placement.num_streamed
 
 
+@pytest.mark.parametrize("limit", [0, 1 * GB, 2 * GB, 100 * GB])
+def test_what_may_not_be_pinned_is_on_the_disk(seven, monkeypatch, limit):
+    """Windows lets about half of the RAM be page-locked; all that is locked counts, and the plan says so."""
+    unlimited = seven(vram="3700MB")
+    monkeypatch.setattr("exl.planning.pinned_limit", lambda: limit)
+    found = seven(vram="3700MB")
+    assert found.fits
+    assert len(found.placement.resident) == len(unlimited.placement.resident)
+    locked = sum(n for purpose, n in lines_of(found, HOST).items() if purpose.startswith("pinned"))
+    pinned_layers = len(found.placement.on_tier(Tier.PINNED))
+    (note,) = [line.note for line in found.lines if line.purpose == "pinned layers"] or [""]
+    if limit == 100 * GB:
+        assert found == unlimited
+        assert "pinned" not in note
+        return
+    assert pinned_layers < len(unlimited.placement.on_tier(Tier.PINNED))
+    assert len(found.placement.on_tier(Tier.DISK)) == found.placement.num_streamed - pinned_layers
+    if limit == 0:
+        assert pinned_layers == 0
+        return
+    layer = lines_of(found, HOST)["pinned layers"] // pinned_layers
+    assert limit - layer < locked <= limit
+    assert note == f"{pinned_layers} of 32, {format_bytes(limit)} may be pinned"
+
+
 def test_one_layer_more_would_not_fit(seven):
     """The plan is not timid: with one more resident layer it would exceed the budget."""
     found = seven(vram="3GB", context=512)

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # What a block is stands behind its fence. python: a page's blocks are run as one script. sh: run by bash where the
 # placeholders below are real. cpp: a file named in its first line, which the page's python has beside it. text: a
-# picture, a formula, a layout.
+# picture, a formula, a layout; an installation that downloads gigabytes (tests/unit/test_gpu_environment.py has it).
 LANGUAGES = ("python", "sh", "cpp", "text")
 PLACEHOLDERS = {
     "path/to/model": BUNDLED_MODEL,

@@ -8,6 +8,9 @@ import os
 import shutil
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 
 import numpy as np
 import pytest
@@ -211,6 +214,31 @@ def test_without_positional_reads(tmp_path, blobs, monkeypatch):
     monkeypatch.setattr(block_file, "_POSITIONAL", False)
     path = write(tmp_path / "plain", blobs)
     assert all(np.array_equal(found, blob) for found, blob in zip(read(path), blobs, strict=True))
+
+
+def test_without_positional_reads_threads_take_turns(path, blobs, monkeypatch):
+    """The file's position is one for all: a thread that is let in between moving and reading reads another's bytes."""
+
+    class Slow(FileIO):
+        def seek(self, *where):
+            position = super().seek(*where)
+            time.sleep(0.001)
+            return position
+
+    _refuse_direct(monkeypatch)
+    monkeypatch.setattr(block_file, "_POSITIONAL", False)
+    monkeypatch.setattr(block_file, "FileIO", Slow, raising=False)
+    lseek = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda *where: (lseek(*where), time.sleep(0.001))[0])
+    file = PackedFile.open(path, KEY, SIZES)
+
+    def work(i: int) -> bool:
+        out = HostBuffer(SIZES[i % 2], "test").array
+        return all(file.read_blob(i % 2, out) and np.array_equal(out, blobs[i % 2]) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(4)))
+    file.close()
 
 
 def test_o_direct_refused_in_the_middle(path, blobs):

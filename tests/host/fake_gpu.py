@@ -1,0 +1,141 @@
+"""A GPU, its driver and CuPy played on the CPU, each of whose calls can be made to fail.
+
+Tensors that exl takes for a GPU's are the CPU's: the one kernel that is run when a GPU is opened (``silu_mul``) is
+computed here from the launch's raw parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+
+from exl.kernels import device
+from exl.kernels.launch import CudaBackend
+
+
+class CUDADriverError(RuntimeError):
+    """In the place of CuPy's, which is a RuntimeError, too."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """In the place of CuPy's."""
+
+
+class NVRTCError(RuntimeError):
+    """In the place of CuPy's."""
+
+
+TOO_OLD = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
+
+
+class FakeGpu:
+    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "launch") -> what it
+    raises."""
+
+    def __init__(self, arch: int = 86, nvrtc: tuple[int, int] = (13, 0), archs: tuple[int, ...] = (75, 86)) -> None:
+        self.arch, self.nvrtc, self.archs = arch, nvrtc, archs
+        self.failing: dict[str, Exception] = {}
+        self.answer = lambda gate, up: gate / (1 + np.exp(-gate)) * up
+
+    def call(self, name: str) -> None:
+        if name in self.failing:
+            raise self.failing[name]
+
+    # what stands in for torch, CuPy and its binding of NVRTC
+
+    def install(self, monkeypatch) -> None:
+        def get_properties(device: torch.device) -> SimpleNamespace:
+            self.call("torch")
+            return SimpleNamespace(major=self.arch // 10, minor=self.arch % 10, multi_processor_count=4)
+
+        for name, value in {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "init": lambda: None,
+            "get_device_properties": get_properties,
+            "get_device_name": lambda device: "a GPU",
+            "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
+            "is_current_stream_capturing": lambda: False,
+            "mem_get_info": lambda device: (8 << 30, 8 << 30),
+            "empty_cache": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        cupy = ModuleType("cupy")
+        cupy.cuda = SimpleNamespace(
+            driver=SimpleNamespace(
+                CUDADriverError=CUDADriverError,
+                launchKernel=self._launch,
+                funcSetAttribute=lambda *_: self.call("attribute"),
+            ),
+            runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError),
+            function=SimpleNamespace(Module=self._module),
+            Device=self._device,
+        )
+        binding = SimpleNamespace(
+            NVRTCError=NVRTCError,
+            getVersion=self._version,
+            getSupportedArchs=lambda: list(self.archs),
+            createProgram=lambda *_: self.call("nvrtc") or 1,
+            compileProgram=lambda *_: self.call("compile"),
+            getProgramLog=lambda _: "",
+            getCUBIN=lambda _: b"code",
+            getPTX=lambda _: b"code",
+            destroyProgram=lambda _: None,
+        )
+        libs = SimpleNamespace(nvrtc=binding)
+        for name, module in {
+            "cupy": cupy,
+            "cupy_backends": SimpleNamespace(cuda=SimpleNamespace(libs=libs)),
+            "cupy_backends.cuda": SimpleNamespace(libs=libs),
+            "cupy_backends.cuda.libs": libs,
+            "cupy_backends.cuda.libs.nvrtc": binding,
+        }.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(device, "CudaBackend", _OnTheCpu)
+
+    def _version(self) -> tuple[int, int]:
+        self.call("version")
+        return self.nvrtc
+
+    def _module(self) -> SimpleNamespace:
+        self.call("module")
+        return SimpleNamespace(
+            load=lambda code: self.call("load"), get_function=lambda name: SimpleNamespace(ptr=1, name=name)
+        )
+
+    def _device(self, index: int | None):
+        outer = self
+
+        class Scope:
+            def __enter__(self) -> None:
+                outer.call("device")
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        return Scope()
+
+    def _launch(self, function: int, *numbers: int) -> None:
+        self.call("launch")
+        slots = (ctypes.c_void_p * 10).from_address(numbers[-2])
+
+        def array(slot: int, count: int, dtype: type) -> np.ndarray:
+            address = ctypes.c_uint64.from_address(slots[slot]).value
+            raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
+            return np.frombuffer(raw, dtype)
+
+        count = ctypes.c_int32.from_address(slots[4]).value
+        gate, up = (array(i, count, np.float16).astype(np.float32) for i in (0, 1))
+        array(2, count, np.float32)[:] = self.answer(gate, up)
+
+
+class _OnTheCpu(CudaBackend):
+    """Its tensors lie where the test can read them."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.device = torch.device("cpu")
