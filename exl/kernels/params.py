@@ -45,6 +45,7 @@ class Bindings:
         )
         taken = sorted(span for span in self.spans if span[1])
         overlap = any(a[1] > b[0] for a, b in itertools.pairwise(taken))
+        self.number = -1  # of the structure, where there is a register of them
         self.structure: Hashable = (form, described, self.starts if overlap else None)
 
 
@@ -88,7 +89,7 @@ class Params:
     """One launch's arguments. Keeps no tensor alive: whoever launches does, until the device has run it."""
 
     def __init__(self, args: Sequence[Arg], varying: Varying | None = None) -> None:
-        self._args = tuple(replace(arg, owner=None) if isinstance(arg, Pointer) else arg for arg in args)
+        self._args = tuple(_without_owner(arg) if isinstance(arg, Pointer) else arg for arg in args)
         self._values = (ctypes.c_uint64 * max(1, len(args)))()
         self._varying = varying  # whose memory the pointers lead to
         base = ctypes.addressof(self._values)
@@ -107,6 +108,10 @@ class Params:
     def read(self) -> tuple[Arg, ...]:
         """The arguments as a kernel would see them now, out of the packed memory."""
         return tuple(_read(arg, self.pointers[i]) for i, arg in enumerate(self._args))
+
+
+def _without_owner(arg: Pointer) -> Pointer:
+    return Pointer(arg.address, arg.num_bytes, arg.dtype, arg.device)
 
 
 def _read(arg: Arg, address: int) -> Arg:

@@ -7,7 +7,7 @@ each time the same. Handed a ``Recorder`` in the place of a backend, it does so 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -18,7 +18,8 @@ from exl.kernels.launch import Backend, Dim, Function, Work
 from exl.kernels.params import Bindings, Params, Varying
 from exl.kernels.spec import KernelSpec
 
-MAX_PROGRAMS = 512
+MAX_PROGRAMS = 256
+MAX_STRUCTURES = 4096  # remembered, each with a number that no other ever gets
 
 
 class Program:
@@ -27,6 +28,7 @@ class Program:
     def __init__(self, backend: Backend, bindings: Bindings) -> None:
         self.backend, self.varying = backend, Varying(bindings)
         self.work: list[Work] = []
+        self.last_run = 0
 
     def run(self, bindings: Bindings) -> None:
         self.varying.set(bindings)
@@ -86,31 +88,45 @@ class Programs:
 
     def __init__(self, backend: Backend, max_programs: int = MAX_PROGRAMS) -> None:
         self._backend, self._max_programs = backend, max_programs
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self._programs: dict[Hashable, Program] = {}
+        self._structures: dict[Hashable, int] = {}
+        self._next_number = itertools.count()
+        self._clock = 0
         self.num_recorded = 0
 
     def __len__(self) -> int:
         return len(self._programs)
 
+    def bind(self, tensors: Sequence[torch.Tensor | None], form: Hashable = ()) -> Bindings:
+        """For ``run``: the structure is looked at here, once, and is a number there."""
+        bindings = Bindings(tensors, form)
+        number = self._structures.get(bindings.structure)
+        if number is None:
+            if len(self._structures) >= MAX_STRUCTURES:
+                self._structures.clear()
+            number = self._structures[bindings.structure] = next(self._next_number)
+        bindings.number = number
+        return bindings
+
     def run(self, key: Hashable, bindings: Bindings, record: Callable[[Backend], None]) -> Program:
-        """Starts the program for ``key`` and the structure of ``bindings``; the first time ``record`` launches it,
-        through the backend that it is handed, and nothing runs if that raises.
+        """Starts the program for ``key`` and the structure of ``bindings`` (of ``bind``); the first time ``record``
+        launches it, through the backend that it is handed, and nothing runs if that raises.
 
         ``key`` says all that the launches depend on besides ``bindings``: what is launched, sizes, numbers, and place,
         shape, strides and type of every other tensor (``place``). Then equal keys mean equal bytes, whether the memory
         is still the same tensor's or another's.
         """
-        whole = (key, bindings.structure)
+        whole = key, bindings.number
         program = self._programs.get(whole)
         if program is None:
             program = Program(self._backend, bindings)
             record(Recorder(program))
             self.num_recorded += 1
+            if len(self._programs) >= self._max_programs:
+                del self._programs[min(self._programs, key=lambda one: self._programs[one].last_run)]
             self._programs[whole] = program
-            if len(self._programs) > self._max_programs:
-                self._programs.popitem(last=False)
-        else:
-            self._programs.move_to_end(whole)
+        self._clock += 1
+        program.last_run = self._clock
         program.run(bindings)
         return program
 

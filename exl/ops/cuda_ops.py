@@ -164,7 +164,7 @@ class CudaOps:
                 if not isinstance(one, tuple):
                     tensors.append(one)
                 forms.append(None)  # the end of one
-            found = self._bound[key] = (objects, Bindings(tensors, tuple(forms)))
+            found = self._bound[key] = (objects, self._programs.bind(tensors, tuple(forms)))
         return found[1]
 
     @property

@@ -12,7 +12,6 @@ from exl.device_arena import max_seen, sample_rows
 from exl.device_memory import pinned
 from exl.errors import KernelError
 from exl.host_memory import HostBuffer
-from exl.kernels.params import Bindings
 from exl.kernels.program import Programs, place
 from exl.kernels.sample import SampleScratch, check_samples, pack_tables, sample, tables_at
 from exl.kernels.sample_layout import scratch_shapes
@@ -39,7 +38,7 @@ class Sampler:
         self, programs: Programs, limits: StepLimits, fields: Mapping[str, torch.Tensor], stack: ExitStack
     ) -> None:
         """``fields``: of the arena, by purpose. Page-locked buffers are given back when ``stack`` closes."""
-        self._programs, self._nothing = programs, Bindings(())
+        self._programs, self._nothing = programs, programs.bind(())
         self._num_rows, self._max_seen, self._vocab_size = sample_rows(limits), max_seen(limits), limits.vocab_size
         self._samples, buffer = fields["samples"], fields["sampling tables"]
         self._tables = tables_at(buffer, self._num_rows, self._max_seen)

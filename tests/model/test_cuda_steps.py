@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from exl.kernels.params import Params
 from exl.memory import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
@@ -58,6 +59,48 @@ def test_act_order_costs_two_launches_more(backend, tmp_path):
     layer = ["rms_norm", "linear_q", "attention_decode", "linear_q", "rms_norm", "linear_q", "linear_q"]
     assert launches == ["embed", *layer, *layer, "linear_dense"]
     assert calls == []
+
+
+def arguments_built(monkeypatch) -> list[int]:
+    """Grows by one for each argument block, of a launch in a program or of one by itself."""
+    built = []
+
+    def counted(args, varying=None) -> Params:
+        built.append(len(args))
+        return Params(args, varying)
+
+    for module in ("exl.kernels.program", "tests.host.recording"):
+        monkeypatch.setattr(f"{module}.Params", counted)
+    return built
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_second_pass_builds_no_argument(backend, tmp_path, monkeypatch, rows):
+    """Prompts and steps, with act-order. What one layer had built serves the others, too."""
+    make(tmp_path, 4, 32, order="shared")
+    recorder = RecordingBackend(backend)
+    engine = load(tmp_path, recorder)
+    runner, pages = engine.generator.runner, [0, 1]
+    built = arguments_built(monkeypatch)
+    results = []
+    for start, ids in ((0, some_ids(rows)), (0, some_ids(rows)), (0, some_ids(rows, 5))):
+        before, launched = len(built), len(recorder.launches)
+        results.append(run(runner, batch_of([(ids, start, pages)])))
+        launched = len(recorder.launches) - launched
+        if len(results) == 1:
+            assert len(built) - before == launched - (launched - 2) // 2  # of embedding, head, and one of two layers
+        else:
+            assert len(built) == before
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_passes_of_other_shapes_go_through_programs_of_their_own(backend, folder):
+    """Prompts of changing lengths in one engine, twice: as in an engine that has seen nothing else."""
+    engine = load(folder, backend)
+    fresh = {n: all_logits(load(folder, backend), some_ids(n, n)) for n in (3, 40, 66)}
+    for n in (40, 3, 66, 3, 40, 66):
+        assert torch.equal(all_logits(engine, some_ids(n, n)), fresh[n])
 
 
 def test_staging_is_one_copy(backend, plain_folder):
