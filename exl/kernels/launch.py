@@ -1,4 +1,4 @@
-"""Kernels loaded and launched: the one file that touches CuPy, and the one way into a kernel.
+"""Kernels loaded and launched: the one file that imports CuPy, and the one way into a kernel.
 
 Two backends. ``CudaBackend`` compiles with NVRTC and launches on torch's current stream, so a launch can be captured
 into a CUDA graph. ``HostBackend`` runs the same sources on the CPU through a library that is handed to it: the test

@@ -257,6 +257,18 @@ def test_streamed_layers_give_the_same_bits(backend, four_bit, tmp_path, tier):
         streamed.close()
 
 
+def test_the_first_launch_of_a_layer_that_was_copied_waits(recorder, four_bit):
+    """It could read weights before the copy has ended. In programs that were recorded as well as in those that are
+    started again; where all layers are resident no launch waits."""
+    for options, first in (({"resident_layers": 0}, False), ({}, True)):
+        engine = load(four_bit, recorder, **options)
+        for _ in range(3):
+            recorder.launches.clear()
+            run(engine.generator.runner, batch_of([(some_ids(5), 0, [0])]))
+            waits = [launch.dependent for launch in recorder.launches]
+            assert waits == [True, *[first, *[True] * 5] * engine.config.num_layers, True]
+
+
 def test_replays_find_the_slots_at_rest(recorder, four_bit):
     """A second request, whose prompt is launched plainly between replays; and a step after a pass that was given up in
     its middle, which has left other layers in the slots."""
