@@ -34,6 +34,7 @@ from exl.device_memory import pinned
 from exl.engine import Engine, build_engine
 from exl.errors import KernelError, MemoryBudgetError
 from exl.host_memory import HostBuffer
+from exl.kernels.driver import DriverLaunch
 from exl.kernels.launch import Backend, CudaBackend
 from exl.layout import LayerLayout
 from exl.loader import ModelWeights
@@ -362,18 +363,9 @@ class CountingBackend(CudaBackend):
 
     num_launches = 0
 
-    def load(self, spec):
-        return _Counted(self, super().load(spec))
-
-
-class _Counted:
-    def __init__(self, backend: CountingBackend, inner) -> None:
-        self.spec, self.device = inner.spec, inner.device
-        self._backend, self._inner = backend, inner
-
-    def run(self, *args) -> None:
-        self._backend.num_launches += 1
-        self._inner.run(*args)
+    def start(self, work) -> None:
+        super().start(work)
+        self.num_launches += sum(isinstance(one, DriverLaunch) for one in work)
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

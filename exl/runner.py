@@ -97,6 +97,7 @@ class Runner:
     def _through_layers(self, rows: Sequence[torch.Tensor]) -> None:
         decoder, ops = self.decoder, self.decoder.ops
         order = range(decoder.config.num_layers)
+        buffers = [self._buffers.rows(h.shape[0]) for h in rows]
         self.weights.begin(order)
         for layer_idx in order:
             weights = self.weights.acquire(layer_idx)
@@ -104,7 +105,7 @@ class Runner:
                 ops.fence()
             for i, h in enumerate(rows):
                 ops.select(i)
-                decoder.layer(layer_idx, weights, self._buffers, h, self.kv)
+                decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
             self.weights.release(layer_idx)
 
     def _windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import struct
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ class Scalar:
 Arg = Pointer | Scalar
 
 
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """``str(device)``, which takes longer than all else of an argument."""
+    return str(device)
+
+
 def ptr(tensor: torch.Tensor | np.ndarray | None) -> Pointer:
     """Base address of a tensor, with the bytes from its first to its last element; ``None`` is a null pointer.
 
@@ -78,7 +85,7 @@ def ptr(tensor: torch.Tensor | np.ndarray | None) -> Pointer:
         raise KernelError(f"no kernel takes a tensor of {tensor.dtype}")
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     num_bytes = span * tensor.element_size() if tensor.numel() else 0
-    return Pointer(tensor.data_ptr(), num_bytes, TORCH_DTYPES[tensor.dtype], str(tensor.device), tensor)
+    return Pointer(tensor.data_ptr(), num_bytes, TORCH_DTYPES[tensor.dtype], device_name(tensor.device), tensor)
 
 
 def _integer(value: int, dtype: str) -> Scalar:

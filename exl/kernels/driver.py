@@ -1,4 +1,5 @@
-"""``cuLaunchKernelEx`` by ctypes: the launch attributes that CuPy's ``cuLaunchKernel`` cannot carry.
+"""``cuLaunchKernelEx`` by ctypes: it carries the launch attributes that CuPy's ``cuLaunchKernel`` cannot, and takes
+structures that are filled in once.
 
 Structures follow ``cuda.h`` of CUDA 12 and 13 (section "Execution Control" of the driver API reference).
 """
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from exl.errors import KernelError
-from exl.kernels.args import Arg
+from exl.kernels.params import Params
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
@@ -43,59 +44,58 @@ class LaunchConfig(ctypes.Structure):
     ]
 
 
-def pack_params(args: Sequence[Arg]) -> tuple[ctypes.Array, list[ctypes.Array]]:
-    """``void* params[]`` for a launch, and the values that it points to, to be kept alive until the call is over."""
-    values = [ctypes.create_string_buffer(data, len(data)) for data in (arg.pack() for arg in args)]
-    params = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
-    return params, values
+class DriverLaunch:
+    """One launch as ``cuLaunchKernelEx`` takes it, every structure filled in but for the stream."""
 
+    def __init__(
+        self,
+        driver: Driver,
+        what: str,
+        function: int,
+        grid: Sequence[int],
+        block: Sequence[int],
+        params: Params,
+        shared_bytes: int,
+        dependent: bool,
+    ) -> None:
+        """``what`` is for messages, ``function`` a ``CUfunction`` handle."""
+        attributes = (LaunchAttribute * 1)(LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=int(dependent)))
+        self._config = LaunchConfig(*grid, *block, shared_bytes, None, attributes, 1 if dependent else 0)
+        self._stream = 0
+        self._driver, self._what, self._params = driver, what, params
+        # Made once: ctypes turns no argument into another when it is called with these.
+        self._entry = driver.open().cuLaunchKernelEx
+        self._arguments = ctypes.byref(self._config), ctypes.c_void_p(function), params.pointers, None
 
-def launch_config(
-    grid: Sequence[int], block: Sequence[int], shared_bytes: int, stream: int, dependent: bool
-) -> tuple[LaunchConfig, ctypes.Array]:
-    """The structure for one launch, and the attributes that it points to."""
-    attributes = (LaunchAttribute * 1)(LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=int(dependent)))
-    config = LaunchConfig(*grid, *block, shared_bytes, stream, attributes, 1 if dependent else 0)
-    return config, attributes
+    def start(self, stream: int) -> None:
+        """On the ``CUstream`` handle. Raises ``KernelError``. The driver copies the arguments before it returns."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        status = self._entry(*self._arguments)
+        if status:
+            raise KernelError(f"{self._what}: cuLaunchKernelEx failed with {status}: {self._driver.error_text(status)}")
 
 
 class Driver:
-    """The CUDA driver's library, opened at the first launch that needs it. ``name`` defaults to the system's own."""
+    """The CUDA driver's library, opened when the first launch is prepared. ``name`` defaults to the system's own."""
 
     def __init__(self, name: str | None = None) -> None:
         self._name = name or ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         self._library: ctypes.CDLL | None = None
 
-    def _open(self) -> ctypes.CDLL:
+    def open(self) -> ctypes.CDLL:
+        """Raises ``KernelError``. No ``argtypes`` for the launch: its arguments are ctypes' own objects already."""
         if self._library is None:
             try:
                 library = ctypes.CDLL(self._name)
-                entry = library.cuLaunchKernelEx
+                library.cuLaunchKernelEx.restype = ctypes.c_int
             except (OSError, AttributeError) as error:
                 raise KernelError(f"the CUDA driver ({self._name}) has no cuLaunchKernelEx: {error}") from error
-            entry.argtypes = [ctypes.POINTER(LaunchConfig), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-            entry.restype = ctypes.c_int
             library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
             self._library = library
         return self._library
 
-    def launch(
-        self,
-        function: int,
-        grid: Sequence[int],
-        block: Sequence[int],
-        shared_bytes: int,
-        stream: int,
-        params: ctypes.Array,
-        *,
-        dependent: bool,
-    ) -> None:
-        """``cuLaunchKernelEx`` of the ``CUfunction`` handle on the ``CUstream`` handle. Raises ``KernelError``."""
-        library = self._open()
-        config, keep = launch_config(grid, block, shared_bytes, stream, dependent)
-        status = library.cuLaunchKernelEx(ctypes.byref(config), function, params, None)
-        del keep
-        if status:
-            text = ctypes.c_char_p()
-            library.cuGetErrorString(status, ctypes.byref(text))
-            raise KernelError(f"cuLaunchKernelEx failed with {status}: {(text.value or b'?').decode()}")
+    def error_text(self, status: int) -> str:
+        text = ctypes.c_char_p()
+        self.open().cuGetErrorString(status, ctypes.byref(text))
+        return (text.value or b"?").decode()

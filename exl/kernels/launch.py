@@ -1,4 +1,4 @@
-"""Kernels loaded and launched: the one file that touches CuPy, and the one way into a kernel.
+"""Kernels loaded and launched: the one file that imports CuPy, and the one way into a kernel.
 
 Two backends. ``CudaBackend`` compiles with NVRTC and launches on torch's current stream, so a launch can be captured
 into a CUDA graph. ``HostBackend`` runs the same sources on the CPU through a library that is handed to it: the test
@@ -7,27 +7,34 @@ shim, with which everything above the hardware is proven without a GPU.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from exl.errors import KernelError
 from exl.gpu_environment import loaded_nvrtc, nvrtc_command
-from exl.kernels.args import Arg, Pointer
+from exl.kernels.args import Arg, Pointer, device_name
 from exl.kernels.compiler import CompileFailed, Compiler, compile_cached
-from exl.kernels.driver import Driver, pack_params
-from exl.kernels.spec import DEFAULT_SHARED_BYTES, KernelSpec, arch_limits
+from exl.kernels.cuda_function import CudaFunction, cuda_errors, start_work
+from exl.kernels.driver import Driver
+from exl.kernels.params import Params
+from exl.kernels.spec import KernelSpec, arch_limits
 
 MIN_TORCH = (2, 8)  # for GPUs
-MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # torch's allocators go on asking a graph whose capture did not end well, and would ask freed memory.
 _BROKEN_GRAPHS: list[torch.cuda.CUDAGraph] = []
 Dim = Sequence[int]  # up to three sizes, x first
+
+
+class Work(Protocol):
+    """Something prepared, to be started any number of times by ``Backend.start``: a launch, or a call between two."""
+
+    def start(self, stream: int) -> None:
+        """``stream``: a handle of the backend's."""
 
 
 class Function(Protocol):
@@ -35,6 +42,10 @@ class Function(Protocol):
 
     spec: KernelSpec
     device: torch.device
+
+    def prepare(self, grid: Dim, block: Dim, params: Params, shared_bytes: int, dependent: bool) -> Work:
+        """A launch that reads ``params`` each time it is started. Raises ``KernelError`` for what cannot be launched.
+        ``grid`` and ``block`` have three sizes."""
 
     def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None: ...
 
@@ -48,6 +59,12 @@ class Backend(Protocol):
 
     def load(self, spec: KernelSpec) -> Function:
         """Compiles if need be; the same function for the same spec. Not during a graph capture."""
+
+    def start(self, work: Sequence[Work]) -> None:
+        """One after another, on the stream that launches go to now."""
+
+    def call(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """``function(*tensors)``, in its place among the launches: how a wrapper has torch do something."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """What ``run`` launches, without running it: a call that runs all of it again, with the same addresses. None:
@@ -86,7 +103,7 @@ def launch(
     for i, arg in enumerate(args):
         if not isinstance(arg, Arg):
             raise KernelError(f"{spec}: argument {i} is a bare {type(arg).__name__}: say ptr(), i32(), f32(), ...")
-        if isinstance(arg, Pointer) and arg.dtype != "null" and torch.device(arg.device) != function.device:
+        if isinstance(arg, Pointer) and arg.dtype != "null" and arg.device != device_name(function.device):
             raise KernelError(f"{spec}: argument {i} is on {arg.device}, the kernel runs on {function.device}")
     function.run(grid, block, args, shared_bytes, dependent)
 
@@ -103,12 +120,6 @@ def _dims(spec: KernelSpec, name: str, dims: Dim) -> tuple[int, int, int]:
 def _version(text: str) -> tuple[int, ...]:
     """``_version("2.11.0+cu130") == (2, 11)``."""
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
-
-
-def cuda_errors(cupy: Any) -> tuple[type[Exception], ...]:
-    """What CuPy's calls raise: those to the driver, and those to CUDA's runtime, such as entering a device, which fail
-    first where the driver is older than the runtime that CuPy brings."""
-    return cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError
 
 
 class CupyCompiler:
@@ -224,6 +235,12 @@ class CudaBackend:
             self._functions[spec] = CudaFunction(spec, self.device, function, self._driver, self._cupy)
         return self._functions[spec]
 
+    def start(self, work: Sequence[Work]) -> None:
+        start_work(self.device, work)
+
+    def call(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        function(*tensors)
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         if self._capture_stream is None:
@@ -246,37 +263,6 @@ class CudaBackend:
             if collects:
                 gc.enable()
         return graph.replay
-
-
-class CudaFunction:
-    """A kernel of a loaded module."""
-
-    def __init__(self, spec: KernelSpec, device: torch.device, function: Any, driver: Driver, cupy: Any) -> None:
-        self.spec = spec
-        self.device = device
-        self._function = function  # keeps its module loaded
-        self._driver = driver
-        self._cupy = cupy
-        self._errors = cuda_errors(cupy)
-        self._shared_bytes = DEFAULT_SHARED_BYTES
-
-    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None:
-        api = self._cupy.cuda.driver
-        params, keep = pack_params(args)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        try:
-            with self._cupy.cuda.Device(self.device.index):
-                if shared_bytes > self._shared_bytes:
-                    api.funcSetAttribute(self._function.ptr, MAX_SHARED_ATTRIBUTE, shared_bytes)
-                    self._shared_bytes = shared_bytes
-                if dependent and self.spec.arch >= 90:
-                    self._driver.launch(self._function.ptr, grid, block, shared_bytes, stream, params, dependent=True)
-                else:
-                    address = ctypes.addressof(params)
-                    api.launchKernel(self._function.ptr, *grid, *block, shared_bytes, stream, address, 0)
-        except self._errors as error:
-            raise KernelError(f"{self.spec} on grid {grid}, block {block}, {shared_bytes} bytes: {error}") from error
-        del keep
 
 
 # ---- the CPU, for tests ---------------------------------------------------------------------------------------------
@@ -328,6 +314,13 @@ class HostBackend:
             self._functions[spec] = HostFunction(spec, self._library.load(spec))
         return self._functions[spec]
 
+    def start(self, work: Sequence[Work]) -> None:
+        for one in work:
+            one.start(0)
+
+    def call(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        function(*tensors)
+
     def capture(self, run: Callable[[], None]) -> None:
         return None
 
@@ -340,18 +333,36 @@ class HostFunction:
         self.device = torch.device("cpu")
         self._kernel = kernel
 
-    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None:
-        params = self._kernel.params
-        if len(args) != len(params):
-            raise KernelError(f"{self.spec} takes {len(params)} arguments, {len(args)} given")
-        for i, (param, arg) in enumerate(zip(params, args, strict=True)):
+    def prepare(self, grid: Dim, block: Dim, params: Params, shared_bytes: int, dependent: bool) -> Work:
+        expected, args = self._kernel.params, params.read()
+        if len(args) != len(expected):
+            raise KernelError(f"{self.spec} takes {len(expected)} arguments, {len(args)} given")
+        for i, (param, arg) in enumerate(zip(expected, args, strict=True)):
             if not matches(param, arg):
                 raise KernelError(f"{self.spec}: argument {i} is {arg.dtype}, the kernel's parameter is {param}")
         if block[0] * block[1] * block[2] > self._kernel.max_threads:
             raise KernelError(
                 f"{self.spec}: block {tuple(block)} is larger than the {self._kernel.max_threads} declared"
             )
-        self._kernel.run(grid, block, args, shared_bytes, dependent and self.spec.arch >= 90)
+        return _HostLaunch(self._kernel, grid, block, params, shared_bytes, dependent and self.spec.arch >= 90)
+
+    def run(self, grid: Dim, block: Dim, args: Sequence[Arg], shared_bytes: int, dependent: bool) -> None:
+        self.prepare(grid, block, Params(args), shared_bytes, dependent).start(0)
+
+
+@dataclass(frozen=True)
+class _HostLaunch:
+    """Runs what its packed memory says at that time, as a driver would."""
+
+    kernel: HostKernel
+    grid: Dim
+    block: Dim
+    params: Params
+    shared_bytes: int
+    dependent: bool
+
+    def start(self, stream: int) -> None:
+        self.kernel.run(self.grid, self.block, self.params.read(), self.shared_bytes, self.dependent)
 
 
 def matches(param: Param, arg: Arg) -> bool:

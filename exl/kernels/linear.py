@@ -43,6 +43,11 @@ class TiledWeight:
     zeros: torch.Tensor | None
     bias: torch.Tensor | None
 
+    @property
+    def form(self) -> TileLayout:
+        """All that launches depend on besides the tensors."""
+        return self.layout
+
     @classmethod
     def from_packed(cls, packed: PackedMatrix, device: torch.device) -> TiledWeight:
         def tensor(array):

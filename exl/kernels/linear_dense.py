@@ -36,6 +36,11 @@ class DenseWeight:
     gated: bool = False
 
     @property
+    def form(self) -> bool:
+        """All that launches depend on besides the tensors."""
+        return self.gated
+
+    @property
     def num_outputs(self) -> int:
         return self.weight.shape[0] // (2 if self.gated else 1)
 

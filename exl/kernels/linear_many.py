@@ -71,7 +71,7 @@ def multiply_many(
         panel = scratch.panel[: count * ROWS * layout.K].view(x.dtype).view(count * ROWS, layout.K)
         product = scratch.product[: num_tokens * count * ROWS].view(num_tokens, count * ROWS)
         dequantize(backend, weight, panel, first)
-        multiply_f32(x, panel, product)
+        backend.call(multiply_f32, x, panel, product)
         _finish(backend, weight, product, out, first)
 
 

@@ -19,6 +19,10 @@ class StepBuffers:
     attn: torch.Tensor  # [max_rows, A]
     mlp: torch.Tensor  # [max_rows, F]
 
+    def rows(self, num_rows: int) -> StepBuffers:
+        """The first rows of each."""
+        return StepBuffers(self.qkv[:num_rows], self.attn[:num_rows], self.mlp[:num_rows])
+
 
 class Decoder:
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
@@ -30,9 +34,8 @@ class Decoder:
         self.ops.embed(table, h)
 
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:
-        """One pre-norm transformer block over the selected batch; h [T, C] in place."""
-        ops, T = self.ops, h.shape[0]
-        qkv, attn, mlp = buffers.qkv[:T], buffers.attn[:T], buffers.mlp[:T]
+        """One pre-norm transformer block over the selected batch; h [T, C] in place, ``buffers`` of T rows."""
+        ops, qkv, attn, mlp = self.ops, buffers.qkv, buffers.attn, buffers.mlp
         ops.project(h, self._norm(w.attn_norm), w.qkv, qkv)
         ops.attend(qkv, self._attention(layer_idx, w), layer_idx, kv, attn, w.o)
         ops.project_add(attn, w.o, h)

@@ -5,6 +5,7 @@ The device believes what it reads, so every id, slot and page is looked at here,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from exl.kernels.embed import check_ids
 from exl.layout import StepLimits, align_up
 from exl.ops.rotation import num_angles, rotation_tables
 
+_MAX_SERIALS = 1024  # remembered; those that are forgotten are given to nobody else
 _FIRST_CONTEXT = 4096  # decode attention's grid is made for so many tokens, or four times as many, and so on
 
 
@@ -70,6 +72,7 @@ class DeviceBatch:
 
     shape: BatchShape
     start: int  # its first row in the window
+    serial: int  # equal ones have equal shapes, starts and places of their tables
     ids: torch.Tensor  # i32 [T]
     slots: torch.Tensor  # i32 [T]
     query_start: torch.Tensor  # i32 [B + 1]
@@ -128,6 +131,8 @@ class Staging:
         self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
         self._upload = Upload(tables, "tables of a window", stack)
         self._views: dict[BatchShape, DeviceBatch] = {}
+        self._serials: dict[tuple[BatchShape, int, int], int] = {}
+        self._next_serial = itertools.count()
 
     def fill(self, batches: Sequence[ForwardBatch], num_samples: int) -> list[DeviceBatch]:
         """Checks the batches and queues the copy. Raises ``KernelError`` that names what is wrong."""
@@ -180,17 +185,25 @@ class Staging:
             return [self._views[shapes[0]]]
         at, start, found = 0, 0, []
         for shape in shapes:
-            tensors = []
+            serial, tensors = self._serial(shape, start, at), []
             for size in self._sizes(shape):
                 num_words = math.prod(size)
                 tensors.append(self._tables[at : at + num_words].view(size))
                 at = align_up(at + num_words, TABLE_ALIGN)
             angles = [tensor.view(torch.float32) for tensor in tensors[5:]]
-            found.append(DeviceBatch(shape, start, *tensors[:5], *angles))
+            found.append(DeviceBatch(shape, start, serial, *tensors[:5], *angles))
             start += shape.num_rows
         if len(shapes) == 1 and shapes[0].is_decode:
             self._views[shapes[0]] = found[0]  # a decode step's come again
         return found
+
+    def _serial(self, *where: BatchShape | int) -> int:
+        """Of a batch of a shape, from a row of the window and a word of the tables on."""
+        if where not in self._serials:
+            if len(self._serials) >= _MAX_SERIALS:
+                self._serials.clear()
+            self._serials[where] = next(self._next_serial)
+        return self._serials[where]
 
 
 def _context_bound(length: int, most: int) -> int:

@@ -2,11 +2,13 @@
 
 A decode step of up to 8 rows is five launches a layer: qkv, attention (with the append), o, gate and up, down. Under
 act-order each of qkv and gate/up is preceded by one that normalises into its order.
+
+What an operation launches is prepared once for each shape of its arguments and weights, and started for every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -32,12 +34,16 @@ from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
 from exl.kernels.page_layout import PageLayout
+from exl.kernels.params import Bindings
+from exl.kernels.program import Programs, place
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
 from exl.layout import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
 from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
+
+MAX_BINDINGS = 8192  # remembered: of each layer one for an operation
 
 
 class CudaOps:
@@ -86,7 +92,10 @@ class CudaOps:
         self._samples = self._view(arena.fields["samples"])
         self._owned = ExitStack()
         self._staging = Staging(self._view(arena.fields["tables"]), limits, rope, num_pages, self._owned)
-        self._sampler = Sampler(backend, limits, {n: self._view(f) for n, f in arena.fields.items()}, self._owned)
+        self._programs = Programs(backend)
+        self._bound: dict[tuple[int, ...], tuple[Sequence, Bindings]] = {}
+        fields = {name: self._view(field) for name, field in arena.fields.items()}
+        self._sampler = Sampler(self._programs, limits, fields, self._owned)
         self._weights: dict[int, tuple[Linear, TiledWeight | DenseWeight]] = {}
         self._staged: list[DeviceBatch] = []
         self._now: DeviceBatch | None = None
@@ -134,25 +143,62 @@ class CudaOps:
         fenced, self._fenced = self._fenced, False
         return self.dependent and not fenced
 
+    def _run(self, key: Hashable, bindings: Bindings, record: Callable[[Backend], None]) -> None:
+        """Starts what ``record`` launches, which is recorded the first time: see ``Programs.run`` on ``key``. The
+        selected batch's tables, and all buffers of the arena, follow from its serial number."""
+        key = key, self._now.serial, self._fenced, self.dependent
+        if self._programs.run(key, bindings, record).work:
+            self._fenced = False
+
+    def _bind(self, *objects: Segments | torch.Tensor | None) -> Bindings:
+        """Weights and tensors of one layer. They are kept alive, so that no other object is ever at their ``id``."""
+        key = tuple(map(id, objects))
+        found = self._bound.get(key)
+        if found is None:
+            if len(self._bound) >= MAX_BINDINGS:
+                self._bound.clear()
+            tensors, forms = [], []
+            for one in objects:
+                for linear in one if isinstance(one, tuple) else ():
+                    names = sorted(linear.fields)
+                    tensors += [linear.fields[name] for name in names]
+                    forms.append((linear.N, linear.layout.kind, self._weight(linear).form, *names))
+                if not isinstance(one, tuple):
+                    tensors.append(one)
+                forms.append(None)  # the end of one
+            found = self._bound[key] = (objects, self._programs.bind(tensors, tuple(forms)))
+        return found[1]
+
     @property
     def step_key(self) -> BatchShape:
         return self._now.shape
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
-        embed(
-            *(self.backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
-            samples=self._samples,
-            dependent=self._may_overlap(),
-        )
+        def record(backend: Backend) -> None:
+            embed(
+                *(backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
+                samples=self._samples,
+                dependent=self._may_overlap(),
+            )
+
+        self._run(("embed", place(h)), self._bind((table,)), record)
 
     def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        rms_norm(self.backend, h, self._normed_input(h, norm), out, dependent=self._may_overlap())
+        def record(backend: Backend) -> None:
+            rms_norm(backend, h, self._normed_input(h, norm), out, dependent=self._may_overlap())
+
+        self._run(("norm", place(h), place(out), norm.eps), self._bind(norm.weight), record)
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
         _refuse(lora)
+        weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
+        key = "project", place(h), place(out), eps
+        self._run(key, self._bind(w, weight), lambda backend: self._project(backend, h, norm, w, out))
+
+    def _project(self, backend: Backend, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         start = 0
         for linear in w:
-            self._linear(h, norm, linear, Output.store(out[:, start : start + linear.N]))
+            self._linear(backend, h, norm, linear, Output.store(out[:, start : start + linear.N]))
             start += linear.N
 
     def attend(
@@ -164,7 +210,32 @@ class CudaOps:
         out: torch.Tensor,
         to: Segments = (),
     ) -> None:
-        batch, pages = self._now, kv.layer(layer_idx)
+        pages, q_norm, k_norm = kv.layer(layer_idx), spec.q_norm, spec.k_norm
+        eps = 0.0 if q_norm is None else q_norm.eps
+        key = (
+            "attend",
+            place(qkv),
+            place(out),
+            spec.num_heads,
+            spec.head_dim,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+            eps,
+        )
+        norms = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
+        self._run(key, self._bind(pages, *norms, to), lambda backend: self._attend(backend, qkv, spec, pages, out, to))
+
+    def _attend(
+        self,
+        backend: Backend,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        pages: torch.Tensor,
+        out: torch.Tensor,
+        to: Segments,
+    ) -> None:
+        batch = self._now
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
         norms = {
             "q_norm": None if spec.q_norm is None else spec.q_norm.weight,
@@ -180,7 +251,7 @@ class CudaOps:
         }
         if n:
             attention_decode(
-                *(self.backend, self._pages, qkv[:n], batch.cosine[:n], batch.sine[:n], batch.decode_tables, pages),
+                *(backend, self._pages, qkv[:n], batch.cosine[:n], batch.sine[:n], batch.decode_tables, pages),
                 *(out[:n], self._attention),
                 max_context=batch.shape.max_context,
                 max_new=batch.shape.max_new,
@@ -190,47 +261,64 @@ class CudaOps:
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
             append_kv(
-                *(self.backend, self._pages, qkv[n:], batch.cosine[n:], batch.sine[n:], batch.slots[n:], pages, q[n:]),
+                *(backend, self._pages, qkv[n:], batch.cosine[n:], batch.sine[n:], batch.slots[n:], pages, q[n:]),
                 **norms,
                 dependent=self._may_overlap(),
             )
             tables = batch.prefill_tables
-            attention_prefill(
-                *(self.backend, self._pages, q, tables, pages, out), max_new=batch.shape.max_chunk, **common
-            )
+            attention_prefill(*(backend, self._pages, q, tables, pages, out), max_new=batch.shape.max_chunk, **common)
 
     def gate_up(
         self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
     ) -> None:
         _refuse(lora)
+        key = "gate_up", place(h), place(out), norm.eps
+        self._run(key, self._bind(w, norm.weight, to), lambda backend: self._gate_up(backend, h, norm, w, out, to))
+
+    def _gate_up(
+        self, backend: Backend, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments
+    ) -> None:
         if len(w) == 1:  # its rows are packed in the order that ``to`` wants
-            self._linear(h, norm, w[0], Output.gated(out))
+            self._linear(backend, h, norm, w[0], Output.gated(out))
             return
         T, width = out.shape
         both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
-        self.project(h, norm, w, both)
+        self._project(backend, h, norm, w, both)
         positions = to[0].fields.get("positions") if to else None
-        silu_mul(
-            *(self.backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self._may_overlap()
-        )
+        silu_mul(*(backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self._may_overlap())
 
     def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
         _refuse(lora)
-        for linear in w:
-            self._linear(x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
+
+        def record(backend: Backend) -> None:
+            for linear in w:
+                self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
+
+        self._run(("project_add", place(x), place(h), scale), self._bind(w), record)
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
     ) -> torch.Tensor:
-        done = 0
-        for start, stop in self._now.shape.logit_runs:
-            part = out[done : done + stop - start]
-            self._linear(h[start:stop], norm, head, Output.store(part), first_row=start)
-            done += stop - start
+        done = sum(stop - start for start, stop in self._now.shape.logit_runs)
+        if head.layout.kind == "dense" and self.target.arch < MIN_ARCH:
+            self._logits(self.backend, h, norm, head, out)  # cuBLAS is handed the weight: nothing to record
+        else:
+            self._run(
+                ("logits", place(h), place(out), norm.eps),
+                self._bind((head,), norm.weight),
+                lambda backend: self._logits(backend, h, norm, head, out),
+            )
         out = out[:done]
         if softcap is not None:
             out.div_(softcap).tanh_().mul_(softcap)
         return out
+
+    def _logits(self, backend: Backend, h: torch.Tensor, norm: Norm, head: Linear, out: torch.Tensor) -> None:
+        done = 0
+        for start, stop in self._now.shape.logit_runs:
+            part = out[done : done + stop - start]
+            self._linear(backend, h[start:stop], norm, head, Output.store(part), first_row=start)
+            done += stop - start
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
         return self._sampler.sample(logits, params, dependent=self._may_overlap())
@@ -242,7 +330,9 @@ class CudaOps:
 
     # linears
 
-    def _linear(self, x: torch.Tensor, norm: Norm | None, linear: Linear, out: Output, first_row: int = 0) -> None:
+    def _linear(
+        self, backend: Backend, x: torch.Tensor, norm: Norm | None, linear: Linear, out: Output, first_row: int = 0
+    ) -> None:
         """x W into ``out``. A normalised x under act-order is normalised into the weight's order first; one that is not
         comes in that order already."""
         weight = self._weight(linear)
@@ -250,10 +340,10 @@ class CudaOps:
         positions = linear.fields.get("positions")
         if normed is not None and positions is not None:
             sorted_x = self._normed[: x.numel()].view(x.shape)
-            rms_norm(self.backend, x, normed, sorted_x, positions=positions, dependent=self._may_overlap())
+            rms_norm(backend, x, normed, sorted_x, positions=positions, dependent=self._may_overlap())
             x, normed = sorted_x, None
         if isinstance(weight, DenseWeight):
-            self._dense(x, normed, weight, out)
+            self._dense(backend, x, normed, weight, out)
             return
         num_rows, n = x.shape[0], max(0, self._now.shape.num_decode_rows - first_row)
         if self._many is None or num_rows - n < self._crossover:
@@ -261,28 +351,32 @@ class CudaOps:
         if n:
             part = None if normed is None else normed.rows(0, n)
             multiply(
-                *(self.backend, weight, x[:n], out.rows(0, n)),
+                *(backend, weight, x[:n], out.rows(0, n)),
                 norm=part,
                 scratch=self._few,
                 dependent=self._may_overlap(),
             )
         if n < num_rows:
             part = None if normed is None else normed.rows(n, num_rows)
-            multiply_many(self.backend, weight, x[n:], out.rows(n, num_rows), self._many, part)
+            multiply_many(backend, weight, x[n:], out.rows(n, num_rows), self._many, part)
 
-    def _dense(self, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output) -> None:
+    def _dense(
+        self, backend: Backend, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output
+    ) -> None:
         width = weight.weight.shape[1]
         if x.shape[1] != width:  # the buffer's rows are padded with zeros
             x = torch.as_strided(x, (x.shape[0], width), x.stride())
         if self.target.arch < MIN_ARCH:
-            self._dense_by_cublas(x, norm, weight, out)
+            self._dense_by_cublas(backend, x, norm, weight, out)
             return
-        multiply_dense(self.backend, weight, x, out, norm=norm, dependent=self._may_overlap())
+        multiply_dense(backend, weight, x, out, norm=norm, dependent=self._may_overlap())
 
-    def _dense_by_cublas(self, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output) -> None:
+    def _dense_by_cublas(
+        self, backend: Backend, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output
+    ) -> None:
         """The head, where there are no tensor cores. A row at a time: no row's bits depend on the others."""
         normed = self._normed[: x.numel()].view(x.shape)
-        rms_norm(self.backend, x, norm, normed)
+        rms_norm(backend, x, norm, normed)
         for i in range(x.shape[0]):
             multiply_f32(normed[i : i + 1], weight.weight, out.y[i : i + 1])
         if weight.bias is not None:

@@ -12,7 +12,7 @@ from exl.device_arena import max_seen, sample_rows
 from exl.device_memory import pinned, record_event
 from exl.errors import KernelError
 from exl.host_memory import HostBuffer
-from exl.kernels.launch import Backend
+from exl.kernels.program import Programs, place
 from exl.kernels.sample import SampleScratch, check_samples, pack_tables, sample, tables_at
 from exl.kernels.sample_layout import scratch_shapes
 from exl.layout import StepLimits
@@ -35,10 +35,10 @@ class DeviceSamples:
 
 class Sampler:
     def __init__(
-        self, backend: Backend, limits: StepLimits, fields: Mapping[str, torch.Tensor], stack: ExitStack
+        self, programs: Programs, limits: StepLimits, fields: Mapping[str, torch.Tensor], stack: ExitStack
     ) -> None:
         """``fields``: of the arena, by purpose. Page-locked buffers are given back when ``stack`` closes."""
-        self._backend = backend
+        self._programs, self._nothing = programs, programs.bind(())
         self._num_rows, self._max_seen, self._vocab_size = sample_rows(limits), max_seen(limits), limits.vocab_size
         self._samples, buffer = fields["samples"], fields["sampling tables"]
         self._tables = tables_at(buffer, self._num_rows, self._max_seen)
@@ -60,7 +60,11 @@ class Sampler:
         self._upload.buffer()[: packed.size] = packed
         self._upload.send(packed.size)
         ids = self._samples[:R]
-        sample(self._backend, logits, self._tables, ids, self._scratch, dependent=dependent)
+        self._programs.run(
+            ("sample", place(logits), dependent),
+            self._nothing,
+            lambda backend: sample(backend, logits, self._tables, ids, self._scratch, dependent=dependent),
+        )
         self._turn = 1 - self._turn
         found = torch.from_numpy(self._found[self._turn].array).view(torch.int32)[:R]
         found.copy_(ids, non_blocking=True)

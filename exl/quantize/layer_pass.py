@@ -142,7 +142,7 @@ class LayerPass:
         """The chunk's hidden states h [T, C] through the layer, in place."""
         self._ops.target_linear = None
         self._ops.stage([chunk])
-        self._decoder.layer(layer_idx, weights, self._buffers, h, self._kv)
+        self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
 
     def listen(
         self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
@@ -153,7 +153,7 @@ class LayerPass:
         self._ops.with_output = output
         self._ops.stage([chunk])
         try:
-            self._decoder.layer(layer_idx, weights, self._buffers, h, self._kv)
+            self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
         except _Heard as heard:
             return heard.x, heard.output
         finally:

@@ -13,7 +13,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 
-from exl.kernels import device
+from exl import device_memory
+from exl.kernels import cuda_function, device, launch
 from exl.kernels.launch import CudaBackend
 
 
@@ -33,7 +34,8 @@ TOO_OLD = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for 
 
 
 class FakeGpu:
-    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "launch") -> what it
+    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "stream",
+    "launch") -> what it
     raises."""
 
     def __init__(self, arch: int = 86, nvrtc: tuple[int, int] = (13, 0), archs: tuple[int, ...] = (75, 86)) -> None:
@@ -58,7 +60,7 @@ class FakeGpu:
             "init": lambda: None,
             "get_device_properties": get_properties,
             "get_device_name": lambda device: "a GPU",
-            "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
+            "current_stream": lambda device: self.call("stream"),
             "is_current_stream_capturing": lambda: False,
             "mem_get_info": lambda device: (8 << 30, 8 << 30),
             "empty_cache": lambda: None,
@@ -66,11 +68,7 @@ class FakeGpu:
             monkeypatch.setattr(torch.cuda, name, value)
         cupy = ModuleType("cupy")
         cupy.cuda = SimpleNamespace(
-            driver=SimpleNamespace(
-                CUDADriverError=CUDADriverError,
-                launchKernel=self._launch,
-                funcSetAttribute=lambda *_: self.call("attribute"),
-            ),
+            driver=SimpleNamespace(CUDADriverError=CUDADriverError, funcSetAttribute=lambda *_: self.call("attribute")),
             runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError),
             function=SimpleNamespace(Module=self._module),
             Device=self._device,
@@ -96,6 +94,10 @@ class FakeGpu:
         }.items():
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(device, "CudaBackend", _OnTheCpu)
+        monkeypatch.setattr(launch, "Driver", lambda: _Driver(self))
+        for module in (launch, cuda_function):
+            monkeypatch.setattr(module, "start_work", _start_work)
+        monkeypatch.setattr(device_memory, "_start", lambda device: None)  # cuBLAS
 
     def _version(self) -> tuple[int, int]:
         self.call("version")
@@ -119,9 +121,8 @@ class FakeGpu:
 
         return Scope()
 
-    def _launch(self, function: int, *numbers: int) -> None:
-        self.call("launch")
-        slots = (ctypes.c_void_p * 10).from_address(numbers[-2])
+    def launch(self, slots: ctypes.Array) -> None:
+        """``slots``: addresses of the kernel's arguments."""
 
         def array(slot: int, count: int, dtype: type) -> np.ndarray:
             address = ctypes.c_uint64.from_address(slots[slot]).value
@@ -131,6 +132,34 @@ class FakeGpu:
         count = ctypes.c_int32.from_address(slots[4]).value
         gate, up = (array(i, count, np.float16).astype(np.float32) for i in (0, 1))
         array(2, count, np.float32)[:] = self.answer(gate, up)
+
+
+class _Driver:
+    """In the place of ``exl.kernels.driver.Driver``."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu, self._error = gpu, ""
+
+    def open(self) -> SimpleNamespace:
+        return SimpleNamespace(cuLaunchKernelEx=self._launch)
+
+    def _launch(self, config: object, function: object, slots: ctypes.Array, extra: None) -> int:
+        try:
+            self._gpu.call("launch")
+        except CUDADriverError as error:
+            self._error = str(error)
+            return 719
+        self._gpu.launch(slots)
+        return 0
+
+    def error_text(self, status: int) -> str:
+        return self._error
+
+
+def _start_work(device: torch.device, work: list) -> None:
+    torch.cuda.current_stream(device)
+    for one in work:
+        one.start(0)
 
 
 class _OnTheCpu(CudaBackend):

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exl.kernels.args import Arg
-from exl.kernels.launch import Backend, Function
+from exl.kernels.launch import Backend, Function, Work
+from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec
 
 from .captures import Captures, Event
@@ -50,6 +51,13 @@ class RecordingBackend:
             assert self._capturing is None, f"{spec} is loaded while a graph is captured"
             self._functions[spec] = RecordedFunction(self, self.inner.load(spec))
         return self._functions[spec]
+
+    def start(self, work: Sequence[Work]) -> None:
+        for one in work:
+            one.start(0)
+
+    def call(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        function(*tensors)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph: list[Callable[[], None]] = []
@@ -101,10 +109,34 @@ class RecordedFunction:
         self.spec, self.device = inner.spec, inner.device
         self._backend, self._inner = backend, inner
 
+    def prepare(
+        self, grid: Sequence[int], block: Sequence[int], params: Params, shared_bytes: int, dependent: bool
+    ) -> RecordedLaunch:
+        self._inner.prepare(grid, block, params, shared_bytes, dependent)  # what it refuses
+        return RecordedLaunch(self, tuple(grid), tuple(block), params, shared_bytes, dependent)
+
     def run(
         self, grid: Sequence[int], block: Sequence[int], args: Sequence[Arg], shared_bytes: int, dependent: bool
     ) -> None:
-        self._backend.note(Launch(self._inner, tuple(grid), tuple(block), tuple(args), shared_bytes, dependent))
+        self.prepare(grid, block, Params(args), shared_bytes, dependent).start(0)
+
+    def note(self, launch: RecordedLaunch) -> None:
+        """With its arguments as they are now: a graph keeps them, whatever the memory says later."""
+        where = launch.grid, launch.block, launch.params.read(), launch.shared_bytes, launch.dependent
+        self._backend.note(Launch(self._inner, *where))
+
+
+@dataclass(frozen=True)
+class RecordedLaunch:
+    function: RecordedFunction
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    params: Params
+    shared_bytes: int
+    dependent: bool
+
+    def start(self, stream: int) -> None:
+        self.function.note(self)
 
 
 class TorchCalls(TorchDispatchMode):

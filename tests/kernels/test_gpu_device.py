@@ -50,7 +50,7 @@ BROKEN = {
     "a module is made in no context": ("module", CUDARuntimeError("cudaErrorInitializationError")),
     "code is refused": ("load", CUDADriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")),
     "a launch fails": ("launch", CUDADriverError("CUDA_ERROR_LAUNCH_FAILED")),
-    "a launch fails in the runtime": ("launch", CUDARuntimeError("cudaErrorDevicesUnavailable: busy")),
+    "torch has no stream": ("stream", RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")),
     "torch cannot use it": ("torch", RuntimeError("CUDA error: out of memory")),
     "no NVRTC": ("version", RuntimeError("CuPy failed to load libnvrtc.so.13")),
     "NVRTC makes no program": ("nvrtc", NVRTCError("NVRTC_ERROR_OUT_OF_MEMORY")),
@@ -86,10 +86,10 @@ def test_a_gpu_that_computes_wrongly_is_not_used(gpu):
 
 
 def test_errors_of_a_later_launch_are_kernel_errors(gpu):
-    """A device that is lost after it was opened: the error of CUDA's runtime comes from entering it."""
+    """A device that is lost after it was opened."""
     backend = open_backend()
-    gpu.failing["device"] = CUDARuntimeError("cudaErrorDevicesUnavailable: busy")
-    with pytest.raises(KernelError, match="cudaErrorDevicesUnavailable"):
+    gpu.failing["launch"] = CUDADriverError("CUDA_ERROR_DEVICE_UNAVAILABLE")
+    with pytest.raises(KernelError, match="CUDA_ERROR_DEVICE_UNAVAILABLE"):
         check_backend(backend)
 
 

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ import torch
 from exl.errors import KernelError
 from exl.kernels.args import Pointer, f32, i32, u64
 from exl.kernels.compiler import CompileFailed
-from exl.kernels.driver import Driver, pack_params
+from exl.kernels.driver import Driver, DriverLaunch
 from exl.kernels.launch import CudaBackend, CupyCompiler, launch
+from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec, flattened, nvrtc_options
 from tests.compile.nvrtc import nvrtc
 from tests.host.backends import TEST_KERNELS
@@ -39,9 +41,7 @@ class FakeCupy:
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
-        api = SimpleNamespace(
-            CUDADriverError=DriverError, launchKernel=self.launch_kernel, funcSetAttribute=self.set_attribute
-        )
+        api = SimpleNamespace(CUDADriverError=DriverError, funcSetAttribute=self.set_attribute)
         self.cuda = SimpleNamespace(
             driver=api,
             runtime=SimpleNamespace(CUDARuntimeError=DriverError),
@@ -70,16 +70,9 @@ class FakeCupy:
         return Scope()
 
     def set_attribute(self, function: int, attribute: int, value: int) -> None:
+        if value == 77_777:
+            raise DriverError("CUDA_ERROR_INVALID_VALUE")
         self.calls.append(("attribute", function, attribute, value))
-
-    def launch_kernel(self, function: int, *numbers: int) -> None:
-        *geometry, stream, params, extra = numbers
-        if geometry[0] == 77:
-            raise DriverError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
-        slots = (ctypes.c_void_p * 4).from_address(params)
-        values = [ctypes.c_uint64.from_address(slots[0]).value, ctypes.c_int32.from_address(slots[2]).value]
-        values.append(ctypes.c_float.from_address(slots[3]).value)
-        self.calls.append(("launch", function, tuple(geometry), stream, extra, values))
 
 
 class Compiler:
@@ -97,17 +90,20 @@ class Compiler:
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A torch that believes in a GPU of compute capability 9.0, and a CuPy that writes down."""
+def gpu(monkeypatch, driver_path):
+    """A torch that believes in a GPU of compute capability 9.0, and a CuPy and a driver that write down."""
     cupy = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr("exl.kernels.launch.Driver", lambda: Driver(driver_path))
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     for name, value in {
         "is_available": lambda: True,
         "current_device": lambda: 1,
         "init": lambda: None,
         "get_device_properties": lambda device: properties,
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=0xABC),
+        "current_stream": lambda device: SimpleNamespace(
+            cuda_stream=0xABC, query=lambda: cupy.calls.append(("query",))
+        ),
         "is_current_stream_capturing": lambda: False,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -119,17 +115,74 @@ def arguments() -> list:
     return [x, y, i32(10), f32(0.5)]
 
 
-def test_loading_and_launching(gpu, tmp_path):
+def test_loading_and_launching(gpu, tmp_path, driver_path):
     backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
     assert (backend.device, backend.arch, backend.num_multiprocessors) == (torch.device("cuda", 1), 90, 132)
     function = backend.load(SPEC)
     assert backend.load(SPEC) is function
     assert gpu.calls == [("device", 1), ("load", b"code"), ("device done", 1)]
-    gpu.calls.clear()
     launch(function, (3, 2), (128,), arguments(), 1024)
-    values = [0x1000, 10, 0.5]
-    expected = ("launch", 0xF00, (3, 2, 1, 128, 1, 1, 1024), 0xABC, 0, values)
-    assert gpu.calls == [("device", 1), expected, ("device done", 1)]
+    assert seen(driver_path)[:12] == [3, 2, 1, 128, 1, 1, 1024, 0xABC, 0, 0xF00, 0x1000, 0x2000]
+
+
+def test_a_new_thread_takes_the_devices_context_first(gpu, tmp_path, monkeypatch):
+    """The driver's own calls find no context in a thread that has not called the runtime."""
+    function = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS).load(SPEC)
+    gpu.calls.clear()
+
+    def run() -> None:
+        for _ in range(2):
+            launch(function, (1,), (128,), arguments())
+
+    for _ in range(2):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert gpu.calls == [("query",), ("query",)]  # once in each
+    gpu.calls.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # begun by the runtime, in this thread
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert gpu.calls == []
+
+
+def test_launches_enter_the_device_where_another_is_current(gpu, tmp_path, driver_path, monkeypatch):
+    """The driver launches into the context that is current."""
+    entered = []
+
+    class Scope:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            entered.append((self.index, torch.cuda.current_device()))
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: self.index)
+
+        def __exit__(self, *_: object) -> None:
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    function = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS).load(SPEC)
+    monkeypatch.setattr(torch.cuda, "device", Scope)
+    launch(function, (1,), (128,), arguments())
+    assert entered == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    launch(function, (4,), (128,), arguments())
+    assert entered == [(1, 0)]
+    assert seen(driver_path)[0] == 4
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_prepared_launch_goes_to_the_stream_that_is_current(gpu, tmp_path, driver_path, monkeypatch):
+    """A graph is captured on another stream than that of the launches before it."""
+    backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
+    work = backend.load(SPEC).prepare((1, 1, 1), (128, 1, 1), Params(arguments()), 0, False)
+    found = []
+    for stream in (0xABC, 0xDEF, 0, 0xABC):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, at=stream: SimpleNamespace(cuda_stream=at))
+        backend.start([work])
+        found.append(seen(driver_path)[7])
+    assert found == [0xABC, 0xDEF, 0, 0xABC]
 
 
 def test_large_shared_memory_is_asked_for_once(gpu, tmp_path):
@@ -140,21 +193,16 @@ def test_large_shared_memory_is_asked_for_once(gpu, tmp_path):
     assert asked == [(0xF00, 8, 60_000), (0xF00, 8, 70_000)]
 
 
-def test_dependent_launches_go_to_the_driver_where_it_knows_them(gpu, tmp_path, driver_path, monkeypatch):
-    monkeypatch.setattr("exl.kernels.launch.Driver", lambda: Driver(driver_path))
+def test_dependent_launches_where_the_driver_knows_them(gpu, tmp_path, driver_path):
     backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
-    gpu.calls.clear()
     launch(backend.load(SPEC), (9,), (128,), arguments(), 64, dependent=True)
-    seen = list((ctypes.c_uint64 * 16).in_dll(ctypes.CDLL(driver_path), "seen"))
-    assert seen[:10] == [9, 1, 1, 128, 1, 1, 64, 0xABC, 1, 0xF00]
-    assert not any(call[0] == "launch" for call in gpu.calls)
-
+    assert seen(driver_path)[:10] == [9, 1, 1, 128, 1, 1, 64, 0xABC, 1, 0xF00]
     compiler = Compiler()
     compiler.archs = lambda: (86,)
     older = KernelSpec(SPEC.source, SPEC.entry, {}, 86)
     backend = CudaBackend(folder=tmp_path, compiler=compiler, sources=TEST_KERNELS)
-    launch(backend.load(older), (9,), (128,), arguments(), 64, dependent=True)
-    assert [call[0] for call in gpu.calls].count("launch") == 1  # a plain launch below sm_90
+    launch(backend.load(older), (8,), (128,), arguments(), 64, dependent=True)
+    assert seen(driver_path)[:10] == [8, 1, 1, 128, 1, 1, 64, 0xABC, 0, 0xF00]  # a plain launch below sm_90
 
 
 class Graphs:
@@ -242,8 +290,10 @@ def test_refusals(gpu, tmp_path, monkeypatch):
     on_another = [Pointer(0x1000, 20, "f16", "cuda:0"), *arguments()[1:]]
     with pytest.raises(KernelError, match="argument 0 is on cuda:0, the kernel runs on cuda:1"):
         launch(function, (1,), (128,), on_another)
-    with pytest.raises(KernelError, match="CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
-        launch(function, (77,), (128,), arguments())
+    with pytest.raises(KernelError, match=r"scale_halves sm_90 on grid \(99, 1, 1\).* failed with 1: invalid argument"):
+        launch(function, (99,), (128,), arguments())
+    with pytest.raises(KernelError, match=r"scale_halves sm_90 with 77777 bytes .*CUDA_ERROR_INVALID_VALUE"):
+        launch(function, (1,), (128,), arguments(), 77_777)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert backend.load(SPEC) is function
     with pytest.raises(KernelError, match="must be loaded before a graph is captured"):
@@ -308,24 +358,27 @@ def driver_path(tmp_path_factory):
     return str(path)
 
 
+def seen(path: str) -> list[int]:
+    """What the last launch was."""
+    return list((ctypes.c_uint64 * 16).in_dll(ctypes.CDLL(path), "seen"))
+
+
 @pytest.mark.parametrize("dependent", [False, True])
 def test_launch_structures_reach_the_driver(driver_path, dependent):
-    params, keep = pack_params([u64(0x1234567890AB), f32(1.5)])
+    params = Params([u64(0x1234567890AB), f32(1.5)])
     stream, function = 0x7F0000001000, 0x7F0000002000
-    Driver(driver_path).launch(function, (5, 6, 7), (8, 9, 1), 70000, stream, params, dependent=dependent)
-    seen = list((ctypes.c_uint64 * 16).in_dll(ctypes.CDLL(driver_path), "seen"))
+    DriverLaunch(Driver(driver_path), "", function, (5, 6, 7), (8, 9, 1), params, 70000, dependent).start(stream)
     bits = int.from_bytes(np.float32(1.5).tobytes(), "little")
     head = [5, 6, 7, 8, 9, 1, 70000, stream, int(dependent), function, 0x1234567890AB, bits, 0]
-    assert seen == [*head, 6 if dependent else 0, int(dependent), 72]
-    assert len(keep) == 2
+    assert seen(driver_path) == [*head, 6 if dependent else 0, int(dependent), 72]
 
 
 def test_driver_errors(driver_path):
-    params, _keep = pack_params([u64(0), f32(0)])
-    with pytest.raises(KernelError, match="cuLaunchKernelEx failed with 1: invalid argument"):
-        Driver(driver_path).launch(0, (99, 1, 1), (1, 1, 1), 0, 0, params, dependent=True)
+    params = Params([u64(0), f32(0)])
+    with pytest.raises(KernelError, match="a kernel: cuLaunchKernelEx failed with 1: invalid argument"):
+        DriverLaunch(Driver(driver_path), "a kernel", 0, (99, 1, 1), (1, 1, 1), params, 0, True).start(0)
     with pytest.raises(KernelError, match="has no cuLaunchKernelEx"):
-        Driver("libm.so.6").launch(0, (1, 1, 1), (1, 1, 1), 0, 0, params, dependent=True)
+        DriverLaunch(Driver("libm.so.6"), "a kernel", 0, (1, 1, 1), (1, 1, 1), params, 0, True)
 
 
 # ---- CuPy's binding, where it is installed: no GPU needed ------------------------------------------------------------

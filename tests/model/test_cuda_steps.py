@@ -12,6 +12,7 @@ import torch
 from exl import weight_memory
 from exl.config import GenerationDefaults
 from exl.errors import KernelError
+from exl.kernels.params import Params
 from exl.llm import LLM
 from exl.memory import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
@@ -63,6 +64,59 @@ def test_act_order_costs_two_launches_more(backend, tmp_path):
     layer = ["rms_norm", "linear_q", "attention_decode", "linear_q", "rms_norm", "linear_q", "linear_q"]
     assert launches == ["embed", *layer, *layer, "linear_dense"]
     assert calls == []
+
+
+def arguments_built(monkeypatch) -> list[int]:
+    """Grows by one for each argument block, of a launch in a program or of one by itself."""
+    built = []
+
+    def counted(args, varying=None) -> Params:
+        built.append(len(args))
+        return Params(args, varying)
+
+    for module in ("exl.kernels.program", "tests.host.recording"):
+        monkeypatch.setattr(f"{module}.Params", counted)
+    return built
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_second_pass_builds_no_argument(backend, tmp_path, monkeypatch, rows):
+    """Prompts and steps, with act-order. What one layer had built serves the others, too."""
+    make(tmp_path, 4, 32, order="shared")
+    recorder = RecordingBackend(backend)
+    engine = load(tmp_path, recorder)
+    runner, pages = engine.generator.runner, [0, 1]
+    built = arguments_built(monkeypatch)
+    results = []
+    for start, ids in ((0, some_ids(rows)), (0, some_ids(rows)), (0, some_ids(rows, 5))):
+        before, launched = len(built), len(recorder.launches)
+        results.append(run(runner, batch_of([(ids, start, pages)])))
+        launched = len(recorder.launches) - launched
+        if len(results) == 1:
+            assert len(built) - before == launched - (launched - 2) // 2  # of embedding, head, and one of two layers
+        else:
+            assert len(built) == before
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_batches_of_as_many_rows_go_through_programs_of_their_own(backend, folder):
+    """Six rows in every arrangement, one after another in one engine: as in an engine that has seen nothing else."""
+    ids, pages = some_ids(6), [[i] for i in range(6)]
+    one = batch_of([(ids, 0, [0])])
+    arrangements = [
+        one,
+        replace(one, logit_rows=np.array([0, 1, 5], np.int32)),
+        batch_of([(ids, 0, [0])], decode=True),
+        batch_of([(ids[:3], 0, [2]), (ids[3:], 0, [3])]),
+        batch_of([([token_id], 0, page) for token_id, page in zip(ids, pages, strict=True)], decode=True),
+        replace(batch_of([(ids[:1], 0, [4]), (ids[1:], 0, [5])]), num_decode_rows=1),
+    ]
+    options = {"max_sequences": 6, "context": 64}
+    fresh = [run(load(folder, backend, **options).generator.runner, batch) for batch in arrangements]
+    runner = load(folder, backend, **options).generator.runner
+    for i in [*range(6), *range(5, -1, -1)]:
+        assert torch.equal(run(runner, arrangements[i]), fresh[i]), i
 
 
 def test_staging_is_one_copy(backend, plain_folder):
@@ -350,6 +404,22 @@ def test_streamed_layers_give_the_same_bits(backend, four_bit, tmp_path, tier):
         assert tokens(streamed) == tokens(resident)
     finally:
         streamed.close()
+
+
+def test_the_first_launch_of_a_layer_that_was_copied_waits(recorder, four_bit):
+    """It could read weights before the copy has ended. In programs that were recorded as well as in those that are
+    started again; where all layers are resident no launch waits."""
+    for options, first in (({"resident_layers": 0}, False), ({}, True)):
+        engine = load(four_bit, recorder, **options)
+        for _ in range(3):
+            recorder.launches.clear()
+            run(engine.generator.runner, batch_of([(some_ids(5), 0, [0])]))
+            waits = [launch.dependent for launch in recorder.launches]
+            assert waits == [True, *[first, *[True] * 5] * engine.config.num_layers, True]
+    engine.generator.runner.decoder.ops.fence()  # where the same launch has been started without
+    recorder.launches.clear()
+    run(engine.generator.runner, batch_of([(some_ids(5), 0, [0])]))
+    assert [launch.dependent for launch in recorder.launches] == [False, *waits[1:]]
 
 
 def test_replays_find_the_slots_at_rest(recorder, four_bit):
