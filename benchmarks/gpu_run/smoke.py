@@ -288,7 +288,7 @@ def main() -> None:
         made.append(make_checks(arguments.dry_run, arguments.kernel_cache))
         backend = made[0].backend
         return (
-            f"{made[0].device}, compute capability {backend.arch / 10}, {backend.num_multiprocessors} multiprocessors"
+            f"{backend.device}, compute capability {backend.arch / 10}, {backend.num_multiprocessors} multiprocessors"
         )
 
     # Each worker needs a backend; only the first one's is told.
