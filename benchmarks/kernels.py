@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE.parent))  # the repository, installed or not
 
 from benchmarks import report
 from benchmarks.attention import attention_section
+from benchmarks.guard import one_line
 from benchmarks.machine import Machine, graph_gap_us, rate, share
 from benchmarks.report import Measurement, Section
 from benchmarks.timing import REPEATS, Timer
@@ -66,7 +67,8 @@ def int4pack_us(K: int, N: int, num_tokens: int, device: torch.device, timer: Ti
         scales = torch.ones(K // GROUP_SIZE, N, 2, dtype=torch.bfloat16, device=device)
         x = torch.randn(num_tokens, K, device=device).bfloat16()
         return timer.median_us(lambda: torch._weight_int4pack_mm(x, packed, GROUP_SIZE, scales))
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError) as error:
+        print(f"torch's 4-bit kernel, {K} x {N}: {one_line(error)}", file=sys.stderr)
         return None
 
 

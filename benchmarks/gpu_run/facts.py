@@ -22,12 +22,15 @@ WELCOME = ("transformers", "hypothesis", "triton")
 NOT_NEEDED = ("pytest-xdist", "prompt_toolkit", "pexpect", "gradio", "typer", "rich", "nbformat", "ruff")
 TOOLS = ("g++", "nvcc", "addr2line", "nvidia-smi")
 SMI_FIELDS = "name,driver_version,compute_cap,memory.total,memory.used,clocks.max.sm,clocks.max.mem,pcie.link.gen.max"
-SMI_FIELDS += ",pcie.link.width.current,persistence_mode,mig.mode.current,ecc.mode.current"
+SMI_FIELDS += ",pcie.link.width.current,compute_mode,persistence_mode,mig.mode.current,ecc.mode.current"
 
 
 def nvidia_smi() -> str:
-    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    """The fields, or the whole page of a version that lacks one of them."""
+    for more in ([f"--query-gpu={SMI_FIELDS}", "--format=csv"], []):
+        done = subprocess.run(["nvidia-smi", *more], capture_output=True, text=True, timeout=6)
+        if done.returncode == 0:
+            break
     return (done.stdout + done.stderr).strip()
 
 

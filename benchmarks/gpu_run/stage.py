@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,7 +49,19 @@ class Options:
 
 
 def num_test_workers(dry_run: bool) -> int:
-    return 1 if dry_run else max(1, min(8, (os.cpu_count() or 2) // 2))
+    """One where the GPU serves one process at a time."""
+    if dry_run or compute_mode().startswith("Exclusive"):
+        return 1
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+def compute_mode() -> str:
+    """``Default``, ``Exclusive_Process``, ...; empty if nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def one_thread() -> dict[str, str]:

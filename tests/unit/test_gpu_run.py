@@ -386,12 +386,9 @@ def test_all_variants_are_compiled_ahead():
 
 
 def test_an_errors_line_names_what_is_behind_it():
-    with pytest.raises(ValueError, match="no graph") as caught:
-        try:
-            raise RuntimeError("the capture was invalidated\nby a stream")
-        except RuntimeError:
-            raise ValueError("no graph")  # noqa: B904
-    assert one_line(caught.value) == "ValueError: no graph <- RuntimeError: the capture was invalidated"
+    error = ValueError("no graph")
+    error.__context__ = RuntimeError("the capture was invalidated\nby a stream")
+    assert one_line(error) == "ValueError: no graph <- RuntimeError: the capture was invalidated"
 
 
 def test_places_travel_as_one_word(tmp_path):
