@@ -185,8 +185,8 @@ def test_groups_and_unequal_sequences(mode: str, group: int) -> None:
 @pytest.mark.parametrize("window", [None, 1000])
 def test_heads_of_real_models(kind: str, H: int, Hkv: int, window: int | None) -> None:
     """Llama 2 7B and Llama 3 8B and 70B: head size 128, groups of 1, 4 and 8; unequal and empty sequences."""
-    case = Case(kind, 128, H, Hkv, (1500, 0, 64, 257, 1), (1, 0, 8, 2, 1), seed=H + Hkv, window=window)
     backend = backend_or_skip("cupy")
+    case = Case(kind, 128, H, Hkv, (1500, 0, 64, 257, 1), (1, 0, 8, 2, 1), seed=H + Hkv, window=window)
     out, pages = case.run(backend)
     assert_close(out, case.expected(pages))
     for b in (0, 2, 3, 4):  # the same bits alone

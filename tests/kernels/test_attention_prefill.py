@@ -69,8 +69,9 @@ def test_groups_and_unequal_sequences(mode: str, group: int) -> None:
 @pytest.mark.parametrize("window", [None, 200])
 def test_heads_of_real_models(kind: str, H: int, Hkv: int, window: int | None) -> None:
     """Llama 2 7B and Llama 3 8B and 70B: head size 128, groups of 1, 4 and 8; unequal and empty sequences."""
+    backend = backend_or_skip("cupy")
     case = Case(kind, 128, H, Hkv, (400, 0, 64, 130), (400, 0, 64, 30), seed=H + Hkv, window=window)
-    out, pages = run(case, backend_or_skip("cupy"))
+    out, pages = run(case, backend)
     assert_close(out, case.expected(pages))
 
 
