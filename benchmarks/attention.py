@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from benchmarks.machine import Machine, share
+from benchmarks.report import Measurement, Section
 from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE
 from exl.kernels.attention_decode import DecodeScratch, DecodeTables, attention_decode, scratch_shapes
@@ -105,30 +108,43 @@ def torch_us(timer: Timer, shape: Shape, depth: int, batch: int, device: torch.d
         return None
 
 
-def attention_rows(
-    backend: Backend,
-    timer: Timer,
-    read_roof: float,
+def attention_row(machine: Machine, shape: Shape, kind: str, depth: int, batch: int) -> str:
+    head = f"| {shape.name} {shape.num_heads} / {shape.num_kv_heads} | {depth} | {batch} | {kind} |"
+    timer = machine.timer()
+    found = exl_us(machine.backend, timer, shape, kind, depth, batch)
+    if found is None:
+        return f"{head} no room | - | - |"
+    us, num_bytes = found
+    peer = torch_us(timer, shape, depth, batch, machine.device)
+    ratio = "-" if peer is None else f"{peer / us:.2f}"
+    return f"{head} {us:.1f} | {share(num_bytes, us / 1e6, machine.read_roof())} | {ratio} |"
+
+
+def attention_section(
+    machine: Machine,
     shapes: Sequence[Shape] = SHAPES,
     depths: Sequence[int] = DEPTHS,
     batches: Sequence[int] = BATCHES,
-) -> Iterator[str]:
-    """Lines of the report. ``read_roof``: bytes a second."""
-    yield "Decode attention, one new token a sequence, appended in the same launch. Share: bytes of pages by the time,"
-    yield "against the roof. Ratio to `scaled_dot_product_attention`, contiguous f16: above 1, exl is faster."
-    yield ""
-    yield "| heads / kv heads | depth | batch | cache | us | share of the roof | vs torch, f16 |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for shape in shapes:
-        for depth in depths:
-            for batch in batches:
-                peer = torch_us(timer, shape, depth, batch, backend.device)
-                for kind in KINDS:
-                    head = f"| {shape.name} {shape.num_heads} / {shape.num_kv_heads} | {depth} | {batch} | {kind} |"
-                    found = exl_us(backend, timer, shape, kind, depth, batch)
-                    if found is None:
-                        yield f"{head} no room | - | - |"
-                        continue
-                    us, num_bytes = found
-                    ratio = "-" if peer is None else f"{peer / us:.2f}"
-                    yield f"{head} {us:.1f} | {num_bytes / us * 1e6 / read_roof:.0%} | {ratio} |"
+    seconds: float = 200,
+) -> Section:
+    return Section(
+        "Decode attention",
+        (
+            "One new token a sequence, appended in the same launch. Share: bytes of pages by the time, against the",
+            "roof. Ratio to `scaled_dot_product_attention`, contiguous f16: above 1, exl is faster.",
+            "",
+            "| heads / kv heads | depth | batch | cache | us | share of the roof | vs torch, f16 |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ),
+        seconds,
+        tuple(
+            Measurement(
+                f"{shape.name} {kind}, depth {depth}, batch {batch}",
+                partial(attention_row, machine, shape, kind, depth, batch),
+            )
+            for shape in shapes
+            for depth in depths
+            for batch in batches
+            for kind in KINDS
+        ),
+    )

@@ -10,7 +10,6 @@ measured in the same run: a read-only pass over memory, f16 cuBLAS for the same 
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,17 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository, installed or not
 
-from benchmarks.kernels import Timer, int4pack_us, measure_roofs
+from benchmarks import report
+from benchmarks.kernels import int4pack_us
+from benchmarks.machine import Machine, rate, share
+from benchmarks.report import Measurement, Section
 from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.bench import bytes_a_token
-from exl.device_memory import pinned
 from exl.engine import Engine, build_engine
-from exl.errors import KernelError, MemoryBudgetError
-from exl.host_memory import HostBuffer
-from exl.kernels.driver import DriverLaunch
-from exl.kernels.launch import Backend, CudaBackend
+from exl.errors import MemoryBudgetError
+from exl.kernels.launch import Backend
 from exl.layout import LayerLayout
 from exl.loader import ModelWeights
 from exl.memory import MemoryPlan, Tier
@@ -47,8 +48,8 @@ DEPTHS, BATCHES = (0, 4096, 32768), (1, 4, 16)
 KINDS = ("f16", "q8", "k8v4", "q4")
 REPEATS = 20
 PROMPT = 2048
-COPY_BYTES = 1 << 30
-MOST_SECONDS = 460  # then the table of decoding ends where it is; a cold cache of kernels takes its share
+# Within eight minutes, a cold cache of kernels included.
+SECONDS = {"decode": 240, "host": 60, "prompt": 60, "peer": 40, "stream": 60}
 
 
 # ---- models of random weights ---------------------------------------------------------------------------------------
@@ -187,58 +188,42 @@ def step_bytes_read(engine: Engine, depth: int, num_sequences: int) -> int:
     return weights + num_sequences * (bytes_a_token(engine.model, depth + 1) - weights)
 
 
-def decode_rows(backend: Backend, names: Sequence[str], kinds: Sequence[str], roof: float) -> Iterator[str]:
-    """One line for each model, cache type, depth and batch; what has no room says so."""
-    for name in names:
-        for kind in kinds:
-            for depth in DEPTHS:
-                for num_sequences in BATCHES:
-                    yield decode_row(backend, name, kind, depth, num_sequences, roof)
-
-
-def decode_row(backend: Backend, name: str, kind: str, depth: int, num_sequences: int, roof: float) -> str:
-    label = f"| {name} | {kind} | {depth} | {num_sequences}"
+def decode_row(machine: Machine, name: str, kind: str, depth: int, num_sequences: int) -> str:
+    """Of the table of decoding; what has no room says so."""
+    label, backend = f"| {name} | {kind} | {depth} | {num_sequences}", machine.backend
     options = {"kv_cache": kind, "max_sequences": num_sequences, "context": depth + PAGE_SIZE}
     options |= {"prefill_chunk": 64, "prefill_window": 64}
     try:
         with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), **options) as engine:
             found = time_steps(engine, step_batch(depth, num_sequences, engine.config.vocab_size))
-            share = step_bytes_read(engine, depth, num_sequences) / found.seconds / roof
-            speed = num_sequences / found.seconds
-            return f"{label} | {speed:.1f} | {found.seconds * 1e3:.2f} | {share:.0%} |"
+            read, how = step_bytes_read(engine, depth, num_sequences), engine.decode_steps
     except MemoryBudgetError:
-        return f"{label} | does not fit | | |"
+        return f"{label} | does not fit | | | |"
+    speed, of_roof = num_sequences / found.seconds, share(read, found.seconds, machine.read_roof())
+    return f"{label} | {speed:.1f} | {found.seconds * 1e3:.2f} | {of_roof} | {how} |"
 
 
-def host_lines(backend: CountingBackend, name: str) -> Iterator[str]:
-    """What a decode step costs the host, with and without graphs, and what dependent launches bring."""
-    batch = step_batch(0, 1, SHAPES[name][-1])
-    times: dict[tuple[bool, bool], StepTime] = {}
-    for graphs in (False, True):
-        for dependent in (False, True):
-            options = {"context": PAGE_SIZE, "dependent": dependent, "graphs": graphs}
-            times[graphs, dependent], launches = counted_steps(backend, name, batch, options)
-    for graphs, text in ((False, "launched one by one"), (True, "replayed as a graph")):
-        plain, dependent = times[graphs, False], times[graphs, True]
-        yield (
-            f"- {name}, {text}: {dependent.seconds * 1e3:.3f} ms a step, {dependent.host_seconds * 1e6:.0f} us of them "
-            f"on the host; without dependent launches {plain.seconds * 1e3:.3f} ms "
-            f"({plain.seconds / dependent.seconds:.2f} times)"
-        )
-    yield f"- {name}: {launches} launches a step"
+def host_line(machine: Machine, name: str, graphs: bool) -> str:
+    """What a decode step costs the host, and what dependent launches bring."""
+    backend, batch, times = machine.backend, step_batch(0, 1, SHAPES[name][-1]), {}
+    for dependent in (False, True):
+        options = {"context": PAGE_SIZE, "dependent": dependent, "graphs": graphs}
+        with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), **options) as engine:
+            before = backend.num_launches
+            forward(engine, [batch])
+            launches = backend.num_launches - before
+            times[dependent], how = time_steps(engine, batch), engine.decode_steps
+    plain, found = times[False], times[True]
+    return (
+        f"- {name}, {launches} launches a step, {how}: {found.seconds * 1e3:.3f} ms a step, "
+        f"{found.host_seconds * 1e6:.0f} us of them on the host; without dependent launches "
+        f"{plain.seconds * 1e3:.3f} ms ({plain.seconds / found.seconds:.2f} times)"
+    )
 
 
-def counted_steps(backend: CountingBackend, name: str, batch: ForwardBatch, options: dict) -> tuple[StepTime, int]:
-    """One engine's times, and how many launches its first step had."""
-    with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), **options) as engine:
-        before = backend.num_launches
-        forward(engine, [batch])
-        launches = backend.num_launches - before
-        return time_steps(engine, batch), launches
-
-
-def prefill_line(backend: Backend, name: str, *, peer: bool = True) -> str:
+def prefill_line(machine: Machine, name: str) -> str:
     """A prompt against the same linears in f16 through cuBLAS, and the memory that was reserved against the plan."""
+    backend = machine.backend
     reset_peak(backend)
     context = PROMPT + 2 * PAGE_SIZE
     with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), context=context) as engine:
@@ -256,12 +241,11 @@ def prefill_line(backend: Backend, name: str, *, peer: bool = True) -> str:
         found = statistics.median(seconds[1:])
         memory = peak_text(engine)
         chunk = engine.model.limits.max_rows
-    speed = f"- {name}: {PROMPT / found:.0f} tokens/s"
-    if not peer:
-        return f"{speed}; {memory}"
     del engine
-    timer = Timer(backend.device)
-    cublas = PROMPT / chunk * linears_us(SHAPES[name], chunk, backend.device, timer) / 1e6
+    speed = f"- {name}, a prompt of {PROMPT} tokens: {PROMPT / found:.0f} tokens/s"
+    if machine.device.type != "cuda":
+        return f"{speed}; {memory}"
+    cublas = PROMPT / chunk * linears_us(SHAPES[name], chunk, machine.device, machine.timer()) / 1e6
     return f"{speed}, {cublas / found:.0%} of the speed of f16 cuBLAS for the linears alone; {memory}"
 
 
@@ -275,9 +259,12 @@ def linears_us(shape: tuple[int, ...], num_tokens: int, device: torch.device, ti
     return shape[2] * total
 
 
-def peer_line(name: str, device: torch.device, timer: Timer, seconds: float) -> str:
+def peer_line(machine: Machine, name: str) -> str:
     """The peer's 4-bit kernel for the linears of a step, nothing else of it: a bound for a model that uses it."""
-    found = [int4pack_us(K, N, 1, device, timer) for K, N in linear_shapes(SHAPES[name])]
+    backend = machine.backend
+    with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), context=PAGE_SIZE) as engine:
+        seconds = time_steps(engine, step_batch(0, 1, engine.config.vocab_size)).seconds
+    found = [int4pack_us(K, N, 1, machine.device, machine.timer()) for K, N in linear_shapes(SHAPES[name])]
     if None in found:
         return f"- {name}: torch has no 4-bit kernel here"
     linears = SHAPES[name][2] * sum(found) / 1e6
@@ -293,9 +280,9 @@ def linear_shapes(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(hidden, width + 2 * kv_heads * head_dim), (width, hidden), (hidden, 2 * inter), (inter, hidden)]
 
 
-def stream_line(backend: Backend, name: str, copy_rate: float) -> str:
+def stream_line(machine: Machine, name: str) -> str:
     """A model in VRAM of half its weights' size: what crosses the bus in a step, against a plain copy."""
-    shape = SHAPES[name]
+    shape, backend = SHAPES[name], machine.backend
     resident = shape[2] // 2
     reset_peak(backend)
     options = {"vram": free_vram(backend), "context": PAGE_SIZE, "resident_layers": resident}
@@ -303,28 +290,12 @@ def stream_line(backend: Backend, name: str, copy_rate: float) -> str:
         layers = [layout.num_bytes for layout in engine.model.layers]
         pinned_bytes = sum(layers[i] for i in engine.plan.placement.on_tier(Tier.PINNED))
         found = time_steps(engine, step_batch(0, 1, engine.config.vocab_size), 4)
-        memory = peak_text(engine)
-    share = pinned_bytes / found.seconds / copy_rate
+        memory, how = peak_text(engine), engine.decode_steps
     return (
-        f"- {name}, {resident} of {len(layers)} layers in VRAM: {1 / found.seconds:.2f} tokens/s, "
-        f"{pinned_bytes / found.seconds / 1e9:.2f} GB/s over the bus, {share:.0%} of a plain copy's; {memory}"
+        f"- {name}, {resident} of {len(layers)} layers in VRAM, {how}: {1 / found.seconds:.2f} tokens/s, "
+        f"{pinned_bytes / found.seconds / 1e9:.2f} GB/s over the bus, "
+        f"{share(pinned_bytes, found.seconds, machine.pinned_roof())} of a plain copy's; {memory}"
     )
-
-
-def pinned_copy_rate(device: torch.device) -> float:
-    """Bytes a second of large copies from page-locked memory."""
-    buffer = HostBuffer(COPY_BYTES, "copied")
-    buffer.array[::4096] = 1
-    with pinned(buffer, device):
-        source, target = torch.from_numpy(buffer.array), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-        seconds = []
-        for _ in range(5):
-            torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-    return COPY_BYTES / statistics.median(seconds)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -355,98 +326,102 @@ def peak_text(engine: Engine) -> str:
     return f"{found / 1e9:.3f} GB reserved of {planned / 1e9:.3f} GB planned ({found / planned:.1%})"
 
 
-# ---- launches -------------------------------------------------------------------------------------------------------
-
-
-class CountingBackend(CudaBackend):
-    """Counts what is launched, or captured."""
-
-    num_launches = 0
-
-    def start(self, work) -> None:
-        super().start(work)
-        self.num_launches += sum(isinstance(one, DriverLaunch) for one in work)
-
-
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def report(backend: CountingBackend, names: Sequence[str], kinds: Sequence[str]) -> Iterator[str]:
-    """The file's lines, as they are measured."""
-    torch.manual_seed(0)
-    timer = Timer(backend.device)
-    began = time.perf_counter()
-    yield f"# {torch.cuda.get_device_name(backend.device)}: whole models"
-    yield ""
-    yield f"torch {torch.__version__}, CUDA {torch.version.cuda}, compute capability {backend.arch / 10}, "
-    yield f"{backend.num_multiprocessors} multiprocessors. 4 bits, groups of 128, symmetric, f16 head."
-    yield ""
-    roof, copy_rate = measure_roofs(backend, timer).read, pinned_copy_rate(backend.device)
-    del timer
-    yield f"- reading 2 GiB: {roof / 1e9:.0f} GB/s (the roof below)"
-    yield f"- copying 1 GiB from pinned memory: {copy_rate / 1e9:.2f} GB/s"
-    yield ""
-    yield "## A decode step on the host"
-    yield ""
-    for name in names:
-        yield from host_lines(backend, name)
-    yield ""
-    yield f"## Prompts of {PROMPT} tokens, and memory"
-    yield ""
-    for name in names:
-        yield prefill_line(backend, name)
-    yield ""
-    yield "## Against a peer's kernel"
-    yield ""
-    for name in names:
-        batch = step_batch(0, 1, SHAPES[name][-1])
-        found, _ = counted_steps(backend, name, batch, {"context": PAGE_SIZE})
-        yield peer_line(name, backend.device, Timer(backend.device), found.seconds)
-    yield ""
-    yield "## Streamed from pinned memory"
-    yield ""
-    yield stream_line(backend, names[-1], copy_rate)
-    yield ""
-    yield "## Decoding"
-    yield ""
-    yield "Share: bytes of weights and cache that a step reads, by its time, against the roof."
-    yield ""
-    yield "| model | cache | depth | batch | tokens/s | ms a step | share of the roof |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for row in decode_rows(backend, names, kinds, roof):
-        yield row
-        if time.perf_counter() - began > MOST_SECONDS:
-            yield ""
-            yield f"The rest was left out: {MOST_SECONDS} s were over."
-            break
-    yield ""
-    yield f"All of this took {time.perf_counter() - began:.0f} s."
+def decode_section(
+    machine: Machine,
+    names: Sequence[str],
+    kinds: Sequence[str] = KINDS,
+    depths: Sequence[int] = DEPTHS,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = SECONDS["decode"],
+    title: str = "Decoding",
+) -> Section:
+    """One line for each model, cache type, depth and batch."""
+    return Section(
+        title,
+        (
+            "Share: bytes of weights and cache that a step reads, by its time, against the roof.",
+            "",
+            "| model | cache | depth | batch | tokens/s | ms a step | share of the roof | how |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ),
+        seconds,
+        tuple(
+            Measurement(
+                f"{name} {kind}, depth {depth}, batch {batch}", partial(decode_row, machine, name, kind, depth, batch)
+            )
+            for name in names
+            for kind in kinds
+            for depth in depths
+            for batch in batches
+        ),
+    )
+
+
+def host_section(machine: Machine, names: Sequence[str], seconds: float = SECONDS["host"]) -> Section:
+    return Section(
+        "A decode step on the host",
+        (),
+        seconds,
+        tuple(
+            Measurement(f"{name}, {'graph' if graphs else 'eager'}", partial(host_line, machine, name, graphs))
+            for name in names
+            for graphs in (True, False)
+        ),
+    )
+
+
+def prompt_section(machine: Machine, names: Sequence[str], seconds: float = SECONDS["prompt"]) -> Section:
+    measurements = (Measurement(name, partial(prefill_line, machine, name)) for name in names)
+    return Section("Prompts, and memory", (), seconds, tuple(measurements))
+
+
+def peer_section(machine: Machine, names: Sequence[str], seconds: float = SECONDS["peer"]) -> Section:
+    measurements = (Measurement(name, partial(peer_line, machine, name)) for name in names)
+    return Section("Against a peer's kernel", (), seconds, tuple(measurements))
+
+
+def stream_section(machine: Machine, name: str, seconds: float = SECONDS["stream"]) -> Section:
+    return Section(
+        "Streamed from pinned memory",
+        (),
+        seconds,
+        (
+            Measurement("plain copy", lambda: f"- copying from pinned memory: {rate(machine.pinned_roof())}"),
+            Measurement(name, partial(stream_line, machine, name)),
+        ),
+    )
+
+
+def models_report(machine: Machine, arguments: argparse.Namespace) -> tuple[str, Iterator[str]]:
+    names = arguments.models
+    sections = (
+        decode_section(machine, names, arguments.kv_caches),
+        host_section(machine, names),
+        prompt_section(machine, names),
+        peer_section(machine, names),
+        stream_section(machine, names[-1]),
+    )
+    title = (
+        f"# {machine.name}: whole models",
+        "",
+        report.describe(machine),
+        "4 bits, groups of 128, symmetric, f16 head.",
+        "",
+        f"- reading {machine.read_bytes / 2**30:.3g} GiB: {rate(machine.read_roof())} (the roof below)",
+    )
+    return "-end-to-end", report.report_lines(title, sections)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["1.1b", "7b", "13b"], help="shapes to measure")
+    parser.add_argument("--kv-caches", nargs="+", choices=KINDS, default=list(KINDS), help="types of the cache")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["1.1b", "7b", "13b"], help="shapes to measure")
-    parser.add_argument("--kv-caches", nargs="+", choices=KINDS, default=list(KINDS), help="types of the cache")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the report")
-    arguments = parser.parse_args()
-    try:
-        backend = CountingBackend()
-    except KernelError as error:
-        print(f"benchmarks/end_to_end.py needs a GPU: {error}", file=sys.stderr)
-        return 1
-    lines = []
-    path = arguments.out / f"{gpu_name(backend)}-end-to-end.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for line in report(backend, arguments.models, arguments.kv_caches):
-        print(line, flush=True)
-        lines.append(line)
-        path.write_text("\n".join(lines) + "\n")  # what was measured is kept, whatever comes
-    print(f"written to {path}")
-    return 0
-
-
-def gpu_name(backend: Backend) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(backend.device)).strip("-").lower()
+    return report.main("end_to_end.py", __doc__, add_options, models_report)
 
 
 if __name__ == "__main__":

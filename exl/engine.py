@@ -72,10 +72,17 @@ class Engine:
 
 
 def load_engine(
-    folder: Path, options: EngineOptions, progress: Progress | None = None, backend: Backend | None = None
+    folder: Path,
+    options: EngineOptions,
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+    *,
+    dependent: bool = True,
+    graphs: bool = True,
 ) -> Engine:
-    """Plans, then loads. ``backend``: where kernels run (default: what ``options`` ask for and the machine has). Raises
-    ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
+    """Plans, then loads. ``backend``: where kernels run (default: what ``options`` ask for and the machine has).
+    ``dependent``, ``graphs``: see ``build_engine``. Raises ``ExlError``; ``MemoryBudgetError`` before anything is
+    allocated."""
     if backend is None:
         options, backend = choose_device(options)
     with open_model(folder, options.head) as files:
@@ -95,7 +102,7 @@ def load_engine(
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
 
-        return build_engine(files, options, backend, load)
+        return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs)
 
 
 def build_engine(

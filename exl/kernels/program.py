@@ -54,7 +54,7 @@ class Recorder:
             found = self._program.varying.find(ptr(tensor))
             if found is not None:
                 raise KernelError(f"{function.__name__} is given tensor {found[0]} of those that vary: it would not")
-        self._program.work.append(_Call(function, tensors))
+        self._program.work.append(Call(function, tensors))
 
     def capture(self, run: Callable[[], None]) -> None:
         raise KernelError("a program is recorded: no graph can be captured")
@@ -73,7 +73,7 @@ class _RecordedFunction:
         self._program.work.append(self.prepare(grid, block, params, shared_bytes, dependent))
 
 
-class _Call:
+class Call:
     """Something else than a launch, in its place among them."""
 
     def __init__(self, function: Callable[..., None], tensors: tuple[torch.Tensor, ...]) -> None:

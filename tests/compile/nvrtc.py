@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from exl.kernels.compiler import CompileFailed
@@ -12,9 +13,9 @@ from exl.kernels.compiler import CompileFailed
 PACKAGES = ("nvidia.cuda_nvrtc", "nvidia.cu13")  # of CUDA 12 and of CUDA 13
 
 
-def library_path() -> Path | None:
-    """libnvrtc of an installed wheel, CUDA 12's first: it alone knows sm_61 and sm_70."""
-    for package in PACKAGES:
+def library_path(packages: Sequence[str] = PACKAGES) -> Path | None:
+    """libnvrtc of an installed wheel, by default CUDA 12's first: it alone knows sm_61 and sm_70."""
+    for package in packages:
         try:
             spec = importlib.util.find_spec(package)
         except ModuleNotFoundError:

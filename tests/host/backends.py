@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from exl.errors import KernelError
 from exl.kernels.launch import Backend, CudaBackend, HostBackend
 
 from .shim import HostShim
 
-MODES = ("race", "asan", pytest.param("cupy", marks=pytest.mark.gpu))
+CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
+MODES = ("race", "asan", CUPY)
 TEST_KERNELS = Path(__file__).resolve().parent / "kernels"
+
+
+@dataclass
+class _Options:
+    """Of the command line (``tests/conftest.py``)."""
+
+    require_gpu: bool = False
+    kernel_cache: Path | None = None
+
+
+_options = _Options()
+
+
+def configure(*, require_gpu: bool, kernel_cache: Path | None) -> None:
+    """``require_gpu``: a missing GPU fails tests. ``kernel_cache``: where compiled kernels of a GPU are kept."""
+    _options.require_gpu, _options.kernel_cache = require_gpu, kernel_cache
+    make_backend.cache_clear()
 
 
 @functools.cache
 def make_backend(mode: str, arch: int = 86, sources: Path | None = None) -> Backend:
     """A backend for ``mode`` ("race", "asan", "plain", "cupy"); one per process, so that each kernel is loaded once.
 
-    ``arch`` is for the host only. ``sources``: where the ``.cu`` files lie (default: exl's own). Skips the test where
-    ``mode`` needs a GPU and there is none.
+    ``arch`` is for the host only. ``sources``: where the ``.cu`` files lie (default: exl's own). Skips the test if
+    ``mode`` needs a GPU and the machine has none or lacks CuPy; with ``--require-gpu`` the test fails. Whatever else
+    is wrong with a GPU is an error with and without the option.
     """
     if mode != "cupy":
         return HostBackend(HostShim(mode, folder=sources), arch=arch)
     try:
-        return CudaBackend(sources=sources)
+        return CudaBackend(folder=_options.kernel_cache, sources=sources)
     except KernelError as error:
+        if _options.require_gpu:
+            pytest.fail(f"--require-gpu: {error}", pytrace=False)
+        if has_gpu():
+            raise
         pytest.skip(str(error))
+
+
+def has_gpu() -> bool:
+    """Whether torch finds a GPU and CuPy is installed: then a backend that cannot be made is a fault."""
+    return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None

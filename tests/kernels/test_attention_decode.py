@@ -21,6 +21,7 @@ from exl.kernels.attention_decode import (
 )
 from exl.kernels.launch import Backend
 from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
+from tests.host.backends import CUPY
 
 
 @dataclass
@@ -158,19 +159,39 @@ HEAD_DIMS = [(kind, D) for D in (16, 48, 80, 96, 128, 256) for kind in KINDS]
 EIGHTS = [("f16", 8), ("q4", 8), ("q8", 24), ("k8v4", 40), ("f16", 72), ("q4", 120)]  # V ends with half a tile
 
 
-@pytest.mark.parametrize(("kind", "D"), HEAD_DIMS + EIGHTS)
-def test_head_sizes(kind: str, D: int) -> None:
+def also_on_a_gpu(*cases: tuple) -> list:
+    """Each case by the race detector and on a GPU: ``mode`` comes first."""
+    return [("race", *case) for case in cases] + [pytest.param("cupy", *case, marks=pytest.mark.gpu) for case in cases]
+
+
+@pytest.mark.parametrize(("mode", "kind", "D"), also_on_a_gpu(*HEAD_DIMS, *EIGHTS))
+def test_head_sizes(mode: str, kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (150, 70), (1, 2), seed=D)
-    out, pages = case.run(backend_or_skip("race"))
+    out, pages = case.run(backend_or_skip(mode))
     assert_close(out, case.expected(pages))
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 12])
-def test_groups_and_unequal_sequences(group: int) -> None:
+@pytest.mark.parametrize(("mode", "group"), also_on_a_gpu(*((group,) for group in (1, 2, 4, 7, 8, 12))))
+def test_groups_and_unequal_sequences(mode: str, group: int) -> None:
     """An empty sequence among them, and rows of 0 to 8 new tokens."""
     case = Case("q8", 64, 2 * group, 2, (130, 0, 8, 64, 300), (3, 0, 8, 1, 2), seed=group)
-    out, pages = case.run(backend_or_skip("race"))
+    out, pages = case.run(backend_or_skip(mode))
     assert_close(out, case.expected(pages))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("H", "Hkv"), [(32, 32), (32, 8), (64, 8)])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_heads_of_real_models(kind: str, H: int, Hkv: int, window: int | None) -> None:
+    """Llama 2 7B and Llama 3 8B and 70B: head size 128, groups of 1, 4 and 8; unequal and empty sequences."""
+    backend = backend_or_skip("cupy")
+    case = Case(kind, 128, H, Hkv, (1500, 0, 64, 257, 1), (1, 0, 8, 2, 1), seed=H + Hkv, window=window)
+    out, pages = case.run(backend)
+    assert_close(out, case.expected(pages))
+    for b in (0, 2, 3, 4):  # the same bits alone
+        alone, _ = case.run(backend, (b,))
+        np.testing.assert_array_equal(alone, out[case.query_start[b] : case.query_start[b + 1]])
 
 
 # Without tensor cores: each cache type, 1 to 8 columns, half tiles of V, all of sm_61's 48 KB at head size 256.
@@ -192,33 +213,35 @@ def test_without_tensor_cores(mode: str, arch: int, kind: str, D: int, H: int) -
         assert_close(out, case.expected(pages))
 
 
-@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200, 5000])
-def test_windows(window: int) -> None:
+@pytest.mark.parametrize(("mode", "window"), also_on_a_gpu(*((size,) for size in (1, 2, 63, 64, 65, 200, 5000))))
+def test_windows(mode: str, window: int) -> None:
     case = Case("k8v4", 64, 4, 2, (600, 64, 5), (2, 1, 3), seed=window, window=window)
-    out, pages = case.run(backend_or_skip("race"))
+    out, pages = case.run(backend_or_skip(mode))
     assert_close(out, case.expected(pages))
 
 
-def test_a_soft_cap() -> None:
+@pytest.mark.parametrize("mode", ["race", CUPY])
+def test_a_soft_cap(mode: str) -> None:
     case = Case("f16", 64, 4, 2, (200,), (2,), softcap=3.0)
-    out, pages = case.run(backend_or_skip("race"))
+    out, pages = case.run(backend_or_skip(mode))
     assert_close(out, case.expected(pages))
     capped, case.softcap = out, None
-    assert np.abs(case.run(backend_or_skip("race"))[0] - capped).max() > 0.01
+    assert np.abs(case.run(backend_or_skip(mode))[0] - capped).max() > 0.01
 
 
+@pytest.mark.parametrize("mode", ["plain", CUPY])
 @pytest.mark.parametrize("kind", ["f16", "q4"])
-def test_beyond_4096_tokens(kind: str) -> None:
+def test_beyond_4096_tokens(mode: str, kind: str) -> None:
     case = Case(kind, 16, 1, 1, (4096, 4097, 5200), (1, 1, 2))
-    out, pages = case.run(backend_or_skip("plain"))
+    out, pages = case.run(backend_or_skip(mode))
     assert_close(out, case.expected(pages))
     assert [num_items(n) for n in (0, 1, 256, 257, 4096, 4097, 5120, 5121)] == [0, 1, 1, 2, 16, 17, 17, 18]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_new_tokens_are_appended_as_the_cpu_would(kind: str) -> None:
+@pytest.mark.parametrize(("mode", "kind"), also_on_a_gpu(*((kind,) for kind in KINDS)))
+def test_new_tokens_are_appended_as_the_cpu_would(mode: str, kind: str) -> None:
     case = Case(kind, 64, 4, 2, (66, 3), (4, 3), seed=3)
-    _, pages = case.run(backend_or_skip("race"))
+    _, pages = case.run(backend_or_skip(mode))
     for b, (length, new) in enumerate(zip(case.lengths, case.new, strict=True)):
         k, v = unpack_pages(case.layout, pages[case.table[b, : -(-length // 64)]])
         rows = (
@@ -229,13 +252,18 @@ def test_new_tokens_are_appended_as_the_cpu_would(kind: str) -> None:
         np.testing.assert_array_equal(v[length - new : length], wanted[1][:new])
 
 
-ARCH_KINDS = [*((arch, kind, 6) for kind in KINDS for arch in (75, 90)), (61, "f16", 4), (61, "q4", 2)]
+ARCH_KINDS = [
+    *(("plain", arch, kind, 6) for kind in KINDS for arch in (75, 90)),
+    ("plain", 61, "f16", 4),
+    ("plain", 61, "q4", 2),
+    *(pytest.param("cupy", 0, kind, 6, marks=pytest.mark.gpu) for kind in KINDS),
+]
 
 
-@pytest.mark.parametrize(("arch", "kind", "H"), ARCH_KINDS)
-def test_a_rows_bits_depend_on_nothing_else(arch: int, kind: str, H: int) -> None:
+@pytest.mark.parametrize(("mode", "arch", "kind", "H"), ARCH_KINDS)
+def test_a_rows_bits_depend_on_nothing_else(mode: str, arch: int, kind: str, H: int) -> None:
     """Alone, in a batch, and as the first or last of up to 8 new tokens."""
-    backend = backend_or_skip("plain", arch)
+    backend = backend_or_skip(mode, arch)
     case = Case(kind, 64, H, 2, (255, 700, 20, 1), (8, 1, 5, 1), seed=7, window=None)
     out, pages = case.run(backend)
     for b in range(4):
@@ -250,14 +278,15 @@ def test_a_rows_bits_depend_on_nothing_else(arch: int, kind: str, H: int) -> Non
         np.testing.assert_array_equal(found[0], out[i])
 
 
-def test_norm_rope_and_the_consumers_order() -> None:
+@pytest.mark.parametrize("mode", ["race", CUPY])
+def test_norm_rope_and_the_consumers_order(mode: str) -> None:
     """The prologue is append_kv's, tested there; here: that q, K and the output go through it."""
-    backend, rng = backend_or_skip("race"), np.random.default_rng(1)
+    backend, rng = backend_or_skip(mode), np.random.default_rng(1)
     case = Case("f16", 64, 4, 2, (5,), (5,))
     order = rng.permutation(4 * 64).astype(np.int32)
-    weight = torch.full((64,), 0.5)
+    weight, positions = torch.full((64,), 0.5, device=backend.device), torch.from_numpy(order).to(backend.device)
     out, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6)
-    shuffled, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6, positions=torch.from_numpy(order))
+    shuffled, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6, positions=positions)
     np.testing.assert_array_equal(shuffled[:, order], out)
     rows = case.rows.astype(np.float64).reshape(5, -1, 64)
     normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * 0.5

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
-from test_attention_decode import HEAD_DIMS, WITHOUT_TENSOR_CORES, Case, assert_close
+from test_attention_decode import HEAD_DIMS, WITHOUT_TENSOR_CORES, Case, also_on_a_gpu, assert_close
 
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_prefill import PrefillTables, attention_prefill, check_pages
 from exl.kernels.launch import Backend
 from exl.kernels.page_layout import KINDS
+from tests.host.backends import CUPY
 
 
 def run(case: Case, backend: Backend, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -48,17 +49,29 @@ def test_chunks(backend: Backend, kind: str, length: int, new: int) -> None:
 EIGHTS = [("q8", 8), ("q4", 24), ("f16", 40), ("q8", 72), ("k8v4", 120)]  # V ends with half a tile
 
 
-@pytest.mark.parametrize(("kind", "D"), HEAD_DIMS + EIGHTS)
-def test_head_sizes(kind: str, D: int) -> None:
+@pytest.mark.parametrize(("mode", "kind", "D"), also_on_a_gpu(*HEAD_DIMS, *EIGHTS))
+def test_head_sizes(mode: str, kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (100, 70), (20, 33), seed=D)
-    out, pages = run(case, backend_or_skip("race"))
+    out, pages = run(case, backend_or_skip(mode))
     assert_close(out, case.expected(pages))
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 12])
-def test_groups_and_unequal_sequences(group: int) -> None:
+@pytest.mark.parametrize(("mode", "group"), also_on_a_gpu(*((group,) for group in (1, 2, 4, 7, 8, 12))))
+def test_groups_and_unequal_sequences(mode: str, group: int) -> None:
     case = Case("q8", 64, 2 * group, 2, (130, 0, 8, 64), (30, 0, 8, 1), seed=group)
-    out, pages = run(case, backend_or_skip("race"))
+    out, pages = run(case, backend_or_skip(mode))
+    assert_close(out, case.expected(pages))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("H", "Hkv"), [(32, 32), (32, 8), (64, 8)])
+@pytest.mark.parametrize("window", [None, 200])
+def test_heads_of_real_models(kind: str, H: int, Hkv: int, window: int | None) -> None:
+    """Llama 2 7B and Llama 3 8B and 70B: head size 128, groups of 1, 4 and 8; unequal and empty sequences."""
+    backend = backend_or_skip("cupy")
+    case = Case(kind, 128, H, Hkv, (400, 0, 64, 130), (400, 0, 64, 30), seed=H + Hkv, window=window)
+    out, pages = run(case, backend)
     assert_close(out, case.expected(pages))
 
 
@@ -70,28 +83,29 @@ def test_without_tensor_cores(mode: str, arch: int, kind: str, D: int, H: int) -
         assert_close(out, case.expected(pages))
 
 
-@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 5000])
-def test_windows(window: int) -> None:
+@pytest.mark.parametrize(("mode", "window"), also_on_a_gpu(*((size,) for size in (1, 2, 63, 64, 65, 5000))))
+def test_windows(mode: str, window: int) -> None:
     case = Case("k8v4", 64, 4, 2, (200, 64), (50, 64), seed=window, window=window)
-    out, pages = run(case, backend_or_skip("race"))
+    out, pages = run(case, backend_or_skip(mode))
     assert_close(out, case.expected(pages))
 
 
-def test_a_soft_cap_and_the_consumers_order() -> None:
-    backend = backend_or_skip("race")
+@pytest.mark.parametrize("mode", ["race", CUPY])
+def test_a_soft_cap_and_the_consumers_order(mode: str) -> None:
+    backend = backend_or_skip(mode)
     case = Case("f16", 64, 4, 2, (70,), (20,), softcap=3.0)
     out, pages = run(case, backend)
     assert_close(out, case.expected(pages))
     order = np.random.default_rng(0).permutation(256).astype(np.int32)
-    shuffled, _ = run(case, backend, positions=torch.from_numpy(order))
+    shuffled, _ = run(case, backend, positions=torch.from_numpy(order).to(backend.device))
     np.testing.assert_array_equal(shuffled[:, order], out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_as_decode_attention(kind: str) -> None:
+@pytest.mark.parametrize(("mode", "kind"), also_on_a_gpu(*((kind,) for kind in KINDS)))
+def test_the_same_as_decode_attention(mode: str, kind: str) -> None:
     """Two kernels, one meaning: up to what each may round."""
     case = Case(kind, 64, 4, 2, (300, 40), (8, 5), seed=1)
-    backend = backend_or_skip("race", 75)
+    backend = backend_or_skip(mode, 75)
     prefill, pages = run(case, backend)
     decode, decode_pages = case.run(backend)
     np.testing.assert_array_equal(pages, decode_pages)
@@ -101,10 +115,12 @@ def test_the_same_as_decode_attention(kind: str) -> None:
     assert (np.abs(prefill - decode) <= 2 * limit).all()
 
 
-@pytest.mark.parametrize("arch", [61, 86])
-def test_a_rows_bits_do_not_depend_on_the_other_rows(arch: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "arch"), [("plain", 61), ("plain", 86), pytest.param("cupy", 0, marks=pytest.mark.gpu)]
+)
+def test_a_rows_bits_do_not_depend_on_the_other_rows(mode: str, arch: int) -> None:
     """The second sequence alone has other columns in its warps' fragments, and the same bits."""
-    backend = backend_or_skip("plain", arch)
+    backend = backend_or_skip(mode, arch)
     both = Case("q4", 64, 6, 2, (90, 77), (90, 30), seed=2)
     out, _ = run(both, backend)
     alone = Case("q4", 64, 6, 2, (77,), (30,))

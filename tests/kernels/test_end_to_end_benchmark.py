@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end as benchmark
+from benchmarks.machine import CountingBackend, Machine
 from exl.batch import is_step
 from tests.host.backends import make_backend
 
@@ -23,6 +24,12 @@ def backend(monkeypatch: pytest.MonkeyPatch):
     return make_backend("plain")
 
 
+@pytest.fixture
+def machine(backend) -> Machine:
+    """A roof of 1 GB/s each."""
+    return Machine(CountingBackend(backend), backend, "shim", _roofs={"read": 1e9, "pinned": 1e9})
+
+
 def test_a_steps_batch_is_one_and_sequences_share_no_page() -> None:
     batch = benchmark.step_batch(130, 3, 128)
     assert is_step(batch)
@@ -30,9 +37,12 @@ def test_a_steps_batch_is_one_and_sequences_share_no_page() -> None:
     assert (batch.slots == batch.page_table[:, 2] * 64 + 2).all()
 
 
-def test_random_models_decode(backend) -> None:
-    row = benchmark.decode_row(backend, "tiny", "q4", 64, 2, 1e9)
-    assert re.fullmatch(r"\| tiny \| q4 \| 64 \| 2 \| [\d.]+ \| [\d.]+ \| \d+% \|", row)
+def test_random_models_decode(machine) -> None:
+    row = benchmark.decode_row(machine, "tiny", "q4", 64, 2)
+    assert re.fullmatch(
+        r"\| tiny \| q4 \| 64 \| 2 \| [\d.]+ \| [\d.]+ \| \d+% \| launched one by one: this device has no graphs \|",
+        row,
+    )
 
 
 def test_logits_of_random_models_are_finite(backend) -> None:
@@ -49,11 +59,31 @@ def test_bytes_of_a_step_by_hand(backend) -> None:
     assert four - one == 3 * 100 * 2 * 2 * 2 * 32 * 2  # tokens, layers, K and V, heads, channels, bytes
 
 
-def test_prompts_and_streams(backend) -> None:
-    assert re.match(r"- tiny: \d+ tokens/s; \d+ bytes planned", benchmark.prefill_line(backend, "tiny", peer=False))
-    assert re.match(
-        r"- tiny, 1 of 2 layers in VRAM: [\d.]+ tokens/s, [\d.]+ GB/s", benchmark.stream_line(backend, "tiny", 1e9)
-    )
+def test_prompts_and_streams(machine) -> None:
+    found = benchmark.prefill_line(machine, "tiny")
+    assert re.match(r"- tiny, a prompt of 70 tokens: \d+ tokens/s; \d+ bytes planned", found)
+    found = benchmark.stream_line(machine, "tiny")
+    assert re.match(r"- tiny, 1 of 2 layers in VRAM, launched one by one: .*: [\d.]+ tokens/s, [\d.]+ GB/s", found)
+
+
+class BrokenCapture(CountingBackend):
+    def capture(self, run):
+        try:
+            raise ValueError("the cause")
+        except ValueError:
+            raise RuntimeError("operation not permitted when stream is capturing")  # noqa: B904
+
+
+def test_why_steps_are_not_replayed_is_said(backend) -> None:
+    """A capture that fails is no "replayed as a graph"."""
+    machine = Machine(BrokenCapture(backend), backend, "shim", _roofs={"read": None})
+    row = benchmark.decode_row(machine, "tiny", "f16", 0, 1)
+    assert "replayed" not in row
+    assert "launched one by one" in row
+    assert "operation not permitted when stream is capturing" in row
+    line = benchmark.host_line(machine, "tiny", True)
+    assert "replayed" not in line
+    assert re.match(r"- tiny, \d+ launches a step, launched one by one: .*operation not permitted", line)
 
 
 def test_one_line_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

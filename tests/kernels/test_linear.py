@@ -288,6 +288,41 @@ def test_several_row_tiles_a_warp(backend: Backend, T: int, row_tiles: int) -> N
 # ---- on a GPU alone ------------------------------------------------------------------------------------------------
 
 
+# Of a 7B's linears, K = 11008 with a last stage that is not full; N is small, or float64 would take minutes.
+LARGE = [(bits, 4096, 96, 128, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
+LARGE += [(4, 11008, 64, 128, False), (4, 14336, 48, 32, True), (3, 11008, 48, 64, False), (4, 4096, 64, -1, False)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE, ids=shape_name)
+def test_long_sums_equal_float64(shape: tuple) -> None:
+    backend = backend_or_skip("cupy")
+    bits, K, N, group_size, symmetric = shape
+    rng = np.random.default_rng(K + bits)
+    matrix = random_matrix(rng, bits, K, N, group_size, symmetric, bias=True)
+    weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
+    exact = dequantize(matrix)
+    for T in TOKENS:
+        x = inputs(rng, T, K)
+        expected = f64(x) @ exact + bias_of(matrix)
+        assert_close(run(backend, weight, x, N), expected, sum_bound(f64(x), matrix))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [4096, 12288, 22016])
+def test_every_row_of_a_large_matrix(N: int) -> None:
+    """As many blocks as a 7B's linears have: rows of the whole against the same rows of a small matrix, bit for bit."""
+    backend = backend_or_skip("cupy")
+    rng = np.random.default_rng(N)
+    part = random_matrix(rng, 4, 4096, 64, 128)
+    small = TiledWeight.from_packed(pack_matrix([part]), backend.device)
+    whole = TiledWeight.from_packed(pack_matrix([part] * (N // 64)), backend.device)
+    for T in (1, 3, 8, 16, 33, 64):
+        x = inputs(rng, T, 4096)
+        expected = run(backend, small, x, 64)
+        assert torch.equal(run(backend, whole, x, N), expected.repeat(1, N // 64)), T
+
+
 @pytest.mark.gpu
 def test_a_hundred_runs_are_bit_identical() -> None:
     backend = backend_or_skip("cupy")

@@ -3,19 +3,27 @@ from __future__ import annotations
 import pytest
 
 from exl import weight_memory
-from tests.host.backends import make_backend
+from tests.host.backends import CUPY, make_backend
 from tests.host.recording import RecordedCopies, RecordingBackend
-from tests.model import test_quantized
 from tests.model.placed_model import NUM_LAYERS, reader_threads
 
 
+@pytest.fixture(scope="session")
+def quantized():
+    """The module that writes random checkpoints; it needs transformers."""
+    pytest.importorskip("transformers")
+    from tests.model import test_quantized
+
+    return test_quantized
+
+
 @pytest.fixture(scope="module")
-def four_bit(tmp_path_factory):
+def four_bit(tmp_path_factory, quantized):
     """A small 4-bit model's folder."""
     path = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_quantized, "LAYERS", NUM_LAYERS)
-        test_quantized.make(path, 4, 32)
+        patch.setattr(quantized, "LAYERS", NUM_LAYERS)
+        quantized.make(path, 4, 32)
     return path
 
 
@@ -25,7 +33,7 @@ def no_thread_stays():
     assert reader_threads() == []
 
 
-@pytest.fixture(scope="module", params=["plain", pytest.param("cupy", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["plain", CUPY])
 def backend(request):
     return make_backend(request.param)
 
@@ -39,10 +47,10 @@ def recorder(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder_and_model(tmp_path_factory):
+def folder_and_model(tmp_path_factory, quantized):
     """4 bits, every linear with an order of its own; and transformers' twin."""
     path = tmp_path_factory.mktemp("own-order")
-    return path, test_quantized.make(path, 4, 32, order="own")
+    return path, quantized.make(path, 4, 32, order="own")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +59,8 @@ def folder(folder_and_model):
 
 
 @pytest.fixture(scope="module")
-def plain_folder(tmp_path_factory):
+def plain_folder(tmp_path_factory, quantized):
     """4 bits without act-order."""
     path = tmp_path_factory.mktemp("no-order")
-    test_quantized.make(path, 4, 32)
+    quantized.make(path, 4, 32)
     return path
