@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test matrix browser lint notebook clean
+.PHONY: demo kernels-demo test matrix browser lint notebook clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
@@ -23,6 +23,10 @@ browser: .venv/installed-browser
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The bundled model through the CUDA sources, compiled by g++ for this CPU: word for word as through torch.
+kernels-demo: .venv/installed
+	@$(BIN)/python -m scripts.kernels_demo
 
 # Runs examples/quickstart.ipynb and saves it with its outputs.
 notebook: .venv/installed-test
