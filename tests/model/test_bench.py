@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -14,10 +13,11 @@ from exl.bench import BenchReport, BenchResult, read_bandwidth, rows_of, run_ben
 from exl.errors import ConfigError
 from exl.hub import BUNDLED_MODEL
 from exl.planning import EngineOptions
+from tests.command_line import run_exl
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "exl.cli", "bench", *args], capture_output=True, text=True)
+    return run_exl("bench", *args)
 
 
 @pytest.fixture(scope="module")
