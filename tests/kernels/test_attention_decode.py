@@ -158,6 +158,7 @@ HEAD_DIMS = [(kind, D) for D in (16, 48, 80, 96, 128, 256) for kind in KINDS]
 EIGHTS = [("f16", 8), ("q4", 8), ("q8", 24), ("k8v4", 40), ("f16", 72), ("q4", 120)]  # V ends with half a tile
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("kind", "D"), HEAD_DIMS + EIGHTS)
 def test_head_sizes(kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (150, 70), (1, 2), seed=D)
@@ -232,6 +233,7 @@ def test_new_tokens_are_appended_as_the_cpu_would(kind: str) -> None:
 ARCH_KINDS = [*((arch, kind, 6) for kind in KINDS for arch in (75, 90)), (61, "f16", 4), (61, "q4", 2)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("arch", "kind", "H"), ARCH_KINDS)
 def test_a_rows_bits_depend_on_nothing_else(arch: int, kind: str, H: int) -> None:
     """Alone, in a batch, and as the first or last of up to 8 new tokens."""

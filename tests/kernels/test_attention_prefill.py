@@ -48,6 +48,7 @@ def test_chunks(backend: Backend, kind: str, length: int, new: int) -> None:
 EIGHTS = [("q8", 8), ("q4", 24), ("f16", 40), ("q8", 72), ("k8v4", 120)]  # V ends with half a tile
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("kind", "D"), HEAD_DIMS + EIGHTS)
 def test_head_sizes(kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (100, 70), (20, 33), seed=D)
