@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 from tests.conftest import ASAN_ONE_IN, drawn
 
 ROOT = Path(__file__).parents[2]
