@@ -262,7 +262,6 @@ def test_act_order_is_paid_by_the_producer(backend: Backend, T: int) -> None:
     assert_close(y, f64(x) @ in_file, sum_bound(f64(x)[:, order], matrix))
 
 
-@pytest.mark.sample(3)
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])
 @pytest.mark.parametrize("T", [1, 8, 20, 64])
 def test_other_architectures(arch: int, T: int) -> None:
