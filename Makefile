@@ -3,16 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test matrix browser lint notebook clean
+.PHONY: demo kernels-demo test whole matrix browser lint notebook clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
 	@$(BIN)/exl generate "Once upon a time" --max-tokens 200 --temperature 0
 
-test: .venv/installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEs --durations=15 -m "not matrix and not browser"
+# Of the largest families of cases a sample, another one for each commit: docs/testing.md.
+SAMPLE := $(shell git rev-parse --short HEAD 2> /dev/null || echo none)
 
-# Every variant of every kernel for every architecture: what `make test` takes a sample of. About ten minutes.
+test: .venv/installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -rfEs --durations=15 --sample $(SAMPLE) -m "not matrix and not browser and not slow"
+
+# What `make test` takes a sample of: all of it.
+whole: .venv/installed-test matrix
+	$(BIN)/python -m pytest -n 2 --dist worksteal -rfEs -m "not matrix and not browser"
+
+# Every variant of every kernel, compiled for every architecture.
 matrix: .venv/installed-test
 	$(BIN)/python -m pytest -rfEs -m matrix
 
@@ -23,6 +30,10 @@ browser: .venv/installed-browser
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The bundled model through the CUDA sources, compiled by g++ for this CPU: word for word as through torch.
+kernels-demo: .venv/installed
+	@$(BIN)/python -m scripts.kernels_demo
 
 # Runs examples/quickstart.ipynb and saves it with its outputs.
 notebook: .venv/installed-test

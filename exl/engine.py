@@ -79,10 +79,11 @@ def load_engine(
     *,
     dependent: bool = True,
     graphs: bool = True,
+    cpu: Target | None = None,
 ) -> Engine:
     """Plans, then loads. ``backend``: where kernels run (default: what ``options`` ask for and the machine has).
-    ``dependent``, ``graphs``: see ``build_engine``. Raises ``ExlError``; ``MemoryBudgetError`` before anything is
-    allocated."""
+    ``dependent``, ``graphs``: see ``build_engine``. ``cpu``: how weights lie on the CPU (default: as this torch's
+    kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
     with open_model(folder, options.head) as files:
@@ -102,7 +103,7 @@ def load_engine(
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
 
-        return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs)
+        return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
 
 
 def build_engine(
@@ -111,12 +112,17 @@ def build_engine(
     backend: Backend | None,
     load: Callable[[Ops, MemoryPlan], ModelWeights],
     *,
+    cpu: Target | None = None,
     dependent: bool = True,
     graphs: bool = True,
 ) -> Engine:
-    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU. ``dependent``: see
-    ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the backend can."""
-    target = cpu_target() if backend is None else Target("cuda", None, backend.arch, backend.num_multiprocessors)
+    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU, ``cpu`` as for
+    ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the
+    backend can."""
+    if backend is not None:
+        target = Target("cuda", None, backend.arch, backend.num_multiprocessors)
+    else:
+        target = cpu_target() if cpu is None else cpu
     with ExitStack() as stack:
         plan, model = plan_model(files, options, target)
         if backend is not None:

@@ -45,7 +45,7 @@ class Completion:
     finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
     num_prompt_tokens: int
     num_reused_tokens: int  # of the prompt: taken from the cache instead of computed
-    seed: int  # the one that was used: the same request with it gives the same text
+    seed: int  # the one that was used: the same request with it gives the same text on the same machine
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each of token_ids; None unless top_logprobs was given

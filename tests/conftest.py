@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import hashlib
+import os
 import signal
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -8,12 +11,16 @@ import torch
 
 from tests.host import backends
 
-# Tiny matrices: a second thread only waits, and on a busy machine it waits for milliseconds at every barrier.
+# Tiny matrices: a second thread only waits, and on a busy machine it waits for milliseconds at every barrier. Of the
+# processes that tests start as well.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A test run that was started in the background ignores Ctrl-C; tests that raise it for themselves must be heard.
 if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+ASAN_ONE_IN = 4  # of what a test runs under AddressSanitizer, beside the race detector
 
 # Packages that only tests import. A machine that lacks one skips the modules that need it, and collects the others.
 TEST_ONLY = frozenset(
@@ -27,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-gpu", action="store_true", help="tests for a GPU fail, instead of being skipped, without one"
     )
     group.addoption("--kernel-cache", type=Path, metavar="FOLDER", help="compiled kernels (default: the user's cache)")
+    group.addoption(
+        "--sample",
+        metavar="SEED",
+        help="run one in n of the cases that a test marked sample(n) has, drawn by SEED, and one in "
+        f"{ASAN_ONE_IN} under AddressSanitizer; at least one of each test and build. Default: all",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,3 +64,43 @@ def missing_package(error: BaseException | None) -> str | None:
             return error.name.partition(".")[0]
         error = error.__cause__ or error.__context__
     return None
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--sample")
+    return None if seed is None else f"a sample of the marked cases: pytest --sample {seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--sample")
+    if seed is None:
+        return
+    left_out = set(items) - drawn(items, seed)
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+
+
+def drawn(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
+    """What a sample runs. Cases of one test in one build are drawn together, so that no test is without one."""
+    groups: dict[tuple[str, str, int], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        build = build_of(item)
+        marker = item.get_closest_marker("sample")
+        one_in = 1 if marker is None or item.get_closest_marker("gpu") else marker.args[0]
+        if build == "asan" and not item.path.name.startswith("test_shim_"):  # those show what each build finds
+            one_in = max(one_in, ASAN_ONE_IN)
+        groups[item.nodeid.split("[")[0], build, one_in].append(item)
+    found = set()
+    for (_, _, one_in), group in groups.items():
+        group.sort(key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
+        found.update(group[: -(-len(group) // one_in)])
+    return found
+
+
+def build_of(item: pytest.Item) -> str:
+    """The shim's build that a case runs on, or ""."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return next((value for name in ("mode", "backend") if (value := params.get(name)) in ("race", "asan", "plain")), "")

@@ -32,7 +32,7 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens that sum to p.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Only tokens p times as likely as the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers, on the same machine.")] = None,
     device: Device = "auto",
     vram: Vram = None,
     ram: Ram = None,

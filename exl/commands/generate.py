@@ -34,7 +34,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens that sum to p.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Only tokens p times as likely as the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, on the same machine.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,
     device: Device = "auto",
     vram: Vram = None,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import os
 import platform
 import subprocess
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from exl.errors import KernelError
@@ -141,24 +139,3 @@ def prune() -> None:
     if len(files) > MAX_FILES:
         for path in sorted(files, key=lambda path: path.stat().st_mtime)[: len(files) // 2]:
             path.unlink(missing_ok=True)
-
-
-# ---- compiling ahead -------------------------------------------------------------------------------------------------
-
-_ahead: dict[tuple[KernelSpec, str], Future[Path]] = {}
-_pool = ThreadPoolExecutor(max_workers=1)
-atexit.register(_pool.shutdown, wait=False, cancel_futures=True)
-
-
-def build_ahead(spec: KernelSpec, mode: str) -> None:
-    """Starts to compile one of exl's kernels on the other core; ``built`` takes it from there."""
-    if (spec, mode) not in _ahead:
-        _ahead[spec, mode] = _pool.submit(build, spec, mode)
-
-
-def built(spec: KernelSpec, mode: str, folder: Path | None = None, extra: tuple[str, ...] = ()) -> Path:
-    """``build``, or the result of one that was started ahead."""
-    future = None if folder or extra else _ahead.get((spec, mode))
-    if future is None or future.cancel():
-        return build(spec, mode, folder, extra)
-    return future.result()

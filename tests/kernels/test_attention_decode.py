@@ -164,6 +164,7 @@ def also_on_a_gpu(*cases: tuple) -> list:
     return [("race", *case) for case in cases] + [pytest.param("cupy", *case, marks=pytest.mark.gpu) for case in cases]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("mode", "kind", "D"), also_on_a_gpu(*HEAD_DIMS, *EIGHTS))
 def test_head_sizes(mode: str, kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (150, 70), (1, 2), seed=D)
@@ -260,6 +261,7 @@ ARCH_KINDS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("mode", "arch", "kind", "H"), ARCH_KINDS)
 def test_a_rows_bits_depend_on_nothing_else(mode: str, arch: int, kind: str, H: int) -> None:
     """Alone, in a batch, and as the first or last of up to 8 new tokens."""

@@ -49,6 +49,7 @@ def test_chunks(backend: Backend, kind: str, length: int, new: int) -> None:
 EIGHTS = [("q8", 8), ("q4", 24), ("f16", 40), ("q8", 72), ("k8v4", 120)]  # V ends with half a tile
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("mode", "kind", "D"), also_on_a_gpu(*HEAD_DIMS, *EIGHTS))
 def test_head_sizes(mode: str, kind: str, D: int) -> None:
     case = Case(kind, D, 2, 1, (100, 70), (20, 33), seed=D)

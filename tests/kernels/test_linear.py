@@ -79,6 +79,7 @@ def shape_name(shape: tuple) -> str:
     return f"{bits}bits-{K}x{N}-g{group_size}-{'sym' if symmetric else 'zeros'}"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mode", "shape"),
     [
@@ -122,6 +123,7 @@ def test_is_more_exact_than_dequantizing_to_f16(bits: int, T: int) -> None:
 # ---- one row, whatever runs it -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("bits", "group_size", "arch"),
     [(4, 128, 75), (4, 128, 86), (4, 128, 90), (4, -1, 86), (3, 64, 86), (2, 128, 75), (8, 32, 86)],
@@ -273,6 +275,7 @@ def test_other_architectures(arch: int, T: int) -> None:
         assert_close(run(backend, weight, x, 40), f64(x) @ dequantize(matrix), sum_bound(f64(x), matrix))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("T", [3, 8])
 @pytest.mark.parametrize("row_tiles", [1, 2, 4])
 def test_several_row_tiles_a_warp(backend: Backend, T: int, row_tiles: int) -> None:

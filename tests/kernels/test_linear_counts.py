@@ -33,6 +33,7 @@ def inner_loop(num_tokens: int, arch: int, layout: TileLayout = LAYOUT) -> tuple
     return loop, num_tiles
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("num_tokens", "most"), [(1, 60), (8, 60), (16, 68), (64, 106)])
 def test_instructions_a_tile(num_tokens: int, most: int, arch: int) -> None:
@@ -40,6 +41,7 @@ def test_instructions_a_tile(num_tokens: int, most: int, arch: int) -> None:
     assert len(loop) / num_tiles <= most, dict(loop.histogram())
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("K", "N"), [(4096, 12288), (4096, 22016), (11008, 4096), (8192, 57344), (28672, 8192)])
 def test_instructions_a_tile_of_64_tokens_in_models_shapes(K: int, N: int, arch: int) -> None:

@@ -39,6 +39,7 @@ def run(backend: Backend, weight: torch.Tensor, x: torch.Tensor, norm: NormedInp
     return y
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "N"), SHAPES)
 def test_equals_float64_at_every_token_count(backend: Backend, K: int, N: int, dtype: torch.dtype) -> None:
@@ -51,6 +52,7 @@ def test_equals_float64_at_every_token_count(backend: Backend, K: int, N: int, d
             assert (difference <= bound(f64(x), f64(weight))).all()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("arch", [75, 86, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_depend_on_nothing_else(dtype: torch.dtype, arch: int) -> None:

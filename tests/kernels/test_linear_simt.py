@@ -34,6 +34,7 @@ def bound(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (x.shape[1] + 16) * 2.0**-24 * (np.abs(x) @ np.abs(weights))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mode", ["race", "asan"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_float64_and_rows_do_not_depend_on_the_batch(mode: str, shape: tuple) -> None:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,12 +16,13 @@ from exl.commands.bench import bench
 from exl.errors import ConfigError, KernelError
 from exl.hub import BUNDLED_MODEL
 from exl.planning import EngineOptions
+from tests.command_line import run_exl
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "exl.cli", "bench", *args], capture_output=True, text=True)
+    return run_exl("bench", *args)
 
 
 @pytest.fixture(scope="module")

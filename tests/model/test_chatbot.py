@@ -14,6 +14,7 @@ from pexpect import EOF
 
 import exl
 from exl.chat_session import SETTINGS, ChatSession
+from tests.command_line import run_exl
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +131,7 @@ def test_in_a_pipe(command):
     ],
 )
 def test_bad_options_are_one_line(args, words):
-    done = subprocess.run([sys.executable, "-m", "exl.cli", "chat", *args], input="", capture_output=True, text=True)
+    done = run_exl("chat", *args)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,14 @@ import exl
 from exl.errors import ConfigError
 from exl.evaluate import evaluate, read_documents
 from exl.hub import BUNDLED_MODEL
+from tests.command_line import run_exl
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = DATA / "tinystories-valid-30k.txt"
 
 
 def run(*args: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "exl.cli", "eval", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_exl("eval", *args)
 
 
 def test_the_published_loss_of_the_dense_model():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from exl.layout import KV_BITS, Target
 from exl.memory import Tier, format_bytes, parse_bytes
 from exl.planning import EngineOptions, open_model, plan_model
 from exl.sampling import SamplingParams
+from tests.command_line import run_exl
 from tests.model.hf_models import CASES, build, save
 from tests.model.test_quantized import make
 
@@ -179,11 +178,11 @@ def test_the_command_prints_the_plan_without_reading_weights(tmp_path):
     with open(folder / "model.safetensors", "wb") as file:
         file.write(data[:header])
         file.truncate(len(data))
-    command = [sys.executable, "-m", "exl.cli", "plan", str(folder), "--ram", "1GB", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_exl("plan", folder, "--ram", "1GB", "--json")
+    assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["num_bytes"] == plan(STORIES, ram="1GB").num_bytes
     assert told["fits"] is True
-    table = subprocess.run(command[:-1], capture_output=True, text=True, check=True).stdout
+    table = run_exl("plan", folder, "--ram", "1GB").stdout
     assert "KV cache" in table
     assert "budget" in table

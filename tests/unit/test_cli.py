@@ -10,20 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import run_exl as exl
+
 DATA = Path(__file__).parents[1] / "data"
 STORIES = DATA / "stories260K"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine a second thread waits at every barrier
 
 
-def exl(*args: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:
-    stdin = stdin.encode() if isinstance(stdin, str) else stdin
+def in_a_process(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "exl.cli", *args]
-    done = subprocess.run(command, input=stdin, capture_output=True, timeout=120, env=ONE_THREAD)
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, env=ONE_THREAD
+    )
 
 
-def generate(*args: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:
-    return exl("generate", *args, "--model", str(STORIES), stdin=stdin)
+def generate(*args: str, stdin: str | bytes = b"", run=exl) -> subprocess.CompletedProcess[str]:
+    more = {"stdin": stdin} if stdin else {}
+    return run("generate", *args, "--model", str(STORIES), **more)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -36,7 +39,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -
 
 
 def test_text_on_standard_output_and_nothing_else():
-    done = generate("Once upon a time", "--max-tokens", "12", "--temperature", "0")
+    done = generate("Once upon a time", "--max-tokens", "12", "--temperature", "0", run=in_a_process)
     assert done.returncode == 0
     assert done.stdout == ", there was a little girl named Lily. She\n"
     assert "12 tokens" in done.stderr
@@ -101,6 +104,12 @@ def test_no_tokens_asked_for():
 )
 def test_bad_options(args, words):
     assert_one_line_error(generate("A rather long prompt", *args), *words)
+
+
+def test_a_process_ends_with_the_same_line_and_status():
+    told, alone = generate("--top-p", "0"), generate("--top-p", "0", run=in_a_process)
+    assert_one_line_error(alone, "top_p")
+    assert (alone.returncode, alone.stderr) == (told.returncode, told.stderr)
 
 
 def test_bad_models(tmp_path):
@@ -185,6 +194,6 @@ def test_packed_copies_are_listed_and_cleared(tmp_path):
 
 
 def test_help_names_the_commands():
-    done = exl("--help")
+    done = in_a_process("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("generate", "plan", "quantize", "packed", "info"))

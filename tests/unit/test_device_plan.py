@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -25,6 +23,7 @@ from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout, tile_layou
 from exl.memory import MemoryPlan, Placement, PlanLine, Tier, format_bytes
 from exl.plan_html import COLORS
 from exl.planning import EngineOptions, open_model, plan_model
+from tests.command_line import run_exl
 
 SM86 = Target("cuda", arch=86)
 GB = 10**9
@@ -252,13 +251,14 @@ def test_a_group_that_no_kernel_takes_is_named():
 
 
 def test_the_command_prints_a_hypothetical_card(folders):
-    command = [sys.executable, "-m", "exl.cli", "plan", str(folders["70b"]), "--vram", "24GB,24GB", "--ram", "32GB"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    command = ["plan", folders["70b"], "--vram", "24GB,24GB", "--ram", "32GB"]
+    done = run_exl(*command, "--json")
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"]
     assert found["budgets"] == {"cuda:0": 24 * GB, "cuda:1": 24 * GB, "ram": 32 * GB}
     assert found["layers"] == {"resident": 80, "pinned": 0, "disk": 0}
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table = run_exl(*command).stdout
     assert "resident layers" in table
     assert "cuda:1" in table
     assert table.count("fits") == 3
@@ -300,8 +300,7 @@ def test_a_bar_that_is_too_long_says_so_and_text_is_escaped():
 
 
 def test_the_function_and_the_command_agree(folders):
-    command = [sys.executable, "-m", "exl.cli", "plan", str(folders["7b"]), "--vram", "6GB", "--kv-cache", "q4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_exl("plan", folders["7b"], "--vram", "6GB", "--kv-cache", "q4")
     assert done.stdout == exl.plan(folders["7b"], vram="6GB", kv_cache="q4").table() + "\n"
 
 
