@@ -8,7 +8,7 @@
 //   y, bias, sumsq_out, permuted, positions, scale            epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps, warp s takes slice s of K for the same kR row tiles; grid: ceil(tiles / kR). Weights come through a
-// private ring a lane; activations are staged a warp at a time, `x_stages` stages of the warp's slice at once (all of it, or
+// ring a warp; activations are staged a warp at a time, `x_stages` stages of the warp's slice at once (all of it, or
 // a multiple of kStages, so that each chunk starts at slot 0), real rows only. No block barrier before the slices are done; they
 // add up in a balanced tree. Shared bytes: max(8 rings + 8 * num_tokens * x_stages * kStageK * 2, kR * 4096); see
 // exl/kernels/linear_config.py.

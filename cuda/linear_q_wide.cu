@@ -10,7 +10,7 @@
 //
 // Block: 8 warps of kR row tiles each; grid: (EXL_SPREAD, ceil(tiles / (8 kR))), so that the blocks that share rows run
 // together and find each other's sums in L2. Block x takes 8 / EXL_SPREAD slices of K; the last one to arrive adds the
-// partial sums in tree order (the counter is the only atomic). Weights come through a private ring a lane; activations
+// partial sums in tree order (the counter is the only atomic). Weights come through a ring a warp; activations
 // `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way
 // meanwhile. Slices add up as a binary counter carries. Shared bytes: 8 rings, then
 // EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear_config.py.
