@@ -44,13 +44,13 @@ MODELS: dict[str, tuple[tuple[str, int, int], ...]] = {
 
 def random_weight(layout: TileLayout, device: torch.device) -> TiledWeight:
     codes = torch.randint(-(2**31), 2**31, layout.codes_shape, dtype=torch.int32, device=device)
-    scales = torch.full(layout.scales_shape, 0.01, dtype=torch.float16, device=device)
-    zeros = torch.randint(0, 256, layout.zeros_shape, dtype=torch.uint8, device=device)
-    return TiledWeight(layout, codes, scales, zeros, None)
+    qparams = torch.randint(0, 256, layout.qparams_shape, dtype=torch.uint8, device=device)
+    qparams[..., : 32 * layout.block_units].view(torch.float16).fill_(0.01)  # scales come first
+    return TiledWeight(layout, codes, qparams, None)
 
 
 def weight_bytes(weight: TiledWeight) -> int:
-    return sum(t.numel() * t.element_size() for t in (weight.codes, weight.scales, weight.zeros))
+    return sum(t.numel() * t.element_size() for t in (weight.codes, weight.qparams))
 
 
 def exl_us(backend: Backend, weight: TiledWeight, num_tokens: int, N: int, scratch: Scratch, timer: Timer) -> float:

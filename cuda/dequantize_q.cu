@@ -1,7 +1,8 @@
 // dequantize_q: a panel of a quantized matrix as f16 or bf16, row major, for a matrix product by cuBLAS.
 //
-//   codes, scales, zeros, group_units   as in linear_q.cu
-//   y          f16 or bf16 (EXL_BF16) [16 * panel tiles, K]: scale * (code - zero), rounded once, rows in the tiles' order;
+//   codes, qparams, group_units   as in linear_q.cu
+//   y          f16 or bf16 (EXL_BF16) [16 * panel tiles, K]: scale * (code - zero), exact in f32 but for scales in f32,
+//              then rounded once, rows in the tiles' order;
 //              gated: rows 0..7 of all tiles first, then rows 8..15 of all tiles (gate above up)
 //   first_tile first tile of the panel; the grid's y is their number
 //
@@ -23,38 +24,37 @@ EXL_DEVICE u32 scaled_pair(u32 pair, float scale) {
 }
 
 EXL_KERNEL(dequantize_q, 256, 2)
-(const u32* __restrict__ codes, const void* __restrict__ scales, const u8* __restrict__ zeros, Out* y, int K, int num_groups,
- int group_units, int first_tile, int gated) {
+(const u32* __restrict__ codes, const u8* __restrict__ qparams, Out* y, int K, int num_tiles, int num_blocks, int group_units,
+ int first_tile, int gated) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const int num_stages = (K + kStageK - 1) / kStageK;
   const int stage = static_cast<int>(blockIdx.x) * 8 + warp, tile = first_tile + static_cast<int>(blockIdx.y);
   if (stage >= num_stages) return;
-  const uint4* src = reinterpret_cast<const uint4*>(codes) + (static_cast<size_t>(tile) * num_stages + stage) * (kLoads * 32) + lane;
+  const TiledMatrix matrix{codes, qparams, num_tiles, num_stages, num_blocks, group_units};
+  const uint4* src = matrix.codes_of(tile, stage) + lane;
   u32 words[kLoads * 4];
   EXL_UNROLL
-  for (int i = 0; i < kLoads; ++i) {
-    const uint4 v = src[i * 32];
-    words[i * 4] = v.x; words[i * 4 + 1] = v.y; words[i * 4 + 2] = v.z; words[i * 4 + 3] = v.w;
+  for (int i = 0; i < kLoads; ++i) read_words<16>(words + i * 4, reinterpret_cast<const u8*>(src + i * 32));
+  QParams now;
+  EXL_UNROLL
+  for (int q = 0; q < kBlocks; ++q) {
+    BlockWalk walk;
+    walk.start(matrix, tile, stage, q);
+    now.read_block(q, walk.block, g);
   }
-  const size_t meta_at = static_cast<size_t>(tile) * num_groups * 8;
-  MetaStream stream;
-  Meta meta;
-  stream.start(static_cast<const u32*>(scales) + meta_at, kSymmetric ? nullptr : zeros + meta_at * kZeroBytes, stage, group_units, g);
-  stream.load(meta, 0, group_units);
 
   const int panel_tile = static_cast<int>(blockIdx.y), half_rows = 8 * static_cast<int>(gridDim.y);
   const int row_lo = gated ? panel_tile * 8 + g : panel_tile * 16 + g, row_hi = gated ? half_rows + row_lo : row_lo + 8;
   EXL_UNROLL
   for (int b = 0; b < kStageK / 32; ++b) {          // 32 inputs: 8 of each row for a lane, 16 bytes
     const int unit = b * 32 / kUnitK, k = stage * kStageK + b * 32 + 8 * t;
-    const half2 scale = bits_half2(meta.scale[unit]);
-    const float lo = __low2float(scale), hi = __high2float(scale);
-    const Q::Zero zero = Q::zero(kSymmetric ? symmetric_zero() : meta.zero[unit]);
+    const float2 scale = now.scale(unit);
+    const Q::Zero zero = now.zero(unit);
     const FragA a = Q::fragment(words, b / 2, b % 2 * 2, zero), c = Q::fragment(words, b / 2, b % 2 * 2 + 1, zero);
     if (k >= K) continue;                           // padding
     *reinterpret_cast<uint4*>(y + static_cast<size_t>(row_lo) * K + k) =
-        make_uint4(scaled_pair(a.r[0], lo), scaled_pair(a.r[2], lo), scaled_pair(c.r[0], lo), scaled_pair(c.r[2], lo));
+        make_uint4(scaled_pair(a.r[0], scale.x), scaled_pair(a.r[2], scale.x), scaled_pair(c.r[0], scale.x), scaled_pair(c.r[2], scale.x));
     *reinterpret_cast<uint4*>(y + static_cast<size_t>(row_hi) * K + k) =
-        make_uint4(scaled_pair(a.r[1], hi), scaled_pair(a.r[3], hi), scaled_pair(c.r[1], hi), scaled_pair(c.r[3], hi));
+        make_uint4(scaled_pair(a.r[1], scale.y), scaled_pair(a.r[3], scale.y), scaled_pair(c.r[1], scale.y), scaled_pair(c.r[3], scale.y));
   }
 }

@@ -2,15 +2,14 @@
 // (exl/kernels/tile_layout.py), on tensor cores; sm_75 and up.
 //
 //   codes       u32 [tiles][stages][planes][32 lanes][4]      tiles = ceil(rows / 16), stages = ceil(K / kStageK)
-//   scales      f16 [tiles][groups][8][2]                     rows g and g + 8 side by side
-//   zeros       u8 (8 bits: u16) [tiles][groups][8]           null where EXL_SYM is 1
+//   qparams     u8 [tiles][num_blocks][kBlockBytes]           scales and zero points: tile.cuh
 //   group_units stretches of 128 inputs a group; used where EXL_GROUP is 0
 //   x, sumsq, norm, eps                                       activations.cuh; `input` names the kind
 //   y, bias, sumsq_out, permuted, positions, scale            epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps, warp s takes slice s of K for the same kR row tiles; grid: ceil(tiles / kR). Weights come through a
-// private ring a lane; activations are staged a warp at a time, `x_stages` stages of the warp's slice at once (a multiple
-// of kStages, so that each chunk starts at slot 0), real rows only. No block barrier before the slices are done; they
+// ring a warp; activations are staged a warp at a time, `x_stages` stages of the warp's slice at once (all of it, or
+// a multiple of kStages, so that each chunk starts at slot 0), real rows only. No block barrier before the slices are done; they
 // add up in a balanced tree. Shared bytes: max(8 rings + 8 * num_tokens * x_stages * kStageK * 2, kR * 4096); see
 // exl/kernels/linear_config.py.
 //
@@ -37,19 +36,18 @@ template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Inp
 }
 
 EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
-(const u32* __restrict__ codes, const void* __restrict__ scales, const u8* __restrict__ zeros,
- const float* __restrict__ bias, const void* __restrict__ x, const float* __restrict__ sumsq,
- const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
- int N, int num_tiles, int num_groups, int group_units, int num_tokens, int input, int x_stride, int x_stages,
+(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const void* __restrict__ x,
+ const float* __restrict__ sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
+ int N, int num_tiles, int num_blocks, int group_units, int num_tokens, int input, int x_stride, int x_stages,
  int epilogue, int out_type, int y_stride, float eps, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);   // [8 warps] ring, then [8 warps][num_tokens][x_stages * kStageK] activations
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0), g = lane / 4, t = lane % 4;
   const int num_stages = (K + kStageK - 1) / kStageK;
   const int first = slice_start(warp, num_stages), last = slice_start(warp + 1, num_stages);
   const int tile0 = static_cast<int>(blockIdx.x) * kR;
 
   Weights weights;
-  weights.start(smem, warp, lane, codes, scales, zeros, tile0, num_tiles, num_stages, num_groups, group_units, first, last);
+  weights.start(smem, warp, lane, {codes, qparams, num_tiles, num_stages, num_blocks, group_units}, tile0, first, last);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();   // from here on: what the kernels before this one wrote
 
@@ -69,7 +67,7 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
   }
 
   const int pitch = x_stages * kStageK, row = g < num_tokens ? g : num_tokens - 1;   // columns past the end: not stored
-  half* s_x = reinterpret_cast<half*>(smem + kWarps * WeightRing::kWarpBytes) + warp * num_tokens * pitch;
+  half* s_x = reinterpret_cast<half*>(smem + kWarps * Ring::kWarpBytes) + warp * num_tokens * pitch;
   const half* x0 = s_x + row * pitch + swizzled_chunk(t, row) * 8;
   const half* x1 = s_x + row * pitch + swizzled_chunk(4 + t, row) * 8;
   float acc[kR][1][4] = {};
@@ -81,7 +79,7 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
     else if (input == kBfloatInput) stage_slice<kBfloatInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else stage_slice<kNormedInput>(s_x, pitch, in, k0, num_k, factor, lane);
     __syncwarp();
-    weights.multiply<1>(acc, chunk, stop, last, group_units, x0, x1, 0, kStageK);
+    weights.multiply<1>(acc, chunk, stop, x0, x1, 0, kStageK);
   }
   if (input == kBfloatInput) {
     const float even = out_of_range(__shfl_sync(kAllLanes, largest, 2 * t)), odd = out_of_range(__shfl_sync(kAllLanes, largest, 2 * t + 1));

@@ -2,7 +2,7 @@
 // sm_72): the same weights, slices of K and epilogues as linear_q.cu. It never touches f16 units: those of sm_61 run at
 // 1/64 of the f32 rate.
 //
-//   codes, scales, zeros, group_units                as in linear_q.cu
+//   codes, qparams, group_units                      as in linear_q.cu
 //   x, sumsq, norm, eps                              activations.cuh; `input` names the kind; never rounded to f16
 //   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //
@@ -48,13 +48,13 @@ template <int kKind> EXL_DEVICE void stage_slice(float* s_x, int pitch, const In
 }
 
 // acc[token][0: row g, 1: row g + 8] += one stage; x: a lane's inputs 8t .. of the stage's first 32, token 0.
-EXL_DEVICE void multiply_stage_simt(float (&acc)[kTokens][2], const u32 (&codes)[kLoads * 4], const Meta& meta, const float* x, int pitch) {
+EXL_DEVICE void multiply_stage_simt(float (&acc)[kTokens][2], const u32 (&codes)[kLoads * 4], const QParams& qparams, const float* x, int pitch) {
   float part[kTokens][2] = {}, zero[2] = {};
   EXL_UNROLL
   for (int b = 0; b < kStageK / 32; ++b) {   // 32 inputs, 8 of them this lane's
     const int unit = b * 32 / kUnitK;
     if (b * 32 % kUnitK == 0) {
-      const u32 packed = kSymmetric ? symmetric_zero() : meta.zero[unit];
+      const u32 packed = qparams.packed_zeros(unit);
       zero[0] = biased_zero(packed, 0);
       zero[1] = biased_zero(packed, 1);
       EXL_UNROLL
@@ -77,22 +77,20 @@ EXL_DEVICE void multiply_stage_simt(float (&acc)[kTokens][2], const u32 (&codes)
       }
     }
     if ((b + 1) * 32 % kUnitK == 0) {
-      const half2 scale = bits_half2(meta.scale[unit]);
-      const float lo = __low2float(scale), hi = __high2float(scale);
+      const float2 scale = qparams.scale(unit);
       EXL_UNROLL
       for (int i = 0; i < kTokens; ++i) {
-        acc[i][0] = fmaf(lo, part[i][0], acc[i][0]);
-        acc[i][1] = fmaf(hi, part[i][1], acc[i][1]);
+        acc[i][0] = fmaf(scale.x, part[i][0], acc[i][0]);
+        acc[i][1] = fmaf(scale.y, part[i][1], acc[i][1]);
       }
     }
   }
 }
 
 EXL_KERNEL(linear_q_simt, 256, 1)
-(const u32* __restrict__ codes, const void* __restrict__ scales, const u8* __restrict__ zeros,
- const float* __restrict__ bias, const void* __restrict__ x, const float* __restrict__ sumsq,
- const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
- int N, int num_tiles, int num_groups, int group_units, int num_tokens, int input, int x_stride, int x_stages,
+(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const void* __restrict__ x,
+ const float* __restrict__ sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
+ int N, int num_tiles, int num_blocks, int group_units, int num_tokens, int input, int x_stride, int x_stages,
  int epilogue, int out_type, int y_stride, float eps, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);   // [8 warps][num_tokens][x_stages * kStageK] activations
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, t = lane % 4;
@@ -100,7 +98,7 @@ EXL_KERNEL(linear_q_simt, 256, 1)
   const int first = slice_start(warp, num_stages), last = slice_start(warp + 1, num_stages);
 
   Weights weights;
-  weights.start(smem, warp, lane, codes, scales, zeros, tile, num_tiles, num_stages, num_groups, group_units, first, last);
+  weights.start(smem, warp, lane, {codes, qparams, num_tiles, num_stages, num_blocks, group_units}, tile, first, last);
 
   const Input in{x, sumsq, norm, eps, K, x_stride, num_tokens};
   float factor = 1.0f;
@@ -123,15 +121,11 @@ EXL_KERNEL(linear_q_simt, 256, 1)
     __syncwarp();
     for (int stage = chunk; stage < stop; ++stage) {
       u32 r_codes[1][kLoads * 4];
-      weights.ring.take(r_codes, 0);
-      const Meta meta = weights.next[0];
-      if (stage + 1 < last) {
-        weights.ring.fetch(0, 0);
-        weights.ring.advance(1);
-        weights.stream[0].advance(1);
-        weights.stream[0].load(weights.next[0], 0, group_units);
-      }
-      multiply_stage_simt(acc, r_codes[0], meta, s_x + (stage - chunk) * kStageK + 8 * t, pitch);
+      QParams qparams_now[1];
+      weights.ring.take(r_codes, qparams_now, 0);
+      weights.ring.fetch(0, 0);
+      weights.ring.advance(1);
+      multiply_stage_simt(acc, r_codes[0], qparams_now[0], s_x + (stage - chunk) * kStageK + 8 * t, pitch);
     }
   }
   EXL_UNROLL

@@ -1,6 +1,6 @@
 // linear_q_wide: y = x W (+ bias) for 9 to 64 tokens, the same weights and the same bits a row as linear_q.cu.
 //
-//   codes, scales, zeros   as in linear_q.cu
+//   codes, qparams, group_units   as in linear_q.cu
 //   x          f16 [num_tokens, x_stride]; stride and K: multiples of 8
 //   x_scale    f32 [num_tokens, 8], or null: what a token's sum over a slice is multiplied by (round_activations.cu
 //              brought bf16 into f16's range)
@@ -10,7 +10,7 @@
 //
 // Block: 8 warps of kR row tiles each; grid: (EXL_SPREAD, ceil(tiles / (8 kR))), so that the blocks that share rows run
 // together and find each other's sums in L2. Block x takes 8 / EXL_SPREAD slices of K; the last one to arrive adds the
-// partial sums in tree order (the counter is the only atomic). Weights come through a private ring a lane; activations
+// partial sums in tree order (the counter is the only atomic). Weights come through a ring a warp; activations
 // `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way
 // meanwhile. Slices add up as a binary counter carries. Shared bytes: 8 rings, then
 // EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear_config.py.
@@ -130,24 +130,23 @@ EXL_DEVICE void scale_slice(Sums& acc, const float* x_scale, int slice, int num_
 }
 
 EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
-(const u32* __restrict__ codes, const void* __restrict__ scales, const u8* __restrict__ zeros,
- const float* __restrict__ bias, const half* __restrict__ x, const float* __restrict__ x_scale, void* y,
+(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const half* __restrict__ x, const float* __restrict__ x_scale, void* y,
  float* sumsq_out, float* permuted, const i32* __restrict__ positions, float* partial, u32* arrived, int K, int N,
- int num_tiles, int num_groups, int group_units, int num_tokens, int x_stride, int x_stages, int epilogue, int out_type,
+ int num_tiles, int num_blocks, int group_units, int num_tokens, int x_stride, int x_stages, int epilogue, int out_type,
  int y_stride, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = __shfl_sync(kAllLanes, tid / 32, 0), g = lane / 4, t = lane % 4;
   const int num_stages = (K + kStageK - 1) / kStageK;
   const int slice0 = static_cast<int>(blockIdx.x) * kSlicesHere;
   const int first = slice_start(slice0, num_stages), last = slice_start(slice0 + kSlicesHere, num_stages);
   const int tile0 = (static_cast<int>(blockIdx.y) * kWarps + warp) * kR;
 
   Weights weights;
-  weights.start(smem, warp, lane, codes, scales, zeros, tile0, num_tiles, num_stages, num_groups, group_units, first, last);
+  weights.start(smem, warp, lane, {codes, qparams, num_tiles, num_stages, num_blocks, group_units}, tile0, first, last);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();   // from here on: what the kernels before this one wrote
 
-  half* s_x = reinterpret_cast<half*>(smem + kWarps * WeightRing::kWarpBytes);
+  half* s_x = reinterpret_cast<half*>(smem + kWarps * Ring::kWarpBytes);
   InputCopy inputs;
   inputs.start(s_x, x, x_stride, num_tokens, K, num_stages, tid);
   inputs.clear(x_stages * kBuffers);
@@ -162,7 +161,7 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
     const int slice_stop = slice_start(slice0 + slice + 1, num_stages);
     while (chunks.start < slice_stop) {
       const int start = chunks.start, stop = chunks.stop;
-      weights.ring.turn_to(smem, warp, lane, start - first);
+      weights.ring.turn_to(start - first);
       chunks.next(last);
       if constexpr (kBuffers == 2) {
         if (before >= kAhead) cp_async_wait_group<kAhead - 1>();   // they are older than the weights on their way
@@ -178,7 +177,7 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
         __syncthreads();
       }
       const half* s_now = s_x + buffer * x_stages * kRows * kStageK;
-      weights.multiply<kNT>(acc, start, stop, last, group_units, s_now + offset0, s_now + offset1, 8 * kStageK, kRows * kStageK);
+      weights.multiply<kNT>(acc, start, stop, s_now + offset0, s_now + offset1, 8 * kStageK, kRows * kStageK);
       buffer = kBuffers - 1 - buffer;
     }
     if (x_scale != nullptr) scale_slice(acc, x_scale, slice0 + slice, num_tokens, t);

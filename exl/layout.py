@@ -57,6 +57,7 @@ class MatrixSpec:
     has_bias: bool = False
     order_key: str | None = None  # digest of the act-order permutation; None: groups are contiguous already
     symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
+    scale_dtype: str = "f16"  # quantized: the file's type of scales, which layouts keep
 
     @property
     def quantized(self) -> bool:
@@ -64,7 +65,8 @@ class MatrixSpec:
 
     @property
     def num_groups(self) -> int:
-        return self.K // self.group_size if self.quantized else 0
+        """The last one may be shorter."""
+        return -(-self.K // self.group_size) if self.quantized else 0
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,26 @@ class LinearSpec:
         return self.parts[0].order_key
 
     @property
+    def scale_dtype(self) -> str:
+        return self.parts[0].scale_dtype
+
+    @property
     def symmetric(self) -> bool:
         return all(part.symmetric for part in self.parts)
 
 
 def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpec, ...]:
-    """Neighbours that agree in K, bits, type, group and order share a launch; the others stand alone.
+    """Neighbours that agree in K, bits, types, group and order share a launch; the others stand alone.
 
     Order along N is kept, so that outputs lie where an unfused run would put them. ``gated``: they are gate and up.
     """
+
+    def key(part: MatrixSpec) -> tuple:
+        return part.K, part.bits, part.dtype, part.group_size, part.scale_dtype, part.order_key
+
     fused: list[list[MatrixSpec]] = []
     for part in parts:
-        key = (part.K, part.bits, part.dtype, part.group_size, part.order_key)
-        last = fused[-1][-1] if fused else None
-        if last is not None and key == (last.K, last.bits, last.dtype, last.group_size, last.order_key):
+        if fused and key(part) == key(fused[-1][-1]):
             fused[-1].append(part)
         else:
             fused.append([part])
@@ -165,14 +173,14 @@ class LinearLayout:
     """Fields of one packed linear. ``kind`` names the packing:
 
     - ``dense``: weight [N, K] in the file's type
-    - ``int4pack``: codes u8 [N * K / 2] in torch's CPU order, scales f16 [G, N], zeros u8 [G, N] for exact f32
-      panels, and scales_zeros bf16 [G, N, 2] for torch's decode kernel
-    - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales f16 [N, G], zeros u8 [N, G]
+    - ``int4pack``: codes u8 [N * K / 2] in torch's CPU order, scales [G, N], zeros u8 [G, N] for exact f32 panels, and
+      scales_zeros bf16 [G, N, 2] for torch's decode kernel
+    - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales [N, G], zeros u8 [N, G]
 
-    Besides, where the spec has them: bias f32 [N], order i32 [K]. On a GPU:
+    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. On a GPU:
 
     - ``dense``: weight [N, K padded to eights with zeros], bf16 where the GPU's tensor cores take it, f16 otherwise
-    - ``tiles``: codes i32, scales f16, zeros u8 as ``exl/kernels/tile_layout.py`` says; no zeros if symmetric
+    - ``tiles``: codes i32, qparams u8 (scales and zeros) as ``exl/kernels/tile_layout.py`` says
 
     Besides: bias f32 [16 * tiles] in the order of the tiles' rows, positions i32 [K]: where input k is expected.
     """
@@ -195,22 +203,28 @@ def _add_cpu_fields(pack: _FieldPacker, spec: LinearSpec, target: Target) -> str
     if not spec.quantized:
         kind = "dense"
         pack.add("weight", spec.dtype, (N, K))
-    elif spec.bits == 4 and target.int4pack and N % 16 == 0 and spec.group_size in INT4PACK_GROUPS:
+    elif target.int4pack and _fits_int4pack(spec):
         kind = "int4pack"
         pack.add("codes", "u8", (N * K // 2,))
-        pack.add("scales", "f16", (G, N))
+        pack.add("scales", spec.scale_dtype, (G, N))
         pack.add("zeros", "u8", (G, N))
         pack.add("scales_zeros", "bf16", (G, N, 2))
     else:
         kind = "planes"
         pack.add("codes", "u8", (N, K * spec.bits // 8))
-        pack.add("scales", "f16", (N, G))
+        pack.add("scales", spec.scale_dtype, (N, G))
         pack.add("zeros", "u8", (N, G))
     if spec.has_bias:
         pack.add("bias", "f32", (N,))
     if spec.order_key is not None:
         pack.add("order", "i32", (K,))
     return kind
+
+
+def _fits_int4pack(spec: LinearSpec) -> bool:
+    """Whether torch's kernel takes it: 4 bits, whole groups, blocks of 16 outputs."""
+    whole = spec.N % 16 == 0 and spec.K % spec.group_size == 0
+    return spec.bits == 4 and whole and spec.group_size in INT4PACK_GROUPS
 
 
 def _add_cuda_fields(pack: _FieldPacker, spec: LinearSpec, target: Target) -> str:
@@ -223,9 +237,7 @@ def _add_cuda_fields(pack: _FieldPacker, spec: LinearSpec, target: Target) -> st
         kind = "tiles"
         tiles = tile_layout(spec)
         pack.add("codes", "i32", tiles.codes_shape)
-        pack.add("scales", "f16", tiles.scales_shape)
-        if tiles.zeros_shape is not None:
-            pack.add("zeros", "u8", tiles.zeros_shape)
+        pack.add("qparams", "u8", tiles.qparams_shape)
     if spec.has_bias:
         pack.add("bias", "f32", (num_tiles * ROWS,))
     if spec.order_key is not None:
@@ -242,7 +254,7 @@ def tile_layout(spec: LinearSpec) -> TileLayout:
     """How a GPU holds a quantized linear. Raises ``UnsupportedModelError`` for a shape that no kernel takes."""
     num_rows = num_row_tiles(spec) * ROWS if spec.gated else spec.N
     try:
-        return TileLayout(spec.bits, spec.K, num_rows, spec.group_size, spec.symmetric)
+        return TileLayout(spec.bits, spec.K, num_rows, spec.group_size, spec.symmetric, spec.scale_dtype)
     except KernelError as error:
         raise UnsupportedModelError(f"{spec.parts[0].name}: {error}") from None
 

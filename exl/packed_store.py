@@ -21,7 +21,7 @@ from exl.quant_config import QuantConfig
 from exl.user_cache import user_cache_folder
 
 # Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _SAMPLE_BYTES = 64
 _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
 

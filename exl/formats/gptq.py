@@ -1,7 +1,7 @@
 """GPTQ tensors -> ``QuantizedMatrix``. The layout is AutoGPTQ's; ``docs/formats.md`` has it with its traps.
 
 ``qweight`` i32 [K * bits / 32, N], packed along K; ``qzeros`` i32 [G, N * bits / 32], packed along N; ``scales``
-[G, N]; ``g_idx`` i32 [K], optional; ``bias`` [N], optional.
+[G, N]; ``g_idx`` i32 [K], optional; ``bias`` [N], optional. G is ceil(K / group size): the last group may be shorter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.checkpoint import Checkpoint
-from exl.errors import CheckpointError, ExlWarning, UnsupportedModelError
+from exl.errors import CheckpointError, ExlWarning
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
 from exl.layout import MatrixSpec
@@ -57,7 +57,7 @@ class _Shape:
 
     @property
     def num_groups(self) -> int:
-        return self.K // self.group_size
+        return -(-self.K // self.group_size)
 
 
 def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSpec:
@@ -77,6 +77,7 @@ def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSp
         has_bias=f"{name}.bias" in checkpoint.tensors,
         order_key=order_key,
         symmetric=quant.sym,
+        scale_dtype=checkpoint.info(f"{name}.scales").dtype,
     )
 
 
@@ -106,6 +107,7 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
         K=shape.K,
         N=shape.N,
         scales=_read_scales(checkpoint, name),
+        scale_dtype=checkpoint.info(f"{name}.scales").dtype,
         zeros=_read_zeros(checkpoint, name, quant),
         order=shape.order,
         bias=_read_bias(checkpoint, name, shape.N),
@@ -126,12 +128,7 @@ def _read_shape(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> _Shape
     scales = require_tensor(checkpoint, f"{name}.scales", FLOAT_DTYPES, 2)
     one_group = quant.group_size == -1 or quant.group_size >= K
     group_size = K if one_group else quant.group_size
-    if K % group_size:
-        raise UnsupportedModelError(
-            f"{qweight.file}: {name}: {K} inputs in groups of {group_size} leave a shorter last group; "
-            "exl has groups that divide the inputs"
-        )
-    G = K // group_size
+    G = -(-K // group_size)
     reason = f"{K} inputs, group size {quant.group_size} and {quant.bits} bits ({quant.source})"
     expect_shape(scales, (G, N), reason)
     qzeros = require_tensor(checkpoint, f"{name}.qzeros", ("i32",), 2)
@@ -153,7 +150,7 @@ def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int) -> N
     info = require_tensor(checkpoint, f"{name}.g_idx", ("i32",), 1)
     expect_shape(info, (K,), f"{K} inputs")
     g_idx = checkpoint.read(info.name)
-    num_groups = K // group_size
+    num_groups = -(-K // group_size)
     if not g_idx.any() or np.array_equal(g_idx, np.arange(K) // group_size):
         return None
     wrong = np.flatnonzero((g_idx < 0) | (g_idx >= num_groups))
@@ -163,35 +160,28 @@ def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int) -> N
             f"expected 0 to {num_groups - 1}"
         )
     sizes = np.bincount(g_idx, minlength=num_groups)
-    uneven = np.flatnonzero(sizes != group_size)
+    expected = np.full(num_groups, group_size)
+    expected[-1] = K - (num_groups - 1) * group_size
+    uneven = np.flatnonzero(sizes != expected)
     if len(uneven):
+        rest = "each" if K % group_size == 0 else f"each and {expected[-1]} in the last"
         raise CheckpointError(
             f"{info.file}: {info.name}: found {sizes[uneven[0]]} inputs in group {uneven[0]}, expected {group_size} "
-            "in each: the file is damaged"
+            f"in {rest}: the file is damaged"
         )
     return np.argsort(g_idx, kind="stable").astype(np.int32)
 
 
-def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16]:
+def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16] | NDArray[np.float32]:
+    """f16 as the file has them; other types become f32, which holds them exactly."""
     info = checkpoint.info(f"{name}.scales")
-    if info.dtype == "f16":
-        scales = values = checkpoint.read(info.name)
-    else:
-        values = read_float(checkpoint, info.name)
-        with np.errstate(over="ignore"):  # what overflows is inexact, too
-            scales = values.astype(np.float16)
-    finite = np.isfinite(values)
+    scales = checkpoint.read(info.name) if info.dtype == "f16" else read_float(checkpoint, info.name)
+    finite = np.isfinite(scales)
     if not finite.all():
         group, column = np.argwhere(~finite)[0]
         raise CheckpointError(
-            f"{info.file}: {info.name}: found {values[group, column]} for group {group}, output {column} "
+            f"{info.file}: {info.name}: found {scales[group, column]} for group {group}, output {column} "
             f"({np.count_nonzero(~finite)} such in all), expected finite scales"
-        )
-    if info.dtype != "f16" and (scales != values).any():
-        group, column = np.argwhere(scales != values)[0]
-        raise UnsupportedModelError(
-            f"{info.file}: {info.name}: found {info.dtype} {values[group, column]:g}, which f16 cannot hold exactly; "
-            "exl keeps scales in f16 and rounds no weight"
         )
     return scales
 

@@ -22,7 +22,7 @@ class QuantizedMatrix:
     group_size: int
     K: int
     N: int
-    scales: NDArray[np.float16]  # [G, N]
+    scales: NDArray[np.float16] | NDArray[np.float32]  # [G, N], G = ceil(K / group_size): the last may be shorter
     zeros: NDArray[np.uint8]  # [G, N]; true zeros: the file's offset is already applied and masked; 0..2**bits
     order: NDArray[np.int32] | None  # [K]; makes groups contiguous along K; None: they already are
     bias: NDArray | None  # [N]; f16, or f32 where the file has a type that f16 cannot hold
@@ -30,10 +30,11 @@ class QuantizedMatrix:
     # 4-bit codes in eights along K as the file has them, where its rows are in sorted order already: u32 [K / 8, N],
     # row 8 i + j in bits 4 j and up of word i. For packers that turn words into words.
     read_words: Callable[[], NDArray[np.uint32]] | None = field(default=None, repr=False)
+    scale_dtype: str = "f16"  # type that the file has them in and that holds them exactly; f32 arrays: "bf16" or "f32"
 
     @property
     def num_groups(self) -> int:
-        return self.K // self.group_size
+        return -(-self.K // self.group_size)
 
     def codes(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Codes of output columns ``start:stop``, u8 [K, stop - start], rows in sorted order.

@@ -17,7 +17,6 @@ KERNEL_MODULES: tuple[str, ...] = (
     "linear_dense",
     "linear_many",
     "dequantize",
-    "pack",
     "embed",
     "rms_norm",
     "silu_mul",

@@ -54,9 +54,7 @@ def view_linear(layout: LinearLayout, fields: Mapping[str, torch.Tensor]) -> Til
     """What the kernels take, from the fields of a blob on their device; no copy."""
     if layout.kind == "dense":
         return DenseWeight(fields["weight"], fields.get("bias"), layout.spec.gated)
-    return TiledWeight(
-        tile_layout(layout.spec), fields["codes"], fields["scales"], fields.get("zeros"), fields.get("bias")
-    )
+    return TiledWeight(tile_layout(layout.spec), fields["codes"], fields["qparams"], fields.get("bias"))
 
 
 def _view(out: NDArray[np.uint8], layout: LinearLayout, name: str) -> NDArray:
@@ -78,9 +76,7 @@ def _pack_tiles(
                 )
     packed = pack_matrix(parts, rows, tiles)
     fields["codes"].view(np.uint32)[:] = packed.codes
-    fields["scales"][:] = packed.scales
-    if packed.zeros is not None:
-        fields["zeros"][:] = packed.zeros
+    fields["qparams"][:] = packed.qparams
 
 
 def _pack_dense(parts: Sequence[DenseMatrix], weight: NDArray, dtype: str) -> None:

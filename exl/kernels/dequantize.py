@@ -31,9 +31,10 @@ def dequantize(
 ) -> None:
     """out [16 * n, K] f16 or bf16 = rows of n tiles from ``first_tile`` on, so that ``x @ out.T`` is their product.
 
-    Each weight is ``scale * (code - zero)``, rounded once. Rows come in the tiles' order; ``gated`` puts rows 0..7 of
-    all n tiles before rows 8..15 of all. Rows past the matrix are zero. Raises ``KernelError`` for a panel of more than
-    64 MiB, beyond the matrix, or of another shape or type.
+    Each weight is ``scale * (code - zero)``, rounded once; where scales are f32, that product is rounded to f32 before.
+    Rows come in the tiles' order; ``gated`` puts rows 0..7 of all n tiles before rows 8..15 of all. Rows past the
+    matrix are zero. Raises ``KernelError`` for a panel of more than 64 MiB, beyond the matrix, or of another shape or
+    type.
     """
     layout = weight.layout
     check_weight(weight, backend.device)
@@ -48,18 +49,17 @@ def dequantize(
     if out.numel() * 2 > MAX_PANEL_BYTES:
         raise KernelError(f"panel of {out.numel() * 2} bytes: expected {MAX_PANEL_BYTES} or less")
     function = backend.load(_spec(layout, out.dtype == torch.bfloat16, backend.arch))
-    args = [ptr(weight.codes), ptr(weight.scales), ptr(weight.zeros), ptr(out)]
-    args += [i32(layout.K), i32(layout.num_groups), i32(layout.group_units), i32(first_tile), i32(int(gated))]
+    args = [ptr(weight.codes), ptr(weight.qparams), ptr(out), i32(layout.K), i32(layout.num_tiles)]
+    args += [i32(layout.num_blocks), i32(layout.group_units), i32(first_tile), i32(int(gated))]
     launch(function, (-(-layout.num_stages // NUM_WARPS), num_tiles), (32 * NUM_WARPS,), args)
 
 
 def _spec(layout: TileLayout, bf16: bool, arch: int) -> KernelSpec:
-    macros = {"EXL_BITS": layout.bits, "EXL_GROUP": layout.group_macro, "EXL_SYM": int(layout.symmetric)}
-    return KernelSpec("dequantize_q.cu", "dequantize_q", macros | {"EXL_BF16": int(bf16)}, arch)
+    return KernelSpec("dequantize_q.cu", "dequantize_q", layout.macros | {"EXL_BF16": int(bf16)}, arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
     """Every layout that ``linear`` compiles, to both types."""
-    for bits, group_size, symmetric in COMPILED:
+    for layout in COMPILED:
         for bf16 in (False, True):
-            yield Variant(_spec(TileLayout(bits, 4096, 4096, group_size, symmetric), bf16, arch))
+            yield Variant(_spec(layout, bf16, arch))

@@ -8,7 +8,8 @@ on the other rows nor on the configuration. Arguments are checked before anythin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -35,12 +36,11 @@ from exl.kernels.tile_pack import PackedMatrix
 
 @dataclass(frozen=True)
 class TiledWeight:
-    """A packed matrix on the device (``tile_layout.py``): codes i32, scales f16, zeros u8 or None, bias f32 or None."""
+    """A packed matrix on the device (``tile_layout.py``): codes i32, qparams u8, bias f32 or None."""
 
     layout: TileLayout
     codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    qparams: torch.Tensor
     bias: torch.Tensor | None
 
     @property
@@ -54,7 +54,7 @@ class TiledWeight:
             return None if array is None else torch.from_numpy(array).to(device)
 
         codes = torch.from_numpy(packed.codes.view("<i4")).to(device)
-        return cls(packed.layout, codes, tensor(packed.scales), tensor(packed.zeros), tensor(packed.bias))
+        return cls(packed.layout, codes, tensor(packed.qparams), tensor(packed.bias))
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def _launch(
     shared = config.shared_bytes(layout, num_tokens, backend.arch)
     kind = INPUT_KINDS[x.dtype]
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
-    matrix = [ptr(weight.codes), ptr(weight.scales), ptr(weight.zeros), ptr(weight.bias)]
+    matrix = [ptr(weight.codes), ptr(weight.qparams), ptr(weight.bias)]
     target = [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
-    sizes = [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_groups), i32(layout.group_units)]
+    sizes = [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_blocks), i32(layout.group_units)]
     ending = [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0))]
     args: list[Arg]
     if not config.wide:
@@ -229,11 +229,7 @@ def round_activations(
 def check_weight(weight: TiledWeight, device: torch.device) -> None:
     layout = weight.layout
     check_tensor("codes", weight.codes, (torch.int32,), layout.codes_shape, device, 16)
-    check_tensor("scales", weight.scales, (torch.float16,), layout.scales_shape, device)
-    if (weight.zeros is None) != layout.symmetric:
-        raise KernelError(f"zeros: {'none are stored for' if layout.symmetric else 'missing from'} {layout}")
-    if weight.zeros is not None:
-        check_tensor("zeros", weight.zeros, (torch.uint8,), layout.zeros_shape, device, 2)
+    check_tensor("qparams", weight.qparams, (torch.uint8,), layout.qparams_shape, device, 16)
     if weight.bias is not None:
         check_tensor("bias", weight.bias, (torch.float32,), (layout.num_tiles * ROWS,), device)
 
@@ -265,9 +261,14 @@ def _check_scratch(
 
 
 # Layouts that differ where macros do; the others differ from these in one macro that changes little.
-COMPILED = (
-    (4, 128, False), (4, 128, True), (4, 64, False), (4, 32, False), (4, 256, False),
-    (8, 128, False), (8, 32, True), (3, 128, False), (3, 64, True), (2, 64, False), (2, 256, True),
+COMPILED = tuple(
+    TileLayout(bits, 4096, 4096, group_size, symmetric, scale_dtype)
+    for bits, group_size, symmetric, scale_dtype in (
+        (4, 128, False, "f16"), (4, 128, True, "f16"), (4, 64, False, "f16"), (4, 32, False, "f16"),
+        (4, 256, False, "f16"), (4, 128, True, "bf16"), (4, 128, False, "f32"), (8, 128, False, "f16"),
+        (8, 32, True, "f32"), (3, 128, False, "f16"), (3, 64, True, "bf16"), (2, 64, False, "f16"),
+        (2, 256, True, "f16"),
+    )
 )  # fmt: skip
 
 
@@ -276,18 +277,17 @@ def variants(arch: int) -> Iterator[Variant]:
     for stage in (128, 256):
         yield Variant(KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage}, arch))
     if arch < MIN_ARCH:
-        for bits, group_size, symmetric in COMPILED:
+        for layout in COMPILED:
             for tokens in (1, 2, 4):
-                yield Variant(simt_spec(TileLayout(bits, 4096, 4096, group_size, symmetric), tokens, arch))
+                yield Variant(simt_spec(layout, tokens, arch))
         return
     seen = set()
-    for bits, group_size, symmetric in COMPILED:
-        layout = TileLayout(bits, 4096, 4096, group_size, symmetric)
-        for tokens in (1, 4, 8, 16, 32, 64):
+    for layout in COMPILED:
+        for tokens, K in product((1, 2, 3, 4, 8, 16, 32, 64), (896, 4096, 28672)):
             for num_multiprocessors in (1, 32, 128, 1024):
-                config = choose_config(layout, tokens, arch, num_multiprocessors)
+                config = choose_config(replace(layout, K=K), tokens, arch, num_multiprocessors)
                 spec = config.spec(layout, arch)
                 if spec not in seen:
                     seen.add(spec)
                     # 64 tokens of 2 or 3 bits: some architectures keep up to 32 bytes a thread outside of the loop
-                    yield Variant(spec, may_spill=bits in (2, 3) and config.token_tiles == 8 and arch >= 100)
+                    yield Variant(spec, may_spill=layout.bits in (2, 3) and config.token_tiles == 8 and arch >= 100)

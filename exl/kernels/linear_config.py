@@ -20,8 +20,9 @@ NARROW_TOKENS = 8  # that linear_q.cu takes
 MAX_TOKENS = 64  # that one launch takes
 MIN_ARCH = 75  # tensor cores with f16 inputs
 
-# Depth of the weights' ring by (bits, row tiles a warp): 24 KB or more on their way a block, (depth - 1) * 8 warps *
-# row tiles * planes * 512, which covers the latency of an H100's memory (Little's law; an RTX 3090 needs 9 KB).
+# Depth of the weights' ring by (bits, row tiles a warp): BYTES_AHEAD or more on their way a block, (depth - 1) *
+# 8 warps * row tiles * planes * 512, which covers the latency of an H100's memory (Little's law; an RTX 3090: 9 KB).
+BYTES_AHEAD = 24 * 1024
 RING_STAGES = {
     (2, 1): 4, (2, 2): 3, (2, 4): 2,
     (3, 1): 3, (3, 2): 2,
@@ -57,14 +58,8 @@ class LinearConfig:
     min_blocks: int = 2  # a multiprocessor, that registers must allow
 
     def macros(self, layout: TileLayout) -> dict[str, int]:
-        macros = {
-            "EXL_BITS": layout.bits,
-            "EXL_GROUP": layout.group_macro,
-            "EXL_SYM": int(layout.symmetric),
-            "EXL_R": self.row_tiles,
-            "EXL_STAGES": self.ring_stages,
-            "EXL_MIN_BLOCKS": self.min_blocks,
-        }
+        macros = layout.macros
+        macros |= {"EXL_R": self.row_tiles, "EXL_STAGES": self.ring_stages, "EXL_MIN_BLOCKS": self.min_blocks}
         if self.wide:
             macros |= {"EXL_NT": self.token_tiles, "EXL_SPREAD": self.spread, "EXL_BUFFERS": self.x_buffers}
         return macros
@@ -97,7 +92,13 @@ class LinearConfig:
 
 def ring_bytes(layout: TileLayout, row_tiles: int, ring_stages: int, arch: int) -> int:
     """Shared memory of the weights' rings; below sm_80 weights wait in registers."""
-    return NUM_WARPS * ring_stages * row_tiles * layout.planes * 512 if arch >= 80 else 0
+    qparams = -(-row_tiles * layout.stage_qparam_bytes // 16) * 16
+    return NUM_WARPS * ring_stages * (row_tiles * layout.planes * 512 + qparams) if arch >= 80 else 0
+
+
+def ring_bytes_ahead(layout: TileLayout, row_tiles: int, ring_stages: int) -> int:
+    """Bytes of codes, scales and zero points that a block of ``linear_q`` keeps on their way."""
+    return NUM_WARPS * (ring_stages - 1) * row_tiles * (layout.planes * 512 + layout.stage_qparam_bytes)
 
 
 def slice_stages(layout: TileLayout) -> int:
@@ -132,24 +133,29 @@ def _narrow(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors:
         stages = RING_STAGES[layout.bits, row_tiles]
         if row_tiles > 1 and -(-layout.num_tiles // row_tiles) < 2 * num_multiprocessors:
             continue
-        for depth in range(stages, 1, -1):
-            config = _fit_narrow(layout, num_tokens, arch, row_tiles, depth, (half, limit))
+        # Room for two blocks a multiprocessor first, which together need no deeper rings than one alone.
+        tries = [(half, stages, row_tiles == 1)]
+        if row_tiles == 1 and 2 * ring_bytes_ahead(layout, 1, stages - 1) >= BYTES_AHEAD:
+            tries.append((half, stages - 1, True))
+        tries += [(limit, depth, True) for depth in range(stages, 1, -1)]
+        for budget, depth, in_parts in tries:
+            config = _fit_narrow(layout, num_tokens, arch, row_tiles, depth, budget, in_parts)
             if config is not None:
                 return config
     raise KernelError(f"linear_q does not fit sm_{arch}: {layout}, {num_tokens} tokens")
 
 
 def _fit_narrow(
-    layout: TileLayout, num_tokens: int, arch: int, row_tiles: int, depth: int, budgets: tuple[int, ...]
+    layout: TileLayout, num_tokens: int, arch: int, row_tiles: int, depth: int, budget: int, in_parts: bool
 ) -> LinearConfig | None:
-    """As many stages of activations at a time as fit: all of a slice in half a multiprocessor, else what a block may
-    have. Chunks are multiples of the ring's depth."""
-    whole = -(-slice_stages(layout) // depth) * depth
-    for budget in budgets:
-        for x_stages in range(whole, 0, -depth):
-            config = LinearConfig(False, row_tiles, depth, x_stages, min_blocks=2 if row_tiles == 1 else 1)
-            if config.shared_bytes(layout, num_tokens, arch) <= budget and (x_stages == whole or budget == budgets[-1]):
-                return config
+    """As many stages of activations at a time as fit: all of a slice, or ``in_parts`` a multiple of the ring's depth,
+    so that each part starts at the ring's first slot."""
+    whole = slice_stages(layout)
+    parts = range((whole - 1) // depth * depth, 0, -depth) if in_parts else ()
+    for x_stages in (whole, *parts):
+        config = LinearConfig(False, row_tiles, depth, x_stages, min_blocks=2 if row_tiles == 1 else 1)
+        if config.shared_bytes(layout, num_tokens, arch) <= budget:
+            return config
     return None
 
 

@@ -23,8 +23,7 @@ NUM_SLICES = 8
 
 def simt_spec(layout: TileLayout, num_tokens: int, arch: int) -> KernelSpec:
     """``num_tokens``: 1, 2 or 4, and no other count runs on that variant."""
-    macros = {"EXL_BITS": layout.bits, "EXL_GROUP": layout.group_macro, "EXL_SYM": int(layout.symmetric)}
-    macros |= {"EXL_R": 1, "EXL_STAGES": 2, "EXL_TOKENS": num_tokens}
+    macros = layout.macros | {"EXL_R": 1, "EXL_STAGES": 2, "EXL_TOKENS": num_tokens}
     return KernelSpec("linear_q_simt.cu", "linear_q_simt", macros, arch)
 
 
@@ -61,9 +60,9 @@ def _launch(backend: Backend, weight: TiledWeight, x: torch.Tensor, out: Output,
     layout, num_tokens = weight.layout, x.shape[0]
     x_stages = choose_x_stages(layout, num_tokens, backend.arch)
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
-    args = [ptr(weight.codes), ptr(weight.scales), ptr(weight.zeros), ptr(weight.bias)]
+    args = [ptr(weight.codes), ptr(weight.qparams), ptr(weight.bias)]
     args += [ptr(x), ptr(sumsq), ptr(norm_weight), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
-    args += [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_groups), i32(layout.group_units)]
+    args += [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_blocks), i32(layout.group_units)]
     args += [i32(num_tokens), i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), i32(x_stages)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(eps), f32(out.scale)]
     shared = simt_shared_bytes(layout, num_tokens, x_stages)

@@ -18,8 +18,19 @@ A *stage* is what a kernel's ring holds at a time: 128 inputs (4 and 8 bits) or 
 stage are cut into planes of four: ``codes`` is u32 [tiles][stages][planes][32 lanes][4]. K is padded to whole stages,
 N to whole tiles, with zeros; kernels multiply padding with inputs that are zero.
 
-``scales`` is f16 [tiles][groups][8 (g)][2 (row g, row g + 8)]. ``zeros`` is u8 [tiles][groups][8], row g in the low
-bits and row g + 8 above (2 bits: both twice; 8 bits: u8 [...][2]); a symmetric matrix stores none.
+``qparams``, scales and zero points, is u8 [tiles][blocks][bytes of a block]. A block serves one stage: its groups of
+32, 64 or 128 inputs (*units*) together. Longer groups have a block each, which several stages read. In a block::
+
+    scales   f16, bf16 or f32, as the file has them [8 (g)][units][2 (row g, row g + 8)]
+    zeros    u8 [8 (g)][units], row g in the low bits and row g + 8 above (2 bits: both twice; 8 bits: u8 [...][2]);
+             a symmetric matrix stores none
+
+A kernel copies a stage's block in one group with its codes, so that both are asked for at the same time, 16 bytes a
+lane or, where a block is an odd number of eights, 8. Blocks have an array of their own rather than a place behind each
+stage's codes: there 40 bytes would have to become 48, codes would lose their alignment to cache lines, and long groups
+would repeat in memory what now repeats in caches alone. So nothing is padded but K, and the last group may be shorter.
+
+Bytes a weight of a 4-bit tile, codes being 0.5: groups of 128 take 40 bytes for 16 x 128 weights, 0.0195.
 
 Example: 4 bits, row 3, input 37. 37 = 32 + 5: t = 0, j = 3, p = 0, second of its pair. Lane 12, word 3, bit 16.
 """
@@ -37,13 +48,16 @@ ROWS = 16  # output rows of a tile
 BLOCK = 64  # inputs that four mma take
 STAGE_INPUTS = {2: 256, 3: 256, 4: 128, 8: 128}
 UNIT_GROUPS = (32, 64, 128)  # groups that a kernel is compiled for; longer ones are counted at run time
+LONG_UNIT = 128  # inputs between two uses of a longer group's scale
+SCALE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
 @dataclass(frozen=True)
 class TileLayout:
     """Sizes of one packed matrix, W [K, num_rows]; a pure function of its shape.
 
-    ``group_size`` is 32, 64, a multiple of 128, or K (one group). Raises ``KernelError`` for what no kernel takes.
+    ``group_size`` is 32, 64, a multiple of 128, or K; where it does not divide K, the last group is shorter.
+    Raises ``KernelError`` for what no kernel takes.
     """
 
     bits: int
@@ -51,16 +65,18 @@ class TileLayout:
     num_rows: int  # output rows, padding left out: N, or for gate and up interleaved twice the tiles' 8 rows
     group_size: int
     symmetric: bool  # every zero point is 2**(bits - 1), and none are stored
+    scale_dtype: str = "f16"  # or "bf16", "f32"
 
     def __post_init__(self) -> None:
         if self.bits not in STAGE_INPUTS:
             raise KernelError(f"{self.bits} bits: the tile layout has 2, 3, 4 and 8")
         if self.K < 32 or self.K % 32 or self.num_rows < 1:
             raise KernelError(f"matrix [{self.K}, {self.num_rows}]: expected K a multiple of 32 and at least one row")
-        if self.group_size < 1 or self.K % self.group_size:
-            raise KernelError(f"K {self.K} is not a multiple of the group size {self.group_size}")
-        if self.group_size not in (32, 64, self.K) and self.group_size % 128:
+        known = self.group_size in (32, 64, self.K) or self.group_size % LONG_UNIT == 0
+        if not known or not 1 <= self.group_size <= self.K:
             raise KernelError(f"group size {self.group_size}: expected 32, 64, a multiple of 128, or K ({self.K})")
+        if self.scale_dtype not in SCALE_BYTES:
+            raise KernelError(f"scales of {self.scale_dtype}: the tile layout has {', '.join(SCALE_BYTES)}")
 
     @property
     def stage_inputs(self) -> int:
@@ -76,18 +92,28 @@ class TileLayout:
 
     @property
     def num_groups(self) -> int:
-        """Groups as stored: padding of K adds some, with scale 0."""
+        """Groups as stored: padding of K may add some, with scale 0."""
         return -(-self.num_stages * self.stage_inputs // self.group_size)
 
     @property
     def group_macro(self) -> int:
         """EXL_GROUP: a group size known to the compiler, or 0."""
-        return self.group_size if self.group_size in UNIT_GROUPS and self.K % self.group_size == 0 else 0
+        return self.group_size if self.group_size in UNIT_GROUPS else 0
 
     @property
     def group_units(self) -> int:
         """Runs of 128 inputs that share a scale, where ``group_macro`` is 0."""
-        return -(-self.group_size // 128)
+        return -(-self.group_size // LONG_UNIT)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """Of ``tile.cuh``."""
+        return {
+            "EXL_BITS": self.bits,
+            "EXL_GROUP": self.group_macro,
+            "EXL_SYM": int(self.symmetric),
+            "EXL_SCALE": list(SCALE_BYTES).index(self.scale_dtype),
+        }
 
     @property
     def planes(self) -> int:
@@ -104,16 +130,33 @@ class TileLayout:
         return self.num_tiles * self.num_stages * self.planes * 512
 
     @property
-    def scales_shape(self) -> tuple[int, ...]:
-        """f16"""
-        return (self.num_tiles, self.num_groups, 8, 2)
+    def block_units(self) -> int:
+        """Groups in a block of qparams."""
+        return self.stage_inputs // self.group_macro if self.group_macro else 1
 
     @property
-    def zeros_shape(self) -> tuple[int, ...] | None:
+    def num_blocks(self) -> int:
+        """Of a tile."""
+        return self.num_stages if self.group_macro else self.num_groups
+
+    @property
+    def block_bytes(self) -> int:
+        zeros = 0 if self.symmetric else 2 if self.bits == 8 else 1
+        return 8 * self.block_units * (2 * SCALE_BYTES[self.scale_dtype] + zeros)
+
+    @property
+    def stage_qparam_bytes(self) -> int:
+        """That a kernel reads for a stage of one tile."""
+        return self.block_bytes if self.group_macro else self.stage_inputs // LONG_UNIT * self.block_bytes
+
+    @property
+    def qparams_shape(self) -> tuple[int, ...]:
         """u8"""
-        if self.symmetric:
-            return None
-        return (self.num_tiles, self.num_groups, 8, 2) if self.bits == 8 else (self.num_tiles, self.num_groups, 8)
+        return (self.num_tiles, self.num_blocks, self.block_bytes)
+
+    @property
+    def qparams_bytes(self) -> int:
+        return self.num_tiles * self.num_blocks * self.block_bytes
 
 
 def natural_rows(N: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Quantized matrices -> tiles, on the CPU: the twin of ``pack_q.cu`` in NumPy (``tile_layout.py`` has the layout)."""
+"""Quantized matrices -> tiles, on the CPU (``tile_layout.py`` has the layout)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from exl.formats.matrix import QuantizedMatrix
 from exl.kernels.tile_layout import BLOCK, ROWS, TileLayout, natural_rows
 
 TILES_AT_ONCE = 64  # that the packer holds unpacked
+_QPARAMS = ("scales", "zeros")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class PackedMatrix:
 
     layout: TileLayout
     codes: NDArray[np.uint32]
-    scales: NDArray[np.float16]
-    zeros: NDArray[np.uint8] | None
+    qparams: NDArray[np.uint8]
     bias: NDArray[np.float32] | None
 
 
@@ -92,27 +92,46 @@ def pack_words(words: NDArray[np.uint32], layout: TileLayout) -> NDArray[np.uint
     return out.reshape(tiles, layout.num_stages, layout.planes, 32, 4)
 
 
-def _by_tile(values: NDArray, layout: TileLayout) -> NDArray:
-    """[G, 16 * tiles] -> [tiles, groups, 8, 2], with zeros for groups that padding adds."""
+def _by_block(values: NDArray, layout: TileLayout) -> NDArray:
+    """[G, 16 * tiles] -> [tiles, blocks, 8, units, 2], with zeros for groups that padding adds."""
     G, num_rows = values.shape
-    out = np.zeros((num_rows // ROWS, layout.num_groups, 8, 2), values.dtype)
+    out = np.zeros((num_rows // ROWS, layout.num_blocks * layout.block_units, 8, 2), values.dtype)
     out[:, :G] = values.reshape(G, num_rows // ROWS, 2, 8).transpose(1, 0, 3, 2)
-    return out
+    return out.reshape(num_rows // ROWS, layout.num_blocks, layout.block_units, 8, 2).transpose(0, 1, 3, 2, 4)
 
 
-def pack_scales(scales: NDArray[np.float16], layout: TileLayout) -> NDArray[np.float16]:
-    """[G, 16 * tiles] -> [tiles, groups, 8, 2]."""
-    return _by_tile(scales, layout)
+def pack_qparams(
+    scales: NDArray[np.float16] | NDArray[np.float32], zeros: NDArray[np.uint8], layout: TileLayout
+) -> NDArray[np.uint8]:
+    """Scales and zero points [G, 16 * tiles] -> u8 [tiles, blocks, bytes of a block].
+
+    Raises ``KernelError`` for scales that the layout's type does not hold exactly.
+    """
+    block = (*layout.qparams_shape[:2], -1)
+    parts = [np.ascontiguousarray(_by_block(_stored_scales(scales, layout), layout)).view(np.uint8).reshape(block)]
+    if not layout.symmetric:
+        pairs = _by_block(zeros, layout)
+        if layout.bits != 8:
+            pairs = pairs[..., 0] | pairs[..., 1] << layout.bits
+            pairs = pairs | pairs << 4 if layout.bits == 2 else pairs
+        parts.append(pairs.reshape(block))
+    return np.concatenate(parts, axis=2)
 
 
-def pack_zeros(zeros: NDArray[np.uint8], layout: TileLayout) -> NDArray[np.uint8]:
-    """[G, 16 * tiles] -> [tiles, groups, 8], for 8 bits [tiles, groups, 8, 2]."""
-    pairs = _by_tile(zeros, layout)
-    if layout.bits == 8:
-        return pairs
-    low, high = pairs[..., 0], pairs[..., 1]
-    both = low | high << {2: 2, 3: 3, 4: 4}[layout.bits]
-    return both | both << 4 if layout.bits == 2 else both
+def _stored_scales(scales: NDArray, layout: TileLayout) -> NDArray:
+    """As they lie in memory; bf16, which NumPy lacks, as u16."""
+    wide = scales.astype(np.float32)
+    if layout.scale_dtype == "bf16":
+        stored = (wide.view(np.uint32) >> 16).astype("<u2")
+        back = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            stored = scales.astype("<f2" if layout.scale_dtype == "f16" else "<f4")
+        back = stored.astype(np.float32)
+    wrong = back != wide
+    if wrong.any():
+        raise KernelError(f"scale {wide[wrong][0]:g}: {layout.scale_dtype} does not hold it exactly")
+    return stored
 
 
 def is_symmetric(zeros: NDArray[np.uint8], bits: int) -> bool:
@@ -123,13 +142,14 @@ def matrix_layout(parts: Sequence[QuantizedMatrix], rows: NDArray[np.int64]) -> 
     """Layout of matrices side by side along N, in the order that ``rows`` gives to their outputs."""
     first = parts[0]
     for part in parts[1:]:
-        if (part.bits, part.K, part.group_size) != (first.bits, first.K, first.group_size):
+        found, expected = ((matrix.bits, matrix.K, matrix.group_size, matrix.scale_dtype) for matrix in (part, first))
+        if found != expected:
             raise KernelError(
-                "matrices of one launch must agree in bits, K and group size: "
-                f"{(first.bits, first.K, first.group_size)} and {(part.bits, part.K, part.group_size)}"
+                f"matrices of one launch must agree in bits, K, group size and type of scales: {expected} and {found}"
             )
     symmetric = all(is_symmetric(part.zeros, part.bits) for part in parts)
-    return TileLayout(first.bits, first.K, int(np.flatnonzero(rows >= 0)[-1]) + 1, first.group_size, symmetric)
+    num_rows = int(np.flatnonzero(rows >= 0)[-1]) + 1
+    return TileLayout(first.bits, first.K, num_rows, first.group_size, symmetric, first.scale_dtype)
 
 
 def pack_matrix(
@@ -165,11 +185,8 @@ def pack_matrix(
     if any(part.bias is not None for part in parts):
         zero = [np.zeros(part.N, np.float32) if part.bias is None else part.bias.astype(np.float32) for part in parts]
         bias = gather(np.concatenate(zero))
-    scales = pack_scales(gather(np.concatenate([part.scales for part in parts], axis=1)), layout)
-    zeros = None
-    if not layout.symmetric:
-        zeros = pack_zeros(gather(np.concatenate([part.zeros for part in parts], axis=1)), layout)
-    return PackedMatrix(layout, codes, scales, zeros, bias)
+    scales, zeros = (gather(np.concatenate([getattr(part, name) for part in parts], axis=1)) for name in _QPARAMS)
+    return PackedMatrix(layout, codes, pack_qparams(scales, zeros, layout), bias)
 
 
 def _gather_words(parts: Sequence[QuantizedMatrix], starts: NDArray, rows: NDArray) -> NDArray[np.uint32]:

@@ -2,8 +2,8 @@
 
 Decode rows are row-invariant: 4-bit weights go through torch's int4pack kernel in bf16, whose rows do not depend on
 their number; everything else is multiplied row by row. Prefill rows multiply f32 panels, dequantized exactly:
-``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes) and fits f32's 24, so
-``code * scale - zero * scale`` rounds nowhere either.
+``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes; bf16 scales have 8) and fits f32's 24, so
+``code * scale - zero * scale`` rounds nowhere either. Scales in f32 meet the exact ``code - zero`` and round once.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def _pack_quantized(
     zeros = np.concatenate([part.zeros for part in parts], axis=1)
     codes = fields["codes"].numpy()
     if layout.kind == "planes":
-        fields["scales"].numpy()[:] = scales.T
+        fields["scales"].copy_(torch.from_numpy(scales.T))
         fields["zeros"].numpy()[:] = zeros.T
         for start, block in _blocks(parts):
             codes[start : start + block.shape[1]] = pack_planes(block.T, layout.spec.bits)
         return
-    fields["scales"].numpy()[:] = scales
+    fields["scales"].copy_(torch.from_numpy(scales))
     fields["zeros"].numpy()[:] = zeros
     wide = scales.astype(np.float32)
     pair = np.stack([wide, (_INT4_ZERO - zeros.astype(np.float32)) * wide], axis=2)
@@ -301,10 +301,22 @@ def _dequantize_planes(w: Linear, start: int, stop: int, scratch: Scratch, panel
                 top = torch.bitwise_and(packed[:, K // 4 :] >> i, 1)
                 codes[:, i * K // 8 : (i + 1) * K // 8].add_(top, alpha=4)
         panel.copy_(codes)
-    scales = w.fields["scales"][start:stop].float()[:, :, None]  # [n, G, 1]
-    offset = w.fields["zeros"][start:stop].float()[:, :, None].mul_(scales).neg_()
-    grouped = panel.view(n, scales.shape[1], -1)
-    torch.addcmul(offset, grouped, scales, out=grouped)
+    scales, zeros = w.fields["scales"][start:stop], w.fields["zeros"][start:stop]
+    group_size = w.layout.spec.group_size
+    even = K // group_size  # groups; what is left is a shorter one
+    whole = panel[:, : even * group_size].view(n, even, group_size)
+    _apply_qparams(whole, scales[:, :even, None], zeros[:, :even, None])
+    if K % group_size:
+        _apply_qparams(panel[:, even * group_size :], scales[:, even:], zeros[:, even:])
+
+
+def _apply_qparams(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+    """codes f32 := (codes - zeros) * scales, in place."""
+    if scales.dtype == torch.float32:  # code * scale would round, and the difference show it
+        codes.sub_(zeros).mul_(scales)
+        return
+    scales = scales.float()
+    torch.addcmul(zeros.float().mul_(scales).neg_(), codes, scales, out=codes)
 
 
 def _unpack_fields(packed: torch.Tensor, bits: int, codes: torch.Tensor) -> None:
@@ -337,8 +349,6 @@ def _dequantize_int4(w: Linear, start: int, stop: int, block: int, split: bool, 
     blocks[:, :, 0].copy_(nibbles.transpose(0, 1))
     torch.bitwise_right_shift(packed, 4, out=nibbles)
     blocks[:, :, 1].copy_(nibbles.transpose(0, 1))
-    scales = w.fields["scales"][:, start:stop].float()[:, None]  # [G, 1, n]
-    offset = w.fields["zeros"][:, start:stop].float()[:, None].mul_(scales).neg_()
-    grouped = panel.view(spec.num_groups, spec.group_size, n)
-    torch.addcmul(offset, grouped, scales, out=grouped)
+    scales, zeros = (w.fields[name][:, None, start:stop] for name in ("scales", "zeros"))  # [G, 1, n]
+    _apply_qparams(panel.view(spec.num_groups, spec.group_size, n), scales, zeros)
     return panel

@@ -9,15 +9,20 @@ import pytest
 import torch
 from conftest import backend_or_skip
 from reference.linear_twin import dequantize, random_matrix, silu, sum_bound
+from reference.plain_packer import dequantize as plain_dequantize
+from reference.plain_packer import pack_layer
+from safetensors.torch import save_file
 
+from exl.checkpoint import Checkpoint
 from exl.errors import CheckpointError, KernelError
-from exl.formats import DenseMatrix, round_to_nearest
+from exl.formats import DenseMatrix, gptq_spec, load_gptq, round_to_nearest
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.linear import gate_up, make_scratch, project
 from exl.kernels.linear_dense import multiply_dense
 from exl.kernels.linear_io import Output
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
 from exl.ops.base import view_segments
+from exl.quant_config import QuantConfig
 
 SM86 = Target("cuda", arch=86)
 
@@ -25,7 +30,8 @@ SM86 = Target("cuda", arch=86)
 def matrix_spec(matrix, symmetric: bool = False) -> MatrixSpec:
     order = None if matrix.order is None else "order"
     bias = matrix.bias is not None
-    return MatrixSpec("m", matrix.K, matrix.N, matrix.bits, "u8", matrix.group_size, bias, order, symmetric)
+    sizes = (matrix.K, matrix.N, matrix.bits, "u8", matrix.group_size)
+    return MatrixSpec("m", *sizes, bias, order, symmetric, matrix.scale_dtype)
 
 
 def in_a_blob(parts, spec: LinearSpec, backend, **options):
@@ -52,13 +58,70 @@ def test_fused_matrices_with_bias(bits: int, symmetric: bool) -> None:
     rng = np.random.default_rng(bits)
     parts = [random_matrix(rng, bits, 256, N, 64, symmetric, bias) for N, bias in ((40, True), (24, False))]
     weight, fields = in_a_blob(parts, LinearSpec(tuple(matrix_spec(m, symmetric) for m in parts)), backend)
-    assert ("zeros" in fields) == (not symmetric)
+    assert fields["qparams"].shape[2] == 16 * (256 if bits in (2, 3) else 128) // 64 * (
+        2 if symmetric else 3 if bits == 8 else 2.5
+    )
     x, y = inputs(rng, 3, 256), torch.full((3, 64), float("nan"))
     project(backend, weight, x, y)
     exact = x.double().numpy() @ np.concatenate([dequantize(m) for m in parts], axis=1)
     exact[:, :40] += parts[0].bias.astype(np.float64)
     limit = np.concatenate([sum_bound(x.double().numpy(), m) for m in parts], axis=1) + 2.0**-23 * np.abs(exact)
     assert (np.abs(y.double().numpy() - exact) <= limit).all()
+
+
+# bits, K, group size, type of scales, act-order: groups that do not divide K (the last of them shorter than a tile's 64
+# inputs, than a stage, as long as several), one group, and sizes on both sides of a stage's 128 or 256 inputs.
+FILES = [
+    (4, 704, 128, "bf16", False),
+    (4, 672, 128, "f32", True),
+    (4, 352, 64, "f16", True),
+    (4, 800, 256, "bf16", True),
+    (4, 160, 32, "f32", False),
+    (4, 416, -1, "f32", False),
+    (3, 928, 128, "f16", True),
+    (3, 288, 64, "f32", False),
+    (3, 864, 256, "bf16", False),
+    (2, 736, 384, "f32", True),
+    (2, 544, 32, "bf16", False),
+    (8, 352, 128, "f32", True),
+    (8, 224, -1, "bf16", False),
+]
+
+
+@pytest.mark.parametrize("arch", [61, 75, 86])
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
+    """From a file to the product, through formats, layout and kernels, against the plain packer's own weights in
+    float64: no scale is rounded, whatever its type, and the last group may be shorter."""
+    bits, K, group_size, scale_dtype, act_order = file
+    backend, N, T = backend_or_skip("race", arch), 96, 11
+    rng = np.random.default_rng(K)
+    size = K if group_size == -1 else group_size
+    G, symmetric = -(-K // size), bool(K // 32 % 2)
+    codes = rng.integers(0, 1 << bits, (K, N), dtype=np.uint8)
+    zeros = np.full((G, N), 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, (G, N))
+    scales = torch.from_numpy(rng.uniform(0.5, 1.5, (G, N)) * 2.0 ** rng.integers(-30, -3, (G, N))).float()
+    scales = scales.to({"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[scale_dtype])
+    g_idx = np.arange(K) // size
+    if act_order:
+        rng.shuffle(g_idx)
+    tensors = pack_layer(codes, zeros, np.zeros((G, N)), bits, "gptq_v2", g_idx)
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()} | {"scales": scales}
+    save_file({f"m.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    quant = QuantConfig(bits=bits, group_size=group_size, sym=symmetric, checkpoint_format="gptq_v2")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        spec, matrix = gptq_spec(checkpoint, "m", quant), load_gptq(checkpoint, "m", quant)
+        weight, fields = in_a_blob([matrix], LinearSpec((spec,)), backend)
+    assert weight.layout.scale_dtype == scale_dtype
+    x, y = inputs(rng, T, K), torch.full((T, N), float("nan"))
+    sorted_x = torch.empty_like(x)
+    sorted_x[:, fields["positions"].long() if act_order and G > 1 else slice(None)] = x
+    project(backend, weight, sorted_x, y, scratch=make_scratch([weight.layout], backend))
+    exact = plain_dequantize(codes, zeros, scales.double().numpy(), g_idx)
+    x = x.double().numpy()
+    # K products, G groups and 8 slices add up in f32; tensor cores cut off where others round
+    bound = (K + 2 * G + 16) * 2.0**-23 * (np.abs(x) @ np.abs(exact))
+    assert (np.abs(y.double().numpy() - x @ exact) <= bound).all()
 
 
 def test_gate_and_up_in_the_order_that_down_wants() -> None:

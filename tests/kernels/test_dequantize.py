@@ -18,25 +18,36 @@ from exl.kernels.tile_pack import pack_matrix
 
 
 def rounded(weights: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """Scales have 11 bits and codes at most 9: f32 holds the product exactly, so this rounds once."""
+    """Scales have 11 bits and codes at most 9: f32 holds the product exactly, so this rounds once; twice where scales
+    are f32, as the kernel does."""
     return torch.from_numpy(weights).float().to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("bits", "K", "N", "group_size", "symmetric"),
+    ("bits", "K", "N", "group_size", "symmetric", "scale_dtype"),
     [
-        (4, 384, 40, 128, False),
-        (4, 96, 16, -1, True),
-        (3, 608, 24, 32, False),
-        (2, 1600, 20, 64, True),
-        (8, 224, 40, 32, False),
+        (4, 384, 40, 128, False, "f16"),
+        (4, 96, 16, -1, True, "f16"),
+        (3, 608, 24, 32, False, "f16"),
+        (2, 1600, 20, 64, True, "f16"),
+        (8, 224, 40, 32, False, "f16"),
+        (4, 704, 24, 256, False, "f32"),
+        (3, 928, 24, 384, False, "bf16"),
+        (8, 352, 24, 64, True, "f32"),
     ],
 )
 def test_every_weight_is_rounded_once(
-    backend: Backend, bits: int, K: int, N: int, group_size: int, symmetric: bool, dtype: torch.dtype
+    backend: Backend,
+    bits: int,
+    K: int,
+    N: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    dtype: torch.dtype,
 ) -> None:
-    matrix = random_matrix(np.random.default_rng(bits), bits, K, N, group_size, symmetric)
+    matrix = random_matrix(np.random.default_rng(bits), bits, K, N, group_size, symmetric, scale_dtype=scale_dtype)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     panel = torch.full((weight.layout.num_tiles * 16, K), float("nan"), dtype=dtype, device=backend.device)
     dequantize(backend, weight, panel)
@@ -109,8 +120,7 @@ def test_a_panel_too_large_is_refused() -> None:
     weight = TiledWeight(
         layout,
         torch.zeros(layout.codes_shape, dtype=torch.int32),
-        torch.zeros(layout.scales_shape, dtype=torch.float16),
-        None,
+        torch.zeros(layout.qparams_shape, dtype=torch.uint8),
         None,
     )
     out = torch.empty((MAX_PANEL_BYTES // 8192 + 16, 4096), dtype=torch.float16)

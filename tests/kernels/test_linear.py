@@ -23,8 +23,9 @@ from exl.kernels.tile_layout import gated_rows
 from exl.kernels.tile_pack import pack_matrix
 
 TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 64)
-# bits, K, N, group size, symmetric: K of one group, odd numbers of groups, a last stage of K that is not full, N that
-# is no multiple of 64 nor of 16.
+# bits, K, N, group size, symmetric, scales: K of one group, odd numbers of groups, a shorter last group (of a stage and
+# of several), groups longer than a stage and no multiple of it, a last stage of K that is not full, N that is no
+# multiple of 64 nor of 16.
 SHAPES = [
     (4, 128, 40, 128, False),
     (4, 1152, 136, 128, False),
@@ -38,6 +39,12 @@ SHAPES = [
     (2, 768, 20, -1, True),
     (8, 384, 40, 128, False),
     (8, 224, 24, 32, True),
+    (4, 704, 40, 128, False, "bf16"),
+    (4, 1376, 24, 256, False, "f32"),
+    (4, 352, 24, 64, True, "f32"),
+    (3, 1376, 24, 384, True, "bf16"),
+    (2, 928, 40, 64, False, "f32"),
+    (8, 608, 24, 128, False, "bf16"),
 ]
 F16_ROUNDING = 2.0**-11
 
@@ -75,8 +82,8 @@ def run(
 
 
 def shape_name(shape: tuple) -> str:
-    bits, K, N, group_size, symmetric = shape
-    return f"{bits}bits-{K}x{N}-g{group_size}-{'sym' if symmetric else 'zeros'}"
+    bits, K, N, group_size, symmetric, *scale_dtype = shape
+    return "-".join([f"{bits}bits", f"{K}x{N}", f"g{group_size}", "sym" if symmetric else "zeros", *scale_dtype])
 
 
 @pytest.mark.sample(2)
@@ -91,9 +98,9 @@ def shape_name(shape: tuple) -> str:
 )
 def test_equals_float64_at_every_token_count(mode: str, shape: tuple) -> None:
     backend = backend_or_skip(mode)
-    bits, K, N, group_size, symmetric = shape
+    bits, K, N, group_size, symmetric, *scale_dtype = shape
     rng = np.random.default_rng(K + bits)
-    matrix = random_matrix(rng, bits, K, N, group_size, symmetric, bias=True)
+    matrix = random_matrix(rng, bits, K, N, group_size, symmetric, True, *scale_dtype)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     exact = dequantize(matrix)
     for T in TOKENS:
@@ -125,14 +132,22 @@ def test_is_more_exact_than_dequantizing_to_f16(bits: int, T: int) -> None:
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
-    ("bits", "group_size", "arch"),
-    [(4, 128, 75), (4, 128, 86), (4, 128, 90), (4, -1, 86), (3, 64, 86), (2, 128, 75), (8, 32, 86)],
+    ("bits", "group_size", "scale_dtype", "arch"),
+    [
+        (4, 128, "f16", 75),
+        (4, 128, "f16", 86),
+        (4, 128, "bf16", 90),
+        (4, 512, "f32", 86),  # 1152 inputs: the third group is shorter
+        (3, 64, "f16", 86),
+        (2, 128, "f32", 75),
+        (8, 32, "f16", 86),
+    ],
 )
-def test_a_rows_bits_depend_on_nothing_else(bits: int, group_size: int, arch: int) -> None:
+def test_a_rows_bits_depend_on_nothing_else(bits: int, group_size: int, scale_dtype: str, arch: int) -> None:
     """Every token count from 1 to 64 and every configuration that a GPU of any size could pick."""
     rng = np.random.default_rng(bits)
     K, N = 1152, 264
-    matrix = random_matrix(rng, bits, K, N, group_size)
+    matrix = random_matrix(rng, bits, K, N, group_size, scale_dtype=scale_dtype)
     backend = backend_or_skip("plain", arch)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     x = inputs(rng, 64, K)

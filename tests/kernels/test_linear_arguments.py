@@ -13,7 +13,7 @@ from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
 from exl.kernels.linear import COMPILED, NormedInput, TiledWeight, gate_up, make_scratch, project, project_add, variants
-from exl.kernels.linear_config import RING_STAGES, choose_config
+from exl.kernels.linear_config import RING_STAGES, choose_config, shared_per_multiprocessor, slice_stages
 from exl.kernels.spec import arch_limits
 from exl.kernels.tile_layout import TileLayout
 from exl.kernels.tile_pack import pack_matrix
@@ -46,12 +46,17 @@ def misaligned(*shape: int) -> torch.Tensor:
     return torch.zeros(int(np.prod(shape)) + 1, dtype=torch.float16)[1:].view(shape)
 
 
+def off_by_8(tensor: torch.Tensor) -> torch.Tensor:
+    memory = torch.zeros(tensor.numel() + 8, dtype=torch.uint8)
+    return memory[8 if memory.data_ptr() % 16 == 0 else 0 :][: tensor.numel()].view(tensor.shape)
+
+
 def norm(T: int, **changes) -> NormedInput:
     return dataclasses.replace(NormedInput(torch.zeros(T, K // 16), torch.zeros(K), 1e-5), **changes)
 
 
 def store(x: object, y: object, **more) -> Callable[[], None]:
-    changes = {name: more.pop(name) for name in ("codes", "scales", "zeros", "bias") if name in more}
+    changes = {name: more.pop(name) for name in ("codes", "qparams", "bias") if name in more}
     return lambda: project(BACKEND, weight(**changes), x, y, **more)
 
 
@@ -93,8 +98,12 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     ),
     "codes of another type": (store(X, Y, codes=weight().codes.byte()), "codes is torch.uint8"),
     "codes of another shape": (store(X, Y, codes=weight().codes[:2]), "codes has shape"),
-    "no zeros": (store(X, Y, zeros=None), "zeros: missing from"),
-    "bf16 scales": (store(X, Y, scales=weight().scales.bfloat16()), "scales is torch.bfloat16"),
+    "no zeros": (
+        store(X, Y, qparams=weight().qparams[..., :64].contiguous()),
+        "qparams has shape (3, 2, 64): expected",
+    ),
+    "f16 scales": (store(X, Y, qparams=weight().qparams.view(torch.float16)), "qparams is torch.float16"),
+    "unaligned": (store(X, Y, qparams=off_by_8(weight().qparams)), "qparams starts at address"),
     "short bias": (store(X, Y, bias=torch.zeros(40)), "bias has shape (40,): expected (48,)"),
 }
 
@@ -127,13 +136,30 @@ def test_every_shape_fits_every_architecture(arch: int, bits: int) -> None:
                 assert blocks * (8 if config.wide else 1) * config.row_tiles >= layout.num_tiles
                 assert spread in (1, 2, 8)
                 if not config.wide:
-                    assert config.x_stages % config.ring_stages == 0
+                    whole = config.x_stages == slice_stages(layout)
+                    assert whole or (
+                        config.x_stages < slice_stages(layout) and config.x_stages % config.ring_stages == 0
+                    )
 
 
 def test_a_decode_block_keeps_24_kilobytes_on_their_way() -> None:
     for (bits, row_tiles), stages in RING_STAGES.items():
         planes = TileLayout(bits, 4096, 4096, 128, False).planes
         assert (stages - 1) * 8 * row_tiles * planes * 512 >= 24 * 1024
+
+
+@pytest.mark.parametrize("scale_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_one_token_leaves_room_for_two_blocks_a_multiprocessor(arch: int, scale_dtype: str) -> None:
+    """However long K is: activations are staged in parts rather than one block run alone."""
+    for K, N in MODEL_SHAPES:
+        for bits, tokens in ((2, 1), (3, 1), (4, 1), (4, 2)):
+            layout = TileLayout(bits, K, N, 128, False, scale_dtype)
+            config = choose_config(layout, tokens, arch, 82)
+            shared = config.shared_bytes(layout, tokens, arch) + 1024  # of which the driver takes the last
+            assert 2 * shared <= shared_per_multiprocessor(arch), (K, N, bits, tokens, config)
+            on_their_way = 2 * (config.ring_stages - 1) * 8 * config.row_tiles * layout.planes * 512
+            assert on_their_way >= 24 * 1024, (K, N, bits, tokens, config)
 
 
 def test_small_matrices_are_spread_over_a_large_gpu() -> None:
@@ -155,11 +181,9 @@ def test_no_configuration(T: int, arch: int, message: str) -> None:
 def test_variants_cover_what_can_be_chosen() -> None:
     assert {variant.spec.entry for variant in variants(70)} == {"linear_q_simt", "round_activations"}
     specs = {variant.spec for variant in variants(86)}
-    for bits, group_size, symmetric in COMPILED:
+    for compiled in COMPILED:
         for K, N in MODEL_SHAPES:
-            if K % group_size:
-                continue
-            layout = TileLayout(bits, K, N, group_size, symmetric)
+            layout = dataclasses.replace(compiled, K=K, num_rows=N)
             for T in (1, 3, 8, 9, 17, 64):
                 configs = [choose_config(layout, T, 86, sms) for sms in (1, 28, 82, 128)]
                 assert {config.spec(layout, 86) for config in configs} <= specs

@@ -55,4 +55,7 @@ def test_no_barrier_and_no_local_memory_in_the_loop(arch: int) -> None:
     for num_tokens in (1, 16, 64):
         loop, num_tiles = inner_loop(num_tokens, arch)
         assert loop.count("BAR", "LDL", "STL", "I2F", "MUFU", "CALL.ABS") == 0
-        assert loop.count("LDGSTS") == num_tiles  # 16 bytes a lane and tile
+        assert loop.count("LDG.E") == 0  # nothing is waited for in the stage that asks for it
+        # 16 bytes a lane and tile; scales and zero points of a stage by one more, however many row tiles a warp has
+        config = choose_config(LAYOUT, num_tokens, arch, MULTIPROCESSORS[arch])
+        assert loop.count("LDGSTS") == num_tiles + config.ring_stages

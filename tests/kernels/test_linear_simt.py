@@ -22,6 +22,8 @@ SHAPES = [
     (3, 1120, 24, 32, False),
     (2, 1600, 40, 64, True),
     (8, 384, 40, -1, False),
+    (4, 704, 24, 256, False, "f32"),
+    (2, 928, 24, 64, False, "bf16"),
 ]
 
 
@@ -39,9 +41,9 @@ def bound(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_float64_and_rows_do_not_depend_on_the_batch(mode: str, shape: tuple) -> None:
     backend = backend_or_skip(mode, ARCH)
-    bits, K, N, group_size, symmetric = shape
+    bits, K, N, group_size, symmetric, *scale_dtype = shape
     rng = np.random.default_rng(K)
-    matrix = random_matrix(rng, bits, K, N, group_size, symmetric, bias=True)
+    matrix = random_matrix(rng, bits, K, N, group_size, symmetric, True, *scale_dtype)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.from_numpy(rng.standard_normal((64, K)) * (1 if dtype == torch.float16 else 1e9)).to(dtype)

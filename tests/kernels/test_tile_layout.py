@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
+from exl.formats.matrix import QuantizedMatrix
 from exl.kernels.tile_layout import TileLayout, gated_rows, natural_rows
-from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.tile_pack import matrix_layout, pack_codes, pack_matrix
 
 
 def pair_of(words: list[int], bits: int, j: int, p: int) -> tuple[int, int]:
@@ -59,7 +62,7 @@ def read_back(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("K", "N", "group_size"), [(512, 32, 128), (288, 20, 32), (96, 5, -1), (320, 16, 64)])
+@pytest.mark.parametrize(("K", "N", "group_size"), [(512, 32, 128), (288, 20, 32), (96, 5, -1), (352, 16, 64)])
 def test_codes_come_back_through_the_lane_map(bits: int, K: int, N: int, group_size: int) -> None:
     matrix = random_matrix(np.random.default_rng(bits + K), bits, K, N, group_size)
     packed = pack_matrix([matrix])
@@ -81,31 +84,84 @@ def test_the_documented_example() -> None:
     assert np.count_nonzero(packed.codes) == 1
 
 
+SCALE_TYPES = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
+
+
+def scale_and_zero(block: np.ndarray, layout: TileLayout, unit: int, row: int) -> tuple[float, int | None]:
+    """Those of one row and unit of a block, bytes counted as the layout's description has them."""
+    g, high = row % 8, row // 8
+    units, width = len(block) // layout_bytes_a_unit(layout), SCALE_TYPES[layout.scale_dtype]().nbytes
+    start = (g * units + unit) * 2 * width + high * width
+    value = block[start : start + width].view(SCALE_TYPES[layout.scale_dtype])[0]
+    scale = (
+        float((np.uint32(value) << np.uint32(16)).view(np.float32)) if layout.scale_dtype == "bf16" else float(value)
+    )
+    if layout.symmetric:
+        return scale, None
+    zeros, at = block[8 * units * 2 * width :], g * units + unit
+    if layout.bits == 8:
+        return scale, int(zeros[2 * at + high])
+    assert layout.bits != 2 or zeros[at] >> 4 == zeros[at] & 15
+    return scale, int(zeros[at]) >> layout.bits * high & (1 << layout.bits) - 1
+
+
+def layout_bytes_a_unit(layout: TileLayout) -> int:
+    """16 rows: two or four bytes of scale each, and half a byte of zero point (8 bits: a byte)."""
+    return 16 * SCALE_TYPES[layout.scale_dtype]().nbytes + (0 if layout.symmetric else 16 if layout.bits == 8 else 8)
+
+
+@pytest.mark.parametrize(("scale_dtype", "symmetric"), [("f16", False), ("bf16", False), ("f32", False), ("f16", True)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_scales_and_zeros_of_rows_g_and_g_plus_8_lie_together(bits: int) -> None:
-    matrix = random_matrix(np.random.default_rng(1), bits, 384, 24, 64)
+@pytest.mark.parametrize(("K", "group_size"), [(384, 32), (352, 64), (704, 128), (704, 256), (704, 384), (96, -1)])
+def test_scales_and_zeros_of_a_stage_lie_together(
+    K: int, group_size: int, bits: int, scale_dtype: str, symmetric: bool
+) -> None:
+    matrix = random_matrix(np.random.default_rng(1), bits, K, 24, group_size, symmetric, scale_dtype=scale_dtype)
     packed = pack_matrix([matrix])
-    width = {2: 2, 3: 3, 4: 4}.get(bits)
-    for n in range(24):
-        tile, row = divmod(n, 16)
-        g, high = row % 8, row // 8
-        for group in range(6):
-            assert packed.scales[tile, group, g, high] == matrix.scales[group, n]
-            if bits == 8:
-                assert packed.zeros[tile, group, g, high] == matrix.zeros[group, n]
-            else:
-                byte = int(packed.zeros[tile, group, g])
-                assert byte >> width * high & (1 << bits) - 1 == matrix.zeros[group, n]
-                assert bits != 2 or byte >> 4 == byte & 15
-    assert not packed.scales[1, :, :, 1].any()  # rows past N
+    layout, qparams = packed.layout, packed.qparams
+    assert qparams.nbytes == layout.qparams_bytes
+    assert (layout.symmetric, layout.scale_dtype) == (symmetric, scale_dtype)
+    stage = {2: 256, 3: 256}.get(bits, 128)
+    for k in range(0, K, 32):
+        group = k // matrix.group_size
+        short = matrix.group_size in (32, 64, 128)
+        block, unit = (k // stage, k % stage // matrix.group_size) if short else (group, 0)
+        for n in range(24):
+            scale, zero = scale_and_zero(qparams[n // 16, block], layout, unit, n % 16)
+            assert scale == matrix.scales[group, n]
+            assert zero == (None if symmetric else matrix.zeros[group, n])
+    assert not any(scale_and_zero(block, layout, 0, 12)[0] for block in qparams[1])  # rows past N
+    # Nothing but what padding of K adds: a group's scales and zeros are stored once.
+    stored = -(-K // stage) * stage // matrix.group_size if short else -(-(-(-K // stage) * stage) // matrix.group_size)
+    assert qparams.nbytes == 2 * stored * layout_bytes_a_unit(layout)
 
 
-def test_symmetric_matrices_store_no_zeros() -> None:
-    matrix = random_matrix(np.random.default_rng(2), 4, 128, 16, 64, symmetric=True)
-    packed = pack_matrix([matrix])
-    assert packed.layout.symmetric
-    assert packed.zeros is None
-    assert packed.layout.zeros_shape is None
+@pytest.mark.parametrize(("scale_dtype", "value"), [("f16", 0.1), ("bf16", 1 + 2.0**-8), ("f16", 1e6)])
+def test_no_scale_is_rounded(scale_dtype: str, value: float) -> None:
+    matrix = random_matrix(np.random.default_rng(2), 4, 128, 16, 128, scale_dtype="f32")
+    matrix.scales[0, 3] = value
+    with pytest.raises(KernelError, match=rf"scale .*: {scale_dtype} does not hold it exactly"):
+        pack_matrix([dataclasses.replace(matrix, scale_dtype=scale_dtype)])
+
+
+@pytest.mark.parametrize("K", [32, 96, 256])
+@pytest.mark.parametrize("gated", [False, True])
+def test_words_of_the_file_become_the_words_of_the_tiles(K: int, gated: bool) -> None:
+    """Code by code through the lanes' bit positions (``lane_words``), and word by word: the same tiles."""
+    rng = np.random.default_rng(K)
+    plain = [random_matrix(rng, 4, K, 40, 32) for _ in range(2)]
+
+    def with_words(matrix: QuantizedMatrix) -> QuantizedMatrix:
+        codes = matrix.codes(0, matrix.N).astype(np.uint32).reshape(K // 8, 8, matrix.N)
+        words = np.bitwise_or.reduce(codes << 4 * np.arange(8, dtype=np.uint32)[None, :, None], axis=1)
+        return dataclasses.replace(matrix, read_words=lambda: words)
+
+    rows = gated_rows(40, rng.permutation(40)) if gated else natural_rows(80)
+    layout = matrix_layout(plain, rows)
+    codes = np.concatenate([matrix.codes(0, 40) for matrix in plain], axis=1)
+    expected = pack_codes(np.where(rows >= 0, codes[:, rows], 0).astype(np.uint8), layout)
+    for parts in (plain, [with_words(matrix) for matrix in plain]):
+        np.testing.assert_array_equal(pack_matrix(parts, rows).codes, expected)
 
 
 def test_gate_and_up_share_a_tile_in_the_order_of_down() -> None:
@@ -131,10 +187,12 @@ def test_gate_and_up_share_a_tile_in_the_order_of_down() -> None:
     [
         ((5, 128, 16, 128, True), "5 bits"),
         ((4, 100, 16, 100, True), "multiple of 32"),
-        ((4, 256, 16, 96, True), "not a multiple of the group size"),
+        ((4, 256, 16, 96, True), "group size 96"),
         ((4, 384, 16, 96, True), "group size 96"),
         ((4, 128, 0, 128, True), "at least one row"),
         ((4, 128, 16, 0, True), "group size 0"),
+        ((4, 128, 16, 256, True), "group size 256"),
+        ((4, 128, 16, 128, True, "f64"), "scales of f64"),
     ],
 )
 def test_shapes_that_no_kernel_takes(arguments: tuple, message: str) -> None:
@@ -150,5 +208,7 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
         pack_matrix([matrix])
     with pytest.raises(KernelError, match="must agree"):
         pack_matrix([random_matrix(rng, 4, 128, 16, 128), random_matrix(rng, 4, 128, 16, 64)])
+    with pytest.raises(KernelError, match="must agree"):
+        pack_matrix([random_matrix(rng, 4, 128, 16, 128, scale_dtype=dtype) for dtype in ("f16", "f32")])
     with pytest.raises(KernelError, match="row order"):
         pack_matrix([random_matrix(rng, 4, 128, 16, 128)], natural_rows(17))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 
 from exl.engine import load_engine
 from exl.ops.torch_linear import probe_int4pack
@@ -56,6 +56,7 @@ def make(
     order: str = "none",
     std: float = 0.1,
     dynamic: dict | None = None,
+    scales_as: torch.dtype = torch.float16,
 ) -> transformers.PreTrainedModel:
     """Writes a random quantized model; returns transformers' twin. ``order``: "none", "shared" by the linears that
     read the same input, as GPTQ makes it, or "own", which nothing can fuse."""
@@ -68,7 +69,7 @@ def make(
         noise = rng.uniform(0.5, 1.5, value.shape) if "norm" in name else rng.normal(0, 0.5, value.shape)
         state[name] = torch.from_numpy(noise.astype(np.float32))
         if "_proj" not in name:
-            tensors[name] = noise.astype(np.float32)
+            tensors[name] = torch.from_numpy(noise.astype(np.float32))
     for layer in range(LAYERS):
         shared = rng.permutation(64)
         for module, (K, N) in LINEARS.items():
@@ -77,15 +78,17 @@ def make(
             group = K if group_size == -1 else group_size
             codes = rng.integers(0, 2**this_bits, (K, N), dtype=np.uint8)
             middle = 2 ** (this_bits - 1)
-            zeros = np.full((K // group, N), middle) if sym else rng.integers(middle - 1, middle + 2, (K // group, N))
-            scales = (rng.uniform(0.5, 1.5, zeros.shape) * std * 12**0.5 / 2**this_bits).astype(np.float16)
+            G = -(-K // group)
+            zeros = np.full((G, N), middle) if sym else rng.integers(middle - 1, middle + 2, (G, N))
+            scales = torch.from_numpy(rng.uniform(0.5, 1.5, zeros.shape) * std * 12**0.5 / 2**this_bits).to(scales_as)
             g_idx = np.arange(K) // group
             if order != "none":
                 rows = shared if order == "shared" and module in SHARED_INPUT else rng.permutation(K)
                 g_idx[rows] = np.arange(K) // group
-            packed = pack_layer(codes, zeros, scales, this_bits, checkpoint_format, g_idx.tolist())
-            tensors |= {f"{name}.{ending}": tensor for ending, tensor in packed.items()}
-            weight = dequantize(codes, zeros, scales, g_idx.tolist())
+            packed = pack_layer(codes, zeros, scales.double().numpy(), this_bits, checkpoint_format, g_idx.tolist())
+            tensors |= {f"{name}.{ending}": torch.from_numpy(tensor) for ending, tensor in packed.items()}
+            tensors[f"{name}.scales"] = scales
+            weight = dequantize(codes, zeros, scales.double().numpy(), g_idx.tolist())
             state[f"{name}.weight"] = torch.from_numpy(weight.T.astype(np.float32))
     model.load_state_dict(state)
     quant = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": order != "none"}
@@ -122,6 +125,8 @@ CASES = [
     (4, 32, {"order": "own", "sym": True}),
     (4, 16, {}),
     (4, 32, {"dynamic": {"+:.*down_proj": {"bits": 8}}}),
+    *[(4, 64, {"scales_as": scales_as, "order": "shared"}) for scales_as in (torch.bfloat16, torch.float32)],
+    (3, 64, {}),  # down_proj has 96 inputs: a shorter last group
 ]
 
 

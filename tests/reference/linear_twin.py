@@ -8,18 +8,41 @@ from exl.formats.matrix import QuantizedMatrix
 
 
 def random_matrix(
-    rng: np.random.Generator, bits: int, K: int, N: int, group_size: int, symmetric: bool = False, bias: bool = False
+    rng: np.random.Generator,
+    bits: int,
+    K: int,
+    N: int,
+    group_size: int,
+    symmetric: bool = False,
+    bias: bool = False,
+    scale_dtype: str = "f16",
 ) -> QuantizedMatrix:
-    """Codes, zeros and scales drawn so that every value occurs; group size -1 is K."""
+    """Codes, zeros and scales drawn so that every value occurs; group size -1 is K, and the last group may be shorter.
+
+    Scales in bf16 and f32 are such that neither f16 nor the other type holds them.
+    """
     group_size = K if group_size == -1 else group_size
     codes = rng.integers(0, 1 << bits, (K, N), dtype=np.uint8)
-    G = K // group_size
+    G = -(-K // group_size)
     zeros = rng.integers(0, 1 << bits, (G, N), dtype=np.uint8)
     if symmetric:
         zeros[:] = 1 << (bits - 1)
-    scales = ((0.25 + rng.random((G, N))) * 2.0**-bits).astype(np.float16)
+    scales = ((0.25 + rng.random((G, N))) * 2.0**-bits).astype(np.float16 if scale_dtype == "f16" else np.float32)
+    if scale_dtype == "bf16":
+        scales = ((scales * np.float32(2.0**-20)).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     b = rng.standard_normal(N).astype(np.float16) if bias else None
-    return QuantizedMatrix(bits, group_size, K, N, scales, zeros, None, b, lambda start, stop: codes[:, start:stop])
+    return QuantizedMatrix(
+        bits,
+        group_size,
+        K,
+        N,
+        scales,
+        zeros,
+        None,
+        b,
+        lambda start, stop: codes[:, start:stop],
+        scale_dtype=scale_dtype,
+    )
 
 
 def dequantize(matrix: QuantizedMatrix) -> np.ndarray:

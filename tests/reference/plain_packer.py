@@ -2,7 +2,8 @@
 
     qweight i32 [K / 32 * bits, N]   packed along K, least significant bits first
     qzeros  i32 [G, N / 32 * bits]   packed along N; stores zero - 1 ("gptq") or zero ("gptq_v2")
-    W[k, n] = scales[g, n] * (code[k, n] - zero[g, n]), g = g_idx[k], or k // group_size without g_idx
+    W[k, n] = scales[g, n] * (code[k, n] - zero[g, n]), g = g_idx[k], or k // group_size without g_idx; G is
+    ceil(K / group_size), so that the last group may have fewer inputs
 
 3 bits: 32 values in 3 words. Word 0: values 0-9 at bit 3j, the low 2 bits of value 10 at bit 30. Word 1: its top bit at
 bit 0, values 11-20 at bits 3j + 1, the low bit of value 21 at bit 31. Word 2: its top 2 bits at bit 0, values 22-31 at

@@ -207,16 +207,24 @@ def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded(options):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("K", "N", "group"), [(4096, 4096, 128), (288, 72, 32), (11008, 4100, 64), (320, 24, 320)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_linear_takes_what_its_tiles_take(bits, K, N, group, gated):
-    parts = tuple(MatrixSpec(name, K, N, bits, "u8", group, True, "order") for name in (("g", "u") if gated else "m"))
+@pytest.mark.parametrize(
+    ("K", "N", "group"), [(4096, 4096, 128), (288, 72, 32), (11008, 4100, 64), (704, 24, 256), (320, 24, 320)]
+)
+@pytest.mark.parametrize(
+    ("gated", "scale_dtype", "symmetric"), [(False, "f16", True), (True, "f16", False), (True, "f32", False)]
+)
+def test_a_linear_takes_what_its_tiles_take(bits, K, N, group, gated, scale_dtype, symmetric):
+    names, order = (("g", "u") if gated else ("m",)), "order"
+    parts = tuple(MatrixSpec(n, K, N, bits, "u8", group, True, order, symmetric, scale_dtype) for n in names)
     spec = LinearSpec(parts, gated)
     layout, tiles = linear_layout(spec, SM86), tile_layout(spec)
     assert tiles.num_tiles == math.ceil(N / 8 if gated else N / 16)
     fields = layout.fields
     assert fields["codes"].num_bytes == tiles.codes_bytes == tiles.num_tiles * 16 * padded(K, bits) * bits // 8
-    assert fields["scales"].num_bytes == 2 * 16 * tiles.num_tiles * tiles.num_groups
+    # A group takes a scale of 2 or 4 bytes a row, and half a byte of zero point (8 bits: one).
+    zeros = 0 if symmetric else 16 if bits == 8 else 8
+    groups = -(-padded(K, bits) // group)
+    assert fields["qparams"].num_bytes == tiles.num_tiles * groups * ({"f16": 2, "f32": 4}[scale_dtype] * 16 + zeros)
     assert fields["bias"].shape == (16 * tiles.num_tiles,)
     assert fields["positions"].shape == (K,)
     ends = [0, *(field.offset + field.num_bytes for field in fields.values())]
@@ -234,8 +242,7 @@ def test_symmetric_matrices_store_no_zeros():
         spec = LinearSpec((MatrixSpec("m", 4096, 4096, 4, "u8", 128, symmetric=symmetric),))
         return linear_layout(spec, SM86).fields
 
-    assert "zeros" not in fields(True)
-    assert fields(False)["zeros"].num_bytes == 4096 // 16 * 32 * 8
+    assert fields(False)["qparams"].num_bytes - fields(True)["qparams"].num_bytes == 4096 // 16 * 32 * 8
 
 
 def test_dense_weights_are_bf16_where_tensor_cores_take_it():

@@ -184,6 +184,6 @@ def test_bf16_scales_and_bias_of_a_quantized_module(write):
     scales = torch.full((2, 32), 0.0101).bfloat16()
     tensors |= {"a.scales": scales, "a.bias": torch.linspace(-5, 5, 32).bfloat16()}
     matrix = load_matrix(write(tensors), "a", QUANT)
-    assert matrix.scales.dtype == np.float16
+    assert (matrix.scales.dtype, matrix.scale_dtype) == (np.float32, "bf16")
     assert torch.equal(torch.from_numpy(matrix.scales).float(), scales.float())
     assert torch.equal(torch.from_numpy(matrix.bias), tensors["a.bias"].float())

@@ -25,8 +25,9 @@ def seeded(*key: int) -> np.random.Generator:
 
 
 def random_layer(rng, K, N, group_size, bits, *, zeros=None):
-    """Random codes [K, N] and scales [G, N]; zeros given or random, the extremes among them."""
-    G = K // group_size
+    """Random codes [K, N] and scales [G, N]; zeros given or random, the extremes among them. The last group may be
+    shorter."""
+    G = -(-K // group_size)
     codes = rng.integers(0, 2**bits, (K, N), dtype=np.uint8)
     if zeros is None:
         zeros = rng.integers(0, 2**bits, (G, N), dtype=np.uint8)
@@ -98,7 +99,8 @@ def test_reads_what_autogptq_wrote_as_autogptq_does(bits, label, group_size):
 @pytest.mark.parametrize("act_order", [False, True], ids=["sequential", "act-order"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize(
-    ("K", "group_size"), [(64, 32), (128, 64), (256, 128), (128, -1), (192, 96), (320, 160), (96, 32), (64, 8)]
+    ("K", "group_size"),
+    [(64, 32), (128, 64), (128, -1), (192, 96), (96, 32), (64, 8), (160, 128), (96, 64), (352, 160), (64, 48)],
 )
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_zeros_scales_and_order_are_exact(tmp_path, bits, K, group_size, checkpoint_format, act_order):
@@ -285,17 +287,34 @@ def test_trap_scales_that_are_not_finite(layer_file, value):
         load_gptq(layer_file({"scales": scales}), NAME, QUANT)
 
 
-def test_trap_scales_in_f32_that_f16_holds_are_taken_exactly(layer_file):
-    scales = np.full((2, 32), 0.0078125, np.float32)
-    assert load_gptq(layer_file({"scales": scales}), NAME, QUANT).scales.dtype == np.float16
-    np.testing.assert_array_equal(load_gptq(layer_file({"scales": scales}), NAME, QUANT).scales, scales)
+@pytest.mark.parametrize("values", [(0.0078125, 0.5), (0.01, 1e6), (1e-9, 1.0000001)])
+def test_trap_scales_in_f32_stay_in_f32(layer_file, values):
+    """The header decides, not the values: a plan knows headers alone."""
+    scales = np.array(values, np.float32)[:, None] * np.linspace(1, 2, 32, dtype=np.float32)
+    checkpoint = layer_file({"scales": scales})
+    matrix = load_gptq(checkpoint, NAME, QUANT)
+    assert (matrix.scales.dtype, matrix.scale_dtype) == (np.float32, "f32")
+    np.testing.assert_array_equal(matrix.scales, scales)
+    assert gptq_spec(checkpoint, NAME, QUANT).scale_dtype == "f32"
+    assert gptq_spec(layer_file(), NAME, QUANT).scale_dtype == "f16"
 
 
-@pytest.mark.parametrize("value", [0.01, 1e6, 1e-9])
-def test_trap_scales_that_f16_would_round_are_refused(layer_file, value):
-    scales = np.full((2, 32), value, np.float32)
-    with pytest.raises(UnsupportedModelError, match=r"scales: found f32 .*which f16 cannot hold exactly"):
-        load_gptq(layer_file({"scales": scales}), NAME, QUANT)
+def test_trap_act_order_may_leave_the_last_group_shorter_and_no_other(tmp_path):
+    """160 inputs in groups of 64: 64, 64 and 32 of them, whatever their order."""
+    rng = seeded(6)
+    codes, zeros, scales = random_layer(rng, 160, 32, 64, 4)
+    quant = QuantConfig(bits=4, group_size=64, sym=False, desc_act=True)
+    g_idx = rng.permutation(np.arange(160) // 64)
+    with open_layer(tmp_path, pack_layer(codes, zeros, scales, 4, g_idx=g_idx)) as checkpoint:
+        matrix = load_gptq(checkpoint, NAME, quant)
+        assert (matrix.num_groups, gptq_spec(checkpoint, NAME, quant).num_groups) == (3, 3)
+        np.testing.assert_array_equal(weights_of(matrix), dequantize(codes, zeros, scales, g_idx))
+    short_first = rng.permutation((np.arange(160) + 32) // 64)
+    with (
+        open_layer(tmp_path, pack_layer(codes, zeros, scales, 4, g_idx=short_first)) as checkpoint,
+        pytest.raises(CheckpointError, match="found 32 inputs in group 0, expected 64 in each and 32 in the last: the"),
+    ):
+        gptq_spec(checkpoint, NAME, quant)
 
 
 # --- bias, memory, misuse ------------------------------------------------------------------------------------------
@@ -376,9 +395,14 @@ def test_damaged_layers_say_what_was_found_and_expected(layer_file, changes, mes
         load_gptq(layer_file(changes), NAME, QUANT)
 
 
-def test_groups_that_do_not_divide_the_inputs_are_refused(layer_file):
-    with pytest.raises(UnsupportedModelError, match=r"up_proj: 64 inputs in groups of 48 leave a shorter last group"):
-        gptq_spec(layer_file(), NAME, QuantConfig(bits=4, group_size=48))
+def test_a_shorter_last_group_has_scales_and_zeros_of_its_own(layer_file):
+    """64 inputs in groups of 48 are two groups; a file with one less, rounded down, is damaged."""
+    quant = QuantConfig(bits=4, group_size=48, sym=False)
+    assert gptq_spec(layer_file(), NAME, quant).num_groups == 2
+    for name in ("scales", "qzeros"):
+        short = {"scales": np.ones((1, 32), np.float16), "qzeros": np.zeros((1, 4), np.int32)}[name]
+        with pytest.raises(CheckpointError, match=rf"{name}: found shape \[1, \d+\], expected \[2, \d+\]"):
+            gptq_spec(layer_file({name: short}), NAME, quant)
 
 
 def test_bias_of_integers_is_refused(layer_file):

@@ -23,6 +23,7 @@ from exl.checkpoint import Checkpoint
 from exl.errors import CheckpointError, ExlError
 from exl.formats import DenseMatrix, QuantizedMatrix
 from exl.host_memory import HostBuffer
+from exl.kernels.blob import pack_linear as pack_tiles
 from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
 from exl.ops.torch_linear import pack_linear
 from exl.packed import PackedFile, PackedHeader, PackedWriter, remove_dead_parts
@@ -414,6 +415,11 @@ def test_changed_packing_needs_a_new_layout_version():
     """Files packed before must not be read as if packed now. If this fails, raise LAYOUT_VERSION along with it."""
     rng = np.random.default_rng(1)
     digest = hashlib.sha256()
+
+    def update(layout, out):
+        digest.update(repr([(name, field) for name, field in layout.fields.items()]).encode())
+        digest.update(out.tobytes())
+
     for bits, order in ((2, None), (3, None), (4, None), (8, None), (4, "split64"), (4, "split32"), (4, "pairs32")):
         spec = LinearSpec((MatrixSpec("m", 64, 96, bits, "u8", 32, True, "order"),))
         codes = rng.integers(0, 2**bits, (64, 96), dtype=np.uint8)
@@ -432,15 +438,32 @@ def test_changed_packing_needs_a_new_layout_version():
         layout = linear_layout(spec, target)
         out = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         pack_linear([matrix], layout, target, out)
-        digest.update(repr([(name, field) for name, field in layout.fields.items()]).encode())
-        digest.update(out.numpy().tobytes())
+        update(layout, out.numpy())
+        layout = linear_layout(spec, Target("cuda", arch=86))
+        out = np.zeros(layout.num_bytes, np.uint8)
+        pack_tiles([matrix], layout, out)
+        update(layout, out)
     weight = rng.integers(0, 2**16, (8, 16), dtype=np.uint16)
     dense = DenseMatrix("bf16", 16, 8, None, None, lambda start, stop: weight[start:stop])
     layout = linear_layout(LinearSpec((MatrixSpec("m", 16, 8, 16, "bf16"),)), _CPU)
     out = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     pack_linear([dense], layout, _CPU, out)
-    digest.update(out.numpy().tobytes())
-    assert (packed_store.LAYOUT_VERSION, digest.hexdigest()[:16]) == (1, "af5da356aeb302fa")
+    update(layout, out.numpy())
+    assert (packed_store.LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "d7427f91716d1721")
+
+
+@pytest.mark.parametrize("target", [_CPU, Target("cuda", arch=86)], ids=["cpu", "cuda"])
+def test_a_file_of_another_layout_version_is_not_opened(tmp_path, blobs, monkeypatch, target):
+    """Not found under the new key; and not taken if it lies under the new key's name."""
+    folder = _save(tmp_path / "model")
+    monkeypatch.setattr(packed_store, "LAYOUT_VERSION", packed_store.LAYOUT_VERSION - 1)
+    old = _key(folder, target=target)
+    monkeypatch.undo()
+    new = _key(folder, target=target)
+    assert packed_path(tmp_path, folder, old) != packed_path(tmp_path, folder, new)
+    path = write(packed_path(tmp_path, folder, new), blobs, old)
+    assert PackedFile.open(path, new, SIZES) is None
+    PackedFile.open(path, old, SIZES).close()  # it is whole
 
 
 # --- the folder --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import LinearSpec, MatrixSpec, Target, linear_layout
+from exl.layout import LinearSpec, MatrixSpec, Target, fuse, linear_layout
 from exl.ops.base import Linear, view_field
 from exl.ops.torch_linear import Scratch, matmul, pack_int4, pack_int4_words, pack_linear, pack_planes, probe_int4pack
 
@@ -16,28 +16,36 @@ NO_INT4PACK = Target("cpu")
 BF16_ROUNDOFF = 2.0**-8  # eight significant bits
 
 
-def random_quantized(rng, bits, K, N, group_size, *, order=False, bias=False) -> tuple[QuantizedMatrix, MatrixSpec]:
+def random_quantized(
+    rng, bits, K, N, group_size, *, order=False, bias=False, scale_dtype="f16"
+) -> tuple[QuantizedMatrix, MatrixSpec]:
+    """Scales in bf16 and f32 are none that f16 holds; the last group may be shorter."""
     codes = rng.integers(0, 2**bits, (K, N), dtype=np.uint8)
+    G = -(-K // group_size)
+    scales = (rng.random((G, N)) * 0.05 + 0.001).astype(np.float16 if scale_dtype == "f16" else np.float32)
+    if scale_dtype == "bf16":
+        scales = ((scales * np.float32(2.0**-20)).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     matrix = QuantizedMatrix(
         bits=bits,
         group_size=group_size,
         K=K,
         N=N,
-        scales=(rng.random((K // group_size, N)) * 0.05 + 0.001).astype(np.float16),
-        zeros=rng.integers(0, 2**bits + 1, (K // group_size, N)).astype(np.uint16).clip(0, 255).astype(np.uint8),
+        scales=scales,
+        zeros=rng.integers(0, 2**bits + 1, (G, N)).astype(np.uint16).clip(0, 255).astype(np.uint8),
         order=rng.permutation(K).astype(np.int32) if order else None,
         bias=rng.standard_normal(N).astype(np.float16) if bias else None,
         read_codes=lambda start, stop: codes[:, start:stop],
+        scale_dtype=scale_dtype,
     )
-    return matrix, MatrixSpec("m", K, N, bits, "u8", group_size, bias, "key" if order else None)
+    order_key = "key" if order else None
+    return matrix, MatrixSpec("m", K, N, bits, "u8", group_size, bias, order_key, scale_dtype=scale_dtype)
 
 
 def exact_weight(matrix: QuantizedMatrix) -> np.ndarray:
     """W [K, N] in float64, rows in the checkpoint's order."""
     codes = matrix.codes(0, matrix.N).astype(np.float64)
-    scales = np.repeat(matrix.scales.astype(np.float64), matrix.group_size, axis=0)
-    zeros = np.repeat(matrix.zeros.astype(np.float64), matrix.group_size, axis=0)
-    weight = scales * (codes - zeros)
+    groups = np.arange(matrix.K) // matrix.group_size
+    weight = matrix.scales.astype(np.float64)[groups] * (codes - matrix.zeros[groups])
     if matrix.order is None:
         return weight
     unsorted = np.empty_like(weight)
@@ -69,6 +77,7 @@ CASES = [
         (160, 24, 32, True),  # N that int4pack cannot take
         (192, 144, 64, True),
         (288, 48, 96, False),  # a group that int4pack cannot take
+        (224, 64, 128, True),  # a shorter last group
     ]
 ]
 
@@ -83,6 +92,28 @@ def test_panels_hold_the_exact_weights(bits, K, N, group, order, target):
     assert (run(linear, np.eye(K), 0) == exact_weight(matrix)).all()
 
 
+@pytest.mark.parametrize("target", [NATIVE, NO_INT4PACK], ids=["native", "planes"])
+@pytest.mark.parametrize("scale_dtype", ["bf16", "f32"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 128), (4, 32), (4, 64), (8, 64)])
+def test_panels_hold_scales_that_f16_cannot(bits, group, scale_dtype, target):
+    """bf16: exact as ever. f32: the exact product, rounded to f32 once."""
+    rng = np.random.default_rng(bits)
+    matrix, spec = random_quantized(rng, bits, 160, 48, group, scale_dtype=scale_dtype)
+    assert (matrix.scales != matrix.scales.astype(np.float16)).any()
+    linear = pack([matrix], [spec], target)
+    assert linear.layout.kind == ("int4pack" if (bits, group) == (4, 32) and target.int4pack else "planes")
+    exact = exact_weight(matrix)
+    assert (run(linear, np.eye(160), 0) == exact.astype(np.float32)).all()
+    if scale_dtype == "bf16":
+        assert (exact.astype(np.float32) == exact).all()
+
+
+def test_matrices_with_scales_of_other_types_do_not_share_a_launch():
+    rng = np.random.default_rng(9)
+    specs = [random_quantized(rng, 4, 128, 32, 32, scale_dtype=t)[1] for t in ("f16", "f16", "bf16", "f32", "f32")]
+    assert [len(linear.parts) for linear in fuse(specs)] == [2, 1, 2]
+
+
 @pytest.mark.parametrize(("bits", "K", "N", "group", "order"), CASES)
 def test_decode_rows_of_panels_are_exact_too(bits, K, N, group, order):
     rng = np.random.default_rng(bits * 1000 + K + 1)
@@ -92,11 +123,13 @@ def test_decode_rows_of_panels_are_exact_too(bits, K, N, group, order):
 
 
 @pytest.mark.skipif(NATIVE.int4pack is None, reason="this torch has no int4pack kernel")
-@pytest.mark.parametrize(("K", "N", "group", "order"), [(256, 208, 32, True), (512, 64, 128, False)])
-def test_int4pack_decode_errs_by_its_roundings_only(K, N, group, order):
+@pytest.mark.parametrize(
+    ("K", "N", "group", "order", "scale_dtype"), [(256, 208, 32, True, "f16"), (512, 64, 128, False, "f32")]
+)
+def test_int4pack_decode_errs_by_its_roundings_only(K, N, group, order, scale_dtype):
     """bf16 input, scale s, offset (8 - z) s and output, each rounded once; f32 sums of K terms."""
     rng = np.random.default_rng(K)
-    matrix, spec = random_quantized(rng, 4, K, N, group, order=order, bias=True)
+    matrix, spec = random_quantized(rng, 4, K, N, group, order=order, bias=True, scale_dtype=scale_dtype)
     linear = pack([matrix], [spec], NATIVE)
     assert linear.layout.kind == "int4pack"
     x = rng.standard_normal((5, K)).astype(np.float32)

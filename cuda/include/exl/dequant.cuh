@@ -11,15 +11,18 @@
 
 template <int kBits> struct Quant;
 
-// Zero points of rows g and g + 8 in one byte (8 bits: two), as the packer stores them: the kernel spreads them.
+// Zero points of rows g and g + 8 in one byte (8 bits: two), as the packer stores them, in both halves of a word (8 bits:
+// the lower one): `zero` spreads them. kKnown: a symmetric matrix's, folded by the compiler, which cannot see into lop3.
+template <bool kKnown> EXL_DEVICE u32 spread(u32 zz, u32 mask, u32 more) {
+  return kKnown ? (zz & mask) | more : lop3<0xea>(zz, mask, more);
+}
 struct ZeroPair { u32 lo, hi; };   // operands of the subtraction, rows g and g + 8, both halves alike
 
 template <> struct Quant<4> {
   static constexpr int kStageK = 128;   // inputs of one stage of the ring
   using Zero = ZeroPair;                // lo: 1024 + z of row g; hi: -(64 + z) of row g + 8
-  EXL_DEVICE static Zero zero(u32 z) {
-    const u32 zz = z * 0x10001u;
-    return {lop3<0xea>(zz, 0x000f000fu, 0x64006400u), lop3<0xea>(zz, 0x00f000f0u, 0xd400d400u)};
+  template <bool kKnown> EXL_DEVICE static Zero zero(u32 zz) {
+    return {spread<kKnown>(zz, 0x000f000fu, 0x64006400u), spread<kKnown>(zz, 0x00f000f0u, 0xd400d400u)};
   }
   EXL_DEVICE static FragA fragment(const u32* w, int h, int j, const Zero& z) {
     const u32 lo = w[h * 4 + j], hi = lo >> 8;
@@ -35,7 +38,7 @@ template <> struct Quant<4> {
 template <> struct Quant<8> {
   static constexpr int kStageK = 128;
   using Zero = ZeroPair;                // 1024 + z
-  EXL_DEVICE static Zero zero(u32 z) { return {prmt(z, 0x64u, 0x4040u), prmt(z, 0x64u, 0x4141u)}; }
+  template <bool> EXL_DEVICE static Zero zero(u32 z) { return {prmt(z, 0x64u, 0x4040u), prmt(z, 0x64u, 0x4141u)}; }
   EXL_DEVICE static FragA fragment(const u32* w, int h, int j, const Zero& z) {
     const u32 w0 = w[h * 8 + j * 2], w1 = w[h * 8 + j * 2 + 1];
     FragA a;
@@ -50,10 +53,9 @@ template <> struct Quant<8> {
 template <> struct Quant<2> {
   static constexpr int kStageK = 256;
   struct Zero { u32 r[4]; };            // 1024 + z, -(256 + z), -(64 + z), -(16 + z): rows g, g + 8, g, g + 8
-  EXL_DEVICE static Zero zero(u32 z) {  // the byte holds both twice: g, g + 8, g, g + 8
-    const u32 zz = z * 0x10001u;
-    return {{lop3<0xea>(zz, 0x00030003u, 0x64006400u), lop3<0xea>(zz, 0x000c000cu, 0xdc00dc00u),
-             lop3<0xea>(zz, 0x00300030u, 0xd400d400u), lop3<0xea>(zz, 0x00c000c0u, 0xcc00cc00u)}};
+  template <bool kKnown> EXL_DEVICE static Zero zero(u32 zz) { // the byte holds both twice: g, g + 8, g, g + 8
+    return {{spread<kKnown>(zz, 0x00030003u, 0x64006400u), spread<kKnown>(zz, 0x000c000cu, 0xdc00dc00u),
+             spread<kKnown>(zz, 0x00300030u, 0xd400d400u), spread<kKnown>(zz, 0x00c000c0u, 0xcc00cc00u)}};
   }
   EXL_DEVICE static FragA fragment(const u32* w, int h, int j, const Zero& z) {
     const u32 v = j % 2 ? w[h * 2 + j / 2] >> 8 : w[h * 2 + j / 2];
@@ -71,11 +73,10 @@ template <> struct Quant<2> {
 template <> struct Quant<3> {
   static constexpr int kStageK = 256;
   struct Zero { u32 at0[2], at3[2], at6[2]; };   // [row g, row g + 8] for a code at bit 0, 3, 6
-  EXL_DEVICE static Zero zero(u32 z) {           // row g in bits 0..2, row g + 8 in bits 3..5
-    const u32 zz = z * 0x10001u;
-    return {{lop3<0xea>(zz, 0x00070007u, 0x64006400u), lop3<0xea>(zz >> 3, 0x00070007u, 0x64006400u)},
-            {lop3<0xea>(zz << 3, 0x00380038u, 0xd800d800u), lop3<0xea>(zz, 0x00380038u, 0xd800d800u)},
-            {lop3<0xea>(zz << 6, 0x01c001c0u, 0xcc00cc00u), lop3<0xea>(zz << 3, 0x01c001c0u, 0xcc00cc00u)}};
+  template <bool kKnown> EXL_DEVICE static Zero zero(u32 zz) {          // row g in bits 0..2, row g + 8 in bits 3..5
+    return {{spread<kKnown>(zz, 0x00070007u, 0x64006400u), spread<kKnown>(zz >> 3, 0x00070007u, 0x64006400u)},
+            {spread<kKnown>(zz << 3, 0x00380038u, 0xd800d800u), spread<kKnown>(zz, 0x00380038u, 0xd800d800u)},
+            {spread<kKnown>(zz << 6, 0x01c001c0u, 0xcc00cc00u), spread<kKnown>(zz << 3, 0x01c001c0u, 0xcc00cc00u)}};
   }
   EXL_DEVICE static u32 pair(const u32* w, int p, const Zero& z) {
     const int row = p % 2, field = p % 5;

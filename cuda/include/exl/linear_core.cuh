@@ -14,8 +14,8 @@ constexpr u32 kAllLanes = 0xffffffffu;
 // each 64, in token row g; the next 8 tokens lie `pitch8` halves further. Groups add up in f32 on their own, and the
 // scale meets their sum.
 template <int kNT>
-EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][kLoads * 4], const Meta (&meta)[kR],
-                               const half* x0, const half* x1, int pitch8) {
+EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][kLoads * 4],
+                               const QParams (&qparams)[kR], const half* x0, const half* x1, int pitch8) {
   FragC part[kR][kNT];
   Q::Zero zero[kR];
   EXL_UNROLL
@@ -29,7 +29,7 @@ EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][
       for (int half_k = 0; half_k < 2; ++half_k) {
         const int k = b * 32 + half_k * 16, unit = k / kUnitK;
         if (k % kUnitK == 0) {
-          zero[r] = Q::zero(kSymmetric ? symmetric_zero() : meta[r].zero[unit]);
+          zero[r] = qparams[r].zero(unit);
           EXL_UNROLL
           for (int n = 0; n < kNT; ++n) part[r][n].r[0] = part[r][n].r[1] = part[r][n].r[2] = part[r][n].r[3] = 0.0f;
         }
@@ -37,14 +37,13 @@ EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][
         EXL_UNROLL
         for (int n = 0; n < kNT; ++n) mma_m16n8k16(part[r][n], a, half_k ? FragB{{x[n].z, x[n].w}} : FragB{{x[n].x, x[n].y}});
         if ((k + 16) % kUnitK == 0) {
-          const half2 scale = bits_half2(meta[r].scale[unit]);
-          const float lo = __low2float(scale), hi = __high2float(scale);
+          const float2 scale = qparams[r].scale(unit);
           EXL_UNROLL
           for (int n = 0; n < kNT; ++n) {
-            acc[r][n][0] = fmaf(lo, part[r][n].r[0], acc[r][n][0]);
-            acc[r][n][1] = fmaf(lo, part[r][n].r[1], acc[r][n][1]);
-            acc[r][n][2] = fmaf(hi, part[r][n].r[2], acc[r][n][2]);
-            acc[r][n][3] = fmaf(hi, part[r][n].r[3], acc[r][n][3]);
+            acc[r][n][0] = fmaf(scale.x, part[r][n].r[0], acc[r][n][0]);
+            acc[r][n][1] = fmaf(scale.x, part[r][n].r[1], acc[r][n][1]);
+            acc[r][n][2] = fmaf(scale.y, part[r][n].r[2], acc[r][n][2]);
+            acc[r][n][3] = fmaf(scale.y, part[r][n].r[3], acc[r][n][3]);
           }
         }
       }
@@ -52,117 +51,185 @@ EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][
   }
 }
 
-// A lane's own copies of its warp's weights: 16 bytes a load, kStages - 1 stages ahead, read by no other lane, so that
-// the loop needs no barrier. sm_75 has no asynchronous copies: one stage ahead, in registers.
-struct WeightRing {
-  const uint4* src[kR];               // this lane's bytes of the stage to fetch next
-  uint4* slot[kStages];
-  u32 next[kHasCpAsync ? 1 : kR][kHasCpAsync ? 1 : kLoads * 4];
+// A warp's weights on their way: kR row tiles, kStages - 1 stages ahead. A stage's codes, scales and zero points are
+// copied together, so that nothing is waited for that was not asked for as early. A lane reads the codes that it copied
+// itself; scales and zero points it also has from others, which __syncwarp makes visible: no block barrier in the loop.
+template <bool kAsync> struct WeightRing {
+  static constexpr int kCodeBytes = kR * kLoads * 512;                          // of a stage, by a warp
+  static constexpr int kChunkBytes = kBlockBytes % 16 == 0 ? 16 : 8;            // of one copy of scales and zero points
+  static constexpr int kTileChunks = kBlocks * kBlockBytes / kChunkBytes, kChunks = kR * kTileChunks;
+  static constexpr int kCopies = (kChunks + 31) / 32;                           // that a lane makes at most
+  static constexpr int kSlotBytes = kCodeBytes + (kChunks * kChunkBytes + 15) / 16 * 16;
+  static constexpr int kWarpBytes = kStages * kSlotBytes;                       // of shared memory
 
-  static constexpr int kSlotLoads = kR * kLoads * 32;                                   // of 16 bytes, by a warp
-  static constexpr int kWarpBytes = kHasCpAsync ? kStages * kSlotLoads * 16 : 0;        // of shared memory
+  const uint4* src[kR];           // this lane's bytes of the stage to fetch next
+  BlockWalk walk[kCopies];        // at the chunk that it copies for its warp
+  u8 *codes_at, *chunks_to;       // in slot 0: its codes; where its chunks go
+  const u8 *scales_at, *zeros_at; // and its rows' scales and zero points
+  int slot[kStages];
+  int left, chunks_left[kCopies]; // stages from src on; those of which this lane copies a chunk: all or none
+  int group_units;
 
-  // slot[0] takes the stage that lies `turn` stages after the first.
-  EXL_DEVICE void turn_to(u8* smem, int warp, int lane, int turn) {
+  EXL_DEVICE void start(u8* smem, int warp, int lane, const TiledMatrix& m, int tile0, int stage, int last) {
+    u8* base = smem + warp * kWarpBytes;
+    codes_at = base + lane * 16;
+    chunks_to = (kChunkBytes == 16 ? codes_at : base + lane * kChunkBytes) + kCodeBytes;
+    scales_at = base + kCodeBytes + lane / 4 * kRowScales;
+    zeros_at = base + kCodeBytes + 8 * kRowScales + lane / 4 * kRowZeros;
+    group_units = m.group_units;
+    left = last - stage;
+    turn_to(0);
     EXL_UNROLL
-    for (int s = 0; s < kStages; ++s)
-      slot[s] = reinterpret_cast<uint4*>(smem + warp * kWarpBytes) + (s + turn) % kStages * kSlotLoads + lane;
-  }
-  // Starts the copy of the stage that lies `ahead` stages after src.
-  EXL_DEVICE void fetch(int to, int ahead) {
+    for (int r = 0; r < kR; ++r) src[r] = m.codes_of(tile0 + r, stage) + lane;
     EXL_UNROLL
-    for (int r = 0; r < kR; ++r) {
-      EXL_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        const uint4* from = src[r] + (ahead * kLoads + i) * 32;
-        if constexpr (kHasCpAsync) {
-          cp_async_16(slot[to] + (r * kLoads + i) * 32, from);
-        } else {
-          const uint4 v = ld_global_nc_u32x4(from);
-          next[r][i * 4] = v.x; next[r][i * 4 + 1] = v.y; next[r][i * 4 + 2] = v.z; next[r][i * 4 + 3] = v.w;
-        }
-      }
+    for (int i = 0; i < kCopies; ++i) {
+      chunks_left[i] = lane + i * 32 < kChunks ? left : 0;
+      const int chunk = lane + i * 32 < kChunks ? lane + i * 32 : kChunks - 1, in_tile = chunk % kTileChunks;
+      walk[i].start(m, tile0 + chunk / kTileChunks, stage, in_tile / (kTileChunks / kBlocks));
+      walk[i].block += in_tile % (kTileChunks / kBlocks) * kChunkBytes;
     }
   }
-  EXL_DEVICE void take(u32 (&codes)[kR][kLoads * 4], int from) const {
+  // slot[0] takes the stage that lies `turn` stages after the first.
+  EXL_DEVICE void turn_to(int turn) {
+    EXL_UNROLL
+    for (int s = 0; s < kStages; ++s) slot[s] = (s + turn) % kStages * kSlotBytes;
+  }
+  // Starts the copies of the next stage, `ahead` stages after src, if there is one.
+  EXL_DEVICE void fetch(int to, int ahead) {
+    EXL_UNROLL
+    for (int r = 0; r < kR; ++r)
+      EXL_UNROLL
+      for (int i = 0; i < kLoads; ++i)
+        if (ahead < left) cp_async_16(codes_at + slot[to] + (r * kLoads + i) * 512, src[r] + (ahead * kLoads + i) * 32);
+    EXL_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      u8* chunk = chunks_to + slot[to] + i * 32 * kChunkBytes;
+      const u8* from = walk[i].block + (kGroup == 0 ? 0 : ahead * kBlockBytes);
+      if (ahead < chunks_left[i]) {
+        if constexpr (kChunkBytes == 16) cp_async_16(chunk, from);
+        else cp_async_8(chunk, from);
+      }
+      if (kGroup == 0) walk[i].step(group_units);
+    }
+  }
+  EXL_DEVICE void take(u32 (&codes)[kR][kLoads * 4], QParams (&qparams)[kR], int from) const {
     EXL_UNROLL
     for (int r = 0; r < kR; ++r) {
       EXL_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        if constexpr (kHasCpAsync) {
-          const uint4 v = slot[from][(r * kLoads + i) * 32];
-          codes[r][i * 4] = v.x; codes[r][i * 4 + 1] = v.y; codes[r][i * 4 + 2] = v.z; codes[r][i * 4 + 3] = v.w;
-        } else {
-          EXL_UNROLL
-          for (int w = 0; w < 4; ++w) codes[r][i * 4 + w] = next[r][i * 4 + w];
-        }
+      for (int i = 0; i < kLoads; ++i) read_words<16>(codes[r] + i * 4, codes_at + slot[from] + (r * kLoads + i) * 512);
+      EXL_UNROLL
+      for (int q = 0; q < kBlocks; ++q) {
+        const int block = slot[from] + (r * kBlocks + q) * kBlockBytes;
+        qparams[r].read(q, scales_at + block, zeros_at + block);
       }
     }
   }
   EXL_DEVICE void advance(int stages) {
     EXL_UNROLL
     for (int r = 0; r < kR; ++r) src[r] += stages * kLoads * 32;
+    left -= stages;
+    EXL_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      chunks_left[i] -= stages;
+      if (kGroup != 0) walk[i].block += stages * kBlockBytes;   // else fetch counts
+    }
   }
 };
-constexpr int kAhead = kHasCpAsync ? kStages - 1 : 1;   // stages on their way
 
-// What a warp multiplies, and its way through it: weights of kR row tiles with their scales and zero points.
-struct Weights {
-  WeightRing ring;
-  MetaStream stream[kR];
-  Meta next[kR];
+// Without asynchronous copies (below sm_80): one stage ahead, in registers.
+template <> struct WeightRing<false> {
+  static constexpr int kWarpBytes = 0;
 
-  // Everything up to the first product; touches no activations. first, last: the stages of this warp or block.
-  EXL_DEVICE void start(u8* smem, int warp, int lane, const u32* codes, const void* scales, const u8* zeros, int tile0,
-                        int num_tiles, int num_stages, int num_groups, int group_units, int first, int last) {
-    ring.turn_to(smem, warp, lane, 0);
+  const uint4* src[kR];
+  BlockWalk walk[kR][kBlocks];
+  u32 next[kR][kLoads * 4];
+  QParams next_qparams[kR];
+  int left, g, group_units;
+
+  EXL_DEVICE void start(u8*, int, int lane, const TiledMatrix& m, int tile0, int stage, int last) {
+    g = lane / 4;
+    group_units = m.group_units;
+    left = last - stage;
     EXL_UNROLL
     for (int r = 0; r < kR; ++r) {
-      const int tile = tile0 + r < num_tiles ? tile0 + r : num_tiles - 1;   // past the end: a copy that is not stored
-      ring.src[r] = reinterpret_cast<const uint4*>(codes) + (static_cast<size_t>(tile) * num_stages + first) * (kLoads * 32) + lane;
-      const size_t meta = static_cast<size_t>(tile) * num_groups * 8;
-      stream[r].start(static_cast<const u32*>(scales) + meta, kSymmetric ? nullptr : zeros + meta * kZeroBytes, first, group_units, lane / 4);
+      src[r] = m.codes_of(tile0 + r, stage) + lane;
+      EXL_UNROLL
+      for (int q = 0; q < kBlocks; ++q) walk[r][q].start(m, tile0 + r, stage, q);
     }
+  }
+  EXL_DEVICE void turn_to(int) {}
+  EXL_DEVICE void fetch(int, int ahead) {
+    if (ahead >= left) return;
+    EXL_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      EXL_UNROLL
+      for (int i = 0; i < kLoads; ++i) {
+        const uint4 v = ld_global_nc_u32x4(src[r] + (ahead * kLoads + i) * 32);
+        next[r][i * 4] = v.x; next[r][i * 4 + 1] = v.y; next[r][i * 4 + 2] = v.z; next[r][i * 4 + 3] = v.w;
+      }
+      EXL_UNROLL
+      for (int q = 0; q < kBlocks; ++q) {
+        next_qparams[r].read_block(q, walk[r][q].block + (kGroup == 0 ? 0 : ahead * kBlockBytes), g);
+        if (kGroup == 0) walk[r][q].step(group_units);
+      }
+    }
+  }
+  EXL_DEVICE void take(u32 (&codes)[kR][kLoads * 4], QParams (&qparams)[kR], int) const {
+    EXL_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      EXL_UNROLL
+      for (int w = 0; w < kLoads * 4; ++w) codes[r][w] = next[r][w];
+      qparams[r] = next_qparams[r];
+    }
+  }
+  EXL_DEVICE void advance(int stages) {
+    left -= stages;
+    EXL_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      src[r] += stages * kLoads * 32;
+      EXL_UNROLL
+      for (int q = 0; q < kBlocks; ++q)
+        if (kGroup != 0) walk[r][q].block += stages * kBlockBytes;
+    }
+  }
+};
+using Ring = WeightRing<kHasCpAsync>;
+constexpr int kAhead = kHasCpAsync ? kStages - 1 : 1;   // stages on their way
+
+// What a warp multiplies, and its way through it.
+struct Weights {
+  Ring ring;
+
+  // Everything up to the first product; touches no activations. first, last: the stages of this warp or block.
+  EXL_DEVICE void start(u8* smem, int warp, int lane, const TiledMatrix& m, int tile0, int first, int last) {
+    ring.start(smem, warp, lane, m, tile0, first, last);
     EXL_UNROLL
     for (int s = 0; s < kAhead; ++s) {
-      if (first + s < last) ring.fetch(s, s);
+      ring.fetch(s, s);
       cp_async_commit_group();
     }
     ring.advance(kAhead);
-    if (first < last) {
-      EXL_UNROLL
-      for (int r = 0; r < kR; ++r) stream[r].load(next[r], 0, group_units);
-    }
   }
 
-  // acc += stages [start, stop) of K, of [start, last) that this warp will still read. x0, x1: see multiply_stage;
-  // the next stage lies x_pitch halves further.
+  // acc += stages [start, stop) of K. x0, x1: see multiply_stage; the next stage lies x_pitch halves further.
   template <int kNT>
-  EXL_DEVICE void multiply(float (&acc)[kR][kNT][4], int start, int stop, int last, int group_units, const half* x0,
-                           const half* x1, int pitch8, int x_pitch) {
+  EXL_DEVICE void multiply(float (&acc)[kR][kNT][4], int start, int stop, const half* x0, const half* x1, int pitch8,
+                           int x_pitch) {
     for (int base = start; base < stop; base += kStages) {
-      const int here = stop - base, left = last - base;
+      const int here = stop - base;
       EXL_UNROLL
       for (int s = 0; s < kStages; ++s) {
         if (s >= here) break;
-        cp_async_wait_group<kAhead - 1>();   // a lane reads only what it copied itself: no barrier
+        cp_async_wait_group<kAhead - 1>();   // this lane's copies of stage s have arrived,
+        if constexpr (kHasCpAsync) __syncwarp();   // every lane's have, and all lanes have read the slot that is filled next
         u32 codes[kR][kLoads * 4];
-        Meta meta[kR];
-        ring.take(codes, s);
-        EXL_UNROLL
-        for (int r = 0; r < kR; ++r) meta[r] = next[r];
-        if (s + kAhead < left) ring.fetch((s + kAhead) % kStages, s);
+        QParams qparams[kR];
+        ring.take(codes, qparams, s);
+        ring.fetch((s + kAhead) % kStages, s);
         cp_async_commit_group();
-        if (s + 1 < left) {
-          EXL_UNROLL
-          for (int r = 0; r < kR; ++r) stream[r].load(next[r], s + 1, group_units);
-        }
-        multiply_stage<kNT>(acc, codes, meta, x0 + s * x_pitch, x1 + s * x_pitch, pitch8);
+        multiply_stage<kNT>(acc, codes, qparams, x0 + s * x_pitch, x1 + s * x_pitch, pitch8);
       }
-      const int done = here < kStages ? here : kStages;
-      ring.advance(done);
-      EXL_UNROLL
-      for (int r = 0; r < kR; ++r) stream[r].advance(done);
+      ring.advance(here < kStages ? here : kStages);
       x0 += kStages * x_pitch;
       x1 += kStages * x_pitch;
     }

@@ -1,10 +1,10 @@
 #pragma once
-// One matrix in 16-row tiles, as exl/kernels/tile_layout.py packs it: sizes of a stage, and the way through scales and
-// zero points.
+// One matrix in 16-row tiles, as exl/kernels/tile_layout.py packs it: sizes of a stage, its scales and its zero points.
 //
 // Macros: EXL_BITS 2|3|4|8; EXL_GROUP 32|64|128, or 0: any multiple of 128, or all of K; EXL_SYM 1: every zero point
-// is 2^(bits-1) and none are stored.
+// is 2^(bits-1) and none are stored; EXL_SCALE 0|1|2: scales are f16, bf16 or f32.
 #include <exl/dequant.cuh>
+#include <exl/half.cuh>
 
 using Q = Quant<EXL_BITS>;
 constexpr int kBits = EXL_BITS, kGroup = EXL_GROUP;
@@ -13,48 +13,91 @@ constexpr int kStageK = Q::kStageK;
 constexpr int kLoads = kStageK * kBits * 16 / 8 / 512;             // 16-byte loads a lane and row tile, a stage
 constexpr int kUnitK = kGroup == 0 ? 128 : kGroup;                 // inputs between two uses of a scale
 constexpr int kUnits = kStageK / kUnitK;
-constexpr int kZeroBytes = kBits == 8 ? 2 : 1;                     // of rows g and g + 8 together
 
-// Scales and zero points of one stage: one unit each, rows g and g + 8 together.
-struct Meta {
-  u32 scale[kUnits];   // f16 of row g, f16 of row g + 8
-  u32 zero[kUnits];    // packed as dequant.cuh wants them
+// A block of `qparams`: scales [8 (g)][units][row g, row g + 8], then zero points [8 (g)][units], of all groups of a stage;
+// EXL_GROUP 0: of one group.
+constexpr int kScaleBytes = EXL_SCALE == 2 ? 4 : 2;
+constexpr int kZeroBytes = kBits == 8 ? 2 : 1;                     // of rows g and g + 8 together
+constexpr int kBlockUnits = kGroup == 0 ? 1 : kUnits;
+constexpr int kBlocks = kUnits / kBlockUnits;                      // that a stage reads
+constexpr int kRowScales = kBlockUnits * 2 * kScaleBytes, kRowZeros = kSymmetric ? 0 : kBlockUnits * kZeroBytes;   // bytes
+constexpr int kBlockBytes = 8 * (kRowScales + kRowZeros);
+
+// Where a matrix lies. codes: u32 [tiles][stages][kLoads][32 lanes][4]; qparams: u8 [tiles][num_blocks][kBlockBytes].
+struct TiledMatrix {
+  const u32* codes;
+  const u8* qparams;
+  int num_tiles, num_stages, num_blocks;
+  int group_units;     // EXL_GROUP 0: stretches of 128 inputs a group
+
+  // Past the last tile: the last one again, a copy that is not stored.
+  EXL_DEVICE size_t tile_of(int tile) const { return static_cast<size_t>(tile < num_tiles ? tile : num_tiles - 1); }
+  EXL_DEVICE const uint4* codes_of(int tile, int stage) const {
+    return reinterpret_cast<const uint4*>(codes) + (tile_of(tile) * num_stages + stage) * (kLoads * 32);
+  }
 };
 
-// Walks a row tile's scales and zero points. scales: u32 [groups][8]; zeros: u8 or u16 [groups][8].
-struct MetaStream {
-  const u32* scales;
-  const u8* zeros;
-  int left;            // kGroup 0: units until the next group
+// Which of a tile's blocks a stage reads, stage after stage: `which` is 0, or for EXL_GROUP 0 up to kBlocks - 1.
+struct BlockWalk {
+  const u8* block;
+  int left;            // EXL_GROUP 0: units until the next group
 
-  EXL_DEVICE void start(const u32* tile_scales, const u8* tile_zeros, int stage, int group_units, int g) {
-    const int unit = stage * kUnits, group = kGroup == 0 ? unit / group_units : unit;
-    scales = tile_scales + group * 8 + g;
-    if (!kSymmetric) zeros = tile_zeros + (group * 8 + g) * kZeroBytes;
-    left = kGroup == 0 ? group_units - unit % group_units : 0;
+  EXL_DEVICE void start(const TiledMatrix& m, int tile, int stage, int which) {
+    const int unit = stage * kUnits + which, at = kGroup == 0 ? unit / m.group_units : stage;
+    block = m.qparams + (m.tile_of(tile) * m.num_blocks + at) * kBlockBytes;
+    left = kGroup == 0 ? m.group_units - unit % m.group_units : 0;
   }
-  // Scales and zeros `ahead` stages on (kGroup 0 keeps its own count: always the next stage).
-  EXL_DEVICE void load(Meta& m, int ahead, int group_units) {
-    EXL_UNROLL
-    for (int q = 0; q < kUnits; ++q) {
-      const int at = kGroup == 0 ? 0 : (ahead * kUnits + q) * 8;
-      m.scale[q] = scales[at];
-      if (kSymmetric) m.zero[q] = 0;
-      else if (kZeroBytes == 1) m.zero[q] = zeros[at];
-      else m.zero[q] = reinterpret_cast<const u16*>(zeros)[at];
-      if (kGroup == 0 && --left == 0) {
-        left = group_units;
-        scales += 8;
-        if (!kSymmetric) zeros += 8 * kZeroBytes;
-      }
+  EXL_DEVICE void step(int group_units) {   // a group of several units is longer than a stage, or there is one stage
+    if (kGroup != 0) {
+      block += kBlockBytes;
+    } else if ((left -= kUnits) <= 0) {
+      left += group_units;
+      block += kBlockBytes;
     }
   }
-  EXL_DEVICE void advance(int stages) {
-    if (kGroup == 0) return;
-    scales += stages * kUnits * 8;
-    if (!kSymmetric) zeros += stages * kUnits * 8 * kZeroBytes;
-  }
 };
 
-// Zero points of rows g and g + 8 that a symmetric matrix does not store.
-EXL_DEVICE constexpr u32 symmetric_zero() { return kBits == 8 ? 0x8080u : kBits == 4 ? 0x88u : kBits == 3 ? 044u : 0xaau; }
+template <int kBytes> EXL_DEVICE void read_words(u32* to, const u8* from) {
+  if constexpr (kBytes == 1) to[0] = *from;
+  else if constexpr (kBytes == 2) to[0] = *reinterpret_cast<const u16*>(from);
+  else if constexpr (kBytes == 4) to[0] = *reinterpret_cast<const u32*>(from);
+  else if constexpr (kBytes == 8) { const uint2 v = *reinterpret_cast<const uint2*>(from); to[0] = v.x; to[1] = v.y; }
+  else {
+    EXL_UNROLL
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+      to[i * 4] = v.x; to[i * 4 + 1] = v.y; to[i * 4 + 2] = v.z; to[i * 4 + 3] = v.w;
+    }
+  }
+}
+
+// Scales and zero points of one stage for rows g and g + 8.
+struct QParams {
+  static constexpr int kScaleWords = kRowScales / 4, kZeroWords = kRowZeros < 4 ? 1 : kRowZeros / 4;   // of a block
+  u32 scales[kBlocks * kScaleWords], zeros[kBlocks * kZeroWords];
+
+  // The parts of block `which` that belong to a lane's rows.
+  EXL_DEVICE void read(int which, const u8* row_scales, const u8* row_zeros) {
+    read_words<kRowScales>(scales + which * kScaleWords, row_scales);
+    if constexpr (!kSymmetric) read_words<kRowZeros>(zeros + which * kZeroWords, row_zeros);
+  }
+  EXL_DEVICE void read_block(int which, const u8* block, int g) {
+    read(which, block + g * kRowScales, block + 8 * kRowScales + g * kRowZeros);
+  }
+  // [row g, row g + 8] of one unit, exact in f32.
+  EXL_DEVICE float2 scale(int unit) const {
+    if constexpr (EXL_SCALE == 2) return make_float2(__uint_as_float(scales[unit * 2]), __uint_as_float(scales[unit * 2 + 1]));
+    const u32 both = scales[unit];
+    if constexpr (EXL_SCALE == 1) return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+    return make_float2(__low2float(bits_half2(both)), __high2float(bits_half2(both)));
+  }
+  // Zero points of one unit as Q::zero wants them.
+  EXL_DEVICE u32 packed_zeros(int unit) const {
+    if constexpr (kSymmetric) return kBits == 8 ? 0x8080u : 0x10001u * (kBits == 4 ? 0x88u : kBits == 3 ? 044u : 0xaau);
+    const int at = unit % kBlockUnits * kZeroBytes, byte = at % 4;
+    const u32 word = zeros[unit / kBlockUnits * kZeroWords + at / 4];
+    if (kBits == 8) return word >> 8 * byte;
+    return prmt(word, 0u, 0x4040u + 0x0101u * static_cast<u32>(byte));
+  }
+  EXL_DEVICE Q::Zero zero(int unit) const { return Q::zero<kSymmetric>(packed_zeros(unit)); }
+};
