@@ -14,9 +14,9 @@
 constexpr int kWarps = 8;
 
 EXL_KERNEL(append_kv, 256, 2)
-(const void* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
- const float* __restrict__ cosine, const float* __restrict__ sine, const i32* __restrict__ slots, u8* pages, half* q,
- int num_heads, int num_kv_heads, int half_dim, int in_type, int qkv_stride, float eps) {
+(const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+ const float* cosine, const float* sine, const i32* slots, u8* pages, half* q, int num_heads, int num_kv_heads,
+ int half_dim, int in_type, int qkv_stride, float eps) {
   EXL_DYNAMIC_SMEM(float, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();

@@ -58,11 +58,10 @@ EXL_DEVICE float combined(const float* o, const float* m, const float* l, int pa
 }
 
 EXL_KERNEL(attention_decode, 128, 2)
-(const void* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
- const float* __restrict__ cosine, const float* __restrict__ sine, const i32* __restrict__ slots,
- const i32* __restrict__ query_start, const i32* __restrict__ context_len, const i32* __restrict__ page_table, u8* pages,
- half* out, const i32* __restrict__ positions, float* partial, u32* arrived, int num_heads, int num_kv_heads,
- int column_tiles, int max_pages, int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
+(const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm, const float* cosine, const float* sine,
+ const i32* slots, const i32* query_start, const i32* context_len, const i32* page_table, u8* pages, half* out,
+ const i32* __restrict__ positions, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles, int max_pages,
+ int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
   EXL_DYNAMIC_SMEM(u8, smem);
   Shared& s = *reinterpret_cast<Shared*>(smem);
   griddepcontrol_launch_dependents();

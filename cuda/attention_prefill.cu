@@ -23,9 +23,8 @@ constexpr int kQBytes = kColumns * kQPitch * 2, kOBytes = 8 * kD * 4, kMmaBytes 
 constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + kSimtProbabilities * 4;
 
 EXL_KERNEL(attention_prefill, 128, 1)
-(const half* __restrict__ q, const i32* __restrict__ query_start, const i32* __restrict__ context_len,
- const i32* __restrict__ page_table, const u8* __restrict__ pages, half* out, const i32* __restrict__ positions, int num_heads,
- int num_kv_heads, int max_pages, int window, float scale, float softcap) {
+(const half* q, const i32* query_start, const i32* context_len, const i32* page_table, const u8* pages, half* out,
+ const i32* __restrict__ positions, int num_heads, int num_kv_heads, int max_pages, int window, float scale, float softcap) {
   EXL_DYNAMIC_SMEM(u8, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();

@@ -38,7 +38,7 @@ template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Inp
 
 EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
 (const u32* __restrict__ codes, const void* __restrict__ scales, const u8* __restrict__ zeros,
- const float* __restrict__ bias, const void* __restrict__ x, const float* __restrict__ sumsq,
+ const float* __restrict__ bias, const void* x, const float* sumsq,
  const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
  int N, int num_tiles, int num_groups, int group_units, int num_tokens, int input, int x_stride, int x_stages,
  int epilogue, int out_type, int y_stride, float eps, float scale) {

@@ -19,7 +19,7 @@ EXL_DEVICE void store_one(void* y, size_t at, float value, int out_type) {
 }
 
 EXL_KERNEL(rms_norm, 256, 2)
-(const float* __restrict__ h, const float* __restrict__ sumsq, const float* __restrict__ weight, void* y,
+(const float* h, const float* sumsq, const float* __restrict__ weight, void* y,
  const int* __restrict__ positions, int K, int stride, int num_tokens, int out_type, float eps) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();

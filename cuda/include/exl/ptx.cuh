@@ -282,8 +282,8 @@ template <int kPending> EXL_DEVICE void cp_async_wait_group() {
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 
-// Loads of data that no one writes while the kernel runs, and that no one reads again soon: kept out of L1 where the
-// instruction knows how (sm_70 and up).
+// Loads of the model's constants, which no launch writes, and which no one reads again soon: kept out of L1 where the
+// instruction knows how (sm_70 and up). The compiler may move them anywhere, above griddepcontrol_wait too.
 #if __CUDA_ARCH__ >= 700
 #define EXL_LD_NC "ld.global.nc.L1::no_allocate"
 #else
@@ -310,7 +310,9 @@ EXL_DEVICE uint4 ld_global_nc_u32x4(const void* p) {
 // ---- programmatic dependent launch ---------------------------------------------------------------------------------
 
 // Waits until the kernels that this one depends on have finished and their writes are seen. Before it, touch only what
-// no earlier launch of the chain writes: weights. Nothing to wait for below sm_90, or in a plain launch.
+// no earlier launch of the chain writes: weights. Parameters that point to anything else are not __restrict__: a const
+// one is read like ld_global_nc, which the compiler may move above the wait. tests/compile/test_dependence.py looks at
+// the machine code. Nothing to wait for below sm_90, or in a plain launch.
 EXL_DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
