@@ -40,7 +40,7 @@ EXL_KERNEL(append_kv, 256, 2)
   rotate_by_hadamard(row, lane);
   if (is_q) {
     half* out = q + (static_cast<size_t>(token) * num_heads + head) * kD;
-    for (int c = lane; c < kD; c += 32) out[c] = __float2half_rn(row[c]);
+    for (int c = lane; c < kD; c += 32) out[c] = saturated_half(row[c]);
     return;
   }
   const int kv_head = is_v ? head - num_heads - num_kv_heads : head - num_heads;

@@ -93,7 +93,7 @@ EXL_KERNEL(attention_decode, 128, 2)
       rotate_by_hadamard(row, lane);
     }
     for (int i = lane; i < kRuns * 32; i += 32) {
-      const half value = __float2half_rn(there && i < kD ? row[i] : 0.0f);
+      const half value = saturated_half(there && i < kD ? row[i] : 0.0f);
       if constexpr (kHasMma) s_q[c * kQPitch + i] = value;
       else s.q[c * kSimtPitch + i] = __half2float(value);
     }
@@ -185,14 +185,14 @@ EXL_KERNEL(attention_decode, 128, 2)
     for (int channel = lane; channel < kD; channel += 32) {
       float top, sum;
       const float value = combined(from + channel, from + kD, from + kD + 1, num_items, kColumns * (kD + 2), top, sum);
-      row[channel] = sum > 0.0f ? value / sum : 0.0f;
+      row[channel] = sum == 0.0f ? 0.0f : value / sum;   // NaN stays
     }
     __syncwarp();
     rotate_by_hadamard(row, lane);
     const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     for (int channel = lane; channel < kD; channel += 32) {
       const int n = head * kD + channel;
-      out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? n : positions[n])] = __float2half_rn(row[channel]);
+      out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? n : positions[n])] = saturated_half(row[channel]);
     }
     __syncwarp();
   }

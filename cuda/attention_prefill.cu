@@ -82,14 +82,14 @@ EXL_KERNEL(attention_prefill, 128, 1)
     if constexpr (kHasMma) {
       EXL_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const float l = sum_over_rows(a.l[n][e % 2]), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+        const float l = sum_over_rows(a.l[n][e % 2]), inverse = l == 0.0f ? 0.0f : 1.0f / l;
         EXL_UNROLL
         for (int c = 0; c < kTiles; ++c)
           if (c * 16 + 8 * (e / 2) < kD) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
       }
     } else {
       for (int c = 0; c < 8; ++c) {
-        const float l = __shfl_sync(kWarp, sums.l, c), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+        const float l = __shfl_sync(kWarp, sums.l, c), inverse = l == 0.0f ? 0.0f : 1.0f / l;
         for (int i = lane; i < kD; i += 32) rows[c * kD + i] *= inverse;
       }
     }
@@ -99,7 +99,7 @@ EXL_KERNEL(attention_prefill, 128, 1)
       const int column = column0 + n * 8 + c, token = row0 + column / group, head = kv_head * group + column % group;
       for (int i = lane; i < kD; i += 32) {
         const int to = head * kD + i;
-        out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? to : positions[to])] = __float2half_rn(rows[c * kD + i]);
+        out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? to : positions[to])] = saturated_half(rows[c * kD + i]);
       }
     }
   }

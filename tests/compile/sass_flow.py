@@ -51,7 +51,8 @@ NO_TARGET = (
 )
 BEHIND_PREDICATE = ("SHFL", "ATOMG", "ATOM", "ATOMS", "R2UR")  # their first operand may be a predicate
 
-# Of each register the parameters that it comes from, of each barrier register the labels where BSYNC goes on, and
+# Of each register the parameters that it comes from ("R2"), also as an instruction under a predicate finds it that was
+# written under the same one ("R2@!P0"); of each barrier register the labels where BSYNC goes on, and
 # whether there is a way to here without a wait.
 EARLY = "early"
 State = dict[str, frozenset[str]]
@@ -92,7 +93,7 @@ class _Flow:
         registers = []
         for kind, number in REGISTER.findall(inner):
             registers += [f"{kind}{number}", f"{kind}{int(number) + 1}"]  # addresses have 64 bits
-        return _union(state, registers).union(*(self._of_bank(bank, 0) for bank in BANK.findall(inner)))
+        return _union(state, registers, one.predicate).union(*(self._of_bank(bank, 0) for bank in BANK.findall(inner)))
 
     # ways
 
@@ -166,28 +167,25 @@ class _Flow:
         if name == "BSSY":
             return {**state, one.operands.split(",")[0].strip(): frozenset([TARGET.search(one.operands)[1]])}
         data = _data(one)
+        sources = _union(state, data.sources, one.predicate)
         if data.stores:
-            self.kept |= _union(state, data.sources)
-        if not data.targets:
-            return state
+            self.kept |= sources
         if data.loads:
-            origins = self.kept if data.loads == "kept" else frozenset()
-        else:
-            origins = _union(state, data.sources)
-        changed = {}
+            sources = self.kept if data.loads == "kept" else frozenset()
+        after = state
         for word, register in enumerate(data.targets):
             # A load of several words from a bank gives each target its own.
-            found = origins.union(*(self._of_bank(b, word if data.words else 0) for b in data.banks))
-            if one.predicate:
-                found |= state.get(register, frozenset())
-            if found != state.get(register, frozenset()):
-                changed[register] = found
-        return {**state, **changed} if changed else state
+            banks = (self._of_bank(bank, word if data.words else 0) for bank in data.banks)
+            after = _written(after, register, sources.union(*banks), one.predicate)
+        return _without_guards(after, data.predicates)
 
     def _after_call(self, one: Instruction, state: State) -> State:
         inside = [_data(i) for i in self._called(one)]
-        origins = _union(state, {r for data in inside for r in data.sources})
-        return _joined(state, {r: origins for data in inside for r in data.targets})
+        origins = _union(state, {r for data in inside for r in data.sources}, "")
+        after = {key: names for key, names in state.items() if "@" not in key}
+        for register in {r for data in inside for r in data.targets}:
+            after[register] = after.get(register, frozenset()) | origins
+        return after
 
     def _of_bank(self, inner: str, word: int) -> frozenset[str]:
         if not re.fullmatch(r"U?RZ|0x[0-9a-f]+", inner):  # a parameter chosen by an index
@@ -208,26 +206,29 @@ class _Data:
         ""  # "kept": what shared or local memory keeps; "global": loaded from there, or a floating-point number
     )
     stores: bool = False  # to shared or local memory
+    predicates: tuple[str, ...] = ()  # that it may change: all that it names
 
 
 @functools.lru_cache(maxsize=100_000)
 def _data(one: Instruction) -> _Data:
     name = one.opcode.split(".")[0]
     operands = [part.strip() for part in one.operands.split(",")]
+    predicates = tuple(re.findall(r"\bU?P\d\b", one.operands)) if name != "R2P" else tuple(f"P{i}" for i in range(7))
     if name in ("STS", "STL", "STSM"):
-        return _Data(sources=_registers(",".join(operands[1:])), stores=True)
+        return _Data(sources=_registers(",".join(operands[1:])), stores=True, predicates=predicates)
     target, width = _target(one, operands)
     if target is None:
-        return _Data()
+        return _Data(predicates=predicates)
     rest = ",".join(operands[1 + next(i for i, text in enumerate(operands) if BARE_REGISTER.match(text)) :])
     rest = ",".join(_addends(one.opcode.split("."), [text.strip() for text in rest.split(",")]))
     kind, number = REGISTER.match(target).groups()
     targets = tuple(f"{kind}{int(number) + word}" for word in range(width))
     if _kind(one) or ARITHMETIC.match(name):
-        return _Data(targets, loads="global")
+        return _Data(targets, loads="global", predicates=predicates)
     if name in ("LDS", "LDL", "LDSM"):
-        return _Data(targets, loads="kept")
-    return _Data(targets, _registers(rest), tuple(BANK.findall(rest)), name in ("LDC", "LDCU", "ULDC"))
+        return _Data(targets, loads="kept", predicates=predicates)
+    words = name in ("LDC", "LDCU", "ULDC")
+    return _Data(targets, _registers(rest), tuple(BANK.findall(rest)), words, predicates=predicates)
 
 
 def _addends(parts: list[str], sources: list[str]) -> list[str]:
@@ -243,14 +244,41 @@ def _addends(parts: list[str], sources: list[str]) -> list[str]:
     return sources
 
 
-def _union(state: State, registers: Iterable[str]) -> frozenset[str]:
-    return frozenset().union(*(state[r] for r in registers if r in state))
+def _union(state: State, registers: Iterable[str], guard: str) -> frozenset[str]:
+    """What an instruction under a predicate (``guard``: "@P0", or "") finds in registers."""
+    found = (state.get(r + guard, state.get(r)) if guard else state.get(r) for r in registers)
+    return frozenset().union(*(names for names in found if names is not None))
+
+
+def _written(state: State, register: str, names: frozenset[str], guard: str) -> State:
+    opposite = guard.replace("@", "@!").replace("!!", "") if guard else ""
+    after = {key: value for key, value in state.items() if key.split("@")[0] != register}
+    if not guard:
+        return {**after, register: names}
+    after[register + guard] = names
+    before = state.get(register, frozenset())
+    if register + opposite in state:  # written under both: what was there before is gone
+        before = after[register + opposite] = state[register + opposite]
+    return {**after, register: before | names}
+
+
+def _without_guards(state: State, predicates: tuple[str, ...]) -> State:
+    """After an instruction that may have changed these predicates."""
+    gone = [key for key in state if "@" in key and key.split("@")[1].lstrip("!") in predicates]
+    return {key: names for key, names in state.items() if key not in gone} if gone else state
 
 
 def _joined(a: State, b: State) -> State:
-    """``a`` itself where ``b`` adds nothing."""
-    more = {r: names | a.get(r, frozenset()) for r, names in b.items() if names - a.get(r, frozenset())}
-    return {**a, **more} if more else a
+    """``a`` itself where ``b`` adds nothing. What holds under a predicate holds only where both know it."""
+    more = {
+        r: names | a.get(r, frozenset())
+        for r, names in b.items()
+        if names - a.get(r, frozenset()) and (r in a or "@" not in r)
+    }
+    gone = [key for key in a if "@" in key and key not in b]
+    if not more and not gone:
+        return a
+    return {key: names for key, names in {**a, **more}.items() if key not in gone}
 
 
 def _registers(operands: str) -> tuple[str, ...]:

@@ -61,6 +61,20 @@ EXL_DEVICE u32 fma_f16x2(u32 a, u32 b, u32 c) {   // a * b + c, rounded once
   return d;
 }
 
+// Infinities become +-65504, the largest finite halves; NaN stays NaN (0x7fff from sm_80 on, where min and max of pairs
+// are instructions), everything else is left alone.
+EXL_DEVICE u32 finite_f16x2(u32 a) {
+#if __CUDA_ARCH__ >= 800
+  u32 d;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0x7bff7bffu));
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(d) : "r"(0xfbfffbffu));
+  return d;
+#else
+  const u32 low = (a & 0x7fffu) == 0x7c00u ? 1u : 0u, high = (a & 0x7fff0000u) == 0x7c000000u ? 0x10000u : 0u;
+  return a - low - high;
+#endif
+}
+
 // ---- conversions: the CUDA headers with the same functions are not part of NVRTC, and exl needs nothing installed -----
 
 EXL_DEVICE float cvt_f32_f16(u16 h) {
