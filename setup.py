@@ -51,7 +51,9 @@ setup(
             "ruff>=0.6",
             "pexpect>=4.9",
             # The compiler and disassembler alone: kernels compile in tests without a GPU and without CuPy.
+            # Both compilers that users may have; they lie in different folders.
             "nvidia-cuda-nvrtc-cu12>=12.9,<13; sys_platform == 'linux'",
+            "nvidia-cuda-nvrtc>=13; sys_platform == 'linux'",
             "nvidia-cuda-nvdisasm>=13; sys_platform == 'linux'",
         ],
     },

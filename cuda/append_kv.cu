@@ -14,9 +14,9 @@
 constexpr int kWarps = 8;
 
 EXL_KERNEL(append_kv, 256, 2)
-(const void* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
- const float* __restrict__ cosine, const float* __restrict__ sine, const i32* __restrict__ slots, u8* pages, half* q,
- int num_heads, int num_kv_heads, int half_dim, int in_type, int qkv_stride, float eps) {
+(const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+ const float* cosine, const float* sine, const i32* slots, u8* pages, half* q, int num_heads, int num_kv_heads,
+ int half_dim, int in_type, int qkv_stride, float eps) {
   EXL_DYNAMIC_SMEM(float, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -40,7 +40,7 @@ EXL_KERNEL(append_kv, 256, 2)
   rotate_by_hadamard(row, lane);
   if (is_q) {
     half* out = q + (static_cast<size_t>(token) * num_heads + head) * kD;
-    for (int c = lane; c < kD; c += 32) out[c] = __float2half_rn(row[c]);
+    for (int c = lane; c < kD; c += 32) out[c] = saturated_half(row[c]);
     return;
   }
   const int kv_head = is_v ? head - num_heads - num_kv_heads : head - num_heads;

@@ -58,11 +58,10 @@ EXL_DEVICE float combined(const float* o, const float* m, const float* l, int pa
 }
 
 EXL_KERNEL(attention_decode, 128, 2)
-(const void* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
- const float* __restrict__ cosine, const float* __restrict__ sine, const i32* __restrict__ slots,
- const i32* __restrict__ query_start, const i32* __restrict__ context_len, const i32* __restrict__ page_table, u8* pages,
- half* out, const i32* __restrict__ positions, float* partial, u32* arrived, int num_heads, int num_kv_heads,
- int column_tiles, int max_pages, int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
+(const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm, const float* cosine, const float* sine,
+ const i32* slots, const i32* query_start, const i32* context_len, const i32* page_table, u8* pages, half* out,
+ const i32* __restrict__ positions, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles, int max_pages,
+ int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
   EXL_DYNAMIC_SMEM(u8, smem);
   Shared& s = *reinterpret_cast<Shared*>(smem);
   griddepcontrol_launch_dependents();
@@ -94,7 +93,7 @@ EXL_KERNEL(attention_decode, 128, 2)
       rotate_by_hadamard(row, lane);
     }
     for (int i = lane; i < kRuns * 32; i += 32) {
-      const half value = __float2half_rn(there && i < kD ? row[i] : 0.0f);
+      const half value = saturated_half(there && i < kD ? row[i] : 0.0f);
       if constexpr (kHasMma) s_q[c * kQPitch + i] = value;
       else s.q[c * kSimtPitch + i] = __half2float(value);
     }
@@ -186,14 +185,14 @@ EXL_KERNEL(attention_decode, 128, 2)
     for (int channel = lane; channel < kD; channel += 32) {
       float top, sum;
       const float value = combined(from + channel, from + kD, from + kD + 1, num_items, kColumns * (kD + 2), top, sum);
-      row[channel] = sum > 0.0f ? value / sum : 0.0f;
+      row[channel] = sum == 0.0f ? 0.0f : value / sum;   // NaN stays
     }
     __syncwarp();
     rotate_by_hadamard(row, lane);
     const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     for (int channel = lane; channel < kD; channel += 32) {
       const int n = head * kD + channel;
-      out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? n : positions[n])] = __float2half_rn(row[channel]);
+      out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? n : positions[n])] = saturated_half(row[channel]);
     }
     __syncwarp();
   }

@@ -23,9 +23,8 @@ constexpr int kQBytes = kColumns * kQPitch * 2, kOBytes = 8 * kD * 4, kMmaBytes 
 constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + kSimtProbabilities * 4;
 
 EXL_KERNEL(attention_prefill, 128, 1)
-(const half* __restrict__ q, const i32* __restrict__ query_start, const i32* __restrict__ context_len,
- const i32* __restrict__ page_table, const u8* __restrict__ pages, half* out, const i32* __restrict__ positions, int num_heads,
- int num_kv_heads, int max_pages, int window, float scale, float softcap) {
+(const half* q, const i32* query_start, const i32* context_len, const i32* page_table, const u8* pages, half* out,
+ const i32* __restrict__ positions, int num_heads, int num_kv_heads, int max_pages, int window, float scale, float softcap) {
   EXL_DYNAMIC_SMEM(u8, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -83,14 +82,14 @@ EXL_KERNEL(attention_prefill, 128, 1)
     if constexpr (kHasMma) {
       EXL_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const float l = sum_over_rows(a.l[n][e % 2]), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+        const float l = sum_over_rows(a.l[n][e % 2]), inverse = l == 0.0f ? 0.0f : 1.0f / l;
         EXL_UNROLL
         for (int c = 0; c < kTiles; ++c)
           if (c * 16 + 8 * (e / 2) < kD) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
       }
     } else {
       for (int c = 0; c < 8; ++c) {
-        const float l = __shfl_sync(kWarp, sums.l, c), inverse = l > 0.0f ? 1.0f / l : 0.0f;
+        const float l = __shfl_sync(kWarp, sums.l, c), inverse = l == 0.0f ? 0.0f : 1.0f / l;
         for (int i = lane; i < kD; i += 32) rows[c * kD + i] *= inverse;
       }
     }
@@ -100,7 +99,7 @@ EXL_KERNEL(attention_prefill, 128, 1)
       const int column = column0 + n * 8 + c, token = row0 + column / group, head = kv_head * group + column % group;
       for (int i = lane; i < kD; i += 32) {
         const int to = head * kD + i;
-        out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? to : positions[to])] = __float2half_rn(rows[c * kD + i]);
+        out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? to : positions[to])] = saturated_half(rows[c * kD + i]);
       }
     }
   }

@@ -19,7 +19,7 @@ EXL_DEVICE float widened(u32 pair, int second) {
 }
 
 EXL_KERNEL(embed, 128, 4)
-(const void* __restrict__ table, const i32* __restrict__ ids, const i32* __restrict__ samples, float* h, float* sumsq,
+(const void* __restrict__ table, const i32* ids, const i32* samples, float* h, float* sumsq,
  float* permuted, const i32* __restrict__ positions, int C, int vocab_size, int num_samples) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();

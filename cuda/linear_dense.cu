@@ -92,7 +92,7 @@ EXL_DEVICE void multiply(FragC& acc, const FragA& a, const FragB& b) {
 }
 
 EXL_KERNEL(linear_dense, 256, 1)
-(const void* __restrict__ w, const float* __restrict__ bias, const void* __restrict__ x, const float* __restrict__ sumsq,
+(const void* __restrict__ w, const float* __restrict__ bias, const void* x, const float* sumsq,
  const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K, int N,
  int num_tiles, int gated, i64 w_stride, int num_tokens, int input, int x_stride, int x_stages, int epilogue, int out_type,
  int y_stride, float eps, float scale) {

@@ -36,8 +36,8 @@ template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Inp
 }
 
 EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
-(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const void* __restrict__ x,
- const float* __restrict__ sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
+(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const void* x,
+ const float* sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
  int N, int num_tiles, int num_blocks, int group_units, int num_tokens, int input, int x_stride, int x_stages,
  int epilogue, int out_type, int y_stride, float eps, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);   // [8 warps] ring, then [8 warps][num_tokens][x_stages * kStageK] activations

@@ -130,7 +130,7 @@ EXL_DEVICE void scale_slice(Sums& acc, const float* x_scale, int slice, int num_
 }
 
 EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
-(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const half* __restrict__ x, const float* __restrict__ x_scale, void* y,
+(const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const half* x, const float* x_scale, void* y,
  float* sumsq_out, float* permuted, const i32* __restrict__ positions, float* partial, u32* arrived, int K, int N,
  int num_tiles, int num_blocks, int group_units, int num_tokens, int x_stride, int x_stages, int epilogue, int out_type,
  int y_stride, float scale) {

@@ -13,13 +13,13 @@
 constexpr int kThreads = 256;
 
 EXL_DEVICE void store_one(void* y, size_t at, float value, int out_type) {
-  if (out_type == 0) static_cast<half*>(y)[at] = __float2half_rn(value);
+  if (out_type == 0) static_cast<half*>(y)[at] = saturated_half(value);
   else if (out_type == 1) static_cast<bf16*>(y)[at] = __float2bfloat16_rn(value);
   else static_cast<float*>(y)[at] = value;
 }
 
 EXL_KERNEL(rms_norm, 256, 2)
-(const float* __restrict__ h, const float* __restrict__ sumsq, const float* __restrict__ weight, void* y,
+(const float* h, const float* sumsq, const float* __restrict__ weight, void* y,
  const int* __restrict__ positions, int K, int stride, int num_tokens, int out_type, float eps) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -44,7 +44,7 @@ EXL_KERNEL(rms_norm, 256, 2)
     u32 pairs[4];
     EXL_UNROLL
     for (int i = 0; i < 4; ++i)
-      pairs[i] = out_type == 1 ? cvt_bf16x2_f32(v[2 * i], v[2 * i + 1]) : cvt_f16x2_f32(v[2 * i], v[2 * i + 1]);
+      pairs[i] = out_type == 1 ? cvt_bf16x2_f32(v[2 * i], v[2 * i + 1]) : saturated_half2(v[2 * i], v[2 * i + 1]);
     *reinterpret_cast<uint4*>(static_cast<u16*>(y) + row + k) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }

@@ -14,7 +14,7 @@
 constexpr int kStageK = EXL_STAGE_K;
 
 EXL_KERNEL(round_activations, 256, 2)
-(const void* __restrict__ x, const float* __restrict__ sumsq, const float* __restrict__ norm, half* y, float* y_scale,
+(const void* x, const float* sumsq, const float* __restrict__ norm, half* y, float* y_scale,
  int K, int num_tokens, int input, int x_stride, float eps) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();

@@ -53,14 +53,14 @@ EXL_DEVICE u64 largest_of_warp(u64 v) {
 }
 
 EXL_KERNEL(sample_top, 512, 2)
-(const float* __restrict__ logits, const Params* __restrict__ params, const i32* __restrict__ seen_ids, u64* tops, u32* seen, int V) {
+(const float* logits, const Params* params, const i32* seen_ids, u64* tops, u32* seen, int V) {
   EXL_DYNAMIC_SMEM(u8, smem);
   TopShared& s = *reinterpret_cast<TopShared*>(smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int tid = static_cast<int>(threadIdx.x), part = static_cast<int>(blockIdx.x), r = static_cast<int>(blockIdx.y);
   const int start = part * kPart, stop = start + kPart < V ? start + kPart : V;
-  const Params& p = params[r];
+  const Params p = params[r];
   Row row{logits + static_cast<size_t>(r) * V, nullptr, start, V, p.penalty};
   if (p.penalty != 1.0f) {
     row.seen = s.seen;
@@ -342,8 +342,8 @@ EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawSha
 }
 
 EXL_KERNEL(sample_draw, 512, 1)
-(const float* __restrict__ logits, const Params* __restrict__ params, const u64* __restrict__ tops, const u32* __restrict__ seen,
- u32* bin_counts, u64* bin_weights, u32* arrived, i32* samples, int V) {
+(const float* logits, const Params* params, const u64* tops, const u32* seen, u32* bin_counts,
+ u64* bin_weights, u32* arrived, i32* samples, int V) {
   EXL_DYNAMIC_SMEM(u8, smem);
   DrawShared& s = *reinterpret_cast<DrawShared*>(smem);
   griddepcontrol_launch_dependents();

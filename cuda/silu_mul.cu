@@ -15,7 +15,7 @@ EXL_DEVICE float load_value(const void* x, size_t at, int type) {
 }
 
 EXL_KERNEL(silu_mul, 256, 4)
-(const void* __restrict__ gate, const void* __restrict__ up, void* y, const int* __restrict__ positions, int N,
+(const void* gate, const void* up, void* y, const int* __restrict__ positions, int N,
  int num_tokens, int in_type, int in_stride, int out_type, int out_stride) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();

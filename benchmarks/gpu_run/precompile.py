@@ -68,9 +68,9 @@ def installed_compiler(library: Path | None = None):
     """NVRTC by ctypes from ``library`` or from an installed wheel, CUDA 13's first; else through CuPy."""
     from exl.errors import KernelError
     from exl.kernels.launch import CupyCompiler
-    from tests.compile.nvrtc import PACKAGES, Nvrtc, library_path
+    from tests.compile.nvrtc import Nvrtc, library_path
 
-    path = library_path(PACKAGES[::-1]) if library is None else library
+    path = library or library_path(13) or library_path(12)
     if path is not None:
         return Nvrtc(path)
     try:

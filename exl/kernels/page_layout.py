@@ -199,7 +199,7 @@ def quantize(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], NDArr
 def pack_pages(layout: PageLayout, k: NDArray, v: NDArray) -> NDArray[np.uint8]:
     """k and v f16 or f32 [tokens, kv heads, D], not rotated yet -> u8 [ceil(tokens / 64), kv heads, bytes of a page].
 
-    Bytes of tokens beyond the last are zero.
+    Values beyond f16's range saturate. Bytes of tokens beyond the last are zero.
     """
     num_tokens, num_heads, D = k.shape
     if layout.head_dim != D or v.shape != k.shape:
@@ -212,7 +212,7 @@ def pack_pages(layout: PageLayout, k: NDArray, v: NDArray) -> NDArray[np.uint8]:
     ):
         byte, bit = code_places(layout)
         if bits == 16:
-            halves = _by_page(values.astype(np.float16), num_pages).view(np.uint8)
+            halves = _by_page(np.clip(values, -_F16_MAX, _F16_MAX).astype(np.float16), num_pages).view(np.uint8)
             pages[:, :, byte], pages[:, :, byte + 1] = halves[..., ::2], halves[..., 1::2]
             continue
         codes, scales = quantize(hadamard(values.astype(np.float32), layout.rotation), bits)

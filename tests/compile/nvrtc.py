@@ -1,30 +1,32 @@
-"""NVRTC by ctypes, from the wheel ``nvidia-cuda-nvrtc-cu12``: compiles for every GPU on a machine without one."""
+"""NVRTC by ctypes, from the wheels of CUDA 12 and CUDA 13: compiles for every GPU on a machine without one.
+
+``nvidia-cuda-nvrtc-cu12`` and ``nvidia-cuda-nvrtc`` lie side by side in different folders.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 from exl.kernels.compiler import CompileFailed
 
-PACKAGES = ("nvidia.cuda_nvrtc", "nvidia.cu13")  # of CUDA 12 and of CUDA 13
+PACKAGES = {12: "nvidia.cuda_nvrtc", 13: "nvidia.cu13"}  # by CUDA's version
+WHEELS = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
 
 
-def library_path(packages: Sequence[str] = PACKAGES) -> Path | None:
-    """libnvrtc of an installed wheel, by default CUDA 12's first: it alone knows sm_61 and sm_70."""
-    for package in packages:
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else ():
-            found = sorted(Path(folder).glob("lib/libnvrtc.so.*"))
-            found = [path for path in found if "alt" not in path.name]
-            if found:
-                return found[0]
+def library_path(version: int) -> Path | None:
+    """libnvrtc of the installed wheel of CUDA ``version``, 12 or 13."""
+    try:
+        spec = importlib.util.find_spec(PACKAGES[version])
+    except ModuleNotFoundError:
+        return None
+    for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else ():
+        found = sorted(Path(folder).glob("lib/libnvrtc.so.*"))
+        found = [path for path in found if "alt" not in path.name]
+        if found:
+            return found[0]
     return None
 
 
@@ -53,6 +55,18 @@ class Nvrtc:
         return tuple(sorted(archs))
 
     def compile(self, text: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+        real = any(option.startswith("--gpu-architecture=sm_") for option in options)
+        (code,), log = self._compile(text, name, options, ("CUBIN" if real else "PTX",))
+        return code, log
+
+    def compile_both(self, text: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+        """Machine code for a real architecture, and the PTX that it was made of."""
+        (cubin, ptx), _ = self._compile(text, name, options, ("CUBIN", "PTX"))
+        return cubin, ptx.decode()
+
+    def _compile(
+        self, text: str, name: str, options: tuple[str, ...], wanted: tuple[str, ...]
+    ) -> tuple[list[bytes], str]:
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
         try:
@@ -61,8 +75,10 @@ class Nvrtc:
             log = self._read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
             if status:
                 raise CompileFailed(f"{log}\n{self._library.nvrtcGetErrorString(status).decode()}")
-            real = any(option.startswith("--gpu-architecture=sm_") for option in options)
-            return self._read(program, "CUBIN") if real else self._read(program, "PTX").rstrip(b"\0"), log
+            codes = [self._read(program, what) for what in wanted]
+            return [
+                code.rstrip(b"\0") if what == "PTX" else code for what, code in zip(wanted, codes, strict=True)
+            ], log
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
@@ -75,7 +91,11 @@ class Nvrtc:
 
 
 @functools.cache
-def nvrtc() -> Nvrtc | None:
-    """The installed NVRTC, or None."""
-    path = library_path()
-    return None if path is None else Nvrtc(path)
+def nvrtc(version: int | None = None) -> Nvrtc | None:
+    """The NVRTC of CUDA ``version``, or None where its wheel is not installed. Without a version: one that is there,
+    CUDA 12's first: it alone knows sm_61 and sm_70."""
+    for wanted in PACKAGES if version is None else (version,):
+        path = library_path(wanted)
+        if path is not None:
+            return Nvrtc(path)
+    return None

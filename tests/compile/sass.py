@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+)")
-LABEL = re.compile(r"^(\.\w+):")
+LABEL = re.compile(r"^([.$\w]+):")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?((?:@!?U?P\w+\s+)?)([A-Z][A-Z0-9_.]*)(.*?);")
 TARGET = re.compile(r"`\((\.\w+)\)")
 
@@ -72,7 +72,7 @@ def disassemble(cubin: bytes) -> str:
 
 def loops(listing: str, entry: str) -> list[Loop]:
     """Innermost loops of ``entry``: none holds another one. In the order of their addresses."""
-    code, labels = _body(listing, entry)
+    code, labels = body(listing, entry)
     spans = []
     for i, instruction in enumerate(code):
         target = TARGET.search(instruction.operands)
@@ -94,11 +94,11 @@ def hottest_loop(listing: str, entry: str, opcode: str = "HMMA") -> Loop:
 
 def between(listing: str, entry: str, start: int, stop: int) -> Loop:
     """Instructions of ``entry`` with addresses in ``[start, stop)``."""
-    return Loop(tuple(i for i in _body(listing, entry)[0] if start <= i.address < stop))
+    return Loop(tuple(i for i in body(listing, entry)[0] if start <= i.address < stop))
 
 
-def _body(listing: str, entry: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions of one kernel, and each label's index among them."""
+def body(listing: str, entry: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions of one kernel and of the functions behind it, and each label's index among them."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     inside = False

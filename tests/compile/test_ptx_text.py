@@ -13,7 +13,7 @@ from tests.host.backends import TEST_KERNELS, make_backend
 from .nvrtc import nvrtc
 from .ptx_text import evaluate
 
-NUM_RESULTS = 18
+NUM_RESULTS = 19
 EX2, F32_RESULTS = 17, (9, 12, 17)
 HALVES = (
     0x0000,

@@ -239,7 +239,8 @@ EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const ha
       EXL_UNROLL
       for (int n = 0; n < kN; ++n) {
         FragB weights = p[n][j];
-        if constexpr (kQuantized) weights = FragB{{mul_f16x2(weights.r[0], scales.x), mul_f16x2(weights.r[1], scales.y)}};
+        if constexpr (kQuantized)   // saturated: an infinity would meet codes of 0
+          weights = FragB{{finite_f16x2(mul_f16x2(weights.r[0], scales.x)), finite_f16x2(mul_f16x2(weights.r[1], scales.y))}};
         mma_m16n8k16(a.o[n][c], codes, weights);
       }
     }

@@ -9,7 +9,7 @@ constexpr int kResidual = 2;   // y += scale * v in f32, with the sum of squares
 constexpr int kHalfOut = 0, kBfloatOut = 1, kFloatOut = 2;
 
 struct Output {
-  void* y;                // [num_tokens, stride], f16, bf16 or f32 as `type` says; kResidual: f32, read and written
+  void* y;                // [num_tokens, stride], f16 (saturated), bf16 or f32 as `type` says; kResidual: f32, read and written
   const float* bias;      // f32 [tiles * 16] in the order of the tiles' rows, or null
   float* sumsq;           // kResidual: f32 [num_tokens, tiles]
   float* permuted;        // kResidual: f32 [num_tokens, N], a second copy with column n at positions[n], or null
@@ -25,7 +25,7 @@ EXL_DEVICE float silu(float x) { return x / (1.0f + ex2_approx(x * -1.44269504f)
 EXL_DEVICE void store_output(const Output& out, int token, int col, float v) {
   if (col >= out.N || token >= out.num_tokens) return;
   const size_t at = static_cast<size_t>(token) * out.stride + col;
-  if (out.type == kHalfOut) static_cast<half*>(out.y)[at] = __float2half_rn(v);
+  if (out.type == kHalfOut) static_cast<half*>(out.y)[at] = saturated_half(v);
   else if (out.type == kBfloatOut) static_cast<bf16*>(out.y)[at] = __float2bfloat16_rn(v);
   else static_cast<float*>(out.y)[at] = v;
 }

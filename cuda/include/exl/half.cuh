@@ -33,6 +33,11 @@ EXL_DEVICE bf162 __floats2bfloat162_rn(float x, float y) {
   return bf162{bf16{static_cast<u16>(b)}, bf16{static_cast<u16>(b >> 16)}};
 }
 
+// Activations as f16: what lies beyond its range saturates at +-65504, as an infinity would spread NaN through attention
+// and norms. NaN stays NaN.
+EXL_DEVICE u32 saturated_half2(float x, float y) { return finite_f16x2(cvt_f16x2_f32(x, y)); }
+EXL_DEVICE half saturated_half(float f) { return half{static_cast<u16>(finite_f16x2(cvt_f16_f32(f)))}; }
+
 // One name for both types, so that a kernel is written once for either.
 EXL_DEVICE float to_float(half h) { return __half2float(h); }
 EXL_DEVICE float to_float(bf16 h) { return __bfloat162float(h); }

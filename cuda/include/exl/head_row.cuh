@@ -103,7 +103,7 @@ template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float*
     const float x = real ? row[channel] : 0.0f;
     const int at = kIsV ? v_code_at(token, real ? channel : 0) : k_code_at(token, real ? channel : 0);
     if constexpr (kBits == 16) {
-      if (real) *reinterpret_cast<u16*>(page + at) = __half_as_ushort(__float2half_rn(x));
+      if (real) *reinterpret_cast<u16*>(page + at) = __half_as_ushort(saturated_half(x));
     } else {
       half scale;
       const u32 code = quantize_lane<kBits>(x, scale, lane);

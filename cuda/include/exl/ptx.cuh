@@ -61,6 +61,20 @@ EXL_DEVICE u32 fma_f16x2(u32 a, u32 b, u32 c) {   // a * b + c, rounded once
   return d;
 }
 
+// Infinities become +-65504, the largest finite halves; NaN stays NaN (0x7fff from sm_80 on, where min and max of pairs
+// are instructions), everything else is left alone.
+EXL_DEVICE u32 finite_f16x2(u32 a) {
+#if __CUDA_ARCH__ >= 800
+  u32 d;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0x7bff7bffu));
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(d) : "r"(0xfbfffbffu));
+  return d;
+#else
+  const u32 low = (a & 0x7fffu) == 0x7c00u ? 1u : 0u, high = (a & 0x7fff0000u) == 0x7c000000u ? 0x10000u : 0u;
+  return a - low - high;
+#endif
+}
+
 // ---- conversions: the CUDA headers with the same functions are not part of NVRTC, and exl needs nothing installed -----
 
 EXL_DEVICE float cvt_f32_f16(u16 h) {
@@ -282,8 +296,8 @@ template <int kPending> EXL_DEVICE void cp_async_wait_group() {
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 
-// Loads of data that no one writes while the kernel runs, and that no one reads again soon: kept out of L1 where the
-// instruction knows how (sm_70 and up).
+// Loads of the model's constants, which no launch writes, and which no one reads again soon: kept out of L1 where the
+// instruction knows how (sm_70 and up). The compiler may move them anywhere, above griddepcontrol_wait too.
 #if __CUDA_ARCH__ >= 700
 #define EXL_LD_NC "ld.global.nc.L1::no_allocate"
 #else
@@ -310,7 +324,9 @@ EXL_DEVICE uint4 ld_global_nc_u32x4(const void* p) {
 // ---- programmatic dependent launch ---------------------------------------------------------------------------------
 
 // Waits until the kernels that this one depends on have finished and their writes are seen. Before it, touch only what
-// no earlier launch of the chain writes: weights. Nothing to wait for below sm_90, or in a plain launch.
+// no earlier launch of the chain writes: weights. Parameters that point to anything else are not __restrict__: a const
+// one is read like ld_global_nc, which the compiler may move above the wait. tests/compile/test_dependence.py looks at
+// the machine code. Nothing to wait for below sm_90, or in a plain launch.
 EXL_DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

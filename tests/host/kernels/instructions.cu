@@ -4,7 +4,7 @@
 #include <exl/half.cuh>
 
 // Scalar wrappers: in u32 [n][3], out u32 [n][kScalars]; results of 16 bits fill the low half.
-constexpr int kScalars = 18;
+constexpr int kScalars = 19;
 EXL_KERNEL(scalar_instructions, 32, 1)(const u32* in, u32* out) {
   const int i = blockIdx.x * 32 + threadIdx.x;
   const u32 a = in[3 * i], b = in[3 * i + 1], c = in[3 * i + 2];
@@ -28,6 +28,7 @@ EXL_KERNEL(scalar_instructions, 32, 1)(const u32* in, u32* out) {
   r[15] = half2_bits(__floats2half2_rn(__uint_as_float(b), __uint_as_float(c)));
   r[16] = half2_bits(__hfma2(bits_half2(a), bits_half2(b), bits_half2(c)));
   r[17] = __float_as_uint(ex2_approx(__uint_as_float(a)));
+  r[18] = finite_f16x2(a);
 }
 
 // The rest, for the compiler alone.

@@ -27,6 +27,16 @@ EXL_DEVICE u32 cvt_bf16x2_f32(float lo, float hi) {
 }
 EXL_DEVICE u32 add_f16x2(u32 a, u32 b) { return exl_add_f16x2(a, b); }
 EXL_DEVICE u32 sub_f16x2(u32 a, u32 b) { return exl_add_f16x2(a, b ^ 0x80008000u); }
+EXL_DEVICE u32 finite_f16x2(u32 a) {
+  u32 d = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    u32 h = a >> shift & 0xffffu;
+    if ((h & 0x7fffu) == 0x7c00u) h -= 1;
+    if (EXL_ARCH >= 80 && (h & 0x7fffu) > 0x7c00u) h = 0x7fffu;   // the NaN that min and max return
+    d |= h << shift;
+  }
+  return d;
+}
 EXL_DEVICE u32 mul_f16x2(u32 a, u32 b) { return exl_mul_f16x2(a, b); }
 EXL_DEVICE u32 fma_f16x2(u32 a, u32 b, u32 c) { return exl_fma_f16x2(a, b, c); }
 EXL_DEVICE float ex2_approx(float x) {
