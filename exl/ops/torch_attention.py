@@ -10,7 +10,7 @@ from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache import KVCache
 from exl.ops.base import AttentionSpec, Norm
 from exl.ops.rotation import rotation_tables
-from exl.ops.torch_kv import dequantize_rows, hadamard, quantize_rows
+from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 
 _QUERY_BLOCK = 128  # rows that share a mask: bounds it to 128 x context and skips keys that none of them sees
 
@@ -90,7 +90,7 @@ def _append(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None
     if staged.cached_rows is not None:
         rows, slots = rows[staged.cached_rows], slots[staged.cached_rows]
     if scales is None:
-        _tokens(codes).index_copy_(0, slots, rows.to(codes.dtype))
+        _tokens(codes).index_copy_(0, slots, as_stored(rows, codes.dtype))
         return
     new_codes, new_scales = quantize_rows(rows, 8 * codes.shape[-1] // rows.shape[-1])
     _tokens(codes).index_copy_(0, slots, new_codes)

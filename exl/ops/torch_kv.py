@@ -9,6 +9,11 @@ from exl.layout import KV_GROUP
 _F16_MAX = 65504.0
 
 
+def as_stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a cache's type that is not quantized. f16 saturates, as the kernels do: an infinity would spread NaN."""
+    return (x.clamp(-_F16_MAX, _F16_MAX) if dtype == torch.float16 else x).to(dtype)
+
+
 def hadamard(x: torch.Tensor, size: int) -> None:
     """Orthonormal Walsh-Hadamard transform of every run of ``size`` channels (a power of two), in place.
 

@@ -2,8 +2,8 @@
 
 A data flow over registers: what a parameter's words in constant bank 0 are loaded into comes from that parameter, and
 so does the result of every instruction that reads such a register. Values that are loaded from memory come from none.
-Ways join by union; an instruction under a predicate adds to what its target held. An address that comes from no
-parameter is not known, which a check must not let pass.
+Ways join by union; an instruction under a predicate adds to what its target held, which one under the same predicate
+does not see. An address that comes from no parameter is not known, which a check must not let pass.
 """
 
 from __future__ import annotations
@@ -30,24 +30,12 @@ OTHERS = (
     *("REDUX", "CREDUX"),
 )
 MEMORY = re.compile(r"^(U?LD|U?ST|U?ATOM|U?RED|UBLK|UTMA|TLD|TEX|SULD|SUST|SURED|LEPC_LD|SYNCS|UCGABAR_LD)")
-ARITHMETIC = re.compile(
-    r"^(FADD|FMUL|FFMA|FMNMX|DADD|DMUL|DFMA|H\w*2|HMMA|MUFU|F2F|F2FP|F2I|I2F|I2FP)$"
-)  # no addresses
+# No address comes out of these.
+ARITHMETIC = re.compile(r"^(FADD|FMUL|FFMA|FMNMX|DADD|DMUL|DFMA|H\w*2|HMMA|MUFU|F2F|F2FP|F2I|I2F|I2FP)$")
+# Their first register is none that they write.
 NO_TARGET = (
-    "STG",
-    "STS",
-    "STL",
-    "ST",
-    "RED",
-    "LDGSTS",
-    "BAR",
-    "BSSY",
-    "BSYNC",
-    "BRA",
-    "WARPSYNC",
-    "DEPBAR",
-    "CALL",
-    "RET",
+    *("STG", "STS", "STL", "ST", "RED", "LDGSTS"),
+    *("BAR", "BSSY", "BSYNC", "BRA", "WARPSYNC", "DEPBAR", "CALL", "RET"),
 )
 BEHIND_PREDICATE = ("SHFL", "ATOMG", "ATOM", "ATOMS", "R2UR")  # their first operand may be a predicate
 

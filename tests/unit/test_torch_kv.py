@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from exl.layout import KV_BITS, KVLayout
-from exl.ops.torch_kv import dequantize_rows, hadamard, quantize_rows
+from exl.ops import torch_attention
+from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 
 
 def plain_hadamard(size: int) -> np.ndarray:
@@ -96,3 +99,20 @@ def test_bytes_a_token(kind):
     assert [layout.rotation, KVLayout(kind, 1, 1, 80).rotation, KVLayout(kind, 1, 1, 96).rotation] == (
         [128, 16, 32] if layout.quantized else [1, 1, 1]
     )
+
+
+def test_an_f16_cache_saturates_and_keeps_nan():
+    """As the kernels' pages do; f32 and bf16 hold the value."""
+    x = torch.tensor([65504.0, 65519.0, 65520.0, -1e5, float("inf"), float("nan"), 0.1])
+    stored = as_stored(x, torch.float16)
+    assert stored[:5].tolist() == [65504, 65504, 65504, -65504, 65504]
+    assert stored[5].isnan()
+    assert torch.equal(stored[6], x[6].half())
+    assert torch.equal(as_stored(x, torch.float32).nan_to_num(0, 1, 1), x.nan_to_num(0, 1, 1))
+
+
+def test_appended_rows_of_an_f16_cache_saturate():
+    pages = torch.zeros(1, 64, 1, 4, dtype=torch.float16)
+    staged = SimpleNamespace(slots=torch.tensor([3]), cached_rows=None)
+    torch_attention._append(torch.full((1, 1, 4), 1e5), pages, None, staged)
+    assert (pages[0, 3] == 65504).all()
