@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from exl.engine import load_engine
 from exl.errors import KernelError, UnsupportedModelError
@@ -73,10 +74,13 @@ def test_the_bundled_story_as_through_torch(backend):
         (3, 32, {"order": "shared"}),
         (2, 32, {}),
         (4, 32, {"order": "shared", "dynamic": {r"+:.*\.down_proj": {"bits": 8}}}),
+        (4, 64, {"order": "shared", "scales_as": torch.bfloat16}),  # down_proj has 96 inputs: a shorter last group
+        (3, 64, {"scales_as": torch.float32}),
     ],
 )
 def test_gptq_against_transformers(backend, tmp_path, bits, group_size, options):
-    """Every width, with act-order that q, k and v share and that nothing can fuse: prefill, and token by token."""
+    """Every width, with act-order that q, k and v share and that nothing can fuse, scales of every type, a shorter last
+    group: prefill, and token by token."""
     model = make(tmp_path, bits, group_size, **options)
     ids, engine = some_ids(21), load(tmp_path, backend)
     expected = prefill_logits(model, ids)
