@@ -123,7 +123,6 @@ def test_is_more_exact_than_dequantizing_to_f16(bits: int, T: int) -> None:
 # ---- one row, whatever runs it -------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("bits", "group_size", "arch"),
     [(4, 128, 75), (4, 128, 86), (4, 128, 90), (4, -1, 86), (3, 64, 86), (2, 128, 75), (8, 32, 86)],
