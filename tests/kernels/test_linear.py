@@ -130,7 +130,6 @@ def test_is_more_exact_than_dequantizing_to_f16(bits: int, T: int) -> None:
 # ---- one row, whatever runs it -------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("bits", "group_size", "scale_dtype", "arch"),
     [
