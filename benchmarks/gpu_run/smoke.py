@@ -19,10 +19,11 @@ from benchmarks.guard import one_line
 from exl.device_memory import pinned
 from exl.device_stream import TorchCopyEngine
 from exl.host_memory import HostBuffer
+from exl.kernels.arch import arch_limits
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.launch import Backend, CudaBackend, launch
 from exl.kernels.linear_many import multiply_f32
-from exl.kernels.spec import KernelSpec, arch_limits
+from exl.kernels.spec import KernelSpec
 
 KERNELS = Path(__file__).resolve().parents[2] / "tests" / "host" / "kernels"
 N = 128 * 50

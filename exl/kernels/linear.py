@@ -171,7 +171,7 @@ def _launch(
     layout, num_tokens = weight.layout, x.shape[0]
     if config is None:
         config = choose_config(layout, num_tokens, backend.arch, backend.num_multiprocessors)
-    function = backend.load(config.spec(layout, backend.arch))
+    function = backend.load(linear_spec(config, layout, backend.arch))
     shared = config.shared_bytes(layout, num_tokens, backend.arch)
     kind = INPUT_KINDS[x.dtype]
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
@@ -221,6 +221,12 @@ def round_activations(
     args = [ptr(x), ptr(sumsq), ptr(weight), ptr(rounded), ptr(x_scale), i32(K), i32(num_tokens)]
     args += [i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), f32(eps)]
     launch(backend.load(spec), (num_tokens,), (NUM_THREADS,), args, dependent=dependent)
+
+
+def linear_spec(config: LinearConfig, layout: TileLayout, arch: int) -> KernelSpec:
+    """The kernel that runs ``config``."""
+    name = "linear_q_wide" if config.wide else "linear_q"
+    return KernelSpec(f"{name}.cu", name, config.macros(layout), arch)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -286,7 +292,7 @@ def variants(arch: int) -> Iterator[Variant]:
         for tokens, K in product((1, 2, 3, 4, 8, 16, 32, 64), (896, 4096, 28672)):
             for num_multiprocessors in (1, 32, 128, 1024):
                 config = choose_config(replace(layout, K=K), tokens, arch, num_multiprocessors)
-                spec = config.spec(layout, arch)
+                spec = linear_spec(config, layout, arch)
                 if spec not in seen:
                     seen.add(spec)
                     # 64 tokens of 2 or 3 bits: some architectures keep up to 32 bytes a thread outside of the loop

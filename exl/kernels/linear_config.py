@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from exl.errors import KernelError
-from exl.kernels.spec import KernelSpec, arch_limits
+from exl.kernels.arch import arch_limits
 from exl.kernels.tile_layout import TileLayout
 
 NUM_WARPS = 8
@@ -63,10 +63,6 @@ class LinearConfig:
         if self.wide:
             macros |= {"EXL_NT": self.token_tiles, "EXL_SPREAD": self.spread, "EXL_BUFFERS": self.x_buffers}
         return macros
-
-    def spec(self, layout: TileLayout, arch: int) -> KernelSpec:
-        name = "linear_q_wide" if self.wide else "linear_q"
-        return KernelSpec(f"{name}.cu", name, self.macros(layout), arch)
 
     def grid(self, layout: TileLayout) -> tuple[int, int]:
         blocks = self.row_blocks(layout)

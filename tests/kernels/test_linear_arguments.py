@@ -12,9 +12,19 @@ import torch
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
-from exl.kernels.linear import COMPILED, NormedInput, TiledWeight, gate_up, make_scratch, project, project_add, variants
+from exl.kernels.arch import arch_limits
+from exl.kernels.linear import (
+    COMPILED,
+    NormedInput,
+    TiledWeight,
+    gate_up,
+    linear_spec,
+    make_scratch,
+    project,
+    project_add,
+    variants,
+)
 from exl.kernels.linear_config import RING_STAGES, choose_config, shared_per_multiprocessor, slice_stages
-from exl.kernels.spec import arch_limits
 from exl.kernels.tile_layout import TileLayout
 from exl.kernels.tile_pack import pack_matrix
 
@@ -186,4 +196,4 @@ def test_variants_cover_what_can_be_chosen() -> None:
             layout = dataclasses.replace(compiled, K=K, num_rows=N)
             for T in (1, 3, 8, 9, 17, 64):
                 configs = [choose_config(layout, T, 86, sms) for sms in (1, 28, 82, 128)]
-                assert {config.spec(layout, 86) for config in configs} <= specs
+                assert {linear_spec(config, layout, 86) for config in configs} <= specs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from exl.kernels.linear import linear_spec
 from exl.kernels.linear_config import choose_config
 from exl.kernels.spec import flattened, nvrtc_options
 from exl.kernels.tile_layout import BLOCK, TileLayout
@@ -25,7 +26,7 @@ def inner_loop(num_tokens: int, arch: int, layout: TileLayout = LAYOUT) -> tuple
     if compiler is None or nvdisasm_path() is None:
         pytest.skip("NVRTC or nvdisasm is not installed")
     config = choose_config(layout, num_tokens, arch, MULTIPROCESSORS[arch])
-    spec = config.spec(layout, arch)
+    spec = linear_spec(config, layout, arch)
     code, _ = compiler.compile(flattened(spec), spec.source, nvrtc_options(spec))
     loop = hottest_loop(disassemble(code), spec.entry)
     num_tiles = config.ring_stages * config.row_tiles * layout.stage_inputs // BLOCK

@@ -9,16 +9,8 @@ import sys
 import pytest
 
 from exl.errors import KernelError
-from exl.kernels.spec import (
-    ARCH_LIMITS,
-    KernelSpec,
-    arch_limits,
-    digest,
-    flatten,
-    flattened,
-    kernel_folder,
-    nvrtc_options,
-)
+from exl.kernels.arch import ARCH_LIMITS, arch_limits
+from exl.kernels.spec import KernelSpec, digest, flatten, flattened, kernel_folder, nvrtc_options
 
 
 @pytest.fixture
