@@ -14,7 +14,7 @@ from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE
 from exl.kernels.attention_decode import DecodeScratch, DecodeTables, attention_decode, scratch_shapes
 from exl.kernels.launch import Backend
-from exl.kernels.page_layout import KINDS, PageLayout
+from exl.layout.pages import KINDS, PageLayout
 
 
 @dataclass(frozen=True)

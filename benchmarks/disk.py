@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from exl.block_file import BlockFile
-from exl.host_memory import HostBuffer
+from exl.checkpoint.block_file import BlockFile
+from exl.memory.host import HostBuffer
 
 
 def cached_share(path: Path) -> float:

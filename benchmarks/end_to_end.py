@@ -34,15 +34,15 @@ from benchmarks.synthetic import SHAPES, write_headers
 from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.bench import bytes_a_token
-from exl.engine import Engine, build_engine
+from exl.engine.build import Engine, build_engine
 from exl.errors import MemoryBudgetError
 from exl.kernels.launch import Backend
-from exl.layout import LayerLayout
-from exl.loader import ModelWeights
-from exl.memory import MemoryPlan, Tier
+from exl.layout.layers import LayerLayout
 from exl.ops.base import Ops, view_field, view_segments
-from exl.planning import EngineOptions, open_model
-from exl.weight_memory import DeviceWeights
+from exl.planning.from_headers import EngineOptions, open_model
+from exl.planning.plan import MemoryPlan, Tier
+from exl.weights.loader import ModelWeights
+from exl.weights.placement import DeviceWeights
 
 DEPTHS, BATCHES = (0, 4096, 32768), (1, 4, 16)
 KINDS = ("f16", "q8", "k8v4", "q4")

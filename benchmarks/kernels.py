@@ -28,7 +28,7 @@ from benchmarks.report import Measurement, Section
 from benchmarks.timing import REPEATS, Timer
 from exl.kernels.launch import Backend
 from exl.kernels.linear import Scratch, TiledWeight, make_scratch, project
-from exl.kernels.tile_layout import TileLayout
+from exl.layout.tiles import TileLayout
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GROUP_SIZE = 128

@@ -28,18 +28,18 @@ import torch
 from benchmarks.end_to_end import forward, step_batch
 from benchmarks.synthetic import SHAPES, write_headers
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.engine import Engine, build_engine
+from exl.engine.build import Engine, build_engine
 from exl.errors import KernelError
 from exl.kernels.cuda_function import CudaFunction
 from exl.kernels.driver import Driver, DriverLaunch
 from exl.kernels.launch import Work
 from exl.kernels.spec import KernelSpec
-from exl.loader import ModelWeights
-from exl.memory import MemoryPlan
 from exl.models.manifest import BlobSpec
 from exl.ops.base import Ops, view_field, view_segments
-from exl.planning import EngineOptions, ModelFiles, open_model
-from exl.weight_memory import DeviceWeights
+from exl.planning.from_headers import EngineOptions, ModelFiles, open_model
+from exl.planning.plan import MemoryPlan
+from exl.weights.loader import ModelWeights
+from exl.weights.placement import DeviceWeights
 
 ARCH, NUM_MULTIPROCESSORS = 86, 82  # an RTX 3090
 ROUNDS = 15

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from benchmarks.disk import drop_cached, has_direct, machine, plain_read_seconds, reset_peak, status_bytes
 from benchmarks.synthetic import run_on_synthetic
-from exl.engine import EngineOptions, load_engine
-from exl.host_memory import trim_heap
+from exl.engine.build import EngineOptions, load_engine
+from exl.memory.host import trim_heap
 from exl.ops.torch_ops import cpu_target
-from exl.packed_store import list_packed
-from exl.planning import open_model
+from exl.planning.from_headers import open_model
+from exl.weights.packed_store import list_packed
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 64  # little besides weights

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.guard import one_line
 from benchmarks.timing import REPEATS, Timer, keep_busy, make_timer
-from exl.device_memory import pinned
-from exl.host_memory import HostBuffer
 from exl.kernels.args import ptr, u64
 from exl.kernels.launch import Backend, CudaBackend, Work, launch
 from exl.kernels.program import Call
 from exl.kernels.spec import KernelSpec
+from exl.memory.device import pinned
+from exl.memory.host import HostBuffer
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
 READ_BYTES = 2 * 2**30

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from benchmarks.disk import cached_share, disk_bytes_read, drop_cached, has_direct, machine, plain_read_seconds
 from benchmarks.synthetic import run_on_synthetic
-from exl.block_file import BlockFile
-from exl.engine import Engine, EngineOptions, load_engine
-from exl.packed import read_header
-from exl.packed_store import list_packed
+from exl.checkpoint.block_file import BlockFile
+from exl.engine.build import Engine, EngineOptions, load_engine
+from exl.weights.packed import read_header
+from exl.weights.packed_store import list_packed
 
 ROOT = Path(__file__).parents[1]
 NUM_PROMPT = 512

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exl.safetensors_writer import safetensors_header, write_safetensors
+from exl.checkpoint.writer import safetensors_header, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,5 +1,5 @@
 // linear_q: y = x W (+ bias), up to 8 tokens, W quantized to 2, 3, 4 or 8 bits in 16-row tiles
-// (exl/kernels/tile_layout.py), on tensor cores; sm_75 and up.
+// (exl/layout/tiles.py), on tensor cores; sm_75 and up.
 //
 //   codes       u32 [tiles][stages][planes][32 lanes][4]      tiles = ceil(rows / 16), stages = ceil(K / kStageK)
 //   qparams     u8 [tiles][num_blocks][kBlockBytes]           scales and zero points: tile.cuh
@@ -11,7 +11,7 @@
 // ring a warp; activations are staged a warp at a time, `x_stages` stages of the warp's slice at once (all of it, or
 // a multiple of kStages, so that each chunk starts at slot 0), real rows only. No block barrier before the slices are done; they
 // add up in a balanced tree. Shared bytes: max(8 rings + 8 * num_tokens * x_stages * kStageK * 2, kR * 4096); see
-// exl/kernels/linear_config.py.
+// exl/layout/linear_config.py.
 //
 // Macros: linear_core.cuh; EXL_MIN_BLOCKS blocks a multiprocessor that registers must allow.
 // Tests: tests/kernels/test_linear.py

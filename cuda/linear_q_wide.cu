@@ -13,7 +13,7 @@
 // partial sums in tree order (the counter is the only atomic). Weights come through a ring a warp; activations
 // `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way
 // meanwhile. Slices add up as a binary counter carries. Shared bytes: 8 rings, then
-// EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/kernels/linear_config.py.
+// EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/layout/linear_config.py.
 //
 // Macros: linear_core.cuh; EXL_NT 2|4|8: tokens / 8; EXL_SPREAD 1|2|4|8; EXL_BUFFERS 1|2; EXL_MIN_BLOCKS.
 // Architectures: sm_75 and up. Tests: tests/kernels/test_linear.py

@@ -10,8 +10,8 @@ import argparse
 import sys
 
 import exl
-from exl.chat_session import ChatSession
-from exl.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
+from exl.commands.chat_session import ChatSession
+from exl.commands.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
 
 
 def main() -> None:

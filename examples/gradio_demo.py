@@ -21,7 +21,7 @@ from gradio_parts.settings import LoadSettings, load_settings, sampling_options
 from gradio_parts.worker import Job, Loading, Waiting, Worker, one_line
 
 import exl
-from exl.hub import BUNDLED_MODEL
+from exl.checkpoint.hub import BUNDLED_MODEL
 
 PARTS = Path(__file__).parent / "gradio_parts"
 KV_CACHES = ["f32", "f16", "q8", "k8v4", "q4"]

@@ -25,10 +25,10 @@ from exl.errors import (
 if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.llm import LLM, Completion, TextIterator, load
-    from exl.logprobs import TokenLogprob
-    from exl.memory import MemoryPlan
-    from exl.planning import plan
+    from exl.planning.from_headers import plan
+    from exl.planning.plan import MemoryPlan
     from exl.sampling import SamplingParams
+    from exl.text.logprobs import TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -36,12 +36,12 @@ _HOMES = {
     "Chat": "exl.chat",
     "LLM": "exl.llm",
     "Completion": "exl.llm",
-    "MemoryPlan": "exl.memory",
+    "MemoryPlan": "exl.planning.plan",
     "SamplingParams": "exl.sampling",
     "TextIterator": "exl.llm",
-    "TokenLogprob": "exl.logprobs",
+    "TokenLogprob": "exl.text.logprobs",
     "load": "exl.llm",
-    "plan": "exl.planning",
+    "plan": "exl.planning.from_headers",
 }
 
 __all__ = [

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from exl.engine import Engine, choose_device, load_engine
+from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.engine.build import Engine, choose_device, load_engine
 from exl.errors import ConfigError
-from exl.host_memory import trim_heap
-from exl.hub import BUNDLED_MODEL
-from exl.layout import LayerLayout
-from exl.memory import MemoryPlan, PlanInput
-from exl.planning import EngineOptions
+from exl.layout.layers import LayerLayout
+from exl.memory.host import trim_heap
+from exl.planning.from_headers import EngineOptions
+from exl.planning.plan import MemoryPlan, PlanInput
 from exl.progress import Progress
 from exl.sampling import SamplingParams
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from exl.errors import ConfigError
 from exl.llm import LLM
-from exl.tokenizer import Tokenizer
+from exl.text.tokenizer import Tokenizer
 
 MIN_TOKENS = 8  # shorter documents are skipped
 WINDOW = 512

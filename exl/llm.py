@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exl.config import GenerationDefaults
-from exl.device_memory import release_cached
-from exl.engine import Engine, load_engine
+from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.header import shown
+from exl.checkpoint.hub import Token, find_model
+from exl.engine.build import Engine, load_engine
+from exl.engine.generator import Generator
 from exl.errors import ConfigError, ExlError
-from exl.generator import Generator
-from exl.hub import Token, find_model
 from exl.keywords import explain_foreign_keywords
-from exl.logprobs import TokenLogprob, check_top_logprobs
-from exl.memory import format_bytes
-from exl.planning import EngineOptions
+from exl.memory.device import release_cached
+from exl.planning.from_headers import EngineOptions
+from exl.planning.plan import format_bytes
 from exl.progress import Progress, shown_progress
-from exl.safetensors_header import shown
 from exl.sampling import SamplingParams
-from exl.text_stream import TextStream
-from exl.tokenizer import Tokenizer
+from exl.text.logprobs import TokenLogprob, check_top_logprobs
+from exl.text.text_stream import TextStream
+from exl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from exl.chat import Chat

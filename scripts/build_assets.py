@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from exl.hub import BUNDLED_MODEL
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.quantize import QuantizeOptions, quantize
 
 DATA = Path(__file__).parents[1] / "tests" / "data"

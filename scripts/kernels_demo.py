@@ -14,16 +14,16 @@ import sys
 import time
 from collections.abc import Sequence
 
-from exl.config import GenerationDefaults
-from exl.engine import load_engine
+from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.engine.build import load_engine
 from exl.errors import ExlError
-from exl.hub import BUNDLED_MODEL
 from exl.kernels.launch import Backend, HostBackend
 from exl.kernels.spec import KernelSpec
-from exl.layout import Target
+from exl.layout.layers import Target
 from exl.llm import LLM, Completion
-from exl.planning import EngineOptions
-from exl.tokenizer import Tokenizer
+from exl.planning.from_headers import EngineOptions
+from exl.text.tokenizer import Tokenizer
 from tests.host.build import COMPILER
 from tests.host.shim import HostShim
 

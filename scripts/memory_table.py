@@ -10,7 +10,7 @@ from pathlib import Path
 
 import exl
 from benchmarks.synthetic import SHAPES, write_headers
-from exl.memory import Tier
+from exl.planning.plan import Tier
 
 MODELS = {"7b": "Llama 2 7B", "13b": "Llama 2 13B", "70b": "Llama 2 70B"}
 CARDS = ("8GB", "12GB", "24GB")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from exl.tokenizer import Tokenizer
+from exl.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 NUM_STORIES, MAX_TOKENS, SEED = 320, 512, 1

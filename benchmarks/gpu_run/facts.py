@@ -108,7 +108,7 @@ def kernel_cache(folder: Path | None, arch: int | None) -> str:
 def imports() -> str:
     """What the later stages import of exl: seen here without a GPU's say."""
     found = []
-    for name in ("exl", "exl.kernels.launch", "exl.engine", "benchmarks.end_to_end", "benchmarks.kernels"):
+    for name in ("exl", "exl.kernels.launch", "exl.engine.build", "benchmarks.end_to_end", "benchmarks.kernels"):
         found.append(name if importlib.util.find_spec(name) else f"{name} NOT FOUND")
         __import__(name)
     return ", ".join(found)

@@ -16,14 +16,14 @@ import torch
 
 from benchmarks.gpu_run.worker import Place, Worker
 from benchmarks.guard import one_line
-from exl.device_memory import pinned
-from exl.device_stream import TorchCopyEngine
-from exl.host_memory import HostBuffer
-from exl.kernels.arch import arch_limits
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.launch import Backend, CudaBackend, launch
 from exl.kernels.linear_many import multiply_f32
 from exl.kernels.spec import KernelSpec
+from exl.layout.arch import arch_limits
+from exl.memory.device import pinned
+from exl.memory.host import HostBuffer
+from exl.weights.device_stream import TorchCopyEngine
 
 KERNELS = Path(__file__).resolve().parents[2] / "tests" / "host" / "kernels"
 N = 128 * 50
@@ -31,7 +31,7 @@ ROUNDS = 3  # replays of a graph, each on other inputs
 
 
 class Copies(Protocol):
-    """The part of a copy engine that checks use (``exl/device_stream.py``)."""
+    """The part of a copy engine that checks use (``exl/weights/device_stream.py``)."""
 
     def copy(self, dst, src, after): ...
 

@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 
 import exl
-from exl.device_plan import HOST
-from exl.memory import format_bytes
+from exl.planning.devices import HOST
+from exl.planning.plan import format_bytes
 
 from .settings import LoadSettings
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import exl
-from exl.device_plan import STARTED_LINES
-from exl.engine import choose_device
+from exl.engine.build import choose_device
 from exl.errors import ConfigError
-from exl.planning import EngineOptions
+from exl.planning.devices import STARTED_LINES
+from exl.planning.from_headers import EngineOptions
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ def bench(
     if output not in ("table", "csv", "json"):
         raise ConfigError(f"output: found {output!r}, expected table, csv or json")
     from exl.bench import markdown, rows_of, run_bench
-    from exl.hub import find_model
-    from exl.memory import format_bytes
-    from exl.planning import EngineOptions
+    from exl.checkpoint.hub import find_model
+    from exl.planning.from_headers import EngineOptions
+    from exl.planning.plan import format_bytes
 
     options = EngineOptions(**load_options(device, vram, ram, context, kv_cache))
     report = run_bench(find_model(model, revision=revision, token=token), options, pp, tg, depth, repeats)

@@ -49,8 +49,8 @@ def chat(
     echo "Tell me a story." | exl chat
     """
     from exl.chat import Chat
-    from exl.chat_session import ChatSession
-    from exl.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
+    from exl.commands.chat_session import ChatSession
+    from exl.commands.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
 
     asked = {
         "max_tokens": max_tokens,

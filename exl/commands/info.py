@@ -16,7 +16,7 @@ def info(
 
     exl info
     """
-    from exl.system_info import describe_system
+    from exl.commands.system_info import describe_system
 
     facts = describe_system()
     if as_json:

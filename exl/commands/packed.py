@@ -14,7 +14,7 @@ PackedFolder = Annotated[Path | None, typer.Option("--folder", help="Default: th
 @packed_app.command("list")
 def packed_list(folder: PackedFolder = None, debug: Debug = False) -> None:
     """Show packed copies: bytes, model, file; last used first."""
-    from exl.packed_store import list_packed
+    from exl.weights.packed_store import list_packed
 
     for found in list_packed(folder):
         print(f"{found.num_bytes:>15,}  {found.source or 'damaged, or of another version'}  {found.path}")
@@ -27,7 +27,7 @@ def packed_clear(
     debug: Debug = False,
 ) -> None:
     """Remove packed copies. They are made again when they are needed."""
-    from exl.packed_store import clear_packed
+    from exl.weights.packed_store import clear_packed
 
     removed = clear_packed(folder, model)
     say(f"removed {len(removed)} packed files, {sum(found.num_bytes for found in removed):,} bytes")

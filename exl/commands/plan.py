@@ -36,7 +36,7 @@ def plan(
 
     exl plan path/to/model --vram 24GB --kv-cache q8
     """
-    from exl.planning import plan as make_plan
+    from exl.planning.from_headers import plan as make_plan
 
     found = make_plan(
         model,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from exl.checkpoint import Checkpoint
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, UnsupportedModelError
 from exl.formats.dense import dense_spec, load_dense
 from exl.formats.gptq import gptq_spec, load_gptq
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.formats.rounding import round_to_nearest, rounding_group
 from exl.formats.tensors import read_vector
-from exl.layout import MatrixSpec
-from exl.quant_config import QuantConfig
+from exl.layout.layers import MatrixSpec
 
 __all__ = [
     "DenseMatrix",

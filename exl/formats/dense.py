@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from exl.checkpoint import Checkpoint
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.header import TensorInfo
 from exl.errors import CheckpointError
 from exl.formats.matrix import DenseMatrix
 from exl.formats.tensors import expect_shape, require_float
-from exl.layout import MatrixSpec
-from exl.safetensors_header import TensorInfo
+from exl.layout.layers import MatrixSpec
 
 
 def dense_spec(checkpoint: Checkpoint, name: str) -> MatrixSpec:

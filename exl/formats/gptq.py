@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.checkpoint import Checkpoint
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, ExlWarning
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
-from exl.layout import MatrixSpec
-from exl.quant_config import QuantConfig
+from exl.layout.layers import MatrixSpec
 
 K_MULTIPLE = 32  # 32 codes of any width fill whole words
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.checkpoint import Checkpoint
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.header import TensorInfo
 from exl.errors import CheckpointError, UnsupportedModelError
-from exl.safetensors_header import TensorInfo
 
 FLOAT_DTYPES = ("f32", "f16", "bf16")
 

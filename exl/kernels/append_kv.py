@@ -12,8 +12,8 @@ from exl.kernels.args import f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import OUT_TYPES
-from exl.kernels.page_layout import KINDS, PageLayout
 from exl.kernels.spec import KernelSpec, Variant
+from exl.layout.pages import KINDS, PageLayout
 
 NUM_WARPS = 8
 

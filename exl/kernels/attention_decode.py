@@ -13,12 +13,12 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
-from exl.kernels.attention_layout import COLUMNS, MAX_NEW_TOKENS, column_tiles, num_items, scratch_shapes
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import OUT_TYPES
-from exl.kernels.page_layout import PageLayout
 from exl.kernels.spec import KernelSpec, Variant
+from exl.layout.attention import COLUMNS, MAX_NEW_TOKENS, column_tiles, num_items, scratch_shapes
+from exl.layout.pages import PageLayout
 
 NUM_WARPS = 4
 MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic

@@ -15,8 +15,8 @@ from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.page_layout import PageLayout
 from exl.kernels.spec import KernelSpec, Variant
+from exl.layout.pages import PageLayout
 
 MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic
 

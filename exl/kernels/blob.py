@@ -1,4 +1,4 @@
-"""Linears in a layer's blob for a GPU: packed on the CPU as ``exl/layout.py`` says, and seen by the kernels."""
+"""Linears in a layer's blob for a GPU: packed on the CPU as ``exl/layout/layers.py`` says, and seen by the kernels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from exl.errors import CheckpointError, KernelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.linear import TiledWeight
 from exl.kernels.linear_dense import DenseWeight
-from exl.kernels.tile_layout import gated_rows, natural_rows
 from exl.kernels.tile_pack import pack_matrix
-from exl.layout import LinearLayout, tile_layout
+from exl.layout.layers import LinearLayout, tile_layout
+from exl.layout.tiles import gated_rows, natural_rows
 
 BLOCK_ROWS = 1024  # of a dense matrix, converted at a time
 _NUMPY = {"u8": np.uint8, "i32": np.int32, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}

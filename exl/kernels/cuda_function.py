@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.arch import DEFAULT_SHARED_BYTES
 from exl.kernels.args import Arg
 from exl.kernels.driver import Driver, DriverLaunch
 from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec
+from exl.layout.arch import DEFAULT_SHARED_BYTES
 
 if TYPE_CHECKING:
     from exl.kernels.launch import Dim, Work

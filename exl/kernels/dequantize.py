@@ -12,7 +12,7 @@ from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear import COMPILED, TiledWeight, check_weight
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_layout import ROWS, TileLayout
+from exl.layout.tiles import ROWS, TileLayout
 
 MAX_PANEL_BYTES = 64 * 2**20  # stays in the L2 of the GPUs that have one of this size, and bounds the plan's line
 NUM_WARPS = 8

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from exl.errors import KernelError, NoGpuError
-from exl.gpu_environment import Finding, diagnose, gpu_facts
+from exl.kernels.environment import Finding, diagnose, gpu_facts
 from exl.kernels.launch import Backend, CudaBackend
 from exl.kernels.silu_mul import silu_mul
 

@@ -11,7 +11,7 @@ from exl.kernels.args import i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_layout import ROWS
+from exl.layout.tiles import ROWS
 
 NUM_THREADS = 128
 

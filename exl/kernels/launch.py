@@ -16,14 +16,14 @@ from typing import Protocol
 import torch
 
 from exl.errors import KernelError
-from exl.gpu_environment import loaded_nvrtc, nvrtc_command
-from exl.kernels.arch import arch_limits
 from exl.kernels.args import Arg, Pointer, device_name
 from exl.kernels.compiler import CompileFailed, Compiler, compile_cached
 from exl.kernels.cuda_function import CudaFunction, cuda_errors, start_work
 from exl.kernels.driver import Driver
+from exl.kernels.environment import loaded_nvrtc, nvrtc_command
 from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec
+from exl.layout.arch import arch_limits
 
 MIN_TORCH = (2, 8)  # for GPUs
 # torch's allocators go on asking a graph whose capture did not end well, and would ask freed memory.

@@ -17,7 +17,11 @@ from exl.errors import KernelError
 from exl.kernels.args import Arg, f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear_config import (
+from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
+from exl.kernels.linear_simt import run_simt, simt_spec
+from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.tile_pack import PackedMatrix
+from exl.layout.linear_config import (
     MAX_TOKENS,
     MIN_ARCH,
     NARROW_TOKENS,
@@ -27,11 +31,7 @@ from exl.kernels.linear_config import (
     choose_config,
     scratch_shapes,
 )
-from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
-from exl.kernels.linear_simt import run_simt, simt_spec
-from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_layout import ROWS, TileLayout
-from exl.kernels.tile_pack import PackedMatrix
+from exl.layout.tiles import ROWS, TileLayout
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.arch import arch_limits
 from exl.kernels.args import f32, i32, i64, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_layout import ROWS
+from exl.layout.arch import arch_limits
+from exl.layout.tiles import ROWS
 
 MAX_TOKENS = 32  # that one launch takes
 NUM_WARPS = 8

@@ -8,7 +8,7 @@ import torch
 
 from exl.errors import KernelError
 from exl.kernels.checks import check_tensor
-from exl.kernels.tile_layout import ROWS
+from exl.layout.tiles import ROWS
 
 INPUT_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 OUT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}

@@ -19,7 +19,7 @@ from exl.kernels.launch import Backend, launch
 from exl.kernels.linear import TiledWeight, check_weight, round_activations
 from exl.kernels.linear_io import OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_layout import ROWS, TileLayout
+from exl.layout.tiles import ROWS, TileLayout
 
 NUM_WARPS = 8
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.arch import arch_limits
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output
 from exl.kernels.spec import KernelSpec
-from exl.kernels.tile_layout import TileLayout
+from exl.layout.arch import arch_limits
+from exl.layout.tiles import TileLayout
 
 if TYPE_CHECKING:
     from exl.kernels.linear import TiledWeight

@@ -20,8 +20,8 @@ from exl.errors import KernelError
 from exl.kernels.args import i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.sample_layout import MAX_ROWS, NUM_BINS, PART, ROW, scratch_shapes, table_bytes
 from exl.kernels.spec import KernelSpec, Variant
+from exl.layout.samples import MAX_ROWS, NUM_BINS, PART, ROW, scratch_shapes, table_bytes
 from exl.sampling import no_distribution
 
 NUM_THREADS = 512

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from exl.errors import KernelError
 from exl.formats.matrix import QuantizedMatrix
-from exl.kernels.tile_layout import BLOCK, ROWS, TileLayout, natural_rows
+from exl.layout.tiles import BLOCK, ROWS, TileLayout, natural_rows
 
 TILES_AT_ONCE = 64  # that the packer holds unpacked
 _QPARAMS = ("scales", "zeros")

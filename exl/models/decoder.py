@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from exl.cache import KVCache
-from exl.config import ModelConfig
+from exl.cache.kv import KVCache
+from exl.checkpoint.config import ModelConfig
 from exl.ops.base import AttentionSpec, LayerWeights, Linear, Norm, Ops
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from exl.checkpoint import Checkpoint
-from exl.config import ModelConfig
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.config import ModelConfig
+from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError
 from exl.formats import matrix_spec, rounding_group
-from exl.layout import BlobSpec, LayerLayout, LinearSpec, MatrixSpec, Target, fuse, layer_layout
+from exl.layout.layers import BlobSpec, LayerLayout, LinearSpec, MatrixSpec, Target, fuse, layer_layout
 from exl.models.registry import NAME_TABLES, NameTable
-from exl.quant_config import QuantConfig
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
-from exl.config import RopeConfig
+from exl.checkpoint.config import RopeConfig
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
+from exl.layout.layers import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
 
 if TYPE_CHECKING:
-    from exl.cache import KVCache
+    from exl.cache.kv import KVCache
     from exl.kernels.launch import Backend
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {

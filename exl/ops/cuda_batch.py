@@ -16,16 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.config import RopeConfig
-from exl.device_arena import TABLE_ALIGN
-from exl.device_memory import pinned, record_event
+from exl.checkpoint.config import RopeConfig
 from exl.errors import KernelError
-from exl.host_memory import HostBuffer
 from exl.kernels.append_kv import check_slots
 from exl.kernels.attention_decode import DecodeTables, check_tables
 from exl.kernels.attention_prefill import PrefillTables, check_pages
 from exl.kernels.embed import check_ids
-from exl.layout import StepLimits, align_up
+from exl.layout.arena import TABLE_ALIGN
+from exl.layout.layers import StepLimits, align_up
+from exl.memory.device import pinned, record_event
+from exl.memory.host import HostBuffer
 from exl.ops.rotation import num_angles, rotation_tables
 
 _MAX_SERIALS = 1024  # remembered; those that are forgotten are given to nobody else

@@ -16,10 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
-from exl.cache import KVCache
-from exl.config import RopeConfig
-from exl.device_arena import ArenaLayout, crossover
-from exl.device_memory import device_tensor
+from exl.cache.kv import KVCache
+from exl.checkpoint.config import RopeConfig
 from exl.errors import UnsupportedModelError
 from exl.formats import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
@@ -29,16 +27,18 @@ from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.embed import embed
 from exl.kernels.launch import Backend
 from exl.kernels.linear import Scratch, TiledWeight, multiply
-from exl.kernels.linear_config import MIN_ARCH
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
-from exl.kernels.page_layout import PageLayout
 from exl.kernels.params import Bindings
 from exl.kernels.program import Programs, place
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
-from exl.layout import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
+from exl.layout.arena import ArenaLayout, crossover
+from exl.layout.layers import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
+from exl.layout.linear_config import MIN_ARCH
+from exl.layout.pages import PageLayout
+from exl.memory.device import device_tensor
 from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_sampling import DeviceSamples, Sampler

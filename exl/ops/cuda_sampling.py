@@ -8,14 +8,14 @@ from contextlib import ExitStack
 import torch
 
 from exl.batch import SamplingBatch
-from exl.device_arena import max_seen, sample_rows
-from exl.device_memory import pinned, record_event
 from exl.errors import KernelError
-from exl.host_memory import HostBuffer
 from exl.kernels.program import Programs, place
 from exl.kernels.sample import SampleScratch, check_samples, pack_tables, sample, tables_at
-from exl.kernels.sample_layout import scratch_shapes
-from exl.layout import StepLimits
+from exl.layout.arena import max_seen, sample_rows
+from exl.layout.layers import StepLimits
+from exl.layout.samples import scratch_shapes
+from exl.memory.device import pinned, record_event
+from exl.memory.host import HostBuffer
 from exl.ops.cuda_batch import Upload
 
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
-from exl.config import RopeConfig
-from exl.rope import depends_on_length, inverse_frequencies, rotary_dim
+from exl.checkpoint.config import RopeConfig
+from exl.ops.rope import depends_on_length, inverse_frequencies, rotary_dim
 
 
 def rotation_tables(batch: ForwardBatch, rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

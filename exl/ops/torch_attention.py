@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.cache import KVCache
+from exl.cache.kv import KVCache
 from exl.ops.base import AttentionSpec, Norm
 from exl.ops.rotation import rotation_tables
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.layout import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
+from exl.layout.layers import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 
 _DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB: a row is multiplied as soon as it is written; a quarter faster than 4 MB

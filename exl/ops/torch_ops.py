@@ -1,4 +1,4 @@
-"""The operations on the CPU: torch kernels, f32 arithmetic, weights in the layouts of ``exl.layout``."""
+"""The operations on the CPU: torch kernels, f32 arithmetic, weights in the layouts of ``exl.layout.layers``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from exl.batch import ForwardBatch, SamplingBatch
-from exl.cache import KVCache
+from exl.cache.kv import KVCache
 from exl.errors import UnsupportedModelError
 from exl.formats import DenseMatrix, QuantizedMatrix
-from exl.host_memory import host_tensor
-from exl.layout import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
+from exl.layout.layers import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
+from exl.memory.host import host_tensor
 from exl.ops import torch_attention
 from exl.ops.base import AttentionSpec, Linear, Norm, Segments
 from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack

@@ -10,7 +10,7 @@ import numpy as np
 
 from exl.batch import I32, PAGE_SIZE, ForwardBatch
 from exl.errors import ConfigError
-from exl.tokenizer import Tokenizer
+from exl.text.tokenizer import Tokenizer
 
 
 def read_calibration(

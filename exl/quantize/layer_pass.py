@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 
 from exl.batch import I32, ForwardBatch
-from exl.cache import KVCache, KVPages
-from exl.checkpoint import Checkpoint
-from exl.config import ModelConfig
+from exl.cache.kv import KVCache, KVPages
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.config import ModelConfig
 from exl.formats import load_matrix, read_vector
 from exl.formats.tensors import read_float
-from exl.layout import BlobSpec, KVLayout, LinearSpec, StepLimits, layer_layout
+from exl.layout.layers import BlobSpec, KVLayout, LinearSpec, StepLimits, layer_layout
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
 from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments

@@ -6,8 +6,8 @@ import math
 import os
 from dataclasses import dataclass
 
+from exl.checkpoint.quant_config import SUPPORTED_BITS
 from exl.errors import ConfigError
-from exl.quant_config import SUPPORTED_BITS
 
 _CHOICES = {
     "method": ("gptq", "rtn"),

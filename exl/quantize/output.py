@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from exl.checkpoint import Checkpoint
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.header import DTYPE_BITS
+from exl.checkpoint.writer import write_safetensors
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import Entry, QuantizePlan
 from exl.quantize.work import WorkFolder, write_text
 from exl.replace_file import replace_file
-from exl.safetensors_header import DTYPE_BITS
-from exl.safetensors_writer import write_safetensors
 
 # What belongs to a model besides weights and config.json.
 _COMPANIONS = (

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd, lcm, log2
 
-from exl.config import ModelConfig
+from exl.checkpoint.config import ModelConfig
 from exl.errors import ConfigError
-from exl.layout import MatrixSpec
+from exl.layout.layers import MatrixSpec
 from exl.models.manifest import ModelManifest
 from exl.quantize.options import QuantizeOptions
 

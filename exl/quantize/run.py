@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from exl.batch import I32
-from exl.checkpoint import Checkpoint
-from exl.config import GenerationDefaults, ModelConfig, read_json
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.config import GenerationDefaults, ModelConfig, read_json
+from exl.checkpoint.quant_config import read_quant_config
+from exl.checkpoint.writer import write_safetensors
 from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.formats.tensors import read_float
 from exl.models.manifest import read_manifest
 from exl.ops.base import LayerWeights
-from exl.quant_config import read_quant_config
 from exl.quantize.calibration import read_calibration
 from exl.quantize.gptq import Hessian, QuantizedWeight, gptq, round_to_nearest
 from exl.quantize.grid import Grid
@@ -33,8 +34,7 @@ from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import ModulePlan, QuantizePlan, make_plan
 from exl.quantize.work import WorkFolder, read_rows, write_atomically
-from exl.safetensors_writer import write_safetensors
-from exl.tokenizer import Tokenizer
+from exl.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 

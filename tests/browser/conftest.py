@@ -90,7 +90,7 @@ def is_foreign(requested: str, url: str) -> bool:
 @pytest.fixture
 def slow(monkeypatch):
     """Tokens take their time."""
-    from exl.generator import Generator
+    from exl.engine.generator import Generator
 
     plain = Generator.extend
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import exl
-from exl.hub import BUNDLED_MODEL
-from exl.memory import format_bytes
+from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.planning.plan import format_bytes
 
 ROOT = Path(__file__).parents[2]
 HOW = "make browser installs it"

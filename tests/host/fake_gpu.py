@@ -13,9 +13,9 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 
-from exl import device_memory
 from exl.kernels import cuda_function, device, launch
 from exl.kernels.launch import CudaBackend
+from exl.memory import device as device_memory
 
 
 class CUDADriverError(RuntimeError):

@@ -11,7 +11,7 @@ from reference.attention_twin import bytes_of_tokens
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv, check_slots
 from exl.kernels.launch import Backend
-from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
+from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 
 H, HKV = 6, 2
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)

@@ -20,7 +20,7 @@ from exl.kernels.attention_decode import (
     scratch_shapes,
 )
 from exl.kernels.launch import Backend
-from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
+from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 from tests.host.backends import CUPY
 
 

@@ -12,7 +12,7 @@ from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_prefill import PrefillTables, attention_prefill, check_pages
 from exl.kernels.launch import Backend
-from exl.kernels.page_layout import KINDS
+from exl.layout.pages import KINDS
 from tests.host.backends import CUPY
 
 

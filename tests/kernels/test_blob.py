@@ -13,16 +13,16 @@ from reference.plain_packer import dequantize as plain_dequantize
 from reference.plain_packer import pack_layer
 from safetensors.torch import save_file
 
-from exl.checkpoint import Checkpoint
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, KernelError
 from exl.formats import DenseMatrix, gptq_spec, load_gptq, round_to_nearest
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.linear import gate_up, make_scratch, project
 from exl.kernels.linear_dense import multiply_dense
 from exl.kernels.linear_io import Output
-from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
+from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
 from exl.ops.base import view_segments
-from exl.quant_config import QuantConfig
 
 SM86 = Target("cuda", arch=86)
 

@@ -13,8 +13,8 @@ from exl.errors import KernelError
 from exl.kernels.dequantize import MAX_PANEL_BYTES, dequantize, panel_tiles
 from exl.kernels.launch import Backend
 from exl.kernels.linear import TiledWeight
-from exl.kernels.tile_layout import TileLayout, gated_rows
 from exl.kernels.tile_pack import pack_matrix
+from exl.layout.tiles import TileLayout, gated_rows
 
 
 def rounded(weights: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from exl import engine
-from exl.engine import choose_device
+from exl.engine import build
+from exl.engine.build import choose_device
 from exl.errors import ConfigError, KernelError
-from exl.gpu_environment import DriverFacts, GpuFacts, loaded_nvrtc, nvrtc_command
 from exl.kernels import compiler
 from exl.kernels.device import check_backend, open_backend
+from exl.kernels.environment import DriverFacts, GpuFacts, loaded_nvrtc, nvrtc_command
 from exl.kernels.launch import HostBackend
-from exl.planning import EngineOptions
+from exl.planning.from_headers import EngineOptions
 from tests.compile.nvrtc import nvrtc
 from tests.host.fake_gpu import TOO_OLD, CUDADriverError, CUDARuntimeError, FakeGpu, NVRTCError
 from tests.host.shim import HostShim
@@ -34,7 +34,7 @@ def gpu(monkeypatch, tmp_path) -> FakeGpu:
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr(compiler, "default_cache_folder", lambda: tmp_path)
     monkeypatch.setattr("exl.kernels.device.gpu_facts", lambda: GOOD)
-    engine._say_once.cache_clear()
+    build._say_once.cache_clear()
     return fake
 
 
@@ -65,7 +65,7 @@ def test_a_gpu_that_does_not_work_is_left_alone_with_one_line(gpu, caplog, call,
     assert backend is None
     assert options.vram is None
     (record,) = [
-        record for record in caplog.records if record.levelno >= logging.WARNING and record.name == "exl.engine"
+        record for record in caplog.records if record.levelno >= logging.WARNING and record.name == "exl.engine.build"
     ]
     text = record.getMessage()
     assert text.startswith("computing on the CPU: ")

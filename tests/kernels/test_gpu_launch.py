@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.arch import arch_limits
 from exl.kernels.args import f32, i32, i64, ptr
 from exl.kernels.launch import CudaBackend, launch
 from exl.kernels.spec import KernelSpec
+from exl.layout.arch import arch_limits
 from tests.host.backends import MODES, TEST_KERNELS, make_backend
 
 

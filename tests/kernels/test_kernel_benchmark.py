@@ -18,9 +18,9 @@ from exl.kernels.args import ptr, u64
 from exl.kernels.attention_decode import check_tables
 from exl.kernels.launch import launch
 from exl.kernels.linear import check_weight
-from exl.kernels.page_layout import KINDS, PageLayout
 from exl.kernels.spec import KernelSpec
-from exl.kernels.tile_layout import TileLayout
+from exl.layout.pages import KINDS, PageLayout
+from exl.layout.tiles import TileLayout
 from tests.host.backends import make_backend
 
 SOURCES = Path(benchmark.__file__).resolve().parent / "cuda"

@@ -18,9 +18,9 @@ from reference.linear_twin import (
 
 from exl.kernels.launch import Backend
 from exl.kernels.linear import NormedInput, TiledWeight, gate_up, make_scratch, project, project_add
-from exl.kernels.linear_config import LinearConfig, reachable_configs
-from exl.kernels.tile_layout import gated_rows
 from exl.kernels.tile_pack import pack_matrix
+from exl.layout.linear_config import LinearConfig, reachable_configs
+from exl.layout.tiles import gated_rows
 
 TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 64)
 # bits, K, N, group size, symmetric, scales: K of one group, odd numbers of groups, a shorter last group (of a stage and

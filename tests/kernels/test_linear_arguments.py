@@ -12,7 +12,6 @@ import torch
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
-from exl.kernels.arch import arch_limits
 from exl.kernels.linear import (
     COMPILED,
     NormedInput,
@@ -24,9 +23,10 @@ from exl.kernels.linear import (
     project_add,
     variants,
 )
-from exl.kernels.linear_config import RING_STAGES, choose_config, shared_per_multiprocessor, slice_stages
-from exl.kernels.tile_layout import TileLayout
 from exl.kernels.tile_pack import pack_matrix
+from exl.layout.arch import arch_limits
+from exl.layout.linear_config import RING_STAGES, choose_config, shared_per_multiprocessor, slice_stages
+from exl.layout.tiles import TileLayout
 
 K, N = 256, 48
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 
 from exl.kernels.linear import linear_spec
-from exl.kernels.linear_config import choose_config
 from exl.kernels.spec import flattened, nvrtc_options
-from exl.kernels.tile_layout import BLOCK, TileLayout
+from exl.layout.linear_config import choose_config
+from exl.layout.tiles import BLOCK, TileLayout
 from tests.compile.nvrtc import nvrtc
 from tests.compile.sass import Loop, disassemble, hottest_loop, nvdisasm_path
 

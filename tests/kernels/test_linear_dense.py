@@ -9,10 +9,10 @@ from conftest import backend_or_skip
 from reference.linear_twin import rms_norm, silu, tile_sumsq
 
 from exl.errors import KernelError
-from exl.kernels.arch import arch_limits
 from exl.kernels.launch import Backend
 from exl.kernels.linear_dense import DenseWeight, choose_dense_config, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
+from exl.layout.arch import arch_limits
 
 TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 64)
 SHAPES = [(128, 40), (1160, 20), (648, 136)]  # K, N: one unit of slices, K that is no multiple of 64, uneven slices

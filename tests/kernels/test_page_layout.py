@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.page_layout import (
+from exl.layout.layers import DeviceKVLayout
+from exl.layout.pages import (
     KINDS,
     PageLayout,
     hadamard,
@@ -18,7 +19,6 @@ from exl.kernels.page_layout import (
     v_code_places,
     v_scale_places,
 )
-from exl.layout import DeviceKVLayout
 from exl.ops import torch_kv
 
 HEAD_DIMS = (8, 16, 24, 40, 48, 64, 72, 80, 96, 112, 120, 128, 248, 256)

@@ -18,11 +18,11 @@ from exl.kernels.linear import TiledWeight, gate_up, make_scratch, project
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_many, panel_scratch_shapes
-from exl.kernels.page_layout import KINDS, PageLayout, hadamard, pack_pages, quantize
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
-from exl.kernels.tile_layout import gated_rows
 from exl.kernels.tile_pack import pack_matrix
+from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, quantize
+from exl.layout.tiles import gated_rows
 
 LARGEST = 65504.0  # of f16; 65520 is the least that rounds to infinity
 BORDER = (65504.0, 65519.0, 65520.0, 1e5, 3e38, float("inf"), float("nan"), 1.0, 0.0)

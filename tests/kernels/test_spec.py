@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from exl.errors import KernelError
-from exl.kernels.arch import ARCH_LIMITS, arch_limits
 from exl.kernels.spec import KernelSpec, digest, flatten, flattened, kernel_folder, nvrtc_options
+from exl.layout.arch import ARCH_LIMITS, arch_limits
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
 from exl.formats.matrix import QuantizedMatrix
-from exl.kernels.tile_layout import TileLayout, gated_rows, natural_rows
 from exl.kernels.tile_pack import matrix_layout, pack_codes, pack_matrix
+from exl.layout.tiles import TileLayout, gated_rows, natural_rows
 
 
 def pair_of(words: list[int], bits: int, j: int, p: int) -> tuple[int, int]:

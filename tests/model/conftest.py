@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from exl import weight_memory
+from exl.weights import placement
 from tests.host.backends import CUPY, make_backend
 from tests.host.recording import RecordedCopies, RecordingBackend
 from tests.model.placed_model import NUM_LAYERS, reader_threads
@@ -42,7 +42,7 @@ def backend(request):
 def recorder(monkeypatch):
     """Copies of streamed layers are recorded, too: while a graph is captured they do not happen."""
     recorder = RecordingBackend(make_backend("plain"))
-    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    monkeypatch.setattr(placement, "HostCopyEngine", lambda: RecordedCopies(recorder))
     return recorder
 
 

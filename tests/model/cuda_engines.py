@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from exl.engine import Engine, load_engine
-from exl.planning import EngineOptions
+from exl.engine.build import Engine, load_engine
+from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams
 
 DENSE = Path(__file__).parents[1] / "data" / "stories260K"

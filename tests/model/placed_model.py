@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from exl.cache import KVCache
-from exl.generator import Generator
-from exl.layout import KVLayout, StepLimits
-from exl.loader import load_weights
+from exl.cache.kv import KVCache
+from exl.cache.page_pool import PagePool
+from exl.engine.generator import Generator
+from exl.engine.runner import Runner
+from exl.layout.layers import KVLayout, StepLimits
 from exl.models.decoder import Decoder
 from exl.ops.torch_ops import TorchOps, cpu_target
-from exl.packed_store import list_packed
-from exl.page_pool import PagePool
-from exl.planning import open_model
+from exl.planning.from_headers import open_model
 from exl.progress import Progress
-from exl.runner import Runner
 from exl.sampling import SamplingParams
+from exl.weights.loader import load_weights
+from exl.weights.packed_store import list_packed
 
 NUM_LAYERS = 4
 CONTEXT = 64

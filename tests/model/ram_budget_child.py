@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import exl
-from exl.host_memory import trim_heap
+from exl.memory.host import trim_heap
 
 
 def resident_bytes(field: str) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from exl.config import RopeConfig
-from exl.engine import Engine, load_engine
-from exl.planning import EngineOptions
-from exl.stream import ResidentWeights
+from exl.checkpoint.config import RopeConfig
+from exl.engine.build import Engine, load_engine
+from exl.planning.from_headers import EngineOptions
+from exl.weights.stream import ResidentWeights
 from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
 
 TOLERANCE = 2e-4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exl.engine import load_engine
-from exl.planning import EngineOptions
+from exl.engine.build import load_engine
+from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams, sampling_batch
 from tests.model.batches import batch_of, run
 from tests.model.hf_models import CASES, build, decode_logits, prefill_logits, save

@@ -12,10 +12,10 @@ import pytest
 
 import exl.bench
 from exl.bench import BenchReport, BenchResult, read_bandwidth, rows_of, run_bench
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.commands.bench import bench
 from exl.errors import ConfigError, KernelError
-from exl.hub import BUNDLED_MODEL
-from exl.planning import EngineOptions
+from exl.planning.from_headers import EngineOptions
 from tests.command_line import run_exl
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import exl
-from exl.hub import BUNDLED_MODEL
+from exl.checkpoint.hub import BUNDLED_MODEL
 
 DATA = Path(__file__).parents[1] / "data"
 # Measured with transformers in f32; the second by round-to-nearest at 4 bits, asymmetric groups of 32.

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import exl
-from exl.engine import load_engine
+from exl.engine.build import load_engine
 from exl.errors import MemoryBudgetError
-from exl.planning import EngineOptions
+from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams
 from tests.model.hf_models import CASES, build, prefill_logits, save
-from tests.unit.test_torch_kv import plain_hadamard, plain_quantize
+from tests.unit.ops.test_torch_kv import plain_hadamard, plain_quantize
 
 STORIES = Path(__file__).parents[1] / "data" / "stories2M"
 PROMPT = "Once upon a time, there was a little dog who lived in a big red house. One day, the dog"

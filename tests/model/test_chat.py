@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import exl
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ConfigError, ExlError
-from exl.hub import BUNDLED_MODEL
 
 # A base model does not know them: they only have to be rendered, in text that its tokenizer has no special tokens for.
 CHATML = (
@@ -41,7 +41,7 @@ def llm(tmp_path_factory):
 @pytest.fixture
 def computed(monkeypatch):
     """Numbers of rows that went through the model, a pass each."""
-    from exl.runner import Runner
+    from exl.engine.runner import Runner
 
     counts, plain = [], Runner.forward
 

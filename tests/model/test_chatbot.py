@@ -13,7 +13,7 @@ import pytest
 from pexpect import EOF
 
 import exl
-from exl.chat_session import SETTINGS, ChatSession
+from exl.commands.chat_session import SETTINGS, ChatSession
 from tests.command_line import run_exl
 
 ROOT = Path(__file__).parents[2]

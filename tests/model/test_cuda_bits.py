@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from exl.engine import Engine, load_engine
-from exl.memory import Tier
-from exl.planning import EngineOptions
+from exl.engine.build import Engine, load_engine
+from exl.planning.from_headers import EngineOptions
+from exl.planning.plan import Tier
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend
 from tests.model.cuda_engines import all_logits, some_ids, step_logits, tokens

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from exl.engine import load_engine
+from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.engine.build import load_engine
 from exl.errors import KernelError, UnsupportedModelError
-from exl.host_memory import HostBuffer
-from exl.hub import BUNDLED_MODEL
-from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
-from exl.planning import EngineOptions
+from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.memory.host import HostBuffer
+from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams
-from exl.tokenizer import Tokenizer
+from exl.text.tokenizer import Tokenizer
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend
 from tests.model.batches import batch_of, run

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from exl import weight_memory
-from exl.config import GenerationDefaults
+from exl.checkpoint.config import GenerationDefaults
 from exl.errors import KernelError
 from exl.kernels.params import Params
 from exl.llm import LLM
-from exl.memory import Tier
+from exl.planning.plan import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
+from exl.weights import placement
 from tests.host.backends import make_backend
 from tests.host.recording import Launch, RecordedCopies, RecordingBackend, TorchCalls, on_device
 from tests.model.batches import batch_of, run
@@ -309,7 +309,7 @@ class NoDependentNodes(RecordingBackend):
 def test_a_capture_is_tried_again_without_dependent_launches(monkeypatch, four_bit, num_resident):
     """Then steps stay without, and that is told."""
     recorder = NoDependentNodes(make_backend("plain", 90))
-    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    monkeypatch.setattr(placement, "HostCopyEngine", lambda: RecordedCopies(recorder))
     engine = load(four_bit, recorder, resident_layers=num_resident)
     params = replace(GREEDY, max_tokens=6)
     expected = tokens(load(four_bit, recorder.inner), params)
@@ -329,7 +329,7 @@ def test_a_capture_is_tried_again_without_dependent_launches(monkeypatch, four_b
 def test_launches_stay_dependent_where_both_captures_fail(monkeypatch, four_bit, num_resident):
     recorder = NoDependentNodes(make_backend("plain", 90))
     recorder.all = True
-    monkeypatch.setattr(weight_memory, "HostCopyEngine", lambda: RecordedCopies(recorder))
+    monkeypatch.setattr(placement, "HostCopyEngine", lambda: RecordedCopies(recorder))
     engine = load(four_bit, recorder, resident_layers=num_resident)
     params = replace(GREEDY, max_tokens=6)
     assert tokens(engine, params) == tokens(load(four_bit, recorder.inner), params)

@@ -18,14 +18,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from exl.device_stream import DeviceStream, DiskLayers, PinnedLayers
+from exl.engine.step_graph import StepGraphs
 from exl.errors import CheckpointError
-from exl.host_memory import HostBuffer
-from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
-from exl.packed import PackedFile, PackedWriter
-from exl.step_graph import StepGraphs
-from exl.stream import Slot, SlotReader
+from exl.weights.device_stream import DeviceStream, DiskLayers, PinnedLayers
+from exl.weights.packed import PackedFile, PackedWriter
+from exl.weights.stream import Slot, SlotReader
 from tests.host.captures import Captures
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import exl
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ConfigError
 from exl.evaluate import evaluate, read_documents
-from exl.hub import BUNDLED_MODEL
 from tests.command_line import run_exl
 
 DATA = Path(__file__).parents[1] / "data"

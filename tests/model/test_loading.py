@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from exl import block_file
+from exl.checkpoint import block_file
 from exl.errors import CheckpointError
-from exl.packed import PackedFile
+from exl.weights.packed import PackedFile
 from tests.model import test_quantized
 from tests.model.hf_models import CASES, build, save
 from tests.model.placed_model import NUM_LAYERS, PlacedModel, packed_file, reader_threads

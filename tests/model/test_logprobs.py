@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import exl
-from exl.logprobs import TokenLogprob
 from exl.sampling import likeliest
+from exl.text.logprobs import TokenLogprob
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260K"
 TOLERANCE = 2e-4  # as test_against_transformers.py has it for logits

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl
-from exl.engine import load_engine
+from exl.engine.build import load_engine
 from exl.errors import ConfigError, MemoryBudgetError
-from exl.layout import KV_BITS, Target
-from exl.memory import Tier, format_bytes, parse_bytes
-from exl.planning import EngineOptions, open_model, plan_model
+from exl.layout.layers import KV_BITS, Target
+from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.plan import Tier, format_bytes, parse_bytes
 from exl.sampling import SamplingParams
 from tests.command_line import run_exl
 from tests.model.hf_models import CASES, build, save

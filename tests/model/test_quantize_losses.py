@@ -12,7 +12,7 @@ import transformers
 
 import exl
 from exl.quantize import QuantizeOptions, quantize
-from exl.tokenizer import Tokenizer
+from exl.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 SOURCE = DATA / "stories260K"

@@ -82,7 +82,7 @@ def twin(source: Path, weights: dict[str, np.ndarray], *, padded: bool) -> trans
 
 def ids_of_text() -> list[int]:
     line = (DATA / "tinystories-valid-30k.txt").read_text(encoding="utf-8").splitlines()[3]
-    return exl.tokenizer.Tokenizer.from_folder(DATA / "stories260K").encode(line)[:200]
+    return exl.text.tokenizer.Tokenizer.from_folder(DATA / "stories260K").encode(line)[:200]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

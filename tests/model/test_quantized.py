@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from exl.engine import load_engine
+from exl.engine.build import load_engine
 from exl.ops.torch_linear import probe_int4pack
-from exl.planning import EngineOptions
+from exl.planning.from_headers import EngineOptions
 from tests.model.hf_models import decode_logits, prefill_logits
 from tests.reference.plain_packer import dequantize, pack_layer
 

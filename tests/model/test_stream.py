@@ -16,14 +16,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from exl import block_file, weight_memory
+from exl.checkpoint import block_file
 from exl.errors import ExlError
-from exl.host_memory import HostBuffer
-from exl.layout import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
-from exl.packed import PackedFile, PackedWriter
 from exl.sampling import SamplingParams
-from exl.stream import LayerStream, ResidentWeights
+from exl.weights import placement
+from exl.weights.packed import PackedFile, PackedWriter
+from exl.weights.stream import LayerStream, ResidentWeights
 from tests.model import test_quantized
 from tests.model.hf_models import CASES, build, save
 from tests.model.placed_model import IDS, NUM_LAYERS, PlacedModel, reader_threads
@@ -83,7 +84,7 @@ def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path, monkeypatch):
             if purpose == "slots":
                 self.array[:] = 255
 
-    monkeypatch.setattr(weight_memory, "HostBuffer", UsedBuffer)
+    monkeypatch.setattr(placement, "HostBuffer", UsedBuffer)
     packed_folder = tmp_path / "packed"
     with PlacedModel(four_bit, packed_folder, resident=(1,)) as model:
         first = {i: bytes_of(model, i) for i in range(NUM_LAYERS)}

@@ -113,7 +113,7 @@ def run(folder: Path) -> dict[str, object]:
         with exl.load(device="cpu", context=256, **options) as llm:
             found[name] = llm.generate("Once upon a time", max_tokens=24, temperature=0).token_ids
     found["files"] = sorted(path.name for path in folder.iterdir())
-    from exl.system_info import describe_system
+    from exl.commands.system_info import describe_system
 
     found["missing"] = describe_system()["missing"]
     return found

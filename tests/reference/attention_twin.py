@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.kernels.page_layout import PageLayout, k_code_places, k_scale_places, v_code_places, v_scale_places
+from exl.layout.pages import PageLayout, k_code_places, k_scale_places, v_code_places, v_scale_places
 
 
 def attention(

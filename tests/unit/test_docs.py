@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from exl.hub import BUNDLED_MODEL
+from exl.checkpoint.hub import BUNDLED_MODEL
 from scripts import memory_table
-from tests.unit.hub_server import Hub
+from tests.unit.checkpoint.hub_server import Hub
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # What a block is stands behind its fence. python: a page's blocks are run as one script. sh: run by bash where the
 # placeholders below are real. cpp: a file named in its first line, which the page's python has beside it. text: a
-# picture, a formula, a layout; an installation that downloads gigabytes (tests/unit/test_gpu_environment.py has it).
+# picture, a formula, a layout; an installation that downloads gigabytes (test_gpu_environment.py has it).
 LANGUAGES = ("python", "sh", "cpp", "text")
 PLACEHOLDERS = {
     "path/to/model": BUNDLED_MODEL,

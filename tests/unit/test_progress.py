@@ -13,7 +13,7 @@ import pytest
 
 import exl
 from exl import progress
-from exl.hub import BUNDLED_MODEL
+from exl.checkpoint.hub import BUNDLED_MODEL
 
 
 class Display:

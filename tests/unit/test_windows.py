@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exl import cli, packed
+from exl import cli
 from exl.errors import ExlError
-from exl.host_memory import HostBuffer
 from exl.kernels.compiler import write_file
-from exl.packed import PART_SUFFIX, PackedFile, PackedWriter, remove_dead_parts
-from exl.packed_store import clear_packed, list_packed, packed_path
+from exl.memory.host import HostBuffer
+from exl.weights import packed
+from exl.weights.packed import PART_SUFFIX, PackedFile, PackedWriter, remove_dead_parts
+from exl.weights.packed_store import clear_packed, list_packed, packed_path
 from tests.host.fake_windows import play_windows_files
 
 if not Path("/proc/self/fd").is_dir():

@@ -6,7 +6,7 @@
 // power of two, so nothing is ever rounded.
 //
 // A lane's words of one stage, w[0..], hold 64 inputs after 64 inputs (h); inside, j = 0..3 names the mma. A fragment
-// is four pairs: pairs 0 and 2 belong to row g, pairs 1 and 3 to row g + 8 (exl/kernels/tile_layout.py packs them).
+// is four pairs: pairs 0 and 2 belong to row g, pairs 1 and 3 to row g + 8 (exl/layout/tiles.py packs them).
 #include <exl/ptx.cuh>
 
 template <int kBits> struct Quant;

@@ -1,6 +1,6 @@
 #pragma once
 // One page of one kv head: [K codes | K scales | V codes | V scales] of 64 tokens, in the order of
-// exl/kernels/page_layout.py, whose arithmetic this is.
+// exl/layout/pages.py, whose arithmetic this is.
 //
 // Macros: EXL_D head size, a multiple of 8 up to 256; EXL_K_BITS, EXL_V_BITS: 16, 8 or 4.
 #include <exl/platform.cuh>

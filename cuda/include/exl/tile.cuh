@@ -1,5 +1,5 @@
 #pragma once
-// One matrix in 16-row tiles, as exl/kernels/tile_layout.py packs it: sizes of a stage, its scales and its zero points.
+// One matrix in 16-row tiles, as exl/layout/tiles.py packs it: sizes of a stage, its scales and its zero points.
 //
 // Macros: EXL_BITS 2|3|4|8; EXL_GROUP 32|64|128, or 0: any multiple of 128, or all of K; EXL_SYM 1: every zero point
 // is 2^(bits-1) and none are stored; EXL_SCALE 0|1|2: scales are f16, bf16 or f32.

@@ -1,0 +1,163 @@
+"""A model's name -> a folder on this machine; for a plan, headers that are elsewhere will do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exl.checkpoint.header import shown
+from exl.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from exl.checkpoint.remote import RemoteFolder
+
+BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "stories"
+
+Token = str | bool | None  # as huggingface_hub has it: None is the one that was saved by logging in, False none
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_NOT_HERE = "no such folder here"
+
+
+def find_model(
+    model: str | Path | None, *, revision: str | None = None, token: Token = None, quiet: bool = False
+) -> Path:
+    """A local folder (or the model that ships with exl, for None), else a Hugging Face repository's snapshot.
+
+    A snapshot is downloaded where it is not in huggingface_hub's cache, or where the hub has a newer one; ``quiet``:
+    without progress bars. Offline, the cache has to have it. Raises ``CheckpointError`` when there is none.
+    """
+    path = _local_path(model)
+    if path is not None:
+        return path
+    _check_access(revision, token)
+    # Imported here: it takes longer than all of exl's command line.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    bars = {"tqdm_class": NoBar} if quiet else {}
+    with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
+        return Path(snapshot_download(str(model), revision=revision, token=token, allow_patterns=_WANTED, **bars))
+
+
+def find_headers(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path | RemoteFolder:
+    """The same without a download: a repository that is not in the cache is looked at where it is."""
+    path = _local_path(model)
+    if path is None:
+        _check_access(revision, token)
+        path = _cached(str(model), revision)
+    if path is not None:
+        return path
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+
+    from exl.checkpoint.remote import RemoteFolder
+
+    with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
+        api = HfApi(library_name="exl", token=token)
+        found = api.model_info(str(model), revision=revision, timeout=HF_HUB_ETAG_TIMEOUT, files_metadata=True)
+    if not isinstance(found.sha, str) or found.siblings is None:
+        raise CheckpointError(f"{model}: the hub names no commit or no files")
+    sizes = {file.rfilename: file.size for file in found.siblings if "/" not in file.rfilename}
+    return RemoteFolder(str(model), found.sha, sizes, token)
+
+
+def _local_path(model: str | Path | None) -> Path | None:
+    """None: it can only be a repository. Raises ``CheckpointError`` where it can be neither."""
+    if model is None:
+        return BUNDLED_MODEL
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model: found {model!r}, expected a folder or a Hugging Face repository id")
+    path = Path(model).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:  # a name that no system can have
+        raise CheckpointError(f"{shown(str(model))}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(model, str) or not _REPO_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: {_NOT_HERE}, and not a Hugging Face repository id (owner/name)")
+    return None
+
+
+def _check_access(revision: str | None, token: Token) -> None:
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ConfigError(f"revision: found {revision!r}, expected a branch, a tag or a commit")
+    # It goes into a header. What it is stays out of the message.
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.strip()):
+        raise ConfigError("token: found characters that no token has, expected one such as hf_...")
+    if token is not None and not isinstance(token, str | bool):
+        raise ConfigError(f"token: found a {type(token).__name__}, expected a text, True, False or None")
+
+
+def _cached(repo_id: str, revision: str | None) -> Path | None:
+    """A repository's snapshot that is in huggingface_hub's cache with config and weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from exl.checkpoint.checkpoint import Checkpoint
+
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, local_files_only=True))
+        with Checkpoint.open(folder):
+            return folder if (folder / "config.json").is_file() else None
+    except (LocalEntryNotFoundError, CheckpointError):  # not there, or not all of it
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{repo_id}: {_NOT_HERE}, and {_first_line(error)}") from None
+
+
+@contextmanager
+def explain_hub_errors(what: str, revision: str | None = None) -> Iterator[None]:
+    """Errors of huggingface_hub and of the network -> ``CheckpointError``, one line that begins with ``what``."""
+    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version is built on
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ImportError as error:
+        raise CheckpointError(
+            f"{what}: a plan without a download needs huggingface_hub 1.0 or newer: {_first_line(error)}"
+        ) from None
+    except (HTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{what}, and {_reason(error, revision)}") from None
+
+
+def _reason(error: BaseException, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "not in huggingface_hub's cache, which is all there is in offline mode (HF_HUB_OFFLINE)"
+    if isinstance(error, errors.LocalEntryNotFoundError) and cause is not None:
+        return _reason(cause, revision)
+    if isinstance(error, errors.GatedRepoError):
+        return "its repository is gated: ask for access on its page, then log in (hf auth login) or give a token"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "Hugging Face has no such repository, or a private one: log in (hf auth login) or give a token for that"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"its repository has no revision {revision!r}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return "its repository has no such file"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "Hugging Face does not know the token (401)"
+    if status == 403:
+        return "the token may not read its repository (403)"
+    if status is not None:
+        return f"Hugging Face answered with status {status}: {_first_line(error)}"
+    if isinstance(error, errors.HTTPError | ConnectionError):
+        return f"Hugging Face cannot be reached: {_first_line(error)}"
+    return f"not to be had from Hugging Face: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,234 @@
+"""A checkpoint's folder -> a generator that is ready to run: everything put together, no text."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from exl.cache.kv import KVCache
+from exl.cache.page_pool import PagePool
+from exl.checkpoint.config import GenerationDefaults, ModelConfig
+from exl.checkpoint.quant_config import QuantConfig
+from exl.engine.generator import Generator
+from exl.engine.runner import Runner
+from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError
+from exl.kernels.device import open_backend
+from exl.kernels.launch import Backend
+from exl.layout.arena import arena_layout
+from exl.layout.attention import MAX_NEW_TOKENS
+from exl.layout.layers import LayerLayout, Target
+from exl.memory.device import free_bytes
+from exl.models.decoder import Decoder
+from exl.ops.base import Ops
+from exl.ops.cuda_ops import CudaOps
+from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
+from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
+from exl.planning.plan import MemoryPlan, PlanInput, Tier, format_bytes
+from exl.progress import Progress
+from exl.weights.loader import ModelWeights, load_weights
+
+logger = logging.getLogger(__name__)
+
+# Up to so many tokens, a 4-bit prompt is quicker through a CPU's decode kernel than through dequantized panels.
+_MAX_DECODE_PROMPT = 32
+
+
+@dataclass(frozen=True)
+class Engine:
+    config: ModelConfig
+    quant: QuantConfig | None
+    plan: MemoryPlan
+    model: PlanInput  # layouts and limits that the plan was made of
+    generator: Generator
+    weights: ModelWeights
+    owned: ExitStack
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.runner.decoder.ops.device
+
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        return self.generator.runner.decode_steps
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given: for clocks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards. A GPU's memory
+        goes with the last reference to the engine."""
+        self.synchronize()  # copies that are on their way read pages that are about to go
+        self.owned.close()
+
+
+def load_engine(
+    folder: Path,
+    options: EngineOptions,
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+    *,
+    dependent: bool = True,
+    graphs: bool = True,
+    cpu: Target | None = None,
+) -> Engine:
+    """Plans, then loads. ``backend``: where kernels run (default: what ``options`` ask for and the machine has).
+    ``dependent``, ``graphs``: see ``build_engine``. ``cpu``: how weights lie on the CPU (default: as this torch's
+    kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
+    if backend is None:
+        options, backend = choose_device(options)
+    with open_model(folder, options.head) as files:
+
+        def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
+            placement = plan.placement
+            return load_weights(
+                files.checkpoint,
+                files.config,
+                files.quant,
+                files.manifest,
+                ops,
+                progress,
+                resident=placement.resident if placement.num_streamed else None,
+                in_host=placement.on_tier(Tier.PINNED),
+                num_slots=plan.num_slots,
+                packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
+            )
+
+        return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
+
+
+def build_engine(
+    files: ModelFiles,
+    options: EngineOptions,
+    backend: Backend | None,
+    load: Callable[[Ops, MemoryPlan], ModelWeights],
+    *,
+    cpu: Target | None = None,
+    dependent: bool = True,
+    graphs: bool = True,
+) -> Engine:
+    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU, ``cpu`` as for
+    ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the
+    backend can."""
+    if backend is not None:
+        target = Target("cuda", None, backend.arch, backend.num_multiprocessors)
+    else:
+        target = cpu_target() if cpu is None else cpu
+    with ExitStack() as stack:
+        plan, model = plan_model(files, options, target)
+        if backend is not None:
+            _check_device(plan, backend)
+        ops = _make_ops(files, plan, model, backend, dependent, stack)
+        kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
+        weights = load(ops, plan)
+        stack.callback(weights.close)
+        runner = Runner(
+            decoder=Decoder(files.config, ops),
+            weights=weights.source,
+            embed=weights.embed,
+            final_norm=weights.final_norm,
+            head=weights.head,
+            kv=kv,
+            limits=model.limits,
+            graphs=graphs,
+        )
+        eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
+        short = min(_decode_prompt(model, backend), model.limits.max_rows)
+        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
+        return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
+
+
+def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None]:
+    """The GPU that was asked for or that is there, with the VRAM that it may take; None is the CPU. Raises
+    ``ConfigError`` where a GPU was asked for and there is none that exl can use."""
+    if options.device == "cpu":
+        return options, None
+    try:
+        backend = open_backend()
+    except KernelError as error:
+        if options.on_gpu:
+            asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
+            raise ConfigError(f"{asked}: found no GPU that exl can use ({error})") from None
+        if not isinstance(error, NoGpuError):  # whoever has a GPU wants to know why it is left alone
+            _say_once(f"computing on the CPU: {_one_line(error)}")
+        return options, None
+    if len(options.vram_bytes) > 1:
+        raise ConfigError(
+            f"vram: found {len(options.vram_bytes)} sizes; this version plans for several GPUs and computes on one"
+        )
+    if options.vram is None:
+        free, _ = free_bytes(backend.device)
+        options = replace(options, vram=usable_bytes(free, backend.arch))
+        logger.info("computing on %s", torch.cuda.get_device_name(backend.device))
+    return options, backend
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """However many models a process loads."""
+    logger.warning("%s", text)
+
+
+def _one_line(error: Exception) -> str:
+    """Further lines are logs and tables."""
+    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
+
+
+def _check_device(plan: MemoryPlan, backend: Backend) -> None:
+    """The plan against the memory that is free now."""
+    if backend.device.type != "cuda":
+        return
+    free, total = free_bytes(backend.device)
+    lines = [line for line in plan.lines if line.device != HOST and line.purpose not in STARTED_LINES]
+    needed = sum(line.num_bytes for line in lines)
+    if needed > free:
+        raise MemoryBudgetError(
+            f"{backend.device} has {format_bytes(free)} of {format_bytes(total)} free, {format_bytes(needed)} are "
+            f"needed: a smaller vram= keeps layers in RAM.\n{plan.table()}"
+        )
+
+
+def _make_ops(
+    files: ModelFiles,
+    plan: MemoryPlan,
+    model: PlanInput,
+    backend: Backend | None,
+    dependent: bool,
+    stack: ExitStack,
+) -> Ops:
+    if backend is None:
+        return TorchOps(model.target, model.kv_layout, model.limits)
+    embed = model.embed.linears["embed"][0].spec
+    ops = CudaOps(
+        backend,
+        model.target,
+        model.kv_layout,
+        model.limits,
+        arena_layout(model.limits, model.target, (*model.layers, model.head)),
+        files.config.rope,
+        plan.num_pages,
+        act_dtype=torch.bfloat16 if embed.dtype == "bf16" else torch.float16,
+        dependent=dependent,
+    )
+    stack.callback(ops.close)
+    return ops
+
+
+def _decode_prompt(model: PlanInput, backend: Backend | None) -> int:
+    """A prompt of so many tokens or fewer runs as decode rows, whose kernels are quicker there."""
+    if backend is not None:
+        return MAX_NEW_TOKENS
+    return _MAX_DECODE_PROMPT if all(map(_all_int4, model.layers)) else 1
+
+
+def _all_int4(layer: LayerLayout) -> bool:
+    return all(linear.kind == "int4pack" for segments in layer.linears.values() for linear in segments)

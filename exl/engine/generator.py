@@ -1,0 +1,226 @@
+"""Token ids in, token ids out: one sequence at a time over pages of the cache. Knows no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from exl.batch import PAGE_SIZE, ForwardBatch
+from exl.cache.page_pool import PagePool
+from exl.engine.runner import Runner
+from exl.errors import ConfigError, MemoryBudgetError
+from exl.ops.base import Samples
+from exl.ops.rope import depends_on_length
+from exl.sampling import SamplingParams, likeliest, sampling_batch
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    token_id: int
+    finish_reason: str | None  # "stop": an end-of-sequence id; "length": max_tokens or the context is used up
+    num_reused: int = 0  # tokens of the prompt that were in the cache
+    ranked: tuple[tuple[int, float], ...] | None = None  # (id, logprob) of the token, then of the likeliest
+
+
+@dataclass
+class CachedSequence:
+    """A sequence's list of pages, and the tokens whose K and V they hold."""
+
+    pages: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    num_reused: int = 0  # tokens that were in the cache when it began
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.token_ids)
+
+
+class Generator:
+    def __init__(
+        self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_decode_prompt: int = 1
+    ) -> None:
+        """``max_decode_prompt``: so many new tokens or fewer run as decode rows, whose kernels are quicker there."""
+        self.runner, self.pool, self.context = runner, pool, context
+        self.eos_ids = frozenset(eos_ids)
+        self.max_decode_prompt = max_decode_prompt
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reuse_prefix: bool = False,
+        top_logprobs: int | None = None,
+    ) -> Iterator[GeneratedToken]:
+        """Yields tokens as they are made; the last one carries the reason to stop.
+
+        ``top_logprobs``: tokens come with their log-probability and those of the so many likeliest, as in ``ranked``:
+        natural logarithms of the softmax of the plain logits, without penalty, temperature and filters.
+
+        ``reuse_prefix`` takes what the cache already has of the prompt instead of computing it again. That is the
+        same up to rounding, not bit for bit: the cached rows were computed in other chunks.
+
+        All pages that the request can need are reserved at once: what has begun will not run out of memory.
+        Closing the iterator frees them. Raises ``ConfigError`` for a prompt that is empty, foreign or too long.
+        """
+        self._check_ids(prompt_ids)
+        num_new = min(params.max_tokens, self.context - len(prompt_ids))
+        if num_new == 0:
+            return
+        # The last token is returned and never cached; the prompt's last one is always computed, for its logits.
+        reused = prompt_ids[:-1] if reuse_prefix and self._reusable(len(prompt_ids) + num_new) else ()
+        sequence = self.begin(len(prompt_ids) + num_new - 1, reused)
+        try:
+            yield from self._generate(sequence, prompt_ids, params, num_new, top_logprobs)
+        finally:
+            self.end(sequence)
+
+    def _generate(
+        self,
+        sequence: CachedSequence,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        num_new: int,
+        top_logprobs: int | None,
+    ) -> Iterator[GeneratedToken]:
+        """On a device that runs ahead, a step is given away before the token before it has been read: the device takes
+        that from its own samples, and never waits for the host."""
+        ops = self.runner.decoder.ops
+        ahead = ops.runs_ahead and top_logprobs is None
+        seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
+        drawn: Samples | None = None  # of the step before, not read yet
+        token_id: int | None = None  # the same where it has been read
+        for step in range(num_new):
+            if step == 0:
+                logits = self.extend(sequence, prompt_ids[sequence.num_cached :])
+            elif ahead:
+                logits = self._forward(sequence, (-1,))
+                token_id = self._read(drawn, seen)
+                sequence.token_ids.append(token_id)
+            else:
+                logits = self.extend(sequence, (token_id,))
+            if ahead and token_id in self.eos_ids:
+                yield GeneratedToken(token_id, "stop", sequence.num_reused)
+                return
+            # Before the draw, which may use the logits up.
+            log_probs = None if top_logprobs is None else torch.log_softmax(logits[0].double(), dim=-1)
+            drawn = ops.sample(logits, sampling_batch([(params, step, sorted(seen or ()))]))
+            if ahead:
+                if token_id is not None:
+                    yield GeneratedToken(token_id, None, sequence.num_reused)
+                continue
+            token_id = self._read(drawn, seen)
+            ranked = None
+            if log_probs is not None:
+                ranked = ((token_id, float(log_probs[token_id])), *likeliest(log_probs, top_logprobs))
+            reason = self._reason(token_id, is_last=step == num_new - 1)
+            yield GeneratedToken(token_id, reason, sequence.num_reused, ranked)
+            if reason == "stop":
+                return
+        if ahead:
+            token_id = self._read(drawn, seen)
+            yield GeneratedToken(token_id, self._reason(token_id, is_last=True), sequence.num_reused)
+
+    def _read(self, drawn: Samples, seen: set[int] | None) -> int:
+        (token_id,) = drawn.token_ids()
+        if seen is not None:
+            seen.add(token_id)
+        return token_id
+
+    def _reason(self, token_id: int, *, is_last: bool) -> str | None:
+        return "stop" if token_id in self.eos_ids else "length" if is_last else None
+
+    def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits of every position, f32 [n, V] a chunk; each chunk is valid until the next is asked for."""
+        self._check_ids(ids)
+        sequence = self.begin(len(ids))
+        try:
+            yield from self.runner.forward(self._batches(sequence, ids, every=True))
+        finally:
+            self.end(sequence)
+
+    def begin(self, num_tokens: int, known_ids: Sequence[int] = ()) -> CachedSequence:
+        """Reserves pages for so many tokens, the beginning of ``known_ids`` among them where the cache has it.
+
+        Raises ``MemoryBudgetError`` where the pages are not to be had.
+        """
+        match = self.pool.find(known_ids)
+        try:
+            fresh = self.pool.allocate(-(-num_tokens // PAGE_SIZE) - len(match.pages))
+        except MemoryBudgetError:
+            self.pool.release(match.pages)
+            if match.copy_from is not None:
+                self.pool.release([match.copy_from])
+            raise
+        if match.copy_from is not None:
+            self.runner.decoder.ops.copy_pages(self.runner.kv, [match.copy_from], fresh[:1])
+            self.pool.release([match.copy_from])
+        return CachedSequence([*match.pages, *fresh], list(known_ids[: match.num_tokens]), match.num_tokens)
+
+    def extend(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
+        """Runs new tokens of a sequence; logits after the last one, f32 [1, V], valid until the next call."""
+        logits = self._forward(sequence, ids)
+        sequence.token_ids.extend(ids)  # only now: what was interrupted is not to be found again
+        return logits
+
+    def _forward(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
+        logits = None
+        for logits in self.runner.forward(self._batches(sequence, ids, every=False)):  # noqa: B007
+            pass
+        return logits
+
+    def end(self, sequence: CachedSequence) -> None:
+        """Gives the pages back; what they hold can be found again until the room is needed."""
+        if self._reusable(sequence.num_cached):
+            self.pool.remember(sequence.token_ids, sequence.pages)
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+
+    def _reusable(self, num_tokens: int) -> bool:
+        """Beyond the model's length, "dynamic" RoPE turns a token by the whole text's length: not the text's own K."""
+        rope = self.runner.decoder.config.rope
+        return not depends_on_length(rope) or num_tokens <= rope.max_position
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        vocab_size = self.runner.limits.vocab_size
+        if not ids:
+            raise ConfigError("prompt: found no tokens, expected at least one")
+        if len(ids) > self.context:
+            raise ConfigError(f"prompt: found {len(ids)} tokens, the context holds {self.context}")
+        for token_id in ids:
+            if not isinstance(token_id, int | np.integer) or not 0 <= token_id < vocab_size:
+                raise ConfigError(
+                    f"prompt: found token id {token_id!r}, expected an integer from 0 to {vocab_size - 1}"
+                )
+
+    def _batches(self, sequence: CachedSequence, ids: Sequence[int], *, every: bool) -> list[ForwardBatch]:
+        """Cuts new tokens into chunks. Logits of every token, or of the last alone."""
+        limits = self.runner.limits
+        chunk = min(limits.max_rows, limits.max_logit_rows) if every else limits.max_rows
+        pages = np.asarray(sequence.pages, dtype=np.int32)
+        total = sequence.num_cached + len(ids)
+        as_decode = not every and len(ids) <= self.max_decode_prompt
+        batches = []
+        for start in range(0, len(ids), chunk):
+            part = np.asarray(ids[start : start + chunk], dtype=np.int32)
+            n = len(part)
+            cached = sequence.num_cached + start
+            positions = np.arange(cached, cached + n, dtype=np.int32)
+            last = cached + n == total
+            batches.append(
+                ForwardBatch(
+                    token_ids=part,
+                    positions=positions,
+                    slots=pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
+                    query_start=np.array([0, n], dtype=np.int32),
+                    context_len=np.array([cached + n], dtype=np.int32),
+                    rope_len=np.array([total], dtype=np.int32),
+                    page_table=pages[None],
+                    logit_rows=np.arange(0 if every else n - last, n, dtype=np.int32),
+                    num_decode_rows=n if as_decode else 0,
+                )
+            )
+        return batches

@@ -1,0 +1,127 @@
+"""The order of a pass: layer by layer over a window, chunk by chunk within a layer. Owns the step buffers.
+
+Layer-major order means that a streamed layer's weights cross the bus once a window, whatever the number of chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from exl.batch import ForwardBatch, is_step, padded_step
+from exl.cache.kv import KVCache
+from exl.engine.step_graph import StepGraphs
+from exl.layout.layers import StepLimits
+from exl.models.decoder import Decoder, StepBuffers
+from exl.ops.base import Linear
+from exl.weights.stream import ResidentWeights, WeightSource
+
+
+class Runner:
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: WeightSource,
+        embed: Linear,
+        final_norm: torch.Tensor,
+        head: Linear,
+        kv: KVCache,
+        limits: StepLimits,
+        *,
+        graphs: bool = True,
+    ) -> None:
+        self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
+        self._embed, self._final_norm, self._head = embed, final_norm, head
+
+        buffer = decoder.ops.buffer
+        self._residual = buffer("residual")
+        self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
+        self._logits = buffer("logits")
+        self.graphs = StepGraphs(decoder.ops, weights) if graphs and decoder.ops.backend is not None else None
+
+    @property
+    def decode_steps(self) -> str | None:
+        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        if self.decoder.ops.backend is None:
+            return None
+        return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
+
+    def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
+        """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
+        a view that is valid until the next is asked for. To be exhausted: a batch runs when its window's turn comes.
+        """
+        ops = self.decoder.ops
+        try:
+            for window in self._windows(batches):
+                if self.graphs is not None and len(window) == 1 and is_step(window[0]):
+                    yield self._step(self.graphs, window[0])
+                    continue
+                rows = self._run_layers(window)
+                for i, h in enumerate(rows):
+                    ops.select(i)
+                    yield self.decoder.head(self._final_norm, self._head, h, self._logits)
+        finally:
+            ops.stage(())
+
+    def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
+        """One new token a sequence, in a batch of the next power of two: few shapes, so few graphs."""
+        decoder, ops = self.decoder, self.decoder.ops
+        bucket = min(1 << (batch.num_rows - 1).bit_length(), self.limits.max_sequences, len(self._logits))
+        padded = padded_step(batch, max(bucket, batch.num_rows))
+        ops.stage((padded,))
+        h = self._residual[: padded.num_rows]
+
+        def step() -> None:
+            ops.fence()  # nothing to overlap with: before it is a copy, or the beginning of a graph
+            decoder.embed(self._embed, h)
+            self._through_layers([h])
+            decoder.head(self._final_norm, self._head, h, self._logits)
+
+        graphs.run(ops.step_key, step)
+        return self._logits[: batch.num_rows]
+
+    def _run_layers(self, window: Sequence[ForwardBatch]) -> list[torch.Tensor]:
+        decoder, ops = self.decoder, self.decoder.ops
+        ops.stage(window)
+        rows: list[torch.Tensor] = []
+        start = 0
+        for i, batch in enumerate(window):
+            rows.append(self._residual[start : start + batch.num_rows])
+            start += batch.num_rows
+            ops.select(i)
+            decoder.embed(self._embed, rows[i])
+        self._through_layers(rows)
+        return rows
+
+    def _through_layers(self, rows: Sequence[torch.Tensor]) -> None:
+        decoder, ops = self.decoder, self.decoder.ops
+        order = range(decoder.config.num_layers)
+        buffers = [self._buffers.rows(h.shape[0]) for h in rows]
+        self.weights.begin(order)
+        for layer_idx in order:
+            weights = self.weights.acquire(layer_idx)
+            if not isinstance(self.weights, ResidentWeights):
+                ops.fence()
+            for i, h in enumerate(rows):
+                ops.select(i)
+                decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
+            self.weights.release(layer_idx)
+
+    def _windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
+        window: list[ForwardBatch] = []
+        num_rows = num_sequences = 0
+        for batch in batches:
+            if batch.num_rows > self.limits.max_rows:
+                raise ValueError(f"batch of {batch.num_rows} rows, buffers are made for {self.limits.max_rows}")
+            if len(batch.logit_rows) > self.limits.max_logit_rows:
+                raise ValueError(f"{len(batch.logit_rows)} logit rows, expected <= {self.limits.max_logit_rows}")
+            limits, sequences = self.limits, num_sequences + batch.num_sequences
+            if window and (num_rows + batch.num_rows > limits.window_rows or sequences > limits.window_sequences):
+                yield window
+                window, num_rows, num_sequences = [], 0, 0
+            window.append(batch)
+            num_rows += batch.num_rows
+            num_sequences += batch.num_sequences
+        if window:
+            yield window

@@ -1,0 +1,112 @@
+"""Decode steps as graphs: what a step launches is captured once and replayed, so that the host takes no part in it.
+
+A step's inputs come by ``Ops.stage``, outside of the graph and to fixed addresses; weights, cache and buffers have such
+anyway. So one graph serves all steps of one shape: batch bucket and bound of the contexts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+
+from exl.errors import KernelError, chain_of, with_causes
+from exl.ops.base import Ops
+from exl.weights.device_stream import DeviceStream
+from exl.weights.stream import WeightSource
+
+logger = logging.getLogger(__name__)
+
+_DEPENDENT_ARCH = 90  # below, dependent launches are plain ones
+
+
+class StepGraphs:
+    """Runs steps: the first of a shape plainly, which loads its kernels; the second is captured; the rest are replayed.
+
+    A capture that fails with dependent launches is tried once more without: then steps stay without, and ``note`` says
+    so. Where that fails, too, and where layers come from the disk, steps are launched one by one, and ``reason`` says
+    why, with all that the failure was caused by.
+    """
+
+    def __init__(self, ops: Ops, weights: WeightSource) -> None:
+        """``ops`` with a backend."""
+        self._ops = ops
+        self._stream = weights if isinstance(weights, DeviceStream) else None
+        self._replays: dict[Hashable, Callable[[], None]] = {}
+        self._seen: set[Hashable] = set()
+        self.note: str | None = None
+        self.reason: str | None = None if weights.capturable else "layers are read from the disk"
+        if self.reason:
+            logger.info("decode steps are launched one by one: %s", self.reason)
+
+    def describe(self) -> str:
+        """How steps run, for people."""
+        if self.reason is not None:
+            return f"launched one by one: {self.reason}"
+        if not self._replays:
+            return "launched one by one so far: a step is captured when its shape comes for the second time"
+        return "replayed as graphs" if self.note is None else f"replayed as graphs, {self.note}"
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """``step`` launches on fixed addresses and nothing else; equal keys launch the same."""
+        if self.reason is None and key in self._seen and key not in self._replays:
+            self._capture(key, step)
+        replay = self._replays.get(key)
+        if replay is None:
+            self._seen.add(key)
+            step()
+            return
+        if self._stream is None:
+            replay()
+            return
+        self._stream.rest()
+        try:
+            replay()
+        finally:  # also where Ctrl-C falls in between
+            self._stream.replayed()
+
+    def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
+        replay, failure = self._try(step)
+        if failure is not None and self._ops.dependent and self._ops.backend.arch >= _DEPENDENT_ARCH:
+            self._ops.dependent = False
+            replay, second = self._try(step)
+            if second is None:
+                self.note, failure = f"without dependent launches (a capture with them failed: {failure})", None
+                logger.warning("decode steps are replayed %s", self.note)
+            else:
+                self._ops.dependent = True  # launched one by one, they have worked
+                failure = f"{failure}; without dependent launches: {second}"
+        if failure is not None:
+            self.reason = f"a graph could not be captured ({failure})"
+            logger.warning("decode steps are launched one by one: %s", self.reason)
+        elif replay is None:
+            self.reason = "this device has no graphs"
+        else:
+            self._replays[key] = replay
+
+    def _try(self, step: Callable[[], None]) -> tuple[Callable[[], None] | None, str | None]:
+        """The graph, if the backend has any; or why it could not be captured."""
+        stream = self._stream
+
+        def run() -> None:
+            step()
+            if stream is not None:
+                stream.join()
+
+        if stream is not None:
+            stream.rest()
+            stream.settle()
+        try:
+            replay = self._ops.backend.capture(run)
+            if stream is not None:
+                stream.captured()
+            return replay, None
+        except BaseException as error:
+            if stream is not None:
+                stream.abandon()
+            # The end of a broken capture fails in its turn, and its error hides the one that came first.
+            for earlier in chain_of(error):
+                if not isinstance(earlier, Exception):  # Ctrl-C
+                    raise earlier from None
+            if not isinstance(error, KernelError | RuntimeError):
+                raise
+            return None, with_causes(error)

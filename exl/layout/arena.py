@@ -1,0 +1,148 @@
+"""The buffers of a step on a GPU: where each lies in one slab, from shapes alone.
+
+The plan counts it, ``CudaOps`` uses it. Nothing of it grows: a larger step than ``StepLimits`` says is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from exl.layout import attention, samples
+from exl.layout.layers import DENSE_STEP, DTYPE_BYTES, Field, LayerLayout, StepLimits, Target, align_up, tile_layout
+from exl.layout.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
+from exl.layout.tiles import ROWS
+
+ARENA_ALIGN = 256  # as the driver aligns an allocation: what every kernel's vector loads are content with
+PANEL_BYTES = 64 << 20  # dequantized at a time, at most
+TABLE_ALIGN = 4  # words: tables of a batch start at multiples of 16 bytes
+_TABLES = 8  # of a batch
+# Multiprocessors of the largest GPU of an architecture, for one that is not there (NVIDIA's data sheets): TITAN RTX,
+# A100, RTX A6000, Orin, RTX 6000 Ada, H100, B200, Thor, RTX PRO 6000.
+_MOST_MULTIPROCESSORS = {75: 72, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 110: 20, 120: 188}
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """Fields by purpose:
+
+    - ``residual`` f32 [window rows, C], ``sums of squares`` f32 [window rows, C / 16]
+    - ``qkv``, ``attn``, ``mlp``: 16 bits, [rows of a chunk, width]; mlp's rows are padded to eights
+    - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows]
+    - ``tables`` i32: a window's ids, slots, pages and angles, copied from the host in one piece
+    - ``normed`` 16 bits: normalised input, or q of a prefill chunk
+    - ``fused`` 16 bits: gate and up where they are two launches
+    - ``shared`` bytes: what linears of 9 to 64 tokens hand over, or a dequantized panel and its product, or what decode
+      attention hands over: never two of them at once
+    - ``linear arrived``, ``attention arrived`` i32: counters, zero between launches
+    - ``sampling tables`` u8: what the rows of a step ask for; ``sampling <name>``: what its blocks hand over
+    """
+
+    fields: Mapping[str, Field]
+    num_bytes: int
+    few: Mapping[str, Field]  # inside of ``shared``: of linears of 9 to 64 tokens
+    many: Mapping[str, Field]  # inside of ``shared``: panel and product; empty where no chunk is so long
+    partial: Field  # inside of ``shared``: of decode attention
+
+    @property
+    def upload_bytes(self) -> int:
+        """Of page-locked buffers on the host: two for each table that is copied, and two for samples that come back."""
+        tables = self.fields["tables"].num_bytes + self.fields["sampling tables"].num_bytes
+        return 2 * (tables + self.fields["sampling arrived"].num_bytes)  # a counter a row, as samples are
+
+    def bytes_of(self, *names: str) -> int:
+        return sum(align_up(self.fields[name].num_bytes, ARENA_ALIGN) for name in names if name in self.fields)
+
+
+class _Slab:
+    """Lays fields one after another."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Field] = {}
+        self.num_bytes = 0
+
+    def add(self, name: str, dtype: str, *shape: int) -> None:
+        num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        self.fields[name] = Field(self.num_bytes, num_bytes, dtype, shape)
+        self.num_bytes += align_up(num_bytes, ARENA_ALIGN)
+
+
+def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayout]) -> ArenaLayout:
+    """``layers``: all of them, with the head among them. Pure."""
+    specs = {segment.spec for layer in layers for segments in layer.linears.values() for segment in segments}
+    tiles = {tile_layout(spec) for spec in specs if spec.quantized}
+    few = _Slab()
+    most = target.num_multiprocessors or _most_multiprocessors(target.arch)
+    shapes = scratch_shapes(tiles, target.arch, most) if tiles else {}
+    for name in ("x", "x_scale", "partial"):
+        few.add(name, *shapes.get(name, ("f32", 0)))
+    many = _Slab()
+    if tiles and limits.max_rows >= crossover(target.arch):
+        counts = {layout: min(layout.num_tiles, PANEL_BYTES // (ROWS * layout.K * 2)) for layout in tiles}
+        many.add("panel", "f16", max(count * ROWS * layout.K for layout, count in counts.items()))
+        many.add("product", "f32", limits.max_rows * ROWS * max(counts.values()))
+    handed_over = attention.scratch_shapes(
+        limits.max_sequences,
+        limits.num_heads,
+        limits.num_kv_heads,
+        limits.head_dim,
+        limits.max_context,
+        attention.MAX_NEW_TOKENS,
+    )
+    partial = Field(0, handed_over["partial"][1] * 4, "f32", (handed_over["partial"][1],))
+    step = _Slab()
+    step.add("residual", "f32", limits.window_rows, limits.hidden_size)
+    step.add("sums of squares", "f32", limits.window_rows, -(-limits.hidden_size // ROWS))
+    step.add("qkv", "f16", limits.max_rows, limits.qkv_width)
+    step.add("attn", "f16", limits.max_rows, align_up(limits.attn_width, DENSE_STEP))
+    step.add("mlp", "f16", limits.max_rows, align_up(limits.intermediate_size, DENSE_STEP))
+    step.add("logits", "f32", limits.max_logit_rows, limits.vocab_size)
+    step.add("samples", "i32", limits.max_logit_rows)
+    step.add("tables", "i32", table_words(limits))
+    max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
+    step.add("normed", "f16", limits.max_rows * max_k)
+    if any(len(layer.linears.get("gate_up", ())) > 1 for layer in layers):
+        step.add("fused", "f16", limits.max_rows * 2 * limits.intermediate_size)
+    step.add("shared", "u8", max(few.num_bytes, many.num_bytes, align_up(partial.num_bytes, ARENA_ALIGN)))
+    step.add("linear arrived", "i32", shapes.get("arrived", ("i32", 0))[1])
+    step.add("attention arrived", *handed_over["arrived"])
+    rows = sample_rows(limits)
+    step.add("sampling tables", "u8", samples.table_bytes(rows, max_seen(limits)))
+    for name, (dtype, count) in samples.scratch_shapes(rows, limits.vocab_size).items():
+        step.add(f"sampling {name}", dtype, count)
+    return ArenaLayout(
+        MappingProxyType(step.fields),
+        step.num_bytes,
+        MappingProxyType(few.fields),
+        MappingProxyType(many.fields),
+        partial,
+    )
+
+
+def sample_rows(limits: StepLimits) -> int:
+    """Rows that are drawn at once."""
+    return min(limits.max_logit_rows, limits.max_sequences, samples.MAX_ROWS)
+
+
+def max_seen(limits: StepLimits) -> int:
+    """Earlier tokens of all those rows, each counted once."""
+    return sample_rows(limits) * min(limits.max_context, limits.vocab_size)
+
+
+def table_words(limits: StepLimits) -> int:
+    """i32 and f32 words of the tables of a window: see ``exl/ops/cuda_batch.py``."""
+    half = (limits.head_dim + 1) // 2
+    sequences = limits.window_sequences
+    a_row, a_sequence = 2 + 2 * half, limits.max_pages + 2
+    return limits.window_rows * a_row + sequences * (a_sequence + 1 + _TABLES * TABLE_ALIGN)
+
+
+def crossover(arch: int) -> int:
+    """From how many rows of a chunk on linears dequantize panels. Without tensor cores cuBLAS is ahead at once."""
+    return crossover_tokens(arch) if arch >= MIN_ARCH else 32
+
+
+def _most_multiprocessors(arch: int) -> int:
+    return _MOST_MULTIPROCESSORS[max((a for a in _MOST_MULTIPROCESSORS if a <= arch), default=75)]

@@ -1,0 +1,85 @@
+"""Inverse frequencies of rotary embedding, a pure function of the config and, for "dynamic", of the length.
+
+Formulas: RoPE (arXiv 2104.09864), linear and NTK scaling as transformers has them, yarn (arXiv 2309.00071),
+llama3 (Llama 3.1's reference code). Computed in float32 like transformers: half a unit in the last place of a
+frequency is a visible phase at position 100,000.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.checkpoint.config import RopeConfig
+
+
+def rotary_dim(rope: RopeConfig, head_dim: int) -> int:
+    """Channels of a head that rotate: the first ones, in two halves."""
+    return int(head_dim * rope.partial_rotary_factor)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[NDArray[np.float32], float]:
+    """Frequencies f32 [rotary_dim / 2] in radians a token, and the factor for cos and sin.
+
+    ``length`` is the sequence's length, which only "dynamic" looks at.
+    """
+    dim = rotary_dim(rope, head_dim)
+    theta, factor = rope.theta, rope.factor
+    if rope.kind == "dynamic":
+        stretch = factor * max(length, rope.max_position) / rope.max_position - (factor - 1)
+        theta = theta * stretch ** (dim / (dim - 2))
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    freq = np.float32(1) / np.power(np.float32(theta), exponent)
+    if rope.kind == "linear":
+        return freq / np.float32(factor), 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, freq), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, freq, dim), _yarn_attention_factor(rope)
+    return freq, 1.0
+
+
+def depends_on_length(rope: RopeConfig) -> bool:
+    return rope.kind == "dynamic"
+
+
+def _llama3(rope: RopeConfig, freq: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Long wavelengths divided by the factor, short ones kept, the band between blended."""
+    wavelength = 2 * math.pi / freq
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * freq / rope.factor + smooth * freq
+    long = wavelength > rope.original_max_position / rope.low_freq_factor
+    short = wavelength < rope.original_max_position / rope.high_freq_factor
+    return np.where(long, freq / rope.factor, np.where(short, freq, blended)).astype(np.float32)
+
+
+def _yarn(rope: RopeConfig, freq: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    """Channels that turn often within the original length keep their frequency, those that do not are interpolated."""
+
+    def channel(rotations: float) -> float:
+        return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    return (freq / np.float32(rope.factor) * ramp + freq * (1 - ramp)).astype(np.float32)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)

@@ -1,0 +1,286 @@
+"""A model's folder and what was asked -> the memory plan. Headers only: no weights are read, no torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl.batch import PAGE_SIZE
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.config import ModelConfig, read_json
+from exl.checkpoint.hub import Token, find_headers
+from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
+from exl.checkpoint.remote import RemoteFolder
+from exl.errors import ConfigError, MemoryBudgetError
+from exl.layout.layers import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
+from exl.memory.host import pinned_limit
+from exl.models.manifest import ModelManifest, read_manifest
+from exl.planning.devices import HOST, plan_devices
+from exl.planning.plan import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
+
+_MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
+_MAX_LOGITS_BYTES = 32 << 20
+_MAX_TOKENS = 1 << 30
+_MIN_ARCH, _MAX_ARCH = 60, 1000  # what the kernels know at least
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
+
+    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU where there is one that exl can use, or vram is given
+    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all but a margin.
+    vram: int | str | Sequence[int | str] | None = None
+    ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
+    context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
+    kv_cache: str = "f16"
+    max_sequences: int = 1  # each with a context of its own
+    prefill_chunk: int = 512  # rows computed at once
+    prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
+    resident_layers: int | None = None  # no more than so many, whatever the budget
+    head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
+    packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device: found {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
+        if self.device == "cpu" and self.vram is not None:
+            raise ConfigError(f"vram: found {self.vram!r} with device='cpu', which has none: expected ram=")
+        if self.vram is not None and not self.vram_bytes:
+            raise ConfigError("vram: found an empty list, expected a size for each GPU")
+        if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_BITS:
+            raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
+        for name, low in (
+            ("context", 1), ("max_sequences", 1), ("prefill_chunk", 1), ("prefill_window", 1), ("resident_layers", 0)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if (value is None and name in ("context", "resident_layers")) or (name == "context" and value == "auto"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
+                raise ConfigError(f"{name}: found {value!r}, expected a whole number, {low} or more")
+        if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
+            raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
+        if self.prefill_window < self.prefill_chunk:
+            raise ConfigError(
+                f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
+            )
+        if self.ram is not None:
+            parse_bytes(self.ram, "ram")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it was asked for."""
+        return self.vram is not None or self.device == "cuda"
+
+    @property
+    def vram_bytes(self) -> tuple[int, ...]:
+        """Of each GPU; empty where no size was given."""
+        if self.vram is None:
+            return ()
+        sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
+        return tuple(parse_bytes(size, "vram") for size in sizes)
+
+    @property
+    def budget(self) -> int | None:
+        return None if self.ram is None else parse_bytes(self.ram, "ram")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint's headers, understood."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    config: ModelConfig
+    quant: QuantConfig | None
+    manifest: ModelManifest
+    tokenizer_bytes: int  # size of tokenizer.json
+
+    @property
+    def layer_file_bytes(self) -> int:
+        """The largest layer as the checkpoint has it."""
+        prefix = self.manifest.names.layers + "."
+        sizes: dict[str, int] = {}
+        for name, info in self.checkpoint.tensors.items():
+            if name.startswith(prefix):
+                layer = name[len(prefix) :].split(".")[0]
+                sizes[layer] = sizes.get(layer, 0) + info.num_bytes
+        return max(sizes.values(), default=0)
+
+
+@contextmanager
+def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head`` as in ``EngineOptions``.
+
+    Raises ``ExlError``.
+    """
+    is_remote = isinstance(folder, RemoteFolder)
+    with folder.open_checkpoint() if is_remote else Checkpoint.open(folder) as checkpoint:
+        where = checkpoint.folder / "config.json"
+        if is_remote:
+            config_json = folder.read_json("config.json")
+            if config_json is None:
+                raise ConfigError(f"{where}: not in the repository")
+            quant = find_quant_config(folder.read_json, config_json)
+            tokenizer_bytes = folder.sizes.get("tokenizer.json") or 0
+        else:
+            config_json = read_json(where)
+            quant = read_quant_config(checkpoint.folder, config_json)
+            tokenizer = checkpoint.folder / "tokenizer.json"
+            tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+        config = ModelConfig.from_dict(config_json, str(where))
+        manifest = read_manifest(checkpoint, config, quant)
+        if head != "file":
+            manifest = manifest.with_head_bits(int(head))
+        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
+
+
+def plan(
+    model: str | Path | None = None,
+    *,
+    vram: int | str | Sequence[int | str] | None = None,
+    arch: int = 86,
+    ram: int | str | None = None,
+    context: int | str | None = None,
+    kv_cache: str = "f16",
+    max_sequences: int = 1,
+    prefill_chunk: int = 512,
+    prefill_window: int = 4096,
+    resident_layers: int | None = None,
+    head: str | int = "file",
+    revision: str | None = None,
+    token: Token = None,
+) -> MemoryPlan:
+    """Where every byte of a model would go, from its headers alone: no weights are read, nothing is allocated.
+
+    A Hugging Face repository that is not in the cache is not downloaded: its configuration, headers and ``g_idx`` are
+    asked for by range requests. Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
+    8.6), which need not be in this machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
+    """
+    options = EngineOptions(
+        vram=vram,
+        ram=ram,
+        context=context,
+        kv_cache=kv_cache,
+        max_sequences=max_sequences,
+        prefill_chunk=prefill_chunk,
+        prefill_window=prefill_window,
+        resident_layers=resident_layers,
+        head=head,
+    )
+    if isinstance(arch, bool) or not isinstance(arch, int) or not _MIN_ARCH <= arch < _MAX_ARCH:
+        raise ConfigError(f"arch: found {arch!r}, expected a compute capability, {_MIN_ARCH} or higher: 86 is 8.6")
+    # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
+    target = Target("cuda", arch=arch) if options.on_gpu else Target("cpu", int4pack="split64")
+    with open_model(find_headers(model, revision=revision, token=token), options.head) as files:
+        return plan_model(files, options, target)[0]
+
+
+def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
+    """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit."""
+    if options.context == "auto":
+        options = dataclasses.replace(options, context=_largest_context(files, options, target))
+    plan, model = _plan(files, options, target)
+    if not plan.fits:
+        raise MemoryBudgetError(_explain(files, options, target, plan))
+    return plan, model
+
+
+def _plan(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
+    config, layouts = files.config, files.manifest.layouts(target)
+    context = options.context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
+    layout = DeviceKVLayout if target.kind == "cuda" else KVLayout
+    model = PlanInput(
+        config=config,
+        embed=layouts.embed,
+        layers=layouts.layers,
+        head=layouts.head,
+        target=target,
+        kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
+        limits=step_limits(config, context, options),
+        num_sequences=options.max_sequences,
+        tokenizer_bytes=files.tokenizer_bytes,
+        layer_file_bytes=files.layer_file_bytes,
+    )
+    if target.kind == "cuda":
+        if options.kv_cache == "f32":
+            raise ConfigError("kv_cache: found 'f32', which only the CPU has; expected f16, q8, k8v4 or q4")
+        plan = plan_devices(
+            model,
+            options.vram_bytes,
+            options.budget,
+            max_resident=options.resident_layers,
+            max_pinned=pinned_limit(),
+        )
+    else:
+        plan = plan_memory(model, options.budget, max_resident=options.resident_layers)
+    return plan, model
+
+
+def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool) -> bool:
+    plan, _ = _plan(files, options, target)
+    return plan.fits and (plan.placement.num_streamed == 0 or not resident)
+
+
+def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
+    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. Where nothing fits so, the
+    default, and layers are streamed."""
+    low, high = 0, -(-files.config.max_position // PAGE_SIZE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = dataclasses.replace(options, context=middle * PAGE_SIZE)
+        low, high = (middle, high) if _fits(files, tried, target, resident=resident) else (low, middle - 1)
+    return low * PAGE_SIZE or min(files.config.max_position, _MAX_DEFAULT_CONTEXT)
+
+
+def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
+    """What does not fit, and the nearest settings that would."""
+    least, _ = _plan(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
+    hints = [_needed(least, "ram" if target.kind == "cpu" else "vram")]
+    context = _largest_context(files, options, target, resident=False)
+    changes: list[dict[str, object]] = [
+        {"context": context},
+        {"kv_cache": "q4"},
+        {"prefill_chunk": 64, "prefill_window": 64},
+    ]
+    changes += [changes[1] | changes[2], {"context": min(context, 512)} | changes[1] | changes[2]]
+    for change in changes:
+        if _fits(files, dataclasses.replace(options, **change), target, resident=False):
+            hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))
+    short = [device for device, budget in plan.budgets.items() if plan.device_bytes(device) > budget]
+    needs = " and ".join(
+        format_bytes(plan.device_bytes(device)) + ("" if device == "cpu" else f" of {device}") for device in short
+    )
+    given = " and ".join(format_bytes(plan.budgets[device]) for device in short)
+    return (
+        f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}. "
+        f"Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"
+    )
+
+
+def _needed(least: MemoryPlan, option: str) -> str:
+    """Each memory of the option, as large as the plan has it."""
+    needed = [least.device_bytes(device) for device in least.devices if device != HOST]
+    sizes = [f"'{-(-num_bytes // 10**6)}MB'" for num_bytes in needed]
+    return f"{option}={sizes[0] if len(sizes) == 1 else '[' + ', '.join(sizes) + ']'} or more"
+
+
+def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> StepLimits:
+    """The largest step that the options allow for."""
+    max_rows = min(options.prefill_chunk, context)
+    return StepLimits(
+        max_rows=max_rows,
+        window_rows=max(max_rows, min(options.prefill_window, context)),
+        max_logit_rows=max(1, min(max_rows, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
+        max_context=context,
+        hidden_size=config.hidden_size,
+        qkv_width=config.qkv_width,
+        attn_width=config.attn_width,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        head_dim=config.head_dim,
+        max_sequences=options.max_sequences,
+    )

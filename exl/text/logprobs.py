@@ -1,0 +1,55 @@
+"""How likely the model found each token that was generated, and what it would rather have said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exl.errors import ConfigError
+from exl.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability in the model's own distribution: before repetition penalty, temperature and
+    filters, at temperature 1, as OpenAI's API has it."""
+
+    token_id: int
+    token_bytes: bytes  # what it adds inside a text: its leading space too, and maybe no whole character
+    logprob: float  # natural logarithm
+    # Of a generated token: the likeliest tokens in its place, falling, equals by rising id; itself where it is one.
+    alternatives: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The bytes as text; U+FFFD for what is no whole character."""
+        return self.token_bytes.decode("utf-8", "replace")
+
+    @property
+    def probability(self) -> float:
+        return math.exp(self.logprob)
+
+    def __repr__(self) -> str:
+        beside = f", {len(self.alternatives)} alternatives" if self.alternatives else ""
+        return f"TokenLogprob({self.token_id}, {self.text!r}, {self.logprob:.3f}{beside})"
+
+    @classmethod
+    def of(cls, ranked: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> TokenLogprob:
+        """From (id, logprob) of the token, then of each alternative."""
+
+        def bytes_of(token_id: int) -> bytes:
+            # A model's matrices may have rows beyond the tokenizer's tokens: they have no text.
+            return b"" if tokenizer.id_to_token(token_id) is None else tokenizer.token_bytes(token_id)
+
+        (token_id, logprob), *others = ranked
+        alternatives = tuple(cls(other, bytes_of(other), value) for other, value in others)
+        return cls(token_id, bytes_of(token_id), logprob, alternatives)
+
+
+def check_top_logprobs(count: int | None, vocab_size: int) -> None:
+    """Raises ``ConfigError`` for what is neither None nor a number of alternatives."""
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= vocab_size:
+        raise ConfigError(f"top_logprobs: found {count!r}, expected None or an integer from 0 to {vocab_size}")

@@ -1,0 +1,80 @@
+"""Text from tokens as they are made: whole characters only, and never a character that a stop string would cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exl.errors import ConfigError
+from exl.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text that continues a prompt, piece by piece.
+
+    The pieces add up to what the tokenizer makes of prompt and continuation together, less the prompt's text, up to
+    the first stop string. So the space between prompt and continuation is there if the tokens have one, and without
+    a prompt the text begins as a text does. A character that the prompt left incomplete belongs to the continuation.
+
+    The first stop string is the one that is complete first, at equal ends the longest: what a stop string means does
+    not depend on how the text is cut into tokens. The stop string itself is not part of the text.
+
+    A token costs the same however long the text is. Held back are at most three bytes of an incomplete character and
+    the longest end of the text that may yet become a stop string.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """``prompt_ids``: tokens before the continuation; none for a text that stands alone.
+
+        Raises ``ConfigError`` for a stop string that is empty or no string.
+        """
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ConfigError(f"stop: found {stop!r}, expected a sequence of strings that are not empty")
+        self.stopped: str | None = None  # the stop string that ended the text
+        self._stop = tuple(stop)
+        self._max_held = max(map(len, self._stop), default=1) - 1
+        self._held = ""
+        self._finished = False
+        self._decoder = tokenizer.text_decoder(skip_special_tokens=skip_special_tokens)
+        self._decoder.skip(prompt_ids)
+
+    def push(self, token_id: int) -> str:
+        """The text that is final once this token is there, often none. After a stop string there is none."""
+        if self.stopped is not None or self._finished:
+            return ""
+        return self._cut(self._decoder.push(token_id))
+
+    def finish(self) -> str:
+        """The rest: what was held back, and U+FFFD for bytes that no character came of. Ends the stream."""
+        if self.stopped is not None or self._finished:
+            return ""
+        self._finished = True
+        text = self._cut(self._decoder.finish())
+        if self.stopped is None:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _cut(self, new: str) -> str:
+        """New text, with what was held back before it, as far as no stop string can reach."""
+        text = self._held + new
+        matches = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if matches:
+            _, start, self.stopped = min(matches)
+            self._held = ""
+            return text[:start]
+        num_held = self._num_held(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        for start in range(max(len(text) - self._max_held, 0), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stop):
+                return len(text) - start
+        return 0

@@ -1,0 +1,168 @@
+"""The files of a Hugging Face model folder that make its tokenizer: what they say, and which of them decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from exl.checkpoint.config import read_json
+from exl.errors import CheckpointError, ConfigError
+from exl.text.chat_template import ChatTemplate
+
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_SETTINGS = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder says of its tokenizer."""
+
+    backend: tokenizers.Tokenizer  # cuts nothing off and pads nothing; every special token is flagged
+    names: Mapping[str, str]  # {"bos_token": "<s>", ...}; not all need be in the vocabulary
+    add_bos: bool | None  # None where nothing but the post-processor decides
+    chat_template: ChatTemplate | None
+    source: str
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Raises ``CheckpointError`` for a tokenizer.json that is missing or damaged, ``ConfigError`` for others."""
+        backend = _read_backend(folder)
+        path = folder / _SETTINGS
+        settings = read_json(path) if path.is_file() else {}
+        if settings.get("added_tokens_decoder") is None and (folder / "special_tokens_map.json").is_file():
+            settings = settings | read_json(folder / "special_tokens_map.json")  # older files: this one decides
+        add_bos = settings.get("add_bos_token")
+        if add_bos is not None and not isinstance(add_bos, bool):
+            raise ConfigError(f"{path}: add_bos_token: found {add_bos!r}, expected true or false")
+        _add_described(backend, settings, path)
+        names = _flag_named(backend, settings, path)
+        template = _read_chat_template(folder, settings, names)
+        return cls(backend, names, add_bos, template, str(folder / "tokenizer.json"))
+
+    def prefix_ids(self, bos_id: int | None) -> tuple[int, ...]:
+        """What stands before every text."""
+        if self.add_bos is False:
+            return ()
+        encoded = self.backend.encode("a", add_special_tokens=True)
+        num_special = 0
+        while num_special < len(encoded.ids) and encoded.special_tokens_mask[num_special]:
+            num_special += 1
+        prefix_ids = tuple(encoded.ids[:num_special])
+        if self.add_bos and bos_id is not None and bos_id not in prefix_ids:
+            return (bos_id,)
+        return prefix_ids
+
+
+def _read_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
+        if not others:
+            raise CheckpointError(f"{path}: not found; a model folder needs it beside the weights")
+        raise CheckpointError(
+            f"{path}: not found, only {others[0]}, which exl does not read; convert it once with transformers:"
+            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no type of its own
+        raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+    # Settings that were left in the file by training would cut off prompts.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _add_described(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], path: Path) -> None:
+    """Adds the tokens of ``added_tokens_decoder``; where both files describe one, this one's flags count."""
+    described = settings.get("added_tokens_decoder") or {}
+    if not isinstance(described, Mapping) or not all(str(key).isdecimal() for key in described):
+        raise ConfigError(f"{path}: added_tokens_decoder: expected an object with token ids for keys")
+    known = backend.get_added_tokens_decoder()
+    for token_id, entry in sorted((int(key), entry) for key, entry in described.items()):
+        where = f"{path}: added_tokens_decoder: {token_id}"
+        token = _added_token(entry, where)
+        if token_id in known and known[token_id].content == token.content and known[token_id].special:
+            token = flagged(token)  # special in one file is special
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise CheckpointError(
+                f"{where}: {token.content!r} has id {backend.token_to_id(token.content)} in tokenizer.json"
+            )
+
+
+def _flag_named(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Flags every token with a name as special. Those that the vocabulary lacks stay names: the model has no row."""
+    names = {}
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for name, entry in _named(settings, path):
+        token = _added_token(entry, f"{path}: {name}")
+        if name.endswith("_token"):
+            names[name] = token.content
+        if backend.token_to_id(token.content) is not None:
+            backend.add_special_tokens([flagged(added.get(token.content, token))])
+    return names
+
+
+def _named(settings: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if name in _LISTS and isinstance(value, Mapping):
+            yield from value.items()
+        elif name in _LISTS and isinstance(value, list):
+            yield from ((name, entry) for entry in value)
+        elif name in _LISTS and value is not None:
+            raise ConfigError(f"{path}: {name}: found {type(value).__name__}, expected a list of tokens")
+        elif name.endswith("_token") and isinstance(value, str | Mapping):
+            yield name, value
+
+
+def _added_token(entry: Any, where: str) -> AddedToken:
+    """A token as the files describe it: its text, or an object with ``content`` and flags."""
+    if isinstance(entry, str):
+        entry = {"content": entry, "special": True}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str) or not entry["content"]:
+        raise ConfigError(f"{where}: found {str(entry)[:80]}, expected a token or an object with its content")
+    flags = {flag: entry[flag] for flag in _FLAGS if entry.get(flag) is not None}
+    if bad := [flag for flag, value in flags.items() if not isinstance(value, bool)]:
+        raise ConfigError(f"{where}: {bad[0]}: found {flags[bad[0]]!r}, expected true or false")
+    return AddedToken(entry["content"], **flags)
+
+
+def flagged(token: AddedToken) -> AddedToken:
+    """The same token, special."""
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
+def _read_chat_template(folder: Path, settings: Mapping[str, Any], names: Mapping[str, str]) -> ChatTemplate | None:
+    """The first of: chat_template.jinja and additional_chat_templates, tokenizer_config.json, chat_template.json."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return ChatTemplate({name: _read_text(path) for name, path in files.items()}, names, str(folder))
+    if settings.get("chat_template"):
+        return ChatTemplate(settings["chat_template"], names, f"{folder / _SETTINGS}: chat_template")
+    path = folder / "chat_template.json"
+    if path.is_file() and (template := read_json(path).get("chat_template")):
+        return ChatTemplate(template, names, f"{path}: chat_template")
+    return None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None

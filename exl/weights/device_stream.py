@@ -1,0 +1,299 @@
+"""Layers that a GPU has no room for: from pinned memory or from the disk into slots on the GPU, ahead of their turn.
+
+The host queues copies on a stream of their own and tells the two streams, by events, to wait for each other: a copy
+waits for the arithmetic that still reads its slot, arithmetic for the copy of its layer. The host itself waits for the
+disk alone. The i-th streamed layer always has slot i mod S, so that its weights have one address: a step can be
+captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end, ``captured`` or ``abandon`` after).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from exl.layout.layers import LayerLayout
+from exl.memory.device import record_event
+from exl.ops.base import LayerWeights
+from exl.weights.stream import SlotReader
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class CopyEngine(Protocol):
+    """What a device does beside the arithmetic. Nothing waits on the host."""
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Event | None) -> Event:
+        """Queues ``dst = src`` behind the copies before it and ``after``; the event is when it is done."""
+
+    def record(self) -> Event:
+        """All arithmetic that has been queued so far."""
+
+    def wait(self, event: Event) -> None:
+        """Arithmetic that is queued from here on waits for the event."""
+
+
+class TorchCopyEngine:
+    """One CUDA device: its current stream, and a stream for copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._copies = device, torch.cuda.Stream(device)
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Event | None) -> Event:
+        if after is not None:
+            self._copies.wait_event(after)
+        with torch.cuda.stream(self._copies):
+            dst.copy_(src, non_blocking=True)
+        return record_event(self._copies)
+
+    def record(self) -> Event:
+        return record_event(torch.cuda.current_stream(self._device))
+
+    def wait(self, event: Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+
+class HostCopyEngine:
+    """A device that is the host itself, as tests have it: what is queued has happened."""
+
+    class _Done:
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            pass
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Event | None) -> Event:
+        dst.copy_(src)
+        return self._Done()
+
+    def record(self) -> Event:
+        return self._Done()
+
+    def wait(self, event: Event) -> None:
+        pass
+
+
+class HostLayers(Protocol):
+    """Where layers are before they are copied."""
+
+    def begin(self, order: Sequence[int]) -> None: ...
+
+    def is_ready(self, layer_idx: int) -> bool:
+        """Whether ``take`` would not wait."""
+
+    def take(self, layer_idx: int) -> torch.Tensor:
+        """u8 in host memory, left alone until the event of ``copied``. Raises ``CheckpointError``."""
+
+    def copied(self, layer_idx: int, event: Event) -> None: ...
+
+
+class PinnedLayers:
+    """All of them in memory."""
+
+    def __init__(self, blobs: Mapping[int, torch.Tensor]) -> None:
+        self._blobs = dict(blobs)
+
+    def begin(self, order: Sequence[int]) -> None:
+        pass
+
+    def is_ready(self, layer_idx: int) -> bool:
+        return layer_idx in self._blobs
+
+    def take(self, layer_idx: int) -> torch.Tensor:
+        return self._blobs[layer_idx]
+
+    def copied(self, layer_idx: int, event: Event) -> None:
+        pass
+
+
+class DiskLayers:
+    """Read by a thread into slots in host memory, each of which is free again when its copy to the device is done."""
+
+    def __init__(self, reader: SlotReader, slots: Sequence[torch.Tensor], sizes: Mapping[int, int]) -> None:
+        self._reader, self._slots, self._sizes = reader, tuple(slots), dict(sizes)
+        self._copies: deque[tuple[int, Event]] = deque()  # on their way, in order
+
+    def begin(self, order: Sequence[int]) -> None:
+        self._collect(wait=True)
+        self._reader.begin(tuple(order))
+
+    def is_ready(self, layer_idx: int) -> bool:
+        self._collect(wait=False)
+        return self._reader.holds(layer_idx)
+
+    def take(self, layer_idx: int) -> torch.Tensor:
+        self._collect(wait=not self._reader.holds(layer_idx))  # the thread may need their slots to go on
+        return self._slots[self._reader.acquire(layer_idx)][: self._sizes[layer_idx]]
+
+    def copied(self, layer_idx: int, event: Event) -> None:
+        self._copies.append((layer_idx, event))
+
+    def _collect(self, *, wait: bool) -> None:
+        while self._copies and (wait or self._copies[0][1].query()):
+            layer_idx, event = self._copies.popleft()
+            event.synchronize()
+            self._reader.release(layer_idx)
+
+
+@dataclass
+class _DeviceSlot:
+    memory: torch.Tensor  # u8
+    layer_idx: int | None = None  # whose bytes it holds once ``loaded`` has come
+    loaded: Event | None = None
+    released: Event | None = None  # the last arithmetic that read it
+    in_use: bool = False  # acquired and not released
+
+
+class DeviceStream:
+    """A ``WeightSource``: some layers on the device for good, the others copied into ``slots`` ahead of their turn."""
+
+    def __init__(
+        self,
+        layouts: Sequence[LayerLayout],
+        resident: Mapping[int, LayerWeights],
+        host: Sequence[tuple[Sequence[int], HostLayers]],
+        slots: Sequence[torch.Tensor],
+        engine: CopyEngine,
+    ) -> None:
+        """``host``: layers and where they come from; each layer is there or resident. ``slots`` u8, as large as the
+        largest of those layers."""
+        self._resident, self._engine = dict(resident), engine
+        self._tiers = {layer_idx: tier for layers, tier in host for layer_idx in layers}
+        self._host = tuple((frozenset(layers), tier) for layers, tier in host)
+        if self._tiers.keys() & self._resident.keys() or len(self._tiers) + len(self._resident) != len(layouts):
+            raise ValueError("each layer must be either resident or streamed")
+        self._sizes = {layer_idx: layouts[layer_idx].num_bytes for layer_idx in self._tiers}
+        if not slots or any(len(slot) < max(self._sizes.values()) for slot in slots):
+            raise ValueError(f"slots of {[len(slot) for slot in slots]} bytes for layers of {self._sizes}")
+        self._num_layers = len(layouts)
+        # What was queued before, such as the memory's zeroing, comes before the first copy.
+        self._slots = [_DeviceSlot(slot, released=engine.record()) for slot in slots]
+        self._slot_of = {layer_idx: self._slots[i % len(slots)] for i, layer_idx in enumerate(sorted(self._tiers))}
+        self._views = {
+            i: LayerWeights.view(layouts[i], slot.memory[: self._sizes[i]]) for i, slot in self._slot_of.items()
+        }
+        self._order: tuple[int, ...] = ()
+        self._next = 0  # place in the order of the layer to be acquired next
+        self.begin(range(len(layouts)))
+
+    def begin(self, order: Sequence[int]) -> None:
+        for slot in self._slots:
+            if slot.in_use:  # of a pass that was interrupted
+                slot.in_use, slot.released = False, self._engine.record()
+        order = tuple(layer_idx for layer_idx in order if layer_idx not in self._resident)
+        if order != self._order or self._next:
+            self._order, self._next = order, 0
+            for layers, tier in self._host:
+                tier.begin([i for i in self._fetch_order() if i in layers])
+        self._prefetch()
+
+    def acquire(self, layer_idx: int) -> LayerWeights:
+        """Arithmetic that is queued from here on finds the layer in its slot, until ``release``."""
+        if layer_idx in self._resident:
+            return self._resident[layer_idx]
+        ahead = self._upcoming()
+        if layer_idx not in ahead:
+            raise ValueError(f"layer {layer_idx} is not in the order that was announced")
+        slot = self._slot_of[layer_idx]
+        if slot.in_use:
+            raise ValueError(f"layer {layer_idx}: its slot is acquired, by layer {slot.layer_idx}")
+        if slot.layer_idx != layer_idx:
+            self._load(layer_idx)
+        self._next = (self._next + ahead.index(layer_idx) + 1) % len(self._order)
+        if slot.loaded is not None:
+            self._engine.wait(slot.loaded)
+        slot.in_use = True
+        return self._views[layer_idx]
+
+    def release(self, layer_idx: int) -> None:
+        if layer_idx in self._resident:
+            return
+        slot = self._slot_of[layer_idx]
+        if not slot.in_use or slot.layer_idx != layer_idx:
+            raise ValueError(f"layer {layer_idx} is not acquired")
+        slot.in_use, slot.released = False, self._engine.record()
+        self._prefetch()
+
+    @property
+    def capturable(self) -> bool:
+        """Whether no layer is read from the disk: for that the host would have to wait in the middle of a step."""
+        return all(isinstance(tier, PinnedLayers) for _, tier in self._host)
+
+    def join(self) -> None:
+        """Arithmetic that is queued from here on waits for all copies: the end of a captured step."""
+        for slot in self._slots:
+            if slot.loaded is not None:
+                self._engine.wait(slot.loaded)
+
+    def settle(self) -> None:
+        """Waits on the host until slots are at rest, and forgets how they came there: a graph may not wait for what
+        was queued before its capture."""
+        for slot in self._slots:
+            for event in (slot.loaded, slot.released):
+                if event is not None:
+                    event.synchronize()
+            slot.loaded = slot.released = None
+
+    def rest(self) -> None:
+        """Before a captured pass, and before each time that it is queued again: slots hold the first layers, whatever a
+        pass that was interrupted left in them, and arithmetic waits for copies that are still on their way."""
+        self.begin(range(self._num_layers))
+        self.join()
+
+    def replayed(self) -> None:
+        """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""
+        for slot in self._slots:
+            slot.loaded, slot.released = None, self._engine.record()
+
+    def captured(self) -> None:
+        """A pass has been captured and nothing has run: slots are as ``settle`` left them. Events that were recorded
+        inside of a capture are edges of its graph; CUDA refuses to wait for them anywhere else."""
+        for slot in self._slots:
+            slot.loaded = slot.released = None
+
+    def abandon(self) -> None:
+        """A capture that failed: what it queued will never happen, slots hold nothing."""
+        for slot in self._slots:
+            slot.layer_idx = slot.loaded = slot.released = None
+            slot.in_use = False
+        self._order, self._next = (), 0
+
+    def _upcoming(self) -> tuple[int, ...]:
+        return self._order[self._next :] + self._order[: self._next]
+
+    def _fetch_order(self) -> tuple[int, ...]:
+        """One turn of the order, from the first layer on that no slot holds: what will be taken from the host next."""
+        held = [self._slot_of[i].layer_idx == i for i in self._order]
+        first = held.index(False) if False in held else 0
+        return self._order[first:] + self._order[:first]
+
+    def _prefetch(self) -> None:
+        """Copies of the layers that come next, as far as their slots are free and their bytes there."""
+        awaited: set[int] = set()  # slots of layers that come earlier
+        for layer_idx in self._upcoming():
+            slot = self._slot_of[layer_idx]
+            if slot.in_use or id(slot) in awaited:
+                return
+            awaited.add(id(slot))
+            if slot.layer_idx != layer_idx:
+                if not self._tiers[layer_idx].is_ready(layer_idx):
+                    return
+                self._load(layer_idx)
+
+    def _load(self, layer_idx: int) -> None:
+        slot, tier = self._slot_of[layer_idx], self._tiers[layer_idx]
+        source = tier.take(layer_idx)
+        slot.layer_idx = None
+        slot.loaded = self._engine.copy(slot.memory[: self._sizes[layer_idx]], source, slot.released)
+        slot.released, slot.layer_idx = None, layer_idx
+        tier.copied(layer_idx, slot.loaded)

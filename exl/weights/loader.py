@@ -1,0 +1,254 @@
+"""Checkpoint -> blobs, in memory and in the packed file, in one pass.
+
+Host memory while loading is what stays (resident weights, stream slots) and, where there is no packed file to read
+from, two layers as the checkpoint has them, and the block of one matrix that is being unpacked.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exl.checkpoint.checkpoint import Checkpoint
+from exl.checkpoint.config import ModelConfig
+from exl.checkpoint.quant_config import QuantConfig
+from exl.errors import CheckpointError
+from exl.formats import load_part, read_vector
+from exl.layout.layers import LayerLayout, packs_in_order
+from exl.memory.host import trim_heap
+from exl.models.manifest import ModelManifest
+from exl.ops.base import Linear, Ops, view_field, view_segments
+from exl.progress import Progress
+from exl.weights.packed import PackedFile, PackedWriter
+from exl.weights.packed_store import default_packed_folder, packed_key, packed_path, source_name
+from exl.weights.placement import DeviceWeights, HostWeights, WeightMemory
+from exl.weights.read_ahead import LayerReadAhead
+from exl.weights.stream import WeightSource
+
+logger = logging.getLogger(__name__)
+
+_READ_THREADS = 2  # one waits for the disk while the other compares checksums
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Weights ready to run. ``close`` gives their memory back; nothing of them may be used afterwards."""
+
+    embed: Linear
+    final_norm: torch.Tensor  # [C] f32
+    head: Linear
+    source: WeightSource
+    slabs: Mapping[str, int]  # bytes by purpose
+    _owned: ExitStack
+
+    def close(self) -> None:
+        """Ends the stream's thread, too. May be called again."""
+        self._owned.close()
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    quant: QuantConfig | None,
+    manifest: ModelManifest,
+    ops: Ops,
+    progress: Progress | None = None,
+    *,
+    resident: Collection[int] | None = None,
+    in_host: Collection[int] = (),
+    num_slots: int = 2,
+    packed_folder: Path | None = None,
+) -> ModelWeights:
+    """``resident``: the layers that stay where they are computed (None: all); the others are streamed through
+    ``num_slots`` slots: those ``in_host`` from pinned memory to the GPU, the rest from the packed file in
+    ``packed_folder`` (default: the user's cache), which is written first where there is none. Where nothing is read
+    from it later no packed file is written, and one is read only if the folder is given.
+
+    ``progress`` is told in bytes of packed weights. What raises leaves nothing behind, Ctrl-C included. Raises
+    ``CheckpointError`` for what only the data can show to be wrong, ``MemoryBudgetError`` where the system has no
+    memory, ``ExlError`` that names folder, bytes needed and bytes free where the packed file has no room.
+    """
+    layers = range(config.num_layers)
+    kept = frozenset(layers if resident is None else resident)
+    from_disk = any(i not in kept and i not in in_host for i in layers)
+    layouts = manifest.layouts(ops.target)
+    blobs = (layouts.embed, *layouts.layers, layouts.head)
+    with ExitStack() as stack:
+        memory: WeightMemory
+        if ops.target.kind == "cuda":
+            memory = DeviceWeights(blobs, kept, in_host, num_slots, ops.device, stack)
+        else:
+            memory = HostWeights(blobs, kept, num_slots, stack)
+        loader = _Loader(checkpoint, config, quant, manifest, ops, memory, progress or (lambda done, total: None))
+        weights = loader.load(stack, packed_folder, from_disk)
+        trim_heap()
+        return weights
+
+
+class _Loader:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        quant: QuantConfig | None,
+        manifest: ModelManifest,
+        ops: Ops,
+        memory: WeightMemory,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint, self.config, self.quant = checkpoint, config, quant
+        self.manifest, self.ops, self.memory, self.progress = manifest, ops, memory, progress
+        self.layouts = manifest.layouts(ops.target)
+        self.all_layouts = (self.layouts.embed, *self.layouts.layers, self.layouts.head)
+        self.sizes = [layout.num_bytes for layout in self.all_layouts]
+        self.done = 0
+
+    def load(self, stack: ExitStack, packed_folder: Path | None, from_disk: bool) -> ModelWeights:
+        packed = None
+        if from_disk or packed_folder is not None:
+            packed = self._read_packed(packed_folder or default_packed_folder(), stack)
+        if packed is None and from_disk:
+            packed = self._pack_to_file(packed_folder or default_packed_folder(), stack)
+        elif packed is None:
+            self._pack(None)
+        return self._assemble(packed, stack)
+
+    # from the packed file
+
+    def _key(self) -> bytes:
+        packer = f"torch {torch.__version__}"
+        return packed_key(self.checkpoint, self.quant, self.all_layouts, self.ops.target, packer)
+
+    def _read_packed(self, folder: Path, stack: ExitStack) -> PackedFile | None:
+        """Fills the blobs that stay from a valid packed file. None: there is none, or one that turned out damaged."""
+        key = self._key()
+        packed = PackedFile.open(packed_path(folder, self.checkpoint.path, key), key, self.sizes)
+        if packed is None:
+            return None
+        stack.callback(packed.close)
+        try:
+            self._read_blobs(packed)
+            return packed
+        except CheckpointError as error:
+            logger.warning("%s; packing again", error)
+            packed.close()  # on Windows a file that is open keeps its name
+        for i in self.memory.kept:
+            self.memory.blob(i).zero_()
+        return None
+
+    def _read_blobs(self, packed: PackedFile) -> None:
+        """Those that stay. One thread waits for the disk while the other compares checksums; through staging, one by
+        one."""
+        stopped = threading.Event()
+        total, done = sum(self.sizes[i] for i in self.memory.kept), 0
+        threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
+
+        def read(blob_idx: int) -> int:
+            if packed.read_blob(blob_idx, self.memory.blob(blob_idx).numpy(), lambda: not stopped.is_set()):
+                self.memory.filled(blob_idx)
+            return self.sizes[blob_idx]
+
+        with ThreadPoolExecutor(threads, "exl packed reader") as executor:
+            try:
+                jobs = [executor.submit(read, i) for i in self.memory.kept]
+                for job in as_completed(jobs):
+                    done += job.result()
+                    self.progress(done, total)
+            finally:
+                stopped.set()
+                executor.shutdown(wait=True, cancel_futures=True)
+
+    # from the checkpoint
+
+    def _pack_to_file(self, folder: Path, stack: ExitStack) -> PackedFile:
+        key, stamps = self._key(), self.checkpoint.modified_ns
+        path = packed_path(folder, self.checkpoint.path, key)
+        with PackedWriter(path, key, source_name(self.checkpoint.path), self.sizes) as writer:
+            self._pack(writer)
+            if self.checkpoint.modified_ns != stamps:
+                raise CheckpointError(f"{self.checkpoint.path}: its files were changed while they were being packed")
+            writer.commit()
+        path = writer.path
+        packed = PackedFile.open(path, key, self.sizes)
+        if packed is None:
+            raise CheckpointError(f"{path}: packed weights were changed right after they had been written")
+        stack.callback(packed.close)
+        return packed
+
+    def _pack(self, writer: PackedWriter | None) -> None:
+        """Every blob once, in order: to its place where it stays, and to the file."""
+        names = self.manifest.names
+        self.done = 0
+        prefixes = [f"{names.layers}.{i}." for i in range(self.config.num_layers)]
+        with LayerReadAhead(self.checkpoint, self._tensor_names(prefixes)) as layers:
+            self._pack_blob(0, self.checkpoint, "", {}, writer)
+            for i, prefix in enumerate(prefixes):
+                self._pack_blob(1 + i, layers.layer(i), prefix, dict(names.norms), writer)
+        final_norm = {"final_norm": names.final_norm}
+        self._pack_blob(len(self.sizes) - 1, self.checkpoint, "", final_norm, writer)
+
+    def _tensor_names(self, prefixes: list[str]) -> list[list[str]]:
+        """Tensors that are packed, by layer."""
+        by_layer: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+        for name in self.checkpoint.tensors:
+            head = self.manifest.names.layers + "."
+            prefix = head + name[len(head) :].split(".")[0] + "."
+            if name.startswith(head) and prefix in by_layer and not name.endswith(self.manifest.names.ignored):
+                by_layer[prefix].append(name)
+        return list(by_layer.values())
+
+    def _pack_blob(
+        self,
+        blob_idx: int,
+        checkpoint: Checkpoint,
+        prefix: str,
+        norms: dict[str, str],
+        writer: PackedWriter | None,
+    ) -> None:
+        layout = self.all_layouts[blob_idx]
+        blob = self.memory.blob(blob_idx)
+        self._fill(blob, layout, checkpoint, prefix, norms)
+        if writer is not None:
+            writer.write(blob.numpy())
+        self.memory.filled(blob_idx)
+        self.done += layout.num_bytes
+        self.progress(self.done, self.layouts.num_bytes)
+
+    def _fill(
+        self, blob: torch.Tensor, layout: LayerLayout, checkpoint: Checkpoint, prefix: str, norms: dict[str, str]
+    ) -> None:
+        for key in layout.fields.keys() & norms.keys():
+            vector = torch.from_numpy(read_vector(checkpoint, prefix + norms[key]))
+            view_field(blob, layout.fields[key]).copy_(vector)
+        for key, linears in layout.linears.items():
+            for i, linear in enumerate(linears):
+                start, stop = layout.linear_range(key, i)
+                parts = [load_part(checkpoint, part, self.quant) for part in linear.spec.parts]
+                order = None
+                if key == "gate_up" and packs_in_order(layout):
+                    (down,) = layout.linears["down"][0].spec.parts
+                    order = load_part(checkpoint, down, self.quant).order
+                self.ops.pack(parts, linear, blob[start:stop], order)
+                self.progress(self.done + stop, self.layouts.num_bytes)
+
+    # what the model runs on
+
+    def _assemble(self, packed: PackedFile | None, stack: ExitStack) -> ModelWeights:
+        layouts, memory, last = self.layouts, self.memory, len(self.sizes) - 1
+        embed = view_segments(layouts.embed, memory.view(0), "embed")[0]
+        head = memory.view(last)
+        return ModelWeights(
+            embed=embed,
+            final_norm=view_field(head, layouts.head.fields["final_norm"]),
+            head=view_segments(layouts.head, head, "head")[0] if layouts.head.linears else embed,
+            source=memory.source(packed),
+            slabs=memory.slabs,
+            _owned=stack.pop_all(),
+        )

@@ -1,0 +1,188 @@
+"""Where packed weights lie: slabs of the host, or of a GPU with the host behind it. The loader fills them blob by blob.
+
+Blob 0 is the embedding, blob 1 + i layer i, the last one the head: in memory as in the packed file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+
+from exl.layout.layers import LayerLayout
+from exl.memory.device import device_tensor, pinned
+from exl.memory.host import HostBuffer
+from exl.ops.base import LayerWeights
+from exl.weights.device_stream import DeviceStream, DiskLayers, HostCopyEngine, PinnedLayers, TorchCopyEngine
+from exl.weights.packed import PackedFile
+from exl.weights.stream import LayerStream, ResidentWeights, Slot, SlotReader, WeightSource
+
+
+class WeightMemory(Protocol):
+    """All memory of a model's weights, allocated when it is made."""
+
+    kept: Sequence[int]  # blobs that stay in memory; the others are streamed from the packed file
+    slabs: Mapping[str, int]  # bytes by purpose
+
+    def blob(self, blob_idx: int) -> torch.Tensor:
+        """u8 of the blob's size in host memory, to be filled: its own place, zeroed, or staging that the next one
+        overwrites."""
+
+    def filled(self, blob_idx: int) -> None:
+        """The blob is complete: it goes where it is to stay."""
+
+    def view(self, blob_idx: int) -> torch.Tensor:
+        """A kept blob where it stays: on the device, or pinned."""
+
+    def source(self, packed: PackedFile | None) -> WeightSource:
+        """The layers, by their turn. Takes over ``packed`` where it needs it."""
+
+
+class HostWeights:
+    """A CPU's: resident layers, and slots that a reader fills from the packed file."""
+
+    def __init__(
+        self, layouts: Sequence[LayerLayout], resident: Collection[int], num_slots: int, stack: ExitStack
+    ) -> None:
+        """``layouts`` of all blobs; ``resident`` layers; slabs are given back when ``stack`` closes."""
+        self._layouts, self._num_slots = layouts, num_slots
+        self._resident, self._streamed = _split(layouts, resident)
+        sizes = [layout.num_bytes for layout in layouts]
+        slot_bytes = max((sizes[1 + i] for i in self._streamed), default=0)
+        self._stack = stack
+        layer_bytes = [sizes[1 + i] for i in self._resident]
+        self.slabs = {
+            "embedding": sizes[0],
+            "layers": sum(layer_bytes),
+            "head": sizes[-1],
+            "slots": num_slots * slot_bytes,
+        }
+        slabs = {purpose: _host_slab(num_bytes, purpose, stack) for purpose, num_bytes in self.slabs.items()}
+        self._slots = slabs["slots"]
+        memory = torch.from_numpy(slabs["layers"].array)
+        pieces = memory.split(layer_bytes) if layer_bytes else ()
+        self._blobs = {1 + i: piece for i, piece in zip(self._resident, pieces, strict=True)}
+        self._blobs[0] = torch.from_numpy(slabs["embedding"].array)
+        self._blobs[len(sizes) - 1] = torch.from_numpy(slabs["head"].array)
+        self.kept = sorted(self._blobs)
+
+    def blob(self, blob_idx: int) -> torch.Tensor:
+        if blob_idx in self._blobs:
+            return self._blobs[blob_idx]
+        return torch.from_numpy(self._slots.array)[: self._layouts[blob_idx].num_bytes].zero_()
+
+    def filled(self, blob_idx: int) -> None:
+        pass
+
+    def view(self, blob_idx: int) -> torch.Tensor:
+        return self._blobs[blob_idx]
+
+    def source(self, packed: PackedFile | None) -> WeightSource:
+        layers = self._layouts[1:-1]
+        views = {i: LayerWeights.view(layers[i], self._blobs[1 + i]) for i in self._resident}
+        if not self._streamed:
+            return ResidentWeights([views[i] for i in self._resident])
+        blobs = {i: 1 + i for i in self._streamed}
+        stream = LayerStream(layers, views, packed, blobs, self._slots, self._num_slots)
+        self._stack.callback(stream.close)
+        return stream
+
+
+class DeviceWeights:
+    """A GPU's: resident blobs in one slab, and slots that are filled from pinned layers, or from the disk through
+    pinned read buffers."""
+
+    def __init__(
+        self,
+        layouts: Sequence[LayerLayout],
+        resident: Collection[int],
+        in_host: Collection[int],
+        num_slots: int,
+        device: torch.device,
+        stack: ExitStack,
+    ) -> None:
+        """``in_host``: layers that are pinned in host memory; those that are neither resident nor there are read from
+        the packed file each time."""
+        self._layouts, self._device, self._stack = layouts, device, stack
+        self._resident, streamed = _split(layouts, resident)
+        self._in_host = [i for i in streamed if i in in_host]
+        self._on_disk = [i for i in streamed if i not in in_host]
+        sizes = [layout.num_bytes for layout in layouts]
+        self._slot_bytes = max((sizes[1 + i] for i in streamed), default=0)
+        on_device = [0, *(1 + i for i in self._resident), len(sizes) - 1]
+        pinned_bytes = [sizes[1 + i] for i in self._in_host]
+        self.slabs = {
+            "weights": sum(sizes[i] for i in on_device),
+            "slots": num_slots * self._slot_bytes,
+            "pinned layers": sum(pinned_bytes),
+            "pinned read buffers": num_slots * max((sizes[1 + i] for i in self._on_disk), default=0),
+        }
+        self._num_slots = num_slots
+        slab = device_tensor(self.slabs["weights"], device, "weights")
+        pieces = slab.split([sizes[i] for i in on_device])
+        self._blobs = dict(zip(on_device, pieces, strict=True))
+        self._slots = device_tensor(self.slabs["slots"], device, "stream slots")
+        memory = self._pinned("pinned layers", pinned_bytes).array
+        host = torch.from_numpy(memory).split(pinned_bytes) if pinned_bytes else ()
+        self._host_blobs = {1 + i: piece for i, piece in zip(self._in_host, host, strict=True)}
+        self.kept = sorted((*self._blobs, *self._host_blobs))
+        through = [i for i in range(len(sizes)) if i not in self._host_blobs]
+        self._staging: HostBuffer | None = HostBuffer(max(sizes[i] for i in through), "staging")
+
+    def _pinned(self, purpose: str, pieces: Sequence[int]) -> HostBuffer:
+        """``pieces``: bytes of each part that is copied by itself."""
+        buffer = _host_slab(self.slabs[purpose], purpose, self._stack)
+        if self._device.type != "cuda":
+            return buffer
+        return self._stack.enter_context(pinned(buffer, self._device, pieces=pieces))
+
+    def blob(self, blob_idx: int) -> torch.Tensor:
+        if blob_idx in self._host_blobs:
+            return self._host_blobs[blob_idx]
+        return torch.from_numpy(self._staging.array)[: self._layouts[blob_idx].num_bytes].zero_()
+
+    def filled(self, blob_idx: int) -> None:
+        if blob_idx in self._blobs:
+            staged = torch.from_numpy(self._staging.array)[: self._layouts[blob_idx].num_bytes]
+            self._blobs[blob_idx].copy_(staged)  # waits: staging is free again
+
+    def view(self, blob_idx: int) -> torch.Tensor:
+        return self._blobs[blob_idx] if blob_idx in self._blobs else self._host_blobs[blob_idx]
+
+    def source(self, packed: PackedFile | None) -> WeightSource:
+        self._staging.close()
+        layers = self._layouts[1:-1]
+        views = {i: LayerWeights.view(layers[i], self._blobs[1 + i]) for i in self._resident}
+        if not self._in_host and not self._on_disk:
+            return ResidentWeights([views[i] for i in self._resident])
+        tiers = []
+        if self._in_host:
+            tiers.append((self._in_host, PinnedLayers({i: self._host_blobs[1 + i] for i in self._in_host})))
+        if self._on_disk:
+            tiers.append((self._on_disk, self._disk_layers(packed)))
+        engine = TorchCopyEngine(self._device) if self._device.type == "cuda" else HostCopyEngine()
+        return DeviceStream(layers, views, tiers, self._slots.split(self._slot_bytes), engine)
+
+    def _disk_layers(self, packed: PackedFile) -> DiskLayers:
+        sizes = {i: self._layouts[1 + i].num_bytes for i in self._on_disk}
+        buffers = self._pinned("pinned read buffers", [max(sizes.values())] * self._num_slots).array
+        arrays = [buffers[i * len(buffers) // self._num_slots :][: max(sizes.values())] for i in range(self._num_slots)]
+        reader = SlotReader(packed, {i: 1 + i for i in self._on_disk}, sizes, [Slot(array) for array in arrays])
+        self._stack.callback(reader.close)
+        return DiskLayers(reader, [torch.from_numpy(array) for array in arrays], sizes)
+
+
+def _split(layouts: Sequence[LayerLayout], resident: Collection[int]) -> tuple[list[int], list[int]]:
+    """Layers that stay, and those that are streamed."""
+    layers = range(len(layouts) - 2)
+    if not frozenset(resident) <= frozenset(layers):
+        raise ValueError(f"resident layers {sorted(resident)} of a model of {len(layers)}")
+    return sorted(resident), [i for i in layers if i not in resident]
+
+
+def _host_slab(num_bytes: int, purpose: str, stack: ExitStack) -> HostBuffer:
+    buffer = HostBuffer(num_bytes, purpose)
+    stack.callback(buffer.close)
+    return buffer

@@ -1,0 +1,340 @@
+"""Where a layer's weights are when its turn comes: in memory for good, or on their way from the disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exl.errors import CheckpointError, ExlError
+from exl.layout.layers import LayerLayout
+from exl.memory.host import HostBuffer
+from exl.ops.base import LayerWeights
+from exl.weights.packed import PackedFile
+
+
+class WeightSource(Protocol):
+    """A pass announces its order of layers, then takes and returns them one by one."""
+
+    def begin(self, order: Sequence[int]) -> None: ...
+
+    def acquire(self, layer_idx: int) -> LayerWeights: ...
+
+    def release(self, layer_idx: int) -> None: ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a pass can be captured in a graph: each layer always at one address, nothing waited for."""
+
+
+class ResidentWeights:
+    """All layers in memory for good."""
+
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self.layers = tuple(layers)
+
+    def begin(self, order: Sequence[int]) -> None:
+        pass
+
+    def acquire(self, layer_idx: int) -> LayerWeights:
+        return self.layers[layer_idx]
+
+    def release(self, layer_idx: int) -> None:
+        pass
+
+    @property
+    def capturable(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Since the stream was made."""
+
+    num_reads: int = 0  # layers read in full
+    bytes_read: int = 0
+    num_waits: int = 0  # times that a layer was not there when it was asked for
+    wait_seconds: float = 0.0
+
+
+@dataclass
+class Slot:
+    array: NDArray[np.uint8]  # page-aligned
+    layer_idx: int | None = None  # whose bytes it holds, all of them
+    num_users: int = 0  # acquired and not released
+
+
+class SlotReader:
+    """Slots, and the thread that fills them. Knows nothing of the stream above it, so that it does not keep it alive.
+
+    What to read next follows from the order, the place in it and what the slots hold, and from nothing else: the
+    layers that come next, as many as there are slots, each in a slot. A new order therefore needs no special case: what
+    it can use stays, the rest is overwritten.
+    """
+
+    def __init__(
+        self, packed: PackedFile, blob_indices: Mapping[int, int], sizes: Mapping[int, int], slots: list[Slot]
+    ):
+        self.packed, self.slots, self.stats = packed, slots, StreamStats()
+        self._blob_indices, self._sizes = blob_indices, sizes
+        self._order: tuple[int, ...] = ()
+        self._next = 0  # place in the order of the layer to be acquired next
+        self._failure: tuple[int, CheckpointError] | None = None
+        self._closed = False
+        self._reading = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="exl layer reader", daemon=True)
+        self._thread.start()
+
+    # the consumer's side
+
+    def begin(self, order: tuple[int, ...]) -> None:
+        with self._changed:
+            for slot in self.slots:
+                slot.num_users = 0  # of a pass that was interrupted
+            self._failure = None
+            self._order, self._next = order, 0
+            self._changed.notify_all()
+
+    def acquire(self, layer_idx: int) -> int:
+        """-> slot that holds the layer."""
+        with self._changed:
+            self._go_to(layer_idx)
+            slot_idx = self._holder(layer_idx)
+            if slot_idx is None:
+                slot_idx = self._wait_for(layer_idx)
+            self.slots[slot_idx].num_users += 1
+            self._next = (self._next + 1) % len(self._order)
+            self._changed.notify_all()
+            return slot_idx
+
+    def _go_to(self, layer_idx: int) -> None:
+        ahead = self._upcoming()
+        if layer_idx not in ahead:
+            raise ValueError(f"layer {layer_idx} is not in the order that was announced")
+        skipped = ahead.index(layer_idx)
+        if skipped:
+            self._next = (self._next + skipped) % len(self._order)
+            self._changed.notify_all()
+
+    def _wait_for(self, layer_idx: int) -> int:
+        began = time.perf_counter()
+        if all(slot.num_users for slot in self.slots):
+            raise ValueError(f"layer {layer_idx}: all {len(self.slots)} slots are acquired, release one first")
+        while True:
+            slot_idx = self._holder(layer_idx)
+            if slot_idx is not None:
+                break
+            if self._failure is not None:
+                failed_idx, error = self._failure
+                self._failure = None  # asked for again, it is tried again
+                self._changed.notify_all()
+                if failed_idx == layer_idx:
+                    raise CheckpointError(str(error)) from error
+            if self._closed:
+                raise ExlError("the weights are closed")
+            if not self._thread.is_alive():
+                raise ExlError("the thread that reads layers is gone: a process that was forked cannot use the model")
+            self._changed.wait(1.0)
+        waited = time.perf_counter() - began
+        self.stats = replace(
+            self.stats, num_waits=self.stats.num_waits + 1, wait_seconds=self.stats.wait_seconds + waited
+        )
+        return slot_idx
+
+    def release(self, layer_idx: int) -> None:
+        with self._changed:
+            slot_idx = self._holder(layer_idx)
+            if slot_idx is None or not self.slots[slot_idx].num_users:
+                raise ValueError(f"layer {layer_idx} is not acquired")
+            self.slots[slot_idx].num_users -= 1
+            self._changed.notify_all()
+
+    def holds(self, layer_idx: int) -> bool:
+        with self._changed:
+            return self._holder(layer_idx) is not None
+
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(self._is_idle, timeout_seconds)
+
+    def close(self) -> bool:
+        """False: the thread hangs in a read that does not come back, and still writes to its slot."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10.0)
+        return not self._thread.is_alive()
+
+    # the state, read under the lock
+
+    def _holder(self, layer_idx: int) -> int | None:
+        return next((i for i, slot in enumerate(self.slots) if slot.layer_idx == layer_idx), None)
+
+    def _upcoming(self) -> tuple[int, ...]:
+        """One turn of the order from here on: after the last layer comes the first, for the next pass."""
+        return self._order[self._next :] + self._order[: self._next]
+
+    def _is_idle(self) -> bool:
+        return not self._reading and (self._closed or self._failure is not None or self._choose() is None)
+
+    def _choose(self) -> tuple[int, int] | None:
+        """(layer to read, slot to overwrite), or None where there is nothing to do."""
+        needed: set[int] = set()  # slots that hold what comes first
+        for layer_idx in self._upcoming():
+            slot_idx = self._holder(layer_idx)
+            if slot_idx is not None:
+                needed.add(slot_idx)
+                continue
+            free = [i for i, slot in enumerate(self.slots) if not slot.num_users and i not in needed]
+            return (layer_idx, max(free, key=self._distance)) if free else None
+        return None
+
+    def _distance(self, slot_idx: int) -> int:
+        """Turns until what the slot holds is used again."""
+        held, ahead = self.slots[slot_idx].layer_idx, self._upcoming()
+        return ahead.index(held) if held in ahead else len(ahead)
+
+    # the reader's side
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._reading = False
+                self._changed.notify_all()
+                choice = None
+                while choice is None:
+                    if self._closed:
+                        return
+                    choice = self._choose() if self._failure is None else None
+                    if choice is None:
+                        self._changed.wait()
+                layer_idx, slot_idx = choice
+                self._reading = True
+                self.slots[slot_idx].layer_idx = None
+            try:
+                complete = self._read(layer_idx, slot_idx)
+            except CheckpointError as error:
+                with self._changed:
+                    self._failure = (layer_idx, error)
+                continue
+            except Exception as error:  # whatever it is, whoever waits must hear of it
+                with self._changed:
+                    self._failure = (layer_idx, CheckpointError(f"{self.packed.path}: layer {layer_idx}: {error!r}"))
+                continue
+            if complete:
+                with self._changed:
+                    self.slots[slot_idx].layer_idx = layer_idx
+                    self.stats = replace(
+                        self.stats,
+                        num_reads=self.stats.num_reads + 1,
+                        bytes_read=self.stats.bytes_read + self._sizes[layer_idx],
+                    )
+
+    def _read(self, layer_idx: int, slot_idx: int) -> bool:
+        def is_wanted() -> bool:
+            with self._changed:
+                return not self._closed and layer_idx in self._upcoming()[: len(self.slots)]
+
+        out = self.slots[slot_idx].array[: self._sizes[layer_idx]]
+        return self.packed.read_blob(self._blob_indices[layer_idx], out, is_wanted)
+
+
+class LayerStream:
+    """Some layers in memory for good, the others read from the packed file ahead of their turn, in the order that a
+    pass announces and on past its end: passes repeat.
+
+    ``acquire`` waits for the layer; its weights are valid until ``release``. One pass at a time; ``begin`` ends one
+    that was interrupted. Errors of the reader come out of ``acquire``, as ``CheckpointError`` that names the file.
+    Takes over ``packed``, ``resident`` (views of memory that the caller owns, by layer) stays the caller's.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[LayerLayout],
+        resident: Mapping[int, LayerWeights],
+        packed: PackedFile,
+        blob_indices: Mapping[int, int],
+        slots: HostBuffer,
+        num_slots: int,
+    ) -> None:
+        """``blob_indices``: the blob of each streamed layer. ``slots``: ``num_slots`` times the largest of them."""
+        self._layouts, self._resident = tuple(layouts), dict(resident)
+        self._slots, self._packed = slots, packed
+        self._num_layers = len(self._layouts)
+        sizes = {i: self._layouts[i].num_bytes for i in blob_indices}
+        slot_bytes = max(sizes.values())
+        if num_slots < 1 or slots.num_bytes != num_slots * slot_bytes:
+            raise ValueError(f"{slots.num_bytes} bytes for {num_slots} slots of {slot_bytes}")
+        if sizes.keys() & self._resident.keys() or len(sizes) + len(self._resident) != self._num_layers:
+            raise ValueError("each layer must be either resident or streamed")
+        memory = torch.from_numpy(slots.array)
+        self._tensors = [memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(num_slots)]
+        self._views: dict[tuple[int, int], LayerWeights] = {}
+        self._reader = SlotReader(
+            packed,
+            dict(blob_indices),
+            sizes,
+            [Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
+        )
+        # Also at the interpreter's end, and where nobody calls close().
+        self._finalizer = weakref.finalize(self, _close, self._reader, packed, slots)
+        self.begin(range(self._num_layers))
+
+    @property
+    def stats(self) -> StreamStats:
+        return self._reader.stats
+
+    def begin(self, order: Sequence[int]) -> None:
+        self._check_open()
+        streamed = tuple(layer_idx for layer_idx in order if layer_idx not in self._resident)
+        unknown = [layer_idx for layer_idx in order if not 0 <= layer_idx < self._num_layers]
+        if unknown:
+            raise ValueError(f"layer {unknown[0]} of a model of {self._num_layers}")
+        self._reader.begin(streamed)
+
+    def acquire(self, layer_idx: int) -> LayerWeights:
+        self._check_open()
+        if layer_idx in self._resident:
+            return self._resident[layer_idx]
+        slot_idx = self._reader.acquire(layer_idx)
+        weights = self._views.get((layer_idx, slot_idx))
+        if weights is None:
+            layout = self._layouts[layer_idx]
+            weights = LayerWeights.view(layout, self._tensors[slot_idx][: layout.num_bytes])
+            self._views[layer_idx, slot_idx] = weights
+        return weights
+
+    def release(self, layer_idx: int) -> None:
+        if layer_idx not in self._resident:
+            self._reader.release(layer_idx)
+
+    @property
+    def capturable(self) -> bool:
+        return False
+
+    def wait_until_idle(self, timeout_seconds: float = 60.0) -> bool:
+        """Until the reader has nothing left to read ahead: for counting what a pass reads. False: it took longer."""
+        return self._reader.wait_until_idle(timeout_seconds)
+
+    def close(self) -> None:
+        """Ends the thread and gives the slots back. May be called again; everything else raises ``ExlError`` then."""
+        self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ExlError("the weights are closed")
+
+
+def _close(reader: SlotReader, packed: PackedFile, slots: HostBuffer) -> None:
+    if reader.close():  # else the thread still needs both
+        packed.close()
+        slots.close()

@@ -1,0 +1,239 @@
+"""What the Gradio demo is made of, without Gradio: the queue, the forms, and HTML that a model cannot break out of."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+import exl
+from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The modules of examples/gradio_parts, as the demo imports them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        from gradio_parts import render, session, settings, worker
+
+        yield {"render": render, "session": session, "settings": settings, "worker": worker}
+
+
+@pytest.fixture
+def worker(parts):
+    worker = parts["worker"].Worker()
+    yield worker
+    worker.close()
+
+
+def finish(job) -> list:
+    return list(job.watch(every=0))
+
+
+def settings_of(parts, model=BUNDLED_MODEL, kv_cache="f16"):
+    return parts["settings"].load_settings(str(model), "auto", kv_cache, "", "", "", "stored")
+
+
+def record(text: str, probability: float, token_id: int = 1, alternatives=()) -> exl.TokenLogprob:
+    from math import log
+
+    return exl.TokenLogprob(token_id, text.encode(), log(probability), tuple(alternatives))
+
+
+def test_jobs_take_turns_in_order(worker):
+    ran, gate = [], threading.Event()
+    first = worker.submit(lambda job: (gate.wait(10), ran.append(1)))
+    others = [worker.submit(lambda job, i=i: ran.append(i)) for i in (2, 3, 4)]
+    assert [worker.ahead(job) for job in others] == [1, 2, 3]
+    others[1].stop()
+    assert others[1].is_done
+    assert [worker.ahead(job) for job in (others[0], others[2])] == [1, 2]
+    waiting = next(others[2].watch())
+    assert waiting.ahead == 2
+    gate.set()
+    for job in (first, *others):
+        finish(job)
+    assert ran == [1, 2, 4]
+
+
+def test_who_watches_sees_the_newest_state_and_the_end(worker):
+    job = worker.submit(lambda job: [job.tell(i) for i in range(1000)])
+    seen = finish(job)
+    assert seen[-1] == 999
+    assert seen == sorted(seen)
+
+
+def test_a_failure_is_one_line(worker, capfd):
+    def fails(job):
+        raise exl.MemoryBudgetError("too large.\nand a table")
+
+    def breaks(job):
+        return [][1]
+
+    job = worker.submit(fails)
+    finish(job)
+    assert job.failure == "too large."
+    job = worker.submit(breaks)
+    finish(job)
+    assert job.failure == "unexpected IndexError: list index out of range (the terminal has the details)"
+    assert "Traceback" in capfd.readouterr().err
+    assert finish(worker.submit(lambda job: job.tell("on it goes"))) == ["on it goes"]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_one_before(parts, worker, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(BUNDLED_MODEL, damaged)
+    (damaged / "tokenizer.json").write_text("{")
+    job = worker.submit(lambda job: worker.load(settings_of(parts, damaged), job))
+    finish(job)
+    assert worker.llm is None
+    assert "tokenizer.json" in job.failure
+    with pytest.raises(exl.ExlError, match="no model is loaded: choose one"):
+        worker.loaded()
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    first = worker.llm
+    job = worker.submit(lambda job: worker.load(settings_of(parts, damaged), job))
+    finish(job)
+    assert job.failure.endswith(". stories is loaded again, as it was.")
+    assert "closed" in repr(first)
+    assert worker.settings == settings_of(parts)
+    assert worker.loaded().generate("One", 2).num_tokens == 2
+
+
+def test_if_the_one_before_is_gone_too_it_says_that_none_is_loaded(parts, worker, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, model)
+    finish(worker.submit(lambda job: worker.load(settings_of(parts, model), job)))
+    shutil.rmtree(model)
+    job = worker.submit(lambda job: worker.load(settings_of(parts, tmp_path / "nothing"), job))
+    finish(job)
+    assert "No model is loaded now" in job.failure
+    assert worker.llm is None
+
+
+def test_a_conversation_goes_on_with_another_model(parts, worker):
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    session = parts["session"].Session(worker)
+    finish(session.send("Hello.", "", {"max_tokens": 4}))
+    before = session.messages
+    finish(worker.submit(lambda job: worker.load(settings_of(parts, kv_cache="q8"), job)))
+    states = finish(session.send("Why?", "Be kind.", {"max_tokens": 4}))
+    assert states[-1].done.num_tokens == 4
+    assert states[-1].context == 512
+    assert session.messages[:2] == before
+    assert session.undo() == "Why?"
+    assert session.messages == before
+
+
+def test_one_request_at_a_time_for_a_tab(parts, worker):
+    gate = threading.Event()
+    session = parts["session"].Session(worker)
+    job = session.submit(lambda job: gate.wait(10))
+    for call in (lambda: session.send("Hello.", "", {}), lambda: session.undo()):
+        with pytest.raises(ConfigError, match="still"):
+            call()
+    gate.set()
+    finish(job)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (("", "auto", "f16", "", "", "", "stored"), "model: found nothing"),
+        (("m", "auto", "f16", "banana", "", "", "stored"), "ram: found 'banana'"),
+        (("m", "auto", "f16", "", "8GB, x", "", "stored"), "vram: found 'x'"),
+        (("m", "cpu", "f16", "", "8GB", "", "stored"), "vram: found '8GB' with device='cpu'"),
+        (("m", "auto", "f16", "", "", "many", "stored"), "context: found 'many', expected a number of tokens"),
+        (("m", "auto", "f16", "", "", "-1", "stored"), "context: found -1"),
+    ],
+)
+def test_what_is_typed_wrong_is_named(parts, typed, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parts["settings"].load_settings(*typed)
+
+
+def test_what_is_typed_right(parts):
+    found = parts["settings"].load_settings(" owner/name ", "auto", "q8", "6GB", "8GB, 24GB", "auto", "4 bits")
+    assert (found.model, found.name, found.is_local) == ("owner/name", "owner/name", False)
+    expected = {"device": "auto", "kv_cache": "q8", "ram": "6GB", "vram": ["8GB", "24GB"], "context": "auto", "head": 4}
+    assert found.options == expected
+    options = parts["settings"].sampling_options(0.5, 40.0, 0.9, 0, 1, 20.0, " 7 ")
+    assert options == {
+        "temperature": 0.5, "top_k": 40, "top_p": 0.9, "min_p": 0, "repetition_penalty": 1, "max_tokens": 20, "seed": 7
+    }  # fmt: skip
+    assert parts["settings"].sampling_options(None, None, None, None, None, None, None)["seed"] is None
+    with pytest.raises(ConfigError, match="seed: found 'x'"):
+        parts["settings"].sampling_options(1, 0, 1, 0, 1, 5, "x")
+
+
+def test_a_gpu_that_is_not_there_is_planned_for_and_not_loaded_on(parts, monkeypatch):
+    def no_gpu(options):
+        raise ConfigError("found no GPU")
+
+    monkeypatch.setattr(parts["settings"], "choose_device", no_gpu)
+    found = parts["settings"].load_settings(str(BUNDLED_MODEL), "auto", "q8", "", "2GB", "", "stored")
+    assert found.plan() == exl.plan(vram="2GB", kv_cache="q8")
+    with pytest.raises(ConfigError, match="no GPU"):
+        found.check_device()
+    found = parts["settings"].load_settings(str(BUNDLED_MODEL), "cuda", "q8", "", "", "", "stored")
+    with pytest.raises(ConfigError, match="no GPU"):
+        found.plan()
+
+
+def test_a_plan_counts_what_the_loaded_model_gives_back(parts, monkeypatch):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from exl.planning.devices import started_bytes
+
+    free = 700 * 10**6
+    gpu = SimpleNamespace(arch=89)
+    monkeypatch.setattr(
+        parts["settings"], "choose_device", lambda options: (replace(options, vram=options.vram or free), gpu)
+    )
+    loaded = exl.plan(vram="2GB", arch=89)
+    given_back = loaded.device_bytes("cuda:0") - started_bytes(89)
+    found = parts["settings"].load_settings(str(BUNDLED_MODEL), "auto", "q8", "", "", "", "stored")
+    assert found.plan(loaded).budgets["cuda:0"] == free + given_back
+    assert found.plan().budgets["cuda:0"] == free
+
+
+HOSTILE = "</span><script>alert('1')</script>\" onmouseover=\"x"
+
+
+def test_what_a_model_writes_stays_text(parts):
+    found = parts["render"].tokens(HOSTILE, [record(HOSTILE, 0.5, alternatives=[record(HOSTILE, 0.25, 2)])])
+    assert "<script" not in found
+    assert 'onmouseover="' not in found
+    assert html.unescape(re.sub("<[^>]*>", "", found)) == HOSTILE + HOSTILE
+    data = json.loads(html.unescape(re.search(r'data-top="([^"]*)"', found)[1]))
+    assert [row[0] for row in data] == [HOSTILE.replace(" ", "␣")] * 2
+    for shown in (parts["render"].notice(HOSTILE), parts["render"].progress(HOSTILE, 1, 2)):
+        assert "<script" not in shown
+
+
+def test_tokens_are_coloured_and_the_chosen_one_is_marked(parts):
+    likely, other = record(" a", 0.9, 1), record("b", 0.06, 2)
+    found = parts["render"].tokens("", [record(" a", 0.9, 1, [likely, other]), record("c", 0.01, 3, [likely, other])])
+    assert re.findall(r'class="exl-token (p\d)"', found) == ["p4", "p0"]
+    first, second = (json.loads(html.unescape(data)) for data in re.findall(r'data-top="([^"]*)"', found))
+    assert [(row[0], row[2]) for row in first] == [("␣a", True), ("b", False)]
+    assert [(row[0], row[2]) for row in second] == [("␣a", False), ("b", False), ("c", True)]
+    classes = [parts["render"].probability_class(p) for p in (1, 0.8, 0.79, 0.5, 0.2, 0.05, 0.049, 0)]
+    assert classes == ["p4", "p4", "p3", "p3", "p2", "p1", "p0", "p0"]
+
+
+def test_characters_of_several_tokens_come_out_whole(parts):
+    smile = "😀".encode()
+    records = [exl.TokenLogprob(i, smile[i : i + 1], -1.0) for i in range(4)] + [record("\n", 0.5)]
+    text = re.sub("<[^>]*>", "", parts["render"].tokens("", records))
+    assert text == "···😀⏎\n"
