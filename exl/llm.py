@@ -16,19 +16,20 @@ import torch
 
 from exl.checkpoint.config import GenerationDefaults
 from exl.checkpoint.header import shown
-from exl.checkpoint.hub import Token, find_model
+from exl.checkpoint.hub import find_model
+from exl.checkpoint.hub_errors import Token
 from exl.engine.build import Engine, load_engine
 from exl.engine.generator import Generator
 from exl.errors import ConfigError, ExlError
 from exl.keywords import explain_foreign_keywords
 from exl.memory.device import release_cached
 from exl.planning.from_headers import EngineOptions
-from exl.planning.plan import format_bytes
 from exl.progress import Progress, shown_progress
 from exl.sampling import SamplingParams
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
 from exl.text.text_stream import TextStream
 from exl.text.tokenizer import Tokenizer
+from exl.units import format_bytes
 
 if TYPE_CHECKING:
     from exl.chat import Chat
@@ -240,7 +241,7 @@ class LLM:
         variables: Mapping | None = None,
     ) -> Chat:
         """A conversation whose earlier turns are not computed again; see ``exl.chat.Chat``."""
-        from exl.chat import Chat
+        from exl.chat import Chat  # imported late: a Chat is built on this module
 
         return Chat(self, system, tools=tools, variables=variables)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from exl.errors import ConfigError
-from exl.planning.plan import format_bytes
+from exl.units import format_bytes
 
 Progress = Callable[[int, int], None]  # bytes done so far, bytes in all
 

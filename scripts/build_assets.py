@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from exl.checkpoint.hub import BUNDLED_MODEL
-from exl.quantize import QuantizeOptions, quantize
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import exl
-from exl.quantize import QuantizeOptions, quantize
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 GROUPS = {"stories260K": (32, 64), "stories2M": (32, 64, 128)}  # 128 does not divide a hidden size of 64

@@ -37,7 +37,8 @@ def test_specs(arch: int) -> list:
 
 def all_specs(arch: int) -> list:
     """(spec, folder of its source or None): what the stages launch on ``arch``, models' kernels first."""
-    from exl.kernels import append_kv, attention_decode, attention_prefill, variants
+    from exl.kernels import append_kv, attention_decode, attention_prefill
+    from exl.kernels.variants import variants
     from exl.layout.pages import KINDS, PageLayout
 
     found = {(variant.spec, None): None for variant in variants(arch)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import exl
 from exl.planning.devices import HOST
-from exl.planning.plan import format_bytes
+from exl.units import format_bytes
 
 from .settings import LoadSettings
 

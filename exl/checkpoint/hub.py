@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl.checkpoint.header import shown
+from exl.checkpoint.hub_errors import Token, explain_hub_errors, first_line
 from exl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from exl.checkpoint.remote import RemoteFolder
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "stories"
-
-Token = str | bool | None  # as huggingface_hub has it: None is the one that was saved by logging in, False none
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -111,53 +108,4 @@ def _cached(repo_id: str, revision: str | None) -> Path | None:
     except (LocalEntryNotFoundError, CheckpointError):  # not there, or not all of it
         return None
     except ValueError as error:
-        raise CheckpointError(f"{repo_id}: {_NOT_HERE}, and {_first_line(error)}") from None
-
-
-@contextmanager
-def explain_hub_errors(what: str, revision: str | None = None) -> Iterator[None]:
-    """Errors of huggingface_hub and of the network -> ``CheckpointError``, one line that begins with ``what``."""
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version is built on
-
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except ImportError as error:
-        raise CheckpointError(
-            f"{what}: a plan without a download needs huggingface_hub 1.0 or newer: {_first_line(error)}"
-        ) from None
-    except (HTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{what}, and {_reason(error, revision)}") from None
-
-
-def _reason(error: BaseException, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    cause = error.__cause__
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "not in huggingface_hub's cache, which is all there is in offline mode (HF_HUB_OFFLINE)"
-    if isinstance(error, errors.LocalEntryNotFoundError) and cause is not None:
-        return _reason(cause, revision)
-    if isinstance(error, errors.GatedRepoError):
-        return "its repository is gated: ask for access on its page, then log in (hf auth login) or give a token"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "Hugging Face has no such repository, or a private one: log in (hf auth login) or give a token for that"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"its repository has no revision {revision!r}"
-    if isinstance(error, errors.EntryNotFoundError):
-        return "its repository has no such file"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return "Hugging Face does not know the token (401)"
-    if status == 403:
-        return "the token may not read its repository (403)"
-    if status is not None:
-        return f"Hugging Face answered with status {status}: {_first_line(error)}"
-    if isinstance(error, errors.HTTPError | ConnectionError):
-        return f"Hugging Face cannot be reached: {_first_line(error)}"
-    return f"not to be had from Hugging Face: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{repo_id}: {_NOT_HERE}, and {first_line(error)}") from None

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import MAX_JSON_BYTES, parse_json
 from exl.checkpoint.header import MAX_HEADER_BYTES
-from exl.checkpoint.hub import Token, explain_hub_errors
+from exl.checkpoint.hub_errors import Token, explain_hub_errors
 from exl.errors import CheckpointError
 
 _NUM_REQUESTS = 8  # at once: each mostly waits

@@ -1,1 +1,4 @@
-"""The commands of ``exl``, a module each. None imports torch before it runs."""
+"""The ``exl`` command, a module for each of its commands, and what only a terminal needs.
+
+Each imports what it runs inside of its function, so that ``exl --help`` is quick. Begin with ``common.py``.
+"""

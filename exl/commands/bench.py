@@ -50,7 +50,7 @@ def bench(
     from exl.bench import markdown, rows_of, run_bench
     from exl.checkpoint.hub import find_model
     from exl.planning.from_headers import EngineOptions
-    from exl.planning.plan import format_bytes
+    from exl.units import format_bytes
 
     options = EngineOptions(**load_options(device, vram, ram, context, kv_cache))
     report = run_bench(find_model(model, revision=revision, token=token), options, pp, tg, depth, repeats)

@@ -11,8 +11,8 @@ from typing import Any
 from exl.chat import Chat
 from exl.errors import ConfigError, ExlError
 from exl.llm import LLM, Completion, TextIterator
-from exl.planning.plan import format_bytes
 from exl.sampling import SamplingParams
+from exl.units import format_bytes
 
 SETTINGS: dict[str, type] = {
     "temperature": float,

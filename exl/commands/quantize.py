@@ -36,8 +36,8 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from exl.quantize import QuantizeOptions
-    from exl.quantize import quantize as run
+    from exl.quantize.options import QuantizeOptions
+    from exl.quantize.run import quantize as run
 
     options = QuantizeOptions(
         bits=bits,

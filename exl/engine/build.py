@@ -30,8 +30,9 @@ from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
-from exl.planning.plan import MemoryPlan, PlanInput, Tier, format_bytes
+from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
+from exl.units import format_bytes
 from exl.weights.loader import ModelWeights, load_weights
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError
-from exl.formats import matrix_spec, rounding_group
+from exl.formats.load import matrix_spec
+from exl.formats.rounding import rounding_group
 from exl.layout.layers import BlobSpec, LayerLayout, LinearSpec, MatrixSpec, Target, fuse, layer_layout
 from exl.models.registry import NAME_TABLES, NameTable
 

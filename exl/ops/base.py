@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.checkpoint.config import RopeConfig
-from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.layers import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
 from exl.errors import UnsupportedModelError
-from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
 from exl.kernels.attention_prefill import attention_prefill

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.layers import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 

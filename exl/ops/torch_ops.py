@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.errors import UnsupportedModelError
-from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.layers import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
 from exl.memory.host import host_tensor
 from exl.ops import torch_attention

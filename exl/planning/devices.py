@@ -1,4 +1,4 @@
-"""The memory plan of one or several GPUs, and of the RAM beside them: as pure as ``memory.py``, and no GPU is asked.
+"""The memory plan of one or several GPUs, and of the RAM beside them: as pure as ``cpu.py``, and no GPU is asked.
 
 Layers lie on the GPUs in order. Those that no GPU has room for are streamed to the last one: from pinned RAM, and the
 last of them from the disk, where ``ram`` ends. What they have in the cache lies on the last GPU, too.
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from exl.batch import PAGE_SIZE
 from exl.layout.arena import ArenaLayout, arena_layout
 from exl.layout.layers import BLOB_ALIGN, align_up
-from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier, format_bytes, loading_bytes
+from exl.planning.cpu import loading_bytes
+from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
+from exl.units import format_bytes
 
 HOST = "ram"  # the name of host memory's lines
 # torch's caching allocator takes memory from the driver in segments of these sizes (its c10 source's kSmallBuffer,
@@ -86,13 +88,13 @@ def plan_devices(
         if num_resident and num_slots > 1 and (num_layers - num_resident) % num_slots == 1:
             continue  # the last layer of a step and the first of the next would have the same slot: each step a stall
         for num_devices in range(1, len(vram) + 1):
-            plan = _plan(model, vram[:num_devices], ram, num_resident, num_slots, arena, max_pinned)
+            plan = _split_over(model, vram[:num_devices], ram, num_resident, num_slots, arena, max_pinned)
             if plan.fits:
                 return plan
     return plan
 
 
-def _plan(
+def _split_over(
     model: PlanInput,
     vram: Sequence[int],
     ram: int | None,
@@ -102,7 +104,7 @@ def _plan(
     max_pinned: int | None,
 ) -> MemoryPlan:
     num_layers = len(model.layers)
-    num_pages = model.num_sequences * -(-model.limits.max_context // PAGE_SIZE)
+    num_pages = model.num_pages
     slots = min(num_slots, num_layers - num_resident)
     shares = list(_shares(model, vram, num_resident, num_pages, slots, arena))
     lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, arena)]

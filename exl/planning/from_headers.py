@@ -11,15 +11,18 @@ from pathlib import Path
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig, read_json
-from exl.checkpoint.hub import Token, find_headers
+from exl.checkpoint.hub import find_headers
+from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.layout.layers import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
 from exl.memory.host import pinned_limit
 from exl.models.manifest import ModelManifest, read_manifest
+from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
-from exl.planning.plan import MemoryPlan, PlanInput, format_bytes, parse_bytes, plan_memory
+from exl.planning.plan import MemoryPlan, PlanInput
+from exl.units import format_bytes, parse_bytes
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
@@ -183,13 +186,13 @@ def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tup
     """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit."""
     if options.context == "auto":
         options = dataclasses.replace(options, context=_largest_context(files, options, target))
-    plan, model = _plan(files, options, target)
+    plan, model = _attempt(files, options, target)
     if not plan.fits:
         raise MemoryBudgetError(_explain(files, options, target, plan))
     return plan, model
 
 
-def _plan(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
+def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
     context = options.context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
     layout = DeviceKVLayout if target.kind == "cuda" else KVLayout
@@ -216,12 +219,12 @@ def _plan(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[Me
             max_pinned=pinned_limit(),
         )
     else:
-        plan = plan_memory(model, options.budget, max_resident=options.resident_layers)
+        plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
     return plan, model
 
 
 def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool) -> bool:
-    plan, _ = _plan(files, options, target)
+    plan, _ = _attempt(files, options, target)
     return plan.fits and (plan.placement.num_streamed == 0 or not resident)
 
 
@@ -238,7 +241,7 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
 
 def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
     """What does not fit, and the nearest settings that would."""
-    least, _ = _plan(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
+    least, _ = _attempt(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
     hints = [_needed(least, "ram" if target.kind == "cpu" else "vram")]
     context = _largest_context(files, options, target, resident=False)
     changes: list[dict[str, object]] = [

@@ -6,8 +6,12 @@ Styles stand in the elements, and take text and background from the page: light 
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
-from exl.planning.plan import MemoryPlan, PlanLine, format_bytes
+from exl.units import format_bytes
+
+if TYPE_CHECKING:
+    from exl.planning.plan import MemoryPlan, PlanLine
 
 # A purpose has one colour in all plans, so that two bars can be compared: weights are blue, the cache is amber, the
 # buffers of a step are green, what the libraries take is grey and red.

@@ -1,6 +1,4 @@
-"""Dense models -> GPTQ files."""
+"""Dense models -> GPTQ files, layer by layer, in little memory.
 
-from exl.quantize.options import QuantizeOptions
-from exl.quantize.run import Progress, QuantizeResult, quantize
-
-__all__ = ["Progress", "QuantizeOptions", "QuantizeResult", "quantize"]
+Imports up to models. Begin with ``run.py``; ``gptq.py`` is the solver.
+"""

@@ -14,8 +14,8 @@ from exl.batch import I32, ForwardBatch
 from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
-from exl.formats import load_matrix, read_vector
-from exl.formats.tensors import read_float
+from exl.formats.load import load_matrix
+from exl.formats.tensors import read_float, read_vector
 from exl.layout.layers import BlobSpec, KVLayout, LinearSpec, StepLimits, layer_layout
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest

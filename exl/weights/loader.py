@@ -20,7 +20,8 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError
-from exl.formats import load_part, read_vector
+from exl.formats.load import load_part
+from exl.formats.tensors import read_vector
 from exl.layout.layers import LayerLayout, packs_in_order
 from exl.memory.host import trim_heap
 from exl.models.manifest import ModelManifest

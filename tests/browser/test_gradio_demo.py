@@ -14,7 +14,7 @@ import pytest
 
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
-from exl.planning.plan import format_bytes
+from exl.units import format_bytes
 
 ROOT = Path(__file__).parents[2]
 HOW = "make browser installs it"

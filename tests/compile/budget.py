@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from exl.kernels import ARCHS, variants
+from exl.kernels.variants import ARCHS, variants
 
 from .nvrtc import Nvrtc, nvrtc
 from .resources import Resources, measure_all, name_of

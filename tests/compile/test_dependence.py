@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exl.kernels import variants
 from exl.kernels.spec import KernelSpec, flattened, kernel_folder
+from exl.kernels.variants import variants
 from tests.host.backends import TEST_KERNELS
 
 from .dependence import CONSTANTS, find_faults, parameters, waits

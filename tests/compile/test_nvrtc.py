@@ -7,9 +7,9 @@ import hashlib
 import pytest
 
 from exl.errors import KernelError
-from exl.kernels import ARCHS, variants
 from exl.kernels.compiler import CompileFailed, compile_cached
 from exl.kernels.spec import KernelSpec, Variant, flattened, nvrtc_options
+from exl.kernels.variants import ARCHS, variants
 from exl.layout.arch import arch_limits
 from tests.host.backends import TEST_KERNELS
 

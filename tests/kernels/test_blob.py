@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, KernelError
-from exl.formats import DenseMatrix, gptq_spec, load_gptq, round_to_nearest
+from exl.formats.gptq import gptq_spec, load_gptq
+from exl.formats.matrix import DenseMatrix
+from exl.formats.rounding import round_to_nearest
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.linear import gate_up, make_scratch, project
 from exl.kernels.linear_dense import multiply_dense

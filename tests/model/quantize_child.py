@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from exl.quantize import QuantizeOptions, quantize
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
 
 torch.set_num_threads(1)
 source, destination, last_step, options = sys.argv[1:]

@@ -16,8 +16,9 @@ from exl.engine.build import load_engine
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.layout.layers import KV_BITS, Target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
-from exl.planning.plan import Tier, format_bytes, parse_bytes
+from exl.planning.plan import Tier
 from exl.sampling import SamplingParams
+from exl.units import format_bytes, parse_bytes
 from tests.command_line import run_exl
 from tests.model.hf_models import CASES, build, save
 from tests.model.test_quantized import make

@@ -10,11 +10,12 @@ import transformers
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.models.manifest import read_manifest
-from exl.quantize import QuantizeOptions, quantize
 from exl.quantize.calibration import read_calibration
 from exl.quantize.gptq import gptq
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
 from exl.text.tokenizer import Tokenizer
 from tests.model.test_quantize_model import CALIBRATION, DATA, dequantized
 

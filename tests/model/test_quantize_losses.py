@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import transformers
 
 import exl
-from exl.quantize import QuantizeOptions, quantize
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
 from exl.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"

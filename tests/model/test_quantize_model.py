@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 import exl
 from exl.errors import CheckpointError, ConfigError, ExlError
-from exl.quantize import QuantizeOptions, quantize
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
 from exl.quantize.work import WORK_NAME
 from tests.reference.plain_packer import bit_places
 

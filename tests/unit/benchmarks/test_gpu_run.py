@@ -378,7 +378,7 @@ def test_what_was_compiled_ahead_is_found(tmp_path):
 
 
 def test_all_variants_are_compiled_ahead():
-    from exl.kernels import variants
+    from exl.kernels.variants import variants
 
     specs = [spec for spec, sources in precompile.all_specs(90) if sources is None]
     assert {variant.spec for variant in variants(90)} <= set(specs)

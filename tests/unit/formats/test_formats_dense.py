@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import QuantConfig, parse_quant_config
 from exl.errors import CheckpointError, UnsupportedModelError
-from exl.formats import DenseMatrix, QuantizedMatrix, dense_spec, load_dense, load_matrix, matrix_spec, read_vector
+from exl.formats.dense import dense_spec, load_dense
+from exl.formats.load import load_matrix, matrix_spec
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.formats.tensors import read_vector
 from tests.reference.plain_packer import pack_layer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, ExlWarning, UnsupportedModelError
-from exl.formats import gptq_spec, load_gptq
+from exl.formats.gptq import gptq_spec, load_gptq
 from tests.reference.plain_packer import dequantize, pack_layer
 
 AUTOGPTQ = Path(__file__).parents[2] / "data" / "autogptq" / "packed.safetensors"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import exl
-from exl.formats import DenseMatrix, round_to_nearest, rounding_group
+from exl.formats.matrix import DenseMatrix
+from exl.formats.rounding import round_to_nearest, rounding_group
 
 STORIES = Path(__file__).parents[2] / "data" / "stories2M"
 

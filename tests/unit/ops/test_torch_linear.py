@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.layers import LinearSpec, MatrixSpec, Target, fuse, linear_layout
 from exl.ops.base import Linear, view_field
 from exl.ops.torch_linear import Scratch, matmul, pack_int4, pack_int4_words, pack_linear, pack_planes, probe_int4pack

@@ -22,7 +22,8 @@ from exl.layout.tiles import TileLayout
 from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_bytes, usable_bytes
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.html import COLORS
-from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier, format_bytes
+from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
+from exl.units import format_bytes
 from tests.command_line import run_exl
 
 SM86 = Target("cuda", arch=86)

@@ -22,7 +22,7 @@ from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import parse_quant_config
 from exl.errors import CheckpointError, ExlError
-from exl.formats import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.blob import pack_linear as pack_tiles
 from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
 from exl.memory.host import HostBuffer

@@ -1,0 +1,99 @@
+"""The memory plan of a machine without a GPU: resident layers, stream slots, the cache, and what torch takes."""
+
+from __future__ import annotations
+
+from exl.batch import PAGE_SIZE
+from exl.layout.layers import BLOB_ALIGN, DTYPE_BYTES, PACK_COLUMNS, StepLimits, align_up, scratch_bytes, step_bytes
+from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
+
+
+def plan_cpu(
+    model: PlanInput, budget: int | None = None, *, num_slots: int = 2, max_resident: int | None = None
+) -> MemoryPlan:
+    """Layers stay in memory from the first on; those that the budget has no room for are streamed, through
+    ``num_slots`` slots. ``max_resident`` keeps no more than so many, whatever the budget. The plan may not fit: ask
+    ``fits``."""
+    num_layers = len(model.layers)
+    most = num_layers if max_resident is None else min(max_resident, num_layers)
+    for resident in range(most, 0, -1):
+        plan = _with_resident(model, budget, resident, num_slots)
+        if plan.fits:
+            return plan
+    return _with_resident(model, budget, 0, num_slots)
+
+
+def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_slots: int) -> MemoryPlan:
+    device, limits = model.target.kind, model.limits
+    layer_bytes = [layer.num_bytes for layer in model.layers]
+    num_streamed = len(layer_bytes) - num_resident
+    slots = min(num_slots, num_streamed)
+    slot = max(layer_bytes[num_resident:], default=0)
+    num_pages = model.num_pages
+    resident_bytes = sum(layer_bytes[:num_resident])
+    steps, scratch = step_bytes(limits), scratch_bytes(limits, model.target)
+    lines = [
+        PlanLine("embedding", device, model.embed.num_bytes, True),
+        PlanLine("resident layers", device, resident_bytes, True, f"{num_resident} of {len(layer_bytes)}"),
+        PlanLine("stream slots", device, slots * slot, True, f"{slots} for {num_streamed} layers" if slots else ""),
+        PlanLine("head and final norm", device, model.head.num_bytes, True),
+        PlanLine(
+            "KV cache", device, model.kv_layout.slab_bytes(num_pages), True,
+            f"{model.kv_layout.kind}, {num_pages * PAGE_SIZE} tokens",
+        ),
+        PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
+        PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),
+        PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
+        PlanLine("scratch of operations", device, sum(scratch.values()), True),
+    ]  # fmt: skip
+    temporaries = torch_temporaries(model)
+    lines.append(PlanLine("temporaries", device, temporaries, False, "torch's own, while an operation runs"))
+    if model.tokenizer_bytes:
+        lines.append(PlanLine("tokenizer", device, _TOKENIZER_FACTOR * model.tokenizer_bytes, False))
+    # While loading, the file's bytes of two layers and what is unpacked of one are there, and the buffers of a step
+    # are not touched yet: only what exceeds them adds to the peak.
+    idle = sum(line.num_bytes for line in lines if line.purpose not in _LOADED_FIRST)
+    loading = loading_bytes(model)
+    if loading > idle:
+        lines.append(PlanLine("loading", device, loading - idle, False, "two layers as the file has them"))
+    placement = Placement(
+        tuple((Tier.DEVICE if i < num_resident else Tier.DISK, device) for i in range(len(layer_bytes)))
+    )
+    budgets = {} if budget is None else {device: budget}
+    return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, slots, budgets)
+
+
+_LOADED_FIRST = ("embedding", "resident layers", "stream slots", "head and final norm")
+_TOKENIZER_FACTOR = 8
+_UNPACKED_BYTES = 8  # of one code while it is unpacked, sorted, fused and packed
+_LIBRARY_BYTES = 12 << 20  # what MKL keeps for f32 products of any size: 4 to 13 MB were seen
+
+
+def loading_bytes(model: PlanInput) -> int:
+    """Host memory while layers are packed, besides what stays."""
+    return 2 * model.layer_file_bytes + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
+
+
+def _max_k(limits: StepLimits) -> int:
+    return max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
+
+
+def torch_temporaries(model: PlanInput) -> int:
+    """The largest sum of temporaries that are alive at once on the CPU, over the operations of a step."""
+    config, limits, kv = model.config, model.limits, model.kv_layout
+    T, context, D = limits.max_rows, limits.max_context, config.head_dim
+    block = min(128, T)
+    group = config.num_heads // config.num_kv_heads
+    element = 4 if kv.quantized else DTYPE_BYTES[kv.kind]
+    # One norm's output, and what torch.nn.functional computes it from.
+    norm = T * limits.hidden_size * 4
+    # A chunk's q, k and v turned and converted; cos and sin.
+    rotate = T * limits.qkv_width * 4 + T * D * 4
+    # A block of rows: scores' mask (distances i64, hidden u8, mask), its copies for the query group, q and the result.
+    mask = block * context * (8 + 1 + element) + block * group * context * element
+    rows = 4 * block * limits.attn_width * element
+    # K and V of the whole context, dequantized; or gathered, where pages are no neighbours.
+    run = context * config.kv_width * (2 * element + (element if kv.quantized else 0))
+    attend = rotate + mask + rows + run
+    gate = T * limits.intermediate_size * 4 + norm
+    decode = 32 * 2 * (2 * limits.intermediate_size + limits.hidden_size)
+    return align_up(_LIBRARY_BYTES + max(attend, gate, norm + decode), BLOB_ALIGN)
