@@ -61,7 +61,7 @@ class SamplingParams:
         self._check_integer("max_tokens", _MAX_INT)
         if self.seed is not None:
             self._check_integer("seed", _MAX_SEED)
-        self._check_stop()
+        object.__setattr__(self, "stop", checked_stop(self.stop))
 
     def _check_number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
@@ -80,19 +80,19 @@ class SamplingParams:
             raise ConfigError(f"{name}: found {value!r}, expected an integer from 0 to {high}")
         object.__setattr__(self, name, int(value))
 
-    def _check_stop(self) -> None:
-        if isinstance(self.stop, str) or not isinstance(self.stop, Sequence):
-            raise ConfigError(f"stop: found {self.stop!r} ({type(self.stop).__name__}), expected a tuple of strings")
-        if len(self.stop) > _MAX_STOPS:
-            raise ConfigError(f"stop: found {len(self.stop)} strings, expected at most {_MAX_STOPS}")
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise ConfigError(f"stop: found {text!r} ({type(text).__name__}), expected strings only")
-            if not 1 <= len(text) <= _MAX_STOP_CHARS:
-                raise ConfigError(
-                    f"stop: found a string of {len(text)} characters, expected from 1 to {_MAX_STOP_CHARS}"
-                )
-        object.__setattr__(self, "stop", tuple(self.stop))
+
+def checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
+    """Stop strings as ``SamplingParams`` keeps them. Raises ``ConfigError`` for what is no sequence of such strings."""
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise ConfigError(f"stop: found {stop!r} ({type(stop).__name__}), expected a tuple of strings")
+    if len(stop) > _MAX_STOPS:
+        raise ConfigError(f"stop: found {len(stop)} strings, expected at most {_MAX_STOPS}")
+    for text in stop:
+        if not isinstance(text, str):
+            raise ConfigError(f"stop: found {text!r} ({type(text).__name__}), expected strings only")
+        if not 1 <= len(text) <= _MAX_STOP_CHARS:
+            raise ConfigError(f"stop: found a string of {len(text)} characters, expected from 1 to {_MAX_STOP_CHARS}")
+    return tuple(stop)
 
 
 def uniform(seed: int, step: int) -> float:

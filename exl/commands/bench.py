@@ -7,22 +7,12 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import (
-    Context,
-    Debug,
-    Device,
-    KVCacheType,
-    Model,
-    Ram,
-    Revision,
-    Token,
-    Vram,
-    load_options,
-    say,
-)
+from exl.commands.common import say
+from exl.commands.options import Debug, LoadOptions, Model, shared_options
 from exl.errors import ConfigError
 
 
+@shared_options
 def bench(
     model: Model = None,
     pp: Annotated[int, typer.Option("--pp", help="Tokens of the prompt; 0: leave it out.")] = 512,
@@ -30,13 +20,8 @@ def bench(
     depth: Annotated[int, typer.Option(help="Tokens that are in the cache before.")] = 0,
     repeats: Annotated[int, typer.Option(help="Measurements of each, after one that does not count.")] = 5,
     output: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
-    device: Device = "auto",
-    vram: Vram = None,
-    ram: Ram = None,
-    context: Context = None,
-    kv_cache: KVCacheType = "f16",
-    revision: Revision = None,
-    token: Token = None,
+    *,
+    loading: LoadOptions,
     debug: Debug = False,
 ) -> None:
     """Measure the speed of prompts and of generation.
@@ -52,8 +37,7 @@ def bench(
     from exl.planning.from_headers import EngineOptions
     from exl.units import format_bytes
 
-    options = EngineOptions(**load_options(device, vram, ram, context, kv_cache))
-    report = run_bench(find_model(model, revision=revision, token=token), options, pp, tg, depth, repeats)
+    report = run_bench(find_model(model, **loading.source), EngineOptions(**loading.engine()), pp, tg, depth, repeats)
     rows = rows_of(report)
     if output == "json":
         facts = {"roof_bytes_per_second": report.roof, "peak_bytes": report.peak_bytes}

@@ -2,38 +2,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exl.commands.common import (
-    Context,
-    Debug,
-    Device,
-    KVCacheType,
-    Ram,
-    Revision,
-    Token,
-    Vram,
-    load_options,
-    load_with_progress,
-)
+from exl.commands.common import load_with_progress
+from exl.commands.options import Debug, LoadOptions, shared_options
 
 
+@shared_options
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face repository.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
     against: Annotated[str | None, typer.Option(help="A reference model: KL divergence and agreement with it.")] = None,
     documents: Annotated[str, typer.Option(help="lines: each line for itself; whole: the file in windows.")] = "lines",
     window: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 512,
-    device: Device = "auto",
-    vram: Vram = None,
-    ram: Ram = None,
-    context: Context = None,
-    kv_cache: KVCacheType = "f16",
-    revision: Revision = None,  # of the model, not of the reference
-    token: Token = None,
+    *,
+    loading: LoadOptions,  # a revision is of the model, not of the reference
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -46,13 +33,12 @@ def evaluate(
     from exl.evaluate import evaluate as run
     from exl.evaluate import read_documents
 
-    options = load_options(device, vram, ram, window if context is None else context, kv_cache)
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(load_with_progress(model, revision=revision, token=token, **options))
+        llm = stack.enter_context(load_with_progress(model, loading, window))
         ids = read_documents(text, llm.tokenizer, documents, window)
         reference = None
         if against is not None:
-            reference = stack.enter_context(load_with_progress(against, token=token, **options))
+            reference = stack.enter_context(load_with_progress(against, replace(loading, revision=None), window))
         found = run(llm, ids, reference)
     facts: dict[str, float | int] = {
         "loss": found.loss,

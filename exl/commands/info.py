@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Debug
+from exl.commands.options import Debug
 
 
 def info(

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Debug, say
+from exl.commands.common import say
+from exl.commands.options import Debug
 
 packed_app = typer.Typer(help="Packed copies of models that were streamed from disk.", no_args_is_help=True)
 PackedFolder = Annotated[Path | None, typer.Option("--folder", help="Default: the user's cache folder.")]

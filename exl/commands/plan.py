@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
+from exl.commands.options import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
 
 
 def plan(

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import Debug, say
+from exl.commands.common import say
+from exl.commands.options import Debug
 
 
 def quantize(

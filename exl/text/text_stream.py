@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exl.errors import ConfigError
+from exl.sampling import checked_stop
 from exl.text.tokenizer import Tokenizer
 
 
@@ -32,12 +32,10 @@ class TextStream:
     ) -> None:
         """``prompt_ids``: tokens before the continuation; none for a text that stands alone.
 
-        Raises ``ConfigError`` for a stop string that is empty or no string.
+        Raises ``ConfigError`` for stop strings that ``SamplingParams`` would not take either.
         """
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ConfigError(f"stop: found {stop!r}, expected a sequence of strings that are not empty")
         self.stopped: str | None = None  # the stop string that ended the text
-        self._stop = tuple(stop)
+        self._stop = checked_stop(stop)
         self._max_held = max(map(len, self._stop), default=1) - 1
         self._held = ""
         self._finished = False

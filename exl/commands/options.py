@@ -1,0 +1,119 @@
+"""Options that commands share, each written down once: how a model is loaded, how a token is drawn.
+
+A command takes a group as one parameter; ``shared_options`` spreads its fields over the command line, in their order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from exl.errors import ConfigError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
+]
+Revision = Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")]
+Token = Annotated[str | None, typer.Option(help="For a private or gated repository; by default the one saved by hf.")]
+Ram = Annotated[str | None, typer.Option(help="What exl may use: 6GB, 512MiB. Layers that do not fit are streamed.")]
+Context = Annotated[str | None, typer.Option(help="Tokens for prompt and answer together, or auto: as many as fit.")]
+KVCacheType = Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8, k8v4 or q4.")]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto"
+    vram: Annotated[
+        str | None,
+        typer.Option(help="What exl may use of the GPU: 8GB. Layers that do not fit wait in RAM. Default: all."),
+    ] = None
+    ram: Ram = None
+    context: Context = None
+    kv_cache: KVCacheType = "f16"
+    revision: Revision = None
+    token: Token = None
+
+    def engine(self, context: int | None = None) -> dict[str, object]:
+        """Keywords of ``EngineOptions``; ``context`` is for commands that know better if none was asked for."""
+        return {
+            "device": self.device,
+            "vram": parse_vram(self.vram),
+            "ram": self.ram,
+            "context": context if self.context is None else parse_context(self.context),
+            "kv_cache": self.kv_cache,
+        }
+
+    @property
+    def source(self) -> dict[str, str | None]:
+        """Keywords of ``find_model``: which version of a repository, and with whose token."""
+        return {"revision": self.revision, "token": self.token}
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How a token is drawn; None is left to the model's generation_config."""
+
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own, else greedy.")] = (
+        None
+    )
+    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens; 0 is off.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens that sum to p.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Only tokens p times as likely as the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, on the same machine.")] = None
+
+    def asked(self) -> dict[str, float | int]:
+        """What was given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` as typer takes it: each parameter that is a group above becomes its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if not dataclasses.is_dataclass(hint):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+            continue
+        groups[parameter.name] = hint
+        fields = get_type_hints(hint, include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=fields[f.name])
+            for f in dataclasses.fields(hint)
+        ]
+
+    def run(**values: Any) -> None:
+        made = {
+            name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def parse_vram(text: str | None) -> list[str] | None:
+    """``parse_vram("10GB,24GB") == ["10GB", "24GB"]``."""
+    return None if text is None else text.split(",")
+
+
+def parse_context(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"context: found {text!r}, expected a number of tokens or auto") from None
