@@ -141,5 +141,36 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
+PATH = re.compile(r"`((?:exl|cuda|tests|benchmarks|scripts|examples)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_are_named_exist(page):
+    found = PATH.findall(page.read_text(encoding="utf-8"))
+    headers = ROOT / "cuda" / "include"  # exl/page.cuh, as sources include it
+    assert [path for path in found if not (ROOT / path).exists() and not (headers / path).exists()] == []
+
+
+def test_the_architecture_names_every_module():
+    """In the section of its wing; the root's modules in the root's."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    sections = {title.split(":")[0].removeprefix("The "): body for title, body in SECTION.findall(text)}
+    for folder in [ROOT / "exl", *(path.parent for path in (ROOT / "exl").glob("*/__init__.py"))]:
+        section = sections["root" if folder.name == "exl" else folder.name]
+        named = set(re.findall(r"`(\w+\.py)`", section))
+        there = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        if folder.name == "commands":  # a module for each command is said once
+            there -= {f"{name}.py" for name in COMMANDS}
+        elif folder.name == "kernels":  # and one for each kernel, in docs/kernels.md
+            named |= set(re.findall(r"`(?:exl/kernels/)?(\w+\.py)`", KERNELS.read_text(encoding="utf-8")))
+        assert there - named == set(), f"docs/architecture.md: exl/{folder.name} has modules that it does not name"
+        assert folder.name == "kernels" or named - there == set(), f"docs/architecture.md: {folder.name}"
+
+
+SECTION = re.compile(r"^## (The root|\w+: [^\n]*)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+COMMANDS = ("bench", "chat", "evaluate", "generate", "info", "packed", "plan", "quantize")
+KERNELS = ROOT / "docs" / "kernels.md"
+
+
 def test_the_memory_table_is_what_the_plan_says():
     assert memory_table.table() in (ROOT / "README.md").read_text(encoding="utf-8")
