@@ -1,13 +1,13 @@
-"""Chat templates: from messages to the prompt that a model was trained on.
+"""Chat templates: render messages into the prompt format that a model was trained on.
 
 Templates are Jinja, in the dialect of transformers (``transformers/utils/chat_template_utils.py``): trimmed blocks,
-loop controls, ``raise_exception``, ``strftime_now``, a ``tojson`` that leaves characters alone, and ``generation``
+loop controls, ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape characters, and ``generation``
 tags, which mark the assistant's text and render as nothing.
 
-A template comes with a checkpoint and is not trusted: it runs in Jinja's immutable sandbox, on copies made of plain
-data. Bounded are a ``range`` (Jinja: 100,000 items), the length of the output and the depth of recursion. Not bounded
-are the time that nested loops take and the size of one value that an expression makes (``'a' * 10 ** 10``): a hostile
-template can use up processor time and memory, but reaches no file, no module and no attribute of Python's.
+A template comes with a checkpoint and is not trusted: it runs in Jinja's immutable sandbox, on copies that hold plain
+data only. Bounded: a ``range`` (Jinja: 100,000 items), the length of the output, the depth of recursion. Not bounded:
+the time that nested loops take, and the size of a single value that an expression makes (``'a' * 10 ** 10``). So a
+hostile template can use up processor time and memory, but it reaches no file, no module and no Python attribute.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RESERVED = ("messages", "tools", "add_generation_prompt")
 
 
 class ChatTemplate:
-    """A model's chat template, or several by name. Compiled when it is first needed."""
+    """A model's chat template, or several by name. Each is compiled at its first use."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class ChatTemplate:
     ) -> None:
         """``templates``: one template; named ones; or, as in tokenizer_config.json, a list of {name, template}.
 
-        ``special_tokens`` are variables of the template: ``{"bos_token": "<s>", ...}``. ``source`` is the name in
-        messages of errors. Raises ``ConfigError`` for another shape of templates.
+        ``special_tokens`` become variables of the template: ``{"bos_token": "<s>", ...}``. ``source`` is the name that
+        error messages use. Raises ``ConfigError`` if ``templates`` has none of these forms.
         """
         self.source = source
         self._templates = _named(templates, source)
@@ -59,7 +59,7 @@ class ChatTemplate:
 
     @cached_property
     def literal_text(self) -> str:
-        """What the templates themselves may write: their text and strings, parted by NUL characters."""
+        """All text that the templates themselves can write: their literal text and strings, joined by NUL."""
         parts = []
         for name, template in self._templates.items():
             try:
@@ -81,10 +81,11 @@ class ChatTemplate:
     ) -> str:
         """The prompt, as transformers renders it.
 
-        ``messages``: objects with a ``role`` and what the template knows beside it, usually ``content``: a string or a
-        list of objects. ``tools``: JSON schemas of functions. ``variables``: further names for the template, such as
-        ``enable_thinking``. ``name``: which template; without it ``tool_use`` if there is one and tools are given,
-        else ``default``. Raises ``ConfigError`` for anything malformed, with the template's own words if it refuses.
+        ``messages``: objects with a ``role`` and the other keys that the template reads, usually ``content``: a string
+        or a list of objects. ``tools``: JSON schemas of functions. ``variables``: further variables for the template,
+        such as ``enable_thinking``. ``name``: which template; by default ``tool_use`` if it exists and tools are given,
+        else ``default``. Raises ``ConfigError`` for malformed input, and with the template's own message if the
+        template itself raises.
         """
         values = _values(messages, tools, variables)
         return self._render(values, add_generation_prompt, name)
@@ -100,12 +101,13 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> RenderedPrompt:
-        """As ``render``, with everything kept apart that only looks like a control token.
+        """Like ``render``, but text in the input that only looks like a control token is replaced by placeholders.
 
-        What an assistant said may hold control tokens that are not special (such as ``<think>``), as the model made
-        them; nothing else may, and nobody's text may hold special ones. Two things are the caller's to watch:
-        a role with a control token is an error, but a template that builds tokens from roles will use any role; and a
-        template that takes strings apart may show parts of a token, set side by side with others.
+        An assistant message may hold control tokens that are not special (such as ``<think>``), because the model
+        itself wrote them. No other message may hold control tokens, and no message may hold special ones. Two cases
+        remain the caller's responsibility. First, a role that holds a control token is an error, but a template that
+        builds tokens from roles accepts any other role. Second, a template that splits strings may put parts of a token
+        next to other text.
         """
         values = _values(messages, tools, variables)
         placeholders = Placeholders([values, list(self._templates.values())])
@@ -181,7 +183,7 @@ def _named(templates: Any, source: str) -> dict[str, str]:
 
 
 def _values(messages: Any, tools: Any, variables: Any) -> dict[str, Any]:
-    """Checked copies of what a template is given, by name."""
+    """Checked copies of the template's variables, by name."""
     if variables is not None and not isinstance(variables, Mapping):
         raise ConfigError(f"variables: found {type(variables).__name__}, expected an object")
     if taken := [name for name in variables or () if name in _RESERVED]:
@@ -201,7 +203,7 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
     plain = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
-        # Many templates write "None" for a key that is there without a value.
+        # Many templates write "None" for a key that is present with the value None.
         message = _plain({key: value for key, value in message.items() if value is not None}, where)
         role, content = message.get("role"), message.get("content", "")
         if not isinstance(role, str) or not role:
@@ -213,7 +215,7 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates read an assistant's reasoning under one of two names."""
+    """Sets both keys under which templates read an assistant's reasoning."""
     reasoning = next((message[key] for key in _REASONING_KEYS if key in message), None)
     if reasoning is None:
         return message
@@ -221,7 +223,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy made of JSON's types alone, so that a template meets no object with methods of its own."""
+    """A copy made only of JSON's types, so that a template never sees an object with methods of its own."""
     if depth > _MAX_DEPTH:
         raise ConfigError(f"{where}: nested more than {_MAX_DEPTH} deep")
     for kind in (bool, int, float, str):
@@ -254,7 +256,7 @@ def _kind(value: Any) -> str:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}``: transformers notes where the assistant's text is; here the text is all that counts."""
+    """``{% generation %}``: transformers records the position of the assistant's text; exl renders the text only."""
 
     tags = frozenset({"generation"})
 
@@ -268,7 +270,7 @@ class _GenerationTag(Extension):
 
 
 class _Dict:
-    """``dict`` without its methods: through the class they would change what the sandbox holds immutable."""
+    """``dict`` without its methods: called through the class, they could change objects that the sandbox protects."""
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)
@@ -278,9 +280,9 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Jinja's ``namespace``, closed to names that mean something to Python."""
+    """Jinja's ``namespace``, which refuses names that begin with an underscore: they may mean something to Python."""
 
-    def __init__(*args: Any, **items: Any) -> None:  # no name for self, so that an item may have it
+    def __init__(*args: Any, **items: Any) -> None:  # self has no name, so that an item may be called "self"
         self, *args = args
         items = dict(*args, **items)
         for name in items:

@@ -1,9 +1,9 @@
-"""Keeping what people write apart from what a chat template writes.
+"""Separates what people write from what a chat template writes.
 
-A control token, such as ``<|im_end|>``, steers a model: only the template may write one. Text that looks like one,
-in a message, must reach the model as plain text. So before rendering, every such text in the template's input is
-replaced by a character that occurs nowhere in it, a placeholder; after rendering, the tokenizer puts the text back and
-knows that it is plain.
+A control token, such as ``<|im_end|>``, steers a model: only the template may write one. Text in a message that looks
+like one must reach the model as plain text. So before rendering, every such text in the template's input is replaced
+by a placeholder: one character that occurs nowhere in the input. After rendering, the tokenizer puts the text back and
+encodes it as plain text.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from exl.errors import ConfigError
 
-# Private-use planes 15 and 16: no meaning, no case, no white space, one character each, so that a template that trims,
-# changes case or slices its input cannot break one.
+# Private-use planes 15 and 16: these characters have no meaning and no case and are not white space. As a placeholder
+# is one character, a template that trims, changes case or slices its input cannot break it.
 _PLACEHOLDERS = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
 
@@ -29,7 +29,7 @@ class RenderedPrompt:
     plain: Mapping[str, str] = field(default_factory=dict)  # placeholder -> the text it stands for
 
     def resolve(self) -> tuple[str, list[tuple[int, int]]]:
-        """The text with placeholders filled in, and where those are: (start, stop) in rising order."""
+        """The text with placeholders replaced, and the spans of the replacements: (start, stop), ascending."""
         parts, spans, length = [], [], 0
         if not self.plain:
             return self.text, spans
@@ -43,11 +43,11 @@ class RenderedPrompt:
 
 
 class ControlTokens:
-    """A set of control tokens, to be found in text."""
+    """A set of control tokens, with searches for them in text."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = frozenset(filter(None, tokens))
-        # Where two match at one place the longer one does, as in the tokenizers library.
+        # If two tokens match at one position, the longer one wins, as in the tokenizers library.
         either = "|".join(re.escape(token) for token in sorted(self.tokens, key=len, reverse=True)) or "(?!)"
         self._pattern = re.compile(either)
         self._overlapping = re.compile(f"(?=({either}))")
@@ -59,20 +59,20 @@ class ControlTokens:
         return self._pattern.search(text) is not None
 
     def find(self, text: str, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """Where tokens stand between ``start`` and ``stop``, from left to right without overlap."""
+        """Spans of the tokens between ``start`` and ``stop``, from left to right, without overlap."""
         return [match.span() for match in self._pattern.finditer(text, start, len(text) if stop is None else stop)]
 
     def touched_by(self, text: str, start: int, stop: int) -> bool:
-        """Whether a token stands anywhere in the text that has a character in ``start`` to ``stop``."""
+        """Whether any token in ``text`` overlaps the range ``start`` to ``stop``."""
         first = max(start - self._longest + 1, 0)
         matches = self._overlapping.finditer(text, first, min(stop + self._longest - 1, len(text)))
         return any(match.start() < stop and match.end(1) > start for match in matches)
 
     def pieces(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Cuts a string into (is suspicious, part): whole tokens, and parts of one at its beginning and end.
+        """Splits a string into (is suspicious, part). Suspicious: whole tokens, and parts of a token at either end.
 
-        A template may set strings side by side: ``<|im_`` at the end of one and ``end|>`` at the beginning of another
-        would make a token. Ends count without the white space that a template may trim.
+        A template may join strings: ``<|im_`` at the end of one and ``end|>`` at the beginning of the next would make a
+        token. White space at the ends is ignored, because a template may trim it.
         """
         spans = self.find(text)
         if (ending := self._ending(text)) and (not spans or ending[1] <= spans[0][0]):
@@ -102,7 +102,7 @@ class ControlTokens:
 
 
 class Placeholders:
-    """Hands out placeholders that occur nowhere in the strings of ``inputs``, as they are or in JSON's escapes."""
+    """Hands out placeholders that occur nowhere in the strings of ``inputs``, neither raw nor as JSON escapes."""
 
     def __init__(self, inputs: Any) -> None:
         text = "\n".join(_strings(inputs))
@@ -110,9 +110,10 @@ class Placeholders:
         self._by_text: dict[str, str] = {}
 
     def protect(self, value: Any, control: ControlTokens) -> Any:
-        """A copy of plain data in which placeholders stand for everything in it that may become a control token.
+        """A copy of plain data in which placeholders replace everything that may become a control token.
 
-        Left as they are: the values of ``role`` and ``type``, which templates compare; and in keys, parts of tokens.
+        Not replaced: the values of ``role`` and ``type``, which templates compare. In keys, only whole tokens are
+        replaced, not parts of tokens.
         """
         if isinstance(value, str):
             return "".join(self._of(part) if suspicious else part for suspicious, part in control.pieces(value))
@@ -126,7 +127,7 @@ class Placeholders:
         return value
 
     def rendered(self, text: str) -> RenderedPrompt:
-        """A template's output, with placeholders that it wrote as JSON escapes put right."""
+        """A template's output, in which placeholders that it wrote as JSON escapes are characters again."""
         plain = {placeholder: found for found, placeholder in self._by_text.items()}
         for placeholder in plain:
             text = text.replace(_escaped(placeholder), placeholder)

@@ -1,4 +1,4 @@
-"""How likely the model found each token that was generated, and what it would rather have said."""
+"""Log-probabilities of generated tokens and of the likeliest alternatives to each."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from exl.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its log-probability in the model's own distribution: before repetition penalty, temperature and
-    filters, at temperature 1, as OpenAI's API has it."""
+    """A token and its log-probability in the model's own distribution, as in OpenAI's API: at temperature 1, before
+    repetition penalty and filters."""
 
     token_id: int
-    token_bytes: bytes  # what it adds inside a text: its leading space too, and maybe no whole character
+    token_bytes: bytes  # what it adds inside a text: includes a leading space; may be part of a character
     logprob: float  # natural logarithm
-    # Of a generated token: the likeliest tokens in its place, falling, equals by rising id; itself where it is one.
+    # For a generated token: the likeliest tokens at its position, descending, ties by lower id. May include the token.
     alternatives: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:
-        """The bytes as text; U+FFFD for what is no whole character."""
+        """The bytes as text; U+FFFD replaces incomplete characters."""
         return self.token_bytes.decode("utf-8", "replace")
 
     @property
@@ -36,10 +36,10 @@ class TokenLogprob:
 
     @classmethod
     def of(cls, ranked: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> TokenLogprob:
-        """From (id, logprob) of the token, then of each alternative."""
+        """From (id, logprob) pairs: the token first, then each alternative."""
 
         def bytes_of(token_id: int) -> bytes:
-            # A model's matrices may have rows beyond the tokenizer's tokens: they have no text.
+            # A model's matrices may have more rows than the tokenizer has tokens: those ids have no text.
             return b"" if tokenizer.id_to_token(token_id) is None else tokenizer.token_bytes(token_id)
 
         (token_id, logprob), *others = ranked
@@ -48,7 +48,7 @@ class TokenLogprob:
 
 
 def check_top_logprobs(count: int | None, vocab_size: int) -> None:
-    """Raises ``ConfigError`` for what is neither None nor a number of alternatives."""
+    """Raises ``ConfigError`` unless ``count`` is None or an integer from 0 to ``vocab_size``."""
     if count is None:
         return
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= vocab_size:

@@ -1,7 +1,7 @@
-"""What text tokens stand for: the bytes of each, and whole characters from a run of them.
+"""The bytes of each token, and whole characters from a sequence of tokens.
 
-A tokenizer's decoder is read once and turned into bytes a token. Text is then made byte by byte, in whatever pieces the
-tokens come, so that a stream and a decode of everything at once cannot differ.
+A tokenizer's decoder is read once and turned into a rule for the bytes per token. Text is then decoded incrementally
+from these bytes, so that streaming and decoding everything at once cannot differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from exl.errors import UnsupportedModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MAX_OPEN_BYTES = 3  # of a UTF-8 character that is not complete
+_MAX_OPEN_BYTES = 3  # an incomplete UTF-8 character has at most this many
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -40,25 +40,25 @@ _BYTE_OF = _byte_level_alphabet()
 
 @dataclass(frozen=True)
 class DecodingRules:
-    """A tokenizer.json's decoder. Those of byte-level BPE and of SentencePiece models are known, and no decoder.
+    """The decoder of a tokenizer.json. Known: those of byte-level BPE and of SentencePiece models, and no decoder.
 
-    Where tokens hold bytes that are no UTF-8, byte-level text has one U+FFFD for each maximal broken sequence, as
-    the tokenizers library writes. With byte fallback there is one for each broken byte, and sound characters beside
-    it stay, as SentencePiece writes; the library instead turns the whole run of byte tokens into U+FFFD, which no
-    stream could do without taking back what it has shown.
+    If tokens hold bytes that are not UTF-8, byte-level text has one U+FFFD per maximal broken sequence, as in the
+    tokenizers library. With byte fallback there is one per broken byte, and valid characters next to it stay, as in
+    SentencePiece; the tokenizers library instead turns the whole run of byte tokens into U+FFFD, which a stream could
+    do only by taking back text that it has already shown.
     """
 
     byte_level: bool = False
     byte_fallback: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
-    dropped_at_start: str = ""  # a character that the first token loses wherever it stands (Metaspace)
-    strip_char: str = ""  # taken from the start of the text, up to strip_count times
+    dropped_at_start: str = ""  # a character removed from the first token, at every position (Metaspace)
+    strip_char: str = ""  # removed from the start of the text, at most strip_count times
     strip_count: int = 0
-    separator: str = ""  # stands before every token
+    separator: str = ""  # put before every token
 
     @classmethod
     def of(cls, decoder: Any | None, source: str) -> DecodingRules:
-        """Reads a ``tokenizers`` decoder; ``UnsupportedModelError`` names one that is not known."""
+        """Reads a ``tokenizers`` decoder. Raises ``UnsupportedModelError`` that names an unknown one."""
         if decoder is None:
             return cls(separator=" ", strip_char=" ", strip_count=1)
         described = json.loads(decoder.__getstate__())
@@ -78,11 +78,11 @@ class DecodingRules:
         return cls(**rules)
 
     def token_bytes(self, token: str) -> bytes:
-        """Bytes that a token adds inside a text."""
+        """The bytes that a token adds inside a text (not at its start)."""
         if self.byte_level:
             if all(char in _BYTE_OF for char in token):
                 return bytes(_BYTE_OF[char] for char in token)
-            return token.encode()  # an added token, written as it is read
+            return token.encode()  # an added token: plain text, not in the byte-level alphabet
         for pattern, content in self.replacements:
             token = token.replace(pattern, content)
         if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
@@ -91,7 +91,7 @@ class DecodingRules:
 
 
 def _step(step: dict[str, Any], fused: bool, alone: bool) -> dict[str, Any] | None:
-    """What one step of a decoder changes in the rules; None if it is not known there."""
+    """The fields of the rules that one decoder step sets; None if the step is not known at this place."""
     match step:
         case {"type": "ByteLevel"} if alone:
             return {"byte_level": True}
@@ -109,9 +109,9 @@ def _step(step: dict[str, Any], fused: bool, alone: bool) -> dict[str, Any] | No
 
 
 class TextDecoder:
-    """Turns tokens into text as they come: every character as soon as its last byte is there.
+    """Turns tokens into text one by one: each character is returned as soon as its last byte has arrived.
 
-    ``token_of`` gives a token's string, or None for one that has no text. At most three bytes are held back.
+    ``token_of`` returns a token's string, or None if it has no text. At most three bytes are held back.
     """
 
     def __init__(self, rules: DecodingRules, token_of: Callable[[int], str | None]) -> None:
@@ -128,13 +128,13 @@ class TextDecoder:
         return self._text(self._bytes(token_id))
 
     def finish(self) -> str:
-        """U+FFFD for the bytes of a character that never came to its end."""
+        """U+FFFD for the bytes of a character that is still incomplete."""
         return self._text(b"", final=True)
 
     def skip(self, token_ids: Sequence[int]) -> None:
-        """Has seen these tokens, and shows none of their text; the last character may be incomplete.
+        """Takes these tokens as already decoded, without returning their text. The last character may be incomplete.
 
-        Reads the first tokens, until nothing more is stripped from the start, and the last bytes.
+        Decodes only the first tokens, until nothing more is stripped from the start, and the last bytes.
         """
         done = 0
         while done < len(token_ids) and (self._at_start or self._to_strip):
@@ -143,7 +143,7 @@ class TextDecoder:
         tail = b""
         for token_id in reversed(token_ids[done:]):
             tail = self._bytes(token_id) + tail
-            if len(tail) >= _MAX_OPEN_BYTES:  # a character that is still open began within these
+            if len(tail) >= _MAX_OPEN_BYTES:  # a character that is still incomplete starts within these
                 break
         self._utf8.decode(tail)
 

@@ -1,14 +1,14 @@
-"""Text to token ids and back, over the ``tokenizers`` library, as transformers' fast tokenizers do it.
+"""Text to token ids and back, on top of the ``tokenizers`` library, like transformers' fast tokenizers.
 
-Three kinds of tokens beside the ordinary ones:
+Besides the ordinary tokens there are three kinds:
 
 - *Special* tokens: those that any file calls special: tokenizer.json (``"special": true``), ``added_tokens_decoder``
   in tokenizer_config.json, and every token that tokenizer_config.json or special_tokens_map.json has a name for
-  (``eos_token``, ``additional_special_tokens``, ...). Text made of tokens leaves them out.
-- *Control* tokens: the special ones, and those added tokens that the chat template itself writes, white space aside:
-  many a fine-tuned model marks its turns with tokens that nobody flagged as special. In people's text they are
-  plain text.
-- Other *added* tokens, such as runs of spaces, are vocabulary like any other.
+  (``eos_token``, ``additional_special_tokens``, ...). Decoding leaves them out.
+- *Control* tokens: the special tokens, and the added tokens that the chat template itself writes, except white space:
+  many fine-tuned models mark their turns with tokens that nobody flagged as special. In text that people write,
+  control tokens are encoded as plain text.
+- Other *added* tokens, such as runs of spaces: treated like any ordinary token.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from exl.text.control_tokens import ControlTokens, RenderedPrompt
 from exl.text.token_bytes import DecodingRules, TextDecoder
 from exl.text.tokenizer_files import TokenizerFiles, flagged
 
-# An added token that stands for "text before this": what follows is then encoded as the middle of a text, without
-# the space that SentencePiece models put at a beginning. No text can hold it by design.
+# An added token put before a text, so that the text is encoded as the middle of a text, without the space that
+# SentencePiece models put at the start. It is random, so that no text can be written to hold it.
 _GUARD = f"\U0010fffd{secrets.token_hex(16)}"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
-    """A model's tokenizer and its chat template. Threads may share it."""
+    """A model's tokenizer and its chat template. Thread-safe."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
         source: str = "tokenizer",
     ) -> None:
-        """Most callers want ``from_folder``. ``backend`` is not copied and must not change any more.
+        """Most callers want ``from_folder``. ``backend`` is not copied; the caller must not change it afterwards.
 
-        ``names``: named special tokens, ``{"bos_token": "<s>", ...}``. ``prefix_ids``: what stands before every text.
-        The named EOS adds to ``eos_ids``. ``source`` is the name in messages of errors.
+        ``names``: named special tokens, ``{"bos_token": "<s>", ...}``. ``prefix_ids``: tokens put before every text.
+        The named EOS is added to ``eos_ids``. ``source`` is the name that error messages use.
         """
         self._backend = backend
         self.names = dict(names or {})
@@ -73,11 +73,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, bos_id: int | None = None, eos_ids: Sequence[int] = ()) -> Tokenizer:
-        """Reads tokenizer.json and, where they are there, the files beside it in a Hugging Face model folder.
+        """Reads tokenizer.json and the tokenizer files beside it, if present, from a Hugging Face model folder.
 
-        ``bos_id``: used where the tokenizer's own files name no BOS; ``eos_ids``: beside theirs. Both stand in
-        the model's configuration. Raises ``CheckpointError`` for a tokenizer.json that is missing or damaged,
-        ``ConfigError`` for other files, ``UnsupportedModelError`` for a decoder that exl does not know.
+        ``bos_id``: used if the tokenizer's own files name no BOS. ``eos_ids``: added to those of the tokenizer's files.
+        Both come from the model's configuration. Raises ``CheckpointError`` for a missing or damaged tokenizer.json,
+        ``ConfigError`` for errors in the other files, ``UnsupportedModelError`` for a decoder that exl does not know.
         """
         files = TokenizerFiles.read(Path(folder))
         named_bos = files.names.get("bos_token")
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest token id. A model's matrices may have further rows, which no token uses."""
+        """The largest token id + 1. A model's matrices may have more rows, which no token uses."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
@@ -106,16 +106,16 @@ class Tokenizer:
         return self._special_ids
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token as it stands in the vocabulary, None if there is none with this id."""
+        """The token as the vocabulary spells it; None if no token has this id."""
         return self._token_of(_checked_id(token_id))
 
     def token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds inside a text, the token's own name if it is special.
+        """The bytes that a token adds inside a text; for a special token, the token as it is written.
 
-        Raises ``ConfigError`` for an id without a token.
+        Raises ``ConfigError`` if no token has this id.
         """
         token = self.id_to_token(token_id)
         if token is None:
@@ -125,13 +125,13 @@ class Tokenizer:
     # Text to ids
 
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of a text that a person wrote: what looks like a control token in it is plain text.
+        """Token ids of a text that a person wrote: anything in it that looks like a control token is plain text.
 
-        ``bos`` puts before it what the model wants there, once: usually BOS, or nothing. That is what
-        tokenizer.json's post-processor puts there, unless tokenizer_config.json decides by ``add_bos_token``. (From
-        version 5 on, transformers' ``from_pretrained`` ignores that key where there is a tokenizer.json; a tokenizer
-        made with the key as an argument obeys it.) Nothing is put after the text, as it is to be continued.
-        ``special`` takes control tokens in the text for what they are, as transformers does by default.
+        ``bos`` prepends, once, the tokens that the model expects before a text: usually BOS, or nothing. They are what
+        tokenizer.json's post-processor prepends, unless ``add_bos_token`` in tokenizer_config.json decides. (From
+        version 5 on, transformers' ``from_pretrained`` ignores that key if there is a tokenizer.json; a tokenizer
+        made with the key as an argument obeys it.) Nothing is appended, because the model continues the text.
+        ``special`` encodes control tokens in the text as control tokens, as transformers does by default.
         """
         if not isinstance(text, str):
             raise ConfigError(f"encode: found {type(text).__name__}, expected a string")
@@ -148,11 +148,11 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
         template: str | None = None,
     ) -> list[int]:
-        """The prompt that the chat template makes of messages. Arguments as of ``ChatTemplate.render``.
+        """Token ids of the prompt that the chat template renders. For the arguments see ``ChatTemplate.render``.
 
-        Control tokens in it come from the template alone (exceptions: ``ChatTemplate.render_protected``). Without
-        any in the messages, the ids are those of transformers' ``apply_chat_template``. Raises ``ConfigError`` for
-        malformed messages and for a model without a chat template.
+        Only the template writes control tokens (exceptions: ``ChatTemplate.render_protected``). If the messages hold
+        none, the ids are those of transformers' ``apply_chat_template``. Raises ``ConfigError`` for malformed messages,
+        and if the model has no chat template.
         """
         if self.chat_template is None:
             raise ConfigError(f"{self._source}: the model has no chat template: give it a prompt instead of messages")
@@ -169,13 +169,14 @@ class Tokenizer:
         )
 
     def encode_template(self, prompt: RenderedPrompt) -> list[int]:
-        """Token ids of a rendered prompt, in which placeholders stand for plain text. Nothing is put before it.
+        """Token ids of a rendered prompt, in which placeholders stand for plain text. Nothing is prepended.
 
-        Where nothing plain looks like a control token, the prompt is encoded as a whole. Else the stretch between
-        two of the template's control tokens in which it stands is encoded as plain text, apart from the rest.
+        If no plain text touches something that looks like a control token, the prompt is encoded as a whole. Otherwise
+        the stretch around such text, up to the template's control tokens on both sides, is encoded separately, as
+        plain text.
         """
         text, plain = prompt.resolve()
-        text = _SURROGATES.sub("\ufffd", text)  # the library cannot take what is no character
+        text = _SURROGATES.sub("\ufffd", text)  # the library accepts no lone surrogates
         tokens = [span for gap in _gaps(plain, len(text)) for span in self._control.find(text, *gap)]
         stretches = list(_gaps(tokens, len(text)))
         forged = [False] * len(stretches)
@@ -186,18 +187,18 @@ class Tokenizer:
             ids = self._encode_whole(text)
             if self._count_control(ids) <= len(tokens):
                 return ids
-            forged = [True] * len(stretches)  # only the tokenizer's normalizer made a control token of some text
+            forged = [True] * len(stretches)  # the tokenizer's normalizer turned some text into a control token
         ids, done = [], 0
         for (start, stop), is_forged in zip(stretches, forged, strict=True):
             if is_forged:
-                # A chunk from `done` on begins with a token or the text, and ends with a token.
+                # text[done:start] begins with a control token or at the start of the text, and ends with a token.
                 ids += self._encode_whole(text[done:start])
                 ids += self._encode_plain(self._stripped(text, start, stop), at_start=start == 0)
                 done = stop
         return ids + self._encode_whole(text[done:])
 
     def _stripped(self, text: str, start: int, stop: int) -> str:
-        """A stretch less the white space that the tokens around it swallow."""
+        """A stretch without the white space that the tokens around it absorb (``lstrip``, ``rstrip``)."""
         stretch = text[start:stop]
         for token in self._control_added:
             if token.rstrip and text.endswith(token.content, 0, start):
@@ -210,7 +211,7 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids if text else []
 
     def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
-        """Encodes text in which nothing is a control token."""
+        """Encodes text as plain text: nothing in it becomes a control token."""
         if not text:
             return []
         if at_start and not self._may_hold_control(text):
@@ -224,7 +225,10 @@ class Tokenizer:
         return [part for token_id in ids for part in self._cut_in_two(token_id)]
 
     def _cut_in_two(self, token_id: int) -> list[int]:
-        """Unigram models have control tokens among their pieces, and find them in text whatever they are told."""
+        """Splits a control token's text in two and encodes the parts; other ids stay.
+
+        Unigram models have control tokens among their pieces and match them in text whatever the settings are.
+        """
         if token_id not in self._control_ids:
             return [token_id]
         token, model = self._backend.id_to_token(token_id), self._backend.model
@@ -232,7 +236,7 @@ class Tokenizer:
         return [part for part in parts if part not in self._control_ids]
 
     def _may_hold_control(self, text: str) -> bool:
-        """A normalizer may make a control token of text that holds none, but only one that is matched after it."""
+        """Also true if any control token is matched after normalization: a normalizer may turn other text into one."""
         return self._control.found_in(text) or any(token.normalized for token in self._control_added)
 
     def _count_control(self, ids: Sequence[int]) -> int:
@@ -246,7 +250,7 @@ class Tokenizer:
     def _control_added(self) -> list[AddedToken]:
         try:
             written = "" if self.chat_template is None else self.chat_template.literal_text
-        except ConfigError:  # a broken template writes nothing; who renders it is told
+        except ConfigError:  # a broken template writes nothing; rendering it raises
             written = ""
         return [
             token
@@ -260,13 +264,13 @@ class Tokenizer:
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        """Without the unknown token, which any text may come to."""
+        """Without the unknown token, because any text may encode to it."""
         ids = {self._backend.token_to_id(token) for token in self._control.tokens}
         return frozenset(ids - {self._backend.token_to_id(self.names.get("unk_token", ""))})
 
     @property
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        """A copy that takes control tokens for text. Made once, and only for texts that may hold any."""
+        """A copy of the backend that encodes control tokens as plain text. Made once, when a text first needs it."""
         with self._lock:
             if self._plain_copy is None:
                 copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
@@ -279,12 +283,12 @@ class Tokenizer:
     # Ids to text
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Ids without a token have no text; broken UTF-8 becomes U+FFFD (``DecodingRules``)."""
+        """The text of token ids. Ids that no token has add nothing; broken UTF-8 becomes U+FFFD (``DecodingRules``)."""
         decoder = self.text_decoder(skip_special_tokens=skip_special_tokens)
         return "".join([*(decoder.push(_checked_id(token_id)) for token_id in ids), decoder.finish()])
 
     def text_decoder(self, *, skip_special_tokens: bool = True) -> TextDecoder:
-        """A decoder that takes tokens one by one."""
+        """A decoder that takes one token at a time."""
         if not skip_special_tokens:
             return TextDecoder(self._rules, self._token_of)
         hidden, token_of = self._special_ids, self._token_of
@@ -292,7 +296,7 @@ class Tokenizer:
 
 
 def _gaps(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
-    """What lies before, between and after spans that are in order; one more than there are spans."""
+    """The ranges before, between and after ascending spans: ``len(spans) + 1`` of them, possibly empty."""
     done = 0
     for start, stop in spans:
         yield done, start

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model folder that make its tokenizer: what they say, and which of them decides."""
+"""The tokenizer files of a Hugging Face model folder: what they say, and which one decides if they differ."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _SETTINGS = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a folder says of its tokenizer."""
+    """What a folder's files say about its tokenizer."""
 
-    backend: tokenizers.Tokenizer  # cuts nothing off and pads nothing; every special token is flagged
+    backend: tokenizers.Tokenizer  # without truncation and padding; every special token is flagged
     names: Mapping[str, str]  # {"bos_token": "<s>", ...}; not all need be in the vocabulary
-    add_bos: bool | None  # None where nothing but the post-processor decides
+    add_bos: bool | None  # None: only the post-processor decides
     chat_template: ChatTemplate | None
     source: str
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
-        """Raises ``CheckpointError`` for a tokenizer.json that is missing or damaged, ``ConfigError`` for others."""
+        """Raises ``CheckpointError`` for a missing or damaged tokenizer.json, ``ConfigError`` for the other files."""
         backend = _read_backend(folder)
         path = folder / _SETTINGS
         settings = read_json(path) if path.is_file() else {}
@@ -46,7 +46,7 @@ class TokenizerFiles:
         return cls(backend, names, add_bos, template, str(folder / "tokenizer.json"))
 
     def prefix_ids(self, bos_id: int | None) -> tuple[int, ...]:
-        """What stands before every text."""
+        """The tokens that are put before every text."""
         if self.add_bos is False:
             return ()
         encoded = self.backend.encode("a", add_special_tokens=True)
@@ -73,14 +73,14 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no type of its own
         raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
-    # Settings that were left in the file by training would cut off prompts.
+    # Training may have left such settings in the file; they would cut off prompts.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _add_described(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], path: Path) -> None:
-    """Adds the tokens of ``added_tokens_decoder``; where both files describe one, this one's flags count."""
+    """Adds the tokens of ``added_tokens_decoder``. If both files describe a token, these flags win."""
     described = settings.get("added_tokens_decoder") or {}
     if not isinstance(described, Mapping) or not all(str(key).isdecimal() for key in described):
         raise ConfigError(f"{path}: added_tokens_decoder: expected an object with token ids for keys")
@@ -89,7 +89,7 @@ def _add_described(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], p
         where = f"{path}: added_tokens_decoder: {token_id}"
         token = _added_token(entry, where)
         if token_id in known and known[token_id].content == token.content and known[token_id].special:
-            token = flagged(token)  # special in one file is special
+            token = flagged(token)  # a token that either file calls special is special
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != token_id:
             raise CheckpointError(
@@ -98,7 +98,7 @@ def _add_described(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], p
 
 
 def _flag_named(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Flags every token with a name as special. Those that the vocabulary lacks stay names: the model has no row."""
+    """Flags every named token as special. One that the vocabulary lacks is not added: the model has no row for it."""
     names = {}
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for name, entry in _named(settings, path):
@@ -123,7 +123,7 @@ def _named(settings: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]
 
 
 def _added_token(entry: Any, where: str) -> AddedToken:
-    """A token as the files describe it: its text, or an object with ``content`` and flags."""
+    """From a token as the files describe it: its text, or an object with ``content`` and flags."""
     if isinstance(entry, str):
         entry = {"content": entry, "special": True}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str) or not entry["content"]:
@@ -135,7 +135,7 @@ def _added_token(entry: Any, where: str) -> AddedToken:
 
 
 def flagged(token: AddedToken) -> AddedToken:
-    """The same token, special."""
+    """The same token, flagged as special."""
     return AddedToken(
         token.content,
         single_word=token.single_word,
@@ -147,7 +147,8 @@ def flagged(token: AddedToken) -> AddedToken:
 
 
 def _read_chat_template(folder: Path, settings: Mapping[str, Any], names: Mapping[str, str]) -> ChatTemplate | None:
-    """The first of: chat_template.jinja and additional_chat_templates, tokenizer_config.json, chat_template.json."""
+    """Read from the first of these that has one: chat_template.jinja and additional_chat_templates/,
+    tokenizer_config.json, chat_template.json."""
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
