@@ -1,4 +1,4 @@
-"""One decoder for all families, and which tensors of a checkpoint it takes.
+"""One decoder for all model families, and which checkpoint tensors it needs.
 
 Imports up to ops. Begin with ``decoder.py``; a family is a row in ``registry.py``.
 """

@@ -1,4 +1,4 @@
-"""The one decoder. It says what a layer computes; ``Runner`` says in which order layers and chunks come."""
+"""The decoder, one for all families. It defines what a layer computes; ``Runner`` orders layers and chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from exl.ops.base import AttentionSpec, LayerWeights, Linear, Norm, Ops
 
 @dataclass(frozen=True)
 class StepBuffers:
-    """Activations of one chunk, views of one arena at fixed addresses."""
+    """Activations of one chunk, preallocated at fixed addresses."""
 
     qkv: torch.Tensor  # [max_rows, W]
     attn: torch.Tensor  # [max_rows, A]

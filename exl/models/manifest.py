@@ -1,4 +1,4 @@
-"""A checkpoint against its config: every tensor accounted for, every shape as the config says, before any is read."""
+"""Checks a checkpoint against its config before weights are read: every tensor is known and has the expected shape."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from exl.models.registry import NAME_TABLES, NameTable
 
 @dataclass(frozen=True)
 class ModelManifest:
-    """What is to be loaded: a blob for the embedding, one a layer, one for the final norm and the head."""
+    """What is to be loaded: one blob for the embedding, one per layer, one for the final norm and the head."""
 
     names: NameTable
     embed: BlobSpec
     layers: tuple[BlobSpec, ...]
-    head: BlobSpec  # without a linear where the embedding serves as head
+    head: BlobSpec  # without a linear if the embedding is also the head
 
     def with_head_bits(self, bits: int) -> ModelManifest:
-        """A dense head rounded to ``bits`` when it is loaded; one that the embedding serves as gets weights of its own.
+        """The manifest with a dense head that is rounded to ``bits`` on loading.
 
-        A head that the file has quantized is left as it is.
+        If the embedding is also the head, the head gets its own copy of the weights. A head that is quantized in the
+        file stays as it is.
         """
         linears = dict(self.head.linears) or {"head": dict(self.embed.linears)["embed"]}
         (part,) = linears["head"][0].parts
@@ -55,7 +56,7 @@ class ModelLayout:
 
 
 def read_manifest(checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig | None) -> ModelManifest:
-    """From headers and the small ``g_idx`` alone. ``CheckpointError`` for a missing, unexpected or misshapen tensor."""
+    """Reads only headers and ``g_idx``. Raises ``CheckpointError`` for a missing, unexpected or misshapen tensor."""
     return _ManifestReader(checkpoint, config, quant).read()
 
 

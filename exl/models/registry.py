@@ -1,4 +1,4 @@
-"""Which checkpoint tensors make which weight: a table a family. Families differ by this and by ``ModelConfig``."""
+"""Which checkpoint tensors make which weight: one table per family. Families differ in it and in ``ModelConfig``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class NameTable:
-    """Hugging Face names. Layer names are relative to ``<layers>.<i>.``; matrices lack ``.weight`` and ``.bias``."""
+    """Hugging Face names. Names in layers omit ``<layers>.<i>.``; names of matrices omit ``.weight`` and ``.bias``."""
 
     embed: str
     final_norm: str
@@ -17,7 +17,7 @@ class NameTable:
     layers: str
     norms: Mapping[str, str]
     linears: Mapping[str, tuple[str, ...]]
-    ignored: tuple[str, ...]  # endings of tensors that carry nothing: computed anew
+    ignored: tuple[str, ...]  # suffixes of tensors that are not loaded, because exl computes them
 
 
 _LLAMA = NameTable(

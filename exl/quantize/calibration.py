@@ -1,4 +1,4 @@
-"""Calibration text -> token sequences, and the batches that they go through the model in."""
+"""Calibration text -> token sequences -> the batches that run through the model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from exl.text.tokenizer import Tokenizer
 def read_calibration(
     path: str | os.PathLike[str], tokenizer: Tokenizer, num_samples: int, seq_len: int, documents: str
 ) -> list[I32]:
-    """Token ids of at most ``seq_len`` a sequence and about ``num_samples * seq_len`` in all, from the beginning on.
+    """Token ids from the start of the file: at most ``seq_len`` per sequence, about ``num_samples * seq_len`` in all.
 
-    ``documents``: "lines", every line is a document and a sequence of its own; "packed", lines follow one another in
-    sequences that are full; "whole", the file is one document. A document that is longer than a sequence goes on in
-    the next. Every document and every sequence begins with the tokenizer's BOS, as when the model is used. No more of
-    the file is read than is needed. Raises ``ConfigError`` for a file that cannot be read, or is too short.
+    ``documents``: "lines", every line is a document and starts a new sequence; "packed", every line is a document, and
+    documents fill sequences one after another; "whole", the file is one document. A document that is longer than a
+    sequence continues in the next one. Every document and every sequence begins with the tokenizer's prefix (usually
+    BOS), as in inference. Lines are read only until there are enough tokens. Raises ``ConfigError`` if the file cannot
+    be read or is too short.
     """
     prefix = tokenizer.encode("")
     if len(prefix) >= seq_len:
@@ -70,7 +71,7 @@ def _read_documents(path: Path, whole: bool) -> Iterator[str]:
 
 
 def make_chunks(sequences: Sequence[I32], max_rows: int) -> list[ForwardBatch]:
-    """Whole sequences, in order, at most ``max_rows`` tokens a batch, which none of them exceeds alone."""
+    """Batches of whole sequences, in order, at most ``max_rows`` tokens per batch. No sequence may be longer."""
     chunks: list[list[I32]] = []
     num_rows = max_rows
     for sequence in sequences:

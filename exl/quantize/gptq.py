@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323) and round-to-nearest: one weight matrix -> codes, scales and zeros.
 
-Weights are [K, N]: y = x W. GPTQ goes through the inputs one by one. It rounds an input's weights of all outputs at
-once, and moves the error into the inputs that are still to come, along the inverse Hessian.
+Weights are [K, N]: y = x W. GPTQ processes the K inputs one by one. It rounds an input's weights for all outputs at
+once, and compensates the error in the weights of the inputs not yet rounded, using the inverse Hessian.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from exl.errors import ExlError
 from exl.quantize.grid import Grid
 
-_BLOCK = 128  # inputs whose updates of the later ones are saved up and made by one matrix product
+_BLOCK = 128  # inputs per block: their updates to later blocks are applied together, as one matrix product
 _MAX_DAMP = 1.0
-_COLUMNS = 1024  # of the Hessian, computed at a time: bounds the temporary memory
+_COLUMNS = 1024  # columns of the Hessian that are computed at a time: bounds the temporary memory
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``W[k, n] ~ scales[g, n] * (codes[k, n] - zeros[g, n])``, g = g_idx[k]. Inputs in the checkpoint's order."""
+    """``W[k, n] ~ scales[g, n] * (codes[k, n] - zeros[g, n])``, g = g_idx[k]. Inputs k in the checkpoint's order."""
 
     codes: torch.Tensor  # u8 [K, N]
     scales: torch.Tensor  # f16 [G, N]
@@ -34,19 +34,20 @@ class QuantizedWeight:
 
 
 class Hessian:
-    """``H = 2/n sum x x^T`` over n rows x [K], of the squared error of a linear's outputs. H sums in f64.
+    """``H = 2/n sum x x^T`` over n rows x [K]: the Hessian of the squared error of a linear's outputs. Sums in f64.
 
-    ``drift`` is ``2/n sum x d^T``: how the rows correlate with what the outputs lack, d [N] (see :func:`gptq`).
+    ``drift`` is ``2/n sum x d^T``, d [N] = the dense model's output - output: how rows correlate with the error that
+    the outputs already have (see :func:`gptq`). Sums in f32.
     """
 
     def __init__(self, K: int, N: int = 0) -> None:
-        """``N``: outputs whose lack is recorded; 0: none."""
+        """``K``: inputs. ``N``: outputs, to record ``drift`` as well; 0: no drift."""
         self._sum = torch.zeros(K, K, dtype=torch.float64)
         self._drift = torch.zeros(K, N) if N else None
         self.num_rows = 0
 
     def add(self, x: torch.Tensor, lack: torch.Tensor | None = None) -> None:
-        """Rows x f32 [T, K] and, where it is recorded, what their outputs lack, f32 [T, N]."""
+        """Adds rows x f32 [T, K]; ``lack`` f32 [T, N]: dense outputs minus outputs, needed if drift is recorded."""
         K = x.shape[1]
         for start in range(0, K, _COLUMNS):  # the lower triangle suffices
             stop = min(K, start + _COLUMNS)
@@ -62,12 +63,12 @@ class Hessian:
         return self._sum.mul_(2 / max(1, self.num_rows))
 
     def finish_drift(self) -> torch.Tensor | None:
-        """f32 [K, N]; None where none was recorded."""
+        """f32 [K, N]; None if no drift was recorded. No more rows can be added."""
         return None if self._drift is None else self._drift.mul_(2 / max(1, self.num_rows))
 
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid, group_size: int) -> QuantizedWeight:
-    """W [K, N]; groups of neighbours, each from its smallest to its largest weight."""
+    """W [K, N]; groups of consecutive inputs; each group's grid spans its smallest to its largest weight."""
     K, N = weight.shape
     grouped = weight.view(K // group_size, group_size, N)
     scales, zeros = map(torch.stack, zip(*(grid.fit_span(group) for group in grouped), strict=True))
@@ -86,18 +87,19 @@ def gptq(
     damp: float = 0.01,
     drift: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """W [K, N], H f64 [K, K] -> codes that change ``x W`` least over the x of H. Works in the type of W, f32 or f64.
+    """W [K, N], H f64 [K, K] -> codes that keep the change of ``x W`` small over the rows x of H. W is f32 or f64, and
+    the rounding works in that type.
 
-    ``act_order`` rounds inputs in descending order of H's diagonal: the important ones first, while there are still
-    others to take up their error. Then either groups are runs of inputs in *that* order, their grids fitted when
-    their turn comes, to the weights as updated until then; or with ``static_groups`` they are neighbours, as without
-    act-order, and their grids are fitted beforehand. Inputs that never were anything but 0 are rounded to nearest.
+    ``act_order`` rounds inputs in descending order of H's diagonal: important inputs first, while many others are left
+    to compensate their error. By default, groups are then runs of inputs in *that* order, and a group's grid is
+    fitted when the group is reached, to the weights as updated so far. With ``static_groups``, groups are consecutive
+    inputs, as without act-order, and their grids are fitted beforehand. Inputs that were always 0 are rounded to
+    nearest.
 
-    With ``drift`` (:class:`Hessian`) the target is not W, but W plus what a least-squares fit says its outputs lack:
-    W + (H + damp)^-1 drift. The same idea as in GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695).
+    With ``drift`` (:class:`Hessian`) the target is W + (H + damp)^-1 drift instead of W: a least-squares correction of
+    the error that the outputs already have. The same idea as GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695).
 
-    Spends H, so that no more than three matrices of its size are alive at once. Raises ``ExlError`` where it is not
-    finite.
+    Overwrites H, so that at most three matrices of its size are alive at once. Raises ``ExlError`` if H is not finite.
     """
     K = weight.shape[0]
     order = torch.arange(K)
@@ -123,11 +125,11 @@ def gptq(
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Upper triangular U with ``U^T U = (H + damp * mean of its diagonal)^-1``, f64. Spends H.
+    """Upper triangular U with ``U^T U = (H + damp * mean(diag H) * I)^-1``, f64. Overwrites H.
 
-    From the Cholesky factor of H with rows and columns in reverse, which saves inverting H itself: with J reversing,
-    ``J H J = L L^T`` gives ``H = V V^T``, ``V = J L J`` upper triangular, and ``U = V^-1``. Damping grows until the
-    factor exists. Inputs that were always 0 do not count in the mean.
+    U comes from the Cholesky factor of H with rows and columns reversed, which avoids inverting H itself. With J the
+    reversal, ``J H J = L L^T`` gives ``H = V V^T`` with ``V = J L J`` upper triangular, and ``U = V^-1``. Damping grows
+    tenfold until the factor exists. The mean leaves out inputs that were always 0.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ExlError("the calibration activations are not finite")
@@ -155,8 +157,8 @@ def _solve(
     zeros: torch.Tensor,
     group_size: int,
 ) -> torch.Tensor:
-    """Codes [K, N] in the order of ``weight``, which it spends. ``group_size`` above 0: fits each group's grid when its
-    first input's turn comes, into ``scales`` and ``zeros``."""
+    """Codes [K, N] in the order of ``weight``, which it overwrites. If ``group_size`` is above 0, each group's grid is
+    fitted when its first input is reached, and written to ``scales`` and ``zeros``."""
     codes = torch.empty_like(weight)
     groups = g_idx.tolist()
     for start, stop in _blocks(len(weight), group_size):
@@ -174,7 +176,10 @@ def _solve(
 
 
 def _blocks(K: int, group_size: int) -> list[tuple[int, int]]:
-    """Blocks that a group's first input never finds half updated: whole groups where they fit, else parts of one."""
+    """(start, stop) of each block: several whole groups if they fit into a block, else a part of one group.
+
+    So when a group begins, all of its weights have received all updates so far, and its grid can be fitted.
+    """
     if 0 < group_size <= _BLOCK:
         step = _BLOCK // group_size * group_size
         return [(start, min(K, start + step)) for start in range(0, K, step)]

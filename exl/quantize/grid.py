@@ -1,6 +1,6 @@
-"""Where codes lie: ``w ~ scale * (code - zero)``, one scale and one zero for a group of inputs of one output.
+"""Quantization grids: ``w ~ scale * (code - zero)``, with one scale and one zero per group of inputs and output.
 
-Scales are rounded to f16 before any code is chosen: what is optimised is what is stored.
+Scales are rounded to f16 before codes are chosen, so that the stored scales are the ones that were optimised.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0  # of f16's positive numbers; loaders may divide by a scale
-# The search stretches the group's span by these factors. Above 1: codes come to lie better at the cost of their pitch.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0  # f16's smallest and largest above 0; loaders may divide by a scale
+# The search multiplies the group's span by _STEPS factors from _STRETCH down to _SHRINK. A factor above 1 makes the
+# grid coarser, but its points may fit the weights better.
 _STRETCH, _SHRINK, _STEPS = 1.1, 0.4, 40
 _REFITS = 3
 
@@ -22,8 +23,11 @@ def round_to_f16(scale: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """``min_zero`` is 1 for files of the v1 format: it stores zero - 1, and loaders that forget to mask the result of
-    adding 1 take a zero of 0 for 2^bits."""
+    """The codes that ``bits`` allow, and how to fit scale and zero to weights.
+
+    ``sym``: the zero is fixed at 2^(bits - 1). ``min_zero`` is 1 for files in the v1 format: that format stores
+    zero - 1, and loaders that do not mask the sum after adding 1 would read a zero of 0 as 2^bits.
+    """
 
     bits: int
     sym: bool
@@ -34,7 +38,10 @@ class Grid:
         return (1 << self.bits) - 1
 
     def span(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest weight of each output, 0 among them: w [n, N] -> two [N]. All zeros span -1 to 1."""
+        """The range of each output's weights, extended to include 0: w [n, N] -> low, high [N].
+
+        With ``sym`` it is symmetric around 0. If all weights are 0 it is -1 to 1.
+        """
         low, high = w.amin(0).clamp_(max=0), w.amax(0).clamp_(min=0)
         if self.sym:
             high = torch.maximum(high, -low)
@@ -43,24 +50,24 @@ class Grid:
         return low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
 
     def params(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero, each [N], whose codes reach from ``low`` to ``high``."""
+        """Scale and zero, each [N], so that the codes cover ``low`` to ``high``."""
         scale = round_to_f16((high - low) / self.max_code)
         if self.sym:
             return scale, torch.full_like(scale, 1 << (self.bits - 1))
         return scale, torch.round(-low / scale).clamp_(self.min_zero, self.max_code)
 
     def codes(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """The nearest codes, whole numbers in the type of ``w``; halves go to the even multiple of the scale."""
+        """The nearest codes, whole numbers in the type of ``w``. Ties round to the even multiple of the scale."""
         return torch.round(w / scale).add_(zero).clamp_(0, self.max_code)
 
     def fit_span(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round-to-nearest's grid: the smallest and the largest weight get codes. w [n, N] -> scale, zero [N]."""
+        """The grid of round-to-nearest: it covers the whole span of the weights. w [n, N] -> scale, zero [N]."""
         return self.params(*self.span(w))
 
     def fit(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The grid of least squared error that a search over spans finds, its scale refitted to its codes.
+        """Searches spans for the grid of least squared error, then refits its scale to its codes.
 
-        A span that is cut off loses a few large weights and serves all others better. w [n, N] -> scale, zero [N].
+        A narrower span clips a few large weights and represents all others better. w [n, N] -> scale, zero [N].
         """
         low, high = self.span(w)
         scale, zero = self.params(low, high)

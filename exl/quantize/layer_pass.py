@@ -1,6 +1,6 @@
-"""Calibration sequences through one layer at a time, listening to what its linears are given and give.
+"""Runs calibration sequences through one layer at a time, and captures the inputs and outputs of its linears.
 
-The model is the one decoder over the one set of operations; nothing of its forward pass is written here again.
+The forward pass is the decoder's own, over ``TorchOps``; none of it is repeated here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segmen
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.quantize.calibration import make_chunks, num_pages
 
-_CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger ones multiply no faster
+_CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
 
 class _Heard(Exception):
-    """Carries what was listened for out of a layer, whose rest need not be computed."""
+    """Carries the captured tensors out of a layer and skips the rest of the layer."""
 
     def __init__(self, x: torch.Tensor, output: torch.Tensor | None) -> None:
         self.x = x
@@ -35,7 +35,10 @@ class _Heard(Exception):
 
 
 class _ListeningOps(TorchOps):
-    """Stops at one linear with its input and, where asked, its output, the residual that it is added to included."""
+    """Stops at ``target_linear`` by raising ``_Heard`` with its input and, if asked, its output.
+
+    The output includes the residual, if the linear adds to one.
+    """
 
     target_linear: Segments | None = None
     with_output = False
@@ -59,14 +62,15 @@ class _ListeningOps(TorchOps):
 
 
 class _OneLayerCache(KVCache):
-    """Every layer's turn comes once, and none looks back: all share one layer's pages."""
+    """One layer's pages, shared by all layers: layers run one after another and none reads another's cache."""
 
     def layer(self, layer_idx: int) -> KVPages:
         return super().layer(0)
 
 
 class LayerPass:
-    """Peak memory: a chunk's activations. Weights and hidden states are the caller's."""
+    """Runs the sequences chunk by chunk. Peak memory: one chunk's activations. The caller holds weights and hidden
+    states."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, manifest: ModelManifest, sequences: Sequence[I32]):
         self.checkpoint, self.config, self.manifest = checkpoint, config, manifest
@@ -97,7 +101,7 @@ class LayerPass:
         )
 
     def embed(self) -> Iterator[torch.Tensor]:
-        """Each chunk's inputs of the first layer, f32 [T, C]."""
+        """The first layer's input for each chunk, f32 [T, C]."""
         layout = layer_layout(self.manifest.embed, self._ops.target)
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         start, stop = layout.linear_range("embed", 0)
@@ -111,7 +115,7 @@ class LayerPass:
             yield h
 
     def read_layer(self, layer_idx: int) -> LayerWeights:
-        """The dense layer in f32; modules that share an input are one linear."""
+        """The dense layer in f32; modules that share an input are fused into one linear."""
         spec = self.manifest.layers[layer_idx]
         linears = tuple(
             (name, (LinearSpec(tuple(replace(part, dtype="f32", bits=32) for old in group for part in old.parts)),))
@@ -139,7 +143,7 @@ class LayerPass:
             linear.fields["bias"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.bias"))
 
     def run(self, layer_idx: int, weights: LayerWeights, chunk: ForwardBatch, h: torch.Tensor) -> None:
-        """The chunk's hidden states h [T, C] through the layer, in place."""
+        """Runs the chunk's hidden states h [T, C] through the layer, in place."""
         self._ops.target_linear = None
         self._ops.stage([chunk])
         self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
@@ -147,8 +151,11 @@ class LayerPass:
     def listen(
         self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs [T, K] of the linear ``name`` and, where ``output`` asks for it, outputs [T, N]: with the residual
-        that they are added to, which for "down" makes them the layer's own. Valid until the next call. Spends h."""
+        """Inputs [T, K] of the linear ``name`` and, if ``output``, its outputs [T, N], else None.
+
+        Outputs include the residual that the linear adds to; those of "down" are thus the layer's outputs. Both are
+        valid until the next call. Overwrites h.
+        """
         self._ops.target_linear = getattr(weights, name)
         self._ops.with_output = output
         self._ops.stage([chunk])

@@ -1,4 +1,4 @@
-"""What to quantize to, and how. Checked when made; what depends on the model is checked when it is read."""
+"""The options of quantization. Checked when made, except what depends on the model: checked when that is read."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """``ConfigError`` names the option, what was found and what was expected."""
+    """Raises ``ConfigError`` that names the option, what was found and what was expected."""
 
     bits: int = 4  # 2, 3, 4 or 8
     group_size: int = 128  # inputs that share a scale; -1: all
     act_order: bool = True  # GPTQ rounds the inputs that matter most first
-    static_groups: bool = True  # act-order with neighbours in a group, which costs nothing when the model runs
-    match_dense: bool = True  # GPTQ aims at the outputs that the dense model would have here; takes twice the time
-    sym: bool = False  # one zero, in the middle
-    calibration: str | os.PathLike[str] | None = None  # UTF-8 text; GPTQ needs it
-    documents: str = "lines"  # of the text: "lines" apart, lines "packed" into full sequences, or one "whole"
-    num_samples: int = 128  # times seq_len: tokens taken from the text, at most
-    seq_len: int | None = None  # tokens of a sequence, at most; None: 2048, or the model's maximum where that is less
+    static_groups: bool = True  # with act_order, groups stay consecutive inputs: no cost at inference
+    match_dense: bool = True  # GPTQ's target is the dense model's outputs at this place; takes twice the time
+    sym: bool = False  # one fixed zero, 2^(bits - 1)
+    calibration: str | os.PathLike[str] | None = None  # path of UTF-8 text; GPTQ needs it
+    documents: str = "lines"  # one per line: "lines", a sequence each, or "packed" into full sequences; "whole": one
+    num_samples: int = 128  # num_samples * seq_len is about the number of tokens taken from the text
+    seq_len: int | None = None  # at most this many tokens per sequence; None: 2048, or the model's maximum if less
     damp: float = 0.01  # added to the Hessian's diagonal, relative to its mean
     method: str = "gptq"  # "rtn": round to nearest, from the weights alone
-    checkpoint_format: str = "gptq"  # "gptq": zeros stored minus one, which every loader reads; "gptq_v2": as they are
+    checkpoint_format: str = "gptq"  # "gptq": stores zero - 1, which every loader reads; "gptq_v2": stores zero
     max_shard_bytes: int = 4_000_000_000
 
     def __post_init__(self) -> None:

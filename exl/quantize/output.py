@@ -1,4 +1,4 @@
-"""Finished layers and what is not quantized -> a checkpoint that GPTQ loaders read. One tensor in memory at a time."""
+"""Finished layers + dense tensors of the source -> a checkpoint for GPTQ loaders. One tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exl.quantize.plan import Entry, QuantizePlan
 from exl.quantize.work import WorkFolder, write_text
 from exl.replace_file import replace_file
 
-# What belongs to a model besides weights and config.json.
+# Files that belong to a model besides weights and config.json; copied if present.
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -34,9 +34,9 @@ def entry_bytes(entry: Entry) -> int:
 
 
 def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Entry, int | None]]:
-    """Every tensor of the output, with the layer whose file has it; None: copied from the source.
+    """Every tensor of the output, with the index of the layer whose file holds it; None: copied from the source.
 
-    In the source's order; a quantized module's tensors stand where its weight stood.
+    In the source's order; a quantized module's tensors take the place of its weight.
     """
     modules = {
         module.name: (module, i) for i, layer in enumerate(plan.layers) for parts in layer.values() for module in parts
@@ -61,8 +61,11 @@ def write_checkpoint(
     config_json: dict[str, Any],
     progress: Callable[[], None],
 ) -> int:
-    """Returns the bytes of weights. Files are moved to ``dst`` when all are there, ``config.json`` last: until then no
-    loader takes the folder for a model, and a run that is killed leaves its debris in the work folder."""
+    """Writes the output and returns the bytes of its weights.
+
+    Files are moved to ``dst`` after all are written, ``config.json`` last: until then no loader takes the folder for a
+    model. A run that is killed while writing leaves its incomplete files in the work folder.
+    """
     out = work.path / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -117,7 +120,7 @@ def _read_tensors(
 
 
 def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
-    """Keys as AutoGPTQ and GPTQModel write them. ``desc_act`` says whether groups are shuffled, as loaders take it."""
+    """Keys as AutoGPTQ and GPTQModel write them. ``desc_act`` means that groups are shuffled, as loaders read it."""
     used_gptq = options.method == "gptq"
     act_order = used_gptq and options.act_order
     meta: dict[str, Any] = {"quantizer": ["exl"], "method": options.method}

@@ -9,11 +9,11 @@ from exl.quantize.gptq import QuantizedWeight
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import ModulePlan
 
-_BLOCK = 32  # codes that fill whole words at every width
+_BLOCK = 32  # this many codes fill whole words at every number of bits
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """Codes u8 [K, N] -> words i32 [K * bits / 32, N]: one bit stream down each column, least significant bit first.
+    """Codes u8 [K, N] -> words i32 [K * bits / 32, N]: each column is one bit stream, least significant bit first.
 
     K is a multiple of 32. Example, 4 bits: codes 0, 1, 2, ... 7 make the word 0x76543210.
     """
@@ -49,7 +49,7 @@ def gptq_tensors(
 ) -> dict[str, NDArray]:
     """A module's tensors by name, from the columns of ``result`` that begin at ``start``.
 
-    Outputs that padding adds have codes that equal their zero: they are 0 exactly.
+    In padded outputs every code equals its zero, so that they are exactly 0.
     """
     columns = slice(start, start + module.N)
     middle = 1 << (options.bits - 1)

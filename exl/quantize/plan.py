@@ -1,4 +1,4 @@
-"""Shapes before and after: which modules are quantized, and which of them are padded with zeros so that codes fit."""
+"""Shapes in the source and in the output: which modules are quantized, and which are zero-padded so that groups fit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from exl.layout.layers import MatrixSpec
 from exl.models.manifest import ModelManifest
 from exl.quantize.options import QuantizeOptions
 
-_K_MULTIPLE = 32  # codes of any width fill whole words of qweight
+_K_MULTIPLE = 32  # this many codes fill whole words of qweight at every number of bits
 Entry = tuple[str, str, tuple[int, ...]]  # a tensor's name, dtype and shape
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One linear module: its inputs and outputs in the source, and in the file that is written."""
+    """One linear module: its inputs K and outputs N in the source, out_K and out_N in the file that is written."""
 
     name: str
     K: int
@@ -26,11 +26,11 @@ class ModulePlan:
     out_K: int
     out_N: int
     has_bias: bool
-    group_size: int  # out_K for one group
+    group_size: int  # out_K if there is one group
     bits: int
 
     def entries(self) -> list[Entry]:
-        """Tensors that are written, in order."""
+        """The tensors that are written for this module, in order."""
         G = self.out_K // self.group_size
         entries = [
             (f"{self.name}.qweight", "i32", (self.out_K // 32 * self.bits, self.out_N)),
@@ -43,10 +43,10 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """``layers[i][name]`` are the modules side by side along N that share an input: name is "qkv", "o", "gate_up" or
-    "down", in the order of a forward pass."""
+    """``layers[i][name]``: the modules that share an input, side by side along N. Names are "qkv", "o", "gate_up" and
+    "down", in the order of the forward pass."""
 
-    intermediate_size: int  # of the output
+    intermediate_size: int  # in the output, padding included
     layers: tuple[Mapping[str, tuple[ModulePlan, ...]], ...]
 
     def layer_entries(self, layer_idx: int) -> list[Entry]:
@@ -55,7 +55,7 @@ class QuantizePlan:
 
 
 def make_plan(manifest: ModelManifest, config: ModelConfig, options: QuantizeOptions) -> QuantizePlan:
-    """``ConfigError`` names the size that the bits or the groups do not fit, and group sizes that do."""
+    """Raises ``ConfigError`` that names the size that bits or groups do not fit, and group sizes that do fit."""
     widths = {"hidden_size": config.hidden_size, "attention's width": config.attn_width}
     for name, size in widths.items():
         if size % _K_MULTIPLE:

@@ -1,4 +1,4 @@
-"""A dense model folder -> a GPTQ one, a layer at a time; takes up again what was interrupted."""
+"""Quantizes a dense model folder to a GPTQ folder, one layer at a time; resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from exl.quantize.plan import ModulePlan, QuantizePlan, make_plan
 from exl.quantize.work import WorkFolder, read_rows, write_atomically
 from exl.text.tokenizer import Tokenizer
 
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
+Progress = Callable[[int, int, str], None]  # steps done, total steps, what is being done
 
-_LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer meets them
+_LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer computes them
 _DEFAULT_SEQ_LEN = 2048
-_ALGORITHM = 1  # counts changes by which an unfinished run cannot be gone on with
+_ALGORITHM = 1  # version: raised by each change that makes unfinished runs impossible to resume
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class QuantizeResult:
     folder: Path
     num_bytes: int  # of weights
     num_calibration_tokens: int
-    num_resumed_layers: int  # found finished
+    num_resumed_layers: int  # layers that an earlier run had finished
 
 
 def quantize(
@@ -59,13 +59,13 @@ def quantize(
 ) -> QuantizeResult:
     """Quantizes the linears of the dense model in ``src`` into the new folder ``dst``.
 
-    Embedding, norms and head stay as they are. Where groups do not divide the intermediate size, it is padded with
-    zeros, which changes no result. An interrupted run is gone on with by the same call: finished layers are in
-    ``dst/.partial``, and a run that is gone on with writes the same bytes as one that is not interrupted.
+    Embedding, norms and head stay as they are. If groups do not divide the intermediate size, it is padded with
+    zeros, which changes no result. To resume an interrupted run, make the same call again: finished layers are in
+    ``dst/.partial``, and a resumed run writes the same bytes as an uninterrupted one.
 
-    Peak memory: two layers in f32, three f64 matrices as large as the Hessian of the widest linear's inputs, about five
-    copies of the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text
-    are on the disk. Raises ``ExlError``.
+    Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
+    the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
+    on disk. Raises ``ExlError``.
     """
     src, dst = Path(src), Path(dst)
     try:
@@ -91,7 +91,7 @@ class _Run:
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
-        # A linear is listened to chunk by chunk and solved; then the layer's outputs are computed.
+        # Per linear, one step per chunk to capture its inputs and one to solve it; then one per chunk for the outputs.
         self._layer_steps = len(_LINEARS) * (len(self.layers.chunks) + 1) + len(self.layers.chunks)
         self._total = self.config.num_layers * self._layer_steps + len(self._tensors)
 
@@ -118,7 +118,7 @@ class _Run:
         if self._progress is not None:
             self._progress(self._done, self._total, what)
 
-    # what is asked for
+    # Request
 
     def _read_sequences(self) -> list[I32]:
         options, folder = self.options, self.checkpoint.folder
@@ -138,7 +138,7 @@ class _Run:
         return sequences
 
     def _request(self) -> dict[str, Any]:
-        """Everything that the result depends on. Values are JSON's own, so that they compare after a round trip."""
+        """Everything that the result depends on, in JSON's types, so that it compares equal after a round trip."""
         options = asdict(self.options)
         del options["calibration"]
         source = hashlib.sha256()
@@ -157,7 +157,7 @@ class _Run:
         }
 
     def _check_space(self, work: WorkFolder) -> None:
-        """Hours of work should not end at a full disk that could have been foreseen."""
+        """Raises ``ExlError`` now if the disk will be full later: a run may take hours."""
         hidden = 2 * len(self.streams) * sum(map(len, self.sequences)) * self.config.hidden_size * 4
         weights = 2 * sum(entry_bytes(entry) for entry, _ in self._tensors)
         there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
@@ -165,7 +165,7 @@ class _Run:
         if free < needed:
             raise ExlError(f"{self.dst}: {free / 1e9:.2f} GB free on this disk, quantizing needs {needed / 1e9:.2f}")
 
-    # layer by layer
+    # Layers
 
     def _quantize_layer(self, work: WorkFolder, layer_idx: int) -> None:
         weights = self.layers.read_layer(layer_idx)
@@ -175,7 +175,7 @@ class _Run:
         with ExitStack() as stack:
             write_dense = None
             if dense is not None and not is_last:
-                # Named after the layer's file is there: both hidden states must belong to a finished layer.
+                # Renamed when the stack closes, after the layer's file: hidden states must follow a finished layer.
                 write_dense = stack.enter_context(write_atomically(work.hidden_path("dense", layer_idx + 1)))
             for name in _LINEARS:
                 hessian = self._listen(work, layer_idx, name, weights, dense, write_dense if name == "down" else None)
@@ -197,7 +197,7 @@ class _Run:
         dense: LayerWeights | None,
         write_dense: Callable[[Any], object] | None,
     ) -> Hessian | None:
-        """The Hessian of what the linear is given, by the layers before it and those of its own layer, as quantized."""
+        """The Hessian of the linear's inputs, as computed by the quantized linears before it, in all layers."""
         if not self.sequences:
             return None
         (linear,) = getattr(weights, name)
@@ -222,7 +222,7 @@ class _Run:
     def _quantize_linear(
         self, layer_idx: int, name: str, weights: LayerWeights, hessian: Hessian | None
     ) -> dict[str, np.ndarray]:
-        """The packed tensors of the modules side by side; their rounded weights take the place of the dense ones."""
+        """The packed tensors of the linear's modules. Replaces the dense weights in ``weights`` by the rounded ones."""
         (linear,) = getattr(weights, name)
         modules = self.plan.layers[layer_idx][name]
         K, out_K = modules[0].K, modules[0].out_K
@@ -245,7 +245,7 @@ class _Run:
         return tensors
 
     def _solve(self, weight: torch.Tensor, K: int, group_size: int, hessian: Hessian | None) -> QuantizedWeight:
-        """weight [out_K, N], whose rows from K on are padding: inputs that are always 0."""
+        """``weight`` [out_K, N]: rows from K on are padding, for inputs that are always 0."""
         if hessian is None:
             return round_to_nearest(weight, self.grid, group_size)
         H, drift, num_padding = hessian.finish(), hessian.finish_drift(), len(weight) - K
@@ -273,7 +273,7 @@ class _Run:
             raise CheckpointError(f"{module.name}.bias: found values up to {np.abs(bias).max():g}, f16 ends at 65504")
         return rounded
 
-    # hidden states
+    # Hidden states
 
     def _outputs(self, work: WorkFolder, layer_idx: int, weights: LayerWeights) -> Iterator[torch.Tensor]:
         start = 0

@@ -1,12 +1,12 @@
-"""What a run that was killed left behind, and whether it is ours: the folder ``DST/.partial``.
+"""The folder ``DST/.partial``: the state of an unfinished run, and whether this run can resume it.
 
-    request.json             what is being made, by digests of everything that it depends on
-    layer-0007.safetensors   the quantized tensors of a finished layer
-    hidden-0008.f32          inputs of the layer after it, as the quantized layers make them
-    dense-0008.f32           the same as the dense layers make them
+    request.json             the options, and digests of everything else that the result depends on
+    layer-0007.safetensors   the quantized tensors of layer 7, finished
+    hidden-0008.f32          inputs of layer 8, as computed by the quantized layers
+    dense-0008.f32           the same, as computed by the dense layers
 
-A file has its name only when it is complete. A layer's file is written before the hidden states that follow from it,
-so the highest hidden states tell where to go on.
+A file gets its name only when it is complete. A layer's file is written before the hidden states after it, so the
+hidden states with the highest number tell where to resume.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REQUEST = "request.json"
 
 
 class WorkFolder:
-    """``streams`` names the hidden states that the method needs: "hidden", "dense", or none."""
+    """``streams``: the kinds of hidden states that the method needs: "hidden", "hidden" and "dense", or none."""
 
     def __init__(self, path: Path, streams: Sequence[str]) -> None:
         self.path = path
@@ -39,9 +39,9 @@ class WorkFolder:
 
     @classmethod
     def open(cls, dst: Path, request: Mapping[str, Any], streams: Sequence[str]) -> WorkFolder:
-        """Makes ``dst`` and the folder in it, or takes up what an equal request left there.
+        """Makes ``dst`` and the folder in it, or opens what an unfinished run with an equal request left there.
 
-        Raises ``ConfigError`` where ``dst`` holds anything else, or the beginnings of something different.
+        Raises ``ConfigError`` if ``dst`` holds anything else, or an unfinished run with a different request.
         """
         work = cls(dst / WORK_NAME, streams)
         names = sorted(entry.name for entry in dst.iterdir()) if dst.is_dir() else []
@@ -66,12 +66,12 @@ class WorkFolder:
         return self.path / f"{stream}-{layer_idx:04d}.f32"
 
     def num_finished(self, num_layers: int) -> int:
-        """Layers that need not be done again."""
+        """The number of layers, from the first on, that need not be quantized again."""
         finished = 0
         for i in range(num_layers):
             if not self.layer_path(i).is_file():
                 break
-            # Nothing reads the last layer's outputs, and they are not kept.
+            # Nothing reads the last layer's outputs, so they are not written.
             if i + 1 == num_layers or all(self.hidden_path(stream, i + 1).is_file() for stream in self.streams):
                 finished = i + 1
         return finished
@@ -98,7 +98,7 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) ->
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file appears under its name only when it is complete and on the disk."""
+    """Writes a file that appears under its name only when it is complete and on disk."""
     with write_atomically(path) as write:
         write(text.encode("utf-8"))
 
@@ -114,8 +114,8 @@ def write_atomically(path: Path) -> Iterator[Callable[[Any], object]]:
 
 
 def read_rows(path: Path, start: int, stop: int, width: int) -> torch.Tensor:
-    """Rows ``start:stop`` of hidden states, f32 [stop - start, width]. Read, not mapped: a disk that fails is then an
-    error and not a signal."""
+    """Rows ``start:stop`` of hidden states, f32 [stop - start, width]. Read, not memory-mapped, so that a disk failure
+    raises an error instead of a signal."""
     rows = np.fromfile(path, dtype=np.float32, count=(stop - start) * width, offset=start * width * 4)
     if rows.size != (stop - start) * width:
         raise CheckpointError(f"{path}: ended before row {stop}: delete the folder it is in and start anew")
