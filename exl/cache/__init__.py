@@ -1,4 +1,4 @@
-"""The KV cache: one slab, and who uses which of its pages.
+"""The KV cache: one slab of pages, and which sequence holds which page.
 
 Imports layout and memory. Begin with ``kv.py``.
 """

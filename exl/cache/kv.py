@@ -1,4 +1,4 @@
-"""The KV cache's bytes: one slab for all layers, allocated once, in pages of 64 tokens. Never grows."""
+"""The memory of the KV cache: one slab for all layers, in pages of 64 tokens. Allocated once, never grows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = {"u8": torch.uint8, "f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class KVPages:
-    """One layer's pages on the CPU: k and v [page, token, kv_head, ...], scales where it has any."""
+    """One layer's pages on the CPU: k and v [page, token, kv_head, ...], and scales if the layout has any."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -27,7 +27,7 @@ class KVPages:
 
 
 class KVCache:
-    """K and V of all layers and pages. Zeroed once: an attention weight of 0 times stale NaN would be NaN."""
+    """K and V of all layers and pages. Zeroed once: an attention weight of 0 times a stale NaN would be NaN."""
 
     def __init__(self, layout: KVLayout | DeviceKVLayout, num_pages: int, device: torch.device) -> None:
         self.layout = layout
@@ -42,7 +42,7 @@ class KVCache:
             self._layers = [_cpu_pages(layout, num_pages, blob) for blob in blobs]
 
     def layer(self, layer_idx: int) -> KVPages | torch.Tensor:
-        """What the layout's backend reads: on a GPU u8 [page, kv_head, bytes of a page]."""
+        """One layer's pages as its backend reads them: on a GPU u8 [page, kv_head, head_page_bytes], else KVPages."""
         return self._layers[layer_idx]
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:

@@ -1,10 +1,10 @@
-"""Who uses which page of the cache, and which pages hold text that a later prompt may begin with. Host only.
+"""Which sequence holds which page of the cache, and which pages a later prompt may reuse as its prefix. Host only.
 
-A page is *held* by one or more sequences (counted), *kept* (nobody holds it, but its tokens are known and may be asked
-for again), or *free*. Kept pages are given away by least recent use when free ones run out.
+A page is *held* by one or more sequences (reference-counted), *kept* (nobody holds it, but its tokens are known and a
+prompt may reuse it), or *free*. If free pages run out, kept pages are evicted, least recently used first.
 
-Pages are found again by the chain of their tokens: a page is known by its parent, the page before it, and by its own
-tokens. The chain is kept as a tree, so that two texts can never be taken for each other, as hashes alone could be.
+The prefix cache is a tree: a page is identified by its parent, the page before it, and by its own tokens. Tokens are
+compared themselves, so that two texts can never be confused, as they could be by hashes alone.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ class _Node:
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """What the cache has of a text. All pages are held for the caller."""
+    """The cached prefix of a text. All its pages, and ``copy_from``, are held for the caller."""
 
-    pages: tuple[int, ...]  # whole, but for the last one, which may be partly filled and then is the caller's alone
+    pages: tuple[int, ...]  # full, except that the last may be partly filled: then only the caller holds it
     num_tokens: int
-    copy_from: int | None = None  # has the tokens after ``pages``, up to num_tokens; to be copied, then released
+    copy_from: int | None = None  # a page with the tokens after ``pages``, up to num_tokens: copy it, then release it
 
 
 class PagePool:
-    """Reference counts, free pages, known texts."""
+    """Reference counts, free pages, and the tree of cached prefixes."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages))  # a heap: the lowest pages first, so that runs are neighbours
+        self._free = list(range(num_pages))  # a heap: lowest pages first, so that allocations tend to be contiguous
         self._held: dict[int, int] = {}  # page -> holders
         self._root = _Node(-1, (), None)
-        self._nodes: dict[int, _Node] = {}  # page -> what it holds
+        self._nodes: dict[int, _Node] = {}  # page -> its node, if its tokens are known
         self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def num_free(self) -> int:
-        """Pages that can be had: free ones, and kept ones that would be given away."""
+        """Allocatable pages: free ones, and kept ones, which can be evicted."""
         return len(self._free) + len(self._kept)
 
     def allocate(self, count: int) -> list[int]:
-        """Pages for one holder, neighbours where possible. ``MemoryBudgetError`` where there are not so many."""
+        """Pages for one holder, contiguous if possible. Raises ``MemoryBudgetError`` if ``num_free`` is too small."""
         if count > self.num_free:
             raise MemoryBudgetError(
                 f"KV cache: {count} pages of {PAGE_SIZE} tokens asked for, {self.num_free} of {self.num_pages} free"
@@ -67,26 +67,28 @@ class PagePool:
         return pages
 
     def _take_run(self, count: int) -> list[int] | None:
-        """The first run of ``count`` free neighbours, so that attention reads them as one view."""
+        """The first contiguous run of ``count`` free pages, which attention can read as one view; None if none."""
         free = sorted(self._free)
         start = 0
         for i, page in enumerate(free):
             if page - free[start] != i - start:
                 start = i
             if i - start + 1 == count:
-                self._free = free[:start] + free[i + 1 :]  # sorted is a heap
+                self._free = free[:start] + free[i + 1 :]  # a sorted list is a heap
                 return free[start : i + 1]
         return None
 
     def hold(self, pages: Iterable[int]) -> None:
-        """One more holder for pages that are held or kept."""
+        """Adds one holder to pages that are held or kept."""
         for page in pages:
             self._held[page] = self._held.get(page, 0) + 1
             self._kept.pop(page, None)
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder less. Pages without one are kept where their tokens are known, the last pages of a text first
-        to be given away."""
+        """Removes one holder. A page without holders is kept if its tokens are known, else freed.
+
+        Goes from the last page to the first, so that a text's last pages are evicted first.
+        """
         for page in reversed(list(pages)):
             if self._held[page] > 1:
                 self._held[page] -= 1
@@ -98,10 +100,11 @@ class PagePool:
                 heapq.heappush(self._free, page)
 
     def remember(self, token_ids: Sequence[int], pages: Sequence[int]) -> None:
-        """What a sequence has cached: ``token_ids`` lie on ``pages``, the last of which may be partly filled.
+        """Enters a sequence's pages into the tree: ``pages`` hold ``token_ids``; the last may be partly filled.
 
-        A page whose text is known already, on another page, stays unknown, as do those after it: the next sequence
-        will find the other, and whoever holds a page also holds those before it in the tree.
+        If another page with the same text is already in the tree, neither this page nor those after it are entered.
+        The next sequence finds the other page; and a holder of any page in the tree must hold its parents too, which
+        this sequence does not.
         """
         node = self._root
         for i, page in enumerate(pages):
@@ -118,7 +121,7 @@ class PagePool:
             node = known
 
     def find(self, token_ids: Sequence[int]) -> PrefixMatch:
-        """The longest known beginning of a text. The pages found are held for the caller."""
+        """The longest cached prefix of a text. The pages found are held for the caller."""
         node, pages = self._root, []
         while True:
             rest = tuple(token_ids[len(pages) * PAGE_SIZE : (len(pages) + 1) * PAGE_SIZE])
@@ -139,14 +142,15 @@ class PagePool:
         unheld = best.page in self._kept
         self.hold([best.page])
         if unheld and num_common == len(best.tokens) < PAGE_SIZE:
-            # Nobody else has it and all of it is wanted: it is written on where it is. The caller remembers it anew.
+            # Nobody else holds the page and all its tokens match: the caller appends to it in place, without a copy,
+            # and calls ``remember`` again.
             self._forget_node(best)
             return PrefixMatch((*pages, best.page), num_tokens)
         return PrefixMatch(tuple(pages), num_tokens, copy_from=best.page)
 
     def _leaf(self, page: int) -> _Node:
-        """A page is given away only after those that follow it: without it nobody could find them. They are kept
-        too: whoever holds a page holds its parents."""
+        """A leaf below ``page``, or the page itself: children are evicted before their parent, because without it
+        they could not be found. The leaf is kept too, since a holder of a page also holds its parents."""
         node = self._nodes[page]
         while node.children:
             node = next(iter(node.children.values()))
