@@ -1,4 +1,4 @@
-"""What stands on disk or at the hub: headers as hostile input, indices, configuration, bytes in blocks.
+"""Reads model folders on disk or at the hub: safetensors headers as untrusted input, indices, configuration, bytes.
 
-Imports the root's words alone, never torch. Begin with ``checkpoint.py``; ``header.py`` is what it trusts in.
+Imports only modules at the root of exl, never torch. Begin with ``checkpoint.py``; ``header.py`` validates its input.
 """

@@ -1,4 +1,4 @@
-"""A safetensors checkpoint: one file, or shards with an index. Headers are checked at opening, bytes read on demand."""
+"""A safetensors checkpoint: one file, or shards with an index. Checks headers on opening, reads bytes on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from exl.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header, parse_index, shown
 from exl.errors import CheckpointError
 
-# Without an entry: a type that NumPy does not have. bf16 comes as its bits; bool as bytes, which need not be 0 or 1.
+# Types without an entry do not exist in NumPy. bf16 is returned as its bits; bool as bytes, which need not be 0 or 1.
 _NUMPY_DTYPES: Mapping[str, str] = {
     **{"bool": "u1", "u8": "u1", "i8": "i1", "u16": "<u2", "i16": "<i2", "u32": "<u4", "i32": "<i4"},
     **{"u64": "<u8", "i64": "<i8", "f16": "<f2", "bf16": "<u2", "f32": "<f4", "f64": "<f8", "c64": "<c8"},
@@ -41,13 +41,13 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class CheckpointFile(Protocol):
-    """A safetensors file, wherever it is."""
+    """A safetensors file, local or remote."""
 
     name: str  # relative to the checkpoint's folder
     num_bytes: int
 
     def read_into(self, view: memoryview, offset: int, what: str) -> None:
-        """Fills ``view`` with the file's bytes from ``offset`` on; ``CheckpointError`` names the file and ``what``."""
+        """Fills ``view`` with the file's bytes from ``offset`` on. ``CheckpointError`` names the file and ``what``."""
 
     def modified_ns(self) -> int: ...
 
@@ -57,31 +57,31 @@ class CheckpointFile(Protocol):
 class FileSource(Protocol):
     """Where a checkpoint's files are: a folder, or a repository that is read over the network."""
 
-    path: Path  # what errors call it
+    path: Path  # its name in error messages
 
     def names(self) -> list[str]:
-        """Of its files, sorted."""
+        """The names of its files, sorted."""
 
     def read_small(self, name: str) -> bytearray:
-        """A whole file of at most ``MAX_HEADER_BYTES``."""
+        """The whole content of a file of at most ``MAX_HEADER_BYTES``."""
 
     def open(self, name: str) -> CheckpointFile: ...
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """``map``, or the same with several calls at once where each of them waits."""
+        """Like ``map``, results in order; may make several calls at once if each mostly waits."""
 
 
 @dataclass(frozen=True)
 class _OpenFile:
-    """A safetensors file, kept open: what it held when it was checked is what is read."""
+    """A safetensors file, kept open, so that later reads go to the same file whose header was checked."""
 
     name: str  # relative to the checkpoint's folder
     handle: FileIO
     num_bytes: int
-    lock: threading.Lock  # where there is no positional read
+    lock: threading.Lock  # used if the system has no positional read
 
     def read_into(self, view: memoryview, offset: int, what: str) -> None:
-        """Fills ``view`` with the file's bytes from ``offset`` on. Threads may read one file at once."""
+        """Fills ``view`` with the file's bytes from ``offset`` on. Thread-safe."""
         done = 0
         try:
             while done < len(view):
@@ -111,7 +111,7 @@ class _OpenFile:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of this machine."""
+    """A local folder."""
 
     path: Path
 
@@ -133,7 +133,7 @@ class _Folder:
     def open(self, name: str) -> _OpenFile:
         path = self.path / name
         try:
-            mode = path.stat().st_mode  # before opening, which would wait for ever at a named pipe
+            mode = path.stat().st_mode  # checked first: opening a named pipe would block forever
             if not stat.S_ISREG(mode):
                 raise CheckpointError(f"{name}: not a regular file, expected a safetensors file")
             handle = FileIO(path, "rb")
@@ -149,8 +149,8 @@ class _Folder:
 class Checkpoint:
     """Tensors of a checkpoint by name. Open with :meth:`open`; a context manager.
 
-    Reading is thread-safe; closing while another thread reads is not. Needs as many file handles as there are
-    shards, and memory for headers only.
+    Reading is thread-safe; closing while another thread reads is not. Uses one file handle per shard, and memory for
+    headers only.
     """
 
     def __init__(
@@ -163,11 +163,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Opens a folder with ``model.safetensors``, shards with an index or one safetensors file of any name; or a
-        ``.safetensors`` file by its own path.
+        """Opens a folder that holds ``model.safetensors``, or shards with an index, or one safetensors file of any
+        name; or opens a ``.safetensors`` file by its own path.
 
-        Raises ``CheckpointError`` that names the file, the tensor, what was found and what was expected, for
-        anything that is missing, damaged or hostile, and for what the operating system refuses.
+        Raises ``CheckpointError`` if anything is missing, damaged or hostile, or if the operating system refuses
+        access. It names the file, the tensor, what was found and what was expected.
         """
         path = Path(path)
         if _is_folder(path):
@@ -176,7 +176,7 @@ class Checkpoint:
 
     @classmethod
     def open_from(cls, source: FileSource) -> Checkpoint:
-        """The same from files that need not be on this machine. Raises as :meth:`open`."""
+        """Like :meth:`open`, from files that may be remote. Raises the same errors."""
         return cls._open(source, source.path, *_choose_files(source))
 
     @classmethod
@@ -209,23 +209,23 @@ class Checkpoint:
 
     @property
     def modified_ns(self) -> Mapping[str, int]:
-        """When each file was last changed, by name; of the files that are open, whatever has their names by now."""
+        """Time of last change by name, in ns: of the open files, even if other files have taken their names since."""
         return {name: file.modified_ns() for name, file in self._files.items()}
 
     def info(self, name: str) -> TensorInfo:
-        """Raises ``CheckpointError`` where there is no such tensor."""
+        """Raises ``CheckpointError`` if there is no such tensor."""
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.folder}: no tensor {shown(name)} among the {len(self.tensors)} found there")
         return info
 
     def read(self, name: str) -> np.ndarray:
-        """The whole tensor, writable. bf16 comes as its bits, u16; bool as u8."""
+        """The whole tensor, writable. bf16 is returned as its bits, u16; bool as u8."""
         info = self.info(name)
         return self._read_array(info, info.shape, 0)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``start:stop`` along the first axis: one contiguous read of just these bytes."""
+        """Rows ``start:stop`` along the first axis: one contiguous read of only these bytes."""
         info = self.info(name)
         num_rows = info.shape[0] if info.shape else 0
         if not info.shape or not 0 <= start <= stop <= num_rows:
@@ -234,7 +234,7 @@ class Checkpoint:
         return self._read_array(info, (stop - start, *info.shape[1:]), start * row_bytes)
 
     def read_into(self, name: str, buffer: Any, start_byte: int = 0) -> None:
-        """Fills a writable buffer with the tensor's bytes from ``start_byte`` on: block by block, no memory of ours."""
+        """Fills a writable buffer with the tensor's bytes from ``start_byte`` on, directly, without a copy."""
         info = self.info(name)
         view = memoryview(buffer)
         if view.readonly or not view.c_contiguous:
@@ -254,7 +254,7 @@ class Checkpoint:
         return self.read_bytes(info.name, start_byte, num_bytes).view(dtype).reshape(shape)
 
     def read_bytes(self, name: str, start_byte: int, num_bytes: int) -> np.ndarray:
-        """Bytes of a tensor from ``start_byte`` on, u8, writable. All that returns arrays gets its bytes here."""
+        """Bytes of a tensor from ``start_byte`` on: u8 [num_bytes], writable. All methods that return arrays use it."""
         try:
             raw = np.empty(num_bytes, np.uint8)
         except MemoryError:
@@ -279,7 +279,7 @@ class Checkpoint:
 
 
 def _is_folder(path: Path) -> bool:
-    """False for a ``.safetensors`` file; ``CheckpointError`` for anything else that is no folder."""
+    """False for a ``.safetensors`` file. Raises ``CheckpointError`` for anything else that is not a folder."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -294,10 +294,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _choose_files(source: FileSource) -> tuple[list[str], dict[str, str] | None, str]:
-    """-> (safetensors files, tensor -> shard where there is an index, the index's name)."""
+    """-> (safetensors files, {tensor: shard} or None if there is no index, the index's name or "")."""
     names = source.names()
     indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
-    if "model.safetensors" in names:  # transformers, too, takes the single file where both exist
+    if "model.safetensors" in names:  # if both exist, transformers also takes the single file
         return ["model.safetensors"], None, ""
     index_name = f"model{_INDEX_SUFFIX}" if f"model{_INDEX_SUFFIX}" in indices else None
     if index_name is None and len(indices) == 1:
@@ -309,7 +309,7 @@ def _choose_files(source: FileSource) -> tuple[list[str], dict[str, str] | None,
 
 
 def _only_safetensors_file(folder: Path, names: list[str]) -> str:
-    """Quantizers name their one file as they like: ``gptq_model-4bit-128g.safetensors``."""
+    """The only safetensors file, whatever its name: quantizers write ``gptq_model-4bit-128g.safetensors``."""
     found = [name for name in names if name.endswith(".safetensors")]
     if len(found) == 1:
         return found[0]

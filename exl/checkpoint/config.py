@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says, checked once and frozen. Families differ by these values, not by code."""
+"""The values of a Hugging Face ``config.json``, checked once and frozen. Families differ in values, not in code."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from exl.errors import ConfigError, UnsupportedModelError
 
-_MAX_SIZE = 1 << 24  # no dimension of a real model comes near; keeps products of three within 64 bits
+_MAX_SIZE = 1 << 24  # far above any dimension of a real model; a product of two stays far below 64 bits
 MAX_JSON_BYTES = 16 << 20
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file. ``ConfigError`` names the file for anything else."""
+    """Reads a JSON object from a file. Raises ``ConfigError``, which names the file, if that fails."""
     path = Path(path)
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block forever
             raise ConfigError(f"{path}: not a regular file")
         if status.st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path}: {status.st_size} bytes, expected at most {MAX_JSON_BYTES}")
@@ -33,7 +33,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes | bytearray, source: str) -> dict[str, Any]:
-    """The same from a file's bytes; ``source`` is what errors call it."""
+    """Like :func:`read_json`, from a file's bytes; ``source`` is its name in error messages."""
     try:
         value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -44,7 +44,7 @@ def parse_json(raw: bytes | bytearray, source: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """Typed access to a JSON object; every complaint names the file and the key."""
+    """Typed access to a JSON object; every error names the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self.values = values
@@ -103,7 +103,7 @@ class _Reader:
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """An id, a list of ids, or nothing. Negative ids (some files say -1) mean none."""
+        """From an id, a list of ids, or nothing. Negative ids (some files say -1) are left out."""
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i > _MAX_SIZE for i in ids):
@@ -113,15 +113,15 @@ class _Reader:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: which frequencies, and how they stretch. Meanings and defaults as in transformers'
-    ``modeling_rope_utils``."""
+    """Rotary embedding: frequencies, and how they are scaled for long contexts. Meanings and defaults as in
+    transformers' ``modeling_rope_utils``."""
 
     kind: str = "default"  # "default" | "linear" | "dynamic" | "llama3" | "yarn"
     theta: float = 10000.0
     partial_rotary_factor: float = 1.0
     factor: float = 1.0
-    max_position: int = 2048  # the model's max_position_embeddings, which "dynamic" stretches from
-    original_max_position: int = 2048  # before stretching, for "llama3" and "yarn"
+    max_position: int = 2048  # the model's max_position_embeddings; "dynamic" scales beyond it
+    original_max_position: int = 2048  # before scaling, for "llama3" and "yarn"
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -136,7 +136,7 @@ _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
-    """``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
+    """Reads ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (earlier versions)."""
     key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
     rope = _Reader(config.object(key), f"{config.source}: {key}")
     kind = rope.text("rope_type", rope.text("type", "default"))
@@ -178,11 +178,11 @@ def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
 
 @dataclass(frozen=True)
 class _Family:
-    """What a ``model_type`` implies without saying so in its config."""
+    """What a ``model_type`` implies, although its config does not say it."""
 
-    qkv_bias: bool | None = False  # None: as attention_bias says, for o_proj too
+    qkv_bias: bool | None = False  # None: attention_bias decides, for o_proj too
     qk_norm: bool = False
-    sliding_window: str = "never"  # "never" | "always": where set | "opt_in": use_sliding_window, upper layers
+    sliding_window: str = "never"  # "never" | "always": unless null | "opt_in": use_sliding_window, upper layers
     mlp_bias_key: bool = False  # whether mlp_bias is a key of this family
     default_head_dim: int | None = None
 
@@ -197,7 +197,7 @@ _FAMILIES: Mapping[str, _Family] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, as far as shapes and arithmetic go."""
+    """A decoder-only transformer: everything that determines its shapes and arithmetic."""
 
     family: str  # Hugging Face model_type
     hidden_size: int  # C
@@ -210,7 +210,7 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float
     rope: RopeConfig
-    windows: tuple[int | None, ...]  # [L]; a token sees itself and window - 1 before it; None: all
+    windows: tuple[int | None, ...]  # [L]; a token sees itself and the window - 1 tokens before it; None: all
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -239,7 +239,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """``ConfigError`` for a value that makes no sense, ``UnsupportedModelError`` for a model exl does not have."""
+        """Raises ``ConfigError`` for an invalid value, ``UnsupportedModelError`` for a model that exl does not have."""
         read = _Reader(values, source)
         model_type = read.text("model_type", "")
         family = _FAMILIES.get(model_type)
@@ -287,7 +287,7 @@ class ModelConfig:
 
 
 def _refuse_other_architectures(read: _Reader) -> None:
-    """A familiar model_type with another head (classification, reward) would load and answer nonsense."""
+    """Refuses a known model_type with another head (classification, reward): it would load, but generate nonsense."""
     names = read.values.get("architectures")
     if names is None:
         return
@@ -318,7 +318,7 @@ def _read_windows(read: _Reader, family: _Family, num_layers: int) -> tuple[int 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What ``generation_config.json`` asks for; absent values are None and fall to exl's own defaults."""
+    """The values of ``generation_config.json``. None: absent; exl's own default applies."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -330,7 +330,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> GenerationDefaults:
-        """Defaults of all None where the folder has no such file."""
+        """All values are None if the folder has no such file."""
         path = Path(folder) / "generation_config.json"
         if not path.exists():
             return cls()
@@ -339,7 +339,7 @@ class GenerationDefaults:
         def optional(key: str, *, above: bool = False) -> float | None:
             return read.number(key, above=above) if read.has(key) else None
 
-        # A file that does not sample means greedy, whatever temperature stands beside it (transformers' rule).
+        # Without do_sample, decoding is greedy, whatever temperature the file gives (as in transformers).
         samples = read.flag("do_sample", False)
         return cls(
             bos_id=next(iter(read.token_ids("bos_token_id")), None),

@@ -1,14 +1,14 @@
-"""Reading a safetensors header, and the index of a sharded checkpoint, as hostile input.
+"""Parses a safetensors header, and the index of a sharded checkpoint, as untrusted input.
 
 Format: 8 bytes of little-endian header length, that many bytes of JSON, then the data section. The JSON maps tensor
-names to ``{"dtype", "shape", "data_offsets": [start, stop]}``, offsets counted from the start of the data section,
-and ``"__metadata__"`` to an object of strings (https://github.com/huggingface/safetensors, README). As in the
-reference library, tensors must cover the data section exactly: no overlap, no hole, nothing after the last one.
-Stricter than the reference: a name that occurs twice and a key that the format does not have are errors.
+names to ``{"dtype", "shape", "data_offsets": [start, stop]}``, with offsets from the start of the data section, and
+``"__metadata__"`` to an object of strings (https://github.com/huggingface/safetensors, README). As in the reference
+library, tensors must cover the data section exactly: no overlap, no hole, nothing after the last one. Stricter than
+the reference: a name that occurs twice and a key that the format does not have are errors.
 
-The JSON has so little freedom that it is scanned value by value and stops at the first one that is out of place. So
-memory stays in proportion to the part that made sense: a general parser would build a gigabyte of empty lists before
-anything could be refused.
+The format allows so few forms that the JSON is scanned value by value and the scan stops at the first unexpected one.
+So memory is proportional to the part that was valid. A general parser could build a gigabyte of empty lists before
+anything was refused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 from exl.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference library's own limit
-MAX_DIMS = 32  # what every NumPy can hold
-MAX_SKIPPED_CHARS = 1 << 16  # of a value in an index file that we do not need
+MAX_DIMS = 32  # every version of NumPy supports this many
+MAX_SKIPPED_CHARS = 1 << 16  # longest value, in characters, of an index key that exl does not need
 
-# safetensors' name -> bits of one element. Ours is the same in lower case.
+# safetensors' dtype -> bits per element. exl's names are the same in lower case.
 DTYPE_BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64},
     **{"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
@@ -39,7 +39,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: where its bytes lie. Row-major, little-endian."""
+    """One tensor of a checkpoint, and the place of its bytes. Row-major, little-endian."""
 
     name: str
     file: str  # relative to the checkpoint's folder
@@ -54,7 +54,7 @@ class TensorInfo:
 
 
 def shown(value: object, limit: int = 100) -> str:
-    """``repr`` for an error message, cut in the middle where it is long, and never as large as what it shows."""
+    """``repr`` for an error message: shortened in the middle if it is long, without building the whole ``repr``."""
     if isinstance(value, str) and len(value) > 3 * limit:
         value = value[: 2 * limit] + value[-limit:]
     text = repr(value) if isinstance(value, str) else _SHORT.repr(value)
@@ -66,7 +66,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 60, 60, 
 
 
 class _JsonError(ValueError):
-    """What is wrong and at which character; callers put file and tensor in front."""
+    """Says what is wrong and at which character; callers prepend file and tensor."""
 
 
 _ScanValue = Callable[[str, int, str], tuple[Any, int]]  # (text, at, key) -> (value, end)
@@ -93,7 +93,7 @@ def _scan_string(text: str, at: int) -> tuple[str, int]:
         raise _wrong(text, at, "a string")
     try:
         value, end = scanstring(text, at + 1, True)
-        if _SURROGATE.search(value):  # no Unicode: the reference library refuses it, too
+        if _SURROGATE.search(value):  # not valid Unicode; the reference library also refuses it
             raise ValueError("Lone surrogate")
     except ValueError as error:
         raise _wrong(text, at, f"a valid JSON string ({str(error).split(':')[0]})") from None
@@ -135,7 +135,7 @@ def _scan_object(text: str, at: int, scan_value: _ScanValue) -> tuple[dict[str, 
 def _scan_document(
     raw: bytes | bytearray, scan_value: Callable[[str, int, str], tuple[Any, int]], what: str
 ) -> dict[str, Any]:
-    """One object and nothing but white space around it."""
+    """Scans one object with nothing but white space around it."""
     try:
         text = raw.decode("utf-8")
         values, end = _scan_object(text, _skip_space(text, 0), scan_value)
@@ -170,7 +170,7 @@ def _scan_header_entry(text: str, at: int, key: str) -> tuple[Any, int]:
 
 
 def parse_header(raw: bytes | bytearray, num_data_bytes: int, file: str) -> tuple[list[TensorInfo], dict[str, str]]:
-    """Tensors in the order of their bytes, and the metadata, from the JSON ``raw`` and the data section's size.
+    """From the JSON ``raw`` and the data section's size: the tensors, ordered by offset, and the metadata.
 
     Raises ``CheckpointError`` that names ``file``, the tensor, what was found and what was expected.
     """
@@ -213,7 +213,7 @@ def _tensor_info(name: str, entry: dict[str, Any], base: int, num_data_bytes: in
 
 
 def _check_coverage(infos: list[TensorInfo], start: int, stop: int, file: str) -> None:
-    """Every byte of the data section belongs to exactly one tensor. ``infos`` are sorted by offset."""
+    """Checks that every byte of the data section belongs to exactly one tensor. ``infos`` are sorted by offset."""
     previous = None
     for info in infos:
         if info.start != start:
@@ -238,7 +238,7 @@ _SKIPPING = json.JSONDecoder(parse_constant=_refuse_constant)
 def _scan_index_entry(text: str, at: int, key: str) -> tuple[Any, int]:
     if key == "weight_map":
         return _scan_object(text, at, _scan_text_value)
-    try:  # a bounded piece, so that nesting and numbers without end cannot cost more
+    try:  # a bounded slice bounds the cost of deep nesting and of long numbers
         value, end = _SKIPPING.raw_decode(text[at : at + MAX_SKIPPED_CHARS])
     except (ValueError, RecursionError):
         raise _wrong(text, at, f"a JSON value of at most {MAX_SKIPPED_CHARS} characters") from None
@@ -246,15 +246,15 @@ def _scan_index_entry(text: str, at: int, key: str) -> tuple[Any, int]:
 
 
 def parse_index(raw: bytes | bytearray, file: str) -> dict[str, str]:
-    """``{"weight_map": {tensor: shard}}`` of a ``*.safetensors.index.json``. Shards are names inside the folder.
+    """The ``weight_map``, {tensor: shard}, of a ``*.safetensors.index.json``. Shards must be names inside the folder.
 
-    Only names are judged, not where links lead: a hub cache is made of links out of the folder.
+    Only names are checked, not the targets of links: in a hub cache, files are links out of the folder.
     """
     weight_map = _scan_document(raw, _scan_index_entry, file).get("weight_map")
     if not weight_map:
         raise CheckpointError(f"{file}: no tensors in weight_map, expected {{tensor: shard}}")
     for shard in dict.fromkeys(weight_map.values()):
-        path = PureWindowsPath(shard)  # knows both separators, and drives
+        path = PureWindowsPath(shard)  # handles both separators, and drives
         inside = shard.isprintable() and not path.drive and not path.root and ".." not in path.parts
         if not inside or path.suffix != ".safetensors":
             name = next(name for name, file_name in weight_map.items() if file_name == shard)

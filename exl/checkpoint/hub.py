@@ -1,4 +1,4 @@
-"""A model's name -> a folder on this machine; for a plan, headers that are elsewhere will do."""
+"""A model's name -> a local folder. For a plan, remote headers are enough."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _NOT_HERE = "no such folder here"
 def find_model(
     model: str | Path | None, *, revision: str | None = None, token: Token = None, quiet: bool = False
 ) -> Path:
-    """A local folder (or the model that ships with exl, for None), else a Hugging Face repository's snapshot.
+    """The local folder ``model`` if it exists, else the snapshot of the Hugging Face repository ``model``. None: the
+    model that ships with exl.
 
-    A snapshot is downloaded where it is not in huggingface_hub's cache, or where the hub has a newer one; ``quiet``:
-    without progress bars. Offline, the cache has to have it. Raises ``CheckpointError`` when there is none.
+    A snapshot is downloaded if it is not in huggingface_hub's cache, or if the hub has a newer one; ``quiet``: without
+    progress bars. Offline, it must be in the cache. Raises ``CheckpointError`` if the model is not found.
     """
     path = _local_path(model)
     if path is not None:
         return path
     _check_access(revision, token)
-    # Imported here: it takes longer than all of exl's command line.
+    # Imported here because importing it takes longer than starting exl's command line.
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -46,7 +47,7 @@ def find_model(
 
 
 def find_headers(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path | RemoteFolder:
-    """The same without a download: a repository that is not in the cache is looked at where it is."""
+    """Like :func:`find_model`, but without a download: a repository that is not in the cache is read remotely."""
     path = _local_path(model)
     if path is None:
         _check_access(revision, token)
@@ -68,7 +69,7 @@ def find_headers(model: str | Path | None, *, revision: str | None = None, token
 
 
 def _local_path(model: str | Path | None) -> Path | None:
-    """None: it can only be a repository. Raises ``CheckpointError`` where it can be neither."""
+    """The local folder; None if ``model`` can only be a repository. Raises ``CheckpointError`` if it can be neither."""
     if model is None:
         return BUNDLED_MODEL
     if not isinstance(model, str | Path) or not str(model):
@@ -77,7 +78,7 @@ def _local_path(model: str | Path | None) -> Path | None:
     try:
         if path.exists():
             return path
-    except (OSError, ValueError) as error:  # a name that no system can have
+    except (OSError, ValueError) as error:  # the system allows no such name
         raise CheckpointError(f"{shown(str(model))}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(model, str) or not _REPO_ID.fullmatch(model):
         raise CheckpointError(f"{model}: {_NOT_HERE}, and not a Hugging Face repository id (owner/name)")
@@ -87,7 +88,7 @@ def _local_path(model: str | Path | None) -> Path | None:
 def _check_access(revision: str | None, token: Token) -> None:
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise ConfigError(f"revision: found {revision!r}, expected a branch, a tag or a commit")
-    # It goes into a header. What it is stays out of the message.
+    # Sent as an HTTP header. Error messages never contain the token.
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.strip()):
         raise ConfigError("token: found characters that no token has, expected one such as hf_...")
     if token is not None and not isinstance(token, str | bool):
@@ -95,7 +96,7 @@ def _check_access(revision: str | None, token: Token) -> None:
 
 
 def _cached(repo_id: str, revision: str | None) -> Path | None:
-    """A repository's snapshot that is in huggingface_hub's cache with config and weights."""
+    """A repository's snapshot in huggingface_hub's cache; None unless it has config and weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -105,7 +106,7 @@ def _cached(repo_id: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, local_files_only=True))
         with Checkpoint.open(folder):
             return folder if (folder / "config.json").is_file() else None
-    except (LocalEntryNotFoundError, CheckpointError):  # not there, or not all of it
+    except (LocalEntryNotFoundError, CheckpointError):  # not in the cache, or incomplete
         return None
     except ValueError as error:
         raise CheckpointError(f"{repo_id}: {_NOT_HERE}, and {first_line(error)}") from None

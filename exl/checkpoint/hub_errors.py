@@ -1,4 +1,4 @@
-"""What goes wrong at the Hugging Face hub, in one line."""
+"""Errors of the Hugging Face hub, explained in one line."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 from exl.errors import CheckpointError
 
-Token = str | bool | None  # as huggingface_hub has it: None is the one that was saved by logging in, False none
+Token = str | bool | None  # as in huggingface_hub: None: the token saved by logging in, if any; False: no token
 
 
 @contextmanager
 def explain_hub_errors(what: str, revision: str | None = None) -> Iterator[None]:
-    """Errors of huggingface_hub and of the network -> ``CheckpointError``, one line that begins with ``what``."""
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version is built on
+    """Turns errors of huggingface_hub and the network into ``CheckpointError``: one line that begins with ``what``."""
+    from huggingface_hub.errors import HTTPError  # from the HTTP library that the installed version uses
 
     try:
         yield

@@ -1,11 +1,12 @@
-"""Regular expressions of untrusted files, matched against module names in bounded time.
+"""Matches regular expressions from untrusted files against module names, in bounded time.
 
-``re`` backtracks: a pattern of twenty characters in a downloaded file can keep it busy for years. Here a pattern is
-matched by the set of positions that it can reach, a bit each in one integer, so that there is nothing to go back to.
-The verdict is that of ``re.match``: the pattern must match from the start of the name, not up to its end.
+``re`` backtracks: a pattern of twenty characters in a downloaded file can keep it busy for years. Here the matcher
+tracks the set of all positions that a pattern can reach, one bit per position in one integer, so that it never needs
+to backtrack. The result is that of ``re.match``: the pattern must match from the start of the name, but need not reach
+its end.
 
-Left out, and refused by name: what needs the text of a match (back references), what looks or commits backwards
-(lookbehind, atomic groups, possessive repeats), and flags.
+Not supported, and refused by name: back references, which need the text of a match; lookbehind, atomic groups and
+possessive repeats; and flags.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from exl.errors import ConfigError
 
-if sys.version_info >= (3, 11):  # the parser of the standard library; only its public name ever changed
+if sys.version_info >= (3, 11):  # the standard library's parser; between versions only the module's name differs
     from re import _constants as ops
     from re import _parser as parser
 else:
@@ -26,9 +27,9 @@ else:
     import sre_parse as parser
 
 MAX_PATTERN_CHARS = 512
-MAX_NESTED_REPEATS = 3  # each level can multiply the steps by the name's length
+MAX_NESTED_REPEATS = 3  # each level can multiply the number of steps by the name's length
 
-_REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT)  # lazy or greedy makes no difference to whether there is a match
+_REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT)  # lazy and greedy repeats match the same names
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
     ops.CATEGORY_DIGIT: str.isdecimal,
     ops.CATEGORY_NOT_DIGIT: lambda char: not char.isdecimal(),
@@ -41,7 +42,7 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 @dataclass(frozen=True)
 class ModulePattern:
-    """A parsed pattern. ``literal`` is a text that every match contains; ``exact``: the only name that matches."""
+    """A parsed pattern. ``literal``: a text that every match contains. ``exact``: the only match, or None."""
 
     tree: Any
     literal: str
@@ -49,7 +50,7 @@ class ModulePattern:
 
     @classmethod
     def parse(cls, text: str) -> ModulePattern:
-        """Raises ``ConfigError`` that says what is wrong with the pattern; the caller names file and key."""
+        """Raises ``ConfigError`` that says what is wrong with the pattern; the caller adds file and key."""
         if len(text) > MAX_PATTERN_CHARS:
             raise ConfigError(f"a pattern of {len(text)} characters, expected at most {MAX_PATTERN_CHARS}")
         try:
@@ -95,27 +96,27 @@ def _check_supported(tree: Any, num_repeats: int) -> None:
 
 
 class ModuleMatcher:
-    """One module name, to be matched by many patterns. Bit i of a set says that the first i characters are used.
+    """Matches many patterns against one module name. In a set of positions, bit i means: after the first i characters.
 
-    ``max_steps`` is for all patterns together: a file may hold thousands.
+    ``max_steps`` limits all patterns together, because a file may hold thousands.
     """
 
     def __init__(self, name: str, max_steps: int) -> None:
         self.name = name
         self._steps_left = max_steps
         self._end = 1 << len(name)
-        self._chars: dict[str, int] = {}  # where each character stands
+        self._chars: dict[str, int] = {}  # character -> set of its positions
         for i, char in enumerate(name):
             self._chars[char] = self._chars.get(char, 0) | 1 << i
 
     def matches(self, pattern: ModulePattern) -> bool:
-        """Raises ``ConfigError`` when the steps are used up."""
-        if pattern.exact is not None:  # "$" also matches before a last line break
+        """Raises ``ConfigError`` if the steps are used up."""
+        if pattern.exact is not None:  # "$" also matches before a final line break
             return self.name in (pattern.exact, pattern.exact + "\n")
         return pattern.literal in self.name and self._reach(pattern.tree, 1) != 0
 
     def _reach(self, tree: Any, starts: int) -> int:
-        """Positions at which a match of ``tree`` can end, if it begins at one of ``starts``."""
+        """The positions at which a match of ``tree`` can end if it begins at one of ``starts``."""
         for op, value in tree:
             self._steps_left -= 1
             if self._steps_left < 0:
@@ -141,7 +142,7 @@ class ModuleMatcher:
 
     def _repeat(self, low: int, high: int, body: Any, starts: int) -> int:
         count, reached = 0, starts
-        while count < low:  # required rounds; a round that changes nothing stands for all the rest
+        while count < low:  # required rounds; if one round changes nothing, the others do not either
             following = self._reach(body, reached)
             count += 1
             if following in (0, reached):
@@ -178,7 +179,7 @@ class ModuleMatcher:
         return boundary if where is ops.AT_BOUNDARY else (self._end * 2 - 1) & ~boundary
 
     def _standing(self, op: Any, value: Any) -> int:
-        """Where a character stands that the item takes."""
+        """The positions of characters that the item accepts."""
         if op is ops.LITERAL:
             return self._chars.get(chr(value), 0)
         found = 0

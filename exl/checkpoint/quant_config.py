@@ -1,8 +1,8 @@
-"""What a checkpoint says about its quantization, checked once and frozen.
+"""A checkpoint's quantization parameters, checked once and frozen.
 
-Files and keys as AutoGPTQ and GPTQModel write and read them (``quantization/config.py`` of both): GPTQModel's
-``dynamic`` overrides, its exclusions (``"-:"``) before everything else, otherwise in the file's order; the first
-pattern that ``re.match`` finds at the start of the module's name decides.
+Files and keys are those that AutoGPTQ and GPTQModel write and read (``quantization/config.py`` of both). GPTQModel's
+``dynamic`` overrides parameters per module: its exclusions (``"-:"``) are tried first, the others in the file's order,
+and the first pattern that ``re.match`` finds at the start of the module's name decides.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from exl.errors import ConfigError, UnsupportedModelError
 SUPPORTED_BITS = (2, 3, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
 _FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's order; then config.json's quantization_config
-_MAX_STEPS = 100_000  # for all patterns on one module; one takes about 50
+_MAX_STEPS = 100_000  # limit for all patterns on one module; one pattern takes about 50
 _MAX_GROUP_SIZE = 1 << 24
 
 _OVERRIDES = frozenset({"bits", "group_size", "desc_act", "sym"})
 _METHOD_KEYS = frozenset(
     {"quant_method", "method", "checkpoint_format", "format", "pack_dtype", "rotation", "adapter", "is_marlin_format"}
 )
-# Keys of an override that say how the quantizer worked, not what it wrote.
+# Keys of an override that control how the quantizer works, but not what it writes. Ignored.
 _QUANTIZER_KEYS = frozenset(
     {
         *("act_group_aware", "damp_auto_increment", "damp_percent", "failsafe", "fallback", "gptaq", "hessian"),
@@ -39,7 +39,7 @@ _QUANTIZER_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """One entry of ``dynamic``. ``excluded``: the module is not quantized. None: as the file says for all modules."""
+    """One entry of ``dynamic``. ``excluded``: the module is not quantized. None: the file's value for all modules."""
 
     pattern: ModulePattern
     excluded: bool
@@ -55,18 +55,18 @@ class QuantConfig:
 
     bits: int  # 2, 3, 4 or 8
     group_size: int  # inputs that share a scale; -1: all
-    desc_act: bool = False  # only what the file claims: g_idx tells what was done
+    desc_act: bool = False  # what the file claims; g_idx tells what was done
     sym: bool = True
     checkpoint_format: str = "gptq"  # "gptq" stores zero - 1, "gptq_v2" stores zero
     lm_head: bool = False  # whether the head is quantized
-    source: str = "quantize_config.json"  # file, for messages
-    rules: tuple[ModuleRule, ...] = field(default=(), repr=False)  # in the order in which they are asked
+    source: str = "quantize_config.json"  # file, for error messages
+    rules: tuple[ModuleRule, ...] = field(default=(), repr=False)  # in the order in which they are tried
     method: str = "gptq"
 
     def for_module(self, name: str) -> QuantConfig | None:
-        """What holds for one module, such as ``"model.layers.0.mlp.up_proj"``; None: the file says it is dense.
+        """Parameters of one module, such as ``"model.layers.0.mlp.up_proj"``; None: the file says that it is dense.
 
-        Raises ``ConfigError`` where the file's patterns need too many steps.
+        Raises ``ConfigError`` if the file's patterns need too many steps.
         """
         matcher = ModuleMatcher(name, _MAX_STEPS)
         try:
@@ -89,15 +89,15 @@ class QuantConfig:
 
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:
-    """None: the checkpoint is not quantized. ``config_json`` is what ``config.json`` in the folder holds.
+    """None: the checkpoint is not quantized. ``config_json``: the content of the folder's ``config.json``.
 
-    Raises ``ConfigError`` that names file and key for values that make no sense, ``UnsupportedModelError`` that
-    names the method or format for a quantization that exl does not have.
+    Raises ``ConfigError``, which names file and key, for invalid values; ``UnsupportedModelError``, which names the
+    method or format, for a quantization that exl does not have.
     """
 
     def read(name: str) -> Mapping[str, Any] | None:
         path = Path(folder) / name
-        return read_json(path) if os.path.lexists(path) else None  # a link that leads nowhere is an error
+        return read_json(path) if os.path.lexists(path) else None  # a broken link is an error
 
     return find_quant_config(read, config_json)
 
@@ -105,7 +105,7 @@ def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, 
 def find_quant_config(
     read: Callable[[str], Mapping[str, Any] | None], config_json: Mapping[str, Any]
 ) -> QuantConfig | None:
-    """The same; ``read`` gives a file's JSON object by its name, None where there is no such file."""
+    """Like :func:`read_quant_config`; ``read`` returns a file's JSON object by name, None if there is no such file."""
     for name in _FILES:
         values = read(name)
         if values is not None:
@@ -120,7 +120,7 @@ def find_quant_config(
 
 
 def parse_quant_config(values: Mapping[str, Any], source: str) -> QuantConfig:
-    """Raises as :func:`read_quant_config`."""
+    """Raises the errors of :func:`read_quant_config`."""
     _refuse_other_methods(values, source)
     checkpoint_format = _read_format(values, source, "gptq")
     return QuantConfig(
@@ -136,7 +136,7 @@ def parse_quant_config(values: Mapping[str, Any], source: str) -> QuantConfig:
 
 
 def _first(values: Mapping[str, Any], source: str, *keys: str) -> Any:
-    """The value under any of its names; two names with two values are an error."""
+    """The value under any of its names. Raises ``ConfigError`` if two names have different values, or none has any."""
     found = {key: values[key] for key in keys if values.get(key) is not None}
     if not found:
         raise ConfigError(f"{source}: found no {keys[0]}, which a GPTQ checkpoint needs")
@@ -162,7 +162,7 @@ def _read_group_size(value: Any, where: str) -> int:
 
 
 def _read_flag(values: Mapping[str, Any], key: str, source: str, default: Any) -> Any:
-    """True, false, or where there is no such key ``default``."""
+    """The boolean under ``key``; ``default`` if there is none."""
     value = values.get(key)
     if value is None:
         return default
@@ -179,7 +179,7 @@ def _read_text(values: Mapping[str, Any], key: str, source: str) -> str | None:
 
 
 def _read_format(values: Mapping[str, Any], source: str, default: str) -> str:
-    """Older files: ``checkpoint_format``; newer: ``format``; both may be there and must then agree."""
+    """Older files use ``checkpoint_format``, newer ones ``format``. If a file has both, they must agree."""
     formats = {key: _read_text(values, key, source) for key in ("checkpoint_format", "format")}
     found = {key: value for key, value in formats.items() if value is not None}
     if len(set(found.values())) > 1:
@@ -196,7 +196,7 @@ def _refuse_other_methods(values: Mapping[str, Any], source: str) -> None:
         method = _read_text(values, key, source)
         if method not in (None, "gptq"):
             raise UnsupportedModelError(f"{source}: {key}: found {shown(method)}, exl reads gptq")
-    if _read_text(values, "version", source) is not None and "zero_point" in values:  # AutoAWQ names no method
+    if _read_text(values, "version", source) is not None and "zero_point" in values:  # AutoAWQ's files name no method
         raise UnsupportedModelError(f"{source}: found an AWQ configuration (version, zero_point), exl reads gptq")
     if any(values.get(key) for key in ("load_in_4bit", "load_in_8bit")):
         raise UnsupportedModelError(f"{source}: found a bitsandbytes configuration (load_in_...), exl reads gptq")

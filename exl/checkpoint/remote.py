@@ -1,7 +1,7 @@
-"""A model on the Hugging Face hub as a plan sees it: small files whole, of safetensors files only the bytes asked for.
+"""A model on the Hugging Face hub, read for a plan: small files as a whole, of safetensors files only some bytes.
 
-What the network gives is hostile input like any file: sizes are bounded before anything is read, answers that are not
-what was asked for are errors, and headers go through the same checks as those of files on this machine.
+What the network returns is untrusted, like any file: sizes are bounded before anything is read, an answer that does
+not match the request is an error, and headers go through the same checks as those of local files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from exl.checkpoint.header import MAX_HEADER_BYTES
 from exl.checkpoint.hub_errors import Token, explain_hub_errors
 from exl.errors import CheckpointError
 
-_NUM_REQUESTS = 8  # at once: each mostly waits
-_NUM_RETRIES = 2  # after an answer that says "later"; huggingface_hub waits in between
-_MAX_ORDER_BYTES = 256 << 20  # of g_idx in all: ten times those of a 70B
+_NUM_REQUESTS = 8  # concurrent requests: each mostly waits
+_NUM_RETRIES = 2  # after an answer that asks to retry later; huggingface_hub waits in between
+_MAX_ORDER_BYTES = 256 << 20  # limit for all g_idx together: ten times those of a 70B model
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -29,12 +29,11 @@ T, R = TypeVar("T"), TypeVar("R")
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A repository at one commit, made by ``exl.checkpoint.hub.find_headers``. A ``FileSource``; several threads may
-    share it."""
+    """A repository at one commit, made by ``exl.checkpoint.hub.find_headers``. A thread-safe ``FileSource``."""
 
     repo_id: str
     commit: str
-    sizes: Mapping[str, int | None]  # of the files at its top, where the hub tells them
+    sizes: Mapping[str, int | None]  # bytes of its top-level files by name; None: the hub does not tell
     token: Token = field(default=None, repr=False)
     opened: dict[str, RemoteFile] = field(default_factory=dict, repr=False)
 
@@ -46,7 +45,8 @@ class RemoteFolder:
         return sorted(self.sizes)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """None where there is no such file. Raises as ``exl.checkpoint.config.read_json``."""
+        """None if there is no such file. Raises the errors of ``exl.checkpoint.config.read_json``, and
+        ``CheckpointError`` for those of the hub and the network."""
         if name not in self.sizes:
             return None
         return parse_json(self._read_whole(name, MAX_JSON_BYTES), f"{self.repo_id}/{name}")
@@ -64,11 +64,11 @@ class RemoteFolder:
             try:
                 return iter(list(executor.map(function, items)))
             except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)  # what has not begun
+                executor.shutdown(wait=False, cancel_futures=True)  # calls not yet started
                 raise
 
     def open_checkpoint(self) -> Checkpoint:
-        """Headers, and of the data ``g_idx`` alone, which a plan needs. Raises ``CheckpointError``."""
+        """Reads the headers and, of the data, only ``g_idx``, which a plan needs. Raises ``CheckpointError``."""
         checkpoint = Checkpoint.open_from(self)
         orders = [info for name, info in checkpoint.tensors.items() if name.endswith(".g_idx")]
         num_bytes = sum(info.num_bytes for info in orders)
@@ -78,11 +78,11 @@ class RemoteFolder:
         return checkpoint
 
     def read_range(self, name: str, start: int, stop: int, what: str) -> tuple[bytes, int]:
-        """Bytes ``start`` to ``stop``, or to the file's end where that comes first, and the file's size."""
+        """Bytes ``start`` to ``stop``, or to the file's end if that comes first; and the file's size."""
         where, asked = f"{self.repo_id}/{name}", f"asked for bytes {start} to {stop - 1} ({what})"
 
         def take(response: Any) -> tuple[bytes, int]:
-            if response.status_code != 206:  # its body is the whole file, and is not read
+            if response.status_code != 206:  # its body may be the whole file, and is not read
                 raise CheckpointError(
                     f"{where}: {asked}, the server answered with status {response.status_code} instead of these bytes "
                     "alone: download the model to plan it"
@@ -105,16 +105,16 @@ class RemoteFolder:
         return self._get(name, {}, lambda response: _body(response, where, limit, "the file"))
 
     def _get(self, name: str, headers: dict[str, str], take: Callable[[Any], T]) -> T:
-        """``take`` is given the answer before its body is read; what it leaves of it is given up."""
+        """Calls ``take`` with the response before its body is read; the part of the body that it leaves is dropped."""
         with explain_hub_errors(f"{self.repo_id}/{name}"):
-            # Imported here: it takes longer than all of exl's command line.
+            # Imported here because importing it takes longer than starting exl's command line.
             from huggingface_hub import hf_hub_url
             from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
             from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
             url = hf_hub_url(self.repo_id, name, revision=self.commit)
             headers = build_hf_headers(token=self.token, library_name="exl") | {"Accept-Encoding": "identity"} | headers
-            # Its own retries after lost connections would yield a second time, which a with block cannot take.
+            # Its own retries after lost connections would yield a second time, which a with statement does not allow.
             retries = {"max_retries": _NUM_RETRIES, "retry_on_exceptions": ()}
             with http_stream_backoff(
                 "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT, **retries
@@ -137,7 +137,7 @@ def _body(response: Any, where: str, limit: int, what: str) -> bytearray:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One safetensors file of a repository: a request for each read, but for what is known already."""
+    """One safetensors file of a repository: one request per read, unless the bytes are already known."""
 
     folder: RemoteFolder
     name: str

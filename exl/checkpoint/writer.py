@@ -1,4 +1,4 @@
-"""Writing a safetensors file of any size, one tensor in memory at a time."""
+"""Writes a safetensors file of any size, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def write_safetensors(
     data: Iterable[Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors ``(name, dtype, shape)``, whose bytes come from ``data`` one contiguous buffer a tensor, in order.
+    """Writes tensors ``(name, dtype, shape)``; ``data`` has their bytes: one contiguous buffer per tensor, in order.
 
     ``dtype`` is as in ``TensorInfo``: "f16", "i32", ... ``data`` may be a generator: each buffer is written before the
-    next one is asked for. The file appears under its name only when it is complete and on the disk; whatever goes
-    wrong before, including in ``data``, leaves what was there.
+    next one is requested. The file appears under its name only when it is complete and on disk. Any error before that,
+    also in ``data``, leaves the old file as it was.
 
-    Raises ``ValueError`` where entries and data do not agree, ``CheckpointError`` where the system cannot write.
+    Raises ``ValueError`` if entries and data do not agree, ``CheckpointError`` if the system cannot write.
     """
     path = Path(path)
     header, sizes = safetensors_header(entries, metadata or {})
@@ -51,7 +51,7 @@ def write_safetensors(
 def safetensors_header(
     entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[int]]:
-    """The bytes before the data, and how many each tensor has. Raises ``ValueError`` for what a file cannot say."""
+    """The bytes before the data, and each tensor's size in bytes. Raises ``ValueError`` for invalid entries."""
     values: dict[str, Any] = {}
     if metadata:
         if not all(isinstance(text, str) for item in metadata.items() for text in item):
