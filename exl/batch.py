@@ -1,4 +1,4 @@
-"""What one forward pass is asked to do: plain integers, built on the host, the same for all layers."""
+"""The input of one forward pass: plain integers, built on the host, the same for all layers."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE_SIZE = 64  # tokens a page of the KV cache
+PAGE_SIZE = 64  # tokens per page of the KV cache
 
 I32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """New tokens of B sequences, T rows in all, in the order of their sequences.
+    """The new tokens of B sequences, T rows in all, ordered by sequence.
 
-    Rows ``[0, num_decode_rows)`` run on row-invariant kernels: a row's bits do not depend on what else is in
-    the batch. They hold whole sequences, and come first. Padding rows have slot -1 and are neither cached nor attended.
+    Rows ``[0, num_decode_rows)`` run on row-invariant kernels: a row's result is bit for bit independent of the rest of
+    the batch. They hold whole sequences. Padding rows have slot -1 and are neither cached nor attended.
 
     Example: one sequence with 70 cached tokens on pages 5 and 9, one new token::
 
         positions=[70]  slots=[9 * 64 + 6]  query_start=[0, 1]  context_len=[71]  page_table=[[5, 9]]
     """
 
-    token_ids: I32  # [T]; -1-i: sample i of the previous step, which never left the device
-    positions: I32  # [T]; apart from slots, for context shift and draft trees
+    token_ids: I32  # [T]; -1-i: sample i of the previous step, which is still on the device
+    positions: I32  # [T]; independent of slots, for context shift and draft trees
     slots: I32  # [T]; page * 64 + offset
     query_start: I32  # [B+1]; rows of sequence b are query_start[b]:query_start[b+1]
     context_len: I32  # [B]; new tokens included
-    rope_len: I32  # [B]; length that length-dependent RoPE scales for: the whole prompt's in each of its chunks
+    rope_len: I32  # [B]; length for length-dependent RoPE: in every chunk of a prompt, the whole prompt's
     page_table: I32  # [B, P]; a snapshot
     logit_rows: I32  # [R]; rows whose logits are wanted
     num_decode_rows: int
@@ -45,7 +45,7 @@ class ForwardBatch:
 
 
 def is_step(batch: ForwardBatch) -> bool:
-    """One new token of each sequence, and logits of each: what graphs are captured for."""
+    """Whether each sequence has one new token and wants its logits: the batches for which graphs are captured."""
     rows = np.arange(batch.num_rows)
     return (
         batch.num_decode_rows == batch.num_rows == batch.num_sequences
@@ -55,7 +55,7 @@ def is_step(batch: ForwardBatch) -> bool:
 
 
 def padded_step(batch: ForwardBatch, num_rows: int) -> ForwardBatch:
-    """A step with rows added that belong to no sequence and are kept nowhere."""
+    """The step with padding rows up to ``num_rows``: they belong to no sequence and are not cached."""
     more = num_rows - batch.num_rows
     if more == 0:
         return batch
@@ -75,10 +75,10 @@ def padded_step(batch: ForwardBatch, num_rows: int) -> ForwardBatch:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How to turn R rows of logits into R token ids. Arrays, so that one launch serves unlike requests.
+    """How to turn R rows of logits into R token ids. Arrays, so that one launch serves requests with different values.
 
-    The order is fixed: repetition penalty, temperature, top-k, top-p, min-p, then one draw by ``uniform``.
-    ``temperature`` 0 takes the largest logit (the lowest id among equals) and ignores the filters.
+    The order is fixed: repetition penalty, temperature, top-k, top-p, min-p, then one draw with ``uniform``.
+    ``temperature`` 0 takes the largest logit (ties: the lowest id) and ignores the filters.
     """
 
     temperature: NDArray[np.float32]  # [R]; 0 is greedy
@@ -86,6 +86,6 @@ class SamplingBatch:
     top_p: NDArray[np.float32]  # [R]; 1 is off
     min_p: NDArray[np.float32]  # [R]; 0 is off
     repetition_penalty: NDArray[np.float32]  # [R]; 1 is off
-    uniform: NDArray[np.float64]  # [R]; one draw from [0, 1), a function of (seed, step) alone
+    uniform: NDArray[np.float64]  # [R]; one draw from [0, 1), a function only of (seed, step)
     seen_start: I32  # [R+1]; row r's distinct earlier token ids are seen_ids[seen_start[r]:seen_start[r+1]]
     seen_ids: I32  # [S]

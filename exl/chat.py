@@ -1,4 +1,4 @@
-"""Conversations: turns that the model has seen are not computed again."""
+"""Conversations: turns that the model has already seen are not computed again."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class Chat:
-    """A conversation with a model, made by ``llm.chat()``. Not for several threads at once.
+    """A conversation with a model, made by ``llm.chat()``. Not thread-safe.
 
-    Token ids are kept as they were run, and each turn appends to them: the cache has all of it but the last token that
-    was sampled, unless others have used up its room. Where the template writes earlier turns anew (it drops a
-    reasoning, say), the conversation is rendered as a whole, and computed from the first token on that differs.
+    The token ids that were run are kept, and each turn appends to them. So the cache holds all of them except the last
+    sampled token, unless other requests have evicted them. If the template renders earlier turns differently (for
+    example, it drops their reasoning), the whole conversation is rendered, and computed from the first token that
+    differs.
     """
 
     def __init__(
@@ -53,24 +54,24 @@ class Chat:
         tools: Sequence[Mapping] | None = None,
         variables: Mapping | None = None,
     ) -> None:
-        """``tools`` and ``variables`` go to the chat template. Raises ``ConfigError`` for a model without one that is
-        to have tools."""
+        """``tools`` and ``variables`` are passed to the chat template. Raises ``ConfigError`` if there are tools but
+        the model has no chat template."""
         self._llm, self._system = llm, _checked_system(system)
         self._tools, self._variables = tools, variables
         self._messages: list[dict[str, Any]] = []
-        self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: to be rendered
-        self._plain_ids: list[int] = []  # what the template made of the prompt of the last answer
+        self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: render all messages
+        self._plain_ids: list[int] = []  # the template's rendering of the last answer's prompt
         if self.is_transcript and tools:
             raise ConfigError(f"tools: {llm.folder.name} has no chat template to show them with")
 
     @property
     def is_transcript(self) -> bool:
-        """The model has no chat template."""
+        """Whether the model has no chat template, so that it continues a transcript."""
         return self._llm.tokenizer.chat_template is None
 
     @property
     def notice(self) -> str | None:
-        """What a person should know before they talk."""
+        """What a user should know before they talk to this model; None: nothing."""
         return f"{self._llm.folder.name}: {_NOTICE}" if self.is_transcript else None
 
     @property
@@ -80,7 +81,7 @@ class Chat:
 
     @property
     def system(self) -> str | None:
-        """The system prompt. A new one is there from the next turn on; all turns are computed again then."""
+        """The system prompt. A new one applies from the next turn on, for which all turns are computed again."""
         return self._system
 
     @system.setter
@@ -90,18 +91,18 @@ class Chat:
 
     @property
     def num_tokens(self) -> int:
-        """Of the conversation so far."""
+        """Number of tokens of the conversation so far."""
         return len(self._run_ids or (self._render(self._messages, to_answer=False) if self._messages else ()))
 
     def send(self, text: str | None, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
-        """The answer to a message; None answers what ``add`` has added. Keywords as of ``LLM.generate``.
+        """Answers a message; None: answers the messages that ``add`` appended. Keywords as for ``LLM.generate``.
 
-        Raises ``ConfigError`` for an empty message and where the context is full; the conversation is as before then.
+        Raises ``ConfigError`` for an empty message or a full context; the conversation then stays unchanged.
         """
         return _exhaust(self.stream(text, max_tokens, **options))
 
     def stream(self, text: str | None, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
-        """The same piece by piece. Closed early, what was said by then is kept as the answer."""
+        """Like ``send``, but yields pieces. If it is closed early, the text so far is kept as the answer."""
         messages = self._messages
         if text is not None:
             messages = [*messages, {"role": "user", "content": _checked(text)}]
@@ -125,7 +126,7 @@ class Chat:
         return TextIterator(self._keep(answer, messages, ids, plain), answer._logprobs)
 
     def undo(self) -> str:
-        """Takes back the last message of the user and all that followed; its text."""
+        """Removes the last user message and all messages after it. Returns that message's text."""
         last = self._last_of_user("undo")
         text = self._messages[last]["content"]
         del self._messages[last:]
@@ -133,27 +134,27 @@ class Chat:
         return text
 
     def retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
-        """Another answer to the last message of the user, with another seed unless one is given."""
+        """Answers the last user message again, with a new random seed unless one is given."""
         return _exhaust(self.stream_retry(max_tokens, **options))
 
     def stream_retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
-        """The same piece by piece. Closed before the first piece, the answer before is kept."""
+        """Like ``retry``, but yields pieces. If it is closed before the first piece, the old answer is kept."""
         return self._answer(self._messages[: self._last_of_user("retry") + 1], max_tokens, options)
 
     def add(self, role: str, content: str, *, name: str | None = None, tool_call_id: str | None = None) -> None:
-        """Appends a message without asking for an answer: the result of a tool, or turns of an earlier conversation."""
+        """Appends a message without answering it: a tool's result, or turns of an earlier conversation."""
         extra = {key: value for key, value in (("name", name), ("tool_call_id", tool_call_id)) if value is not None}
         self._messages.append({"role": _checked(role), "content": _checked(content), **extra})
         self._run_ids = []
 
     def reset(self) -> None:
-        """Forgets all messages, not the system prompt."""
+        """Removes all messages; keeps the system prompt."""
         self._messages, self._run_ids = [], []
 
     # ---- files
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation as JSON; the file is there whole or not at all. Raises ``ConfigError``."""
+        """Writes the conversation as JSON, atomically. Raises ``ConfigError`` if the file cannot be written."""
         path = Path(path).expanduser()
         data = {
             "format": FORMAT,
@@ -166,7 +167,7 @@ class Chat:
         try:
             part.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             replace_file(part, path)
-        except (OSError, ValueError) as error:  # ValueError: a name with a null byte; a message that is no Unicode
+        except (OSError, ValueError) as error:  # ValueError: a name with a null byte; a message with lone surrogates
             with contextlib.suppress(OSError, ValueError):
                 part.unlink()
             raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
@@ -180,7 +181,7 @@ class Chat:
         tools: Sequence[Mapping] | None = None,
         variables: Mapping | None = None,
     ) -> Chat:
-        """A conversation that ``save`` wrote, with any model. Raises ``ConfigError`` for what is not one."""
+        """Loads a conversation that ``save`` wrote, for any model. Raises ``ConfigError`` for any other file."""
         system, messages = _read(Path(path).expanduser())
         chat = cls(llm, system, tools=tools, variables=variables)
         chat._messages = messages
@@ -212,20 +213,20 @@ class Chat:
             answer.close()
             if pieces or done is not None:
                 self._messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
-                # The tokens of a stop string belong to no turn: rendered anew, the cache still has what is before them.
+                # The tokens of a stop string belong to no turn: render again; the cache still has the tokens before.
                 whole = done is not None and self._llm.tokenizer.decode(done.token_ids).strip() == done.text.strip()
                 self._run_ids = [*ids, *done.token_ids] if whole else []
                 self._plain_ids = plain
         yield done
 
     def _prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Ids to run, and the same as the template alone would have them."""
+        """The ids to run, and the ids that the template renders from the messages' text."""
         plain = self._render(messages, to_answer=True)
         return self._extended(messages, plain) or plain, plain
 
     def _extended(self, messages: list[dict[str, Any]], plain: list[int]) -> list[int] | None:
-        """What was run, the template's end of that answer, and what is new. None where the template, asked for all of
-        it, does not begin with what it made before."""
+        """The ids that were run + the template's end of that answer + the new turn. None if the template's rendering of
+        the whole conversation does not begin with its rendering of the earlier part, or decodes to another text."""
         if not self._run_ids or messages[:-1] != self._messages:
             return None
         done = self._render(self._messages, to_answer=False)

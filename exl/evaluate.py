@@ -1,4 +1,4 @@
-"""How well a model predicts a text: loss and perplexity, and how far its predictions are from another model's."""
+"""Measures how well a model predicts a text: loss, perplexity, and the distance of its predictions from another's."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against a reference, over the same positions. KL divergence in nats, of the reference from the model."""
+    """A model compared with a reference, over the same positions. KL(reference || model) is in nats."""
 
     reference_loss: float
     kl_mean: float
     kl_99th: float  # 99th percentile over positions
-    top1_agreement: float  # share of positions where both think the same token likeliest
+    top1_agreement: float  # share of positions at which both rank the same token first
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats a token, over all tokens but the first of each document."""
+    """Loss in nats per token, over all tokens except the first of each document."""
 
     loss: float
     num_tokens: int
@@ -48,8 +48,9 @@ def read_documents(
 ) -> list[list[int]]:
     """Token ids of a UTF-8 text, each document with the tokenizer's BOS and at most ``window`` tokens.
 
-    ``documents``: "lines", each line without the white space around it, cut off at ``window``; "whole", the file in
-    consecutive windows, each with a BOS of its own. Documents under 8 tokens are skipped. Raises ``ConfigError``.
+    ``documents``: "lines", each line is a document, stripped of white space and truncated to ``window`` tokens;
+    "whole", the file is cut into consecutive windows, each with its own BOS. Documents of fewer than 8 tokens are
+    skipped. Raises ``ConfigError``.
     """
     if documents not in ("lines", "whole"):
         raise ConfigError(f"documents: found {documents!r}, expected 'lines' or 'whole'")
@@ -75,10 +76,10 @@ def read_documents(
 
 
 def evaluate(llm: LLM, documents: Iterable[Sequence[int]], against: LLM | None = None) -> Evaluation:
-    """Loss over documents of token ids; with ``against``, also how far the model is from that reference.
+    """Loss over documents of token ids; with ``against``, also the distance from that reference model.
 
-    Every token after a document's first counts once. No more than two chunks of logits are in memory. Raises
-    ``ConfigError`` for models whose vocabularies differ in size.
+    Every token after a document's first counts once. Logits are processed in chunks: at most one per model is in use at
+    a time. Raises ``ConfigError`` if the models' vocabularies differ in size.
     """
     if against is not None and against.config.vocab_size != llm.config.vocab_size:
         raise ConfigError(
@@ -115,8 +116,8 @@ def evaluate(llm: LLM, documents: Iterable[Sequence[int]], against: LLM | None =
 def _aligned(
     llm: LLM, against: LLM | None, ids: Sequence[int]
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """First position, log-probabilities f64 [n, V] and the reference's: all but the last position, which predicts
-    nothing that is known. The two models may cut their chunks differently."""
+    """Yields the first position, log-probabilities f64 [n, V] and the reference's, for the same positions. Leaves out
+    the last position, which has no known next token. The two models may cut their chunks differently."""
     last = len(ids) - 1
     if against is None:
         for start, chunk in _log_probs(llm, ids):
@@ -135,7 +136,7 @@ def _aligned(
                 break
             yield start + done, ours[done : done + n], held[:n]
             done, at, held = done + n, at + n, held[n:]
-    for _ in theirs:  # to be exhausted: it holds the model
+    for _ in theirs:  # exhaust it: it holds the model's lock
         pass
 
 

@@ -1,4 +1,4 @@
-"""Keywords of other libraries: a TypeError that names ours."""
+"""Explains keywords of other libraries: a TypeError that says what exl calls them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def explain_foreign_keywords(function: F) -> F:
-    """Calls with an unknown keyword raise ``TypeError`` with exl's own name for it, where there is one."""
+    """A decorator: an unknown keyword raises ``TypeError`` that gives exl's own name for it, if there is one."""
     known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Text at the edge: a loaded model that answers in whole characters."""
+"""A loaded model: text in, text out, in whole characters."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued with."""
+    """The continuation of a prompt."""
 
     text: str
     token_ids: tuple[int, ...]  # without the end-of-sequence id; with the tokens of a stop string
     finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
     num_prompt_tokens: int
-    num_reused_tokens: int  # of the prompt: taken from the cache instead of computed
-    seed: int  # the one that was used: the same request with it gives the same text on the same machine
+    num_reused_tokens: int  # prompt tokens taken from the cache instead of computed
+    seed: int  # the seed that was used: the same request with it gives the same text on the same machine
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
-    logprobs: tuple[TokenLogprob, ...] | None = None  # of each of token_ids; None unless top_logprobs was given
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one per entry of token_ids; None unless top_logprobs was given
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +57,7 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed after the first token; 0 where there is no second."""
+        """Speed after the first token; 0 if there is no second token."""
         return (self.num_tokens - 1) / self.decode_seconds if self.num_tokens > 1 and self.decode_seconds else 0.0
 
     def __repr__(self) -> str:
@@ -94,14 +94,14 @@ class TextIterator:
 
     @property
     def completion(self) -> Completion:
-        """Raises ``ExlError`` before the last piece."""
+        """Available after the last piece; before that, raises ``ExlError``."""
         if self._completion is None:
             raise ExlError("this stream has not ended: take its pieces first, then ask for its completion")
         return self._completion
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Of the tokens so far, those too whose text is not final yet; None unless ``top_logprobs`` was given."""
+        """One per token so far, also if its text is not final yet; None unless ``top_logprobs`` was given."""
         return None if self._logprobs is None else tuple(self._logprobs)
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class TextIterator:
 
 
 class _Turn:
-    """One request at a time: another thread waits, the same thread would wait for itself and gets an error."""
+    """Allows one request at a time. Another thread waits; the same thread would deadlock, so it gets an error."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -127,7 +127,7 @@ class _Turn:
 
 
 class LLM:
-    """A loaded model. Made by ``exl.load``; a context manager. Threads may share it: requests take turns."""
+    """A loaded model, made by ``exl.load``; a context manager. Thread-safe: requests run one after another."""
 
     def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
         self.folder, self.tokenizer, self.defaults = folder, tokenizer, defaults
@@ -137,7 +137,7 @@ class LLM:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """The maximum number of tokens of prompt and answer together."""
         return self._open_generator().context
 
     @property
@@ -162,14 +162,15 @@ class LLM:
         reuse_prefix: bool = False,
         top_logprobs: int | None = None,
     ) -> Completion | list[Completion]:
-        """Continues a prompt: text, or token ids that are taken as they are. A list of texts gives a list.
+        """Continues a prompt: a text, or token ids, which are used as they are. A list of texts returns a list.
 
-        Text gets the model's BOS; special tokens in it are plain text. What is None falls to the model's
-        generation_config, then to greedy decoding. ``reuse_prefix`` takes what the cache still has of the prompt from
-        earlier requests: quicker, and the same up to rounding instead of bit for bit. ``top_logprobs=5`` fills
-        ``Completion.logprobs``: each token's log-probability and the 5 likeliest tokens in its place, from the
-        distribution before penalty, temperature and filters; 0 gives the tokens' own alone.
-        Raises ``ConfigError`` for a value that makes no sense and for a prompt longer than the context.
+        Text gets the model's BOS; special tokens in it are plain text. A sampling parameter that is None is taken from
+        the model's generation_config; if that has none, decoding is greedy and filters and penalty are off.
+        ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster, but
+        results are equal only up to rounding, not bit for bit. ``top_logprobs=5`` fills ``Completion.logprobs``: each
+        token's log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and
+        filters; 0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
+        the context.
         """
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
@@ -194,9 +195,9 @@ class LLM:
         reuse_prefix: bool = False,
         top_logprobs: int | None = None,
     ) -> TextIterator:
-        """Like ``generate``, piece by piece: whole characters, and never text that a stop string cuts off.
+        """Like ``generate``, but yields pieces: whole characters, and never text that a stop string cuts off.
 
-        With ``top_logprobs``, the iterator's ``logprobs`` has the tokens so far.
+        With ``top_logprobs``, the iterator's ``logprobs`` has one entry per token so far.
         """
         params = self._params(
             max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
@@ -204,11 +205,11 @@ class LLM:
         return self._begin(prompt, params, reuse_prefix, top_logprobs)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Text -> token ids with the model's BOS, once; ids are returned as they are. Raises ``ConfigError``."""
+        """Text -> token ids, with the model's BOS once; ids are returned as they are. Raises ``ConfigError``."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
-            ids = None if isinstance(prompt, bytes) else [index(item) for item in prompt]  # NumPy's integers, too
+            ids = None if isinstance(prompt, bytes) else [index(item) for item in prompt]  # NumPy's integers too
         except TypeError:
             ids = None
         if ids is None:
@@ -240,7 +241,7 @@ class LLM:
         tools: Sequence[Mapping] | None = None,
         variables: Mapping | None = None,
     ) -> Chat:
-        """A conversation whose earlier turns are not computed again; see ``exl.chat.Chat``."""
+        """Starts a conversation whose earlier turns are not computed again; see ``exl.chat.Chat``."""
         from exl.chat import Chat  # imported late: a Chat is built on this module
 
         return Chat(self, system, tools=tools, variables=variables)
@@ -255,14 +256,14 @@ class LLM:
         return out
 
     def iter_logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The same a chunk at a time, f32 [n, V] on the CPU, valid until the next is asked for: for long texts."""
+        """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk."""
         generator = self._open_generator()
         with self._turn:
             for chunk in generator.logits(ids):
                 yield chunk.cpu()
 
     def close(self) -> None:
-        """Gives the memory back. What is asked of the model afterwards raises ``ExlError``."""
+        """Frees the memory. Requests to the model after that raise ``ExlError``."""
         if self._engine is not None:
             with self._turn:
                 engine, self._engine = self._engine, None
@@ -344,7 +345,7 @@ class LLM:
         top_logprobs: int | None,
         logprobs: list[TokenLogprob] | None,
     ) -> Iterator[str | Completion]:
-        """Adds to ``logprobs`` as tokens are made."""
+        """Yields pieces, then the ``Completion``. Appends to ``logprobs`` token by token."""
         generator = self._open_generator()
         with self._turn:
             text = TextStream(self.tokenizer, prompt_ids, params.stop)
@@ -412,21 +413,24 @@ def load(
 ) -> LLM:
     """Loads a model: a local folder, a Hugging Face repository id, or None for the one that ships with exl.
 
-    ``device``: "auto" is a GPU where there is one that exl can use, else the CPU; or "cuda", "cpu". ``vram``: what exl
-    may use of the GPU, as "6GB", "6GiB" or bytes; by default all that is free. ``ram``: what exl may use beyond the
-    interpreter with torch imported. Layers that do not fit in VRAM are streamed from pinned RAM, and those that do not
-    fit in RAM from a packed copy on disk (in ``packed_folder``). ``context``: tokens that prompt and answer may have
-    together, for which the cache is allocated now; "auto" is as many as fit; by default the model's own maximum, 8192
-    at most. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4". ``max_sequences``: how many contexts the cache has
-    room for. ``prefill_chunk``: rows computed at once. ``prefill_window``: rows that go through a layer before the next
-    layer's turn. ``resident_layers``: keep no more than so many in memory. ``head``: 8 or 4 rounds a dense head to so
-    many bits. More on all of them: ``docs/memory.md``. ``revision`` and ``token`` are for repositories: a branch, tag
-    or commit; and what a private or gated one asks for, by default what ``hf auth login`` has saved.
-    ``progress``: True shows a bar, False none; by default there is one in notebooks and terminals, if loading takes
-    more than a moment. A function is called as ``progress(done, total)``, in bytes.
+    ``device``: "auto" is a GPU if there is one that exl can use, else the CPU; or "cuda", "cpu". ``vram``: how much of
+    the GPU's memory exl may use, as "6GB", "6GiB" or bytes; by default all that is free. ``ram``: how much exl may use
+    beyond the interpreter with torch imported. Layers that do not fit in VRAM are streamed from pinned RAM; those that
+    do not fit in RAM, from a packed copy on disk (in ``packed_folder``). ``context``: the maximum number of tokens of
+    prompt and answer together; the cache for them is allocated on loading. "auto" is as many as fit; the default is
+    the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
+    ``max_sequences``: the number of contexts that the cache has room for. ``prefill_chunk``: rows computed at once.
+    ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
+    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. More on all of these:
+    ``docs/memory.md``.
 
-    Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for options, ``MemoryBudgetError`` for
-    what cannot fit, ``UnsupportedModelError`` for models that exl does not have.
+    ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
+    gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False
+    shows none; by default there is one in notebooks and terminals, if loading takes more than half a second. A function
+    is called as ``progress(done, total)``, in bytes.
+
+    Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for invalid options,
+    ``MemoryBudgetError`` if the model does not fit, ``UnsupportedModelError`` for models that exl does not have.
     """
     options = EngineOptions(
         device=device,

@@ -1,6 +1,6 @@
-"""A bar while a model is loaded: bytes, rate, time left; in a terminal by rich, in a notebook by plain HTML.
+"""A progress bar for loading: bytes, rate, time left; in a terminal by rich, in a notebook by plain HTML.
 
-Nothing is shown of what is done in a moment.
+If loading takes less than half a second, nothing is shown.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from exl.errors import ConfigError
 from exl.units import format_bytes
 
-Progress = Callable[[int, int], None]  # bytes done so far, bytes in all
+Progress = Callable[[int, int], None]  # bytes done so far, total bytes
 
 _DELAY = 0.5  # seconds before a bar appears
-_PAUSE = 0.1  # seconds between two pictures of a notebook's bar
+_PAUSE = 0.1  # seconds between two updates of a notebook's bar
 
 
 @contextmanager
 def shown_progress(progress: bool | Progress | None, title: str) -> Iterator[Progress | None]:
-    """What is to be called while something is loaded.
+    """Yields the function to call with progress, or None.
 
-    ``progress``: a function that is called itself; True: a bar; False: nothing; None: a bar where somebody watches, in
-    a notebook or a terminal. Raises ``ConfigError`` for anything else.
+    ``progress``: a function: itself; True: a bar; False: None; None: a bar in a notebook or a terminal, else None.
+    Raises ``ConfigError`` for anything else.
     """
     if progress is not None and not isinstance(progress, bool):
         if not callable(progress):
@@ -45,14 +45,14 @@ def shown_progress(progress: bool | Progress | None, title: str) -> Iterator[Pro
 
 
 def _in_notebook() -> bool:
-    """A kernel that shows HTML: Jupyter, Colab, VS Code. IPython is not imported for that."""
+    """Whether this is a kernel that shows HTML: Jupyter, Colab, VS Code. Does not import IPython."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None
 
 
 class TerminalBar:
-    """On standard error. It goes when it is done, but where it was written to a file."""
+    """A bar on standard error. When done, it disappears from a terminal, and stays if stderr is a file."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -87,7 +87,7 @@ class TerminalBar:
 
 
 class NotebookBar:
-    """One output of the cell, drawn again as bytes come. A line stays that says how much and how long it was."""
+    """One output of the cell, updated in place. When done, it becomes a line with bytes, seconds and rate."""
 
     def __init__(self, title: str) -> None:
         self._title = title

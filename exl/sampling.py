@@ -1,7 +1,6 @@
-"""From logits to token ids: what a request may ask for, and the CPU implementation of drawing a token.
+"""From logits to token ids: the sampling parameters of a request, and the CPU implementation of sampling.
 
-A row's draw is a function of its logits, its parameters, its seed and its step alone: the batch it runs in, and the
-rows beside it, change nothing.
+A row's draw depends only on its logits, its parameters, its seed and its step, not on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
-# How many of the likeliest tokens are sorted at first: nearly every draw ends among them, and sorting 128,000 logits
-# takes longer than all the rest of sampling.
+# This many of the likeliest tokens are sorted first: nearly every draw is among them, and sorting 128,000 logits would
+# take longer than all the rest of sampling.
 _FIRST_SORTED = 1024
 _SORT_GROWTH = 16
 
@@ -37,20 +36,20 @@ _entropy = random.SystemRandom()
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request turns logits into text. The defaults leave the model's distribution as it is.
+    """How a request turns logits into text. The defaults leave the model's distribution unchanged.
 
-    Applied in this order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Raises
-    ``ConfigError`` for a value of the wrong type or outside its range.
+    Order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Raises ``ConfigError`` for a value of
+    the wrong type or outside its range.
     """
 
     temperature: float = 1.0  # 0 to 100; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed
-    top_k: int = 0  # keeps the k likeliest tokens, and all that equal the k-th; 0 is off
-    top_p: float = 1.0  # above 0, to 1; keeps the fewest likeliest tokens whose probability reaches it; 1 is off
+    top_k: int = 0  # keeps the k likeliest tokens, and all ties with the k-th; 0 is off
+    top_p: float = 1.0  # above 0, to 1; keeps the fewest likeliest tokens whose total probability reaches it; 1 is off
     min_p: float = 0.0  # 0 to 1; keeps tokens at least this many times as likely as the likeliest; 0 is off
     repetition_penalty: float = 1.0  # 0.01 to 100; divides positive, multiplies negative logits of seen tokens
     seed: int | None = None  # 0 to 2**64-1; None draws from the system's entropy: not repeatable
-    max_tokens: int = 256  # new tokens at most; 0 asks for none
-    stop: tuple[str, ...] = ()  # the text ends before the first of these, which is not part of it
+    max_tokens: int = 256  # at most this many new tokens; 0: none
+    stop: tuple[str, ...] = ()  # the text ends before the first of these strings to occur
 
     def __post_init__(self) -> None:
         self._check_number("temperature", 0.0, _MAX_TEMPERATURE)
@@ -82,7 +81,7 @@ class SamplingParams:
 
 
 def checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings as ``SamplingParams`` keeps them. Raises ``ConfigError`` for what is no sequence of such strings."""
+    """Stop strings as ``SamplingParams`` keeps them. Raises ``ConfigError`` unless ``stop`` is a valid sequence."""
     if isinstance(stop, str) or not isinstance(stop, Sequence):
         raise ConfigError(f"stop: found {stop!r} ({type(stop).__name__}), expected a tuple of strings")
     if len(stop) > _MAX_STOPS:
@@ -96,14 +95,14 @@ def checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
 
 
 def uniform(seed: int, step: int) -> float:
-    """One draw from [0, 1) for step ``step`` of a request: the same on every machine, in any order of calls.
+    """One draw from [0, 1) for step ``step`` of a request: the same on every machine and in any order of calls.
 
     The first word of Philox4x64-10 with key (seed, 0) and counter (step, 0, 0, 0), its top 53 bits times 2^-53
     (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
     """
     if not 0 <= step <= _MAX_SEED or not 0 <= seed <= _MAX_SEED:
         raise ConfigError(f"uniform: found seed {seed} and step {step}, expected both from 0 to 2**64-1")
-    # NumPy's generator counts up before it makes a block.
+    # NumPy's generator increments the counter before it generates a block.
     word = np.random.Philox(key=seed, counter=(step - 1) % 2**256).random_raw()
     return (int(word) >> 11) * 2.0**-53
 
@@ -111,7 +110,7 @@ def uniform(seed: int, step: int) -> float:
 def sampling_batch(rows: Sequence[tuple[SamplingParams, int, Collection[int]]]) -> SamplingBatch:
     """Gathers R rows of (parameters, step, ids of earlier tokens) into arrays.
 
-    ``step`` counts a request's draws from 0. Ids may repeat, and go unread where the repetition penalty is off.
+    ``step`` counts a request's draws from 0. Ids may repeat; they are not read if the repetition penalty is off.
     """
     seen = [
         np.unique(np.asarray(list(ids), dtype=np.int32))
@@ -138,12 +137,12 @@ def _draw(params: SamplingParams, step: int) -> float:
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Draws one token id a row: logits [R, V] f32 -> [R] i32 on the same device.
+    """Draws one token id per row: logits [R, V] f32 -> [R] i32 on the same device.
 
-    The kept tokens are ordered by falling probability, equals by rising id, and the first whose cumulated probability
-    exceeds the row's ``uniform`` is taken. A temperature of 0 takes the largest penalized logit, of equals the lowest
-    id. Probabilities are f64. A logit of -inf is a forbidden token. Raises ``ExlError`` for a row with NaN or +inf, or
-    with every token forbidden; ``KernelError`` for logits of another shape or type.
+    The kept tokens are ordered by descending probability, ties by lower id; the first one whose cumulative probability
+    exceeds the row's ``uniform`` is drawn. Temperature 0 takes the largest penalized logit, ties by lower id.
+    Probabilities are f64. A logit of -inf forbids its token. Raises ``ExlError`` for a row that has NaN or +inf, or in
+    which every token is forbidden; ``KernelError`` for logits of another shape or type.
     """
     import torch
 
@@ -155,9 +154,9 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """The distribution that ``sample`` draws from: logits [R, V] f32 -> [R, V] f64. Errors as there.
+    """The distribution that ``sample`` draws from: logits [R, V] f32 -> [R, V] f64. Raises the same errors.
 
-    A row of temperature 0 has all its mass on one token.
+    A row with temperature 0 has all its mass on one token.
     """
     import torch
 
@@ -177,7 +176,7 @@ def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def likeliest(log_probs: torch.Tensor, count: int) -> list[tuple[int, float]]:
-    """(id, value) of the ``count`` largest of [V], falling, equals by rising id; fewer where the others are -inf."""
+    """(id, value) of the ``count`` largest of [V], descending, ties by lower id; fewer if the others are -inf."""
     if count == 0:
         return []
     ids, values, _ = _sorted_prefix(log_probs, count)
@@ -214,7 +213,7 @@ def _penalized(logits: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tens
 
 
 def no_distribution(i: int, top: float) -> ExlError:
-    """The error of row i, whose largest logit is ``top``: NaN if any is, inf, or -inf."""
+    """The error for row i, whose largest logit is ``top``: NaN if any logit is NaN, else inf or -inf."""
     found = "no allowed token (all logits are -inf)" if top == -math.inf else f"a logit of {top}"
     return ExlError(f"sample: row {i}: found {found}, expected finite logits")
 
@@ -223,7 +222,7 @@ def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor
     import torch
 
     if batch.temperature[i] == 0.0:
-        return torch.argmax(row)  # the first of equals
+        return torch.argmax(row)  # ties: the lowest id
     kept = _Kept.of(row, batch, i)
     size, complete = _FIRST_SORTED, False
     while True:
@@ -236,7 +235,7 @@ def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor
         if complete or num_kept < len(ids) or (kept.mass is not None and float(cumulated[-1]) > target):
             break
         size *= _SORT_GROWTH
-    # Rounding may leave the target at the very end: the last kept token of any weight then.
+    # Rounding may put the target at the very end: then take the last kept token that has any weight.
     last = int((weights[:num_kept] > 0).sum()) - 1
     drawn = int(torch.searchsorted(cumulated[:num_kept], target, right=True))
     return ids[min(drawn, last)]
@@ -244,12 +243,12 @@ def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor
 
 @dataclass(frozen=True)
 class _Kept:
-    """Which of a row's tokens the filters keep: the first n in falling order, whichever filters are on."""
+    """Which tokens of a row the filters keep: with any filters, the first n in descending order."""
 
-    x: torch.Tensor  # [V] f64, logits over temperature, the largest is 0; weights are exp(x)
+    x: torch.Tensor  # [V] f64, logits / temperature, shifted so that the largest is 0; weights are exp(x)
     cut: float  # top-k and min-p keep x >= cut
-    top_mass: float | None  # top-p keeps a token while those before it weigh less than this; None is off
-    mass: float | None  # weight of all that is kept; None where top-p decides, and only sorting tells
+    top_mass: float | None  # top-p keeps a token if the tokens before it weigh less than this; None: off
+    mass: float | None  # weight of all kept tokens; None: top-p is on, and only sorting can tell
 
     @classmethod
     def of(cls, row: torch.Tensor, batch: SamplingBatch, i: int) -> _Kept:
@@ -257,14 +256,14 @@ class _Kept:
         x = (x - x.max()) / float(batch.temperature[i])
         top_k, top_p, min_p = int(batch.top_k[i]), float(batch.top_p[i]), float(batch.min_p[i])
         cut = float(x.topk(top_k).values[-1]) if 0 < top_k < len(x) else -math.inf
-        # Top-p is a share of what top-k has kept; min-p comes after it.
+        # Top-p is a share of the mass that top-k keeps; min-p comes after top-p.
         top_mass = top_p * _mass(x, cut) if top_p < 1.0 else None
         if min_p > 0.0:
             cut = max(cut, math.log(min_p))
         return cls(x, cut, top_mass, _mass(x, cut) if top_mass is None else None)
 
     def count(self, x: torch.Tensor, cumulated: torch.Tensor) -> int:
-        """n, at least 1, given the sorted x and their cumulated weights; no more than were given."""
+        """n, at least 1: the number of kept tokens among the sorted ``x``, with cumulative weights ``cumulated``."""
         import torch
 
         num_kept = len(x) if self.cut == -math.inf else int((x >= self.cut).sum())
@@ -278,9 +277,9 @@ def _mass(x: torch.Tensor, cut: float) -> float:
 
 
 def _sorted_prefix(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The ``size`` largest of x in falling order, and all that equal the last of them, equals by rising id.
+    """The ``size`` largest of x and all ties with the last of them, in descending order, ties by lower id.
 
-    Returns (ids, values, whether these are all but the forbidden tokens).
+    Returns (ids, values, whether they include all tokens that are not forbidden).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: whole bytes, "6GB" (10^9) or "6GiB" (2^30)."""
+"""Sizes in bytes as people write them: a number of bytes, "6GB" (10^9) or "6GiB" (2^30)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
 
 
 def parse_bytes(size: int | str, name: str = "size") -> int:
-    """``parse_bytes("1.5GB") == 1_500_000_000``. ``ConfigError`` names the option for anything else."""
+    """``parse_bytes("1.5GB") == 1_500_000_000``. Raises ``ConfigError`` that names the option if it is not a size."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None

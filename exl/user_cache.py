@@ -1,4 +1,4 @@
-"""Where exl keeps what it can make again."""
+"""The folder for files that exl can make again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def user_cache_folder(name: str) -> Path:
-    """A folder of that name in the user's cache, by the platform's own convention (XDG on Linux). Not made here."""
+    """The path of exl's folder ``name`` in the user's cache, by the platform's convention (XDG on Linux).
+
+    Does not create it.
+    """
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
