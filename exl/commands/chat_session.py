@@ -1,4 +1,4 @@
-"""What a person may type in a chat, and what comes of it: apart from the terminal, so that anything can type."""
+"""Handles the lines that a user types in a chat. Independent of the terminal, so that anything can provide them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ SETTINGS: dict[str, type] = {
 
 @dataclass
 class ChatSession:
-    """``write`` gets answers as they come, ``say`` everything else, a line at a time."""
+    """A chat with commands. ``write`` gets answers piece by piece; ``say`` gets everything else, line by line."""
 
     llm: LLM
     chat: Chat
     write: Callable[[str], None]
     say: Callable[[str], None]
-    settings: dict[str, Any] = field(default_factory=dict)  # by name of SETTINGS
+    settings: dict[str, Any] = field(default_factory=dict)  # keys: those of SETTINGS
     last: Completion | None = None
 
     def handle(self, line: str) -> bool:
-        """A message or a command. False: the person wants to leave. Errors are told, and the chat goes on."""
+        """Handles a message or a command. Returns False if the user wants to leave. Reports errors and continues."""
         try:
             if not line.startswith("/"):
                 if line.strip():
@@ -124,7 +124,7 @@ class ChatSession:
             settings = {key: value for key, value in self.settings.items() if key != name}
             if text.strip() != "none":
                 settings[name] = _parsed(name, text.strip())
-            SamplingParams(**{"max_tokens": 1, "temperature": 0.0, **settings})  # refuses what makes no sense
+            SamplingParams(**{"max_tokens": 1, "temperature": 0.0, **settings})  # raises for an invalid value
             self.settings = settings
         shown = [f"{name} {self.settings.get(name, 'none')}" for name in SETTINGS]
         self.say(", ".join(shown))
@@ -156,7 +156,8 @@ def _parsed(name: str, text: str) -> float | int:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted, not raised: the answer so far is kept. Pressed again, it is raised as ever."""
+    """Yields a function that tells whether Ctrl-C was pressed. The first press is only recorded, so that the answer so
+    far is kept; the second raises ``KeyboardInterrupt``."""
     count = 0
 
     def note(signum: int, frame: object) -> None:
@@ -167,7 +168,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread, to which signals go
+    except ValueError:  # not the main thread: only that one can handle signals
         yield lambda: False
         return
     try:

@@ -1,4 +1,4 @@
-"""What commands share besides their options: loading with a progress bar, one place where lines go."""
+"""What commands share besides their options: loading with a progress bar, and printing to standard error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def load_with_progress(model: str | None, options: LoadOptions, context: int | None = None) -> LLM:
-    """Loads with a progress bar on standard error, if that is a terminal. torch is imported now. ``context``: if none
-    was asked for."""
+    """Loads a model, with a progress bar if standard error is a terminal. Imports torch. ``context``: the default if
+    the user gave none."""
     from exl.llm import load
 
     return load(model, **options.source, **options.engine(context))

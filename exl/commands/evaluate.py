@@ -20,11 +20,11 @@ def evaluate(
     documents: Annotated[str, typer.Option(help="lines: each line for itself; whole: the file in windows.")] = "lines",
     window: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 512,
     *,
-    loading: LoadOptions,  # a revision is of the model, not of the reference
+    loading: LoadOptions,  # its revision applies to the model, not to the reference
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how well a model predicts a text: loss in nats a token, perplexity.
+    """Measure how well a model predicts a text: loss in nats per token, perplexity.
 
     exl eval path/to/model --text text.txt
 

@@ -1,6 +1,6 @@
-"""Options that commands share, each written down once: how a model is loaded, how a token is drawn.
+"""Options that commands share, each defined once: how a model is loaded, how tokens are sampled.
 
-A command takes a group as one parameter; ``shared_options`` spreads its fields over the command line, in their order.
+A command takes a group of options as one parameter; ``shared_options`` turns its fields into command-line options.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LoadOptions:
     token: Token = None
 
     def engine(self, context: int | None = None) -> dict[str, object]:
-        """Keywords of ``EngineOptions``; ``context`` is for commands that know better if none was asked for."""
+        """Keywords of ``EngineOptions``. ``context``: the command's own default if the user gave none."""
         return {
             "device": self.device,
             "vram": parse_vram(self.vram),
@@ -53,13 +53,13 @@ class LoadOptions:
 
     @property
     def source(self) -> dict[str, str | None]:
-        """Keywords of ``find_model``: which version of a repository, and with whose token."""
+        """Keywords of ``find_model``: a repository's revision and the access token."""
         return {"revision": self.revision, "token": self.token}
 
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """How a token is drawn; None is left to the model's generation_config."""
+    """How tokens are sampled; None: the model's generation_config decides."""
 
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own, else greedy.")] = (
         None
@@ -71,12 +71,12 @@ class DrawOptions:
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, on the same machine.")] = None
 
     def asked(self) -> dict[str, float | int]:
-        """What was given."""
+        """The options that the user gave, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` as typer takes it: each parameter that is a group above becomes its fields."""
+    """``command`` in a form that typer accepts: each parameter that is a group becomes its fields, in order."""
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}

@@ -13,14 +13,14 @@ def is_terminal() -> bool:
 
 
 def run_piped(session: ChatSession) -> None:
-    """A message or command a line from standard input; answers go to standard output."""
+    """Reads one message or command per line from standard input; writes answers to standard output."""
     for line in sys.stdin:
         if not session.handle(line.rstrip("\n")):
             return
 
 
 def run_terminal(session: ChatSession) -> None:
-    """Reads with history and line editing until /quit or Ctrl-D. Ctrl-C clears the line."""
+    """Reads lines with history and line editing until /quit or Ctrl-D. Ctrl-C clears the line."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import FormattedText
 
@@ -35,12 +35,12 @@ def run_terminal(session: ChatSession) -> None:
         try:
             if not session.handle(line.strip()):
                 return
-        except KeyboardInterrupt:  # Ctrl-C twice, while a long prompt was computed
+        except KeyboardInterrupt:  # Ctrl-C was pressed twice, while a long prompt was computed
             session.say("stopped")
 
 
 def _keys():
-    """Enter sends, Alt-Enter and Enter after a backslash begin a new line."""
+    """Enter sends; Alt-Enter, and Enter after a backslash, begin a new line."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -62,7 +62,7 @@ def _keys():
 
 
 def _history():
-    """Kept in the user's cache folder; in memory where that cannot be written."""
+    """The input history: in the user's cache folder; in memory if that cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     folder = user_cache_folder("chat")
@@ -76,13 +76,13 @@ def _history():
 
 
 def write(text: str) -> None:
-    """Answers: as they come."""
+    """Writes a piece of an answer to standard output, unbuffered."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def say_dim(line: str) -> None:
-    """Everything else, where a person reads along."""
+    """Prints a line that is not an answer, dimmed, in a terminal."""
     from rich.console import Console
     from rich.text import Text
 
