@@ -1,4 +1,4 @@
-"""The boundary between the decoder and the hardware: the operations a model may use, and the weights they take.
+"""The boundary between the decoder and the hardware: the operations that a model uses, and the weights they take.
 
 T rows (new tokens of all sequences), R logit rows, C hidden, A = H * D, W = (H + 2 * Hkv) * D, F intermediate,
 V vocabulary. ``h`` is the residual stream, f32 [T, C], updated in place. Every ``out`` is a view of a preallocated
@@ -54,18 +54,18 @@ class Linear:
         return self.layout.spec.N
 
 
-Segments = tuple[Linear, ...]  # side by side along N; one where the parts could be fused
+Segments = tuple[Linear, ...]  # side by side along N; only one if the parts could be fused
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """All that attention needs to know besides the rows."""
+    """The parameters of attention: everything it needs besides the rows."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    window: int | None  # a token sees itself and window - 1 before it
+    window: int | None  # a token sees itself and the window - 1 tokens before it; None: all
     softcap: float | None
     rope: RopeConfig
     q_norm: Norm | None  # over each head's channels, before RoPE
@@ -105,7 +105,7 @@ class LayerWeights:
 
 
 def view_field(blob: torch.Tensor, field: Field) -> torch.Tensor:
-    """A field of a u8 blob in its own type and shape; no copy."""
+    """A view of one field of a u8 blob, in the field's dtype and shape; no copy."""
     data = blob[field.offset : field.offset + field.num_bytes]
     return data.view(TORCH_DTYPES[field.dtype]).view(field.shape)
 
@@ -118,26 +118,26 @@ def view_segments(layout: LayerLayout, blob: torch.Tensor, name: str) -> Segment
 
 
 class Samples(Protocol):
-    """Tokens that were drawn, on their way to the host."""
+    """Sampled tokens, on their way to the host."""
 
     def token_ids(self) -> list[int]:
         """Waits for them. Raises ``ExlError`` for a row of logits with NaN, +inf or every token forbidden."""
 
 
 class Ops(Protocol):
-    """What a backend offers. ``select(i)`` names the staged batch that all following operations work on."""
+    """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on."""
 
     device: torch.device
     act_dtype: torch.dtype
     target: Target
-    backend: Backend | None  # of kernels; None where there are none
+    backend: Backend | None  # compiles and launches kernels; None: the backend has no kernels of its own
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
-    runs_ahead: bool  # the host may give the next step away before it has read the last one's samples
+    runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout
 
     def buffer(self, name: str) -> torch.Tensor:
-        """One of the buffers of a step, zeroed, at one address for good: ``residual`` f32 [window rows, C]; ``qkv``,
-        ``attn``, ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
+        """A step's buffer, zeroed, whose address never changes: ``residual`` f32 [window rows, C]; ``qkv``, ``attn``,
+        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
 
     # load
     def pack(
@@ -149,21 +149,22 @@ class Ops(Protocol):
     ) -> None:
         """Writes matrices that lie side by side along N into ``out``, u8 [layout.num_bytes], in host memory.
 
-        ``output_order`` i32 [F]: of gate and up, the order in which ``down`` wants its inputs (``packs_in_order``).
+        ``output_order`` i32 [F]: for gate and up, the order in which ``down`` wants its inputs (``packs_in_order``).
         """
 
     # step
     def stage(self, batches: Sequence[ForwardBatch]) -> None:
-        """The one host-to-device copy of a pass; outside any graph. Selects the first batch. None lets go of all."""
+        """The only host-to-device copy of a pass; outside any graph. Selects the first batch. () releases all."""
 
     def select(self, batch_idx: int) -> None: ...
 
     def fence(self) -> None:
-        """What follows starts when all before it has ended, copies on other streams that were waited for among them."""
+        """Later operations start only after all earlier ones have ended, including copies on other streams for which
+        the stream waits."""
 
     @property
     def step_key(self) -> Hashable:
-        """Of the selected batch: batches with one key launch the same kernels with the same arguments."""
+        """A key of the selected batch: batches with equal keys launch the same kernels with the same arguments."""
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Token ids of the selected batch -> h [T, C] f32."""
@@ -185,7 +186,7 @@ class Ops(Protocol):
     ) -> None:
         """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv.
 
-        ``to`` is what ``out`` goes into: a backend may store in the order that its act-order wants.
+        ``to``: the linear that reads ``out``. A backend may store ``out`` in the order of that linear's act-order.
         """
 
     def gate_up(
@@ -194,17 +195,17 @@ class Ops(Protocol):
         """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``to`` as for ``attend``."""
 
     def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
-        """h [T, C] += scale * (x W + b); x as ``attend`` or ``gate_up`` left it for ``w``."""
+        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gate_up`` with ``to=w``."""
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
     ) -> torch.Tensor:
-        """Rows ``logit_rows`` of h -> out[:R] f32 [R, V], which is returned."""
+        """Rows ``logit_rows`` of h -> logits f32 [R, V], written to out[:R], which is returned."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
-        """[R, V] -> R tokens, on the device; the next batch may name sample i as token -1-i. The next call overwrites
-        them. Nothing waits."""
+        """Logits [R, V] -> R tokens, kept on the device until the next call: the next batch may refer to sample i as
+        token -1-i. Does not wait for the result."""
 
     # cache
     def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        """All layers' K and V of pages ``src`` to pages ``dst``."""
+        """Copies K and V of pages ``src`` to pages ``dst``, in all layers."""

@@ -1,8 +1,8 @@
-"""Inverse frequencies of rotary embedding, a pure function of the config and, for "dynamic", of the length.
+"""Inverse frequencies of rotary embedding: a pure function of the config and, for "dynamic", of the length.
 
-Formulas: RoPE (arXiv 2104.09864), linear and NTK scaling as transformers has them, yarn (arXiv 2309.00071),
-llama3 (Llama 3.1's reference code). Computed in float32 like transformers: half a unit in the last place of a
-frequency is a visible phase at position 100,000.
+Formulas: RoPE (arXiv 2104.09864), linear and NTK scaling as in transformers, yarn (arXiv 2309.00071), llama3
+(Llama 3.1's reference code). Computed in float32, like transformers: at position 100,000, an error of half a unit in
+the last place of a frequency visibly shifts the phase.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from exl.checkpoint.config import RopeConfig
 
 
 def rotary_dim(rope: RopeConfig, head_dim: int) -> int:
-    """Channels of a head that rotate: the first ones, in two halves."""
+    """The number of a head's channels that rotate: the first ones, paired as two halves."""
     return int(head_dim * rope.partial_rotary_factor)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[NDArray[np.float32], float]:
-    """Frequencies f32 [rotary_dim / 2] in radians a token, and the factor for cos and sin.
+    """Frequencies f32 [ceil(rotary_dim / 2)] in radians per token, and the factor for cos and sin.
 
-    ``length`` is the sequence's length, which only "dynamic" looks at.
+    ``length``: the sequence's length, used only by "dynamic".
     """
     dim = rotary_dim(rope, head_dim)
     theta, factor = rope.theta, rope.factor
@@ -46,7 +46,7 @@ def depends_on_length(rope: RopeConfig) -> bool:
 
 
 def _llama3(rope: RopeConfig, freq: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Long wavelengths divided by the factor, short ones kept, the band between blended."""
+    """Divides frequencies of long wavelengths by the factor, keeps those of short ones, blends in the band between."""
     wavelength = 2 * math.pi / freq
     smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
         rope.high_freq_factor - rope.low_freq_factor
@@ -58,7 +58,7 @@ def _llama3(rope: RopeConfig, freq: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _yarn(rope: RopeConfig, freq: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
-    """Channels that turn often within the original length keep their frequency, those that do not are interpolated."""
+    """Channels with many rotations within the original length keep their frequency; those with few are interpolated."""
 
     def channel(rotations: float) -> float:
         return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

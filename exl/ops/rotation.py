@@ -1,4 +1,4 @@
-"""cos and sin of a batch's rows, computed once for all layers."""
+"""RoPE's cos and sin for a batch's rows, computed once for all layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exl.ops.rope import depends_on_length, inverse_frequencies, rotary_dim
 
 
 def rotation_tables(batch: ForwardBatch, rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32 [T, ceil(rotary_dim / 2)] each, on the CPU, scaled as the model scales them."""
+    """cos and sin, each f32 [T, ceil(rotary_dim / 2)], on the CPU, times the model's factor (yarn)."""
     positions = torch.from_numpy(batch.positions).float()
     angles = torch.empty(batch.num_rows, num_angles(rope, head_dim))
     factor = 1.0

@@ -12,11 +12,11 @@ from exl.ops.base import AttentionSpec, Norm
 from exl.ops.rotation import rotation_tables
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 
-_QUERY_BLOCK = 128  # rows that share a mask: bounds it to 128 x context and skips keys that none of them sees
+_QUERY_BLOCK = 128  # rows that share a mask: bounds the mask to 128 x context, and skips keys that no row sees
 
 
 class StagedBatch:
-    """A batch's index arrays as tensors, and what all layers derive from them."""
+    """A batch's index arrays as tensors, and values derived from them that all layers share."""
 
     def __init__(self, batch: ForwardBatch, token_ids: torch.Tensor) -> None:
         self.batch = batch
@@ -27,7 +27,7 @@ class StagedBatch:
         self._rotations: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rotation(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each f32 [T, 1, rotary_dim / 2]; computed by the first layer that asks."""
+        """cos and sin, each f32 [T, 1, rotary_dim / 2]; computed at the first call, then cached."""
         key = (spec.rope, spec.head_dim)
         if key not in self._rotations:
             cosine, sine = rotation_tables(self.batch, spec.rope, spec.head_dim)
@@ -38,7 +38,7 @@ class StagedBatch:
 def attend(
     qkv: torch.Tensor, spec: AttentionSpec, staged: StagedBatch, layer_idx: int, kv: KVCache, out: torch.Tensor
 ) -> None:
-    """See ``Ops.attend``. Decode rows attend one at a time, so that no row's bits depend on its neighbours."""
+    """See ``Ops.attend``. Decode rows attend one at a time, so that no bit of a row depends on other rows."""
     batch = staged.batch
     T, H, Hkv, D = batch.num_rows, spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads = qkv.view(T, H + 2 * Hkv, D)
@@ -63,13 +63,13 @@ def attend(
         step = 1 if start < batch.num_decode_rows else _QUERY_BLOCK
         for first in range(start, stop, step):
             last = min(stop, first + step)
-            seen = context - (stop - last)  # keys up to and with the last row's own
+            seen = context - (stop - last)  # number of keys up to and including the last row's own
             low = 0 if spec.window is None else max(0, seen - (last - first) - spec.window + 1)
             k_run = _read(pages.k, pages.k_scales, batch.page_table[b], low, seen, D)
             v_run = _read(pages.v, pages.v_scales, batch.page_table[b], low, seen, D)
             attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
     if kv.layout.quantized:
-        hadamard(attended, rotation)  # is its own inverse
+        hadamard(attended, rotation)  # its own inverse
 
 
 def _norm_heads(x: torch.Tensor, norm: Norm) -> None:
@@ -77,7 +77,7 @@ def _norm_heads(x: torch.Tensor, norm: Norm) -> None:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Channel i turns with channel i + rotary_dim / 2 (Hugging Face order). x [T, heads, D], in place."""
+    """Rotates channel i with channel i + rotary_dim / 2 (Hugging Face order). x [T, heads, D], in place."""
     half = cos.shape[-1]
     low, high = x[..., :half], x[..., half : 2 * half]
     turned = low * cos - high * sin
@@ -105,13 +105,13 @@ def _tokens(pages: torch.Tensor) -> torch.Tensor:
 def _read(
     codes: torch.Tensor, scales: torch.Tensor | None, table: np.ndarray, low: int, high: int, head_dim: int
 ) -> torch.Tensor:
-    """Tokens ``low:high`` of a sequence, [high - low, Hkv, D], in the cache's type, or f32 where that is quantized."""
+    """Tokens ``low:high`` of a sequence, [high - low, Hkv, D], in the cache's type; f32 if the cache is quantized."""
     run = _run(codes, table, low, high)
     return run if scales is None else dequantize_rows(run, _run(scales, table, low, high), head_dim)
 
 
 def _run(pages: torch.Tensor, table: np.ndarray, low: int, high: int) -> torch.Tensor:
-    """Tokens ``low:high`` of a sequence: a view where the pages are neighbours."""
+    """Tokens ``low:high`` of a sequence: a view if the pages are contiguous, else a copy."""
     first, last = low // PAGE_SIZE, -(-high // PAGE_SIZE)
     ids = table[first:last]
     if len(ids) == 0:
@@ -125,7 +125,7 @@ def _run(pages: torch.Tensor, table: np.ndarray, low: int, high: int) -> torch.T
 
 
 def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """q [n, H, D] are the last n of the tokens of k and v [S, Hkv, D] -> [n, H, D]."""
+    """q [n, H, D], k and v [S, Hkv, D] -> [n, H, D]; the rows of q are the last n of the S tokens."""
     n, S, Hkv = q.shape[0], k.shape[0], spec.num_kv_heads
     group = spec.num_heads // Hkv
     # The query group becomes rows: [Hkv, group * n, D] against [Hkv, S, D], no copy of the keys.
@@ -141,7 +141,7 @@ def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attenti
 
 
 def _causal_mask(n: int, S: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """0 where row i of the last n tokens sees key j, else -inf: [n, S]."""
+    """Mask [n, S] for the last n of S tokens: 0 if row i sees key j, else -inf."""
     behind = torch.arange(S - n, S)[:, None] - torch.arange(S)[None]  # how far key j lies behind row i
     hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
     return torch.zeros(n, S, dtype=dtype).masked_fill_(hidden, -torch.inf)

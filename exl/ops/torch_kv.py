@@ -1,4 +1,4 @@
-"""Quantized K and V on the CPU: the meaning of codes and scales is ``docs/memory.md``'s, the same on every device."""
+"""Quantized K and V on the CPU. ``docs/memory.md`` defines codes and scales, the same for every device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def as_stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def hadamard(x: torch.Tensor, size: int) -> None:
     """Orthonormal Walsh-Hadamard transform of every run of ``size`` channels (a power of two), in place.
 
-    By additions alone, so that a row's bits do not depend on the other rows, as a matrix product's could.
+    Uses only additions, so that no bit of a row depends on other rows, as it could in a matrix product.
     """
     runs = x.unflatten(-1, (-1, size))
     half = 1
@@ -35,8 +35,8 @@ def hadamard(x: torch.Tensor, size: int) -> None:
 def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x f32 [..., D] -> codes u8 [..., D * bits / 8], scales f16 [..., ceil(D / 32)].
 
-    8 bits: scale = largest magnitude / 127, codes -127..127. 4 bits: the value of largest magnitude gets code -8, its
-    scale may therefore be negative; codes -8..7. Codes are chosen for the scale as it is stored, in f16.
+    8 bits: scale = largest magnitude / 127, codes -127..127. 4 bits: the value of largest magnitude gets code -8, so
+    the scale may be negative; codes -8..7. Codes are chosen for the scale as stored, in f16.
     """
     D = x.shape[-1]
     padding = -D % KV_GROUP
@@ -54,7 +54,7 @@ def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def dequantize_rows(codes: torch.Tensor, scales: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The inverse: f32 [..., D]."""
+    """The inverse of ``quantize_rows``: f32 [..., D]."""
     if codes.shape[-1] == head_dim:
         values = codes.view(torch.int8).float()
     else:

@@ -1,9 +1,10 @@
-"""Linears on the CPU through torch: packing into ``LinearLayout`` and multiplying from it.
+"""Linears on the CPU through torch: packs weights into a ``LinearLayout``, and multiplies by them.
 
-Decode rows are row-invariant: 4-bit weights go through torch's int4pack kernel in bf16, whose rows do not depend on
-their number; everything else is multiplied row by row. Prefill rows multiply f32 panels, dequantized exactly:
-``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes; bf16 scales have 8) and fits f32's 24, so
-``code * scale - zero * scale`` rounds nowhere either. Scales in f32 meet the exact ``code - zero`` and round once.
+Decode rows are row-invariant: int4pack weights go through torch's bf16 kernel, in which a row's result does not depend
+on the number of rows; all others are multiplied row by row. Prefill rows are multiplied by f32 panels of exactly
+dequantized weights: ``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes; bf16 scales have 8), which
+fit f32's 24, so ``code * scale - zero * scale`` does not round either. Scales in f32 meet the exact ``code - zero`` and
+round once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.layers import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
 from exl.ops.base import Linear, view_field
 
-_DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB: a row is multiplied as soon as it is written; a quarter faster than 4 MB
-_PACK_WORDS = 1 << 18  # words that are turned at a time: what is made of them stays in the caches
+_DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB, multiplied while still in cache; a quarter faster than 4 MB
+_PACK_WORDS = 1 << 18  # words repacked per step, so that intermediates stay in cache
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
-_INT4_ZERO = 8  # the code that torch's kernel takes for 0
+_INT4_ZERO = 8  # the code that means 0 to torch's kernel
 
 
 # --- packing -----------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def _pack_dense(parts: Sequence[DenseMatrix], weight: torch.Tensor) -> None:
     raw = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
     start = 0
     for part in parts:
-        if part.read_into is not None:  # the file's rows are the layout's
+        if part.read_into is not None:  # the file stores rows as the layout does
             part.read_into(weight[start : start + part.N].view(torch.uint8).view(-1).numpy())
             start += part.N
             continue
@@ -100,7 +101,7 @@ def _pack_quantized(
 
 
 def _blocks(parts: Sequence[QuantizedMatrix]):
-    """(start, codes u8 [K, n]) with borders at multiples of ``PACK_COLUMNS`` of the fused matrix."""
+    """Yields (start, codes u8 [K, n]) of the fused matrix, in blocks of ``PACK_COLUMNS`` outputs."""
     starts = np.cumsum([0, *(part.N for part in parts)])
     total = int(starts[-1])
     for start in range(0, total, PACK_COLUMNS):
@@ -114,11 +115,11 @@ def _blocks(parts: Sequence[QuantizedMatrix]):
 
 
 def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes u8 [n, K] -> u8 [n, K * bits / 8], K a multiple of 8. Unpacks by whole-row shifts and masks.
+    """Codes u8 [n, K] -> u8 [n, K * bits / 8], K a multiple of 8. Whole-row shifts and masks can unpack it.
 
-    8 bits: as they are. 4 bits: byte j holds codes j and j + K/2. 2 bits: codes j + i * K/4, i = 0..3, from the low
-    bits up. 3 bits: the low two bits of all codes as for 2 bits, then byte j of K/8 has the top bits of codes
-    j + i * K/8.
+    8 bits: unchanged. 4 bits: byte j holds codes j and j + K/2. 2 bits: byte j holds codes j + i * K/4, i = 0..3, from
+    the low bits up. 3 bits: first the low two bits of all codes, as for 2 bits; then K/8 bytes, of which byte j holds
+    the top bits of codes j + i * K/8, i = 0..7.
     """
     if bits == 8:
         return codes
@@ -139,8 +140,8 @@ def _pack_fields(codes: np.ndarray, bits: int) -> np.ndarray:
 def pack_int4(codes: np.ndarray, order: str) -> np.ndarray:
     """Codes u8 [K, n] -> bytes in the order of torch's ``_convert_weight_to_int4pack_for_cpu``.
 
-    Blocks of 64 (AVX-512) or 32 output rows, K within a block. "split": byte i of a block's row holds outputs i and
-    i + half. A last block that is not full, and "pairs", hold outputs 2i and 2i + 1.
+    The order is: blocks of 64 (AVX-512) or 32 outputs; within a block, K rows. "split": byte i of a row holds outputs i
+    and i + half. "pairs", and a last block that is not full: outputs 2i and 2i + 1.
     """
     block = int(order[-2:])
     pieces = []
@@ -155,11 +156,11 @@ def pack_int4(codes: np.ndarray, order: str) -> np.ndarray:
 
 
 def pack_int4_words(words: np.ndarray, block: int, out: np.ndarray) -> None:
-    """Eights of codes along K, u32 [K / 8, N], N a multiple of ``block`` -> ``out`` u8 [K * N / 2], the bytes that
-    ``pack_int4`` gives in the "split" order; ten times as fast, since codes stay in their words.
+    """Words u32 [K / 8, N], each with 8 codes along K, N a multiple of ``block`` -> ``out`` u8 [K * N / 2]: the bytes
+    of ``pack_int4`` in the "split" order, but ten times as fast, because codes are not unpacked.
 
-    Byte j of a block's row k holds output j in its low and output j + half in its high bits. Even rows 2m are the low
-    nibbles of the words' bytes m, odd rows 2m + 1 the high ones.
+    Byte j of a block's row k holds output j in its low bits and output j + half in its high bits. Of the 8 rows that
+    come from a word, row 2m is the low nibble of the word's byte m, and row 2m + 1 is the high nibble.
     """
     half = block // 2
     num_words, N = words.shape
@@ -167,7 +168,7 @@ def pack_int4_words(words: np.ndarray, block: int, out: np.ndarray) -> None:
     shape = (step, N // block, half)
     even, odd, high = (np.empty(shape, np.uint32) for _ in range(3))
     row = np.empty(shape, np.uint8)
-    # One element of ``rows`` is the `half` bytes of a block's row: [N / block, K / 8, m, even or odd].
+    # One element of ``rows``, [N / block, K / 8, m, even or odd], is all `half` bytes of one row of a block.
     rows = out.reshape(N // block, num_words, 4, 2, half).view(f"V{half}")[..., 0]
     for start in range(0, num_words, step):
         count = min(step, num_words - start)
@@ -191,10 +192,10 @@ def pack_int4_words(words: np.ndarray, block: int, out: np.ndarray) -> None:
 
 @lru_cache(maxsize=1)
 def probe_int4pack() -> str | None:
-    """Which nibble order this torch build uses on this processor, or None where it has no such kernel.
+    """The nibble order that this torch build uses on this processor; None if it has no such kernel.
 
-    AVX-512, AVX2 and plain builds differ. A candidate must give torch's bytes, full and partial blocks, and torch's
-    kernel must then multiply by what the codes mean.
+    AVX-512, AVX2 and plain builds differ. A candidate must produce torch's bytes, for full and partial blocks, and
+    torch's kernel must then give the right product.
     """
     rng = np.random.default_rng(0)
     K, N = 64, 80
@@ -210,7 +211,7 @@ def probe_int4pack() -> str | None:
             ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(K // 32, N, 2).contiguous()
             y = int4pack_mm(x.bfloat16(), torch.from_numpy(packed).view(N, K // 2), 32, ones)
             exact = x @ torch.from_numpy(codes.astype(np.float32) - _INT4_ZERO)
-            # Small integers: only the output's rounding to bf16 may show.
+            # Small integers: exact except for the output's rounding to bf16.
             return order if torch.equal(y, exact.bfloat16()) else None
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
@@ -230,12 +231,12 @@ class Scratch:
     """Buffers shared by all linears."""
 
     panel: torch.Tensor  # f32 [n]; a block of dequantized or converted weights
-    codes: torch.Tensor  # u8 [n]
-    sorted: torch.Tensor  # f32 [max_rows * max_k]; an input in the order of the weight's rows
+    codes: torch.Tensor  # u8 [n]; their unpacked codes
+    sorted: torch.Tensor  # f32 [max_rows * max_k]; an input in the order of an act-order weight
 
 
 def matmul(x: torch.Tensor, w: Linear, num_decode_rows: int, scratch: Scratch, out: torch.Tensor) -> None:
-    """out f32 [T, N] = x f32 [T, K] times the packed weight, plus its bias. ``out`` may be a slice of columns."""
+    """out f32 [T, N] = x f32 [T, K] times the packed weight + its bias. ``out`` may be a slice of columns."""
     num_rows, split = x.shape[0], min(num_decode_rows, x.shape[0])
     if "order" in w.fields:
         sorted_x = scratch.sorted[: x.numel()].view(x.shape)
@@ -270,7 +271,7 @@ def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) ->
 
 
 def _row_panels(w: Linear, scratch: Scratch, elements: int):
-    """(start, stop, f32 [n, K]) over the output rows of a dense or planes weight; f32 weights are one panel."""
+    """Yields (start, stop, f32 [n, K]) over the outputs of a dense or planes weight; an f32 weight is one panel."""
     N, K = w.N, w.layout.spec.K
     dense = w.fields.get("weight")
     if dense is not None and dense.dtype == torch.float32:
@@ -326,7 +327,7 @@ def _unpack_fields(packed: torch.Tensor, bits: int, codes: torch.Tensor) -> None
 
 
 def _int4_panels(w: Linear, scratch: Scratch):
-    """(start, stop, f32 [K, n]) over the output rows of an int4pack weight: whole blocks, then the partial one."""
+    """Yields (start, stop, f32 [K, n]) over the outputs of an int4pack weight: full blocks, then the partial one."""
     spec, order = w.layout.spec, probe_int4pack() or ""
     block, K = int(order[-2:]), spec.K
     step = max(1, PANEL_ELEMENTS // (K * block)) * block

@@ -22,7 +22,7 @@ from exl.sampling import sample
 
 
 def cpu_target() -> Target:
-    """What this machine's torch can do."""
+    """The CPU target, with the int4pack order of this machine's torch."""
     return Target("cpu", int4pack=probe_int4pack())
 
 
@@ -37,7 +37,7 @@ class TokenIds:
 
 
 class TorchOps:
-    """See ``exl.ops.base.Ops``. Owns its scratch; everything else is the caller's."""
+    """See ``exl.ops.base.Ops``. Owns its scratch and samples; the caller owns everything else."""
 
     device = torch.device("cpu")
     act_dtype = torch.float32
@@ -92,7 +92,7 @@ class TorchOps:
         self._now = self._staged[0] if self._staged else None
 
     def _resolve(self, token_ids: np.ndarray) -> torch.Tensor:
-        """Token -1-i is sample i of the step before."""
+        """Replaces token -1-i by sample i of the previous step."""
         ids = torch.from_numpy(token_ids).long()
         if (ids < 0).any():
             ids = torch.where(ids < 0, self._samples[(-1 - ids).clamp_(min=0)], ids)
@@ -130,7 +130,7 @@ class TorchOps:
             start += linear.N
 
     def _matmul(self, x: torch.Tensor, linear: Linear, num_decode_rows: int, out: torch.Tensor) -> None:
-        """Every product of the model goes through here; the quantizer listens."""
+        """Every matrix product of the model goes through here."""
         matmul(x, linear, num_decode_rows, self._scratch, out)
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:

@@ -10,9 +10,8 @@ from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 def plan_cpu(
     model: PlanInput, budget: int | None = None, *, num_slots: int = 2, max_resident: int | None = None
 ) -> MemoryPlan:
-    """Layers stay in memory from the first on; those that the budget has no room for are streamed, through
-    ``num_slots`` slots. ``max_resident`` keeps no more than so many, whatever the budget. The plan may not fit: ask
-    ``fits``."""
+    """Keeps as many layers resident as the budget allows, from the first on; the others are streamed through
+    ``num_slots`` slots. ``max_resident``: keep at most this many. The plan may not fit: check ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
     for resident in range(most, 0, -1):
@@ -49,8 +48,8 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
     lines.append(PlanLine("temporaries", device, temporaries, False, "torch's own, while an operation runs"))
     if model.tokenizer_bytes:
         lines.append(PlanLine("tokenizer", device, _TOKENIZER_FACTOR * model.tokenizer_bytes, False))
-    # While loading, the file's bytes of two layers and what is unpacked of one are there, and the buffers of a step
-    # are not touched yet: only what exceeds them adds to the peak.
+    # While loading, memory holds the file's bytes of two layers and unpacked codes of one, but the buffers of a step
+    # are not touched yet: only what exceeds their size adds to the peak.
     idle = sum(line.num_bytes for line in lines if line.purpose not in _LOADED_FIRST)
     loading = loading_bytes(model)
     if loading > idle:
@@ -64,12 +63,12 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
 
 _LOADED_FIRST = ("embedding", "resident layers", "stream slots", "head and final norm")
 _TOKENIZER_FACTOR = 8
-_UNPACKED_BYTES = 8  # of one code while it is unpacked, sorted, fused and packed
-_LIBRARY_BYTES = 12 << 20  # what MKL keeps for f32 products of any size: 4 to 13 MB were seen
+_UNPACKED_BYTES = 8  # per code, while it is unpacked, sorted, fused and packed
+_LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size; 4 to 13 MB were measured
 
 
 def loading_bytes(model: PlanInput) -> int:
-    """Host memory while layers are packed, besides what stays."""
+    """Temporary host memory while layers are packed."""
     return 2 * model.layer_file_bytes + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
 
 
@@ -78,20 +77,20 @@ def _max_k(limits: StepLimits) -> int:
 
 
 def torch_temporaries(model: PlanInput) -> int:
-    """The largest sum of temporaries that are alive at once on the CPU, over the operations of a step."""
+    """A bound of the temporaries that are alive at once on the CPU: the maximum over the operations of a step."""
     config, limits, kv = model.config, model.limits, model.kv_layout
     T, context, D = limits.max_rows, limits.max_context, config.head_dim
     block = min(128, T)
     group = config.num_heads // config.num_kv_heads
     element = 4 if kv.quantized else DTYPE_BYTES[kv.kind]
-    # One norm's output, and what torch.nn.functional computes it from.
+    # Temporary rows of a norm, f32.
     norm = T * limits.hidden_size * 4
-    # A chunk's q, k and v turned and converted; cos and sin.
+    # A chunk's q, k and v, rotated and converted; cos and sin.
     rotate = T * limits.qkv_width * 4 + T * D * 4
-    # A block of rows: scores' mask (distances i64, hidden u8, mask), its copies for the query group, q and the result.
+    # For a block of rows: the mask (distances i64, hidden u8, mask), its copies for the query group, q, the result.
     mask = block * context * (8 + 1 + element) + block * group * context * element
     rows = 4 * block * limits.attn_width * element
-    # K and V of the whole context, dequantized; or gathered, where pages are no neighbours.
+    # K and V of the whole context: dequantized, or gathered if the pages are not contiguous.
     run = context * config.kv_width * (2 * element + (element if kv.quantized else 0))
     attend = rotate + mask + rows + run
     gate = T * limits.intermediate_size * 4 + norm

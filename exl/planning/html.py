@@ -1,6 +1,6 @@
-"""A memory plan as a notebook and the demo draw it: a bar for each memory, and what its parts are.
+"""A memory plan as HTML, for notebooks and the demo: a bar per memory, and a list of its parts.
 
-Styles stand in the elements, and take text and background from the page: light or dark, no style sheet is needed.
+Styles are inline, and text and background colours come from the page: it works in light and dark without a style sheet.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from exl.units import format_bytes
 if TYPE_CHECKING:
     from exl.planning.plan import MemoryPlan, PlanLine
 
-# A purpose has one colour in all plans, so that two bars can be compared: weights are blue, the cache is amber, the
-# buffers of a step are green, what the libraries take is grey and red.
+# A purpose has the same colour in all plans, so that two bars can be compared: weights are blue, the cache is amber,
+# the buffers of a step are green, the memory of libraries is grey and red.
 COLORS = {
     "embedding": "#7fb2f0",
     "resident layers": "#3f78e0",
@@ -44,7 +44,7 @@ _CELL = "border: 0; padding: 2px 0; background: none; vertical-align: baseline; 
 
 
 def plan_html(plan: MemoryPlan) -> str:
-    """Each memory's bar in proportion to its budget, or to its sum where it has none; hatched parts are bounds."""
+    """Each memory's bar is scaled to its budget, or to its sum if it has none; hatched parts are bounds."""
     memories = "".join(_memory(plan, device) for device in plan.devices)
     return (
         f'<div class="exl-plan" style="max-width: 44em; line-height: 1.35">{memories}'

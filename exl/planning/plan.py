@@ -1,7 +1,7 @@
-"""Where every byte goes, decided before anything is allocated: a pure function of shapes, options and budgets.
+"""The memory plan, made before anything is allocated: a pure function of shapes, options and budgets.
 
-A line is *exact* (a buffer that is allocated once, by that very number) or a *bound* (temporaries of the libraries,
-which come and go).
+A line is *exact* (a buffer that is allocated once, with exactly this size) or a *bound* (temporary buffers of
+libraries).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a model will take, line by line. ``budgets``: what each memory was given, by the name of its lines; one that
-    is not there gives as much as there is."""
+    """The memory that a model will take, line by line. ``budgets``: bytes by memory (a line's ``device``); a memory
+    without a budget is not limited."""
 
     lines: tuple[PlanLine, ...]
     placement: Placement
@@ -85,7 +85,7 @@ class MemoryPlan:
 
     @property
     def budget(self) -> int | None:
-        """Of all memories together; None where one of them has none."""
+        """The sum of all budgets; None if any memory has none."""
         return sum(self.budgets.values()) if all(device in self.budgets for device in self.devices) else None
 
     def device_bytes(self, device: str) -> int:
@@ -108,7 +108,7 @@ class MemoryPlan:
         }
 
     def table(self) -> str:
-        """One row a line, bounds marked by <=; below each memory's lines its sum, and its budget."""
+        """One row per line, bounds marked by <=; after each memory's lines, their sum and the budget."""
         rows: list[tuple[str, str, str, str]] = []
         for device in self.devices:
             lines = [line for line in self.lines if line.device == device]
@@ -128,7 +128,7 @@ class MemoryPlan:
         return self.table()
 
     def __repr__(self) -> str:
-        """Each memory in a few words; ``print`` shows the table."""
+        """A summary of each memory; ``print`` shows the table."""
         memories = [f"{device} {_at_most(self.device_bytes(device), False)}" for device in self.devices]
         resident, layers = len(self.placement.resident), len(self.placement.layers)
         state = "" if self.fits else ", does not fit"
@@ -137,7 +137,7 @@ class MemoryPlan:
         )
 
     def _repr_html_(self) -> str:
-        """A bar for each memory, in proportion, and what its parts are."""
+        """A bar per memory, divided in proportion, and a list of its parts."""
         return plan_html(self)
 
 
@@ -147,7 +147,7 @@ def _at_most(num_bytes: int, exact: bool) -> str:
 
 @dataclass(frozen=True)
 class PlanInput:
-    """What a plan is made of besides the budget: a model's layouts and the limits of its steps."""
+    """The input of a plan besides the budget: a model's layouts and the limits of its steps."""
 
     config: ModelConfig
     embed: LayerLayout
@@ -158,7 +158,7 @@ class PlanInput:
     limits: StepLimits
     num_sequences: int = 1
     tokenizer_bytes: int = 0  # size of tokenizer.json
-    layer_file_bytes: int = 0  # the largest layer as the checkpoint has it
+    layer_file_bytes: int = 0  # bytes of the largest layer in the checkpoint
 
     @property
     def num_pages(self) -> int:

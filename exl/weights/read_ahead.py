@@ -1,4 +1,4 @@
-"""The file's bytes of one layer are read while those of the layer before it are being packed."""
+"""Reads one layer's bytes from the checkpoint while the layer before it is being packed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.layout.layers import FIELD_ALIGN, align_up
 from exl.memory.host import HostBuffer
 
-_STEP_BYTES = 8 << 20  # read between two looks at whether anybody still wants it
+_STEP_BYTES = 8 << 20  # bytes per read; between two reads, checks whether it was stopped
 
 
 class LayerReadAhead:
-    """Layers of a checkpoint, each asked for once and in order; a context manager that ends its thread.
+    """The layers of a checkpoint, each requested once, in order; a context manager that ends its thread.
 
-    Memory: two buffers, each as large as the largest layer is in the file.
+    Memory: two buffers, each as large as the largest layer in the file.
     """
 
     def __init__(self, checkpoint: Checkpoint, layers: Sequence[Sequence[str]]) -> None:
@@ -35,8 +35,8 @@ class LayerReadAhead:
         self._pending: Future[Checkpoint] = self._executor.submit(self._read, 0)
 
     def layer(self, layer_idx: int) -> Checkpoint:
-        """The checkpoint with that layer's tensors in memory: valid until the next layer is asked for. Raises what
-        reading them raised."""
+        """The checkpoint with this layer's tensors in memory, valid until the next call. Raises the error that reading
+        them raised."""
         ready = self._pending.result()
         if layer_idx + 1 < len(self._layers):
             self._pending = self._executor.submit(self._read, layer_idx + 1)
@@ -72,7 +72,7 @@ class LayerReadAhead:
 
 
 class _CheckpointInMemory(Checkpoint):
-    """Some tensors' bytes come from memory, without a copy; whoever changes them changes them for all."""
+    """A checkpoint of which some tensors are in memory. Arrays are not copied: changing one changes it for all."""
 
     def __init__(self, checkpoint: Checkpoint, tensors: dict[str, NDArray[np.uint8]]) -> None:
         super().__init__(checkpoint.path, checkpoint.folder, checkpoint._files, checkpoint.tensors)
@@ -94,7 +94,7 @@ class _CheckpointInMemory(Checkpoint):
 
 
 def layer_file_bytes(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    """What a layer's tensors take in a read buffer."""
+    """The bytes that a layer's tensors take in a read buffer."""
     return sum(align_up(checkpoint.info(name).num_bytes, FIELD_ALIGN) for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Where a layer's weights are when its turn comes: in memory for good, or on their way from the disk."""
+"""Gives a pass each layer's weights in time: from memory if the layer is resident, else read ahead from disk."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class WeightSource(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether a pass can be captured in a graph: each layer always at one address, nothing waited for."""
+        """Whether a pass can be captured in a graph: each layer is always at the same address and nothing waits."""
 
 
 class ResidentWeights:
-    """All layers in memory for good."""
+    """All layers stay in memory."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self.layers = tuple(layers)
@@ -56,27 +56,26 @@ class ResidentWeights:
 
 @dataclass(frozen=True)
 class StreamStats:
-    """Since the stream was made."""
+    """Counted since the stream was made."""
 
     num_reads: int = 0  # layers read in full
     bytes_read: int = 0
-    num_waits: int = 0  # times that a layer was not there when it was asked for
+    num_waits: int = 0  # how often a layer was not yet in memory when it was acquired
     wait_seconds: float = 0.0
 
 
 @dataclass
 class Slot:
     array: NDArray[np.uint8]  # page-aligned
-    layer_idx: int | None = None  # whose bytes it holds, all of them
-    num_users: int = 0  # acquired and not released
+    layer_idx: int | None = None  # the layer it holds, completely read; None: none
+    num_users: int = 0  # acquired and not yet released
 
 
 class SlotReader:
-    """Slots, and the thread that fills them. Knows nothing of the stream above it, so that it does not keep it alive.
+    """Slots, and the thread that fills them. Has no reference to the ``LayerStream``, so as not to keep it alive.
 
-    What to read next follows from the order, the place in it and what the slots hold, and from nothing else: the
-    layers that come next, as many as there are slots, each in a slot. A new order therefore needs no special case: what
-    it can use stays, the rest is overwritten.
+    The next layer to read depends only on the order, the position in it and the slots' contents: the slots should hold
+    the next layers in order. So a new order needs no special case: layers it can use stay, others are overwritten.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class SlotReader:
         self.packed, self.slots, self.stats = packed, slots, StreamStats()
         self._blob_indices, self._sizes = blob_indices, sizes
         self._order: tuple[int, ...] = ()
-        self._next = 0  # place in the order of the layer to be acquired next
+        self._next = 0  # position in the order of the layer to be acquired next
         self._failure: tuple[int, CheckpointError] | None = None
         self._closed = False
         self._reading = False
@@ -93,18 +92,18 @@ class SlotReader:
         self._thread = threading.Thread(target=self._run, name="exl layer reader", daemon=True)
         self._thread.start()
 
-    # the consumer's side
+    # Called by the consumer
 
     def begin(self, order: tuple[int, ...]) -> None:
         with self._changed:
             for slot in self.slots:
-                slot.num_users = 0  # of a pass that was interrupted
+                slot.num_users = 0  # an interrupted pass may have left users
             self._failure = None
             self._order, self._next = order, 0
             self._changed.notify_all()
 
     def acquire(self, layer_idx: int) -> int:
-        """-> slot that holds the layer."""
+        """Waits for the layer and returns the index of the slot that holds it."""
         with self._changed:
             self._go_to(layer_idx)
             slot_idx = self._holder(layer_idx)
@@ -134,7 +133,7 @@ class SlotReader:
                 break
             if self._failure is not None:
                 failed_idx, error = self._failure
-                self._failure = None  # asked for again, it is tried again
+                self._failure = None  # if the layer is acquired again, reading is tried again
                 self._changed.notify_all()
                 if failed_idx == layer_idx:
                     raise CheckpointError(str(error)) from error
@@ -166,7 +165,8 @@ class SlotReader:
             return self._changed.wait_for(self._is_idle, timeout_seconds)
 
     def close(self) -> bool:
-        """False: the thread hangs in a read that does not come back, and still writes to its slot."""
+        """Stops the thread. Returns False if it does not end within 10 s: then it hangs in a read and may still write
+        to its slot."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -174,21 +174,21 @@ class SlotReader:
             self._thread.join(timeout=10.0)
         return not self._thread.is_alive()
 
-    # the state, read under the lock
+    # State; the caller holds the lock
 
     def _holder(self, layer_idx: int) -> int | None:
         return next((i for i, slot in enumerate(self.slots) if slot.layer_idx == layer_idx), None)
 
     def _upcoming(self) -> tuple[int, ...]:
-        """One turn of the order from here on: after the last layer comes the first, for the next pass."""
+        """The whole order, from the current position on; after the last layer comes the first, for the next pass."""
         return self._order[self._next :] + self._order[: self._next]
 
     def _is_idle(self) -> bool:
         return not self._reading and (self._closed or self._failure is not None or self._choose() is None)
 
     def _choose(self) -> tuple[int, int] | None:
-        """(layer to read, slot to overwrite), or None where there is nothing to do."""
-        needed: set[int] = set()  # slots that hold what comes first
+        """(layer to read, index of the slot to overwrite); None if there is nothing to do."""
+        needed: set[int] = set()  # slots with layers that come before the one to read
         for layer_idx in self._upcoming():
             slot_idx = self._holder(layer_idx)
             if slot_idx is not None:
@@ -199,11 +199,11 @@ class SlotReader:
         return None
 
     def _distance(self, slot_idx: int) -> int:
-        """Turns until what the slot holds is used again."""
+        """How many layers come before the slot's layer is used again."""
         held, ahead = self.slots[slot_idx].layer_idx, self._upcoming()
         return ahead.index(held) if held in ahead else len(ahead)
 
-    # the reader's side
+    # Runs in the reader thread
 
     def _run(self) -> None:
         while True:
@@ -226,7 +226,7 @@ class SlotReader:
                 with self._changed:
                     self._failure = (layer_idx, error)
                 continue
-            except Exception as error:  # whatever it is, whoever waits must hear of it
+            except Exception as error:  # any error must reach the thread that waits in acquire
                 with self._changed:
                     self._failure = (layer_idx, CheckpointError(f"{self.packed.path}: layer {layer_idx}: {error!r}"))
                 continue
@@ -249,12 +249,12 @@ class SlotReader:
 
 
 class LayerStream:
-    """Some layers in memory for good, the others read from the packed file ahead of their turn, in the order that a
-    pass announces and on past its end: passes repeat.
+    """Some layers stay in memory; the others are read ahead from the packed file, in the order that a pass announces.
+    After the end of the order, reading continues at its start, because passes repeat.
 
-    ``acquire`` waits for the layer; its weights are valid until ``release``. One pass at a time; ``begin`` ends one
-    that was interrupted. Errors of the reader come out of ``acquire``, as ``CheckpointError`` that names the file.
-    Takes over ``packed``, ``resident`` (views of memory that the caller owns, by layer) stays the caller's.
+    ``acquire`` waits for the layer; its weights are valid until ``release``. Only one pass runs at a time; ``begin``
+    ends an interrupted one. ``acquire`` raises errors of the reader as ``CheckpointError`` that names the file. Owns
+    and closes ``packed`` and ``slots``; ``resident`` (views by layer) is memory that the caller owns.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class LayerStream:
         slots: HostBuffer,
         num_slots: int,
     ) -> None:
-        """``blob_indices``: the blob of each streamed layer. ``slots``: ``num_slots`` times the largest of them."""
+        """``blob_indices``: streamed layer -> its blob in ``packed``. ``slots``: ``num_slots`` x the largest layer."""
         self._layouts, self._resident = tuple(layouts), dict(resident)
         self._slots, self._packed = slots, packed
         self._num_layers = len(self._layouts)
@@ -285,7 +285,7 @@ class LayerStream:
             sizes,
             [Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
         )
-        # Also at the interpreter's end, and where nobody calls close().
+        # Runs even if nobody calls close(), at the latest when the interpreter exits.
         self._finalizer = weakref.finalize(self, _close, self._reader, packed, slots)
         self.begin(range(self._num_layers))
 
@@ -322,11 +322,11 @@ class LayerStream:
         return False
 
     def wait_until_idle(self, timeout_seconds: float = 60.0) -> bool:
-        """Until the reader has nothing left to read ahead: for counting what a pass reads. False: it took longer."""
+        """Waits until there is nothing left to read ahead, to count what a pass reads. Returns False on timeout."""
         return self._reader.wait_until_idle(timeout_seconds)
 
     def close(self) -> None:
-        """Ends the thread and gives the slots back. May be called again; everything else raises ``ExlError`` then."""
+        """Ends the thread and frees the slots. Later calls of ``begin`` and ``acquire`` raise ``ExlError``."""
         self._finalizer()
 
     def _check_open(self) -> None:
@@ -335,6 +335,6 @@ class LayerStream:
 
 
 def _close(reader: SlotReader, packed: PackedFile, slots: HostBuffer) -> None:
-    if reader.close():  # else the thread still needs both
+    if reader.close():  # else the thread still uses both
         packed.close()
         slots.close()
