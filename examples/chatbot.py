@@ -1,4 +1,4 @@
-"""A chatbot in the terminal: what `exl chat` does, as a script to take and change.
+"""A chatbot in the terminal: what `exl chat` does, as a script to copy and change.
 
 python examples/chatbot.py --model path/to/model --system "You are brief."
 echo "Tell me a story." | python examples/chatbot.py

@@ -1,9 +1,9 @@
-"""A demo in the browser: chat, completion with token probabilities, and where the memory goes.
+"""A demo in the browser: chat, completion with token probabilities, and the memory plan.
 
 python examples/gradio_demo.py
 python examples/gradio_demo.py path/to/model another/model --kv-cache q8 --ram 8GB
 
-Needs Gradio: pip install ".[demo]". Everything is on this machine: no fonts, scripts or analytics from elsewhere.
+Needs Gradio: pip install ".[demo]". Everything is local: the page loads no remote fonts, scripts or analytics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Update = dict[gr.blocks.Block, Any]
 
 
 class Page:
-    """The components of the page, and what they do."""
+    """The components of the page, and their event handlers."""
 
     def __init__(self, worker: Worker, models: list[str], first: LoadSettings) -> None:
         self.worker, self.sessions, self.models, self.first = worker, Sessions(worker), models, first
@@ -55,7 +55,7 @@ class Page:
                         self.build_model()
             self.connect()
 
-    # ---- what is there
+    # ---- components
 
     def build_chat(self) -> None:
         self.chatbot = gr.Chatbot(
@@ -131,10 +131,10 @@ class Page:
             self.model, self.device, self.kv_cache, self.ram, self.vram, self.context, self.head,
         ]  # fmt: skip
 
-    # ---- what happens when
+    # ---- events
 
     def connect(self) -> None:
-        # Requests wait in the worker's queue, where they see their place, and not in Gradio's.
+        # Requests wait in the worker's queue, which shows their position, and not in Gradio's.
         free = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         chat = [self.chatbot, self.message, self.chat_stats, self.chat_notice, self.retry, self.undo, self.clear]
         asked = [self.system, *self.sampling]
@@ -192,7 +192,8 @@ class Page:
         yield from self.follow_chat(session, job, turn, None)
 
     def follow_chat(self, session: Session, job: Job, turn: list[dict], text: str | None) -> Iterator[Update]:
-        """The page while an answer is made, and after it. ``text`` goes back to where it was typed if nothing came."""
+        """Updates the page while an answer is generated, and after it. If there is no answer, ``text`` goes back into
+        the input field."""
         last = Answer("")
         for state in job.watch():
             if isinstance(state, Waiting):
@@ -264,7 +265,7 @@ class Page:
     # ---- the model
 
     def on_change(self, request: gr.Request, *typed: Any) -> Update:
-        """The plan follows the form, unless Plan or Load has been pressed for just this: they say more."""
+        """Updates the plan when the form changes, unless Plan or Load was pressed for these values: they show more."""
         session = self.session(request)
         if session.asked == typed:
             return {self.planned: gr.skip()}
@@ -292,7 +293,7 @@ class Page:
             return {self.planned: render.notice(one_line(error)), self.load_notice: ""}
 
     def on_load(self, request: gr.Request, *typed: Any) -> Iterator[Update]:
-        """The plan first: what cannot be planned does not cost the model that is there."""
+        """Makes the plan first: if that fails, the loaded model stays."""
         session = self.session(request)
         session.asked = typed
         yield {self.load: gr.Button(interactive=False), self.load_notice: render.notice("Planning", "wait")}
@@ -334,7 +335,7 @@ class Page:
         return {**self.on_tick(request), **self.on_change(request, *typed)}
 
     def on_tick(self, request: gr.Request) -> Update:
-        """Any tab may have loaded another model."""
+        """Updates the status: another tab may have loaded another model."""
         session, llm, shown = self.session(request), self.worker.llm, self.shown_status()
         if session.seen == (llm, shown):
             return {self.status: gr.skip()}
@@ -347,7 +348,7 @@ class Page:
 
 
 def launch(page: Page, host: str, port: int | None, **options: Any) -> tuple[Any, str, str]:
-    """Gradio's server, with nothing from elsewhere."""
+    """Starts Gradio's server, without remote resources, sharing or analytics."""
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", spacing_size="sm", radius_size="md", font=FONTS, font_mono=MONO_FONTS
     ).set(

@@ -3,9 +3,9 @@
     python scripts/losses.py            # prints the table, about half an hour on two cores
     python scripts/losses.py FOLDER     # the loss of one model
 
-Loss: each line of tests/data/tinystories-valid-30k.txt stripped, encoded with BOS, cut to 512 tokens; lines under 8
-tokens skipped; every token after the first counts once; the sum of their negative log-likelihoods in nats over their
-number. In f32.
+Loss: each line of tests/data/tinystories-valid-30k.txt is stripped, encoded with BOS and cut to 512 tokens; lines of
+fewer than 8 tokens are skipped. Every token after the first counts once. The loss is the mean of their negative
+log-likelihoods, in nats. The model runs in f32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, object]] = {
 
 
 def validation_loss(folder: str | Path) -> tuple[float, int]:
-    """Nats a token, and the number of tokens that were counted."""
+    """Nats per token, and the number of tokens that were counted."""
     total, count = 0.0, 0
     with exl.load(folder, kv_cache="f32") as llm:
         for line in (DATA / "tinystories-valid-30k.txt").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The memory table of README.md: which models fit which cards, from headers alone, as `exl plan` says.
+"""The memory table of README.md: which models fit which cards, planned from headers alone, like `exl plan`.
 
 python scripts/memory_table.py
 """
@@ -18,7 +18,7 @@ CONTEXT, KV_CACHE = 4096, "q8"
 
 
 def table() -> str:
-    """A row a model: what it takes with all layers in VRAM, and what each card holds of it."""
+    """One row per model: the memory with all layers in VRAM, and the layers that each card holds."""
     lines = [
         "| 4 bits, groups of 128 | all in VRAM | " + " | ".join(card.replace("GB", " GB") for card in CARDS) + " |",
         "| --- " * (2 + len(CARDS)) + "|",

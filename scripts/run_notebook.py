@@ -1,4 +1,4 @@
-"""Runs examples/quickstart.ipynb in a kernel of its own and saves it with what it printed and drew.
+"""Runs examples/quickstart.ipynb in a fresh kernel and saves it with its outputs.
 
 python scripts/run_notebook.py
 """
@@ -40,7 +40,7 @@ def execute(notebook: nbformat.NotebookNode, runtime: Path, timeout: int = 120) 
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
-    # Which Python ran it would differ from run to run.
+    # Without the Python version, which could differ from run to run.
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -48,7 +48,7 @@ def execute(notebook: nbformat.NotebookNode, runtime: Path, timeout: int = 120) 
 
 
 def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """What was printed in pieces is one output: where the pieces end is chance."""
+    """Joins consecutive pieces of a printed stream into one output, because where the pieces end is arbitrary."""
     joined: list[nbformat.NotebookNode] = []
     for output in outputs:
         last = joined[-1] if joined else None

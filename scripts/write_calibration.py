@@ -1,4 +1,4 @@
-"""Lets a dense story model write its own calibration text, one story a line: tests/data/calibration/<model>.txt.
+"""Lets a dense story model write its own calibration text, one story per line: tests/data/calibration/<model>.txt.
 
     python scripts/write_calibration.py stories260K stories2M
 
@@ -21,7 +21,7 @@ NUM_STORIES, MAX_TOKENS, SEED = 320, 512, 1
 
 
 def write_stories(name: str) -> list[str]:
-    """Stories that ended by themselves, white space made plain: a line is a story."""
+    """Stories that the model ended itself, with white space collapsed so that each is one line."""
     folder = DATA / name
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_folder(folder)

@@ -1,4 +1,4 @@
-"""HTML of what the page shows: pure functions. What a model or a person wrote is escaped here."""
+"""The HTML of the page: pure functions. Text that a model or a user wrote is escaped here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from exl.units import format_bytes
 
 from .settings import LoadSettings
 
-# Lower edges of the classes p4 to p1; what is rarer is p0. page.css has their colours.
+# Lowest probabilities of the classes p4 to p1; below them it is p0. page.css has their colours.
 EDGES = (0.8, 0.5, 0.2, 0.05)
 
 
@@ -29,7 +29,7 @@ def theme_toggle() -> str:
 
 
 def notice(text: str, kind: str = "error") -> str:
-    """One line; nothing for no text. ``kind``: error, note or wait."""
+    """One line; "" if there is no text. ``kind``: error, note or wait."""
     if not text:
         return ""
     role = "alert" if kind == "error" else "status"
@@ -37,7 +37,7 @@ def notice(text: str, kind: str = "error") -> str:
 
 
 def status(llm: exl.LLM | None, settings: LoadSettings | None, num_jobs: int) -> str:
-    """The model that is loaded, and how many wait for it."""
+    """The loaded model, and how many requests wait for it."""
     if llm is None or settings is None:
         told = "a model is being loaded" if num_jobs else "no model is loaded"
         return f'<div class="exl-status exl-off"><i></i><span>{told}</span></div>'
@@ -59,7 +59,7 @@ def waiting(ahead: int) -> str:
 
 
 def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0) -> str:
-    """Speed and seed of an answer; without one, that it was stopped."""
+    """Speed and seed of an answer; None: says that it was stopped."""
     if done is None:
         return '<div class="exl-stats">stopped</div>'
     speed = f"<span><b>{done.tokens_per_second:.1f} tokens/s</b></span>"
@@ -84,14 +84,14 @@ def progress(name: str, done: int, total: int) -> str:
 
 
 def plan(title: str, found: exl.MemoryPlan | None, hint: str = "") -> str:
-    """A memory plan under its title, as a notebook draws it; without one, a hint."""
+    """A memory plan with a title, as in a notebook; None: the hint instead."""
     body = f'<div class="exl-hint">{html.escape(hint)}</div>' if found is None else found._repr_html_()
     return f'<div class="exl-card"><div class="exl-title">{html.escape(title)}</div>{body}</div>'
 
 
 def tokens(prompt: str, records: Sequence[exl.TokenLogprob]) -> str:
-    """A prompt, and the tokens that continue it, coloured by probability. Each has its alternatives as JSON, for the
-    script of the page, which shows them as text."""
+    """A prompt, and the tokens that continue it, coloured by probability. Each token carries its alternatives as JSON;
+    the page's script shows them as text."""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     spans = [_token(record, utf8.decode(record.token_bytes)) for record in records]
     return f'<div class="exl-tokens"><span class="exl-prompt">{html.escape(prompt)}</span>{"".join(spans)}</div>'
@@ -109,7 +109,7 @@ def probability_class(probability: float) -> str:
 
 
 def _token(record: exl.TokenLogprob, text: str) -> str:
-    """``text``: the characters that the token completes; a dot for one in the middle of a character."""
+    """``text``: the characters that the token completes. If it completes none, a dot is shown."""
     rows = [[_visible(other.text), other.probability, other.token_id == record.token_id] for other in top(record)]
     shown = html.escape(text or "·").replace("\n", '<span class="exl-newline">⏎</span>\n')
     data = html.escape(json.dumps(rows, ensure_ascii=False), quote=True)
@@ -119,7 +119,7 @@ def _token(record: exl.TokenLogprob, text: str) -> str:
 
 
 def top(record: exl.TokenLogprob) -> tuple[exl.TokenLogprob, ...]:
-    """The alternatives, and the token itself if it is none of them."""
+    """The alternatives, and the token itself if it is not among them."""
     if any(other.token_id == record.token_id for other in record.alternatives):
         return record.alternatives
     return (*record.alternatives, record)

@@ -1,4 +1,4 @@
-"""What one browser tab has: its conversation, its completion, and its place in the queue."""
+"""The state of one browser tab: its conversation and its job in the queue."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as far as it is there."""
+    """An answer, complete or as far as it has been generated."""
 
     text: str
-    done: exl.Completion | None = None  # None: not at its end, or stopped before it
+    done: exl.Completion | None = None  # None: not finished, or stopped early
     logprobs: tuple[exl.TokenLogprob, ...] = ()
-    num_tokens: int = 0  # of prompt and answer, once it is done
+    num_tokens: int = 0  # of prompt and answer, when done
     context: int = 0
 
 
@@ -31,17 +31,17 @@ class Session:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.job: Job | None = None
-        self.seen: Any = None  # the state of the model that the page shows
-        self.asked: Any = None  # what stood in the form when Plan or Load was pressed; None once it has changed
+        self.seen: Any = None  # the model and status that the page shows
+        self.asked: Any = None  # the form's values when Plan or Load was pressed; None after a change
         self._chat: exl.Chat | None = None
-        self._llm: exl.LLM | None = None  # of the chat
+        self._llm: exl.LLM | None = None  # the chat's model
 
     @property
     def messages(self) -> list[Message]:
         return [] if self._chat is None else self._chat.messages
 
     def submit(self, run: Callable[[Job], None]) -> Job:
-        """One job at a time for a tab. Raises ``ConfigError``."""
+        """Queues a job. Raises ``ConfigError`` if the tab still has an unfinished one."""
         if self.busy:
             raise ConfigError("this tab still waits for an answer: stop it, or wait for its end")
         self.job = self.worker.submit(run)
@@ -66,7 +66,7 @@ class Session:
         return self.submit(lambda job: self._answer(job, system, lambda chat: chat.stream_retry(**options)))
 
     def complete(self, prompt: str, top_logprobs: int, options: dict[str, Any]) -> Job:
-        """``Answer`` with the tokens' probabilities. An empty prompt is one: the model begins by itself."""
+        """Queues a job that tells ``Answer`` with the tokens' probabilities. ``prompt`` may be empty."""
 
         def run(job: Job) -> None:
             llm = self.worker.loaded()
@@ -76,7 +76,7 @@ class Session:
         return self.submit(run)
 
     def undo(self) -> str:
-        """The message that was taken back."""
+        """Removes the last user message and its answer. Returns that message's text."""
         if self.busy:
             raise ConfigError("undo: an answer is still being written: stop it first")
         if self._chat is None:
@@ -93,12 +93,12 @@ class Session:
             _follow(job, llm, stream)
 
     def _chat_with(self, llm: exl.LLM, system: str | None) -> exl.Chat:
-        """The conversation; with another model, a new one that begins with the same messages."""
+        """The conversation; if the model has changed, a new one with the same messages."""
         if self._chat is None or self._llm is not llm:
             chat = llm.chat(system)
             messages = self.messages
             for message, answer in zip(messages[::2], messages[1::2], strict=True):
-                if answer["content"]:  # a turn without an answer is no turn
+                if answer["content"]:  # leave out turns without an answer
                     chat.add(message["role"], message["content"])
                     chat.add(answer["role"], answer["content"])
             self._chat, self._llm = chat, llm
@@ -108,7 +108,7 @@ class Session:
 
 
 class Sessions:
-    """Of all browser tabs, by the key that the server gives each."""
+    """The sessions of all browser tabs, by the server's key for each tab."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -120,7 +120,7 @@ class Sessions:
             return self._sessions.setdefault(key, Session(self._worker))
 
     def drop(self, key: str) -> None:
-        """A tab was closed: nobody reads what it waits for."""
+        """Forgets a closed tab and stops its job, whose result nobody reads."""
         with self._lock:
             session = self._sessions.pop(key, None)
         if session is not None:
@@ -128,7 +128,7 @@ class Sessions:
 
 
 def _follow(job: Job, llm: exl.LLM, stream: exl.TextIterator) -> None:
-    """Tells what is there, until the end or until the job is stopped."""
+    """Tells the answer so far after each piece, until it ends or the job is stopped."""
     text = ""
     job.tell(Answer(text))
     for piece in stream:

@@ -1,4 +1,4 @@
-"""What a person has typed into the forms -> options of ``exl.load`` and ``LLM.stream``, or one clear line."""
+"""The values of the forms -> options of ``exl.load`` and ``LLM.stream``, or one clear error line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exl.planning.from_headers import EngineOptions
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """Checked as far as it can be without the model's files."""
+    """The model and how to load it. Checked as far as possible without the model's files."""
 
     model: str  # a folder or a Hugging Face repository id
     options: Mapping[str, Any]  # of exl.load
@@ -30,12 +30,12 @@ class LoadSettings:
         return Path(self.model).expanduser().exists()
 
     def check_device(self) -> None:
-        """Raises ``ConfigError`` where a GPU is asked for that is not in this machine."""
+        """Raises ``ConfigError`` if the settings need a GPU that this machine does not have."""
         choose_device(EngineOptions(**self.options))
 
     def plan(self, loaded: exl.MemoryPlan | None = None) -> exl.MemoryPlan:
-        """From the headers alone. On a GPU with no budget given, what is free counts, and what ``loaded`` will give
-        back. A budget may also be one of a GPU that is not in this machine. Raises ``ExlError``."""
+        """Plans from the headers alone. On a GPU without a given budget, the budget is the free VRAM + the VRAM that
+        ``loaded`` will free. With a budget, the GPU need not be in this machine. Raises ``ExlError``."""
         options = EngineOptions(**self.options)
         planned = {name: value for name, value in self.options.items() if name != "device"}
         try:
@@ -67,7 +67,7 @@ def load_settings(
         "context": _context((context or "").strip()),
         "head": "file" if head == "stored" else int(head.split()[0]),
     }
-    EngineOptions(**options)  # refuses what makes no sense
+    EngineOptions(**options)  # raises for invalid values
     return LoadSettings(model, options)
 
 
@@ -80,7 +80,7 @@ def sampling_options(
     max_tokens: float | None,
     seed: str | None,
 ) -> dict[str, Any]:
-    """Keywords of ``LLM.stream``; a slider whose number was emptied leaves it to the model."""
+    """Keywords of ``LLM.stream``. None, from a slider whose number was deleted, leaves the value to the model."""
     return {
         "temperature": temperature,
         "top_k": None if top_k is None else int(top_k),
@@ -93,7 +93,7 @@ def sampling_options(
 
 
 def _freed_bytes(loaded: exl.MemoryPlan) -> int:
-    """VRAM that goes back with a model; the CUDA context and cuBLAS's workspace stay."""
+    """The VRAM that closing a model frees: all except the CUDA context and cuBLAS's workspace."""
     lines = [line for line in loaded.lines if line.device.startswith("cuda") and line.purpose not in STARTED_LINES]
     return sum(line.num_bytes for line in lines)
 

@@ -1,4 +1,4 @@
-"""The model and its queue: one thread owns the model, and what browser tabs ask of it runs there, in turn."""
+"""The model and its queue: one thread owns the model and runs the requests of all browser tabs, one after another."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .settings import LoadSettings
 
 @dataclass(frozen=True)
 class Waiting:
-    """What a job shows before its turn."""
+    """The state of a job that waits in the queue."""
 
-    ahead: int  # jobs that come first, the running one among them
+    ahead: int  # number of jobs before it, including the running one
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What a job shows while a model is loaded."""
+    """The state of a job that is loading a model."""
 
     settings: LoadSettings
     done: int = 0  # bytes
@@ -32,7 +32,7 @@ class Loading:
 
 
 class Job:
-    """A request in the queue. What it tells replaces what it told before: a slow browser never holds up the model."""
+    """A request in the queue. A new state replaces an unread one, so that a slow browser never delays the model."""
 
     def __init__(self, run: Callable[[Job], None], worker: Worker) -> None:
         self.stopped = False
@@ -52,12 +52,12 @@ class Job:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Asks a running job to end; one that waits leaves the queue."""
+        """Asks a running job to end; removes a waiting job from the queue."""
         self.stopped = True
         self._worker.withdraw(self)
 
     def watch(self, every: float = 0.05) -> Iterator[Any]:
-        """``Waiting`` while others come first, then the newest state, no more than one in so many seconds."""
+        """Yields ``Waiting`` while other jobs come first, then the newest state, at most one per ``every`` seconds."""
         shown = None
         while True:
             with self._changed:
@@ -90,7 +90,7 @@ class Job:
 
 
 class Worker:
-    """Owns the model. ``llm`` may be read from any thread and is to be run in jobs only."""
+    """Owns the model. Any thread may read ``llm``, but only jobs may run it."""
 
     def __init__(self) -> None:
         self.llm: exl.LLM | None = None
@@ -126,8 +126,8 @@ class Worker:
         return self.llm
 
     def load(self, settings: LoadSettings, job: Job | None = None) -> None:
-        """To be run in a job. The old model goes first: there may be no room for two. If the new one cannot be
-        loaded, the old one is loaded again, and the error says so."""
+        """Call this in a job only. Closes the old model first, because there may be no room for two. If the new one
+        cannot be loaded, loads the old one again and raises an error that says so."""
         before, old = self.settings, self.llm
         if old is not None:
             self.llm = None
@@ -155,7 +155,7 @@ class Worker:
         self.settings = settings
 
     def close(self) -> None:
-        """Stops what runs, and gives the memory back."""
+        """Stops all jobs and frees the model's memory."""
         with self._changed:
             for job in self._jobs:
                 job.stopped = True
@@ -174,7 +174,7 @@ class Worker:
 
 
 def one_line(error: BaseException) -> str:
-    """What a person is told. What exl did not raise on purpose goes to the terminal with its traceback, too."""
+    """The line that the page shows. An error that is not an ``ExlError`` is also printed to stderr, with traceback."""
     if isinstance(error, exl.ExlError):
         return str(error).strip().splitlines()[0]
     traceback.print_exception(error, file=sys.stderr)

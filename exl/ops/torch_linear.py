@@ -2,9 +2,9 @@
 
 Decode rows are row-invariant: int4pack weights go through torch's bf16 kernel, in which a row's result does not depend
 on the number of rows; all others are multiplied row by row. Prefill rows are multiplied by f32 panels of exactly
-dequantized weights: ``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes; bf16 scales have 8), which
-fit f32's 24, so ``code * scale - zero * scale`` does not round either. Scales in f32 meet the exact ``code - zero`` and
-round once.
+dequantized weights: ``(code - zero) * scale`` has at most 5 + 11 bits (9 + 11 for 8-bit codes; bf16 scales have 8),
+which fit f32's 24, so ``code * scale - zero * scale`` does not round either. Scales in f32 meet the exact
+``code - zero`` and round once.
 """
 
 from __future__ import annotations
