@@ -1,4 +1,4 @@
-"""Pages: counted, found again by their tokens, given away by least recent use, never written by two."""
+"""Pages are reference-counted, found by their tokens, evicted least recently used first, never written by two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def text(count: int, seed: int = 0) -> list[int]:
 
 
 def store(pool: PagePool, ids: list[int]) -> list[int]:
-    """A sequence that came, was cached and went."""
+    """Caches a sequence and releases its pages; returns them."""
     pages = pool.allocate(-(-len(ids) // PAGE_SIZE))
     pool.remember(ids, pages)
     pool.release(pages)
@@ -31,8 +31,8 @@ def test_runs_of_neighbours_come_first():
     assert (first, second, third) == ([0, 1], [2, 3, 4], [5])
     pool.release(first)
     pool.release(third)
-    assert pool.allocate(3) == [5, 6, 7]  # 0 and 1 are no run of three
-    assert pool.allocate(3) == [0, 1, 8]  # no run left: what there is
+    assert pool.allocate(3) == [5, 6, 7]  # 0 and 1 are not a run of three
+    assert pool.allocate(3) == [0, 1, 8]  # no run is left: any free pages
 
 
 def test_too_many_pages_is_a_memory_error_and_changes_nothing():
@@ -63,7 +63,7 @@ def test_a_partly_filled_page_that_nobody_has_is_written_on():
     pages = store(pool, ids)
     match = pool.find(ids + text(5, seed=1))
     assert (match.pages, match.num_tokens, match.copy_from) == (tuple(pages), 100, None)
-    assert pool.find(ids + text(5, seed=1)).num_tokens == 64  # it is no longer anybody's to find
+    assert pool.find(ids + text(5, seed=1)).num_tokens == 64  # the page is no longer in the tree
 
 
 def test_a_partly_filled_page_that_somebody_has_is_copied():
@@ -81,7 +81,7 @@ def test_a_page_that_goes_on_otherwise_is_copied_as_far_as_it_agrees():
     pages = store(pool, ids)
     match = pool.find(ids[:80] + [1001] * 40)
     assert (match.pages, match.num_tokens, match.copy_from) == (tuple(pages[:1]), 80, pages[1])
-    whole = pool.find(ids[:30] + [1001] * 90)  # also from a whole page
+    whole = pool.find(ids[:30] + [1001] * 90)  # a partial match in a full page
     assert (whole.pages, whole.num_tokens, whole.copy_from) == ((), 30, pages[0])
 
 
@@ -105,8 +105,8 @@ def test_least_recently_used_text_goes_first_and_its_end_before_its_beginning():
     store(pool, old)
     store(pool, new)
     touched = pool.find(old)
-    pool.release(touched.pages)  # the first is now the more recent one
-    pool.release(pool.allocate(3))  # two free pages and one that must be given away
+    pool.release(touched.pages)  # the first is now more recently used
+    pool.release(pool.allocate(3))  # two free pages and one that must be evicted
     assert pool.find(old).num_tokens == 128
     match = pool.find(new)
     assert match.num_tokens == 64
@@ -132,7 +132,7 @@ def test_the_same_text_computed_twice_is_known_once():
     pool.release(second)
     assert pool.num_free == 8
     assert pool.find(ids).pages == tuple(first)
-    pool.allocate(5)  # the second's pages are free, not known
+    pool.allocate(5)  # the second's pages are free, no longer kept
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -148,7 +148,8 @@ def test_find_is_the_common_prefix(known, asked):
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences come, share, copy, grow and go. A model of the slab checks that what is found holds what was asked."""
+    """Sequences start, share pages, copy, grow and end. A model of the slab checks that found pages hold the right
+    tokens."""
 
     NUM_PAGES = 7
 

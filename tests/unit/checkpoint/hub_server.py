@@ -1,4 +1,4 @@
-"""A Hugging Face hub on 127.0.0.1, as far as huggingface_hub asks it: what it was asked and how much it sent."""
+"""A Hugging Face hub on 127.0.0.1, as far as huggingface_hub needs it. Records the requests and the bytes sent."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BLOCK = 1 << 16
 
 @dataclass
 class Hub:
-    """``repos``: a folder for each id. ``fault``: what the server does wrong with safetensors files."""
+    """``repos``: repository id -> folder. ``fault``: what the server does wrong with safetensors files."""
 
     repos: dict[str, Path]
-    tokens: dict[str, str] = field(default_factory=dict)  # of gated repositories, by id
+    tokens: dict[str, str] = field(default_factory=dict)  # of gated repositories, by repository id
     fault: str = ""
     sent: dict[str, int] = field(default_factory=dict)  # bytes of bodies, by file name; "api" for the API
     ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # first and last byte, by file name
@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self._error(404, "EntryNotFound")
             return
-        large = path.suffix == ".safetensors"  # as the hub does: large files lie on another host
+        large = path.suffix == ".safetensors"  # as on the hub, large files are on another host
         if not large and self.command == "GET":
             self._answer_body(path)
             return
@@ -177,6 +177,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(body)
         try:
             self.wfile.write(body)
-        except OSError:  # the client has seen enough
+        except OSError:  # the client closed the connection early
             self.close_connection = True
             raise

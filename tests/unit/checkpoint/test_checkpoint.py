@@ -1,4 +1,4 @@
-"""Opening and reading checkpoints that are in order, and writing files that the reference library reads."""
+"""Opening and reading valid checkpoints, and writing files that the reference library reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TYPES = {
 
 
 def random_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every type, 0 to 3 dimensions, some without elements."""
+    """Tensors of every type, with 0 to 3 dimensions, some without elements."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(), (5,), (3, 4), (2, 3, 4), (0,), (3, 0), (1, 1)]
     tensors = {}
@@ -216,14 +216,14 @@ def test_a_name_that_is_not_there(opened):
 
 @pytest.mark.parametrize("positional", [True, False], ids=["preadv", "seek"])
 def test_threads_read_one_file_at_once(opened, monkeypatch, positional):
-    """Without a positional read (Windows) the file's position is shared: threads must wait for each other."""
+    """Without a positional read (Windows), threads share the file's position and must wait for each other."""
     if positional and not hasattr(os, "preadv"):
         pytest.skip("no preadv here")
 
     class Handle(FileIO):
         def seek(self, *where):
             position = super().seek(*where)
-            time.sleep(0.0005)  # lets another thread move the position, if it may
+            time.sleep(0.0005)  # gives another thread time to move the position
             return position
 
     monkeypatch.setattr(exl.checkpoint.checkpoint, "_HAS_PREADV", positional)
@@ -236,7 +236,7 @@ def test_threads_read_one_file_at_once(opened, monkeypatch, positional):
 
 
 def test_short_reads_are_continued(opened, monkeypatch):
-    """A read may return less than was asked for: Linux never returns more than 2 GB at once."""
+    """A read may return fewer bytes than requested: Linux never returns more than 2 GB at once."""
     if not hasattr(os, "preadv"):
         pytest.skip("no preadv here")
     checkpoint, tensors = opened
@@ -276,7 +276,7 @@ def test_a_file_without_permission(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(exl.checkpoint.checkpoint, "FileIO", refused)  # chmod would not stop a superuser
+    monkeypatch.setattr(exl.checkpoint.checkpoint, "FileIO", refused)  # chmod would not stop root
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be opened in .*: Permission denied"):
         Checkpoint.open(tmp_path)
 

@@ -1,6 +1,7 @@
-"""Configuration files of damaged or hostile checkpoints: each key with values of the wrong type, size and sense.
+"""Configuration files of damaged or hostile checkpoints: each key with values of wrong type, wrong size or no sense.
 
-A config is read, or is an ``ExlError`` that names the file and the key. Nothing else is raised and nothing hangs.
+Reading a config succeeds, or raises an ``ExlError`` that names the file and the key. Nothing else is raised and
+nothing hangs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ TEXTS = ("quant_method", "checkpoint_format", "pack_dtype", "method", "format")
 
 
 def quant_verdict(folder, values) -> QuantConfig | str:
-    """The config, or the error's message. ``None`` cannot come out: the file is there."""
+    """The config, or the error's message. Never None, because the file exists."""
     write(folder, "quantize_config.json", json.dumps(values))
     try:
         config = read_quant_config(folder, {})
@@ -236,7 +237,7 @@ def model_verdict(values) -> ModelConfig | str:
 
 
 def assert_sane_model(config: ModelConfig) -> None:
-    """What everything behind relies on: sizes that multiply within 64 bits, numbers that are numbers."""
+    """Checks what all later code relies on: bounded sizes, numbers that are finite."""
     sizes = (config.hidden_size, config.intermediate_size, config.num_layers, config.vocab_size, config.max_position)
     assert all(isinstance(size, int) and 0 < size <= 1 << 30 for size in sizes)
     assert config.num_heads % config.num_kv_heads == 0

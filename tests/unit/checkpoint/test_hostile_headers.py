@@ -1,7 +1,7 @@
-"""safetensors headers that are damaged or made to harm: each class of mutation with the verdict that it must get.
+"""Damaged or malicious safetensors headers: each class of mutation with its expected result.
 
-A header either loads exactly as the reference library loads it, or is a ``CheckpointError`` that names the file and
-says what is wrong. Nothing else is raised, nothing hangs, and no header makes exl allocate what it merely talks about.
+A header either loads exactly as in the reference library, or raises a ``CheckpointError`` that names the file and says
+what is wrong. Nothing else is raised, nothing hangs, and exl never allocates memory just because a header claims it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def settings_of(max_examples: int) -> settings:
 
 
 def file_of(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """``header``: an object to dump, text, or bytes as they are; a list of pairs is an object with repeated keys."""
+    """``header``: an object to dump, a text, or raw bytes. A list of pairs is an object that may repeat keys."""
     if isinstance(header, list):
         header = "{" + ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in header) + "}"
     raw = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
@@ -48,7 +48,7 @@ def file_of(header: object, data: bytes = b"", length: int | None = None) -> byt
 
 @st.composite
 def layouts(draw, min_tensors: int = 1):
-    """A valid header as pairs, and its data. Names, types, shapes and sizes vary, empty tensors among them."""
+    """A valid header as pairs, and its data. Names, types, shapes and sizes vary; tensors may be empty."""
     names = draw(st.lists(st.text("abw.0_é", min_size=1, max_size=6), min_size=min_tensors, max_size=4, unique=True))
     pairs, offset = [], 0
     for name in names:
@@ -64,7 +64,7 @@ def layouts(draw, min_tensors: int = 1):
 
 @st.composite
 def full_layouts(draw):
-    """As ``layouts``, with a tensor "t" of at least two elements in the middle."""
+    """Like ``layouts``, with a tensor "t" of at least two elements in the middle."""
     pairs, data = draw(layouts())
     pairs = [pair for pair in pairs if pair[0] != "__metadata__"]
     shape = draw(st.sampled_from([[2], [3, 2], [1, 5]]))
@@ -85,7 +85,7 @@ def load(folder, raw: bytes) -> dict[str, tuple]:
 
 
 def load_reference(folder, raw: bytes) -> dict[str, tuple] | None:
-    """What the reference library makes of it; None: refused."""
+    """The tensors that the reference library loads; None: it refuses the file."""
     (folder / "model.safetensors").write_bytes(raw)
     try:
         with safe_open(folder / "model.safetensors", "numpy") as file:
@@ -97,7 +97,7 @@ def load_reference(folder, raw: bytes) -> dict[str, tuple] | None:
 
 
 def assert_refused(folder, raw: bytes, message: str, slack: int = 1 << 18) -> None:
-    """Refused with a message that names the file, and within three times its size in memory."""
+    """Checks that the file is refused with a message that names it, using at most three times its size in memory."""
     (folder / "model.safetensors").write_bytes(raw)
     tracemalloc.start()
     try:
@@ -392,7 +392,7 @@ def test_bombs_cost_no_more_than_the_file(tmp_path, bomb):
     "length", [3, 7, 100, 1 << 20, 99_999_999, 10**8, 10**8 + 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
 )
 def test_header_lengths_that_lie(tmp_path, length):
-    """Longer than the file: refused before anything is allocated. Shorter: the rest would be data."""
+    """A length beyond the file is refused before anything is allocated. If it is too short, the rest would be data."""
     raw = file_of({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"\0", length)
     message = (
         rf"the header says it has {length} bytes, expected at most \d+ in a file of \d+" if length > 60 else "header"
@@ -401,7 +401,7 @@ def test_header_lengths_that_lie(tmp_path, length):
 
 
 def test_a_header_above_the_limit_in_a_file_that_has_it(tmp_path):
-    """A sparse file: 100 MB of header that takes no space. The limit is the reference library's own."""
+    """A sparse file: a header of 100 MB that takes no space on disk. The limit is the reference library's own."""
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", 10**8 + 1))
         file.truncate(10**8 + 100)
@@ -431,7 +431,7 @@ def test_every_file_that_is_cut_off(tmp_path):
 
 # --- bytes at random: the reference library has the last word --------------------------------------------------------
 
-# What exl refuses although the reference library does not.
+# Errors of exl for headers that the reference library accepts.
 STRICTER = r"occurs twice|unknown key|expected an object|at most 32 whole numbers|overflows 64 bits"
 
 
@@ -445,7 +445,7 @@ def damaged_files(draw):
         other = draw(st.integers(0, len(raw) - 1))
         if action == "byte":
             raw[at] = draw(st.integers(0, 255))
-        elif action == "letter" and chr(raw[at]).isalpha():  # mostly a name that is as good as before
+        elif action == "letter" and chr(raw[at]).isalpha():  # mostly gives another valid name
             raw[at] = draw(st.sampled_from(b"abIFU"))
         elif action == "digit" and chr(raw[at]).isdigit():
             raw[at] = draw(st.sampled_from(b"0123456789"))
@@ -459,7 +459,7 @@ def damaged_files(draw):
             raw[at:at] = raw[min(at, other) : max(at, other)]
         else:
             raw[at], raw[other] = raw[other], raw[at]
-    if draw(st.booleans()) and len(raw) >= 8:  # the length put right again, so that the damage is in the text
+    if draw(st.booleans()) and len(raw) >= 8:  # corrects the length, so that only the text is damaged
         raw[:8] = struct.pack("<Q", max(0, len(raw) - 8 - len(data)))
     return bytes(raw)
 

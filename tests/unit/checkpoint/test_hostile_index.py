@@ -1,4 +1,4 @@
-"""Index files and shards that do not belong together, or lead out of the folder."""
+"""Index files that do not match their shards, or that lead out of the folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = settings(
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards with three tensors and a right index."""
+    """Two shards with three tensors and a valid index."""
     save_file({"a": torch.ones(2)}, tmp_path / FIRST)
     save_file({"b": torch.ones(3), "c": torch.zeros(1)}, tmp_path / SECOND)
     write_index(tmp_path, {"metadata": {"total_size": 24}, "weight_map": WEIGHT_MAP})
@@ -83,7 +83,7 @@ def test_right_indices_load_whatever_else_they_say(folder):
     ],
 )
 def test_names_that_are_no_shard_inside_the_folder(folder, shard):
-    """Judged by the name alone: nothing outside the folder is so much as looked at."""
+    """Only the name is checked: no file outside the folder is accessed."""
     (folder.parent / "x.safetensors").write_bytes((folder / FIRST).read_bytes())
     write_index(folder, {"weight_map": WEIGHT_MAP | {"a": shard}})
     assert_refused(folder, rf"^{INDEX}: tensor 'a': found shard .*, expected the name of a \.safetensors file inside")

@@ -1,4 +1,4 @@
-"""Repositories of a hub on 127.0.0.1: planned from their headers alone, loaded by a download, and every way to fail."""
+"""Repositories of a hub on 127.0.0.1: planned from headers alone, loaded by a download, and every failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORG = "somebody"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Serves the bundled model as ``somebody/stories``; huggingface_hub asks it and nobody else."""
+    """Serves the bundled model as ``somebody/stories``; huggingface_hub connects only to this server."""
     with Hub({f"{ORG}/stories": BUNDLED_MODEL}) as hub:
         template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         for name, value in {
@@ -59,13 +59,13 @@ def run_exl(*args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]
 
 
 def header_bytes(path: Path) -> int:
-    """Of a safetensors file: its length's 8 bytes and the JSON."""
+    """Header bytes of a safetensors file: the 8 bytes of the length, and the JSON."""
     with open(path, "rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
 def small_bytes(folder: Path) -> int:
-    """What a plan may read whole."""
+    """Total size of the files that a plan may read as a whole."""
     names = ("config.json", "quantize_config.json", "model.safetensors.index.json")
     return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
 
@@ -180,7 +180,7 @@ def test_an_unknown_repository(hub, function):
 
 @pytest.mark.parametrize("function", [exl.plan, exl.load], ids=["plan", "load"])
 def test_no_network(hub, monkeypatch, function):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: no server listens
     with pytest.raises(exl.CheckpointError, match=r"^somebody/stories: .* cannot be reached: ") as caught:
         function(f"{ORG}/stories")
     assert "\n" not in str(caught.value)
@@ -228,7 +228,7 @@ def test_answers_that_are_not_what_was_asked_for(hub, tmp_path, fault, message):
     with pytest.raises(exl.CheckpointError, match=rf"^somebody/large/model\.safetensors.*{message}") as caught:
         exl.plan(f"{ORG}/large")
     assert "\n" not in str(caught.value)
-    # What was sent before the connection was closed: buffers of both sides, of a file of 600 MB.
+    # The bytes sent before the connection was closed fit the buffers of both sides; the file has 600 MB.
     assert hub.sent.get("model.safetensors", 0) < 32 << 20
 
 

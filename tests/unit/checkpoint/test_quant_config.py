@@ -1,4 +1,4 @@
-"""Quantization configs as AutoGPTQ, GPTQModel and others write them, and the rules that pick a module's own."""
+"""Quantization configs as AutoGPTQ, GPTQModel and others write them, and the rules for single modules."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_every_override_is_honoured():
 
 
 def test_exclusions_come_before_all_other_rules():
-    """GPTQModel sorts them to the front when it reads a config."""
+    """GPTQModel moves exclusions to the front when it reads a config."""
     config = dynamic({"+:a": {"bits": 8}, "-:a\\.x": {}, "b": {"bits": 2}})
     assert config.for_module("a.x") is None
     assert config.for_module("a.y").bits == 8
@@ -203,7 +203,7 @@ def test_exclusions_come_before_all_other_rules():
 
 
 def test_patterns_match_from_the_start_and_not_to_the_end():
-    """``re.match``: a pattern for gate hits gate_proj, one for mlp hits nothing that begins with model."""
+    """As in ``re.match``: "model.gate" matches model.gate_proj, but "mlp" matches no name that begins with model."""
     config = dynamic({"-:mlp": {}, r"+:model\.gate": {"bits": 8}})
     assert config.for_module("model.mlp").bits == 4
     assert config.for_module("model.gate_proj").bits == 8
@@ -243,7 +243,7 @@ def random_pattern(rng: random.Random, depth: int = 0) -> str:
             atom = f"(?:{random_pattern(rng, depth + 1)})"
         elif depth < 2 and rng.random() < 0.1:
             atom = f"(?:{random_pattern(rng, depth + 1)}|{random_pattern(rng, depth + 1)})"
-        # Repeats without end inside repeats would keep ``re`` itself busy for ever, even on seven characters.
+        # Unbounded repeats inside repeats would keep ``re`` itself busy forever, even on seven characters.
         parts.append(atom + rng.choice(QUANTIFIERS if depth == 0 else QUANTIFIERS[:8]))
     return "".join(parts)
 
@@ -287,7 +287,7 @@ def test_patterns_of_real_configs(pattern, name, expected):
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(a*)*(a*)*(a*)*b", "(?:a?){40}a{40}$", "(.*a){12}$"])
 def test_patterns_that_re_would_never_finish(pattern):
-    """Steps stay polynomial: these take ``re`` 2^60 steps and more, here a few thousand."""
+    """Steps are polynomial: ``re`` needs 2^60 steps or more for these patterns, exl a few thousand."""
     assert matches(pattern, "a" * 60 + "!", max_steps=20_000) is False
 
 
@@ -298,7 +298,7 @@ def test_too_many_steps_are_a_config_error():
 
 
 def test_thousands_of_exact_rules():
-    """GPTQModel writes one anchored rule a module."""
+    """GPTQModel writes one anchored rule per module."""
     config = dynamic({rf"+:^model\.layers\.{i}\.mlp$": {"bits": (2, 3, 8)[i % 3]} for i in range(3000)})
     assert [config.for_module(f"model.layers.{i}.mlp").bits for i in (0, 1, 2, 2999)] == [2, 3, 8, 8]
     assert config.for_module("model.layers.3000.mlp").bits == 4

@@ -1,4 +1,4 @@
-"""The solver against the paper's algorithm, written plainly in float64, a column and a weight at a time."""
+"""The solver against the paper's algorithm, written plainly in float64: one column and one weight at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ K, N = 288, 24
 
 
 def problem(seed: int = 0, num_rows: int = 700) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights [K, N] and correlated inputs [rows, K] of unlike sizes, with their Hessian, all f64."""
+    """Weights [K, N], correlated inputs [rows, K] of different magnitudes, and their Hessian, all f64."""
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=(K, N)) * rng.uniform(0.2, 2.0, (K, 1))
     mixing = rng.normal(size=(K, K)) / np.sqrt(K) + np.diag(rng.uniform(0.1, 3.0, K))
@@ -24,7 +24,7 @@ def problem(seed: int = 0, num_rows: int = 700) -> tuple[torch.Tensor, torch.Ten
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, *args, **options) -> QuantizedWeight:
-    """The solver on a copy of the Hessian, which it spends."""
+    """The solver on a copy of the Hessian, which it overwrites."""
     return solver.gptq(weight, hessian.clone(), *args, **options)
 
 
@@ -43,8 +43,8 @@ def plain_gptq(
     static_groups: bool,
     damp: float,
 ) -> np.ndarray:
-    """Codes [K, N] by arXiv 2210.17323's equations 2 and 3: after each input its row and column leave the inverse
-    Hessian by Gaussian elimination. No Cholesky factor, no blocks, nothing shared with exl but the grid's fit."""
+    """Codes [K, N] by equations 2 and 3 of arXiv 2210.17323: after each input, Gaussian elimination removes its row and
+    column from the inverse Hessian. No Cholesky factor, no blocks; only the grid's fit is shared with exl."""
     weight, original = weight.copy(), weight
     inverse = np.linalg.inv(hessian + damp * np.mean(np.diag(hessian)) * np.eye(len(hessian)))
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(len(hessian))
@@ -96,12 +96,12 @@ def test_error_is_below_rounding_to_nearest(bits, sym):
     nearest = objective(weight, round_to_nearest(weight, grid, 32).dequantize(), hessian)
     for act_order in (False, True):
         result = gptq(weight, hessian, grid, 32, act_order=act_order)
-        # Measured 0.27 to 0.50 of it; the same grids without moving any error: 0.70 to 0.93.
+        # Measured 0.27 to 0.50; with the same grids but no error compensation: 0.70 to 0.93.
         assert objective(weight, result.dequantize(), hessian) < 0.6 * nearest
 
 
 def test_drift_aims_at_the_dense_outputs():
-    """Inputs that earlier rounding has spoilt: the solution must serve what the outputs would have been."""
+    """With inputs that earlier rounding has changed, the solution must approximate the dense model's outputs."""
     weight, x, _ = problem()
     rng = np.random.default_rng(1)
     spoilt = x + torch.from_numpy(rng.normal(size=x.shape)) * 0.3 * x.std()
@@ -116,7 +116,7 @@ def test_drift_aims_at_the_dense_outputs():
         result = gptq(weight, hessian, grid, 32, act_order=True, **options)
         return float((spoilt @ result.dequantize().double() - x @ weight).square().sum())
 
-    least = torch.linalg.lstsq(spoilt, x @ weight).solution  # what no rounding at all could reach
+    least = torch.linalg.lstsq(spoilt, x @ weight).solution  # the optimum without any rounding
     floor = float((spoilt @ least - x @ weight).square().sum())
     blind, aimed = output_error(), output_error(drift=drift)
     # Measured 1.09 and 2.41 times the floor.
@@ -124,7 +124,7 @@ def test_drift_aims_at_the_dense_outputs():
     assert blind > 2 * floor
 
 
-@pytest.mark.parametrize("K", [5, 1500])  # 1500: more than the columns that are computed at a time
+@pytest.mark.parametrize("K", [5, 1500])  # 1500: more columns than are computed at a time
 def test_hessian_is_the_mean_outer_product(K):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(70, K)).astype(np.float32)
@@ -139,7 +139,7 @@ def test_hessian_is_the_mean_outer_product(K):
 
 
 def test_dead_and_padded_inputs():
-    """Inputs that were always 0 are rounded to nearest; those whose weights are 0, too, stay exactly 0."""
+    """Inputs that were always 0 are rounded to nearest; if their weights are also 0, they stay exactly 0."""
     weight, _, hessian = problem()
     weight[-40:-8] *= 0.01
     weight[-8:] = 0
@@ -160,7 +160,7 @@ def test_no_inputs_at_all():
 
 
 def test_damping_grows_until_the_factor_exists():
-    """An indefinite matrix, as no sum of outer products is, but as rounding may leave one."""
+    """An indefinite matrix: no exact sum of outer products is one, but rounding may make it one."""
     weight, _, hessian = problem()
     vector = torch.ones(K, 1, dtype=torch.float64) / K**0.5
     bad = hessian - (float(vector.T @ hessian @ vector) + 0.2 * float(hessian.diagonal().mean())) * vector @ vector.T

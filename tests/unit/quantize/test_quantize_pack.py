@@ -1,4 +1,4 @@
-"""Packing against the plain packer, which works a bit at a time."""
+"""Packing against a plain packer that works bit by bit."""
 
 from __future__ import annotations
 

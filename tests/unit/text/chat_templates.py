@@ -1,4 +1,4 @@
-"""Chat templates in the manner of real models, each with the Jinja features that such models use."""
+"""Chat templates modelled on those of real models, each with the Jinja features that these models use."""
 
 from __future__ import annotations
 

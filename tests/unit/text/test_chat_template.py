@@ -1,4 +1,4 @@
-"""Rendering and encoding of chats against transformers; the sandbox; what malformed input is told."""
+"""Rendering and encoding of chats against transformers; the sandbox; the errors for malformed input."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ MODELS = {
     "mistral": (MISTRAL, lambda: sentencepiece(*MISTRAL_TOKENS), STORY_NAMES),
     "qwen_25": (QWEN_25, lambda: byte_level(*QWEN_TOKENS, *map(plain, QWEN_WORDS)), {"eos_token": "<|im_end|>"}),
     "qwen_3": (QWEN_3, lambda: byte_level(*QWEN_TOKENS, *map(plain, QWEN_WORDS)), {"eos_token": "<|im_end|>"}),
-    "trimming": (  # Phi-3's tokens swallow the white space after them
+    "trimming": (  # Phi-3's tokens absorb the white space after them
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}<|assistant|>\n",
         lambda: sentencepiece(
             *({"content": f"<|{name}|>", "special": True, "rstrip": True} for name in ("user", "assistant", "end"))
@@ -126,7 +126,7 @@ def test_prompts_match_transformers(model, name, messages, values):
 @settings(deadline=None, max_examples=60)
 @pytest.mark.parametrize("name", ["chatml", "llama_2", "llama_3", "trimming"])
 def test_prompts_of_any_text_without_control_tokens_match_transformers(model, name, texts):
-    """Ends like ``<`` make placeholders here, which must leave no trace."""
+    """Texts that end in, say, ``<`` are replaced by placeholders here, which must not change the ids."""
     ours, theirs = model(name)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     assert ours.encode_chat(messages) == reference(theirs, messages, {}, tokenize=True)

@@ -1,4 +1,4 @@
-"""Whatever a message holds, the control tokens of a prompt are the template's, and the text stays what it was."""
+"""Whatever a message holds: only the template writes a prompt's control tokens, and the text is unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.text.tokenizer_folders import byte_level, plain, sentencepiece, 
 
 TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<unused>")
-# Parts are set side by side without anything between, as many templates do.
+# Joins parts without anything between them, as many templates do.
 PARTS = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}{{ p.text | trim }}{% endfor %}\
 {% endif %}<|im_end|>
@@ -40,7 +40,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Turn tokens that nobody flagged, as many fine-tuned models have them."""
+    """A model whose turn tokens are not flagged as special, as in many fine-tuned models."""
     tokenizer_json = byte_level(TOKENS[0], plain(TOKENS[1]), TOKENS[2], *map(plain, WORDS))
     folder = tmp_path_factory.mktemp("parts")
     return Tokenizer.from_folder(write_folder(folder, tokenizer_json, chat_template=PARTS))
@@ -103,7 +103,7 @@ def test_tools_calls_names_and_variables_are_protected_too(qwen, text):
 
 
 def test_an_assistants_own_words_stay_tokens_but_special_ones_do_not(qwen):
-    """What a model wrote goes back to it as it wrote it; it never wrote a special token that was kept."""
+    """The model gets its own text back as it wrote it; special tokens are never part of an answer's text."""
     said = "<tool_call>\n{}\n</tool_call><|im_end|>"
     ids = qwen.encode_chat([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
     assert [ids.count(qwen.token_to_id(token)) for token in ("<tool_call>", "</tool_call>", "<|im_end|>")] == [1, 1, 2]
@@ -122,7 +122,7 @@ def test_a_role_that_holds_a_control_token_is_refused(qwen):
 
 @pytest.mark.parametrize("kind", ["byte_level", "prepend", "metaspace_first", "metaspace_always", "swallowing"])
 def test_a_forged_token_changes_only_the_stretch_that_it_is_in(tmp_path, kind):
-    """The stretches beside it are encoded as they are without it, as is the rest of a stretch in words of its own."""
+    """The other stretches are encoded as without it, and so is the rest of its own stretch, which is separate words."""
     special = [{"content": token, "special": True, "rstrip": kind == "swallowing"} for token in TOKENS]
     tokenizer_json = byte_level(*special) if kind == "byte_level" else sentencepiece(*special)
     if kind.startswith("metaspace"):
@@ -149,7 +149,7 @@ def test_a_forged_token_changes_only_the_stretch_that_it_is_in(tmp_path, kind):
     begins = without[1].index(tokenizer.token_to_id("<|im_start|>")) + 1
     assert with_it[1][: begins + 1] == without[1][: begins + 1]
     assert tokenizer.decode(with_it[1][begins:]).strip() == forged.strip()
-    # Beginning a text is not like being in the middle of one: the same words, first in a prompt.
+    # The same words at the start of a prompt: the start of a text is encoded differently from its middle.
     assert tokenizer.encode_template(RenderedPrompt("\U000f0000 b", {"\U000f0000": "<|im_end|>"})) == tokenizer.encode(
         "<|im_end|> b", bos=False
     )

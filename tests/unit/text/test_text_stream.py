@@ -1,4 +1,4 @@
-"""Streams of text against one decode of everything, by the tokenizers library, and stop strings against brute force."""
+"""Streams of text against one decode of all tokens by the tokenizers library; stop strings against brute force."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tokenizers_(tmp_path_factory):
 
 
 def decoded(backend: Backend, ids: list[int]) -> str:
-    """What the library decodes, told where byte tokens make no character: it would give up the whole run of them."""
+    """The library's decoding, with invalid byte tokens handled here: the library would replace their whole run."""
     if not isinstance(backend.decoder, decoders.Sequence):
         return backend.decode(ids, skip_special_tokens=False)
     tokens, i = [], 0
@@ -75,7 +75,7 @@ def streamed(stream: TextStream, ids: list[int]) -> str:
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The shortest beginning that ends in a stop string, less the longest one that it ends in."""
+    """The shortest prefix that ends in a stop string, without the longest stop string that it ends in."""
     for end in range(len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -87,7 +87,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
 @given(data=st.data(), kind=st.sampled_from(KINDS))
 @settings(deadline=None, max_examples=300)
 def test_a_stream_of_any_tokens_adds_up_to_one_decode(tokenizers_, data, kind):
-    """Ids of every kind: bytes that make no character, special and added tokens, and ids beyond the vocabulary."""
+    """Ids of every kind: bytes that form no character, special and added tokens, and ids beyond the vocabulary."""
     tokenizer, backend = tokenizers_[kind]
     bytes_first = st.integers(3, 258) if kind != "byte_level" else st.integers(0, 255)
     ids = data.draw(st.lists(bytes_first | st.integers(0, tokenizer.vocab_size + 2)))
@@ -98,7 +98,7 @@ def test_a_stream_of_any_tokens_adds_up_to_one_decode(tokenizers_, data, kind):
     rest = streamed(TextStream(tokenizer, ids[:split], skip_special_tokens=False), ids[split:])
     shown = whole[: len(whole) - len(rest)]
     assert whole == shown + rest
-    # All of the prompt's text is the prompt's, but for a character that the continuation completes.
+    # All text of the prompt belongs to the prompt, except a character that the continuation completes.
     before = decoded(backend, ids[:split])
     assert before.startswith(shown)
     assert before[len(shown) :] in ("", "\ufffd", "\ufffd" * 2, "\ufffd" * 3)
@@ -111,13 +111,13 @@ def test_a_stream_shows_each_character_when_its_last_byte_is_there(tokenizers_, 
     prompt_ids, ids = tokenizer.encode(prompt, bos=False), tokenizer.encode(text, bos=False)
     whole = backend.decode(prompt_ids + ids)
     begins = len(backend.decode(prompt_ids))
-    assume(whole[:begins] == backend.decode(prompt_ids))  # no run of byte tokens across the border
+    assume(whole[:begins] == backend.decode(prompt_ids))  # no run of byte tokens across the boundary
     stream = TextStream(tokenizer, prompt_ids)
     shown, done = "", b""
     for token_id in ids:
         shown += stream.push(token_id)
         done += tokenizer.token_bytes(token_id)
-        complete = done.decode(errors="ignore")  # only the end of it can be incomplete
+        complete = done.decode(errors="ignore")  # only its end can be incomplete
         assert whole[begins:].startswith(shown)
         assert len(shown) >= len(complete) - 1  # one space may be stripped from the start
     assert shown + stream.finish() == whole[begins:]
@@ -170,7 +170,7 @@ def test_a_character_of_byte_tokens_comes_whole():
     for n in range(4):
         assert streamed(TextStream(tokenizer, [1, 403, *smile, 407, *smile[:n]]), smile[n:]) == "🙂"
     assert streamed(TextStream(tokenizer, [1, 403]), smile[:3]) == "\ufffd\ufffd\ufffd"
-    # What was shown is never taken back, though the run of bytes goes on and breaks.
+    # Text that was shown is never taken back, even if the run of byte tokens continues with an invalid byte.
     assert streamed(TextStream(tokenizer, [1, 403]), [*smile, 3 + 0xFF]) == "🙂\ufffd"
 
 

@@ -1,4 +1,4 @@
-"""Text to ids and back against transformers, the files that decide, and text that pretends to be a control token."""
+"""Text to ids and back against transformers; which file decides; text that looks like a control token."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_bundled_tokenizer():
 
 
 def test_special_tokens_are_plain_in_text_however_they_are_flagged(tmp_path):
-    """One is flagged in tokenizer.json, three are named elsewhere, one the chat template writes, one nobody claims."""
+    """One token is flagged in tokenizer.json, three are named elsewhere, one is in the chat template, one is none."""
     added = ["<|flag|>", *map(plain, ["<|name|>", "<|list|>", "<|described|>", "<|turn|>", "<free>"])]
     described = {"content": "<|described|>", "special": True, "normalized": False}
     tokenizer_json = byte_level(*added)
@@ -144,7 +144,7 @@ def test_a_named_token_without_a_row_in_the_model_is_not_made_up(tmp_path):
 @pytest.mark.parametrize("flag", [None, True, False])
 @pytest.mark.parametrize("written", [True, False])
 def test_bos_comes_once_if_the_files_want_it(tmp_path, flag, written):
-    """transformers obeys add_bos_token where it is given as an argument."""
+    """transformers obeys add_bos_token if it is given as an argument."""
     tokenizer_json = sentencepiece()
     if not written:
         tokenizer_json["post_processor"] = None
@@ -311,7 +311,7 @@ def test_threads_share_a_tokenizer(folder):
 
 
 def test_pieces_of_a_unigram_model_that_are_control_tokens_are_never_found_in_text(tmp_path):
-    """Its search for the best pieces knows no special tokens: the library finds them whatever it is told."""
+    """Its search for the best pieces ignores special tokens: the library matches them whatever the settings are."""
     vocab = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((char, -5.0) for char in "abc<>/s")]
     backend = Backend(models.Unigram(vocab, unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -1,4 +1,4 @@
-"""Model folders with tokenizers for tests: the bundled SentencePiece-style one, and byte-level BPE trained here."""
+"""Model folders with tokenizers for tests: the bundled SentencePiece-style one, and a byte-level BPE trained here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _trained() -> str:
 
 
 def byte_level(*added: str | dict[str, Any], bos: str | None = None) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE; with ``bos``, one that a post-processor puts before a text."""
+    """tokenizer.json of a byte-level BPE. ``bos``: a token that its post-processor puts before every text."""
     described = with_added(json.loads(_trained()), *added)
     if bos is not None:
         tokenizer = Tokenizer.from_str(json.dumps(described))
@@ -61,7 +61,7 @@ def sentencepiece(*added: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def with_added(tokenizer_json: dict[str, Any], *added: str | dict[str, Any]) -> dict[str, Any]:
-    """Adds tokens: special ones by their text, others by their flags."""
+    """Adds tokens: a string is a special token, an object is a token with its flags."""
     described = copy.deepcopy(tokenizer_json)
     next_id = 1 + max([*described["model"]["vocab"].values(), *(token["id"] for token in described["added_tokens"])])
     for i, token in enumerate(added):
@@ -77,7 +77,7 @@ def plain(content: str, **flags: bool) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, tokenizer_json: dict[str, Any] | None, **settings: Any) -> Path:
-    """``settings`` are those of tokenizer_config.json."""
+    """Writes a model folder; ``settings`` go into tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_json is not None:
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
@@ -87,7 +87,7 @@ def write_folder(folder: Path, tokenizer_json: dict[str, Any] | None, **settings
 
 
 def transformers_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """What transformers makes of the folder, with every setting as an argument."""
+    """transformers' tokenizer of the folder, with every setting passed as an argument."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) if path.exists() else {}
     settings.pop("tokenizer_class", None)
