@@ -9,13 +9,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: .venv/installed
 	@$(BIN)/exl generate "Once upon a time" --max-tokens 200 --temperature 0
 
-# Of the largest families of cases a sample, another one for each commit: docs/testing.md.
+# `make test` runs a sample of the largest groups of cases, which differs for each commit: docs/testing.md.
 SAMPLE := $(shell git rev-parse --short HEAD 2> /dev/null || echo none)
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rfEs --durations=15 --sample $(SAMPLE) -m "not matrix and not browser and not slow"
 
-# What `make test` takes a sample of: all of it.
+# All cases, also those of which `make test` runs only a sample.
 whole: .venv/installed-test matrix
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rfEs -m "not matrix and not browser"
 
@@ -23,7 +23,7 @@ whole: .venv/installed-test matrix
 matrix: .venv/installed-test
 	$(BIN)/python -m pytest -rfEs -m matrix
 
-# The Gradio demo in a real browser; needs the system's chromium besides.
+# The Gradio demo in a real browser; needs chromium, installed by the system.
 browser: .venv/installed-browser
 	$(BIN)/python -m pytest -rfEs tests/browser
 
@@ -31,7 +31,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The bundled model through the CUDA sources, compiled by g++ for this CPU: word for word as through torch.
+# Runs the bundled model through the CUDA sources, compiled by g++ for this CPU, and compares its text with torch's.
 kernels-demo: .venv/installed
 	@$(BIN)/python -m scripts.kernels_demo
 
@@ -42,7 +42,7 @@ notebook: .venv/installed-test
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# torch first and pinned: unpinned, or as another package's dependency, it may bring gigabytes of CUDA libraries.
+# torch is installed first and pinned: otherwise it may bring gigabytes of CUDA libraries.
 .venv/installed: .venv/bin/python setup.py constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable .

@@ -6,8 +6,8 @@ ROOT = Path(__file__).parent
 
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
 
-# The kernel sources live at the top level for their readers and ship inside the package for its users. `cuda/` never
-# gets an __init__.py: from the repository's root it would shadow NVIDIA's `cuda` namespace, which CuPy imports.
+# The kernel sources are in `cuda/`, where readers look for them, and are installed as the package `exl._cuda`. `cuda/`
+# must not have an __init__.py: in the repository's root it would shadow NVIDIA's `cuda` namespace, which CuPy imports.
 setup(
     name="exl-engine",
     version="0.1.0",
@@ -39,7 +39,7 @@ setup(
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
         "server": ["fastapi>=0.110", "uvicorn>=0.29"],
         "demo": ["gradio>=6"],
-        # Drives the demo in a Chromium that the system has; nothing is downloaded.
+        # Runs the demo in the system's Chromium; downloads no browser.
         "browser": ["playwright>=1.50"],
         "notebook": NOTEBOOK,
         "test": [
@@ -50,8 +50,8 @@ setup(
             "transformers>=4.57",
             "ruff>=0.6",
             "pexpect>=4.9",
-            # The compiler and disassembler alone: kernels compile in tests without a GPU and without CuPy.
-            # Both compilers that users may have; they lie in different folders.
+            # Only compiler and disassembler: tests compile kernels without a GPU and without CuPy.
+            # Users may have NVRTC of CUDA 12 or 13, so tests use both; they install into different folders.
             "nvidia-cuda-nvrtc-cu12>=12.9,<13; sys_platform == 'linux'",
             "nvidia-cuda-nvrtc>=13; sys_platform == 'linux'",
             "nvidia-cuda-nvdisasm>=13; sys_platform == 'linux'",

@@ -132,10 +132,12 @@ def run_on_synthetic(module: str, doc: str | None, rounds: int, measure: Measure
     """The command line of a benchmark: measures a random model, prints and keeps what it says."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
-    parser.add_argument("--layers", type=int, default=44, help="instead of the shape's own (default: 44)")
+    parser.add_argument("--layers", type=int, default=44, help="number of layers, instead of the shape's (default: 44)")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--folder", type=Path, help="where the model is written for the time (default: the temporary)")
-    parser.add_argument("--write", metavar="NAME", help="also into benchmarks/results/NAME.txt")
+    parser.add_argument(
+        "--folder", type=Path, help="where the model is written and deleted again (default: the temporary folder)"
+    )
+    parser.add_argument("--write", metavar="NAME", help="write the report to benchmarks/results/NAME.txt, too")
     args = parser.parse_args()
     hidden, inter, _, *rest = SHAPES[args.shape]
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

@@ -18,10 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hugging Face repository (default: the one that ships with exl)")
     parser.add_argument("--system", help="what the model should know before the conversation")
-    parser.add_argument("--ram", help="what exl may use, such as 6GB; layers that do not fit are streamed")
+    parser.add_argument("--ram", help="how much RAM exl may use, such as 6GB; layers that do not fit are streamed")
     parser.add_argument("--kv-cache", default="f16", help="f32, f16, q8, k8v4 or q4 (default: f16)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's own, else greedy)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="at most this many per answer (default: 512)")
     args = parser.parse_args()
 
     with exl.load(args.model, ram=args.ram, kv_cache=args.kv_cache) as llm:

@@ -378,7 +378,9 @@ def main() -> None:
         "models", nargs="*", help="folders or Hugging Face repositories to choose from; the first loads"
     )
     parser.add_argument("--kv-cache", default="f16", help="f32, f16, q8, k8v4 or q4 (default: f16)")
-    parser.add_argument("--ram", default="", help="what exl may use, such as 6GB; layers that do not fit are streamed")
+    parser.add_argument(
+        "--ram", default="", help="how much RAM exl may use, such as 6GB; layers that do not fit are streamed"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     args = parser.parse_args()

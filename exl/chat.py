@@ -116,7 +116,7 @@ class Chat:
         if len(ids) >= context:
             raise ConfigError(
                 f"context: the conversation takes {len(ids)} tokens and the context holds {context}: undo a turn, "
-                "begin anew, or load the model with a larger context"
+                "start a new chat, or load the model with a larger context"
             )
         stop = options.pop("stop", ())
         stop = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -10,7 +10,7 @@ from typing import TypeVar
 _OURS = {
     "ctx_size": "context",
     "do_sample": "temperature (0 is greedy)",
-    "gpu_memory_utilization": "ram",
+    "gpu_memory_utilization": 'vram (a size such as "6GB")',
     "logprobs": "top_logprobs",
     "load_in_4bit": "a GPTQ checkpoint (exl quantize makes one)",
     "load_in_8bit": "a GPTQ checkpoint (exl quantize makes one)",

@@ -51,13 +51,13 @@ def main() -> int:
         prog="python -m benchmarks.gpu_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, or for compiled kernels")
-    parser.add_argument("--seconds", type=float, default=480, help="for all stages together (default: 480)")
+    parser.add_argument("--seconds", type=float, default=480, help="time for all stages together (default: 480)")
     parser.add_argument("--stages", default=",".join(SECONDS), help=f"some of {','.join(SECONDS)}")
-    parser.add_argument("--kernel-cache", type=Path, help="compiled kernels (default: the user's cache)")
-    parser.add_argument("--dry-run", action="store_true", help="on the host shim, small shapes")
+    parser.add_argument("--kernel-cache", type=Path, help="folder of compiled kernels (default: the user's cache)")
+    parser.add_argument("--dry-run", action="store_true", help="run on the host shim with small shapes")
     parser.add_argument("--precompile", type=int, metavar="ARCH", help="only compile, for 90 or 120")
     parser.add_argument("--nvrtc", type=Path, metavar="LIBRARY", help="libnvrtc.so to compile with")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of --precompile")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes for --precompile")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if arguments.precompile is not None:

@@ -57,7 +57,8 @@ class PagePool:
         """Pages for one holder, contiguous if possible. Raises ``MemoryBudgetError`` if ``num_free`` is too small."""
         if count > self.num_free:
             raise MemoryBudgetError(
-                f"KV cache: {count} pages of {PAGE_SIZE} tokens asked for, {self.num_free} of {self.num_pages} free"
+                f"KV cache: {count} pages of {PAGE_SIZE} tokens requested, "
+                f"{self.num_free} of {self.num_pages} available"
             )
         while len(self._free) < count:
             self._forget(self._leaf(next(iter(self._kept))))

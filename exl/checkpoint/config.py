@@ -256,7 +256,8 @@ class ModelConfig:
             raise read.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         head_dim = read.integer("head_dim", family.default_head_dim or max(1, hidden // heads), high=4096)
         if head_dim % 2:
-            raise read.error("head_dim", f"an even head size, which {head_dim} is not: rotary rows come in pairs")
+            derived = "" if read.has("head_dim") else f"; hidden_size / num_attention_heads is {head_dim}"
+            raise read.error("head_dim", f"an even number: rotary channels come in pairs{derived}")
         num_layers = read.integer("num_hidden_layers", high=4096)
         max_position = read.integer("max_position_embeddings", 2048, high=1 << 30)
         attention_bias = read.flag("attention_bias", False)

@@ -90,7 +90,7 @@ def _check_access(revision: str | None, token: Token) -> None:
         raise ConfigError(f"revision: found {revision!r}, expected a branch, a tag or a commit")
     # Sent as an HTTP header. Error messages never contain the token.
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and token.strip()):
-        raise ConfigError("token: found characters that no token has, expected one such as hf_...")
+        raise ConfigError("token: found characters that a token cannot contain, expected one such as hf_...")
     if token is not None and not isinstance(token, str | bool):
         raise ConfigError(f"token: found a {type(token).__name__}, expected a text, True, False or None")
 

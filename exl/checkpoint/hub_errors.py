@@ -32,7 +32,7 @@ def _reason(error: BaseException, revision: str | None) -> str:
 
     cause = error.__cause__
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "not in huggingface_hub's cache, which is all there is in offline mode (HF_HUB_OFFLINE)"
+        return "not in huggingface_hub's cache, and offline mode (HF_HUB_OFFLINE) allows no download"
     if isinstance(error, errors.LocalEntryNotFoundError) and cause is not None:
         return _reason(cause, revision)
     if isinstance(error, errors.GatedRepoError):
@@ -52,7 +52,7 @@ def _reason(error: BaseException, revision: str | None) -> str:
         return f"Hugging Face answered with status {status}: {first_line(error)}"
     if isinstance(error, errors.HTTPError | ConnectionError):
         return f"Hugging Face cannot be reached: {first_line(error)}"
-    return f"not to be had from Hugging Face: {first_line(error)}"
+    return f"cannot be downloaded from Hugging Face: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -153,7 +153,9 @@ class RemoteFile:
         raw, num_bytes = self.folder.read_range(self.name, start, stop, what) if stop > start else (b"", self.num_bytes)
         where = f"{self.folder.repo_id}/{self.name}"
         if num_bytes != self.num_bytes:
-            raise CheckpointError(f"{where}: found a file of {num_bytes} bytes, of {self.num_bytes} a request before")
+            raise CheckpointError(
+                f"{where}: the file's size changed between requests: found {num_bytes} bytes, expected {self.num_bytes}"
+            )
         if len(raw) != stop - start:
             raise CheckpointError(f"{where}: ended at byte {num_bytes} while reading {what}")
         self.known[start] = raw

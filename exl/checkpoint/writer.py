@@ -63,7 +63,7 @@ def safetensors_header(
         if num_bits is None or num_bits % 8 or dtype != dtype.lower():
             raise ValueError(f"tensor {shown(name)}: found dtype {dtype!r}, expected one such as 'f16'")
         if name in values or name == "__metadata__":
-            raise ValueError(f"tensor {shown(name)}: a name that is taken")
+            raise ValueError(f"tensor {shown(name)}: duplicate or reserved name")
         num_bytes = prod(shape) * num_bits // 8
         values[name] = {"dtype": dtype.upper(), "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         sizes.append(num_bytes)
@@ -82,7 +82,7 @@ def _write_data(
     for (name, _, _), num_bytes in zip(entries, sizes, strict=True):
         piece = next(pieces, None)
         if piece is None:
-            raise ValueError(f"tensor {shown(name)}: the data ended before it")
+            raise ValueError(f"tensor {shown(name)}: no data left for it")
         view = memoryview(piece)
         if not view.c_contiguous:
             raise ValueError(f"tensor {shown(name)}: its buffer is not contiguous")

@@ -15,10 +15,10 @@ from exl.errors import ConfigError
 @shared_options
 def bench(
     model: Model = None,
-    pp: Annotated[int, typer.Option("--pp", help="Tokens of the prompt; 0: leave it out.")] = 512,
-    tg: Annotated[int, typer.Option("--tg", help="Tokens to generate; 0: leave it out.")] = 128,
-    depth: Annotated[int, typer.Option(help="Tokens that are in the cache before.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Measurements of each, after one that does not count.")] = 5,
+    pp: Annotated[int, typer.Option("--pp", help="Tokens in the prompt; 0: no prompt test.")] = 512,
+    tg: Annotated[int, typer.Option("--tg", help="Tokens to generate; 0: no generation test.")] = 128,
+    depth: Annotated[int, typer.Option(help="Tokens that are already in the cache.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Measurements of each, after one warm-up.")] = 5,
     output: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
     *,
     loading: LoadOptions,
@@ -49,7 +49,7 @@ def bench(
         writer.writerows(rows)
     else:
         print(markdown(rows))
-        peak = "not told by this system" if report.peak_bytes is None else format_bytes(report.peak_bytes)
+        peak = "unknown on this system" if report.peak_bytes is None else format_bytes(report.peak_bytes)
         say(f"memory: {peak} of {format_bytes(report.plan.num_bytes)} planned")
         say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory")
         if report.decode_steps is not None:

@@ -14,7 +14,7 @@ def chat(
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="What the model should know before the conversation.")] = None,
     load: Annotated[Path | None, typer.Option(help="A conversation that /save wrote.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="At most this many tokens per answer.")] = 512,
     *,
     drawing: DrawOptions,
     loading: LoadOptions,

@@ -67,11 +67,11 @@ class ChatSession:
 
     def _commands(self) -> dict[str, tuple[str, Callable[[str], None]]]:
         return {
-            "reset": ("forget all messages", lambda rest: self._reset()),
-            "undo": ("take back your last message and its answer", lambda rest: self._undo()),
+            "reset": ("remove all messages", lambda rest: self._reset()),
+            "undo": ("remove your last message and its answer", lambda rest: self._undo()),
             "retry": ("another answer to your last message", lambda rest: self._retry()),
             "save": ("FILE: write the conversation", self._save),
-            "load": ("FILE: go on with a conversation that was saved", self._load),
+            "load": ("FILE: continue a saved conversation", self._load),
             "system": ("[TEXT]: show or change the system prompt", self._set_system),
             "set": ("[NAME VALUE]: show or change a setting; none: the model's own", self._set),
             "stats": ("speed, context, memory", lambda rest: self._stats()),
@@ -95,10 +95,10 @@ class ChatSession:
 
     def _reset(self) -> None:
         self.chat.reset()
-        self.say("all messages are forgotten")
+        self.say("all messages removed")
 
     def _undo(self) -> None:
-        self.say(f"taken back: {self.chat.undo()}")
+        self.say(f"removed: {self.chat.undo()}")
 
     def _retry(self) -> None:
         self._answer(lambda: self.chat.stream_retry(**self.settings))

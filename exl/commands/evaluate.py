@@ -17,8 +17,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face repository.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
     against: Annotated[str | None, typer.Option(help="A reference model: KL divergence and agreement with it.")] = None,
-    documents: Annotated[str, typer.Option(help="lines: each line for itself; whole: the file in windows.")] = "lines",
-    window: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 512,
+    documents: Annotated[
+        str, typer.Option(help="lines: each line is a document; whole: the file is cut into windows.")
+    ] = "lines",
+    window: Annotated[int, typer.Option(help="At most this many tokens per document.")] = 512,
     *,
     loading: LoadOptions,  # its revision applies to the model, not to the reference
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
@@ -62,4 +64,4 @@ def evaluate(
         other = found.against
         print(f"reference: loss {other.reference_loss:.4f} nats")
         print(f"KL divergence {other.kl_mean:.4f} nats, 99th percentile {other.kl_99th:.4f}")
-        print(f"the same likeliest token in {100 * other.top1_agreement:.2f} % of places")
+        print(f"the same top-1 token at {100 * other.top1_agreement:.2f} % of positions")

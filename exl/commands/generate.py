@@ -15,7 +15,7 @@ from exl.errors import ConfigError
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")] = "",
     model: Model = None,
-    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 256,
     *,
     drawing: DrawOptions,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,

@@ -19,11 +19,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")]
+Revision = Annotated[str | None, typer.Option(help="A repository's branch, tag or commit.")]
 Token = Annotated[str | None, typer.Option(help="For a private or gated repository; by default the one saved by hf.")]
-Ram = Annotated[str | None, typer.Option(help="What exl may use: 6GB, 512MiB. Layers that do not fit are streamed.")]
+Ram = Annotated[
+    str | None, typer.Option(help="How much RAM exl may use: 6GB, 512MiB. Layers that do not fit are streamed.")
+]
 Context = Annotated[str | None, typer.Option(help="Tokens for prompt and answer together, or auto: as many as fit.")]
-KVCacheType = Annotated[str, typer.Option(help="Type of the cache: f32, f16, q8, k8v4 or q4.")]
+KVCacheType = Annotated[str, typer.Option(help="Type of the KV cache: f32, f16, q8, k8v4 or q4.")]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,10 @@ class LoadOptions:
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto"
     vram: Annotated[
         str | None,
-        typer.Option(help="What exl may use of the GPU: 8GB. Layers that do not fit wait in RAM. Default: all."),
+        typer.Option(
+            help="How much VRAM exl may use: 8GB. Layers that do not fit are streamed from RAM. "
+            "Default: all that is free."
+        ),
     ] = None
     ram: Ram = None
     context: Context = None
@@ -65,9 +70,15 @@ class DrawOptions:
         None
     )
     top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens; 0 is off.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens that sum to p.")] = None
-    min_p: Annotated[float | None, typer.Option(help="Only tokens p times as likely as the likeliest.")] = None
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens seen are less likely.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens whose probabilities sum to p.")] = (
+        None
+    )
+    min_p: Annotated[float | None, typer.Option(help="Only tokens at least p times as likely as the top-1 token.")] = (
+        None
+    )
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens that occurred before become less likely.")
+    ] = None
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, on the same machine.")] = None
 
     def asked(self) -> dict[str, float | int]:

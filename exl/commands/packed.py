@@ -23,7 +23,7 @@ def packed_list(folder: PackedFolder = None, debug: Debug = False) -> None:
 
 @packed_app.command("clear")
 def packed_clear(
-    model: Annotated[Path | None, typer.Argument(help="Only this model's.")] = None,
+    model: Annotated[Path | None, typer.Argument(help="Only the files of this model.")] = None,
     folder: PackedFolder = None,
     debug: Debug = False,
 ) -> None:

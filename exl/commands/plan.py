@@ -12,15 +12,17 @@ def plan(
     model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
     vram: Annotated[
         str | None,
-        typer.Option(help="Memory of a GPU, which need not be in this machine: 24GB; of several: 10GB,24GB."),
+        typer.Option(help="VRAM of a GPU, which need not be in this machine: 24GB; of several: 10GB,24GB."),
     ] = None,
     arch: Annotated[int, typer.Option(help="With --vram: compute capability, 86 for 8.6.")] = 86,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
-    max_sequences: Annotated[int, typer.Option(help="Sequences that have a context of their own.")] = 1,
+    max_sequences: Annotated[int, typer.Option(help="The cache has room for this many contexts.")] = 1,
     prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
-    prefill_window: Annotated[int, typer.Option(help="Rows that go through a layer before the next.")] = 4096,
+    prefill_window: Annotated[
+        int, typer.Option(help="Rows that go through one layer before the next layer starts.")
+    ] = 4096,
     revision: Revision = None,
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,

@@ -11,22 +11,30 @@ from exl.commands.options import Debug
 
 def quantize(
     src: Annotated[Path, typer.Argument(help="Folder of a dense model.")],
-    dst: Annotated[Path, typer.Argument(help="Folder to make. An interrupted run is taken up again.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to create. An interrupted run is resumed.")],
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: all of them.")] = 128,
     act_order: Annotated[
         bool, typer.Option("--act-order/--no-act-order", help="Round the inputs that matter most first.")
     ] = True,
     static_groups: Annotated[
-        bool, typer.Option("--static-groups/--no-static-groups", help="With act-order: neighbours share a group.")
+        bool, typer.Option("--static-groups/--no-static-groups", help="With act-order: groups are consecutive inputs.")
     ] = True,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="One zero, in the middle; or one for each group.")] = False,
+    sym: Annotated[
+        bool,
+        typer.Option("--sym/--asym", help="One fixed zero in the middle, or one zero per group and output."),
+    ] = False,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text like what the model will read.")] = None,
-    documents: Annotated[str, typer.Option(help="Of the text: lines, packed or whole.")] = "lines",
-    num_samples: Annotated[int, typer.Option(help="Sequences taken from the text, at most.")] = 128,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence, at most.")] = None,
+    documents: Annotated[
+        str,
+        typer.Option(
+            help="lines: each line starts a sequence; packed: lines fill sequences; whole: the file is one document."
+        ),
+    ] = "lines",
+    num_samples: Annotated[int, typer.Option(help="About this many full sequences of text are used.")] = 128,
+    seq_len: Annotated[int | None, typer.Option(help="At most this many tokens per sequence.")] = None,
     damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without a text.")] = "gptq",
+    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration text.")] = "gptq",
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
     debug: Debug = False,
 ) -> None:

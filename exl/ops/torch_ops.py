@@ -82,7 +82,7 @@ class TorchOps:
         output_order: np.ndarray | None = None,
     ) -> None:
         if output_order is not None:
-            raise ValueError("inputs are sorted where they are multiplied: outputs keep their order")
+            raise ValueError("output_order is not supported on the CPU: it sorts inputs when it multiplies")
         pack_linear(parts, layout, self.target, out)
 
     # step

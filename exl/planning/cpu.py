@@ -53,7 +53,7 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
     idle = sum(line.num_bytes for line in lines if line.purpose not in _LOADED_FIRST)
     loading = loading_bytes(model)
     if loading > idle:
-        lines.append(PlanLine("loading", device, loading - idle, False, "two layers as the file has them"))
+        lines.append(PlanLine("loading", device, loading - idle, False, "the file's bytes of two layers"))
     placement = Placement(
         tuple((Tier.DEVICE if i < num_resident else Tier.DISK, device) for i in range(len(layer_bytes)))
     )

@@ -198,7 +198,7 @@ def _host_lines(
             PlanLine("pinned read buffers", HOST, buffers, True, f"for {on_disk} layers on the disk"),
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
             # While loading; read buffers are not there yet.
-            PlanLine("loading", HOST, max(0, loading - buffers), False, "two layers as the file has them, one packed"),
+            PlanLine("loading", HOST, max(0, loading - buffers), False, "the file's bytes of two layers, one packed"),
         ]
         return [line for line in found if line.num_bytes]
 

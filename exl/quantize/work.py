@@ -51,7 +51,9 @@ class WorkFolder:
         if found.is_file():
             _compare(read_json(found), request, work.path)
         elif names and (names != [WORK_NAME] or any(not name.endswith(".part") for name in os.listdir(work.path))):
-            raise ConfigError(f"{dst}: exists and holds {names[0]}; nothing is overwritten: expected a new folder")
+            raise ConfigError(
+                f"{dst}: exists and holds {names[0]}, expected a new or empty folder: exl overwrites nothing"
+            )
         else:
             work.path.mkdir(parents=True, exist_ok=True)
             write_text(found, json.dumps(request, indent=1))
@@ -118,5 +120,5 @@ def read_rows(path: Path, start: int, stop: int, width: int) -> torch.Tensor:
     raises an error instead of a signal."""
     rows = np.fromfile(path, dtype=np.float32, count=(stop - start) * width, offset=start * width * 4)
     if rows.size != (stop - start) * width:
-        raise CheckpointError(f"{path}: ended before row {stop}: delete the folder it is in and start anew")
+        raise CheckpointError(f"{path}: ended before row {stop}: delete its folder and run again")
     return torch.from_numpy(rows).view(stop - start, width)

@@ -51,7 +51,7 @@ def test_commands(session, tmp_path):
     first = session.chat.messages
     session.handle("Why?")
     session.handle("/undo")
-    assert session.said[-1] == "taken back: Why?"
+    assert session.said[-1] == "removed: Why?"
     assert session.chat.messages == first
     session.handle("/set temperature 1.5")
     session.handle("/set seed 7")
@@ -172,8 +172,8 @@ def test_every_command_in_a_terminal(terminal, tmp_path):
         ("/stats", "KV cache"),
         ("/system Be kind.", "system prompt: Be kind."),
         (f"/save {path}", "2 messages written"),
-        ("/undo", "taken back: Hello."),
-        ("/reset", "all messages are forgotten"),
+        ("/undo", "removed: Hello."),
+        ("/reset", "all messages removed"),
         (f"/load {path}", "2 messages from"),
         ("/help", "/quit +leave"),
         ("/nothing", "no such command"),

@@ -157,6 +157,8 @@ def test_other_libraries_keywords(llm):
         llm.stream("One day", n_predict=5)
     with pytest.raises(TypeError, match=r"load\(\) has no keyword 'n_ctx': exl calls it context"):
         exl.load(STORIES, n_ctx=5)
+    with pytest.raises(TypeError, match=r"'gpu_memory_utilization': exl calls it vram \(a size such as \"6GB\"\)"):
+        exl.load(STORIES, gpu_memory_utilization=0.9)
     with pytest.raises(TypeError, match="it takes model, device"):
         exl.load(STORIES, speed="high")
 

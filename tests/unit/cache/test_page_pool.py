@@ -38,7 +38,7 @@ def test_runs_of_neighbours_come_first():
 def test_too_many_pages_is_a_memory_error_and_changes_nothing():
     pool = PagePool(4)
     pool.allocate(3)
-    with pytest.raises(MemoryBudgetError, match="2 pages of 64 tokens asked for, 1 of 4 free"):
+    with pytest.raises(MemoryBudgetError, match="2 pages of 64 tokens requested, 1 of 4 available"):
         pool.allocate(2)
     assert pool.num_free == 1
 

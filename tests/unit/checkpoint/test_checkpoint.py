@@ -405,13 +405,13 @@ def test_tensors_are_written_one_at_a_time(tmp_path):
     ("entries", "data", "message"),
     [
         ([("a", "f16", (2,))], [b"12345"], r"tensor 'a': found 5 bytes, expected 4"),
-        ([("a", "f16", (2,))], [], r"tensor 'a': the data ended before it"),
+        ([("a", "f16", (2,))], [], r"tensor 'a': no data left for it"),
         ([("a", "f16", (2,))], [b"1234", b"5"], r"data for more than the 1 tensors announced"),
         ([("a", "f16", (4,))], [np.zeros(8, np.float16)[::2]], r"tensor 'a': its buffer is not contiguous"),
         ([("a", "F16", (2,))], [b"1234"], r"tensor 'a': found dtype 'F16', expected one such as 'f16'"),
         ([("a", "f4", (2,))], [b"1"], r"tensor 'a': found dtype 'f4'"),
-        ([("a", "u8", (1,)), ("a", "u8", (1,))], [b"1", b"2"], r"tensor 'a': a name that is taken"),
-        ([("__metadata__", "u8", (1,))], [b"1"], r"tensor '__metadata__': a name that is taken"),
+        ([("a", "u8", (1,)), ("a", "u8", (1,))], [b"1", b"2"], r"tensor 'a': duplicate or reserved name"),
+        ([("__metadata__", "u8", (1,))], [b"1"], r"tensor '__metadata__': duplicate or reserved name"),
     ],
 )
 def test_entries_and_data_that_do_not_agree(tmp_path, entries, data, message):

@@ -268,6 +268,23 @@ def test_sizes_of_a_model_config(key, value):
         assert f": {key}: " in message
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"head_dim": 15}, r"head_dim: found 15, expected an even number: rotary channels come in pairs$"),
+        (
+            {"hidden_size": 60},
+            r"head_dim: found nothing, expected an even .*; hidden_size / num_attention_heads is 15$",
+        ),
+    ],
+    ids=["given", "derived"],
+)
+def test_odd_head_sizes(values, message):
+    base = {name: value for name, value in LLAMA.items() if name != "head_dim"}
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dict(base | {"num_attention_heads": 4, "num_key_value_heads": 4} | values)
+
+
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
 @SETTINGS
 @given(value=st.sampled_from(["1", [1], {}, True, -1.0, math.nan, math.inf, -math.inf, 1e300, 10**400]))
