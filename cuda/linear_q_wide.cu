@@ -135,7 +135,9 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
  int num_tiles, int num_blocks, int group_units, int num_tokens, int x_stride, int x_stages, int epilogue, int out_type,
  int y_stride, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4;
+  // Known to be one number for all lanes it saves registers where sums of several slices wait, and costs some elsewhere.
+  const int warp = kSlicesHere > 1 ? __shfl_sync(kAllLanes, tid / 32, 0) : tid / 32;
   const int num_stages = (K + kStageK - 1) / kStageK;
   const int slice0 = static_cast<int>(blockIdx.x) * kSlicesHere;
   const int first = slice_start(slice0, num_stages), last = slice_start(slice0 + kSlicesHere, num_stages);
