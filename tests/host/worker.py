@@ -57,7 +57,7 @@ def regions(ranges: tuple[tuple[int, int, int, bool, bool], ...]) -> list[tuple[
 
 
 def placed(pieces: list[tuple[int, int]]) -> tuple[list[int], int]:
-    """Offset of each piece, with redzones between, and the total size. Offsets equal their addresses modulo ``ALIGN``."""
+    """Offset of each piece, with redzones between, and the total size. Offset = address modulo ``ALIGN``."""
     offsets, at = [], REDZONE
     for start, stop in pieces:
         at += (start - at) % ALIGN
