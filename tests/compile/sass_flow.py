@@ -40,8 +40,8 @@ NO_TARGET = (
 )
 BEHIND_PREDICATE = ("SHFL", "ATOMG", "ATOM", "ATOMS", "R2UR")  # their first operand may be a predicate
 
-# Per register the parameters that it comes from ("R2"), and the same as seen by an instruction under a predicate, if the
-# register was written under that predicate ("R2@!P0"). Per barrier register the labels where BSYNC continues. And
+# Per register the parameters that it comes from ("R2"), and the same as seen by an instruction under a predicate, if
+# the register was written under that predicate ("R2@!P0"). Per barrier register the labels where BSYNC continues. And
 # whether some path leads here without a wait.
 EARLY = "early"
 State = dict[str, frozenset[str]]

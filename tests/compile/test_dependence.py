@@ -1,5 +1,5 @@
-"""Before the wait of a dependent launch a kernel only reads, and only the model's constants; anything else it never reads
-through the read-only path. Checked in the PTX and the machine code of both NVRTCs."""
+"""Before the wait of a dependent launch a kernel only reads, and only the model's constants. It never reads anything
+else through the read-only path. Checked in the PTX and the machine code of both NVRTCs."""
 
 from __future__ import annotations
 
