@@ -1,4 +1,4 @@
-"""Decode attention over pages, beside torch's ``scaled_dot_product_attention``: part of ``benchmarks/kernels.py``."""
+"""Decode attention over pages against torch's ``scaled_dot_product_attention``: part of ``benchmarks/kernels.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from exl.layout.pages import KINDS, PageLayout
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's attention, one layer."""
+    """Shape of one layer's attention."""
 
     name: str
     num_heads: int
@@ -30,18 +30,18 @@ class Shape:
 SHAPES = (Shape("7B", 32, 32, 128), Shape("8B", 32, 8, 128))
 DEPTHS = (1024, 4096, 32768)  # tokens of a sequence, the new one included
 BATCHES = (1, 4, 16)
-REPEATS = 9  # the longest reads take milliseconds
+REPEATS = 9  # few, because the longest reads take milliseconds
 
 
 @dataclass(frozen=True)
 class Step:
-    """One new token for each of a batch's sequences of ``depth`` tokens; pages of random values, in random order."""
+    """A decode step's inputs: one new token per sequence of ``depth`` tokens; random pages in random order."""
 
     shape: Shape
     layout: PageLayout
     depth: int
     qkv: torch.Tensor  # f16 [B, (H + 2 Hkv) * D]
-    angles: torch.Tensor  # f32 [B, D / 2]: cosine and sine alike
+    angles: torch.Tensor  # f32 [B, D / 2], used as both cosine and sine
     tables: DecodeTables
     pages: torch.Tensor  # u8 [pages, Hkv, bytes]
     out: torch.Tensor  # f16 [B, H * D]
@@ -49,7 +49,7 @@ class Step:
 
     @property
     def page_bytes(self) -> int:
-        """That the launch must read."""
+        """Bytes of the pages that the launch must read."""
         return self.pages.numel()
 
     def run(self, backend: Backend) -> None:
@@ -71,7 +71,7 @@ def make_step(shape: Shape, kind: str, depth: int, batch: int, device: torch.dev
         table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE,
     )
     pages = torch.empty(batch * pages_each, Hkv, layout.num_bytes, dtype=torch.uint8, device=device)
-    pages.random_(0, 0x3C)  # as halves below 1
+    pages.random_(0, 0x3C)  # every pair of bytes is a half below 1
     sizes = scratch_shapes(batch, H, Hkv, D, depth)
     return Step(
         shape, layout, depth,
@@ -87,7 +87,7 @@ def make_step(shape: Shape, kind: str, depth: int, batch: int, device: torch.dev
 
 
 def exl_us(backend: Backend, timer: Timer, shape: Shape, kind: str, depth: int, batch: int) -> tuple[float, int] | None:
-    """Time of a launch and the bytes of its pages; None where this GPU has no room for them."""
+    """Time of a launch and the bytes of its pages; None if this GPU has no room for them."""
     try:
         step = make_step(shape, kind, depth, batch, backend.device)
         return timer.median_us(lambda: step.run(backend), REPEATS), step.page_bytes
@@ -96,7 +96,7 @@ def exl_us(backend: Backend, timer: Timer, shape: Shape, kind: str, depth: int, 
 
 
 def torch_us(timer: Timer, shape: Shape, depth: int, batch: int, device: torch.device) -> float | None:
-    """torch's attention of one token over a contiguous f16 cache; None where there is no room for it."""
+    """Time of torch's attention of one token over a contiguous f16 cache; None if there is no room for it."""
     try:
         q = torch.randn(batch, shape.num_heads, 1, shape.head_dim, dtype=torch.float16, device=device)
         size = (batch, shape.num_kv_heads, depth, shape.head_dim)

@@ -1,4 +1,4 @@
-"""What benchmarks need to know about disks: plain reads, what the page cache holds, what the system counted."""
+"""Disk measurements for benchmarks: plain reads, page-cache content, the system's counters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exl.memory.host import HostBuffer
 
 
 def cached_share(path: Path) -> float:
-    """Share of a file's pages that are in the page cache, by ``mincore``."""
+    """Share of a file's pages that are in the page cache, from ``mincore``."""
     num_bytes = path.stat().st_size
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -36,7 +36,7 @@ def cached_share(path: Path) -> float:
 
 
 def drop_cached(path: Path) -> None:
-    """Throws a file out of the page cache. ``RuntimeError`` where ``mincore`` still finds some of it there."""
+    """Drops a file from the page cache. Raises ``RuntimeError`` if ``mincore`` still finds some of it there."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -45,11 +45,11 @@ def drop_cached(path: Path) -> None:
         raise RuntimeError(f"{path}: {share:.1%} of it stays in the page cache, expected none")
 
 
-PLAIN_BLOCK_BYTES = 8 << 20  # into one buffer: where a plain read is quickest
+PLAIN_BLOCK_BYTES = 8 << 20  # the block size at which a plain read is fastest
 
 
 def plain_read_seconds(path: Path, ranges: Sequence[tuple[int, int]], *, direct: bool) -> float:
-    """One thread reads ``(offset, bytes)`` one after another, 8 MiB at a time, into one buffer."""
+    """Seconds for one thread to read ranges ``(offset, bytes)`` in turn, 8 MiB at a time, into one buffer."""
     buffer = HostBuffer(PLAIN_BLOCK_BYTES, "read buffer")
     view = memoryview(buffer.array)
     view[:] = bytes(PLAIN_BLOCK_BYTES)
@@ -69,12 +69,12 @@ def has_direct(path: Path) -> bool:
 
 
 def disk_bytes_read() -> int:
-    """Bytes that this process has had fetched from disks, by the system's count."""
+    """Bytes fetched from disks for this process, as the system counts."""
     return int(Path("/proc/self/io").read_text().split("\nread_bytes:")[1].split()[0])
 
 
 def status_bytes(field: str) -> int:
-    """``VmRSS``, or ``VmHWM``: the most since ``reset_peak``."""
+    """``VmRSS``, or ``VmHWM``: the peak since ``reset_peak``."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,6 +1,6 @@
-"""Whole models on this machine's GPU: decoding, prompts, memory against the plan, streamed layers, in one run.
+"""Whole models on this machine's GPU in one run: decoding, prompts, memory against the plan, streamed layers.
 
-``python benchmarks/end_to_end.py`` is made to take under eight minutes, prints a report and writes it to
+``python benchmarks/end_to_end.py`` takes under eight minutes, prints a report and writes it to
 ``benchmarks/results/<gpu>-end-to-end.md``. Needs this repository, torch and CuPy; no checkpoint: random 4-bit weights
 (groups of 128, symmetric) in the shapes of Llama models are made on the device. Every share is of a roof that is
 measured in the same run: a read-only pass over memory, f16 cuBLAS for the same linears, a copy from pinned memory.
@@ -48,7 +48,7 @@ DEPTHS, BATCHES = (0, 4096, 32768), (1, 4, 16)
 KINDS = ("f16", "q8", "k8v4", "q4")
 REPEATS = 20
 PROMPT = 2048
-# Within eight minutes, a cold cache of kernels included.
+# Together under eight minutes, including compilation if the kernel cache is cold.
 SECONDS = {"decode": 240, "host": 60, "prompt": 60, "peer": 40, "stream": 60}
 
 
@@ -56,8 +56,8 @@ SECONDS = {"decode": 240, "host": 60, "prompt": 60, "peer": 40, "stream": 60}
 
 
 def random_weights(layouts: Sequence[LayerLayout], ops: Ops, plan: MemoryPlan, streams: bool) -> ModelWeights:
-    """Blobs as the loader would place them, filled where they lie. ``MemoryBudgetError`` where layers would have to be
-    streamed and that was not asked for."""
+    """Random weights in the loader's blobs and places. Raises ``MemoryBudgetError`` if layers would have to be
+    streamed and that was not requested."""
     if plan.placement.num_streamed and not streams:
         raise MemoryBudgetError("not all layers fit")
     with ExitStack() as stack:
@@ -87,7 +87,7 @@ def random_weights(layouts: Sequence[LayerLayout], ops: Ops, plan: MemoryPlan, s
 
 
 def fill_random(blob: torch.Tensor, layout: LayerLayout) -> None:
-    """Codes of all values, small scales, norms of one: sums stay finite, speed does not depend on the rest."""
+    """Fills in codes of all values, small scales, norms of one: sums stay finite, and speed depends on nothing else."""
     for name, field in layout.fields.items():
         tensor = view_field(blob, field)
         kind = name.rsplit(".", 1)[-1]
@@ -111,7 +111,7 @@ def synthetic_engine(
     streams: bool = False,
     **options,
 ) -> Iterator[Engine]:
-    """A Llama of the shape; ``options`` of ``EngineOptions``. Raises ``MemoryBudgetError``."""
+    """A Llama of this shape; ``options`` are those of ``EngineOptions``. Raises ``MemoryBudgetError``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "headers"
         write_headers(folder, shape)
@@ -129,7 +129,7 @@ def synthetic_engine(
 
 
 def step_batch(depth: int, num_sequences: int, vocab_size: int) -> ForwardBatch:
-    """The next token of sequences that have ``depth`` in the cache, each on pages of its own."""
+    """The batch of one decode step: sequences with ``depth`` tokens in the cache, each on its own pages."""
     num_pages = depth // PAGE_SIZE + 1
     rows = np.arange(num_sequences, dtype=np.int32)
     table = (rows[:, None] * num_pages + np.arange(num_pages)).astype(np.int32)
@@ -152,12 +152,12 @@ def step_batch(depth: int, num_sequences: int, vocab_size: int) -> ForwardBatch:
 
 @dataclass(frozen=True)
 class StepTime:
-    seconds: float  # from one step's end to the next, the device never idle
-    host_seconds: float  # until the host has given a step away
+    seconds: float  # from one step's end to the next, with the device never idle
+    host_seconds: float  # host time until a step is launched
 
 
 def time_steps(engine: Engine, batch: ForwardBatch, repeats: int = REPEATS) -> StepTime:
-    """Median of rounds of steps in a row, after the first, which runs plainly, and the second, which is captured."""
+    """Median over rounds of consecutive steps, after a first, eager step and a second, captured one."""
     for _ in range(4):
         forward(engine, [batch])
     rounds, host = [], []
@@ -168,7 +168,7 @@ def time_steps(engine: Engine, batch: ForwardBatch, repeats: int = REPEATS) -> S
             forward(engine, [batch])
         engine.synchronize()
         rounds.append((time.perf_counter() - began) / repeats)
-    for _ in range(repeats):  # each from an idle device: else the host waits for room in the queue
+    for _ in range(repeats):  # each starts on an idle device, or the host would wait for room in the queue
         engine.synchronize()
         began = time.perf_counter()
         forward(engine, [batch])
@@ -183,13 +183,13 @@ def forward(engine: Engine, batches: Sequence[ForwardBatch]) -> None:
 
 
 def step_bytes_read(engine: Engine, depth: int, num_sequences: int) -> int:
-    """Weights once, and each sequence's cache."""
+    """Bytes that a step reads: the weights once, and each sequence's cache."""
     weights = bytes_a_token(engine.model, 0)
     return weights + num_sequences * (bytes_a_token(engine.model, depth + 1) - weights)
 
 
 def decode_row(machine: Machine, name: str, kind: str, depth: int, num_sequences: int) -> str:
-    """Of the table of decoding; what has no room says so."""
+    """One row of the decoding table; it says so if there is no room for the case."""
     label, backend = f"| {name} | {kind} | {depth} | {num_sequences}", machine.backend
     options = {"kv_cache": kind, "max_sequences": num_sequences, "context": depth + PAGE_SIZE}
     options |= {"prefill_chunk": 64, "prefill_window": 64}
@@ -204,7 +204,7 @@ def decode_row(machine: Machine, name: str, kind: str, depth: int, num_sequences
 
 
 def host_line(machine: Machine, name: str, graphs: bool) -> str:
-    """What a decode step costs the host, and what dependent launches bring."""
+    """Host time of a decode step, and the gain by dependent launches."""
     backend, batch, times = machine.backend, step_batch(0, 1, SHAPES[name][-1]), {}
     for dependent in (False, True):
         options = {"context": PAGE_SIZE, "dependent": dependent, "graphs": graphs}
@@ -222,7 +222,7 @@ def host_line(machine: Machine, name: str, graphs: bool) -> str:
 
 
 def prefill_line(machine: Machine, name: str) -> str:
-    """A prompt against the same linears in f16 through cuBLAS, and the memory that was reserved against the plan."""
+    """A prompt's time against its linears in f16 by cuBLAS, and the reserved memory against the plan."""
     backend = machine.backend
     reset_peak(backend)
     context = PROMPT + 2 * PAGE_SIZE
@@ -250,7 +250,7 @@ def prefill_line(machine: Machine, name: str) -> str:
 
 
 def linears_us(shape: tuple[int, ...], num_tokens: int, device: torch.device, timer: Timer) -> float:
-    """All layers' linears in f16 by cuBLAS, one chunk."""
+    """Time of all layers' linears in f16 by cuBLAS, for one chunk."""
     total = 0.0
     for K, N in linear_shapes(shape):
         matrix = torch.randn(N, K, device=device, dtype=torch.float16)
@@ -260,7 +260,7 @@ def linears_us(shape: tuple[int, ...], num_tokens: int, device: torch.device, ti
 
 
 def peer_line(machine: Machine, name: str) -> str:
-    """The peer's 4-bit kernel for the linears of a step, nothing else of it: a bound for a model that uses it."""
+    """Time of the peer's 4-bit kernel for a step's linears alone: a lower bound for any model that uses it."""
     backend = machine.backend
     with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), context=PAGE_SIZE) as engine:
         seconds = time_steps(engine, step_batch(0, 1, engine.config.vocab_size)).seconds
@@ -281,7 +281,7 @@ def linear_shapes(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def stream_line(machine: Machine, name: str) -> str:
-    """A model in VRAM of half its weights' size: what crosses the bus in a step, against a plain copy."""
+    """A model with VRAM for half of its weights: the rate of bytes over the bus in a step, against a plain copy."""
     shape, backend = SHAPES[name], machine.backend
     resident = shape[2] // 2
     reset_peak(backend)
@@ -302,7 +302,7 @@ def stream_line(machine: Machine, name: str) -> str:
 
 
 def free_vram(backend: Backend) -> int | str:
-    """What a plan may take now."""
+    """VRAM that a plan may use now."""
     if backend.device.type != "cuda":
         return "8GB"
     torch.cuda.empty_cache()
@@ -317,7 +317,7 @@ def reset_peak(backend: Backend) -> None:
 
 
 def peak_text(engine: Engine) -> str:
-    """What torch's allocator reserved at most, against the plan's lines that it serves."""
+    """The peak that torch's allocator reserved, against the plan's lines that it serves."""
     lines = [line for line in engine.plan.lines if line.device == "cuda:0" and not line.purpose.startswith("CUDA")]
     planned = sum(line.num_bytes for line in lines)
     if engine.device.type != "cuda":
@@ -338,7 +338,7 @@ def decode_section(
     seconds: float = SECONDS["decode"],
     title: str = "Decoding",
 ) -> Section:
-    """One line for each model, cache type, depth and batch."""
+    """One line per model, cache type, depth and batch."""
     return Section(
         title,
         (

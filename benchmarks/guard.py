@@ -1,4 +1,4 @@
-"""What is left of a GPU, and of a report, after something has failed. Imports neither torch nor exl."""
+"""After a failure: whether the GPU is still usable, and how to report the error. Imports neither torch nor exl."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 
 def device_error() -> str | None:
-    """The error that every further call in this process would meet: a kernel that faulted takes its context along.
+    """The error that every further call in this process would raise: a faulting kernel destroys the CUDA context.
 
-    Asked twice: an error that belongs to one call is told once and then forgotten.
+    It queries twice, because an error of a single call is reported once and then cleared.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
@@ -24,7 +24,7 @@ def device_error() -> str | None:
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """Type and text, with the errors behind it: what a failed capture was caused by is found in its context."""
+    """Type and text of an error and of its causes: a failed capture has its cause in ``__context__``."""
     parts, seen = [], set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen and len(parts) < 4:

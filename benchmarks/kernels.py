@@ -1,9 +1,9 @@
-"""Speeds of linear and attention kernels on this machine's GPU, beside the roofs and peers measured in the same run.
+"""Speeds of linear and attention kernels on this machine's GPU, next to roofs and peers measured in the same run.
 
-``python benchmarks/kernels.py`` is made to take under eight minutes, prints a report and writes it to
+``python benchmarks/kernels.py`` takes under eight minutes, prints a report and writes it to
 ``benchmarks/results/<gpu>.md``. Needs this repository, torch and CuPy. Each figure is the median of events around
-single launches, with the L2 cache flushed before each; weights and pages are random. A line is written as soon as it is
-known; one that fails says so, and the others are measured.
+single launches, with the L2 cache flushed before each; weights and pages are random. Each line is written as soon as it
+is known; a line that fails says so, and the others are still measured.
 """
 
 # ruff: noqa: E402
@@ -32,8 +32,8 @@ from exl.layout.tiles import TileLayout
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GROUP_SIZE = 128
-SECONDS = {"linear": 240, "attention": 200}  # within eight minutes
-# Linears of a layer as a decode step launches them: name, K, N.
+SECONDS = {"linear": 240, "attention": 200}  # together under eight minutes
+# A layer's linears, as a decode step launches them: name, K, N.
 MODELS: dict[str, tuple[tuple[str, int, int], ...]] = {
     "1B": (("qkv", 2048, 2560), ("o", 2048, 2048), ("gate_up", 2048, 11264), ("down", 5632, 2048)),
     "7B": (("qkv", 4096, 12288), ("o", 4096, 4096), ("gate_up", 4096, 22016), ("down", 11008, 4096)),
@@ -60,7 +60,7 @@ def exl_us(backend: Backend, weight: TiledWeight, num_tokens: int, N: int, scrat
 
 
 def int4pack_us(K: int, N: int, num_tokens: int, device: torch.device, timer: Timer) -> float | None:
-    """torch's own 4-bit kernel on the same shape; None where this build or GPU has none for it."""
+    """Time of torch's own 4-bit kernel on the same shape; None if this build or GPU has none for it."""
     try:
         codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=device)
         packed = torch._convert_weight_to_int4pack(codes, 8)
@@ -78,7 +78,7 @@ def cublas_us(matrix: torch.Tensor, num_tokens: int, timer: Timer) -> float:
 
 
 def linear_row(machine: Machine, model: str, linear: tuple[str, int, int], num_tokens: int, bits: int) -> str:
-    """One line of the table; a peer that fails costs its own cell."""
+    """One line of the table; if a peer fails, only its cell is missing."""
     name, K, N = linear
     layout, timer = TileLayout(bits, K, N, GROUP_SIZE, False), machine.timer()
     weight = random_weight(layout, machine.device)
@@ -98,7 +98,7 @@ def linear_section(
     tokens: Sequence[int] = TOKENS,
     seconds: float = SECONDS["linear"],
 ) -> Section:
-    """One line for each token count and shape, one token first."""
+    """One line per token count and shape, one token first."""
     return Section(
         f"Linears of {bits} bits",
         (

@@ -1,12 +1,12 @@
-"""What launches cost the host, measured without a GPU: whole passes of a model whose kernels are not run.
+"""Host time of launches, measured without a GPU: whole passes of a model whose kernels do not run.
 
-``python -m benchmarks.launch_cost`` builds CudaOps on a backend of its own. Its functions are exl's, prepared and
-started as on a GPU; where ``libcuda`` would be is a library of two functions that return at once. Tensors are on the
-CPU, weights are memory that nobody ever touches, products of panels are left out. So the figures are the time of our
-own Python and of ctypes: the driver's own time, about 2 us a launch, and cuBLAS's calls come on top.
+``python -m benchmarks.launch_cost`` builds CudaOps on its own backend. Its functions are exl's, prepared and started as
+on a GPU, but ``libcuda`` is replaced by a library of two functions that return at once. Tensors are on the CPU, weights
+are memory that is never accessed, products of panels are left out. So the figures are the time of our own Python and of
+ctypes; the driver's own time, about 2 us per launch, and cuBLAS's calls come on top.
 
-Needs a C compiler. Medians of rounds. ``first``: the first pass of a shape, by kernels that are loaded. ``staging``,
-the tables of a batch, is part of both.
+Needs a C compiler. Figures are medians of rounds. ``first``: the first pass of a shape, with kernels already loaded.
+``staging``, the preparation of a batch's tables, is part of both.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ int cuGetErrorString(int status, const char** text) { return 0; }
 
 
 class NoDevice:
-    """A backend that prepares and starts launches as CUDA's does, for a driver that does nothing."""
+    """A backend that prepares and starts launches like CUDA's, with a driver that does nothing."""
 
     def __init__(self, driver: Driver) -> None:
         self.device = torch.device("cpu")
@@ -73,7 +73,7 @@ class NoDevice:
                 one.start(0xABC)
                 self.num_launches += 1
             else:
-                self.num_calls += 1  # cuBLAS's
+                self.num_calls += 1  # a call of cuBLAS
 
     def capture(self, run: Callable[[], None]) -> None:
         return None
@@ -97,7 +97,7 @@ def prompt(num_rows: int) -> ForwardBatch:
 
 @contextmanager
 def model(shape: tuple[int, ...], act_order: bool) -> Iterator[tuple[Engine, NoDevice]]:
-    """4 bits in groups of 128; with ``act_order`` all linears of a layer are sorted by group."""
+    """A model of 4 bits in groups of 128; with ``act_order`` all linears of a layer are sorted by group."""
     with tempfile.TemporaryDirectory() as name:
         driver = Driver(str(_library(Path(name))))
         driver.open()
@@ -166,7 +166,7 @@ class Cost:
 
 
 def measure(engine: Engine, backend: NoDevice, batches: Sequence[ForwardBatch]) -> Cost:
-    """``batches`` are of shapes that have not run yet; all of them take the same kernels."""
+    """Measures ``batches``: their shapes must not have run yet, and must use the same kernels."""
     first, again, staging = [], [], []
     for batch in batches:
         backend.num_launches = backend.num_calls = 0
@@ -190,10 +190,10 @@ def report(shape: str) -> Iterator[str]:
     for act_order in (False, True):
         with model(SHAPES[shape], act_order) as (engine, backend):
             vocab = engine.config.vocab_size
-            forward(engine, [prompt(PROMPTS[0] + 64)])  # what is done once in a process
+            forward(engine, [prompt(PROMPTS[0] + 64)])  # work that is done once per process
             step = step_batch(100, 1, vocab)
             cases = {"a step of one row": [step] * ROUNDS}
-            for num_rows in PROMPTS:  # each a shape of its own
+            for num_rows in PROMPTS:  # each is a new shape
                 cases[f"a prompt of {num_rows} rows"] = [prompt(num_rows - i) for i in range(ROUNDS)]
             for name, batches in cases.items():
                 yield f"{'act-order, ' if act_order else ''}{name:{31 if act_order else 42}} " + str(
@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # two cores that others use, too: threads that wait for each other measure the others
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other would measure other processes
     for line in report(args.shape):
         print(line, flush=True)
 

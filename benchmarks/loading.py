@@ -1,15 +1,15 @@
-"""Loading against a plain read of the same files, and what it takes of memory besides what stays.
+"""Loading against a plain read of the same files, and its peak memory beyond what stays allocated.
 
 python -m benchmarks.loading [--shape 1.1b] [--layers 44] [--rounds 3] [--write NAME]
 
-Each round measures, one after another, every time with the page cache emptied of the files (mincore must confirm it):
+Each round measures these in turn, each time with the files dropped from the page cache (mincore must confirm it):
 
     read    the checkpoint's files, plainly                load    all layers resident, packed on the way
     write   packing into the packed file, all streamed
     packed  the packed file, plainly                       reload  all layers resident, from the packed file
 
-Goals: load at 0.9 of the speed of a plain read; the peak of memory at most two layers as the file has them, and the
-block of codes being unpacked, above what stays.
+Goals: load at 0.9 of the speed of a plain read; above what stays allocated, peak memory of at most two layers in the
+file's format and the block of codes being unpacked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from exl.planning.from_headers import open_model
 from exl.weights.packed_store import list_packed
 
 ROOT = Path(__file__).parents[1]
-CONTEXT = 64  # little besides weights
+CONTEXT = 64  # tokens: a small cache, so that almost all memory is weights
 UNPACKED_COLUMNS = 1024
 
 
@@ -90,7 +90,7 @@ def measure(folder: Path, packed_folder: Path, rounds: int) -> list[str]:
         "packed": (loading.plain_read_packed, loading.packed_bytes),
         "reload": (loading.reload, loading.packed_bytes),
     }
-    loading.load()  # what torch allocates once for good
+    loading.load()  # once first, for torch's one-time allocations
     loading.peaks.clear()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):

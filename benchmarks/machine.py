@@ -1,4 +1,4 @@
-"""The GPU that is measured, with its roofs; or the host shim in its place, for dry runs."""
+"""The GPU to measure, with its roofs; for dry runs the host shim instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAPH_NODES = 512
 
 
 class CountingBackend:
-    """Counts what is launched, or captured."""
+    """Counts launches, including captured ones."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
@@ -58,7 +58,7 @@ class _Counted:
 
 @dataclass
 class Machine:
-    """``own`` has the kernels of ``benchmarks/cuda``. A roof that cannot be measured is None, and why is printed."""
+    """``own``: backend with the kernels of ``benchmarks/cuda``. A roof that fails is None, and the error is printed."""
 
     backend: CountingBackend
     own: Backend
@@ -75,15 +75,15 @@ class Machine:
         return make_timer(self.device)
 
     def read_roof(self) -> float | None:
-        """Bytes a second of a read-only pass over memory."""
+        """Bytes per second of a read-only pass over memory."""
         return self._once("read", lambda: read_rate(self.own, self.timer(), self.read_bytes))
 
     def copy_roof(self) -> float | None:
-        """Bytes a second, read and written, of a copy within memory."""
+        """Bytes per second, reads plus writes, of a copy within memory."""
         return self._once("copy", lambda: copy_rate(self.device, self.timer(), self.read_bytes))
 
     def pinned_roof(self) -> float | None:
-        """Bytes a second of copies from pinned memory."""
+        """Bytes per second of copies from pinned memory."""
         return self._once("pinned", lambda: pinned_copy_rate(self.device, self.timer(), self.copy_bytes))
 
     def _once(self, name: str, measure: Callable[[], float]) -> float | None:
@@ -104,7 +104,7 @@ def gpu_machine(kernel_cache: Path | None = None) -> Machine:
 
 
 def share(num_bytes: float, seconds: float, roof: float | None) -> str:
-    """Of a roof, as text."""
+    """Share of a roof, as text."""
     return "?" if roof is None else f"{num_bytes / seconds / roof:.0%}"
 
 
@@ -139,10 +139,10 @@ def pinned_copy_rate(device: torch.device, timer: Timer, num_bytes: int) -> floa
 
 
 def graph_gap_us(own: Backend, dependent: bool, num_nodes: int = GRAPH_NODES) -> float | None:
-    """Time of a long chain of the smallest kernel in one graph, a node; None where the backend has no graphs."""
+    """Time per node of a long chain of the smallest kernel in one graph; None if the backend has no graphs."""
     counter = torch.zeros(1, dtype=torch.int32, device=own.device)
     touch = own.load(KernelSpec("bandwidth.cu", "touch", {}, own.arch))
-    launch(touch, (1,), (32,), [ptr(counter)])  # its module is there before anything is captured
+    launch(touch, (1,), (32,), [ptr(counter)])  # loads its module before anything is captured
 
     def chain() -> None:
         for i in range(num_nodes):
@@ -165,7 +165,7 @@ def graph_gap_us(own: Backend, dependent: bool, num_nodes: int = GRAPH_NODES) ->
 
 @functools.cache
 def host_machine() -> Machine:
-    """The host shim, compiled by g++: all but the clock's truth."""
+    """The host shim, compiled by g++. Everything works except that its times mean nothing."""
     from tests.host.backends import make_backend
 
     return Machine(

@@ -1,4 +1,4 @@
-"""Reports that are measured line by line: a failure loses its own line, and what is known is written at once."""
+"""Reports measured line by line: each line is written as soon as it is known, and a failure costs only its own line."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Measurement:
-    name: str  # of its own in its section
-    run: Callable[[], str]  # -> a line, or some
+    name: str  # unique in its section
+    run: Callable[[], str]  # -> one or more lines
 
 
 @dataclass(frozen=True)
 class Section:
     title: str
-    head: tuple[str, ...]  # what stands above the lines
-    seconds: float  # after which no further line is begun
+    head: tuple[str, ...]  # lines above them: heading, head of the table
+    seconds: float  # no line is begun after this time
     measurements: tuple[Measurement, ...]
 
 
 def failed_line(name: str, error: BaseException, head: Sequence[str]) -> str:
-    """In the place of a line; a row where the others are rows."""
+    """Replaces a line that failed; a table row if the section's lines are rows."""
     text = f"{name}: failed: {one_line(error)}"
     if head and head[-1].startswith("|"):
         return f"| {text.replace('|', '/')} |" + " |" * (head[-1].count("|") - 2)
@@ -45,7 +45,7 @@ def failed_line(name: str, error: BaseException, head: Sequence[str]) -> str:
 def report_lines(
     title: Sequence[str], sections: Sequence[Section], clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[str]:
-    """The report's lines as they are measured. After an error that ends the device's context the rest is left out."""
+    """Yields the report's lines as they are measured. Stops after an error that destroys the device's context."""
     began = clock()
     yield from title
     for section in sections:
@@ -71,7 +71,7 @@ def report_lines(
 
 
 def write_report(path: Path, lines: Iterator[str]) -> None:
-    """Printed, and in the file after each line."""
+    """Prints each line and rewrites the file after it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for line in lines:
@@ -95,7 +95,7 @@ def main(
     add_options: Callable[[argparse.ArgumentParser], None],
     report: Callable[[Machine, argparse.Namespace], tuple[str, Iterator[str]]],
 ) -> int:
-    """The command line of a benchmark. ``report`` -> what the file's name ends with, and its lines."""
+    """The command line of a benchmark. ``report`` returns the end of the file's name, and the lines."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report")

@@ -1,11 +1,11 @@
-"""Streamed layers against what they cannot beat: the disk's time for the same bytes, and the time of the arithmetic.
+"""Streamed layers against their two lower bounds: the disk's time for the same bytes, and the arithmetic's time.
 
 python -m benchmarks.streaming [--shape 1.1b] [--layers 44] [--rounds 5] [--write NAME]
 
 A model of random 4-bit weights (more than 1 GB by default) is loaded twice, all resident and all streamed. Each round
-measures, one after another: a plain read of the streamed bytes, a pass with resident layers, a pass with streamed
-ones. A plain read and the stream both go past the page cache (O_DIRECT); where that is not to be had, both go through
-it after it was emptied of the file, which mincore must confirm.
+measures in turn: a plain read of the streamed bytes, a pass with resident layers, a pass with streamed layers. The
+plain read and the stream both bypass the page cache (O_DIRECT). If O_DIRECT is not available, both use the page cache
+after the file was dropped from it, which mincore must confirm.
 
 Goal: max(read, compute) / streamed pass >= 0.9.
 """
@@ -41,7 +41,7 @@ def prefill(engine: Engine) -> float:
 
 
 def decode(engine: Engine, num_tokens: int = 4) -> float:
-    """Seconds of a pass over one token, several in a row: reading goes on across the ends of passes."""
+    """Seconds per one-token pass, over several consecutive passes, because reading continues from pass to pass."""
     sequence = engine.generator.begin(num_tokens + 1)
     engine.generator.extend(sequence, [5])
     began = time.perf_counter()
@@ -68,7 +68,7 @@ class Comparison:
 
     def run(self, name: str, run_pass: Callable[[Engine], float], rounds: int) -> list[str]:
         run_pass(self.resident)
-        run_pass(self.streamed)  # the first reads compare checksums
+        run_pass(self.streamed)  # the first reads also verify checksums
         reads, computes, passes = [], [], []
         for _ in range(rounds):
             self.cold()

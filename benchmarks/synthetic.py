@@ -1,4 +1,4 @@
-"""Writes random GPTQ checkpoints in the shapes of real models: speed and memory do not depend on what weights say.
+"""Writes random GPTQ checkpoints in the shapes of real models: speed and memory do not depend on the weights' values.
 
 python benchmarks/synthetic.py 1.1b path/to/folder
 """
@@ -30,7 +30,7 @@ SHAPES = {
 def write_model(
     folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, seed: int = 0, tokenizer: Path
 ) -> None:
-    """A Llama with random codes, a distinct stream of them per layer; untied head, f16 embedding and head."""
+    """Writes a Llama with random codes, different in each layer; untied head, f16 embedding and head."""
     entries = _entries(shape, bits, group_size)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", entries, _random_data(entries, bits, seed))
@@ -42,7 +42,7 @@ def write_model(
 def write_headers(
     folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, num_shards: int = 1
 ) -> None:
-    """The same model as far as a plan looks: headers and the index are real, the weights are a hole in the file."""
+    """Writes as much of the model as a plan reads: headers and index are real, the weights are a hole in the file."""
     entries = _entries(shape, bits, group_size)
     folder.mkdir(parents=True, exist_ok=True)
     weight_map = {}
@@ -129,7 +129,7 @@ Measure = Callable[[Path, Path, int], list[str]]  # model, packed folder, rounds
 
 
 def run_on_synthetic(module: str, doc: str | None, rounds: int, measure: Measure) -> None:
-    """The command line of a benchmark: measures a random model, prints and keeps what it says."""
+    """The command line of a benchmark: measures a random model, prints the lines and can write them to a file."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--layers", type=int, default=44, help="number of layers, instead of the shape's (default: 44)")

@@ -11,8 +11,8 @@ import torch
 
 REPEATS = 15
 FLUSH_BYTES = 2**30  # larger than any L2
-# The device is kept busy while the host prepares a launch, or the host's time would be counted as the kernel's. Cycles
-# are given for the fastest clock that a GPU has: a slower one sleeps longer, which costs time and falsifies nothing.
+# The device is kept busy while the host prepares a launch; otherwise the host's time would count as the kernel's. The
+# cycles are for the fastest clock of any GPU: a slower GPU sleeps longer, which costs time but does not change results.
 CYCLES_A_SECOND = 3e9
 LEAST_SLEEP = 200e-6  # seconds
 MOST_SLEEP = 50e-3
@@ -20,18 +20,18 @@ MOST_SLEEP = 50e-3
 
 class Timer(Protocol):
     def median_us(self, run: Callable[[], object], repeats: int = REPEATS) -> float:
-        """Microseconds of what ``run`` launches."""
+        """Median microseconds of the launches of ``run``."""
 
 
 class GpuTimer:
-    """Medians of events; a buffer larger than L2 is written before every launch that is timed."""
+    """Medians of events; before each timed launch a buffer larger than L2 is written."""
 
     def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES) -> None:
         self._flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
 
     def median_us(self, run: Callable[[], object], repeats: int = REPEATS) -> float:
         host_seconds = 0.0
-        for _ in range(3):  # the first one may load kernels; the last one tells what the host takes
+        for _ in range(3):  # the first one may load kernels; the last one gives the host's time
             began = time.perf_counter()
             run()
             host_seconds = time.perf_counter() - began
@@ -49,7 +49,7 @@ class GpuTimer:
 
 
 class HostTimer:
-    """The clock of a machine without a GPU: for dry runs, whose figures say nothing."""
+    """The clock of a machine without a GPU, for dry runs, whose figures mean nothing."""
 
     def median_us(self, run: Callable[[], object], repeats: int = REPEATS) -> float:
         began = time.perf_counter()
@@ -58,7 +58,7 @@ class HostTimer:
 
 
 def keep_busy(seconds: float) -> None:
-    """The current stream does nothing for ``seconds`` or longer, while the host goes on to queue what is timed."""
+    """Keeps the current stream busy for at least ``seconds``, while the host queues the launches to time."""
     torch.cuda._sleep(int(min(max(seconds, LEAST_SLEEP), MOST_SLEEP) * CYCLES_A_SECOND))
 
 

@@ -1,13 +1,13 @@
-// append_kv: what attention needs of new tokens. K and V go to their pages, q to a buffer.
+// append_kv: prepares new tokens for attention: norm, RoPE, Hadamard rotation; K and V go to their pages, q to a buffer.
 //
 //   qkv        f16, bf16 or f32 (in_type 0, 1, 2) [num_tokens, qkv_stride]: H heads of q, Hkv of K, Hkv of V, kD each
 //   q_norm, k_norm   f32 [kD], or null: RMSNorm over a head's channels
-//   cosine, sine     f32 [num_tokens, half_dim]: RoPE turns channels c and c + half_dim, the rest stays
-//   slots      i32 [num_tokens]: page * 64 + place, or -1: K and V of this token are not kept
+//   cosine, sine     f32 [num_tokens, half_dim]: RoPE turns channels c and c + half_dim; channels from 2 half_dim on stay
+//   slots      i32 [num_tokens]: page * 64 + place in the page, or -1: K and V of this token are not stored
 //   pages      u8 [pages][Hkv][kPageBytes] (page.cuh) of one layer
-//   q          f16 [num_tokens, H, kD]: normalised, turned, and for quantized pages rotated by Hadamard as K is
+//   q          f16 [num_tokens, H, kD], saturated: after norm and RoPE, and, if pages are quantized, rotated as K is
 //
-// A warp has one head of one token. Block: 8 warps; grid: (ceil((H + 2 Hkv) / 8), num_tokens). Shared bytes: 8 * kD * 4.
+// One warp per head and token. Block: 8 warps; grid: (ceil((H + 2 Hkv) / 8), num_tokens). Shared bytes: 8 * kD * 4.
 // Macros: page.cuh. Architectures: all. Tests: tests/kernels/test_append_kv.py
 #include <exl/head_row.cuh>
 
@@ -22,7 +22,7 @@ EXL_KERNEL(append_kv, 256, 2)
   griddepcontrol_wait();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int head = static_cast<int>(blockIdx.x) * kWarps + warp, token = static_cast<int>(blockIdx.y);
-  if (head >= num_heads + 2 * num_kv_heads) return;   // a whole warp
+  if (head >= num_heads + 2 * num_kv_heads) return;   // whole warps; there is no block barrier
   const bool is_q = head < num_heads, is_v = head >= num_heads + num_kv_heads;
   const int slot = slots[token];
   if (!is_q && slot < 0) return;

@@ -1,18 +1,20 @@
-// attention_decode: everything between qkv and o_proj for up to 8 new tokens a sequence, in one launch: norm, RoPE,
-// Hadamard rotation, append to the pages, attention over them.
+// attention_decode: everything between qkv and o_proj for up to 8 new tokens per sequence, in one launch: norm, RoPE,
+// Hadamard rotation, append to the pages, attention over the pages.
 //
 //   qkv, q_norm, k_norm, cosine, sine, slots, pages   as in append_kv.cu
-//   query_start  i32 [B + 1]: rows of each sequence; context_len i32 [B]: tokens, the new ones included; 0: none
+//   query_start  i32 [B + 1]: sequence b owns rows query_start[b] .. query_start[b + 1] - 1
+//   context_len  i32 [B]: tokens of the sequence, the new ones included; 0: the sequence is empty
 //   page_table   i32 [B, max_pages]
-//   out          f16 [num_tokens, H * kD]; channel n of a row at positions[n] (i32 [H * kD]) where that is given
-//   partial      f32 [B][Hkv * column tiles][max_items][8][kD + 2]: what blocks hand over
+//   out          f16 [num_tokens, H * kD], saturated; channel n is stored at positions[n] (i32 [H * kD]) if not null
+//   partial      f32 [B][Hkv * column tiles][max_items][8][kD + 2]: O, then m and l, of each item's columns
 //   arrived      u32 [B][Hkv * column tiles], zero before the first launch and after every launch
 //
-// A block takes one item of the context (256 tokens up to 4096, then 1024) for one kv head and 8 columns, a column
-// being a head of its group and a new token. The item's borders are absolute, pages go to its 4 warps by their number,
-// and warps and items add up in the order of their numbers: a row's bits depend neither on the batch nor on the other
-// new tokens, whose places are masked to exact zeros. A block appends the new tokens of its item before it reads them;
-// blocks of other columns write the same bytes. The last block to arrive combines (the counter is the only atomic).
+// The context is cut into items: of 256 tokens up to token 4096, of 1024 after it. A column is one query head of the kv
+// head's group and one new token. A block takes one item, one kv head and 8 columns. Item borders do not depend on the
+// length, a page goes to the warp (of 4) of its number, and warps and items are added in the order of their numbers: a
+// row's bits depend neither on the batch nor on the other new tokens, which are masked to exact zeros where a column does
+// not see them. A block appends the new tokens of its item before it reads them; blocks of other columns write the same
+// bytes. The last block to arrive combines the items; the counter is the only atomic.
 //
 // Block: 4 warps; grid: (max_items, Hkv * column tiles, B). Shared bytes: kSharedBytes (attention_decode.py has the same sum).
 // Macros: page.cuh. Architectures: all; below sm_75 in f32 arithmetic. Tests: tests/kernels/test_attention_decode.py
@@ -30,8 +32,8 @@ EXL_DEVICE int items_of(int length) {
   return length <= kShortEnd ? (length + kShort - 1) / kShort : kShortEnd / kShort + (length - kShortEnd + kLong - 1) / kLong;
 }
 
-// Of a warp: a row [kD], m and l of its columns, and behind them, in the first warp's, the count of arrived blocks.
-// Below sm_75 probabilities lie there too, between the rows and the sums: sm_61 has no more than 48 KB.
+// row[warp]: one head's channels [kD], then m and l of the warp's columns, then, for warp 0, the count of arrived blocks.
+// Below sm_75 the probabilities use the same bytes, after the rows are done and before the sums: sm_61 has only 48 KB.
 constexpr int kRowFloats = kHasMma || kD + 20 > kSimtProbabilities ? kD + 20 : kSimtProbabilities;
 struct Shared {
   float row[kWarps][kRowFloats];
@@ -43,7 +45,8 @@ struct Shared {
 };
 constexpr int kSharedBytes = sizeof(Shared);
 
-// Adds parts up in the order of their numbers: m, l and o [parts] lie `pitch` apart. Threads share channels.
+// Combines `parts` partial results of one channel, in the order of their numbers. Entries of m, l and o are `pitch` floats
+// apart. Returns the unnormalised O, with its maximum in `top` and its sum in `sum`.
 EXL_DEVICE float combined(const float* o, const float* m, const float* l, int parts, size_t pitch, float& top, float& sum) {
   top = kNone;
   for (int i = 0; i < parts; ++i) top = fmaxf(top, __ldcg(m + i * pitch));
@@ -70,9 +73,9 @@ EXL_KERNEL(attention_decode, 128, 2)
   const int item = static_cast<int>(blockIdx.x), sequence = static_cast<int>(blockIdx.z);
   const int kv_head = static_cast<int>(blockIdx.y) / column_tiles, column0 = static_cast<int>(blockIdx.y) % column_tiles * kColumns;
   const int row0 = query_start[sequence], num_new = query_start[sequence + 1] - row0, length = context_len[sequence];
-  const int group = num_heads / num_kv_heads, before = length - num_new;   // tokens that were there
+  const int group = num_heads / num_kv_heads, before = length - num_new;   // before: tokens ahead of the new ones
   const int num_columns = group * num_new - column0 < kColumns ? group * num_new - column0 : kColumns;
-  const int oldest = window > 0 && before - window + 1 > 0 ? before - window + 1 : 0;   // that any new token sees
+  const int oldest = window > 0 && before - window + 1 > 0 ? before - window + 1 : 0;   // first token that any new token sees
   int first_item = 0;
   while (item_start(first_item + 1) <= oldest) ++first_item;
   const int last_item = items_of(length) - 1;
@@ -99,7 +102,7 @@ EXL_KERNEL(attention_decode, 128, 2)
     }
     __syncwarp();
   }
-  // New tokens of this item into their pages, K and V in turn.
+  // Append the new tokens of this item to their pages: even i is K, odd i is V.
   const int start = item_start(item), end = item_start(item + 1) < length ? item_start(item + 1) : length;
   for (int i = warp; i < 2 * num_new; i += kWarps) {
     const int token = row0 + i / 2, place = before + i / 2, slot = slots[token];
@@ -118,7 +121,7 @@ EXL_KERNEL(attention_decode, 128, 2)
     else store_row<true>(page, slot % kPageTokens, row, lane);
     __syncwarp();
   }
-  __syncthreads();   // q, and the new tokens' bytes, are there for all warps
+  __syncthreads();   // q and the appended bytes are visible to all warps
 
   const auto page_of = [&](int number) {
     const size_t page = static_cast<size_t>(page_table[static_cast<size_t>(sequence) * max_pages + number]);
@@ -153,7 +156,7 @@ EXL_KERNEL(attention_decode, 128, 2)
   }
   __syncthreads();
 
-  // This item's columns, and where there are more items, all of theirs by the last block.
+  // Combine the warps' results of this item's columns; the last block to arrive then combines all items.
   const size_t pair = static_cast<size_t>(sequence) * gridDim.y + blockIdx.y;
   float* parts = partial + pair * gridDim.x * (kColumns * (kD + 2));
   float* mine = parts + static_cast<size_t>(item) * (kColumns * (kD + 2));
@@ -176,7 +179,7 @@ EXL_KERNEL(attention_decode, 128, 2)
   const int num_items = last_item - first_item + 1;
   __threadfence();
   __syncthreads();
-  if (tid == 0) s.arrived() = atomicInc(arrived + pair, static_cast<u32>(num_items - 1));   // the last one puts it back to 0
+  if (tid == 0) s.arrived() = atomicInc(arrived + pair, static_cast<u32>(num_items - 1));   // the last block resets it to 0
   __syncthreads();
   if (s.arrived() != static_cast<u32>(num_items - 1)) return;
   __threadfence();
@@ -185,7 +188,7 @@ EXL_KERNEL(attention_decode, 128, 2)
     for (int channel = lane; channel < kD; channel += 32) {
       float top, sum;
       const float value = combined(from + channel, from + kD, from + kD + 1, num_items, kColumns * (kD + 2), top, sum);
-      row[channel] = sum == 0.0f ? 0.0f : value / sum;   // NaN stays
+      row[channel] = sum == 0.0f ? 0.0f : value / sum;   // 0: the column sees no token; NaN stays NaN
     }
     __syncwarp();
     rotate_by_hadamard(row, lane);

@@ -1,13 +1,14 @@
 // attention_prefill: causal attention of a chunk of new tokens over the pages that append_kv.cu has filled.
 //
 //   q            f16 [num_tokens, H, kD], as append_kv.cu leaves it
-//   query_start  i32 [B + 1]: rows of each sequence; context_len i32 [B]: tokens, the new ones included; 0: none
+//   query_start  i32 [B + 1]: sequence b owns rows query_start[b] .. query_start[b + 1] - 1
+//   context_len  i32 [B]: tokens of the sequence, the new ones included; 0: the sequence is empty
 //   page_table   i32 [B, max_pages]; pages u8 [pages][Hkv][kPageBytes] (page.cuh)
-//   out          f16 [num_tokens, H * kD]; channel n of a row at positions[n] (i32 [H * kD]) where that is given
+//   out          f16 [num_tokens, H * kD], saturated; channel n is stored at positions[n] (i32 [H * kD]) if not null
 //
-// A column is a query head of a kv head's group and a new token. A warp has 8 kN of them; a warp goes
-// through all pages that its columns see, in order, so that a row's bits do not depend on the others'. Pages are read
-// as they are: there is no copy of the context in another type.
+// A column is one query head of the kv head's group and one new token. A warp has 8 kN columns and goes through all
+// pages that they see, in order, so that a row's bits do not depend on the other rows. Codes are read straight from the
+// pages: the context is never copied to another type.
 //
 // Block: EXL_WARPS warps; grid: (blocks of columns, Hkv, B). Shared bytes: EXL_WARPS * kWarpBytes (attention_prefill.py
 // has the same sum).
@@ -18,7 +19,7 @@
 #include <exl/head_row.cuh>
 
 constexpr int kN = EXL_N, kWarps = EXL_WARPS, kColumns = 8 * kN;   // of a warp
-// Shared memory of a warp: q, and then in its place eight columns of O; below sm_75 O, q and probabilities side by side.
+// Shared memory per warp: q, later overwritten by eight columns of O; below sm_75 O, q and probabilities side by side.
 constexpr int kQBytes = kColumns * kQPitch * 2, kOBytes = 8 * kD * 4, kMmaBytes = kQBytes > kOBytes ? kQBytes : kOBytes;
 constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + kSimtProbabilities * 4;
 
@@ -34,7 +35,7 @@ EXL_KERNEL(attention_prefill, 128, 1)
   const int group = num_heads / num_kv_heads, before = length - num_new;
   const int column0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kColumns;
   const int left = group * num_new - column0, num_columns = left < kColumns ? left : kColumns;
-  if (num_columns <= 0) return;   // a whole warp: there are no barriers of the block
+  if (num_columns <= 0) return;   // whole warps; there is no block barrier
 
   u8* mine = smem + warp * kWarpBytes;
   half* s_q = reinterpret_cast<half*>(mine);
@@ -53,7 +54,7 @@ EXL_KERNEL(attention_prefill, 128, 1)
     for (int i = lane; i < 8 * kD; i += 32) rows[i] = 0.0f;
   __syncwarp();
 
-  // Columns are in the order of their tokens: first and last see the fewest and the most.
+  // Columns are in token order: the first column's window starts earliest, the last column sees the newest token.
   const Columns columns{column0, num_columns, group, before, window};
   Question question[kN][2];
   EXL_UNROLL
@@ -75,7 +76,7 @@ EXL_KERNEL(attention_prefill, 128, 1)
     }
   }
 
-  // O / l through shared memory, eight columns at a time.
+  // Store O / l through shared memory, eight columns at a time.
   EXL_UNROLL
   for (int n = 0; n < kN; ++n) {
     __syncwarp();

@@ -1,12 +1,12 @@
 // dequantize_q: a panel of a quantized matrix as f16 or bf16, row major, for a matrix product by cuBLAS.
 //
 //   codes, qparams, group_units   as in linear_q.cu
-//   y          f16 or bf16 (EXL_BF16) [16 * panel tiles, K]: scale * (code - zero), exact in f32 but for scales in f32,
-//              then rounded once, rows in the tiles' order;
+//   y          f16 or bf16 (EXL_BF16) [16 * panel tiles, K]: scale * (code - zero), computed in f32 (exact unless scales
+//              are f32), rounded once to the type of y; rows in the tiles' order;
 //              gated: rows 0..7 of all tiles first, then rows 8..15 of all tiles (gate above up)
-//   first_tile first tile of the panel; the grid's y is their number
+//   first_tile first tile of the panel; the panel has gridDim.y tiles
 //
-// Block: 8 warps, one stage of one tile each; grid: (ceil(stages / 8), panel tiles). No shared memory.
+// Block: 8 warps, each with one stage of one tile; grid: (ceil(stages / 8), panel tiles). No shared memory.
 // Macros: tile.cuh; EXL_BF16. Architectures: all. Tests: tests/kernels/test_dequantize.py
 #include <exl/half.cuh>
 #include <exl/tile.cuh>
@@ -46,12 +46,12 @@ EXL_KERNEL(dequantize_q, 256, 2)
   const int panel_tile = static_cast<int>(blockIdx.y), half_rows = 8 * static_cast<int>(gridDim.y);
   const int row_lo = gated ? panel_tile * 8 + g : panel_tile * 16 + g, row_hi = gated ? half_rows + row_lo : row_lo + 8;
   EXL_UNROLL
-  for (int b = 0; b < kStageK / 32; ++b) {          // 32 inputs: 8 of each row for a lane, 16 bytes
+  for (int b = 0; b < kStageK / 32; ++b) {          // 32 inputs: per lane and row 8 of them, 16 bytes
     const int unit = b * 32 / kUnitK, k = stage * kStageK + b * 32 + 8 * t;
     const float2 scale = now.scale(unit);
     const Q::Zero zero = now.zero(unit);
     const FragA a = Q::fragment(words, b / 2, b % 2 * 2, zero), c = Q::fragment(words, b / 2, b % 2 * 2 + 1, zero);
-    if (k >= K) continue;                           // padding
+    if (k >= K) continue;                           // padding beyond K
     *reinterpret_cast<uint4*>(y + static_cast<size_t>(row_lo) * K + k) =
         make_uint4(scaled_pair(a.r[0], scale.x), scaled_pair(a.r[2], scale.x), scaled_pair(c.r[0], scale.x), scaled_pair(c.r[2], scale.x));
     *reinterpret_cast<uint4*>(y + static_cast<size_t>(row_hi) * K + k) =

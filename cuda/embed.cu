@@ -1,13 +1,14 @@
-// embed: rows of the embedding -> the f32 residual, with the sums of squares that the first norm wants.
+// embed: rows of the embedding -> the f32 residual and the sums of squares that the first norm needs.
 //
 //   table      f16 or bf16 (EXL_BF16) [vocab_size, C]
-//   ids        i32 [num_tokens]; -1 - i is sample i of the step before
-//   samples    i32 [num_samples], or null: read on the device, so that the host need not wait for them
-//   h          f32 [num_tokens, C]; a row of zeros for an id that is none
-//   sumsq      f32 [num_tokens, ceil(C / 16)]: sums of squares of 16 channels each, added as epilogue.cuh adds them
+//   ids        i32 [num_tokens]; -1 - i means samples[i]
+//   samples    i32 [num_samples], the token ids that the previous step sampled, or null if no id is negative. They stay
+//              on the device, so that the host need not wait for them
+//   h          f32 [num_tokens, C]; zeros if the id is out of range
+//   sumsq      f32 [num_tokens, ceil(C / 16)]: sums of squares of 16 channels each, added in the order of epilogue.cuh
 //   permuted   f32 [num_tokens, C], a second copy with channel n at positions[n] (i32 [C]), or null
 //
-// A thread has 16 channels. Block: 128 threads; grid: (ceil(C / 2048), num_tokens). No shared memory.
+// A thread has 16 channels; C is a multiple of 8. Block: 128 threads; grid: (ceil(C / 2048), num_tokens). No shared memory.
 // Macros: EXL_BF16. Architectures: all. Tests: tests/kernels/test_small_kernels.py
 #include <exl/half.cuh>
 
@@ -52,7 +53,7 @@ EXL_KERNEL(embed, 128, 4)
   EXL_UNROLL
   for (int g = 0; g < 8; ++g) square[g] = fmaf(v[g + 8], v[g + 8], v[g] * v[g]);
   EXL_UNROLL
-  for (int d = 1; d < 8; d *= 2) {   // the butterfly of epilogue.cuh over its lanes
+  for (int d = 1; d < 8; d *= 2) {   // the same tree as the shuffles over lanes in epilogue.cuh
     EXL_UNROLL
     for (int g = 0; g < 8; g += 2 * d) square[g] += square[g + d];
   }

@@ -1,10 +1,10 @@
-// finish_product: what linear_q does with its sums, for a product that cuBLAS made of a dequantized panel.
+// finish_product: the epilogue of linear_q for a product that cuBLAS computed from a dequantized panel.
 //
 //   product    f32 [num_tokens, 16 * panel tiles]: columns in the order of the panel's rows
 //   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //   first_tile first tile of the panel in the matrix, which has num_tiles
 //
-// Block: 8 warps, a tile and 8 tokens each; grid: (ceil(panel tiles / 8), ceil(num_tokens / 8)). No shared memory.
+// Block: 8 warps, each with one tile and 8 tokens; grid: (ceil(panel tiles / 8), ceil(num_tokens / 8)). No shared memory.
 // Macros: none. Architectures: all. Tests: tests/kernels/test_linear_many.py
 #include <exl/epilogue.cuh>
 
@@ -14,7 +14,7 @@ EXL_KERNEL(finish_product, 256, 2)
  int out_type, int y_stride, float scale) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const int tile = static_cast<int>(blockIdx.x) * 8 + warp, token0 = static_cast<int>(blockIdx.y) * 8;
-  if (tile >= panel_tiles) return;   // a whole warp
+  if (tile >= panel_tiles) return;   // whole warps; there is no block barrier
   float v[4];
   EXL_UNROLL
   for (int e = 0; e < 4; ++e) {

@@ -1,14 +1,14 @@
-// linear_dense: y = x W (+ bias) for up to 8 EXL_NT tokens, W in f16 or bf16 as the checkpoint has it, rows of K inputs
-// each: for the head and for layers that are not quantized. Slices of K as in linear_q.cu.
+// linear_dense: y = x W^T (+ bias) for up to 8 EXL_NT tokens: for the head and for layers that are not quantized. W is f16
+// or bf16 in the checkpoint's own layout, [outputs, K]. Slices of K as in linear_q.cu.
 //
-//   w          f16 or bf16 (EXL_BF16) [rows, w_stride]; stride and K: multiples of 8. A lane's 16 bytes of a row are its
-//              eight inputs of 32, so the file's own layout feeds the tensor cores; cuBLAS can use it too
+//   w          f16 or bf16 (EXL_BF16) [rows, w_stride]; w_stride and K are multiples of 8. Of every 32 inputs of a row, a
+//              lane takes eight adjacent ones (16 bytes), so the tensor cores and cuBLAS both read the checkpoint's layout
 //   x, sumsq, norm, eps                              activations.cuh; `input` names the kind
 //   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
-//   gated      number of gate rows, with the up rows behind them; 0: rows are outputs
+//   gated      number of gate rows; as many up rows follow them in w. 0: not gated, each row is an output
 //
-// f16 weights meet activations rounded to f16; bf16 weights (sm_80 and up) meet each activation as the sum of two bf16,
-// which holds an f16 value exactly and an f32 one to 16 bits: no weight is ever converted.
+// Weights are never converted. f16 weights are multiplied by activations rounded to f16. bf16 weights (sm_80 and up) are
+// multiplied by each activation as the sum of two bf16, which holds an f16 value exactly and an f32 value to 16 bits.
 //
 // Block: 8 warps, warp s takes slice s of K for the same 16 rows; grid: tiles. Shared bytes: 8 rings of kStages * 2048,
 // then 8 * num_tokens * x_stages * 64 * 2 (twice that for bf16); 8 * EXL_NT * 512 at least. See exl/kernels/linear_dense.py.
@@ -20,11 +20,12 @@
 
 constexpr int kWarps = 8, kNT = EXL_NT, kStages = EXL_STAGES, kStageK = 64, kSliceK = 128;
 constexpr bool kBf16 = EXL_BF16;
-constexpr int kPlanes = kBf16 ? 2 : 1;                  // of activations: high and low part
+constexpr int kPlanes = kBf16 ? 2 : 1;                  // of activations: the high bf16, then the low one
 constexpr int kAhead = kHasCpAsync ? kStages - 1 : 1;
 constexpr int kWarpBytes = kHasCpAsync ? kStages * 2048 : 0;
 
-// Channels [k0, k0 + num_k) of every token to s_x [planes][num_tokens][pitch]; `factor` of token i is held by lane i % 32.
+// Copies channels [k0, k0 + num_k) of every token to s_x [planes][num_tokens][pitch]. Lane i % 8 holds the factor of token i
+// in factor[i / 8].
 template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Input& in, int k0, int num_k, const float (&factor)[kNT], int lane) {
   for (int token = 0; token < in.num_tokens; ++token) {
     float f = 1.0f;
@@ -60,7 +61,7 @@ template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Inp
   }
 }
 
-// A lane's weights of one stage: [inputs 0..31, 32..63][row g, row g + 8], 16 bytes each, through a ring of its own.
+// Prefetches one lane's weights. Per stage: [inputs 0..31, 32..63][row g, row g + 8], 16 bytes each, in the lane's own ring.
 struct DenseRing {
   const u16* row[2];
   uint4* ring;
@@ -109,7 +110,7 @@ EXL_KERNEL(linear_dense, 256, 1)
   EXL_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int wanted = gated ? tile * 8 + g : tile * 16 + g + 8 * i, most = (gated ? gated : N) - 1;
-    const int row = (wanted < most ? wanted : most) + (gated ? i * gated : 0);   // past the end: a row that is not stored
+    const int row = (wanted < most ? wanted : most) + (gated ? i * gated : 0);   // past the end: read the last row; the result is not stored
     weights.row[i] = static_cast<const u16*>(w) + static_cast<size_t>(row) * static_cast<size_t>(w_stride);
   }
   for (int s = 0; s < kAhead; ++s) {
@@ -117,11 +118,11 @@ EXL_KERNEL(linear_dense, 256, 1)
     cp_async_commit_group();
   }
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();   // from here on: what the kernels before this one wrote
+  griddepcontrol_wait();   // only after this may results of earlier kernels be read
 
   const Input in{x, sumsq, norm, eps, K, x_stride, num_tokens};
   u32 largest[kNT] = {};   // f16 weights, bf16 inputs: bits of the largest input of token 8 n + lane in this slice
-  float factor[kNT] = {};  // what token 8 n + lane is multiplied by
+  float factor[kNT] = {};  // factor of token 8 n + lane's activations
   const bool scaled = !kBf16 && input == kBfloatInput;
   EXL_UNROLL
   for (int n = 0; n < kNT; ++n) {
@@ -139,7 +140,7 @@ EXL_KERNEL(linear_dense, 256, 1)
 
   const int pitch = x_stages * kStageK;
   half* s_x = reinterpret_cast<half*>(smem + kWarps * kWarpBytes) + warp * kPlanes * num_tokens * pitch;
-  const half* at[kNT];     // token row g of each eight; columns past the end: not stored
+  const half* at[kNT];     // activations of token 8 n + g; past the end: the last token's, whose result is not stored
   EXL_UNROLL
   for (int n = 0; n < kNT; ++n) at[n] = s_x + (n * 8 + g < num_tokens ? n * 8 + g : num_tokens - 1) * pitch;
   FragC acc[kNT] = {};
@@ -147,7 +148,7 @@ EXL_KERNEL(linear_dense, 256, 1)
   for (int chunk = first; chunk < last; chunk += x_stages) {
     const int stop = chunk + x_stages < last ? chunk + x_stages : last;
     const int k0 = chunk * kStageK, num_k = (stop - chunk) * kStageK;
-    __syncwarp();          // all lanes have read the chunk before
+    __syncwarp();          // all lanes have read the previous chunk
     if (input == kHalfInput) stage_slice<kHalfInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else if (input == kBfloatInput) stage_slice<kBfloatInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else stage_slice<kNormedInput>(s_x, pitch, in, k0, num_k, factor, lane);
@@ -167,7 +168,7 @@ EXL_KERNEL(linear_dense, 256, 1)
           const int token = n * 8 + g < num_tokens ? n * 8 + g : num_tokens - 1;
           const half* p = at[n] + swizzled_chunk((stage - chunk) * 8 + b * 4 + t, token) * 8;
           EXL_UNROLL
-          for (int plane = kPlanes - 1; plane >= 0; --plane) {   // the small part first
+          for (int plane = kPlanes - 1; plane >= 0; --plane) {   // the low part first
             const uint4 in8 = *reinterpret_cast<const uint4*>(p + plane * num_tokens * pitch);
             multiply(acc[n], a0, FragB{{in8.x, in8.y}});
             multiply(acc[n], a1, FragB{{in8.z, in8.w}});
@@ -182,7 +183,7 @@ EXL_KERNEL(linear_dense, 256, 1)
     if (scaled) { acc[n].r[0] *= even; acc[n].r[1] *= odd; acc[n].r[2] *= even; acc[n].r[3] *= odd; }
   }
 
-  __syncthreads();         // the ring becomes the slices' sums
+  __syncthreads();         // the rings' bytes are reused for the slices' sums
   float4* s_sum = reinterpret_cast<float4*>(smem);
   EXL_UNROLL
   for (int n = 0; n < kNT; ++n) s_sum[(warp * kNT + n) * 32 + lane] = make_float4(acc[n].r[0], acc[n].r[1], acc[n].r[2], acc[n].r[3]);

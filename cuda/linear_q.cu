@@ -1,19 +1,19 @@
-// linear_q: y = x W (+ bias), up to 8 tokens, W quantized to 2, 3, 4 or 8 bits in 16-row tiles
-// (exl/layout/tiles.py), on tensor cores; sm_75 and up.
+// linear_q: y = x W^T (+ bias) for up to 8 tokens on tensor cores (sm_75 and up), W [outputs, K] quantized to 2, 3, 4 or
+// 8 bits, in 16-row tiles (exl/layout/tiles.py).
 //
 //   codes       u32 [tiles][stages][planes][32 lanes][4]      tiles = ceil(rows / 16), stages = ceil(K / kStageK)
 //   qparams     u8 [tiles][num_blocks][kBlockBytes]           scales and zero points: tile.cuh
-//   group_units stretches of 128 inputs a group; used where EXL_GROUP is 0
+//   group_units group size / 128; used only if EXL_GROUP is 0
 //   x, sumsq, norm, eps                                       activations.cuh; `input` names the kind
 //   y, bias, sumsq_out, permuted, positions, scale            epilogue.cuh; `epilogue` and `out_type` name the kind
 //
-// Block: 8 warps, warp s takes slice s of K for the same kR row tiles; grid: ceil(tiles / kR). Weights come through a
-// ring a warp; activations are staged a warp at a time, `x_stages` stages of the warp's slice at once (all of it, or
-// a multiple of kStages, so that each chunk starts at slot 0), real rows only. No block barrier before the slices are done; they
-// add up in a balanced tree. Shared bytes: max(8 rings + 8 * num_tokens * x_stages * kStageK * 2, kR * 4096); see
-// exl/layout/linear_config.py.
+// Block: 8 warps, warp s takes slice s of K for the same kR row tiles; grid: ceil(tiles / kR). Each warp has its own ring of
+// weights and its own copy of the activations, of real tokens only: a chunk of `x_stages` stages of its slice at a time.
+// x_stages is the whole slice or a multiple of kStages, so that each chunk starts at slot 0. There is no block barrier
+// until the slices are done; they are added in a balanced tree (slices.cuh). Shared bytes:
+// max(8 rings + 8 * num_tokens * x_stages * kStageK * 2, kR * 4096); see exl/layout/linear_config.py.
 //
-// Macros: linear_core.cuh; EXL_MIN_BLOCKS blocks a multiprocessor that registers must allow.
+// Macros: linear_core.cuh; EXL_MIN_BLOCKS: blocks per multiprocessor that the registers must leave room for.
 // Tests: tests/kernels/test_linear.py
 #include <exl/activations.cuh>
 #include <exl/epilogue.cuh>
@@ -22,13 +22,13 @@
 
 constexpr int kWarps = 8;
 
-// Channels [k0, k0 + num_k) of every token to s_x [num_tokens][pitch]; `factor` of token i is held by lane i.
+// Copies channels [k0, k0 + num_k) of every token to s_x [num_tokens][pitch]. Lane i holds the factor of token i.
 template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Input& in, int k0, int num_k, float factor, int lane) {
   for (int token = 0; token < in.num_tokens; ++token) {
     const float f = kKind == kHalfInput ? 0.0f : __shfl_sync(kAllLanes, factor, token);
     for (int chunk = lane; chunk < num_k / 8; chunk += 32) {
       const int k = k0 + chunk * 8;
-      uint4 v = make_uint4(0, 0, 0, 0);   // beyond K the codes are padding: nothing may meet them
+      uint4 v = make_uint4(0, 0, 0, 0);   // zeros beyond K, where the codes are padding
       if (k < in.K) v = load_inputs<kKind>(in, token, k, f);
       *reinterpret_cast<uint4*>(s_x + token * pitch + swizzled_chunk(chunk, token) * 8) = v;
     }
@@ -49,11 +49,11 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
   Weights weights;
   weights.start(smem, warp, lane, {codes, qparams, num_tiles, num_stages, num_blocks, group_units}, tile0, first, last);
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();   // from here on: what the kernels before this one wrote
+  griddepcontrol_wait();   // only after this may results of earlier kernels be read
 
   const Input in{x, sumsq, norm, eps, K, x_stride, num_tokens};
   u32 largest = 0;         // bf16: bits of the largest input of token `lane` in this slice
-  float factor = 0.0f;     // what token `lane` is multiplied by
+  float factor = 0.0f;     // factor of token `lane`'s activations
   if (input != kHalfInput) {
     for (int token = 0; token < num_tokens; ++token) {
       if (input == kBfloatInput) {
@@ -66,7 +66,7 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
     }
   }
 
-  const int pitch = x_stages * kStageK, row = g < num_tokens ? g : num_tokens - 1;   // columns past the end: not stored
+  const int pitch = x_stages * kStageK, row = g < num_tokens ? g : num_tokens - 1;   // past the end: the last token, whose result is not stored
   half* s_x = reinterpret_cast<half*>(smem + kWarps * Ring::kWarpBytes) + warp * num_tokens * pitch;
   const half* x0 = s_x + row * pitch + swizzled_chunk(t, row) * 8;
   const half* x1 = s_x + row * pitch + swizzled_chunk(4 + t, row) * 8;
@@ -74,7 +74,7 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
   for (int chunk = first; chunk < last; chunk += x_stages) {
     const int stop = chunk + x_stages < last ? chunk + x_stages : last;
     const int k0 = chunk * kStageK, num_k = (stop - chunk) * kStageK;
-    __syncwarp();          // all lanes have read the chunk before
+    __syncwarp();          // all lanes have read the previous chunk
     if (input == kHalfInput) stage_slice<kHalfInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else if (input == kBfloatInput) stage_slice<kBfloatInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else stage_slice<kNormedInput>(s_x, pitch, in, k0, num_k, factor, lane);
@@ -87,7 +87,7 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
     for (int r = 0; r < kR; ++r) { acc[r][0][0] *= even; acc[r][0][1] *= odd; acc[r][0][2] *= even; acc[r][0][3] *= odd; }
   }
 
-  __syncthreads();         // the ring becomes the slices' sums
+  __syncthreads();         // the rings' bytes are reused for the slices' sums
   float4* s_sum = reinterpret_cast<float4*>(smem);
   EXL_UNROLL
   for (int r = 0; r < kR; ++r)

@@ -1,13 +1,14 @@
-// linear_q_simt: y = x W (+ bias) in f32 arithmetic, for exactly EXL_TOKENS tokens, on GPUs without tensor cores (sm_60 to
-// sm_72): the same weights, slices of K and epilogues as linear_q.cu. It never touches f16 units: those of sm_61 run at
-// 1/64 of the f32 rate.
+// linear_q_simt: y = x W^T (+ bias) in f32 arithmetic, for exactly EXL_TOKENS tokens, on GPUs without tensor cores (sm_60
+// to sm_72): the same weights, slices of K and epilogues as linear_q.cu. It does no f16 arithmetic, which sm_61 runs at 1/64
+// of the f32 rate.
 //
 //   codes, qparams, group_units                      as in linear_q.cu
 //   x, sumsq, norm, eps                              activations.cuh; `input` names the kind; never rounded to f16
 //   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps, warp s takes slice s of K for the same 16 rows; grid: tiles. A lane multiplies its own codes of rows g
-// and g + 8, and the four lanes of a quad add up at the end of the slice. Weights wait one stage ahead in registers.
+// and g + 8; the four lanes of a quad add their sums at the end of the slice. Weights are loaded one stage ahead, into
+// registers.
 // Shared bytes: max(8 * num_tokens * x_stages * kStageK * 4, 4096); see exl/kernels/linear_simt.py.
 // Macros: tile.cuh; EXL_TOKENS 1|2|4; EXL_R 1 and EXL_STAGES 2 for linear_core.cuh.
 // Tests: tests/kernels/test_linear_simt.py
@@ -17,7 +18,7 @@
 
 constexpr int kTokens = EXL_TOKENS;
 
-// Code of element `second` of pair p of mma j, among a lane's words of 64 inputs: tile_layout.py's table.
+// Code of element `second` (0, 1) of pair p of mma j, from a lane's words of 64 inputs; the table is in exl/layout/tiles.py.
 EXL_DEVICE u32 code_of(const u32* w, int j, int p, int second) {
   if (kBits == 4) return w[j % kBits] >> (4 * p + 16 * second) & 15u;
   if (kBits == 8) return w[(2 * j + p / 2) % kBits] >> (16 * (p % 2) + 8 * second) & 255u;
@@ -28,17 +29,17 @@ EXL_DEVICE u32 code_of(const u32* w, int j, int p, int second) {
   return (w[0] >> bit & 1u) | (w[1 % kBits] >> bit & 1u) << 1 | (w[2 % kBits] >> bit & 1u) << 2;
 }
 
-// code + 2^23 and zero + 2^23 as floats are exact, and so is their difference: cheaper than an integer conversion.
+// v + 2^23 as a float, exact: code and zero are subtracted in this form, also exactly, without an integer conversion.
 EXL_DEVICE float biased(u32 v) { return __uint_as_float(0x4b000000u | v); }
 EXL_DEVICE float biased_zero(u32 packed, int high) { return biased(packed >> (high * kBits) & ((1u << kBits) - 1u)); }
 
-// Channels [k0, k0 + num_k) of every token to s_x [num_tokens][pitch] in f32; `factor` of token i is held by lane i.
+// Copies channels [k0, k0 + num_k) of every token to s_x [num_tokens][pitch] in f32. Lane i holds the factor of token i.
 template <int kKind> EXL_DEVICE void stage_slice(float* s_x, int pitch, const Input& in, int k0, int num_k, float factor, int lane) {
   for (int token = 0; token < in.num_tokens; ++token) {
     const float f = kKind == kNormedInput ? __shfl_sync(kAllLanes, factor, token) : 1.0f;
     for (int chunk = lane; chunk < num_k / 8; chunk += 32) {
       const int k = k0 + chunk * 8;
-      float v[8] = {};   // beyond K the codes are padding: nothing may meet them
+      float v[8] = {};   // zeros beyond K, where the codes are padding
       if (k < in.K) load_floats<kKind>(v, in, token, k, f);
       float4* to = reinterpret_cast<float4*>(s_x + token * pitch + chunk * 8);
       to[0] = make_float4(v[0], v[1], v[2], v[3]);
@@ -47,11 +48,11 @@ template <int kKind> EXL_DEVICE void stage_slice(float* s_x, int pitch, const In
   }
 }
 
-// acc[token][0: row g, 1: row g + 8] += one stage; x: a lane's inputs 8t .. of the stage's first 32, token 0.
+// Adds one stage to acc[token][0: row g, 1: row g + 8]. x: the lane's inputs of token 0, from input 8t of the stage on.
 EXL_DEVICE void multiply_stage_simt(float (&acc)[kTokens][2], const u32 (&codes)[kLoads * 4], const QParams& qparams, const float* x, int pitch) {
   float part[kTokens][2] = {}, zero[2] = {};
   EXL_UNROLL
-  for (int b = 0; b < kStageK / 32; ++b) {   // 32 inputs, 8 of them this lane's
+  for (int b = 0; b < kStageK / 32; ++b) {   // 32 inputs, of which this lane has 8
     const int unit = b * 32 / kUnitK;
     if (b * 32 % kUnitK == 0) {
       const u32 packed = qparams.packed_zeros(unit);
@@ -61,7 +62,7 @@ EXL_DEVICE void multiply_stage_simt(float (&acc)[kTokens][2], const u32 (&codes)
       for (int i = 0; i < kTokens; ++i) part[i][0] = part[i][1] = 0.0f;
     }
     EXL_UNROLL
-    for (int half_k = 0; half_k < 2; ++half_k) {   // 4 inputs: those of one mma
+    for (int half_k = 0; half_k < 2; ++half_k) {   // the lane's 4 inputs of one mma
       float4 in[kTokens];
       EXL_UNROLL
       for (int i = 0; i < kTokens; ++i) in[i] = *reinterpret_cast<const float4*>(x + i * pitch + b * 32 + half_k * 4);
@@ -114,7 +115,7 @@ EXL_KERNEL(linear_q_simt, 256, 1)
   for (int chunk = first; chunk < last; chunk += x_stages) {
     const int stop = chunk + x_stages < last ? chunk + x_stages : last;
     const int k0 = chunk * kStageK, num_k = (stop - chunk) * kStageK;
-    __syncwarp();          // all lanes have read the chunk before
+    __syncwarp();          // all lanes have read the previous chunk
     if (input == kHalfInput) stage_slice<kHalfInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else if (input == kBfloatInput) stage_slice<kBfloatInput>(s_x, pitch, in, k0, num_k, factor, lane);
     else stage_slice<kNormedInput>(s_x, pitch, in, k0, num_k, factor, lane);
@@ -136,13 +137,13 @@ EXL_KERNEL(linear_q_simt, 256, 1)
       acc[i][high] += __shfl_xor_sync(kAllLanes, acc[i][high], 2);
     }
   }
-  float4 mine = make_float4(0.0f, 0.0f, 0.0f, 0.0f);   // as the mma would leave it: rows g, g + 8, tokens 2t, 2t + 1
+  float4 mine = make_float4(0.0f, 0.0f, 0.0f, 0.0f);   // in the layout of an mma's result: rows g, g + 8, tokens 2t, 2t + 1
   EXL_UNROLL
   for (int i = 0; i < kTokens; ++i) {
     if (i == 2 * t) { mine.x = acc[i][0]; mine.z = acc[i][1]; }
     if (i == 2 * t + 1) { mine.y = acc[i][0]; mine.w = acc[i][1]; }
   }
-  __syncthreads();         // activations become the slices' sums
+  __syncthreads();         // the activations' bytes are reused for the slices' sums
   float4* s_sum = reinterpret_cast<float4*>(smem);
   s_sum[warp * 32 + lane] = mine;
   __syncthreads();

@@ -1,18 +1,18 @@
-// linear_q_wide: y = x W (+ bias) for 9 to 64 tokens, the same weights and the same bits a row as linear_q.cu.
+// linear_q_wide: y = x W^T (+ bias) for 9 to 64 tokens, with the weights of linear_q.cu and, per row, the same bits.
 //
 //   codes, qparams, group_units   as in linear_q.cu
-//   x          f16 [num_tokens, x_stride]; stride and K: multiples of 8
-//   x_scale    f32 [num_tokens, 8], or null: what a token's sum over a slice is multiplied by (round_activations.cu
-//              brought bf16 into f16's range)
-//   partial    f32 [EXL_SPREAD][grid y][8 warps][kR][EXL_NT][32 lanes][4]; EXL_SPREAD > 1: sums of slices on their way
+//   x          f16 [num_tokens, x_stride]; x_stride and K are multiples of 8
+//   x_scale    f32 [num_tokens, 8], or null: factor of a token's sum over each slice, which undoes the scaling by
+//              round_activations.cu of bf16 into f16's range
+//   partial    f32 [EXL_SPREAD][grid y][8 warps][kR][EXL_NT][32 lanes][4]: each block's sums; used if EXL_SPREAD > 1
 //   arrived    u32 [grid y], zero before the first launch and after every launch
 //   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps of kR row tiles each; grid: (EXL_SPREAD, ceil(tiles / (8 kR))), so that the blocks that share rows run
-// together and find each other's sums in L2. Block x takes 8 / EXL_SPREAD slices of K; the last one to arrive adds the
-// partial sums in tree order (the counter is the only atomic). Weights come through a ring a warp; activations
-// `x_stages` stages at a time, shared by all warps, in one buffer or in two: then the next ones are on their way
-// meanwhile. Slices add up as a binary counter carries. Shared bytes: 8 rings, then
+// together and find each other's sums in L2. A block takes 8 / EXL_SPREAD slices of K; the last block to arrive adds the
+// partial sums in tree order (the counter is the only atomic). Each warp has its own ring of weights. All warps share the
+// activations, `x_stages` stages at a time; with two buffers the next ones are copied during the multiplication. Slices are
+// added in the order of a binary counter (close_slice). Shared bytes: 8 rings, then
 // EXL_BUFFERS * x_stages * 8 * EXL_NT * kStageK * 2; see exl/layout/linear_config.py.
 //
 // Macros: linear_core.cuh; EXL_NT 2|4|8: tokens / 8; EXL_SPREAD 1|2|4|8; EXL_BUFFERS 1|2; EXL_MIN_BLOCKS.
@@ -24,17 +24,17 @@
 constexpr int kWarps = 8, kThreads = 256, kNT = EXL_NT, kRows = 8 * kNT, kSpread = EXL_SPREAD, kBuffers = EXL_BUFFERS;
 constexpr int kSlicesHere = kSlices / kSpread;
 constexpr int kLevels = kSlicesHere == 8 ? 3 : kSlicesHere == 4 ? 2 : kSlicesHere == 2 ? 1 : 0;
-constexpr int kChunks = kStageK / 8;                    // of 16 bytes, a token and stage
+constexpr int kChunks = kStageK / 8;                    // 16-byte chunks per token and stage
 constexpr int kRowsPerPass = kThreads / kChunks, kPasses = kRows / kRowsPerPass;
 
-// One thread's share of the activations: chunk `tid % kChunks` of every kRowsPerPass-th row of each stage. Shared memory
-// holds [stages][kRows][kStageK] halves.
+// The part of the activations that one thread copies: chunk tid % kChunks of every kRowsPerPass-th row, in each stage.
+// Shared memory holds [stages][kRows][kStageK] halves.
 struct InputCopy {
   const half* src;       // stage 0
   half* dst;
   size_t pass_stride;
-  int passes;            // that hold real rows
-  u32 tail_bytes;        // of its chunk in the last stage of K: 16 or none
+  int passes;            // number of this thread's rows that are real tokens
+  u32 tail_bytes;        // bytes of the chunk in the last stage of K: 16, or 0 beyond K
 
   EXL_DEVICE void start(half* s_x, const half* x, int x_stride, int num_tokens, int K, int num_stages, int tid) {
     const int chunk = tid % kChunks, row = tid / kChunks;
@@ -44,7 +44,7 @@ struct InputCopy {
     passes = row < num_tokens ? (num_tokens - row + kRowsPerPass - 1) / kRowsPerPass : 0;
     tail_bytes = (num_stages - 1) * kStageK + chunk * 8 < K ? 16 : 0;
   }
-  // Rows past the end: zeros, once.
+  // Fills rows past the last token with zeros; once is enough, as no copy writes them.
   EXL_DEVICE void clear(int stages) {
     for (int s = 0; s < stages; ++s) {
       EXL_UNROLL
@@ -52,7 +52,7 @@ struct InputCopy {
         if (i >= passes) *reinterpret_cast<uint4*>(dst + (s * kRows + i * kRowsPerPass) * kStageK) = make_uint4(0, 0, 0, 0);
     }
   }
-  // Stages [start, stop) of K to the stages from `at` on.
+  // Copies stages [start, stop) of K to shared memory, from its stage `at` on.
   EXL_DEVICE void fetch(int at, int start, int stop, int num_stages) {
     for (int s = start; s < stop; ++s) {
       const u32 bytes = s == num_stages - 1 ? tail_bytes : 16;
@@ -65,7 +65,7 @@ struct InputCopy {
   }
 };
 
-// The stages whose activations are in shared memory together: x_stages at most, of one slice.
+// A chunk: the stages [start, stop) whose activations are in shared memory together, at most x_stages and of one slice.
 struct Chunks {
   int start, stop;
   int slice, num_stages, x_stages;
@@ -73,7 +73,7 @@ struct Chunks {
   EXL_DEVICE Chunks(int slice0, int first, int stages, int most) : start(first), stop(first), slice(slice0), num_stages(stages), x_stages(most) {
     find_stop(num_stages);
   }
-  EXL_DEVICE void next(int last) {   // past the last one: empty
+  EXL_DEVICE void next(int last) {   // after the last chunk: empty
     start = stop;
     find_stop(last);
   }
@@ -102,8 +102,9 @@ EXL_DEVICE void take(const Sums& pending, Sums& acc) {
       EXL_UNROLL
       for (int e = 0; e < 4; ++e) acc[r][n][e] = pending[r][n][e] + acc[r][n][e];
 }
-// A warp's sums as a binary counter: slice s meets what is pending on each level where s has a 1. The last slice's
-// sum, the root of the tree, stays in acc. Three arrays, not one of three: an index would send them to local memory.
+// Adds slice s in tree order, as a binary counter carries: for each trailing 1 bit of s, acc takes the pending sum of that
+// level; acc is then left pending at the first 0 bit. After the last slice acc holds the root. The levels are three
+// arrays, not one indexed array, because an index would send them to local memory.
 EXL_DEVICE void close_slice(Sums& one, Sums& two, Sums& four, Sums& acc, int s) {
   if (kLevels < 1) return;
   if ((s & 1) == 0) return put(one, acc);
@@ -146,7 +147,7 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
   Weights weights;
   weights.start(smem, warp, lane, {codes, qparams, num_tiles, num_stages, num_blocks, group_units}, tile0, first, last);
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();   // from here on: what the kernels before this one wrote
+  griddepcontrol_wait();   // only after this may results of earlier kernels be read
 
   half* s_x = reinterpret_cast<half*>(smem + kWarps * Ring::kWarpBytes);
   InputCopy inputs;
@@ -156,7 +157,7 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
 
   Chunks chunks(slice0, first, num_stages, x_stages);
   Sums one, two, four, acc = {};
-  int buffer = 0, before = 0;   // stages since the copies that are wanted next
+  int buffer = 0, before = 0;   // before: stages (= commit groups) since the pending copy of activations began
   if (kBuffers == 2) inputs.fetch(0, chunks.start, chunks.stop, num_stages);
   cp_async_commit_group();
   for (int slice = 0; slice < kSlicesHere; ++slice) {
@@ -166,13 +167,13 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
       weights.ring.turn_to(start - first);
       chunks.next(last);
       if constexpr (kBuffers == 2) {
-        if (before >= kAhead) cp_async_wait_group<kAhead - 1>();   // they are older than the weights on their way
+        if (before >= kAhead) cp_async_wait_group<kAhead - 1>();   // the activations' group is older than those left pending
         else cp_async_wait_group<0>();
         before = stop - start;
-        __syncthreads();   // these activations are there for all, and all have read those of the other buffer
+        __syncthreads();   // these activations are visible to all warps, and all have read the other buffer
         inputs.fetch((1 - buffer) * x_stages, chunks.start, chunks.stop, num_stages);
       } else {
-        __syncthreads();   // all have read the ones before
+        __syncthreads();   // all warps have read the previous activations
         inputs.fetch(0, start, stop, num_stages);
         cp_async_commit_group();
         cp_async_wait_group<0>();
@@ -195,17 +196,17 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
       for (int n = 0; n < kNT; ++n) finish_tile(acc[r][n], out, tile0 + r, num_tiles, n * 8, lane);
     }
   } else {
-    const size_t spread_stride = static_cast<size_t>(gridDim.y) * kThreads * kR * kNT;   // of 16 bytes
+    const size_t spread_stride = static_cast<size_t>(gridDim.y) * kThreads * kR * kNT;   // in float4
     float4* mine = reinterpret_cast<float4*>(partial) + (static_cast<size_t>(blockIdx.y) * kWarps + warp) * kR * kNT * 32 + lane;
     EXL_UNROLL
     for (int r = 0; r < kR; ++r)
       EXL_UNROLL
       for (int n = 0; n < kNT; ++n)
         mine[blockIdx.x * spread_stride + (r * kNT + n) * 32] = make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]);
-    __threadfence();       // the sums are there for all before this block counts as arrived
+    __threadfence();       // the sums must be visible to all blocks before this block counts as arrived
     __syncthreads();
     u32* s_before = reinterpret_cast<u32*>(smem);
-    if (tid == 0) *s_before = atomicInc(arrived + blockIdx.y, kSpread - 1);   // the last one puts the counter back to 0
+    if (tid == 0) *s_before = atomicInc(arrived + blockIdx.y, kSpread - 1);   // the last block resets the counter to 0
     __syncthreads();
     if (*s_before != kSpread - 1) return;
     __threadfence();

@@ -1,4 +1,4 @@
-// rms_norm: rows of the residual, normalised, where no linear kernel does it on the way.
+// rms_norm: normalises rows of the residual, if no linear kernel does so as it reads them.
 //
 //   h          f32 [num_tokens, stride]
 //   sumsq      f32 [num_tokens, ceil(K / 16)], as the residual's producer left them
@@ -25,7 +25,7 @@ EXL_KERNEL(rms_norm, 256, 2)
   griddepcontrol_wait();
   const int token = static_cast<int>(blockIdx.x), tid = static_cast<int>(threadIdx.x);
   const Input in{h, sumsq, weight, eps, K, stride, num_tokens};
-  const float factor = warp_inverse_rms(in, token, tid % 32);   // each warp for itself: no barrier
+  const float factor = warp_inverse_rms(in, token, tid % 32);   // computed by every warp, so no barrier is needed
   const size_t row = static_cast<size_t>(token) * K;
   for (int k = tid * 8; k < K; k += kThreads * 8) {
     float v[8];

@@ -1,12 +1,12 @@
-// round_activations: activations -> f16 for linear_q_wide.cu, in the arithmetic of linear_q.cu's own prologue, so that a
-// row's bits agree between the two.
+// round_activations: rounds activations to f16 for linear_q_wide.cu with the arithmetic of linear_q.cu's own prologue, so
+// that both kernels give the same bits per row.
 //
 //   x, sumsq, norm, eps   activations.cuh; `input` names the kind (bf16 or normalised f32)
 //   y                     f16 [num_tokens, K]
-//   y_scale               f32 [num_tokens, 8]; bf16: what a token's sum over a slice is multiplied by afterwards
+//   y_scale               f32 [num_tokens, 8]; bf16 only: the later factor of a token's sum over each slice
 //
 // Block: 8 warps, one slice of K each; grid: num_tokens. No shared memory.
-// Macros: EXL_STAGE_K 128|256: inputs of a stage, which slices are made of. Architectures: all.
+// Macros: EXL_STAGE_K 128|256: inputs per stage; slices are whole stages. Architectures: all.
 // Tests: tests/kernels/test_linear.py
 #include <exl/activations.cuh>
 #include <exl/slices.cuh>

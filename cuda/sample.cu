@@ -1,18 +1,19 @@
 // sample: logits -> token ids, as exl/sampling.py draws them, in two launches.
 //
 //   logits       f32 [R, V], V up to 2^19
-//   params       Params [R] (below; ROW of exl/kernels/sample.py): what each row asks for, read on the device
+//   params       Params [R] (below; ROW of exl/kernels/sample.py): sampling parameters per row
 //   seen_ids     i32 [S]; row r's earlier tokens are seen_ids[seen_start:seen_stop]
-//   tops         u64 [R, ceil(V / 4096)]: of each part of a row the first in the order of drawing, complemented
-//   seen         u32 [R, ceil(V / 32)]: a bit for each token that is penalised; untouched where the penalty is 1
-//   bin_counts   u32 [R, kBins], bin_weights u64 [R, kBins], arrived u32 [R]: zero before the first launch and after every
+//   tops         u64 [R, ceil(V / 4096)]: per part of a row, ~order_of its first token in the order of drawing
+//   seen         u32 [R, ceil(V / 32)]: one bit per token, set if it is penalised; not written if the penalty is 1
+//   bin_counts   u32 [R, kBins], bin_weights u64 [R, kBins], arrived u32 [R]: zero before the first and after every launch
 //   samples      i32 [R]: token ids, or kNan, kInfinite, kForbidden for a row that has no distribution
 //
-// sample_top finds each part's largest logit: a row's weights are relative to the largest of all. In sample_draw a greedy
-// row ends there. Else each block adds its part's weights to the row's 720 bins, a sixteenth of an octave wide, and the
-// last block to arrive has the row: it finds tokens by their place in the cumulated counts or weights, in a bin, then in
-// a list of 512 tokens or fewer that it picks out of the row and sorts. A bin with more is divided again and again.
-// Everything that is added up is an integer, so a row's token depends on nothing but the row.
+// The order of drawing is descending logits, ties by lower id. A part is 4096 tokens of a row. sample_top finds the first
+// token of each part. sample_draw takes the first of all; a greedy row ends there. Otherwise weights are relative to
+// that token's. Each block adds its part's weights to the row's 720 bins, each a sixteenth of an octave wide, and the last
+// block to arrive draws the token. It finds a token by its place in the cumulated counts or weights: first the bin, then
+// the place in a sorted list of at most 512 tokens, picked out of the row. A bin with more tokens is subdivided until one
+// part fits the list. All sums are of integers, so a row's token depends on nothing but the row.
 //
 // Grid of both: (ceil(V / 4096), R), 512 threads. Shared bytes: kTopBytes, kDrawBytes (sample.py has the same sums).
 // Macros: none. Architectures: all. Tests: tests/kernels/test_sample.py
@@ -20,12 +21,12 @@
 #include <exl/ptx.cuh>
 
 constexpr int kBinsPerOctave = 16, kBins = 45 * kBinsPerOctave;
-constexpr int kList = kThreads;   // a thread for each token of the list
+constexpr int kList = kThreads;   // one thread per token of the list
 constexpr u32 kAll = 0xffffffffu;
 constexpr i32 kNan = -1, kInfinite = -2, kForbidden = -3;
 
 struct Params {
-  u64 uniform;           // times 2^64, cut off
+  u64 uniform;           // times 2^64, rounded down
   u64 top_p;             // times 2^64, rounded up; 0: off
   double log_min_p;      // -inf: off
   float temperature;     // 0: greedy
@@ -74,7 +75,7 @@ EXL_KERNEL(sample_top, 512, 2)
     u32* out = seen + static_cast<size_t>(r) * ((V + 31) / 32) + start / 32;
     for (int i = tid; i < (stop - start + 31) / 32; i += kThreads) out[i] = s.seen[i];
   }
-  u64 first = 0;   // of orders, all complemented: the largest
+  u64 first = 0;   // largest ~order, which is the smallest order
   for_each<2>(row, start, stop, [&](int id, float v) {
     const u64 order = ~order_of(key_of(v), static_cast<u32>(id));
     first = order > first ? order : first;
@@ -95,7 +96,7 @@ struct Sum {
 };
 EXL_DEVICE Sum operator+(Sum a, Sum b) { return Sum{a.weight + b.weight, a.count + b.count}; }
 
-// Weights in two words: shared memory has no 64-bit addition, and two of 32 bits with a carry are as exact.
+// Weights are kept as two 32-bit words: shared memory has no 64-bit atomic addition; two of 32 bits with a carry are exact.
 struct Histogram {
   u32 count[kBins], low[kBins], high[kBins];
 };
@@ -118,11 +119,11 @@ struct Found {
 };
 struct Place {
   u64 order;     // the token
-  u64 through;   // cumulated weight, its own included
+  u64 through;   // cumulated weight of the row up to and including this token
 };
 struct DrawShared {
   Histogram coarse, fine;
-  u64 list[kList], sorted[kList], through[kList];   // orders as they came, orders, cumulated weights
+  u64 list[kList], sorted[kList], through[kList];   // orders as found, orders ascending, cumulated weights
   Sum warp[kWarps];
   Found found;
   Place place;
@@ -130,7 +131,7 @@ struct DrawShared {
 };
 constexpr int kDrawBytes = sizeof(DrawShared);
 
-// Sum of all threads before this one; reached by the whole block.
+// Exclusive prefix sum over the block's threads, and the sum of all in `total`. All threads must call it.
 EXL_DEVICE Sum sum_before(Sum mine, Sum& total, DrawShared& s) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Sum through = mine;
@@ -150,7 +151,7 @@ EXL_DEVICE Sum sum_before(Sum mine, Sum& total, DrawShared& s) {
   return before;
 }
 
-// The bin with `position` in the cumulated counts or weights; there is one.
+// The bin that contains `position` of the cumulated counts or weights. There must be one.
 EXL_DEVICE Found locate(const Histogram& h, u64 position, bool by_count, DrawShared& s) {
   constexpr int kEach = (kBins + kThreads - 1) / kThreads;
   const int bin0 = static_cast<int>(threadIdx.x) * kEach;
@@ -171,12 +172,13 @@ EXL_DEVICE Found locate(const Histogram& h, u64 position, bool by_count, DrawSha
   return s.found;
 }
 
-// The lowest key for which `holds`, false for keys below some border and true from there on, at the top key too.
+// The lowest key whose value satisfies `holds`, by a 32-way search. `holds` must be monotone: false below some key, true
+// from there on up to top_key.
 template <class Holds> EXL_DEVICE u32 lowest_key(u32 top_key, DrawShared& s, Holds holds) {
   if (threadIdx.x < 32) {
-    u64 key = 0;   // does not hold below
+    u64 key = 0;   // `holds` is false for every lower key
     for (int bits = 30; bits >= 0; bits -= 5) {
-      const u64 last = key + (static_cast<u64>(threadIdx.x + 1) << bits) - 1;   // of the lane's share
+      const u64 last = key + (static_cast<u64>(threadIdx.x + 1) << bits) - 1;   // the last key of this lane's share
       const u32 probe = static_cast<u32>(last);
       const bool below = last < top_key && (probe < kKeyMinusInfinity || !holds(value_of(probe)));
       key += static_cast<u64>(__popc(__ballot_sync(kAll, below))) << bits;
@@ -189,11 +191,11 @@ template <class Holds> EXL_DEVICE u32 lowest_key(u32 top_key, DrawShared& s, Hol
   return key;
 }
 
-// A run of the row in the order of drawing, sorted in shared memory.
+// A contiguous run of the row in the order of drawing, sorted in shared memory.
 struct List {
-  Sum before;        // of what comes before it
-  u64 first, last;   // orders
-  int num;           // 0: none yet
+  Sum before;        // weight and count of the tokens before the run
+  u64 first, last;   // its orders, both included
+  int num;           // tokens; 0: nothing listed yet
 };
 
 EXL_DEVICE bool has(const List& list, u64 position, bool by_count, const DrawShared& s) {
@@ -227,12 +229,12 @@ EXL_DEVICE void fill(List& list, const Row& row, const Scale& scale, DrawShared&
   __syncthreads();
 }
 
-// The token at `position` in the row's cumulated counts or weights. Reads the row where the list does not have it.
+// The token at `position` of the row's cumulated counts or weights. Refills the list from the row if it is not listed.
 EXL_DEVICE Place find(List& list, u64 position, bool by_count, const Row& row, const Scale& scale, DrawShared& s) {
   const int tid = static_cast<int>(threadIdx.x);
   if (!has(list, position, by_count, s)) {
     const u32 top_key = key_of(scale.top);
-    const auto order_after = [&](int bin) {   // of the bin's last possible token, plus 1
+    const auto order_after = [&](int bin) {   // the bin's last possible order, plus 1
       const u32 key = lowest_key(top_key, s, [&](float v) {
         const float octaves = octaves_of(scale, v);
         return octaves < kOctaves && static_cast<int>(octaves * kBinsPerOctave) <= bin;
@@ -242,7 +244,7 @@ EXL_DEVICE Place find(List& list, u64 position, bool by_count, const Row& row, c
     Found found = locate(s.coarse, position, by_count, s);
     list = List{found.before, 0, order_after(found.bin) - 1, 0};
     u32 count = found.in.count;
-    if (found.before.count + count <= kList) {   // from the first token on: what comes next will be in it too
+    if (found.before.count + count <= kList) {   // list from the row's first token: later searches hit it too
       list.before = Sum{0, 0};
     } else if (found.bin > 0) {
       list.first = order_after(found.bin - 1);
@@ -279,7 +281,7 @@ EXL_DEVICE Place find(List& list, u64 position, bool by_count, const Row& row, c
   return place;
 }
 
-// What the tokens with keys from `cut` on weigh.
+// Total weight of the tokens whose key is `cut` or higher.
 EXL_DEVICE u64 mass_from(u32 cut, const List& list, const Row& row, const Scale& scale, DrawShared& s) {
   const int tid = static_cast<int>(threadIdx.x);
   const u64 last = order_of(cut, kMaxId);
@@ -291,7 +293,7 @@ EXL_DEVICE u64 mass_from(u32 cut, const List& list, const Row& row, const Scale&
   } else {
     const int bin = octaves < kOctaves ? static_cast<int>(octaves * kBinsPerOctave) : kBins;
     for (int i = tid; i < bin; i += kThreads) mine = mine + bin_of(s.coarse, i);
-    if (bin < kBins)   // its own bin is parted
+    if (bin < kBins)   // of the bin of `cut` itself only a part counts
       for_each<2>(row, 0, row.V, [&](int, float v) {
         if (key_of(v) >= cut && static_cast<int>(octaves_of(scale, v) * kBinsPerOctave) == bin) mine.weight += weight_of(scale, v);
       });
@@ -300,8 +302,8 @@ EXL_DEVICE u64 mass_from(u32 cut, const List& list, const Row& row, const Scale&
   return total.weight;
 }
 
-// A row's token, once all of it is in s.coarse. Filters are prefixes in the order of drawing, so each is but a weight:
-// `kept` is the least of them.
+// Draws a row's token from the complete histogram s.coarse. Each filter keeps a prefix of the order of drawing and is thus
+// described by that prefix's weight alone; `kept` is the smallest of them.
 EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawShared& s) {
   const double top = static_cast<double>(scale.top), temperature = static_cast<double>(p.temperature);
   Sum mine{0, 0}, total;
@@ -315,13 +317,13 @@ EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawSha
     const bool by_count = stage == kTopK;
     u64 position = 0;
     if (by_count) {
-      // Tokens that weigh nothing are in no bin: a k among them keeps all that weigh.
+      // Tokens of weight 0 are in no bin: if k reaches them, all tokens that have weight are kept.
       if (p.top_k <= 0 || static_cast<u32>(p.top_k) >= total.count) continue;
       position = static_cast<u64>(p.top_k) - 1;
     } else if (stage == kMinP) {
       if (p.log_min_p == -static_cast<double>(__uint_as_float(0x7f800000u))) continue;
     } else if (stage == kTopP) {
-      // The least whole number of units that is no less than the share; the token that reaches it is kept.
+      // The share, rounded up to whole units; the token whose cumulated weight reaches it is kept.
       if (p.top_p == 0) continue;
       position = mul_high(p.top_p, top_p_share) + (p.top_p * top_p_share != 0 ? 1 : 0) - 1;
       if (position >= kept) continue;
@@ -331,7 +333,7 @@ EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawSha
     if (stage != kMinP) place = find(list, position, by_count, row, scale, s);
     if (stage == kTopP) kept = place.through;
     if (stage == kTopP || stage == kDraw) continue;
-    // As the CPU compares: f64, rounded after the difference and after the quotient. Equals of the k-th are kept.
+    // Compared as on the CPU: in f64, rounded after the difference and after the quotient. Ties with the k-th are kept.
     const double cut = by_count ? (static_cast<double>(value_of(key_in(place.order))) - top) / temperature : p.log_min_p;
     const u32 key = lowest_key(key_of(scale.top), s, [&](float v) { return (static_cast<double>(v) - top) / temperature >= cut; });
     const u64 mass = mass_from(key, list, row, scale, s);
@@ -356,7 +358,7 @@ EXL_KERNEL(sample_draw, 512, 1)
     const u64 other = tops[static_cast<size_t>(r) * num_parts + i];
     first = other > first ? other : first;
   }
-  first = ~largest_of_warp(first);   // each warp for itself: no barrier
+  first = ~largest_of_warp(first);   // computed by every warp, so no barrier is needed
   const u32 top_key = key_in(first);
   const bool finite = top_key > kKeyMinusInfinity && top_key < kKeyInfinity;
   if (!finite || p.temperature == 0.0f) {   // the whole block
@@ -385,7 +387,7 @@ EXL_KERNEL(sample_draw, 512, 1)
     }
     __threadfence();
     __syncthreads();
-    if (tid == 0) s.arrived = atomicInc(arrived + r, static_cast<u32>(num_parts - 1));   // the last one puts it back to 0
+    if (tid == 0) s.arrived = atomicInc(arrived + r, static_cast<u32>(num_parts - 1));   // the last block resets it to 0
     __syncthreads();
     if (s.arrived != static_cast<u32>(num_parts - 1)) return;
     __threadfence();

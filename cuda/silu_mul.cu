@@ -1,10 +1,10 @@
-// silu_mul: SiLU(gate) * up, where gate and up could not share a launch.
+// silu_mul: SiLU(gate) * up, if gate and up could not share a launch.
 //
-//   gate, up   f16, bf16 or f32 (in_type 0, 1, 2) [num_tokens, stride]: columns side by side, rows `in_stride` apart
+//   gate, up   f16, bf16 or f32 (in_type 0, 1, 2) [num_tokens, N], rows `in_stride` apart
 //   y          f16, bf16 or f32 (out_type) [num_tokens, N], rows `out_stride` apart; computed in f32, rounded once
 //   positions  i32 [N] or null: column n is stored at positions[n], for a consumer under act-order
 //
-// Block: 256 threads, an element each; grid: (ceil(N / 256), num_tokens). No shared memory.
+// Block: 256 threads, one element each; grid: (ceil(N / 256), num_tokens). No shared memory.
 // Macros: none. Architectures: all. Tests: tests/kernels/test_small_kernels.py
 #include <exl/epilogue.cuh>
 

@@ -11,18 +11,18 @@ import torch
 
 from tests.host import backends
 
-# Tiny matrices: a second thread only waits, and on a busy machine it waits for milliseconds at every barrier. Of the
-# processes that tests start as well.
+# One thread, also in processes that tests start: matrices are tiny, and on a busy machine a second thread makes every
+# barrier wait for milliseconds.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A test run that was started in the background ignores Ctrl-C; tests that raise it for themselves must be heard.
+# A test run started in the background ignores SIGINT, but some tests raise it for themselves: restore the handler.
 if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ASAN_ONE_IN = 4  # of what a test runs under AddressSanitizer, beside the race detector
+ASAN_ONE_IN = 4  # a sample runs one case in this many under AddressSanitizer
 
-# Packages that only tests import. A machine that lacks one skips the modules that need it, and collects the others.
+# Packages that only tests import. If one is missing, only the test modules that need it are skipped.
 TEST_ONLY = frozenset(
     {"gradio", "hypothesis", "ipykernel", "matplotlib", "nbclient", "nbformat", "pexpect", "playwright", "transformers"}
 )
@@ -84,13 +84,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def drawn(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
-    """What a sample runs. Cases of one test in one build are drawn together, so that no test is without one."""
+    """The tests that a sample runs. Drawn per test and build, so that every test keeps at least one case."""
     groups: dict[tuple[str, str, int], list[pytest.Item]] = defaultdict(list)
     for item in items:
         build = build_of(item)
         marker = item.get_closest_marker("sample")
         one_in = 1 if marker is None or item.get_closest_marker("gpu") else marker.args[0]
-        if build == "asan" and not item.path.name.startswith("test_shim_"):  # those show what each build finds
+        if build == "asan" and not item.path.name.startswith("test_shim_"):  # those show what each build detects
             one_in = max(one_in, ASAN_ONE_IN)
         groups[item.nodeid.split("[")[0], build, one_in].append(item)
     found = set()
@@ -101,6 +101,6 @@ def drawn(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
 
 
 def build_of(item: pytest.Item) -> str:
-    """The shim's build that a case runs on, or ""."""
+    """The shim's build on which a case runs, or "" if none."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return next((value for name in ("mode", "backend") if (value := params.get(name)) in ("race", "asan", "plain")), "")

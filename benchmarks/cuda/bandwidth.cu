@@ -1,7 +1,7 @@
-// What benchmarks/kernels.py measures the roof with. Two entries.
+// Kernels for the roofs that benchmarks/machine.py measures. Two entries.
 //
-// read_all: reads uint4 src [n] once; out [1] gets a word that no input makes, so that nothing can be left out.
-// touch: one thread adds 1 to counter; the smallest kernel there is, for the gap between launches.
+// read_all: reads uint4 src [n] once; writes out [1] only if the result is one fixed word, so that no read is optimised away.
+// touch: one thread adds 1 to counter: the smallest kernel, for the gap between launches.
 #include <exl/ptx.cuh>
 
 EXL_KERNEL(read_all, 512, 2)(const uint4* __restrict__ src, u32* out, u64 n) {

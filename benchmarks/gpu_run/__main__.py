@@ -1,8 +1,8 @@
-"""The first minutes on a GPU, in one command that never stops at a failure.
+"""The first minutes on a GPU: one command that does not stop at a failure.
 
 python -m benchmarks.gpu_run --out DIR --seconds 480 [--kernel-cache FOLDER] [--stages facts,smoke,...]
 python -m benchmarks.gpu_run --out DIR --dry-run              all stages on the host shim, without a GPU
-python -m benchmarks.gpu_run --precompile 90 --out FOLDER     kernels compiled ahead, to be carried along
+python -m benchmarks.gpu_run --precompile 90 --out FOLDER     compiles kernels ahead of time, for another machine
 
 DIR gets summary.md (a page), summary.json, results.jsonl (every check, test and figure, as soon as it is known) and
 log.txt. Stages: facts, compile, smoke, kernels, models, numbers, reruns.
@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.gpu_run.runner import RESULTS, Run, Stage, run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of 480 seconds. What a stage does not use goes to the stages behind it; whatever hangs before them, they have theirs.
+# Shares of 480 seconds. A stage's unused time goes to later stages; a stage that hangs never takes theirs.
 SECONDS = {"facts": 15, "compile": 20, "smoke": 40, "kernels": 135, "models": 85, "numbers": 150, "reruns": 25}
 END_SECONDS = 5.0  # for the last summary
 
@@ -27,7 +27,7 @@ END_SECONDS = 5.0  # for the last summary
 def make_stages(
     names: list[str], out: Path, seconds: float, *, dry_run: bool = False, kernel_cache: Path | None = None
 ) -> list[Stage]:
-    """Each with its share of ``seconds``."""
+    """The stages, each with its share of ``seconds``."""
     scale = (seconds - END_SECONDS) / sum(SECONDS[name] for name in names)
     cache = () if kernel_cache is None else ("--kernel-cache", str(kernel_cache))
     results = ("--results", str(out / RESULTS))
@@ -70,7 +70,7 @@ def main() -> int:
         parser.error(f"--stages: found {arguments.stages!r}, expected some of {','.join(SECONDS)}")
     if arguments.seconds < 10 * len(names):
         parser.error(f"--seconds: found {arguments.seconds:g}, expected {10 * len(names)} or more for these stages")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # whoever ends us gets a summary
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # so that a summary is written
     cache = None if arguments.kernel_cache is None else arguments.kernel_cache.resolve()
     stages = make_stages(names, out, arguments.seconds, dry_run=arguments.dry_run, kernel_cache=cache)
     title = "gpu_run, dry: the host shim instead of a GPU" if arguments.dry_run else "gpu_run"

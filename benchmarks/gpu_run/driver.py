@@ -1,8 +1,8 @@
-"""Runs a stage's items in worker processes, and goes on when one of them crashes, hangs or leaves.
+"""Runs a stage's items in worker processes, and continues if one of them crashes, hangs or exits.
 
-The driver knows no items: workers find them. It reads what they have begun and ended, ends one that is past its time,
-notes the item that a dead worker had begun, gives back what it had only claimed, and starts a fresh one. Imports
-neither torch nor exl.
+The driver knows no items: workers find them. It reads which items they have begun and ended, and kills a worker that is
+past its time. When a worker dies, it records the begun item as crashed or timed out, releases items that were only
+claimed, and starts a fresh worker. Imports neither torch nor exl.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pathlib import Path
 from benchmarks.gpu_run.worker import LEFT, Place, append, claim_name, read_records
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 5.0  # after ``item_seconds``, for a worker that cannot even end itself
-MOST_FAILED_STARTS = 2  # in a row, of workers that begin nothing
+GRACE_SECONDS = 5.0  # beyond ``item_seconds``, for a worker that fails to end itself
+MOST_FAILED_STARTS = 2  # in a row, of workers that end before they begin an item
 
 
 @dataclass(frozen=True)
 class Job:
     stage: str
     results: Path
-    command: Callable[[Place], Sequence[str]]  # of a worker
+    command: Callable[[Place], Sequence[str]]  # command line of a worker
     num_workers: int
     item_seconds: float
-    start_seconds: float = 90.0  # until a worker begins its first item or ends
+    start_seconds: float = 90.0  # limit until a worker begins its first item or ends
     environment: Mapping[str, str] | None = None
 
 
@@ -38,14 +38,14 @@ class Job:
 class _Running:
     process: subprocess.Popen
     place: Place
-    since: float  # when it was started, or began or ended an item
+    since: float  # time of its start or, if later, of the last begin or end of an item
     item: str | None = None  # begun and not ended
     num_begun: int = 0
     timed_out: bool = False
 
 
 def drive(job: Job, deadline: float) -> None:
-    """Until no items are left or ``deadline`` (of ``time.monotonic()``) has come."""
+    """Runs until no items are left or until ``deadline`` (``time.monotonic()``)."""
     with tempfile.TemporaryDirectory() as claims:
         place = Place(job.stage, job.results, Path(claims), job.item_seconds, 0, job.num_workers)
         _Driver(job, place, deadline).run()
@@ -66,7 +66,7 @@ class _Driver:
             while self._workers and time.monotonic() < self._deadline:
                 time.sleep(POLL_SECONDS)
                 ended = [worker for worker in self._workers if worker.process.poll() is not None]
-                self._read()  # after the poll: all that those have written
+                self._read()  # after the poll, so that all lines of ended workers are read
                 for worker in ended:
                     self._workers.remove(worker)
                     self._follow(worker)
@@ -111,7 +111,7 @@ class _Driver:
             worker.process.kill()
 
     def _follow(self, worker: _Running) -> None:
-        """After a worker's end: the item it had begun, what it had only claimed, and a fresh one in its place."""
+        """Handles a worker's end: records the item it had begun, releases its other claims, starts a fresh worker."""
         code = worker.process.returncode
         if code == 0:
             return

@@ -1,4 +1,4 @@
-"""The *facts* stage: what this machine is, one fact a line, each by itself; what is missing is a fact, too."""
+"""The *facts* stage: describes this machine, one independent fact per line; a missing part is also a fact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.gpu_run.worker import append
 from benchmarks.guard import one_line
 
-# Distributions that a run may meet. The first ones are needed; the others are not an obstacle.
+# Distributions whose versions matter to a run. The first ones are required; the others are optional.
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "pytest")
 WELCOME = ("transformers", "hypothesis", "triton")
 NOT_NEEDED = ("pytest-xdist", "prompt_toolkit", "pexpect", "gradio", "typer", "rich", "nbformat", "ruff")
@@ -26,7 +26,7 @@ SMI_FIELDS += ",pcie.link.width.current,compute_mode,persistence_mode,mig.mode.c
 
 
 def nvidia_smi() -> str:
-    """The fields, or the whole page of a version that lacks one of them."""
+    """nvidia-smi's fields, or its whole page if this version lacks one of them."""
     for more in ([f"--query-gpu={SMI_FIELDS}", "--format=csv"], []):
         done = subprocess.run(["nvidia-smi", *more], capture_output=True, text=True, timeout=6)
         if done.returncode == 0:
@@ -43,7 +43,7 @@ def packages() -> str:
 
 
 def cuda_packages() -> str:
-    """Whatever of NVIDIA's and CuPy's is installed: two builds of one thing are worth knowing."""
+    """All installed packages of NVIDIA and CuPy: two builds of one library are worth knowing."""
     names = {d.metadata["Name"] for d in metadata.distributions() if d.metadata["Name"]}
     found = sorted(name for name in names if name.lower().startswith(("cupy", "nvidia-cuda", "nvidia-cublas", "cuda-")))
     return ", ".join(f"{name} {_version(name)}" for name in found) or "none"
@@ -65,7 +65,7 @@ def torch() -> str:
         return f"{torch.__version__}, built for CUDA {torch.version.cuda}: finds no GPU"
     free, total = torch.cuda.mem_get_info()
     properties = torch.cuda.get_device_properties(0)
-    sleep = "is" if hasattr(torch.cuda, "_sleep") else "is NOT"  # what timing.py keeps the device busy with
+    sleep = "is" if hasattr(torch.cuda, "_sleep") else "is NOT"  # timing.py keeps the device busy by it
     return (
         f"{torch.__version__}, built for CUDA {torch.version.cuda}: {properties.name}, compute capability "
         f"{properties.major}.{properties.minor}, {properties.multi_processor_count} multiprocessors, "
@@ -81,7 +81,7 @@ def cupy() -> str:
 
 
 def nvrtc() -> str:
-    """Version, the library that was loaded, and what it can compile for."""
+    """NVRTC's version, the loaded library, and the architectures that it supports."""
     from exl.kernels.launch import CupyCompiler
 
     compiler = CupyCompiler()
@@ -89,7 +89,7 @@ def nvrtc() -> str:
 
 
 def kernel_cache(folder: Path | None, arch: int | None) -> str:
-    """How many of exl's kernels are compiled already."""
+    """How many of exl's kernels are already in the cache."""
     from benchmarks.gpu_run.precompile import cached_count
     from exl.kernels.compiler import default_cache_folder
     from exl.kernels.launch import CupyCompiler
@@ -106,7 +106,7 @@ def kernel_cache(folder: Path | None, arch: int | None) -> str:
 
 
 def imports() -> str:
-    """What the later stages import of exl: seen here without a GPU's say."""
+    """Imports the parts of exl that later stages use, to find import errors apart from the GPU's."""
     found = []
     for name in ("exl", "exl.kernels.launch", "exl.engine.build", "benchmarks.end_to_end", "benchmarks.kernels"):
         found.append(name if importlib.util.find_spec(name) else f"{name} NOT FOUND")
@@ -122,7 +122,7 @@ def _version(name: str) -> str | None:
 
 
 def _loaded(word: str) -> list[str]:
-    """Libraries of this process with ``word`` in their names."""
+    """Libraries loaded in this process with ``word`` in their names."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -1,5 +1,5 @@
-"""The *numbers* stage: lines of ``benchmarks/end_to_end.py`` and ``kernels.py``, a 7B's first, each on disk as soon as
-it is known. A worker of ``driver.py``."""
+"""The *numbers* stage: lines of ``benchmarks/end_to_end.py`` and ``kernels.py``, a 7B model's first, each written to
+disk as soon as it is known. A worker of ``driver.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.report import Section
 
 
 def gpu_sections(machine: Machine) -> tuple[Section, ...]:
-    """In the order of what is wanted first. A section that has had its seconds waits until the others had theirs."""
+    """Sections by priority. A section that has used its seconds waits until the others have used theirs."""
     decode, model = end_to_end.decode_section, ("7b",)
     return (
         decode(machine, model, ("f16",), (0, 4096), (1, 4, 16), seconds=45),
@@ -35,7 +35,7 @@ def gpu_sections(machine: Machine) -> tuple[Section, ...]:
 
 
 def dry_sections(machine: Machine) -> tuple[Section, ...]:
-    """The same on the host shim, with shapes that are small enough."""
+    """The same on the host shim, with small shapes."""
     end_to_end.SHAPES["tiny"] = (128, 256, 2, 4, 2, 32, 128)
     end_to_end.PROMPT = 70
     kernels.MODELS["tiny"] = (("o", 128, 128),)
@@ -53,7 +53,7 @@ def dry_sections(machine: Machine) -> tuple[Section, ...]:
 
 
 def spent_seconds(place: Place) -> dict[str, float]:
-    """By section; earlier workers' are included, and lines that hung or crashed."""
+    """Seconds spent per section, including those of earlier workers and of lines that hung or crashed."""
     spent: dict[str, float] = {}
     for record in read_records(place.results)[0]:
         if record.get("stage") == place.stage and record.get("event") == "end":

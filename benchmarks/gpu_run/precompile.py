@@ -1,7 +1,7 @@
-"""Kernels compiled ahead, without a GPU: a cache folder that is carried to the machine that has one.
+"""Compiles kernels ahead of time, without a GPU, into a cache folder that can be copied to a machine with one.
 
-Entries are found there if the NVRTC is of the same version (``nvrtc 13.0``) as the one that CuPy loads there, and the
-sources are the same; the *facts* stage says how many were found.
+There an entry is found only if the sources and the version of NVRTC (``nvrtc 13.0``) equal those in use there, where
+CuPy loads NVRTC. The *facts* stage reports how many entries were found.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmarks.guard import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_KERNELS, BENCHMARK_KERNELS = ROOT / "tests" / "host" / "kernels", ROOT / "benchmarks" / "cuda"
-EXTRA_HEAD_DIMS = (8, 16, 64)  # of the tests' models and cases, beyond the variants of models
+EXTRA_HEAD_DIMS = (8, 16, 64)  # head sizes of the tests, beyond those of real models
 
 
 def test_specs(arch: int) -> list:
-    """(spec, folder of its source) of the smallest kernels, those of tests and of roofs."""
+    """(spec, folder of its source) of the small kernels of tests and roofs."""
     from exl.kernels.spec import KernelSpec
 
     return [
@@ -36,7 +36,7 @@ def test_specs(arch: int) -> list:
 
 
 def all_specs(arch: int) -> list:
-    """(spec, folder of its source or None): what the stages launch on ``arch``, models' kernels first."""
+    """(spec, folder of its source or None) of all kernels that the stages launch on ``arch``, models' kernels first."""
     from exl.kernels import append_kv, attention_decode, attention_prefill
     from exl.kernels.variants import variants
     from exl.layout.pages import KINDS, PageLayout
@@ -51,13 +51,13 @@ def all_specs(arch: int) -> list:
 
 
 def cached_count(arch: int, folder: Path, compiler) -> tuple[int, int]:
-    """How many of ``all_specs`` are in ``folder``, of how many."""
+    """(number of ``all_specs`` that are in ``folder``, number of all)."""
     specs = all_specs(arch)
     return sum(_path(spec, sources, folder, compiler).is_file() for spec, sources in specs), len(specs)
 
 
 def _path(spec, sources: Path | None, folder: Path, compiler) -> Path:
-    """Where ``compile_cached`` looks."""
+    """The path at which ``compile_cached`` looks."""
     from exl.kernels.compiler import target_options
     from exl.kernels.spec import digest, flattened
 
@@ -66,7 +66,7 @@ def _path(spec, sources: Path | None, folder: Path, compiler) -> Path:
 
 
 def installed_compiler(library: Path | None = None):
-    """NVRTC by ctypes from ``library`` or from an installed wheel, CUDA 13's first; else through CuPy."""
+    """NVRTC by ctypes, from ``library`` or an installed wheel (CUDA 13's first); otherwise through CuPy."""
     from exl.errors import KernelError
     from exl.kernels.launch import CupyCompiler
     from tests.compile.nvrtc import Nvrtc, library_path
@@ -81,7 +81,7 @@ def installed_compiler(library: Path | None = None):
 
 
 def cupys_compiler():
-    """The one that exl uses on a GPU."""
+    """The compiler that exl uses on a GPU."""
     from exl.kernels.launch import CupyCompiler
 
     return CupyCompiler()
@@ -90,7 +90,7 @@ def cupys_compiler():
 def precompile(
     specs: list, folder: Path, make_compiler: Callable, processes: int, deadline: float | None = None
 ) -> str:
-    """Compiles what ``folder`` lacks, in several processes. -> a line about it."""
+    """Compiles the kernels that ``folder`` lacks, in several processes. Returns one line for the report."""
     compiler, began = make_compiler(), time.monotonic()
     todo = [(spec, sources) for spec, sources in specs if not _path(spec, sources, folder, compiler).is_file()]
     total, failed, done = len(specs), [], 0
@@ -118,7 +118,7 @@ def _start(make_compiler: Callable, folder: Path) -> None:
 
 
 def _compile(task: tuple) -> str | None:
-    """-> an error's text."""
+    """Compiles one kernel. Returns the text of an error."""
     from exl.kernels.compiler import compile_cached
 
     spec, sources = task
@@ -150,7 +150,7 @@ def _compile_for_this_gpu(folder: Path | None, processes: int, deadline: float) 
 
 
 def main() -> None:
-    """The *compile* stage: what the cache lacks, on all cores."""
+    """The *compile* stage: compiles the kernels that the cache lacks, on all cores."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)

@@ -1,5 +1,5 @@
-"""Stages one after another, each in processes of its own and within its time; a summary after each. Imports neither
-torch nor exl: whatever they do to a process, the summary is written."""
+"""Runs stages one after another, each in its own processes and within its time limit, with a summary after each.
+Imports neither torch nor exl, so that the summary is written whatever they do to a process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.gpu_run.driver import exit_text
 from benchmarks.gpu_run.summary import write_summary
 
 POLL_SECONDS = 0.1
-REFRESH_SECONDS = 10.0  # of the summary while a stage runs
-MOST_LOG_BYTES = 1_500_000  # of a stage: the middle of a longer one is cut out
+REFRESH_SECONDS = 10.0  # between updates of the summary while a stage runs
+MOST_LOG_BYTES = 1_500_000  # per stage; the middle of a longer log is cut out
 RESULTS, LOG = "results.jsonl", "log.txt"
 
 
@@ -27,12 +27,12 @@ class Stage:
 
     name: str
     command: Sequence[str]
-    seconds: float  # that are kept for it; what it does not use goes to the stages behind it
+    seconds: float  # reserved for it; unused time goes to later stages
 
 
 @dataclass
 class Run:
-    """What a summary tells."""
+    """The content of a summary."""
 
     out: Path
     seconds: float  # budget
@@ -47,7 +47,7 @@ class Run:
 
 
 def run_stages(run: Run, stages: Sequence[Stage], root: Path) -> None:
-    """All of ``stages`` from the folder ``root``; never raises for what a stage does."""
+    """Runs all ``stages`` in the folder ``root``; no failure of a stage raises here."""
     run.out.mkdir(parents=True, exist_ok=True)
     for name in (RESULTS, LOG):
         (run.out / name).unlink(missing_ok=True)
@@ -110,10 +110,10 @@ def _run_stage(run: Run, stage: Stage, told: dict, limit: float, root: Path) -> 
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """The stage and whatever it has started."""
+    """Kills the stage and every process that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver may outlive even that
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a hang in the GPU's driver may survive SIGKILL
         process.wait(timeout=5)
 
 

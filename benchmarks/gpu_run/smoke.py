@@ -1,7 +1,6 @@
-"""The *smoke* stage: what exl asks of a GPU, one thing at a time, each with a result that is known.
+"""The *smoke* stage: the features of a GPU that exl needs, one check per feature, each with a known result.
 
-A worker of ``driver.py``; each check stands for itself, and one that takes the CUDA context along costs the others
-nothing.
+A worker of ``driver.py``. Checks are independent: one that destroys the CUDA context does not affect the others.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from exl.weights.device_stream import TorchCopyEngine
 
 KERNELS = Path(__file__).resolve().parents[2] / "tests" / "host" / "kernels"
 N = 128 * 50
-ROUNDS = 3  # replays of a graph, each on other inputs
+ROUNDS = 3  # replays of a graph, each with different inputs
 
 
 class Copies(Protocol):
-    """The part of a copy engine that checks use (``exl/weights/device_stream.py``)."""
+    """The part of a copy engine (``exl/weights/device_stream.py``) that checks use."""
 
     def copy(self, dst, src, after): ...
 
@@ -41,7 +40,7 @@ class Copies(Protocol):
 
 
 class RecordedCopies:
-    """On the host shim: what is queued has happened, or belongs to the graph that is being captured."""
+    """For the host shim: queued work is done at once or, during a capture, belongs to the graph."""
 
     def __init__(self, recorder) -> None:
         self._recorder = recorder
@@ -58,14 +57,14 @@ class RecordedCopies:
 
 
 class Wrong(Exception):
-    """A result that is not what it must be."""
+    """A check's result differs from the known one."""
 
 
 class Checks:
     def __init__(self, backend: Backend, copies: Copies) -> None:
         self.backend, self.copies, self.device = backend, copies, backend.device
 
-    # -- what is launched
+    # -- kernels and inputs
 
     def load(self, entry: str):
         return self.backend.load(KernelSpec("gpu.cu", entry, {}, self.backend.arch))
@@ -88,7 +87,7 @@ class Checks:
             y = (y.view(-1, 128) + w).view(-1)
         return y
 
-    # -- checks: each -> what there is to say
+    # -- checks: each returns the text for the report
 
     def plain_launch(self) -> str:
         x, w, y = self.inputs()
@@ -131,7 +130,7 @@ class Checks:
             return f"{said}; {buffer.num_bytes} bytes"
 
     def eager_wait_after_a_capture(self) -> str:
-        """Streamed layers wait for copies again after a graph was captured that holds such."""
+        """Streamed layers can wait for copies eagerly after a graph with such copies was captured."""
         with self._registered() as (_, source):
             x, w, y, replay, _ = self._captured_copy(source)
             for _ in range(ROUNDS):
@@ -144,7 +143,7 @@ class Checks:
             return said
 
     def eager_wait_for_a_captured_event(self) -> str:
-        """What exl must not do: told, whatever comes of it, as long as the device goes on."""
+        """An eager wait for a captured event, which exl must not do. Any outcome passes if the device survives."""
         with self._registered() as (_, source):
             x, w, y, _, event = self._captured_copy(source)
             try:
@@ -164,12 +163,12 @@ class Checks:
             multiply_f32(x.to(self.device), panel.to(self.device), product)
             exact = x.double() @ panel.double().t()
             error = float((product.cpu().double() - exact).abs().max() / exact.abs().max())
-            if not error < 1e-5:  # 384 products in f32; a 16-bit result would be off by 5e-4 or 4e-3
+            if not error < 1e-5:  # 384 products in f32; an f16 or bf16 result would be off by 5e-4 or 4e-3
                 raise Wrong(f"{dtype}: off by {error:.1e} of the largest")
             said.append(f"{dtype}: off by {error:.0e}")
         return ", ".join(said)
 
-    # -- parts of them
+    # -- parts of checks
 
     def _graph(self, *, first_dependent: bool, dependent: bool, added: int) -> str:
         x, w, y = self.inputs()
@@ -189,7 +188,7 @@ class Checks:
         return said
 
     def _captured_copy(self, source: torch.Tensor):
-        """A graph: x = source on the stream of copies, then y = 2 x. -> x, w, y, replay, the event inside of it."""
+        """A graph: x = source on the copy stream, then y = 2 x. Returns x, w, y, replay, and the captured event."""
         x, w, y = self.inputs()
         self.scale(x, y)
         events = []
@@ -220,7 +219,7 @@ class Checks:
 
 
 class _Registered:
-    """Memory of the host that the driver has locked: a buffer, and f16 [N] in it."""
+    """Host memory that the driver has page-locked: a buffer, and f16 [N] in it."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffer = HostBuffer(2 * N, "smoke test")
@@ -239,7 +238,7 @@ class _Registered:
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> str:
-    """Raises ``Wrong`` that names the first value that differs."""
+    """Raises ``Wrong``, naming the first value that differs."""
     found, expected = found.cpu().flatten(), expected.cpu().flatten()
     if torch.equal(found, expected):
         return f"{len(found)} values"
@@ -292,7 +291,7 @@ def main() -> None:
             f"{backend.device}, compute capability {backend.arch / 10}, {backend.num_multiprocessors} multiprocessors"
         )
 
-    # Each worker needs a backend; only the first one's is told.
+    # Every worker needs a backend; only the first worker reports it.
     if arguments.only is None and worker.claim("backend"):
         worker.run("backend", make)
     if not made:

@@ -20,9 +20,9 @@ from benchmarks.gpu_run.driver import Job, drive
 from benchmarks.gpu_run.summary import GOOD
 from benchmarks.gpu_run.worker import Place, append, read_records
 
-MARGIN_SECONDS = 3.0  # a stage ends by itself before it is ended
+MARGIN_SECONDS = 3.0  # a stage ends itself this much before its limit, when it would be killed
 MOST_RERUNS = 12
-# A dry run's tests: a few of the shim's, of kernels that other tests compile too.
+# Tests of a dry run: a few of the shim, with kernels that other tests compile as well.
 DRY_TESTS = {
     "kernels": ("tests/kernels/test_gpu_launch.py", "-m", "not gpu", "-k", "race and not addresses"),
     "models": ("tests/model/test_cuda_steps.py", "-m", "not gpu", "-k", "five_launches or staging_is_one_copy"),
@@ -43,20 +43,20 @@ class Options:
         return time.monotonic() + max(1.0, self.seconds - MARGIN_SECONDS)
 
     def words(self) -> list[str]:
-        """The same for a worker."""
+        """The same options as words of a worker's command line."""
         cache = [] if self.kernel_cache is None else ["--kernel-cache", str(self.kernel_cache)]
         return cache + (["--dry-run"] if self.dry_run else [])
 
 
 def num_test_workers(dry_run: bool) -> int:
-    """One where the GPU serves one process at a time."""
+    """Number of test workers: one if the GPU serves only one process at a time."""
     if dry_run or compute_mode().startswith("Exclusive"):
         return 1
     return max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
 def compute_mode() -> str:
-    """``Default``, ``Exclusive_Process``, ...; empty if nvidia-smi does not tell."""
+    """``Default``, ``Exclusive_Process``, ...; "" if nvidia-smi does not report it."""
     command = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
@@ -65,7 +65,7 @@ def compute_mode() -> str:
 
 
 def one_thread() -> dict[str, str]:
-    """Several processes compute references at once: each library keeps to one thread."""
+    """Environment that limits each library to one thread, because several processes compute references at once."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -92,7 +92,7 @@ def tests_job(stage: str, options: Options) -> Job:
 def module_job(
     stage: str, module: str, options: Options, *more: str, environment: Mapping[str, str] | None = None
 ) -> Job:
-    """Items of a module of ours, one worker at a time."""
+    """A job whose items one of our modules runs, with one worker at a time."""
     return Job(
         stage,
         options.results,
@@ -109,7 +109,7 @@ def first_failures(records: Sequence[dict], stages: Sequence[str]) -> list[str]:
 
 
 def reruns(options: Options) -> None:
-    """The first failures again, each launch waited for: an error appears where it is made."""
+    """Runs the first failures again, waiting for each launch, so that an error appears at the launch that causes it."""
     records, _ = read_records(options.results)
     checks, tests = first_failures(records, ("smoke",)), first_failures(records, ("kernels", "models"))
     deadline, blocking = options.deadline, {**one_thread(), "CUDA_LAUNCH_BLOCKING": "1"}

@@ -1,4 +1,4 @@
-"""``summary.json`` and ``summary.md`` of what stages have left in ``results.jsonl``. Imports neither torch nor exl."""
+"""Writes ``summary.json`` and ``summary.md`` from the stages' ``results.jsonl``. Imports neither torch nor exl."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.gpu_run.worker import read_records
 if TYPE_CHECKING:
     from benchmarks.gpu_run.runner import Run
 
-MOST_FAILURES = 40  # in the page; the JSON file has them all
+MOST_FAILURES = 40  # at most, on the page; the JSON file has all
 GOOD = ("passed", "skipped")
 
 
 def collect(run: Run) -> dict:
-    """Everything that is known by now."""
+    """Collects all results so far."""
     records, _ = read_records(run.out / "results.jsonl")
     stages = []
     for told in run.stages:
@@ -58,7 +58,7 @@ def _line(record: dict) -> dict:
 
 
 def markdown(told: dict) -> str:
-    """One page for a person."""
+    """The summary as one page of Markdown."""
     lines = [f"# {told['title']}", ""]
     lines += [f"{told['began']}, {told['seconds']:.0f} s of {told['budget']:.0f} s.", ""]
     lines += ["| stage | how it ended | s | of at most | items |", "| --- | --- | ---: | ---: | --- |"]
@@ -93,7 +93,7 @@ def _stage_lines(stage: dict) -> list[str]:
 
 
 def _report_lines(measured: list[dict]) -> list[str]:
-    """By section, each with its table's head, in the order in which they were first measured."""
+    """Lines by section, each with its table's head, in the order of the first measurement."""
     lines, sections = [], dict.fromkeys(line["section"] for line in measured if line["outcome"] == "passed")
     for section in sections:
         mine = [line for line in measured if line["section"] == section and line["outcome"] == "passed"]
@@ -111,7 +111,7 @@ def _one(text: str, most: int = 400) -> str:
 
 
 def _last(text: str) -> str:
-    """The line of a failure that says most: pytest's last line of an error, else the last line."""
+    """The most informative line of a failure: pytest's last error line, otherwise the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line[1:].strip() for line in lines if line.startswith("E ")]
     return _one((errors or lines or [""])[0 if errors else -1], 240)
@@ -124,7 +124,7 @@ def write_summary(run: Run) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Writes the file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
-"""A process that runs items of a stage, one after another: what it has begun and how each ended is on disk at once.
+"""A process that runs items of a stage, one after another. Each item's begin and outcome are written to disk at once.
 
-Several workers share a folder of claims: an item belongs to whoever makes its file first. A worker that meets an error
-which ends its CUDA context leaves with the code ``LEFT``, and the driver starts a fresh one for the items that nobody
+Several workers share a folder of claims: an item belongs to the worker that creates its file first. A worker whose CUDA
+context is destroyed exits with the code ``LEFT``; the driver then starts a fresh worker for the items that no worker
 has begun. Imports neither torch nor exl.
 """
 
@@ -22,19 +22,19 @@ from typing import NoReturn
 from benchmarks.guard import device_error, one_line
 
 LEFT = 86  # exit code of a worker whose context is lost
-TEXT = 1500  # characters of an item's text, the last ones
-STDERR = os.dup(2)  # before anybody redirects it: where a hung worker's stack is written
+TEXT = 1500  # at most; the last characters of an item's text
+STDERR = os.dup(2)  # kept before anything redirects it: receives a hung worker's stack
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage's items are kept, as the driver says it to its workers in one argument."""
+    """Files of a stage and this worker's number; the driver passes it to a worker as one argument."""
 
     stage: str
     results: Path  # JSON lines of all stages
     claims: Path
     item_seconds: float
-    slot: int = 0  # of this worker among ``num_workers``
+    slot: int = 0  # this worker's number, below ``num_workers``
     num_workers: int = 1
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Place:
 
 
 def append(path: Path, **fields: object) -> None:
-    """One JSON line, in one write: processes do not mix theirs."""
+    """Appends one JSON line by a single write, so that lines of several processes do not mix."""
     data = (json.dumps(fields) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -57,7 +57,7 @@ def append(path: Path, **fields: object) -> None:
 
 
 def read_records(path: Path, offset: int = 0) -> tuple[list[dict], int]:
-    """Records from ``offset`` on, and where the next ones begin; a line that is not whole yet waits."""
+    """Records from ``offset`` on, and the next offset; an incomplete last line is left for the next call."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -87,21 +87,21 @@ class Worker:
         faulthandler.enable(STDERR)
 
     def claim(self, item: str) -> bool:
-        """Whether the item is this worker's from here on."""
+        """Claims the item; False if another worker has it."""
         try:
-            os.symlink(str(os.getpid()), self.place.claims / claim_name(item))  # there with its content, or not at all
+            os.symlink(str(os.getpid()), self.place.claims / claim_name(item))  # atomic, with its content
         except FileExistsError:
             return False
         return True
 
     def begin(self, item: str) -> None:
-        """From here on the item has ``item_seconds``; then the process ends itself, wherever it hangs."""
+        """Records the begin of an item. After ``item_seconds`` the process ends itself, wherever it hangs."""
         self._began = time.monotonic()
         self._note(item, event="begin")
         faulthandler.dump_traceback_later(self.place.item_seconds, exit=True, file=STDERR)
 
     def end(self, item: str, outcome: str, text: str = "", **more: object) -> None:
-        """``outcome``: passed, failed or skipped."""
+        """Records an outcome: passed, failed or skipped."""
         faulthandler.cancel_dump_traceback_later()
         seconds = round(time.monotonic() - self._began, 3)
         self._note(item, event="end", outcome=outcome, seconds=seconds, text=text[-TEXT:], **more)
@@ -113,13 +113,13 @@ class Worker:
         append(self.place.results, stage=self.place.stage, item=item, worker=os.getpid(), **fields)
 
     def leave(self) -> NoReturn:
-        """Without the cleaning up that would only meet the same error again."""
+        """Exits without cleaning up, which would only raise the same error again."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(LEFT)
 
     def run(self, item: str, run: Callable[[], str], **more: object) -> None:
-        """One item that was claimed; ``run`` -> what there is to say. Leaves where the context is lost."""
+        """Runs one claimed item; ``run`` returns its text. Exits the process if the CUDA context is lost."""
         self.begin(item)
         outcome, text = "passed", ""
         try:

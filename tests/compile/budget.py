@@ -1,6 +1,6 @@
 """The budget file: registers, stack, spilled bytes and static shared memory of every kernel variant.
 
-``python -m tests.compile.budget`` writes it anew; a test fails where a kernel takes more than it says.
+``python -m tests.compile.budget`` rewrites it. A test fails if a kernel takes more than the file allows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Table = dict[str, dict[str, Resources]]  # variant -> arch -> resources
 
 
 def measured(archs: tuple[int, ...] = ARCHS) -> Table:
-    """What every variant takes today."""
+    """The present resources of every variant."""
     specs = [variant.spec for arch in archs for variant in variants(arch)]
     table: Table = {}
     for spec, resources in zip(specs, measure_all(specs), strict=True):
@@ -44,7 +44,7 @@ def write(table: Table, compiler: Nvrtc) -> None:
 
 
 def over(table: Table, budget: Table) -> list[str]:
-    """Every excess, in words; a variant that the budget does not know is one too, and so is one that is gone."""
+    """One message per excess, per variant that the budget lacks, and per budgeted variant that no longer exists."""
     found = []
     for name, by_arch in table.items():
         for arch, resources in by_arch.items():

@@ -1,8 +1,8 @@
-"""What a kernel of a dependent chain touches, and when: read from its PTX and from its machine code.
+"""Which memory a kernel of a dependent chain accesses before its wait, read from its PTX and from its machine code.
 
-Under a dependent launch a kernel starts while its predecessors still run. Until ``griddepcontrol.wait`` it may read
-what no launch writes, the model's constants, and write nothing; and what a launch writes may never be read through the
-read-only path (``ld.global.nc``, ``LDG.CONSTANT``), which the compiler may move above the wait.
+Under a dependent launch a kernel starts while its predecessors still run. Before ``griddepcontrol.wait`` it may read
+only the model's constants, which no launch writes, and must not write. Memory that a launch writes may never be read
+through the read-only path (``ld.global.nc``, ``LDG.CONSTANT``): the compiler may move such reads above the wait.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from .sass_flow import read_sass
 WEIGHTS = ("codes", "qparams", "w", "bias", "table")
 CONSTANTS = frozenset((*WEIGHTS, "norm", "weight", "q_norm", "k_norm", "positions"))
 SIGNATURE = re.compile(r"EXL_KERNEL\((\w+),[^)]*\)\s*\(([^)]*)\)")
-PARAM_CBANK = b"\x04\x0a\x08\x00"  # of .nv.info: a symbol, the parameters' offset in bank 0 and their bytes
+PARAM_CBANK = b"\x04\x0a\x08\x00"  # in .nv.info: then a symbol, and the parameters' offset in bank 0 and size
 
 
 @dataclass(frozen=True)
 class Access:
-    """One access to global memory, or where a kernel may end (``kind`` "exit")."""
+    """One access to global memory, or a possible end of the kernel (``kind`` "exit")."""
 
     text: str
     kind: str  # "read", "read-only read", "write", "exit"
-    origins: frozenset[str]  # parameters that the address may come from; none: not known
-    early: bool  # reached on some way without a wait
+    origins: frozenset[str]  # parameters that the address may come from; empty: unknown
+    early: bool  # some path reaches it without a wait
 
 
 @dataclass(frozen=True)
 class Parameter:
     name: str
-    offset: int  # in bytes from the first
+    offset: int  # in bytes from the first parameter
     is_pointer: bool
 
 
 def waits(spec: KernelSpec, sources=None) -> bool:
-    """Whether ``spec`` calls ``griddepcontrol_wait``. Its header alone holds the definition."""
+    """Whether the body of ``spec``'s kernel calls ``griddepcontrol_wait``."""
     body = flattened(spec, sources).split(f"EXL_KERNEL({spec.entry},")[1].split("\nEXL_KERNEL(")[0]
     return "griddepcontrol_wait()" in body
 
 
 def parameters(text: str, entry: str) -> tuple[Parameter, ...]:
-    """Of a kernel's flat source: pointers and 64-bit integers have 8 bytes, all else 4."""
+    """Parameters, from a kernel's flat source: pointers and 64-bit integers have 8 bytes, all others 4."""
     found = {match[1]: match[2] for match in SIGNATURE.finditer(text)}
     result, offset = [], 0
     for part in found[entry].split(","):
@@ -63,7 +63,7 @@ def parameters(text: str, entry: str) -> tuple[Parameter, ...]:
 
 
 def parameter_bank_offset(cubin: bytes, num_bytes: int) -> int:
-    """Where parameters begin in constant bank 0, as the cubin itself says."""
+    """Offset of the parameters in constant bank 0, from the cubin itself."""
     for at in (match.start() for match in re.finditer(re.escape(PARAM_CBANK), cubin)):
         _, offset, size = struct.unpack_from("<IHH", cubin, at + 4)
         if size == num_bytes:
@@ -72,7 +72,7 @@ def parameter_bank_offset(cubin: bytes, num_bytes: int) -> int:
 
 
 def faults(accesses: Iterable[Access]) -> list[str]:
-    """Every access that a dependent launch must not make, in words."""
+    """One message per access that a dependent launch must not make."""
     found = []
     for access in accesses:
         mutable = ", ".join(sorted(access.origins - CONSTANTS)) or ("" if access.origins else "an unknown address")
@@ -90,7 +90,7 @@ def faults(accesses: Iterable[Access]) -> list[str]:
 
 
 def find_faults(spec: KernelSpec, compiler: Nvrtc, sources=None) -> list[str]:
-    """Of one variant, in its PTX and in its machine code."""
+    """``faults`` of one variant, in its PTX and in its machine code."""
     text = flattened(spec, sources)
     cubin, ptx = compiler.compile_both(text, spec.source, nvrtc_options(spec))
     declared = parameters(text, spec.entry)

@@ -1,6 +1,6 @@
 """NVRTC by ctypes, from the wheels of CUDA 12 and CUDA 13: compiles for every GPU on a machine without one.
 
-``nvidia-cuda-nvrtc-cu12`` and ``nvidia-cuda-nvrtc`` lie side by side in different folders.
+``nvidia-cuda-nvrtc-cu12`` and ``nvidia-cuda-nvrtc`` install to different folders, so both can be present.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exl.kernels.compiler import CompileFailed
 
-PACKAGES = {12: "nvidia.cuda_nvrtc", 13: "nvidia.cu13"}  # by CUDA's version
+PACKAGES = {12: "nvidia.cuda_nvrtc", 13: "nvidia.cu13"}  # CUDA version -> package
 WHEELS = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
 
 
@@ -92,8 +92,8 @@ class Nvrtc:
 
 @functools.cache
 def nvrtc(version: int | None = None) -> Nvrtc | None:
-    """The NVRTC of CUDA ``version``, or None where its wheel is not installed. Without a version: one that is there,
-    CUDA 12's first: it alone knows sm_61 and sm_70."""
+    """The NVRTC of CUDA ``version``, or None if its wheel is not installed. Without a version: any that is installed,
+    preferably CUDA 12's, because CUDA 13's does not support sm_61 and sm_70."""
     for wanted in PACKAGES if version is None else (version,):
         path = library_path(wanted)
         if path is not None:

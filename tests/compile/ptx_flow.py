@@ -1,4 +1,4 @@
-"""Accesses to global memory in PTX, with the parameters that their addresses come from."""
+"""Accesses to global memory in PTX, with the parameters from which their addresses are computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAIT = "griddepcontrol.wait"
 GLOBAL_READ = re.compile(
     r"^(ld\.(volatile\.|relaxed\.\w+\.|acquire\.\w+\.)?global|cp\.async\.[\w.:]*global|ldu\.global)"
 )
-GENERIC = re.compile(r"^(ld|st)\.((volatile|v2|v4)\.)*[busf]\d+$")  # of an address whose space is not known
+GENERIC = re.compile(r"^(ld|st)\.((volatile|v2|v4)\.)*[busf]\d+$")  # an access whose address space is unknown
 GLOBAL_WRITE = re.compile(r"^(st\.([\w.]+\.)?global|atom\.|red\.(?!async))")
 OTHER_SPACES = re.compile(r"^(ld|st)\.([\w.]+\.)?(param|shared|local|const)")
 NO_MEMORY = re.compile(r"^(cp\.async\.(commit|wait)|redux\.|atom\.shared|red\.shared|ldmatrix|prefetch)")
@@ -34,7 +34,7 @@ class Line:
 def read_ptx(ptx: str, entry: str, parameters: dict[int, str]) -> list[tuple[str, str, frozenset[str], bool]]:
     """``(text, kind, origins, early)`` of each access and each end of ``entry``: see ``dependence.Access``.
 
-    ``parameters``: pointers among them, by number. A register's origins are those of all that is ever moved into it.
+    ``parameters``: the pointers, by parameter number. A register's origins are those of every value moved into it.
     """
     lines, labels, tables = _lines(next(found[3] for found in ENTRY.finditer(ptx) if found[1] == entry))
     successors = [_successors(i, line, labels, tables, len(lines)) for i, line in enumerate(lines)]
@@ -52,7 +52,7 @@ def read_ptx(ptx: str, entry: str, parameters: dict[int, str]) -> list[tuple[str
 
 
 def _lines(body: str) -> tuple[list[Line], dict[str, int], dict[str, list[str]]]:
-    """Instructions, each label's index among them, and the targets that tables of branches list."""
+    """Instructions, the index of each label's instruction, and the targets in branch tables."""
     lines: list[Line] = []
     labels: dict[str, int] = {}
     tables: dict[str, list[str]] = {}
@@ -60,7 +60,7 @@ def _lines(body: str) -> tuple[list[Line], dict[str, int], dict[str, list[str]]]
     text = "\n".join(line.split("//")[0].strip() for line in body.splitlines())
     for statement in text.split(";"):
         statement = " ".join(statement.split())
-        statement = statement.lstrip("{} ")  # where a scope opens or ends
+        statement = statement.lstrip("{} ")  # braces of scopes
         while label := LABEL.match(statement):
             name = label[1]
             labels[name] = len(lines)
@@ -88,7 +88,7 @@ def _successors(i: int, line: Line, labels: dict[str, int], tables: dict[str, li
 
 
 def _without_wait(lines: list[Line], successors: list[list[int]]) -> set[int]:
-    """Instructions that some way reaches without a wait."""
+    """Instructions that some path reaches without a wait."""
     seen: set[int] = set()
     todo = [0]
     while todo:

@@ -1,4 +1,4 @@
-"""Evaluates straight-line PTX with NumPy, all threads at once: what the text of an instruction means, on no GPU.
+"""Evaluates straight-line PTX with NumPy, all threads at once, without a GPU.
 
 Covers what a kernel of scalar instructions compiles to. Semantics are the PTX ISA's, written down independently of the
 host shim: arithmetic on halves goes through ``numpy.float16``.
@@ -14,7 +14,7 @@ import numpy as np
 ENTRY = re.compile(r"\.entry (\w+)\((.*?)\)[^{]*\{(.*?)^\}", re.DOTALL | re.MULTILINE)
 INSTRUCTION = re.compile(r"^(?:(@!?%p\d+)\s+)?([a-z][\w.:]*)\s*(.*);$")
 MEMORY = re.compile(r"\[([%\w]+)(?:\+(-?\d+))?\]")
-BUFFER_BITS = 40  # an address is a buffer's number and a byte in it
+BUFFER_BITS = 40  # an address is a buffer's number and, in its low bits, a byte offset
 
 U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
 
@@ -24,7 +24,7 @@ def _halves(v: np.ndarray) -> np.ndarray:
 
 
 def _pairs(v: np.ndarray) -> np.ndarray:
-    """f16 [n, 2] to u32 [n]; a NaN is the canonical one."""
+    """f16 [n, 2] -> u32 [n]; NaN becomes the canonical NaN."""
     bits = np.where(np.isnan(v), U16(0x7FFF), v.astype(np.float16).view(U16))
     return bits[:, 0].astype(U32) | (bits[:, 1].astype(U32) << U32(16))
 
@@ -34,7 +34,7 @@ def _f16(f: np.ndarray) -> np.ndarray:
 
 
 def _bf16(f: np.ndarray) -> np.ndarray:
-    """To nearest even, by choosing between the two neighbours."""
+    """f32 -> bf16, rounded to nearest even by choosing between the two neighbours."""
     low = f.view(U32) & U32(0xFFFF0000)
     rest = f.view(U32) & U32(0xFFFF)
     up = (rest > 0x8000) | ((rest == 0x8000) & ((low >> U32(16)) & U32(1) == 1))
@@ -112,7 +112,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def evaluate(ptx: str, entry: str, num_threads: int, buffers: list[np.ndarray]) -> list[str]:
-    """Runs ``entry`` for threads 0..n-1 of blocks of 32 on u32 buffers, in place. Returns the opcodes it met.
+    """Runs ``entry`` for threads 0..n-1, in blocks of 32, on u32 buffers, in place. Returns the opcodes that occurred.
 
     Raises ``NotImplementedError`` for an instruction that it does not know.
     """

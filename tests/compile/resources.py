@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, as ptxas reports it."""
+"""Registers, stack and memory of a compiled kernel, as ptxas reports them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .nvrtc import Nvrtc, nvrtc
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "compile"
 NUM_PROCESSES = 2
-VERBOSE = "--ptxas-options=-v"  # says more, and changes nothing in the code
+VERBOSE = "--ptxas-options=-v"  # adds to the log, does not change the code
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
@@ -23,7 +23,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread, but ``static_shared_bytes``, which is per block (dynamic shared memory is the launch's affair)."""
+    """Per thread, except ``static_shared_bytes``, which is per block (a launch sets its dynamic shared memory)."""
 
     registers: int
     stack_bytes: int
@@ -32,7 +32,7 @@ class Resources:
 
 
 def parse(log: str, entry: str) -> Resources:
-    """From the log of one entry. Raises ``ValueError`` if ptxas says nothing of it."""
+    """Reads ptxas's log of one entry. Raises ``ValueError`` if the log does not mention it."""
     start = log.find(f"Compiling entry function '{entry}'")
     part = log[start:].split("Compiling entry function", 2)[1] if start >= 0 else ""
     frame, used = FRAME.search(part), USED.search(part)
@@ -56,7 +56,7 @@ def measure(spec: KernelSpec, compiler: Nvrtc, sources: Path | None = None) -> R
 
 
 def measure_all(specs: list[KernelSpec]) -> list[Resources]:
-    """``measure`` for each of exl's kernels, in two processes: NVRTC compiles one program at a time in each."""
+    """``measure`` for each of exl's kernels, in two processes: NVRTC compiles one program at a time per process."""
     with multiprocessing.get_context("spawn").Pool(NUM_PROCESSES) as pool:
         return pool.map(_measure_here, specs, chunksize=4)
 

@@ -1,4 +1,4 @@
-"""Machine code, read back: the loops of a kernel and the instructions in them. Needs nvdisasm (a wheel)."""
+"""Reads disassembled machine code: a kernel's loops and their instructions. Needs nvdisasm (a wheel)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Loop:
 
 
 def nvdisasm_path() -> Path | None:
-    """From an installed wheel, else on the path."""
+    """nvdisasm from an installed wheel, otherwise from PATH."""
     try:
         spec = importlib.util.find_spec("nvidia.cu13")
     except ModuleNotFoundError:
@@ -57,7 +57,7 @@ def nvdisasm_path() -> Path | None:
 
 
 def disassemble(cubin: bytes) -> str:
-    """nvdisasm's text of a cubin for sm_75 or higher. Raises ``RuntimeError`` with its complaint."""
+    """nvdisasm's text of a cubin for sm_75 or higher. Raises ``RuntimeError`` with nvdisasm's message."""
     tool = nvdisasm_path()
     if tool is None:
         raise RuntimeError("nvdisasm is not installed (wheel nvidia-cuda-nvdisasm)")
@@ -71,7 +71,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def loops(listing: str, entry: str) -> list[Loop]:
-    """Innermost loops of ``entry``: none holds another one. In the order of their addresses."""
+    """Innermost loops of ``entry`` (those that contain no loop), by address."""
     code, labels = body(listing, entry)
     spans = []
     for i, instruction in enumerate(code):
@@ -80,7 +80,7 @@ def loops(listing: str, entry: str) -> list[Loop]:
             spans.append((labels[target[1]], i))
     spans = sorted({(start, max(stop for a, stop in spans if a == start)) for start, _ in spans})
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    # An empty branch to itself is where a kernel's code ends.
+    # The branch to itself after a kernel's code is not a loop.
     return [Loop(tuple(code[start : stop + 1])) for start, stop in inner if stop > start]
 
 
@@ -98,7 +98,7 @@ def between(listing: str, entry: str, start: int, stop: int) -> Loop:
 
 
 def body(listing: str, entry: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions of one kernel and of the functions behind it, and each label's index among them."""
+    """Instructions of one kernel and of the functions after it, and the index of each label's instruction."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     inside = False

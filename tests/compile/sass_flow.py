@@ -1,9 +1,10 @@
-"""Accesses to global memory in machine code, with the parameters that their addresses come from.
+"""Accesses to global memory in machine code, with the parameters from which their addresses are computed.
 
-A data flow over registers: what a parameter's words in constant bank 0 are loaded into comes from that parameter, and
-so does the result of every instruction that reads such a register. Values that are loaded from memory come from none.
-Ways join by union; an instruction under a predicate adds to what its target held, which one under the same predicate
-does not see. An address that comes from no parameter is not known, which a check must not let pass.
+A data-flow analysis over registers. A register loaded from a parameter's words in constant bank 0 comes from that
+parameter; so does the result of every instruction that reads such a register. Values loaded from memory come from none.
+Where paths join, origins are united. An instruction under a predicate adds its origins to the old ones of its target; a
+later instruction under the same predicate sees only the new ones. An address that comes from no parameter is unknown,
+which a check must not let pass.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ LABELS = re.compile(r"\.L_x_\d+")
 CALLED = re.compile(r"`\(([.$\w]+)\)")
 READS, READ_ONLY = ("LDG", "LDGSTS", "LD", "ULDG"), "CONSTANT"
 WRITES = ("STG", "ST", "RED", "ATOMG", "ATOM", "REDG")
-# What names memory, but is no access to global memory, and what is no memory at all.
+# Instructions that name memory without accessing global memory, and instructions without memory.
 OTHERS = (
     *("LDS", "LDSM", "LDC", "LDCU", "ULDC", "LDL", "LDGDEPBAR", "LDTRAM", "LEA", "STS", "STSM", "STL", "ATOMS"),
     *("REDUX", "CREDUX"),
 )
 MEMORY = re.compile(r"^(U?LD|U?ST|U?ATOM|U?RED|UBLK|UTMA|TLD|TEX|SULD|SUST|SURED|LEPC_LD|SYNCS|UCGABAR_LD)")
-# No address comes out of these.
+# The results of these are no addresses.
 ARITHMETIC = re.compile(r"^(FADD|FMUL|FFMA|FMNMX|DADD|DMUL|DFMA|H\w*2|HMMA|MUFU|F2F|F2FP|F2I|I2F|I2FP)$")
-# Their first register is none that they write.
+# The first register of these is not written.
 NO_TARGET = (
     *("STG", "STS", "STL", "ST", "RED", "LDGSTS"),
     *("BAR", "BSSY", "BSYNC", "BRA", "WARPSYNC", "DEPBAR", "CALL", "RET"),
 )
 BEHIND_PREDICATE = ("SHFL", "ATOMG", "ATOM", "ATOMS", "R2UR")  # their first operand may be a predicate
 
-# Of each register the parameters that it comes from ("R2"), also as an instruction under a predicate finds it that was
-# written under the same one ("R2@!P0"); of each barrier register the labels where BSYNC goes on, and
-# whether there is a way to here without a wait.
+# Per register the parameters that it comes from ("R2"), and the same as seen by an instruction under a predicate, if
+# the register was written under that predicate ("R2@!P0"). Per barrier register the labels where BSYNC continues. And
+# whether some path leads here without a wait.
 EARLY = "early"
 State = dict[str, frozenset[str]]
 Found = list[tuple[str, str, frozenset[str], bool]]
@@ -51,7 +52,7 @@ def read_sass(listing: str, entry: str, parameters: Mapping[int, str]) -> Found:
     """``(text, kind, origins, early)`` of each access and each end of ``entry``: see ``dependence.Access``.
 
     ``parameters``: pointers, by their offset in constant bank 0. Raises ``ValueError`` for an instruction whose
-    meaning for memory or for the ways through the kernel is not known here.
+    effect on memory or on the paths through the kernel is not known here.
     """
     return _Flow(listing, entry, parameters).accesses()
 
@@ -60,7 +61,7 @@ class _Flow:
     def __init__(self, listing: str, entry: str, parameters: Mapping[int, str]) -> None:
         self.code, self.labels = body(listing, entry)
         self.parameters = {offset + word: name for offset, name in parameters.items() for word in (0, 4)}
-        self.kept: frozenset[str] = frozenset()  # what is stored in shared or local memory comes from
+        self.kept: frozenset[str] = frozenset()  # origins of all that is stored in shared or local memory
 
     def accesses(self) -> Found:
         states = self._states()
@@ -80,7 +81,7 @@ class _Flow:
         inner = next(text for i, (desc, text) in reversed(list(enumerate(brackets))) if not desc)
         registers = []
         for kind, number in REGISTER.findall(inner):
-            registers += [f"{kind}{number}", f"{kind}{int(number) + 1}"]  # addresses have 64 bits
+            registers += [f"{kind}{number}", f"{kind}{int(number) + 1}"]  # an address is 64 bits: two registers
         return _union(state, registers, one.predicate).union(*(self._of_bank(bank, 0) for bank in BANK.findall(inner)))
 
     # ways
@@ -97,7 +98,7 @@ class _Flow:
                 raise ValueError(f"a barrier that no instruction has set: {one}")
             return [self.labels[name] for name in targets] + (following if one.predicate else [])
         if name == "CALL":
-            return following  # what it calls: _called
+            return following  # the callee: see _called
         if name in ("BRX", "BRXU"):
             targets = [self.labels[label] for label in LABELS.findall(one.operands)]
             if not targets:
@@ -111,7 +112,7 @@ class _Flow:
         return following
 
     def _called(self, one: Instruction) -> list[Instruction]:
-        """The function that a CALL runs: a leaf that computes in registers."""
+        """The body of the function that a CALL runs, which must be a leaf that computes in registers only."""
         found = CALLED.search(one.operands)
         start = self.labels[found[1]] if found else None
         if start is None:
@@ -124,7 +125,7 @@ class _Flow:
     # data
 
     def _states(self) -> list[State | None]:
-        """What each instruction finds in the registers; None where none comes."""
+        """The state before each instruction; None if it is unreachable."""
         while True:
             kept = self.kept
             states = self._walk(0)
@@ -134,7 +135,7 @@ class _Flow:
     def _walk(self, start: int) -> list[State | None]:
         states: list[State | None] = [None] * len(self.code)
         states[start] = {EARLY: frozenset(["yes"])}
-        todo = [start]  # a heap: in the order of the code, ways join before they go on
+        todo = [start]  # a heap, in the order of the code: paths join before they continue
         while todo:
             i = heapq.heappop(todo)
             after = self._step(self.code[i], states[i])
@@ -162,7 +163,7 @@ class _Flow:
             sources = self.kept if data.loads == "kept" else frozenset()
         after = state
         for word, register in enumerate(data.targets):
-            # A load of several words from a bank gives each target its own.
+            # A load of several words from a bank gives each target register its own word.
             banks = (self._of_bank(bank, word if data.words else 0) for bank in data.banks)
             after = _written(after, register, sources.union(*banks), one.predicate)
         return _without_guards(after, data.predicates)
@@ -184,17 +185,17 @@ class _Flow:
 
 @dataclass(frozen=True)
 class _Data:
-    """What an instruction does to registers."""
+    """The effect of an instruction on registers."""
 
     targets: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     banks: tuple[str, ...] = ()  # places in constant bank 0 that it reads
-    words: bool = False  # it loads from there, a word for each target
+    words: bool = False  # it loads from there, one word per target
     loads: str = (
-        ""  # "kept": what shared or local memory keeps; "global": loaded from there, or a floating-point number
+        ""  # "kept": loaded from shared or local memory; "global": loaded from global memory, or floating-point
     )
     stores: bool = False  # to shared or local memory
-    predicates: tuple[str, ...] = ()  # that it may change: all that it names
+    predicates: tuple[str, ...] = ()  # those that it may change: all that it names
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -220,7 +221,7 @@ def _data(one: Instruction) -> _Data:
 
 
 def _addends(parts: list[str], sources: list[str]) -> list[str]:
-    """Operands that an address may come through: not what is multiplied, shifted or scaled."""
+    """Operands through which an address may pass: not those that are multiplied, shifted or scaled."""
     name = parts[0].removeprefix("U")
     sources = [text for text in sources if not re.match(r"^!?U?P(T|\d)", text)]
     if name == "SHF" or (name == "IMAD" and {"SHL", "HI"} & set(parts)):
@@ -233,7 +234,7 @@ def _addends(parts: list[str], sources: list[str]) -> list[str]:
 
 
 def _union(state: State, registers: Iterable[str], guard: str) -> frozenset[str]:
-    """What an instruction under a predicate (``guard``: "@P0", or "") finds in registers."""
+    """Origins of registers as seen by an instruction under a predicate (``guard``: "@P0", or "")."""
     found = (state.get(r + guard, state.get(r)) if guard else state.get(r) for r in registers)
     return frozenset().union(*(names for names in found if names is not None))
 
@@ -245,19 +246,19 @@ def _written(state: State, register: str, names: frozenset[str], guard: str) -> 
         return {**after, register: names}
     after[register + guard] = names
     before = state.get(register, frozenset())
-    if register + opposite in state:  # written under both: what was there before is gone
+    if register + opposite in state:  # written under both: the old value is gone
         before = after[register + opposite] = state[register + opposite]
     return {**after, register: before | names}
 
 
 def _without_guards(state: State, predicates: tuple[str, ...]) -> State:
-    """After an instruction that may have changed these predicates."""
+    """The state after an instruction that may have changed these predicates."""
     gone = [key for key in state if "@" in key and key.split("@")[1].lstrip("!") in predicates]
     return {key: names for key, names in state.items() if key not in gone} if gone else state
 
 
 def _joined(a: State, b: State) -> State:
-    """``a`` itself where ``b`` adds nothing. What holds under a predicate holds only where both know it."""
+    """The union; ``a`` itself if ``b`` adds nothing. Entries under a predicate stay only if both states have them."""
     more = {
         r: names | a.get(r, frozenset())
         for r, names in b.items()
@@ -274,7 +275,7 @@ def _registers(operands: str) -> tuple[str, ...]:
 
 
 def _target(one: Instruction, operands: list[str]) -> tuple[str | None, int]:
-    """The first register that an instruction writes, and how many; None: none that holds data."""
+    """The first register that an instruction writes, and how many; None if it writes no data register."""
     name = one.opcode.split(".")[0]
     if not operands or name in NO_TARGET:
         return None, 0
@@ -287,7 +288,7 @@ def _target(one: Instruction, operands: list[str]) -> tuple[str | None, int]:
 
 
 def _width(parts: list[str]) -> int:
-    """Registers that an instruction with this opcode writes."""
+    """Number of registers that an instruction with this opcode writes."""
     name = parts[0]
     if "128" in parts or (name.endswith("MMA") and name not in ("DMMA",)) or (name == "LDSM" and "4" in parts):
         return 4

@@ -1,5 +1,5 @@
-"""Before the wait of a dependent launch a kernel reads the model's constants and nothing else, and never anything else
-as constant: in the PTX and the machine code of both NVRTCs."""
+"""Before the wait of a dependent launch a kernel only reads, and only the model's constants. It never reads anything
+else through the read-only path. Checked in the PTX and the machine code of both NVRTCs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .resources import NUM_PROCESSES
 from .sass import nvdisasm_path
 from .sass_flow import read_sass
 
-ARCHS, COMPILERS = (90, 120), (12, 13)  # where the machine code differs in kind
+ARCHS, COMPILERS = (90, 120), (12, 13)  # these give different kinds of machine code
 PLANTED = {
     "all_right": None,
     "restricted": "reads x as constant",
@@ -63,7 +63,7 @@ def _find(spec: KernelSpec, version: int) -> list[str]:
 
 
 def test_one_variant_of_every_kernel():
-    """For sm_90 by one compiler, for sm_120 by the other: the rest is ``matrix``."""
+    """sm_90 by one compiler, sm_120 by the other; tests marked ``matrix`` cover the rest."""
     jobs = []
     for arch, version in zip(ARCHS, COMPILERS, strict=True):
         first = {spec.entry: spec for spec in reversed(specs(arch))}
@@ -100,12 +100,12 @@ def test_planted_faults_are_found_at_both_levels(entry, arch, version):
     for level in ("PTX", "SASS"):
         assert any(re.match(f"{level}: {expected}", fault) for fault in faults), faults
     unexpected = [fault for fault in faults if not re.search(expected, fault)]
-    if entry not in ("wait_on_one_way",):  # which also writes and ends without a wait
+    if entry not in ("wait_on_one_way",):  # this one also writes, and may end without a wait
         assert unexpected == []
 
 
 def test_constants_are_parameters_of_kernels():
-    """A name that no kernel has any more would let a new buffer of that name pass."""
+    """Each name in CONSTANTS must be a kernel's parameter: a stale one would let a new buffer of that name pass."""
     named = set()
     for path in sorted(Path(kernel_folder()).glob("*.cu")):
         text = path.read_text()
@@ -139,7 +139,7 @@ def test_what_is_not_known_is_refused():
 
 
 def test_ways_are_joined_in_machine_code():
-    """A branch around the wait, an address that one of two ways chooses, a predicated copy of an address."""
+    """A branch around the wait, an address that depends on a branch, a predicated copy of an address."""
     lines = [
         "LDC.64 R2, c[0x0][0x210]",
         "ULDC.64 UR4, c[0x0][0x218]",
@@ -155,7 +155,7 @@ def test_ways_are_joined_in_machine_code():
     found = read_sass('\t.section\t.text.f,"ax",@progbits\n.text.f:\n' + body, "f", {0x210: "w", 0x218: "x"})
     assert [(kind, sorted(origins), early) for _, kind, origins, early in found] == [
         ("read", ["w", "x"], True),
-        ("read-only read", [], True),  # an address from memory: not known
+        ("read-only read", [], True),  # an address loaded from memory: unknown
         ("read", ["w", "x"], False),
         ("exit", [], False),
     ]

@@ -42,7 +42,7 @@ def test_the_budget_has_a_row_for_every_variant_and_no_other(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_sample_of_every_kernel_compiles_within_its_budget(compiler, arch, request):
-    """Every eighth variant, and one of every source at least, drawn by --sample: a minute instead of ten."""
+    """Every eighth variant, at least one per source, drawn by --sample: one minute instead of ten."""
     seed = request.config.getoption("--sample") or "none"
 
     def place(variant: Variant) -> bytes:
@@ -80,7 +80,7 @@ def test_budget_reports_every_excess():
 
 
 def test_resources_are_read_from_the_log(compiler):
-    """Against kernels whose needs are known: one that must spill, one with static shared memory, one with neither."""
+    """Checked on kernels of known needs: one that must spill, one with static shared memory, one with neither."""
     specs = {entry: KernelSpec("resources.cu", entry, {}, 86) for entry in ("plain", "spilling", "with_static_shared")}
     found = {entry: measure(spec, compiler, TEST_KERNELS) for entry, spec in specs.items()}
     assert found["plain"].spilled_bytes == found["plain"].stack_bytes == found["plain"].static_shared_bytes == 0

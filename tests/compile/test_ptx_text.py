@@ -51,7 +51,7 @@ def same(a: np.ndarray, b: np.ndarray, column: int) -> np.ndarray:
     if column not in F32_RESULTS:
         return a == b
     x, y = a.view(np.float32), b.view(np.float32)
-    if column == EX2:  # 2 units in the last place on the GPU, 1 here
+    if column == EX2:  # a GPU is within 2 units in the last place, the shim within 1
         with np.errstate(invalid="ignore", over="ignore"):
             close = np.abs(x.astype(np.float64) - y) <= 2.0**-22 * np.abs(y)
         return close | (x == y) | (np.isnan(x) & np.isnan(y))
@@ -70,7 +70,7 @@ def test_text_and_shim_agree(arch):
     by_text = np.zeros((count, NUM_RESULTS), np.uint32)
     met = evaluate(ptx.decode(), spec.entry, count, [words.ravel(), by_text.reshape(-1)])
     assert {"lop3.b32", "prmt.b32", "fma.rn.f16x2", "cvt.rn.f16.f32", "ex2.approx.ftz.f32"} <= set(met)
-    assert ("cvt.rn.bf16x2.f32" in met) == (arch >= 80)  # below it is arithmetic on integers
+    assert ("cvt.rn.bf16x2.f32" in met) == (arch >= 80)  # below sm_80 it is integer arithmetic
 
     by_shim = np.zeros((count, NUM_RESULTS), np.uint32)
     function = make_backend("race", arch, TEST_KERNELS).load(spec)

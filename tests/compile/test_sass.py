@@ -59,7 +59,7 @@ def test_hottest_loop_of_a_kernel(arch, per_pass):
     cubin, _ = compiler.compile(flattened(spec, TEST_KERNELS), spec.source, nvrtc_options(spec))
     listing = disassemble(cubin)
     loop = hottest_loop(listing, "mma_loop")
-    assert loop.count("HMMA") == per_pass  # sm_75 has half the depth
+    assert loop.count("HMMA") == per_pass  # an mma of sm_75 has half the depth
     assert loop.count("LDG") == 1
     assert len(loops(listing, "mma_loop")) == 2
     with pytest.raises(RuntimeError, match="invalid ELF"):

@@ -1,4 +1,4 @@
-"""Backends for tests: the host shim's builds, and the GPU where there is one."""
+"""Backends for tests: the host shim's builds and, if the machine has one, the GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEST_KERNELS = Path(__file__).resolve().parent / "kernels"
 
 @dataclass
 class _Options:
-    """Of the command line (``tests/conftest.py``)."""
+    """Options of pytest's command line (``tests/conftest.py``)."""
 
     require_gpu: bool = False
     kernel_cache: Path | None = None
@@ -32,18 +32,18 @@ _options = _Options()
 
 
 def configure(*, require_gpu: bool, kernel_cache: Path | None) -> None:
-    """``require_gpu``: a missing GPU fails tests. ``kernel_cache``: where compiled kernels of a GPU are kept."""
+    """``require_gpu``: tests fail if there is no GPU. ``kernel_cache``: folder of the GPU's compiled kernels."""
     _options.require_gpu, _options.kernel_cache = require_gpu, kernel_cache
     make_backend.cache_clear()
 
 
 @functools.cache
 def make_backend(mode: str, arch: int = 86, sources: Path | None = None) -> Backend:
-    """A backend for ``mode`` ("race", "asan", "plain", "cupy"); one per process, so that each kernel is loaded once.
+    """A backend for ``mode`` ("race", "asan", "plain", "cupy"), cached per process, so that each kernel is loaded once.
 
-    ``arch`` is for the host only. ``sources``: where the ``.cu`` files lie (default: exl's own). Skips the test if
-    ``mode`` needs a GPU and the machine has none or lacks CuPy; with ``--require-gpu`` the test fails. Whatever else
-    is wrong with a GPU is an error with and without the option.
+    ``arch`` is for the host only. ``sources``: folder of the ``.cu`` files (default: exl's own). Skips the test if
+    ``mode`` needs a GPU and the machine has none or lacks CuPy; with ``--require-gpu`` the test fails instead. Any
+    other fault of a GPU is always an error.
     """
     if mode != "cupy":
         return HostBackend(HostShim(mode, folder=sources), arch=arch)
@@ -58,5 +58,5 @@ def make_backend(mode: str, arch: int = 86, sources: Path | None = None) -> Back
 
 
 def has_gpu() -> bool:
-    """Whether torch finds a GPU and CuPy is installed: then a backend that cannot be made is a fault."""
+    """Whether torch finds a GPU and CuPy is installed. If so, failing to make a backend is an error."""
     return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None

@@ -1,4 +1,4 @@
-"""A pytest plugin: ``--blocked a,b`` makes packages look as if they were not installed."""
+"""A pytest plugin: ``--blocked a,b`` makes packages a and b look as if they were not installed."""
 
 from __future__ import annotations
 

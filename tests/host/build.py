@@ -1,4 +1,4 @@
-"""Kernels compiled by g++: one shared library per kernel variant and build, kept by digest under ``build/host``."""
+"""Compiles kernels by g++: one shared library per kernel variant and build, cached by digest under ``build/host``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exl.kernels.spec import KernelSpec, flattened
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "host"
 COMPILER = "g++"
-MAX_FILES = 4000  # in the cache; the least recently used half goes
+MAX_FILES = 4000  # in the cache; beyond this the least recently used half is deleted
 
 # -ffp-contract=off for the same reason as NVRTC's --fmad=false: a fused operation is one that the source asks for.
 COMMON = (
@@ -29,18 +29,18 @@ COMMON = (
     "-DEXL_HOST",
 )
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-function")
-# Lines for messages, no variables: tracking them would take half of the compiler's time. A jump must not be threaded
+# Debug info has lines, for messages, but no variables: tracking them takes half of the compile time. No jump threading
 # past a collective: two copies of one call would look like two call sites.
 DEBUG = ("-g1", "-gdwarf-4", "-fno-var-tracking", "-fno-var-tracking-assignments")
 KERNEL = ("-O1", *DEBUG, "-fno-omit-frame-pointer", "-fno-thread-jumps", "-fno-optimize-sibling-calls")
 RUNTIME = ("-O2", *DEBUG, "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden")
-# Null pointers, overflowing pointers and objects' sizes are left to the checks of every access, which are exact.
+# UBSan's checks of null pointers, pointer overflow and object sizes are off: every access is checked exactly anyway.
 UNDEFINED = (
     "-fsanitize=undefined,float-cast-overflow",
     "-fno-sanitize=vptr,return,null,object-size,pointer-overflow",
 )
 ADDRESS = ("-fsanitize=address", "-fsanitize-recover=address", "--param=asan-use-after-return=0")
-# No part of a library's name: what lies there is (``shim_sources``), so that checkouts can share a cache.
+# These paths are not part of a library's digest, their contents are (``shim_sources``): checkouts can share a cache.
 INCLUDES = (f"-I{HERE / 'include'}", f"-I{HERE / 'include' / 'exl_host'}")
 BUILDS = {  # name -> options of the kernel, options of the link
     "plain": ((), ()),
@@ -61,7 +61,7 @@ def compiler_version() -> str:
 
 @functools.cache
 def machine_options() -> tuple[str, ...]:
-    """Hardware half conversions where there are some: several times faster, the same bits."""
+    """Options for hardware half conversions, if the CPU has them: several times faster, the same bits."""
     if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = set(next((line for line in lines if line.startswith("flags")), "").split())
@@ -118,7 +118,7 @@ def _path(name: str, suffix: str, *parts: str) -> Path:
 
 
 def _publish(what: str, arguments: tuple[str, ...], path: Path) -> None:
-    """Runs the compiler into a temporary name, then renames: another process may be doing the same."""
+    """Compiles to a temporary name, then renames: another process may compile the same library."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
     _run(what, (*arguments, "-o", temporary))
@@ -134,7 +134,7 @@ def _run(what: str, arguments: tuple[str, ...]) -> None:
 
 
 def prune() -> None:
-    """Keeps the cache from growing for ever."""
+    """Deletes the least recently used half if there are more than ``MAX_FILES``."""
     files = list(CACHE.glob("*.*"))
     if len(files) > MAX_FILES:
         for path in sorted(files, key=lambda path: path.stat().st_mtime)[: len(files) // 2]:

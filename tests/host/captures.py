@@ -1,18 +1,18 @@
-"""CUDA's rules for events around graph captures, for devices that are not there.
+"""CUDA's rules for events around graph captures, emulated without a device.
 
-As the runtime's reference has them under ``cudaStreamWaitEvent``, ``cudaEventQuery``, ``cudaStreamBeginCapture`` and
-``cudaStreamEndCapture``: an event that was recorded inside of a capture is an edge of that graph and nothing else.
+Source: the CUDA runtime's reference of ``cudaStreamWaitEvent``, ``cudaEventQuery``, ``cudaStreamBeginCapture`` and
+``cudaStreamEndCapture``. An event that was recorded during a capture is only an edge of that graph.
 """
 
 from __future__ import annotations
 
 
 class CudaError(RuntimeError):
-    """What the CUDA runtime refuses, as torch raises it."""
+    """An error of the CUDA runtime, as torch raises it."""
 
 
 class Event:
-    """A point in a stream. ``capture``: the capture that it was recorded in, None outside of all."""
+    """A point in a stream. ``capture``: the capture during which it was recorded, or None."""
 
     def __init__(self, captures: Captures, capture: object | None) -> None:
         self._captures, self.capture = captures, capture
@@ -26,12 +26,12 @@ class Event:
 
 
 class Captures:
-    """Two streams, "arithmetic" and "copies"; captures begin and end in the first one."""
+    """Two streams, "arithmetic" and "copies"; captures begin and end in "arithmetic"."""
 
     def __init__(self) -> None:
         self._current: object | None = None
         self._members: set[str] = set()  # streams that take part in the capture
-        self._last_copy: Event | None = None  # of the capture
+        self._last_copy: Event | None = None  # the last copy in the present capture
         self._unjoined = False
 
     @property
@@ -53,20 +53,20 @@ class Captures:
         return self.note(stream, Event(self, self.capture_of(stream)))
 
     def note(self, stream: str, event: Event) -> Event:
-        """An event that somebody else has made, with its ``capture``."""
+        """Registers an event that was made elsewhere, with its ``capture``."""
         if stream == "copies" and event.capture is not None:
             self._last_copy = event
         return event
 
     def work(self, stream: str) -> None:
-        """Something is queued."""
+        """Queues work on a stream."""
         if self.active and stream not in self._members:
             raise CudaError(f"{stream}: queued while a graph is captured, but no part of it: it happens now and once")
         if stream == "copies" and self.active:
             self._unjoined = True
 
     def wait(self, stream: str, event: Event) -> None:
-        """What is queued on the stream from here on waits for the event."""
+        """Work queued on the stream after this call waits for the event."""
         if event.capture is None:
             if stream in self._members:
                 raise CudaError("cudaErrorStreamCaptureIsolation: dependency created on uncaptured work")
@@ -78,7 +78,7 @@ class Captures:
             self._unjoined = False
 
     def ask(self, event: Event) -> None:
-        """The host asks for the event, or waits for it."""
+        """The host queries the event or waits for it."""
         if event.capture is not None:
             raise CudaError("cudaErrorCapturedEvent: operation not permitted on an event last recorded in a capture")
         if self.active:

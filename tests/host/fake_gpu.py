@@ -1,7 +1,7 @@
-"""A GPU, its driver and CuPy played on the CPU, each of whose calls can be made to fail.
+"""A fake GPU on the CPU, with its driver and CuPy. Each of its calls can be made to fail.
 
-Tensors that exl takes for a GPU's are the CPU's: the one kernel that is run when a GPU is opened (``silu_mul``) is
-computed here from the launch's raw parameters.
+Tensors that exl takes for GPU tensors are in the CPU's memory. The one kernel that runs when a GPU is opened
+(``silu_mul``) is computed here from the launch's raw parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from exl.memory import device as device_memory
 
 
 class CUDADriverError(RuntimeError):
-    """In the place of CuPy's, which is a RuntimeError, too."""
+    """Replaces CuPy's, which is a RuntimeError, too."""
 
 
 class CUDARuntimeError(RuntimeError):
@@ -34,9 +34,8 @@ TOO_OLD = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for 
 
 
 class FakeGpu:
-    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "stream",
-    "launch") -> what it
-    raises."""
+    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "stream", "launch") ->
+    the exception that it raises."""
 
     def __init__(self, arch: int = 86, nvrtc: tuple[int, int] = (13, 0), archs: tuple[int, ...] = (75, 86)) -> None:
         self.arch, self.nvrtc, self.archs = arch, nvrtc, archs
@@ -47,7 +46,7 @@ class FakeGpu:
         if name in self.failing:
             raise self.failing[name]
 
-    # what stands in for torch, CuPy and its binding of NVRTC
+    # fakes for torch, CuPy and its binding of NVRTC
 
     def install(self, monkeypatch) -> None:
         def get_properties(device: torch.device) -> SimpleNamespace:
@@ -135,7 +134,7 @@ class FakeGpu:
 
 
 class _Driver:
-    """In the place of ``exl.kernels.driver.Driver``."""
+    """Replaces ``exl.kernels.driver.Driver``."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu, self._error = gpu, ""
@@ -163,7 +162,7 @@ def _start_work(device: torch.device, work: list) -> None:
 
 
 class _OnTheCpu(CudaBackend):
-    """Its tensors lie where the test can read them."""
+    """A backend whose tensors are in CPU memory, where the test can read them."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)

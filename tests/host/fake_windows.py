@@ -1,5 +1,5 @@
-"""Windows as far as exl notices it, played on Linux: kernel32's memory calls, and files that cannot be replaced or
-removed while they are open."""
+"""Emulates on Linux what exl uses of Windows: kernel32's memory calls, and files that cannot be replaced or removed
+while they are open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Function:
-    """A function of a library: ctypes gives it types."""
+    """Stands for a library function, whose types ctypes code sets as attributes."""
 
     argtypes = restype = None
 
@@ -25,8 +25,8 @@ class _Function:
 
 
 class FakeKernel32:
-    """On the memory calls of Linux: what is decommitted may not be touched, and takes no memory. ``sizes``: what is
-    reserved, by address. ``total_ram``: what the machine says it has."""
+    """kernel32's memory calls by Linux's: decommitted memory may not be touched and takes no RAM. ``sizes``: reserved
+    bytes by address. ``total_ram``: the RAM that the machine reports."""
 
     def __init__(self, total_ram: int = 16 << 30) -> None:
         self.sizes: dict[int, int] = {}
@@ -44,7 +44,7 @@ class FakeKernel32:
         assert protection == 0x04
         if address is None:
             assert kind == _RESERVE | _COMMIT
-            # mmap's own constants may have been taken from Python's module by then: Linux's numbers.
+            # Linux's numbers: a test may have removed the constants from Python's mmap module by now.
             address = self._c.mmap(None, num_bytes, 1 | 2, 0x02 | 0x20, -1, 0)
             if address == _MAP_FAILED:
                 return None
@@ -77,13 +77,13 @@ def open_here(path: str | os.PathLike[str]) -> bool:
         try:
             if os.path.samestat(os.fstat(int(descriptor)), wanted):
                 return True
-        except OSError:  # the listing's own, closed by now
+        except OSError:  # the descriptor of the listing itself, closed by now
             continue
     return False
 
 
 def guard_open_files(monkeypatch) -> None:
-    """Python opens files without FILE_SHARE_DELETE: who has one open keeps its name."""
+    """Refuses to replace or remove an open file: Python on Windows opens files without FILE_SHARE_DELETE."""
 
     def guarded(function):
         def call(*paths: str | os.PathLike[str], **options: object) -> None:
@@ -99,7 +99,7 @@ def guard_open_files(monkeypatch) -> None:
 
 
 def play_windows_files(monkeypatch) -> None:
-    """As ``guard_open_files``, and no locks, no positional reads, memory from kernel32."""
+    """``guard_open_files``; file locks and positional reads are missing; memory comes from ``FakeKernel32``."""
     guard_open_files(monkeypatch)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr("exl.replace_file._WAITS", (0.0, 0.0), raising=False)

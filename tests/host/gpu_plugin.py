@@ -1,7 +1,7 @@
-"""A pytest plugin: this process is one of several workers that share the collected tests (``benchmarks/gpu_run``).
+"""A pytest plugin for one of several worker processes that share the collected tests (``benchmarks/gpu_run``).
 
-Each test's end is on disk at once; a test that hangs ends the process; so does an error after which the CUDA context is
-lost, and the tests that nobody has begun are left to a fresh process.
+Each test's outcome is written to disk at once. The process ends if a test hangs or an error destroys the CUDA context;
+a fresh process then takes the tests that no worker has begun.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SharedTests:
         self._finished = False
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Of a module that cannot be imported, or lacks a package: once, by whichever worker is first."""
+        """Reports a module that cannot be imported or lacks a package: once, by the first worker that meets it."""
         if report.outcome == "passed" or not self._worker.claim(f"collecting {report.nodeid}"):
             return
         if report.failed:
@@ -55,7 +55,7 @@ class SharedTests:
         mine = (item for item in items[first:] + items[:first] if self._worker.claim(item.nodeid))
         item = next(mine, None)
         while item is not None:
-            following = next(mine, None)  # pytest keeps the fixtures that the next test shares
+            following = next(mine, None)  # pytest keeps fixtures that the next test also uses
             self._run(item, following)
             item = following
         self._finished = True
@@ -88,5 +88,5 @@ class SharedTests:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._finished:  # failures are told one by one; the code says that nothing is left
+        if self._finished:  # failures are already reported; code 0 means that no test is left
             session.exitstatus = 0

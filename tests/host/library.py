@@ -1,5 +1,5 @@
-"""A kernel's shared library, by ctypes: its signature, one launch, and what went wrong in it. Standard library only:
-the sanitizers' worker process imports this file and no more."""
+"""A kernel's shared library through ctypes: its signature, launches, and the faults in them. Standard library only:
+the sanitizers' worker process imports nothing but this file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StatsStruct(ctypes.Structure):
 
 
 class Request(NamedTuple):
-    """One launch in plain numbers: ``slots`` are the arguments as 8-byte words, ``ranges`` what may be touched."""
+    """One launch in plain numbers: ``slots``: arguments as 8-byte words; ``ranges``: memory that may be accessed."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -76,7 +76,7 @@ class Request(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why a launch stopped. ``{0}`` and ``{1}`` in the message stand for the code offsets in ``sites``."""
+    """Why a launch stopped. ``{0}`` and ``{1}`` in the message are replaced by the code offsets in ``sites``."""
 
     message: str
     sites: tuple[int, ...]  # offsets in the shared library
@@ -87,7 +87,7 @@ class Fault(NamedTuple):
 
 
 class Library:
-    """A loaded shared library. Stacks and shadow memory are shared by all that a process loads."""
+    """A loaded shared library. All libraries of a process share the stacks and the shadow memory."""
 
     _workspace: int | None = None
 
@@ -135,7 +135,7 @@ class Library:
         return {name: getattr(stats, name) for name, _ in StatsStruct._fields_}
 
     def launch(self, request: Request) -> Fault | None:
-        """Runs all blocks; None, or the first thing that went wrong."""
+        """Runs all blocks. Returns the first fault, or None."""
         ranges = (Range * max(1, len(request.ranges)))(*(Range(*r) for r in request.ranges))
         slots = (ctypes.c_uint64 * max(1, len(request.slots)))(*request.slots)
         launch = LaunchStruct(

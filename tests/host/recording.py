@@ -1,4 +1,4 @@
-"""A backend that writes down what is launched, and whose graphs are such lists, run again."""
+"""A backend that records launches. Its graphs are recorded lists; a replay runs them again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RecordingBackend:
         self.num_multiprocessors = inner.num_multiprocessors
         self.launches: list[Launch] = []
         self.graphs: list[list[Callable[[], None]]] = []
-        self.copies: list[int] = []  # addresses that layers were copied to, by ``RecordedCopies``
+        self.copies: list[int] = []  # destination addresses of layers, filled by ``RecordedCopies``
         self.captures = Captures()
         self._capturing: list[Callable[[], None]] | None = None
         self._functions: dict[KernelSpec, RecordedFunction] = {}
@@ -72,7 +72,7 @@ class RecordingBackend:
         return lambda: [work() for work in graph]
 
     def do(self, work: Callable[[], None]) -> None:
-        """Now, or when the graph that is being captured is replayed."""
+        """Runs the action now or, during a capture, at each replay of that graph."""
         if self._capturing is None:
             work()
         else:
@@ -84,8 +84,8 @@ class RecordingBackend:
 
 
 class RecordedCopies:
-    """Copies of streamed layers, beside the recorder's launches: while it captures they do not happen, and their events
-    obey CUDA's rules."""
+    """Copies of streamed layers, recorded beside the launches. During a capture none happens, and their events obey
+    CUDA's rules."""
 
     def __init__(self, recorder: RecordingBackend) -> None:
         self._recorder, self._captures = recorder, recorder.captures
@@ -112,7 +112,7 @@ class RecordedFunction:
     def prepare(
         self, grid: Sequence[int], block: Sequence[int], params: Params, shared_bytes: int, dependent: bool
     ) -> RecordedLaunch:
-        self._inner.prepare(grid, block, params, shared_bytes, dependent)  # what it refuses
+        self._inner.prepare(grid, block, params, shared_bytes, dependent)  # for its refusals
         return RecordedLaunch(self, tuple(grid), tuple(block), params, shared_bytes, dependent)
 
     def run(
@@ -121,7 +121,7 @@ class RecordedFunction:
         self.prepare(grid, block, Params(args), shared_bytes, dependent).start(0)
 
     def note(self, launch: RecordedLaunch) -> None:
-        """With its arguments as they are now: a graph keeps them, whatever the memory says later."""
+        """Records the launch with its arguments' present values: a graph keeps them if the memory changes later."""
         where = launch.grid, launch.block, launch.params.read(), launch.shared_bytes, launch.dependent
         self._backend.note(Launch(self._inner, *where))
 
@@ -152,7 +152,7 @@ class TorchCalls(TorchDispatchMode):
 
 
 def on_device(calls: list[str]) -> list[str]:
-    """Operations that a GPU would have to do something for, or the host to wait for: all but views."""
+    """Operations that would cost a GPU work or make the host wait: all except views."""
     return [name for name in calls if name not in _VIEWS]
 
 

@@ -1,11 +1,11 @@
 """The host backend's library for tests: every kernel in one of three builds.
 
-- ``race``: in this process; shared memory watched for races, for reads before any write and for missing waits; every
-  access checked against the launch's buffers.
-- ``asan``: AddressSanitizer and UBSan, in a worker process; buffers and shared memory between redzones.
-- ``plain``: neither, for whole models.
+- ``race``: in this process; detects races in shared memory, reads before any write and missing waits; checks every
+  access against the launch's buffers.
+- ``asan``: AddressSanitizer and UBSan, in a worker process; buffers and shared memory lie between redzones.
+- ``plain``: no checks, for whole models.
 
-Each launch takes its own seed, derived from the shim's and a count: lanes, warps and blocks run in another order.
+Each launch has its own seed, derived from the shim's seed and a count, so lanes, warps and blocks run in another order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HostShim:
         self.extra = extra
         self.num_launches = 0
         self._seed = seed
-        self._chain: dict[tuple[int, int], bool] = {}  # memory that the chain may still use -> whether it writes there
+        self._chain: dict[tuple[int, int], bool] = {}  # memory that the chain may still use -> whether it is written
 
     def load(self, spec: KernelSpec) -> HostKernel:
         return HostKernel(self, spec, build(spec, self.mode, self.folder, self.extra))
@@ -47,16 +47,17 @@ class HostShim:
         return (self._seed * 1_000_003 + self.num_launches) & (2**63 - 1)
 
     def may_touch_early(self, arg: Pointer, writable: bool) -> bool:
-        """Before griddepcontrol.wait: nothing that an earlier launch of the chain writes, or reads if this one writes.
+        """Whether an access before griddepcontrol.wait is safe: no earlier launch of the chain may write that memory
+        or, if this launch writes it, read it.
 
-        All earlier launches, not only the last: that one may have let this one start before it waited itself.
+        All earlier launches count, not only the last: it may have let this one start before it waited itself.
         """
         start, stop = arg.address, arg.address + arg.num_bytes
         return not any(start < b and a < stop and (writable or written) for (a, b), written in self._chain.items())
 
     def note_launch(self, ranges: Sequence[tuple[int, int, int, bool, bool]], dependent: bool) -> None:
         if not dependent:
-            self._chain.clear()  # a plain launch starts when all before it has ended
+            self._chain.clear()  # a plain launch starts after all earlier launches have ended
         for start, num_bytes, _, writable, _ in ranges:
             piece = (start, start + num_bytes)
             self._chain[piece] = writable or self._chain.get(piece, False)
@@ -74,7 +75,7 @@ class HostKernel:
         self.max_threads = self._library.max_threads()
 
     def stats(self) -> dict[str, int]:
-        """Of the last launch: fiber switches, collectives by lane, and (in ``race``) checked accesses."""
+        """Counts of the last launch: fiber switches, collectives per lane, and (``race`` only) checked accesses."""
         return self._library.stats()
 
     def run(
@@ -108,7 +109,7 @@ def _param(kind: str, num_bytes: int, element: str, element_bytes: int, is_const
 
 
 def source_line(path: Path, site: int) -> str:
-    """``linear_q.cu:120 (in ptx.cuh:30)`` for a return address; the kernel's own line first, then inlined callees."""
+    """A return address as ``linear_q.cu:120 (in ptx.cuh:30)``: the kernel's own line, then inlined callees."""
     command = ["addr2line", "-i", "-s", "-e", str(path), hex(site - 1)]
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")

@@ -1,8 +1,8 @@
 """The process in which AddressSanitizer's builds run: its runtime must be loaded before anything else.
 
 The parent writes buffers into a file in shared memory and sends requests by pipe; the worker copies each buffer
-between redzones, launches, and copies back what the kernel may write. A worker that dies (a wild access) costs its
-launch, and the next one starts another. Standard library only.
+between redzones, launches, and copies back what the kernel may write. If a worker dies (a wild access), only that
+launch is lost; the next launch starts a new worker. Standard library only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _receive(pipe) -> object:
 
 
 def regions(ranges: tuple[tuple[int, int, int, bool, bool], ...]) -> list[tuple[int, int]]:
-    """Ranges that overlap are one piece of memory; ranges that only touch are not."""
+    """Merges ranges that overlap; ranges that only touch stay separate."""
     merged: list[list[int]] = []
     for start, num_bytes, *_ in sorted(ranges):
         if merged and start < merged[-1][1]:
@@ -57,7 +57,7 @@ def regions(ranges: tuple[tuple[int, int, int, bool, bool], ...]) -> list[tuple[
 
 
 def placed(pieces: list[tuple[int, int]]) -> tuple[list[int], int]:
-    """Offset of each piece between redzones, and the total; an offset equals its address modulo ``ALIGN``."""
+    """Offset of each piece, with redzones between, and the total size. Offset = address modulo ``ALIGN``."""
     offsets, at = [], REDZONE
     for start, stop in pieces:
         at += (start - at) % ALIGN
@@ -70,7 +70,7 @@ def placed(pieces: list[tuple[int, int]]) -> tuple[list[int], int]:
 
 
 class Worker:
-    """A worker process and the file that it shares with this one."""
+    """A worker process and the shared-memory file through which it gets buffers."""
 
     _shared: Worker | None = None
 
@@ -144,7 +144,7 @@ class Worker:
 
 
 class RemoteLibrary:
-    """``Library``, in the worker."""
+    """The interface of ``Library`` for a library that is loaded in the worker."""
 
     def __init__(self, worker: Worker, path: str) -> None:
         self._worker = worker
@@ -173,7 +173,7 @@ class RemoteLibrary:
 
 
 class Guarded:
-    """Copies of a launch's buffers, between poisoned bytes."""
+    """Copies of a launch's buffers, with poisoned bytes around each."""
 
     def __init__(self, runtime: ctypes.CDLL) -> None:
         self._poison = getattr(runtime, "__asan_poison_memory_region")

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests; ``tests.host.backends`` has what they are made of."""
+"""Fixtures of the kernel tests, built on ``tests.host.backends``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from exl.kernels.launch import Backend
 from tests.host.backends import MODES, make_backend
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for the reference twins
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for the references
 
 backend_or_skip = make_backend
 
 
 @pytest.fixture(params=MODES)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """exl's own kernels, on each backend in turn; tensors belong on ``backend.device``."""
+    """Each backend in turn, with exl's own kernels; tensors must be on ``backend.device``."""
     yield make_backend(request.param)
     if request.param == "cupy":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""New tokens in their pages: byte for byte the twin's where arithmetic is exact, else float64 within half a step."""
+"""New tokens in their pages: the twin's bytes if arithmetic is exact, otherwise within half a step of float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def no_rotation(T: int, D: int, device: torch.device) -> tuple[torch.Tensor, tor
 
 
 def turned(x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
-    """RoPE in float64: x [T, heads, D], halves of the first 2 * half channels against each other."""
+    """RoPE in float64 on x [T, heads, D]: channel c turns with channel c + half, for c < half."""
     half = cosine.shape[1]
     low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     c, s = cosine[:, None], sine[:, None]
@@ -67,7 +67,7 @@ def test_pages_are_the_twins_byte_for_byte(backend: Backend, kind: str, D: int) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("D", "half"), [(64, 32), (128, 16), (80, 40)])
 def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: torch.dtype) -> None:
-    """Partial rotation among them. K and V are within half a step of their codes of the exact values."""
+    """Includes partial rotation. The codes of K and V are within half a step of the exact values."""
     layout, T = PageLayout(kind, D), 5
     rng = np.random.default_rng(half)
     rows = torch.from_numpy(rng.standard_normal((T, (H + 2 * HKV) * D)) * 2).to(dtype)
@@ -89,7 +89,7 @@ def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: to
         for x, w in ((exact[:, :H], weights[0]), (exact[:, H : H + HKV], weights[1]))
     )
     turn = lambda x: transform(x, layout.rotation)  # noqa: E731
-    # f32 arithmetic: a norm, a turn and a Hadamard of up to 7 additions, each within 2^-24 of the row's largest.
+    # f32 arithmetic: norm, RoPE and a Hadamard transform of up to 7 additions, each within 2^-24 of the row's largest.
     largest = np.abs(q64).max()
     np.testing.assert_allclose(q.cpu().double().numpy(), turn(q64), rtol=2.0**-11, atol=64 * largest * 2.0**-24)
     kept = [i for i, slot in enumerate(slots.tolist()) if slot >= 0]
@@ -102,7 +102,7 @@ def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: to
         else:
             groups = np.pad(np.abs(wanted), ((0, 0), (0, 0), (0, -D % 32))).reshape(*wanted.shape[:2], -1, 32).max(-1)
             step = np.repeat(groups / (127 if bits == 8 else 8), 32, -1)[..., :D]
-            # Half a step; at 4 bits codes end at 7, a step below the largest of the other sign. The step itself is
+            # Half a step. At 4 bits codes end at 7: a value that mirrors the extreme is a whole step off. The step is
             # rounded to f16.
             limit = (0.5 if bits == 8 else 1.0) * step + (2.0**-10 + 2.0**-18) * np.abs(wanted).max()
         assert (np.abs(found[at] - wanted) <= limit).all()

@@ -1,4 +1,4 @@
-"""Decode attention against float64 over what the pages hold; one row, one result; nothing unwritten is ever seen."""
+"""Decode attention against float64 on the pages' own values; a row's bits in any batch; unwritten bytes never count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.host.backends import CUPY
 
 @dataclass
 class Case:
-    """Sequences of given lengths and numbers of new tokens, their pages in shuffled order among others of NaN."""
+    """Sequences of given lengths and numbers of new tokens; their pages are shuffled among other pages of NaN."""
 
     kind: str
     D: int
@@ -66,14 +66,14 @@ class Case:
         self.query_start = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
 
     def _fill(self, pages: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-        """The bytes of the tokens that were there before; 0xFF stays everywhere else."""
+        """Writes the bytes of the earlier tokens; all other bytes stay 0xFF."""
         if len(k):
             for i, packed in enumerate(pack_pages(self.layout, k, v)):
                 mine = bytes_of_tokens(self.layout, len(k) - i * 64)
                 self.pages[pages[i]][:, mine] = packed[:, mine]
 
     def run(self, backend: Backend, sequences: tuple[int, ...] | None = None, **options):
-        """-> out of the chosen sequences' rows, and the pages afterwards."""
+        """Returns the chosen sequences' output rows and the resulting pages."""
         chosen = range(len(self.lengths)) if sequences is None else sequences
         take = np.concatenate([np.arange(self.query_start[b], self.query_start[b + 1]) for b in chosen])
         new = [self.new[b] for b in chosen]
@@ -107,11 +107,11 @@ class Case:
         return out.cpu().numpy(), pages.cpu().numpy()
 
     def expected(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Over what the pages hold after the launch, in float64; and how far the kernel may be from it.
+        """Attention in float64 over the pages' content after the launch, and the largest error of the kernel.
 
-        Probabilities are rounded to f16, and again when they are multiplied by V's scales: 2 * 2^-11 of each term;
-        below f16's normal numbers by 2^-25 of their 2^8, times a code. Scores are f32: a hundredth of that. Undoing
-        V's rotation adds the errors of a run's channels up, over the root of their number.
+        Probabilities are rounded to f16, and again after multiplication by V's scales: 2 * 2^-11 of each term. Below
+        f16's normal numbers the error is 2^-25 of their factor 2^8, times a code. The error of f32 scores is 1/100 of
+        that. Undoing V's rotation adds the errors of a run's channels and divides by the root of their number.
         """
         rotation, rows, limits = self.layout.rotation, [], []
         for b, (length, new) in enumerate(zip(self.lengths, self.new, strict=True)):
@@ -160,7 +160,7 @@ EIGHTS = [("f16", 8), ("q4", 8), ("q8", 24), ("k8v4", 40), ("f16", 72), ("q4", 1
 
 
 def also_on_a_gpu(*cases: tuple) -> list:
-    """Each case by the race detector and on a GPU: ``mode`` comes first."""
+    """Runs each case under the race detector and on a GPU; ``mode`` becomes the first parameter."""
     return [("race", *case) for case in cases] + [pytest.param("cupy", *case, marks=pytest.mark.gpu) for case in cases]
 
 
@@ -190,12 +190,12 @@ def test_heads_of_real_models(kind: str, H: int, Hkv: int, window: int | None) -
     case = Case(kind, 128, H, Hkv, (1500, 0, 64, 257, 1), (1, 0, 8, 2, 1), seed=H + Hkv, window=window)
     out, pages = case.run(backend)
     assert_close(out, case.expected(pages))
-    for b in (0, 2, 3, 4):  # the same bits alone
+    for b in (0, 2, 3, 4):  # the same bits as alone
         alone, _ = case.run(backend, (b,))
         np.testing.assert_array_equal(alone, out[case.query_start[b] : case.query_start[b + 1]])
 
 
-# Without tensor cores: each cache type, 1 to 8 columns, half tiles of V, all of sm_61's 48 KB at head size 256.
+# Without tensor cores: each cache type, 1 to 8 columns, half tiles of V, and head size 256, which uses sm_61's 48 KB.
 WITHOUT_TENSOR_CORES = [
     ("race", 61, "q4", 64, 2),
     ("race", 70, "f16", 24, 8),
@@ -207,7 +207,7 @@ WITHOUT_TENSOR_CORES = [
 
 @pytest.mark.parametrize(("mode", "arch", "kind", "D", "H"), WITHOUT_TENSOR_CORES)
 def test_without_tensor_cores(mode: str, arch: int, kind: str, D: int, H: int) -> None:
-    """Unequal sequences, an empty one, more than one item, a window and none."""
+    """Unequal sequences, an empty one, more than one item, with and without a window."""
     for window in (None, 70):
         case = Case(kind, D, H, 2, (300, 0, 70, 65), (1, 0, 8, 3), seed=D, window=window)
         out, pages = case.run(backend_or_skip(mode, arch))
@@ -271,7 +271,7 @@ def test_a_rows_bits_depend_on_nothing_else(mode: str, arch: int, kind: str, H: 
     for b in range(4):
         alone, _ = case.run(backend, (b,))
         np.testing.assert_array_equal(alone, out[case.query_start[b] : case.query_start[b + 1]])
-    # Token by token: the others of the eight are in the cache by then, or not there yet.
+    # Token by token: the others of the eight are already in the cache, or not yet.
     for i in (0, 3, 7):
         single = Case(kind, 64, H, 2, (248 + i,), (1,))
         single.table, single.pages = case.table[:1], pages
@@ -282,7 +282,7 @@ def test_a_rows_bits_depend_on_nothing_else(mode: str, arch: int, kind: str, H: 
 
 @pytest.mark.parametrize("mode", ["race", CUPY])
 def test_norm_rope_and_the_consumers_order(mode: str) -> None:
-    """The prologue is append_kv's, tested there; here: that q, K and the output go through it."""
+    """The prologue is that of append_kv and tested there; this tests that q, K and the output pass through it."""
     backend, rng = backend_or_skip(mode), np.random.default_rng(1)
     case = Case("f16", 64, 4, 2, (5,), (5,))
     order = rng.permutation(4 * 64).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Prefill attention against float64 over what the pages hold, and against decode attention."""
+"""Prefill attention against float64 on the pages' own values, and against decode attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.host.backends import CUPY
 
 
 def run(case: Case, backend: Backend, **options) -> tuple[np.ndarray, np.ndarray]:
-    """Appends the case's new tokens, then attends: as a model does. -> out, pages afterwards."""
+    """Appends the case's new tokens, then attends, as a model does. Returns the output and the resulting pages."""
 
     def device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(backend.device)
@@ -40,7 +40,7 @@ def run(case: Case, backend: Backend, **options) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("length", "new"), [(1, 1), (63, 63), (64, 64), (65, 65), (130, 40), (300, 9)])
 def test_chunks(backend: Backend, kind: str, length: int, new: int) -> None:
-    """A whole prompt, and a chunk of one that is partly in the cache."""
+    """A whole prompt, and a chunk of a prompt whose beginning is in the cache."""
     case = Case(kind, 64, 4, 2, (length,), (new,), seed=length)
     out, pages = run(case, backend)
     assert_close(out, case.expected(pages))
@@ -104,7 +104,7 @@ def test_a_soft_cap_and_the_consumers_order(mode: str) -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), also_on_a_gpu(*((kind,) for kind in KINDS)))
 def test_the_same_as_decode_attention(mode: str, kind: str) -> None:
-    """Two kernels, one meaning: up to what each may round."""
+    """Both kernels agree, up to the rounding of each."""
     case = Case(kind, 64, 4, 2, (300, 40), (8, 5), seed=1)
     backend = backend_or_skip(mode, 75)
     prefill, pages = run(case, backend)
@@ -120,7 +120,7 @@ def test_the_same_as_decode_attention(mode: str, kind: str) -> None:
     ("mode", "arch"), [("plain", 61), ("plain", 86), pytest.param("cupy", 0, marks=pytest.mark.gpu)]
 )
 def test_a_rows_bits_do_not_depend_on_the_other_rows(mode: str, arch: int) -> None:
-    """The second sequence alone has other columns in its warps' fragments, and the same bits."""
+    """Run alone, the second sequence has other columns in its warps' fragments, but the same bits."""
     backend = backend_or_skip(mode, arch)
     both = Case("q4", 64, 6, 2, (90, 77), (90, 30), seed=2)
     out, _ = run(both, backend)

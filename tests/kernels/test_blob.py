@@ -1,4 +1,4 @@
-"""From the formats' matrices through a layer's blob to the kernels: what is computed is what the matrices mean."""
+"""From the formats' matrices through a layer's blob to the kernels: results are those of the matrices' definition."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def matrix_spec(matrix, symmetric: bool = False) -> MatrixSpec:
 
 
 def in_a_blob(parts, spec: LinearSpec, backend, **options):
-    """Packed behind a norm and another linear, as in a layer; then found again by name."""
+    """Packs it after a norm and another linear, as in a layer; then finds it by name."""
     other = LinearSpec((MatrixSpec("other", 64, 32, 16, "f16"),))
     layout = layer_layout(BlobSpec((("attn_norm", 40),), (("o", (other,)), ("qkv", (spec,)))), SM86)
     blob = np.full(layout.num_bytes, 0xEE, np.uint8)
@@ -71,8 +71,8 @@ def test_fused_matrices_with_bias(bits: int, symmetric: bool) -> None:
     assert (np.abs(y.double().numpy() - exact) <= limit).all()
 
 
-# bits, K, group size, type of scales, act-order: groups that do not divide K (the last of them shorter than a tile's 64
-# inputs, than a stage, as long as several), one group, and sizes on both sides of a stage's 128 or 256 inputs.
+# bits, K, group size, type of scales, act-order. Among them: groups that do not divide K (the last one shorter than 64
+# inputs, than a stage, as long as several stages), one group, and K below and above a stage's 128 or 256 inputs.
 FILES = [
     (4, 704, 128, "bf16", False),
     (4, 672, 128, "f32", True),
@@ -93,8 +93,8 @@ FILES = [
 @pytest.mark.parametrize("arch", [61, 75, 86])
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
-    """From a file to the product, through formats, layout and kernels, against the plain packer's own weights in
-    float64: no scale is rounded, whatever its type, and the last group may be shorter."""
+    """From a file through formats, layout and kernels to the product, against the plain packer's own weights in
+    float64: scales of every type stay unrounded, and the last group may be shorter."""
     bits, K, group_size, scale_dtype, act_order = file
     backend, N, T = backend_or_skip("race", arch), 96, 11
     rng = np.random.default_rng(K)
@@ -121,7 +121,7 @@ def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
     project(backend, weight, sorted_x, y, scratch=make_scratch([weight.layout], backend))
     exact = plain_dequantize(codes, zeros, scales.double().numpy(), g_idx)
     x = x.double().numpy()
-    # K products, G groups and 8 slices add up in f32; tensor cores cut off where others round
+    # roundings of K products, G groups and 8 slices in f32; tensor cores truncate instead of rounding
     bound = (K + 2 * G + 16) * 2.0**-23 * (np.abs(x) @ np.abs(exact))
     assert (np.abs(y.double().numpy() - x @ exact) <= bound).all()
 
@@ -166,7 +166,7 @@ def test_a_dense_head_rounded_when_it_is_loaded(bits: int, T: int) -> None:
     project(backend, weight, x, logits, scratch=make_scratch([weight.layout], backend))
     exact = x.double().numpy() @ dequantize(head)
     assert (np.abs(logits.double().numpy() - exact) <= sum_bound(x.double().numpy(), head)).all()
-    # No weight is off by more than half a step of its group (plus f16's rounding of the step).
+    # Each weight is off by at most half a step of its group (plus f16's rounding of the step).
     step = head.scales.astype(np.float64)[np.arange(256) // 128]
     assert (np.abs(dequantize(head) - values.T) <= 0.501 * step).all()
 

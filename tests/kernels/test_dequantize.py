@@ -1,4 +1,4 @@
-"""Panels of a quantized matrix: every weight rounded once from its exact value, in the right place."""
+"""Panels of a quantized matrix: every weight is its exact value rounded once, in the right place."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from exl.layout.tiles import TileLayout, gated_rows
 
 
 def rounded(weights: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """Scales have 11 bits and codes at most 9: f32 holds the product exactly, so this rounds once; twice where scales
-    are f32, as the kernel does."""
+    """Scales have 11 bits and codes at most 9, so f32 holds the product exactly and this rounds once. If scales are f32
+    it rounds twice, as the kernel does."""
     return torch.from_numpy(weights).float().to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""``benchmarks/end_to_end.py`` on the host shim, with a model that is small enough: all but the clock's truth."""
+"""``benchmarks/end_to_end.py`` on the host shim with a small model: everything except the times themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def backend(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def machine(backend) -> Machine:
-    """A roof of 1 GB/s each."""
+    """A machine with every roof at 1 GB/s."""
     return Machine(CountingBackend(backend), backend, "shim", _roofs={"read": 1e9, "pinned": 1e9})
 
 
@@ -53,7 +53,7 @@ def test_logits_of_random_models_are_finite(backend) -> None:
 
 
 def test_bytes_of_a_step_by_hand(backend) -> None:
-    """Weights once, pages of each sequence."""
+    """The weights once, and each sequence's pages."""
     with benchmark.synthetic_engine(backend, TINY, vram="1GB", context=128, max_sequences=4) as engine:
         one, four = (benchmark.step_bytes_read(engine, 99, n) for n in (1, 4))
     assert four - one == 3 * 100 * 2 * 2 * 2 * 32 * 2  # tokens, layers, K and V, heads, channels, bytes
@@ -75,7 +75,7 @@ class BrokenCapture(CountingBackend):
 
 
 def test_why_steps_are_not_replayed_is_said(backend) -> None:
-    """A capture that fails is no "replayed as a graph"."""
+    """If a capture fails, the report does not say "replayed as a graph"."""
     machine = Machine(BrokenCapture(backend), backend, "shim", _roofs={"read": None})
     row = benchmark.decode_row(machine, "tiny", "f16", 0, 1)
     assert "replayed" not in row

@@ -1,4 +1,4 @@
-"""A GPU is opened, or it is said at once why not: each part that can be broken is, on a GPU that is played."""
+"""Opening a GPU succeeds, or says at once why not: each part is made to fail in turn, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def test_a_gpu_that_does_not_work_is_left_alone_with_one_line(gpu, caplog, call,
     text = record.getMessage()
     assert text.startswith("computing on the CPU: ")
     assert "\n" not in text
-    if call != "compile":  # its first line is the kernel, the log comes after it
+    if call != "compile":  # its first line names the kernel; the log follows
         assert str(error) in text
     choose_device(EngineOptions())
-    assert len([r for r in caplog.records if r.getMessage() == text]) == 1  # once a process
+    assert len([r for r in caplog.records if r.getMessage() == text]) == 1  # once per process
     with pytest.raises(ConfigError, match="device='cuda': found no GPU that exl can use") as raised:
         choose_device(EngineOptions(device="cuda"))
     assert str(error).split(":")[0] in str(raised.value)
@@ -86,7 +86,7 @@ def test_a_gpu_that_computes_wrongly_is_not_used(gpu):
 
 
 def test_errors_of_a_later_launch_are_kernel_errors(gpu):
-    """A device that is lost after it was opened."""
+    """The device is lost after it was opened."""
     backend = open_backend()
     gpu.failing["launch"] = CUDADriverError("CUDA_ERROR_DEVICE_UNAVAILABLE")
     with pytest.raises(KernelError, match="CUDA_ERROR_DEVICE_UNAVAILABLE"):
@@ -122,7 +122,7 @@ MAPS = """\
     ],
 )
 def test_an_nvrtc_that_is_too_new_is_named_with_the_wheel_to_remove(gpu, monkeypatch, tmp_path, installed, command):
-    """Pascal, with CUDA 12 and 13 both installed: the NVRTC that CuPy found first is CUDA 13's."""
+    """Pascal with both CUDA 12 and 13 installed: CuPy found CUDA 13's NVRTC first."""
 
     def version(name: str) -> str:
         if name not in installed:
@@ -143,7 +143,7 @@ def test_an_nvrtc_that_is_too_new_is_named_with_the_wheel_to_remove(gpu, monkeyp
 
 
 def test_the_nvrtc_that_is_loaded_is_found():
-    """The real one, where it is installed, as this process sees it."""
+    """The real NVRTC, if it is installed, as loaded in this process."""
     if nvrtc() is None or sys.platform != "linux":
         pytest.skip("NVRTC is not installed")
     major = int(nvrtc().version().split()[1].split(".")[0])
@@ -168,7 +168,7 @@ def test_windows_is_asked_for_the_file(monkeypatch):
 
 
 class FakeFunction:
-    """A function of a library: ctypes gives it types."""
+    """Stands for a library function, whose types ctypes code sets as attributes."""
 
     argtypes = restype = None
 

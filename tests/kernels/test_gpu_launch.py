@@ -1,5 +1,5 @@
 """Launching on a real GPU: torch's stream, graphs, large shared memory, programmatic dependent launch. The same kernels
-run on the host shim first, so that what fails on a GPU is the launch."""
+run on the host shim first, so a failure on a GPU is a fault of the launch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_shared_memory_above_48_kb(small):
 
 
 def chain(backend, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, length: int) -> None:
-    """y = 2 x + length * w, each launch starting before the one before has ended."""
+    """y = 2 x + length * w; each launch may start before the previous one has ended."""
     grid, n = (-(-x.numel() // 128),), i32(x.numel())
     launch(load(backend, "scale_halves"), grid, (128,), [ptr(x), ptr(y), n, f32(2.0)])
     for _ in range(length):
@@ -71,7 +71,7 @@ def test_dependent_launches(small):
 
 @pytest.mark.parametrize("mode", ["race", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_addresses_beyond_4_gb(mode):
-    """A slab of 5 GB, of which one page is ever touched."""
+    """A slab of 5 GB, of which only one page is accessed."""
     backend = make_backend(mode, 86, TEST_KERNELS)
     count, index = 5 * 2**28, 2**30 + 12345 * 4
     if mode == "cupy":
@@ -85,7 +85,7 @@ def test_addresses_beyond_4_gb(mode):
     if mode == "race":
         assert slab[index - 2**30] == 0.0
         launch(load(backend, "far_store_wrapped"), (1,), (32,), [ptr(slab), i32(2**20 + 1), i32(2**12)])
-        assert slab[2**12] == 1.0  # a 32-bit index comes out elsewhere: this is what such a test shows
+        assert slab[2**12] == 1.0  # a 32-bit index wraps to another element: the check above can fail
 
 
 @pytest.mark.gpu
@@ -96,7 +96,7 @@ def test_launches_on_torchs_current_stream(gpu):
     side = torch.cuda.Stream(gpu.device)
     side.wait_stream(torch.cuda.current_stream(gpu.device))
     with torch.cuda.stream(side):
-        for k in range(50):  # in order on one stream: the last one wins
+        for k in range(50):  # in order on one stream: the last value stays
             launch(function, (1 << 15,), (128,), [ptr(x), ptr(y), i32(1 << 22), f32(k)])
         z = y + 0.0
     side.synchronize()
@@ -106,7 +106,7 @@ def test_launches_on_torchs_current_stream(gpu):
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [0, 8])
 def test_graph_capture(gpu, length):
-    """Captured once, replayed on new inputs; with length 8 the chain of dependent launches is inside of the graph."""
+    """Captured once, replayed on new inputs; with length 8 the graph contains the chain of dependent launches."""
     n = 128 * 1000
     x, w = torch.randn(n).half().to(gpu.device), torch.randint(-4, 5, (128,)).float().to(gpu.device)
     y = torch.zeros(n, device=gpu.device)

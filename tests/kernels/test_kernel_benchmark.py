@@ -1,4 +1,4 @@
-"""The parts of ``benchmarks/kernels.py`` that need no GPU: its kernels, its weights, its word where there is none."""
+"""The parts of ``benchmarks/kernels.py`` that need no GPU: its kernels, its weights, its message if there is no GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_random_weights_are_what_the_kernels_take(bits: int) -> None:
 
 
 class OneRun:
-    """A timer that runs what it is given once and says 2 us."""
+    """A timer that runs its function once and returns 2 us."""
 
     def median_us(self, run: Callable[[], object], repeats: int = 1) -> float:
         run()
@@ -72,7 +72,7 @@ def test_attention_reads_every_page_once() -> None:
 
 
 def test_attention_rows() -> None:
-    """A roof of one page of q4 and kv head a microsecond: two kv heads in two microseconds are all of it."""
+    """The roof is one q4 page of one kv head per microsecond: two kv heads in two microseconds are 100 % of it."""
     shape, backend = attention.Shape("tiny", 4, 2, 64), make_backend("plain", 86)
     roof = PageLayout("q4", 64).num_bytes * 1e6
     machine = TimedOnce(CountingBackend(backend), backend, "shim", _roofs={"read": roof})
@@ -116,7 +116,7 @@ def test_a_section_ends_at_its_deadline() -> None:
 
 
 def test_the_device_is_busy_before_the_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the time that the host takes for a launch is counted as the kernel's: of 10 ms here, all of it is slept."""
+    """Otherwise the host's time for a launch would count as the kernel's: here all of its 10 ms are slept."""
     calls: list[str] = []
 
     class Event:
@@ -139,7 +139,7 @@ def test_the_device_is_busy_before_the_first_event(monkeypatch: pytest.MonkeyPat
     timer = timing.GpuTimer(torch.device("cpu"), 64)
     assert timer.median_us(lambda: (time.sleep(0.01), calls.append("run")), 2) == 4.0
     assert calls == ["run"] * 3 + ["sleep", "record", "run", "record", "synchronize"] * 2
-    assert min(slept) >= 0.01 * 2.6e9  # at the fastest clock that there is
+    assert min(slept) >= 0.01 * 2.6e9  # cycles at the fastest clock of any GPU
 
 
 def test_one_line_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

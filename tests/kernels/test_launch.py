@@ -1,4 +1,4 @@
-"""From a spec to a launch: the cache of compiled code, typed arguments, what is checked before anything runs."""
+"""From a spec to a launch: the cache of compiled code, typed arguments, the checks before a launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = KernelSpec("faults.cu", "out_of_bounds", {"EXL_FAULT": 0}, 86)
 
 
 class FakeCompiler:
-    """Returns code that names its input; counts."""
+    """Returns code that names its input; counts its calls."""
 
     def __init__(self, known: tuple[int, ...] = (75, 86, 90), error: str | None = None) -> None:
         self.known = known
@@ -125,7 +125,7 @@ def test_failure_carries_the_log_and_the_place_of_the_source(tmp_path):
 def test_architectures_that_the_compiler_does_not_know(tmp_path):
     compiler = FakeCompiler()
     cached(compiler, tmp_path, KernelSpec(SPEC.source, SPEC.entry, {}, 103))
-    assert "--gpu-architecture=compute_90" in compiler.calls[0]  # the driver translates
+    assert "--gpu-architecture=compute_90" in compiler.calls[0]  # PTX: the driver translates it
     with pytest.raises(KernelError, match=r"fake 1.0 cannot compile for compute capability 6.1"):
         cached(compiler, tmp_path, KernelSpec(SPEC.source, SPEC.entry, {}, 61))
 
@@ -143,7 +143,7 @@ def test_default_folder(monkeypatch, tmp_path):
 def test_pointers_know_their_extent():
     x = torch.zeros(10, 8, dtype=torch.float16)
     assert ptr(x) == Pointer(x.data_ptr(), 160, "f16", "cpu", x)
-    view = x[2:4, 1:3]  # strided: from its first element to its last
+    view = x[2:4, 1:3]  # strided: the range from its first element to its last
     assert (ptr(view).address, ptr(view).num_bytes) == (x.data_ptr() + 34, (8 + 2) * 2)
     assert ptr(x[:0]).num_bytes == 0
     assert ptr(None) == Pointer(0, 0, "null", "any")

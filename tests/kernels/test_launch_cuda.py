@@ -1,5 +1,5 @@
-"""The CUDA backend without a GPU: what it hands to CuPy and to the driver, each played by one that writes it down.
-CuPy's compiler needs no GPU, and is tested where CuPy is installed."""
+"""The CUDA backend without a GPU: its calls of CuPy and of the driver, recorded by fakes of both. CuPy's compiler needs
+no GPU and is tested if CuPy is installed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SPEC = KernelSpec("gpu.cu", "scale_halves", {}, 90)
 
 
 class DriverError(Exception):
-    """In the place of CuPy's CUDADriverError."""
+    """Replaces CuPy's CUDADriverError."""
 
 
 class FakeCupy:
-    """The part of CuPy that the backend uses. ``calls`` holds what was asked of it, in order."""
+    """The part of CuPy that the backend uses. ``calls`` records its calls in order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -91,7 +91,7 @@ class Compiler:
 
 @pytest.fixture
 def gpu(monkeypatch, driver_path):
-    """A torch that believes in a GPU of compute capability 9.0, and a CuPy and a driver that write down."""
+    """torch reports a GPU of compute capability 9.0; CuPy and the driver are recording fakes."""
     cupy = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr("exl.kernels.launch.Driver", lambda: Driver(driver_path))
@@ -126,7 +126,7 @@ def test_loading_and_launching(gpu, tmp_path, driver_path):
 
 
 def test_a_new_thread_takes_the_devices_context_first(gpu, tmp_path, monkeypatch):
-    """The driver's own calls find no context in a thread that has not called the runtime."""
+    """In a thread that has not called the runtime, the driver's own calls find no context."""
     function = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS).load(SPEC)
     gpu.calls.clear()
 
@@ -138,9 +138,9 @@ def test_a_new_thread_takes_the_devices_context_first(gpu, tmp_path, monkeypatch
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-    assert gpu.calls == [("query",), ("query",)]  # once in each
+    assert gpu.calls == [("query",), ("query",)]  # once per thread
     gpu.calls.clear()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # begun by the runtime, in this thread
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # the runtime began one in this thread
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -148,7 +148,7 @@ def test_a_new_thread_takes_the_devices_context_first(gpu, tmp_path, monkeypatch
 
 
 def test_launches_enter_the_device_where_another_is_current(gpu, tmp_path, driver_path, monkeypatch):
-    """The driver launches into the context that is current."""
+    """The driver launches into the current context."""
     entered = []
 
     class Scope:
@@ -174,7 +174,7 @@ def test_launches_enter_the_device_where_another_is_current(gpu, tmp_path, drive
 
 
 def test_a_prepared_launch_goes_to_the_stream_that_is_current(gpu, tmp_path, driver_path, monkeypatch):
-    """A graph is captured on another stream than that of the launches before it."""
+    """A graph is captured on another stream than the launches before it."""
     backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
     work = backend.load(SPEC).prepare((1, 1, 1), (128, 1, 1), Params(arguments()), 0, False)
     found = []
@@ -206,7 +206,7 @@ def test_dependent_launches_where_the_driver_knows_them(gpu, tmp_path, driver_pa
 
 
 class Graphs:
-    """torch's side of captures: a graph's scope, which may fail at its end, and the stream that it leaves behind."""
+    """torch's side of captures: a graph's scope, which may fail at its end, and the stream that is current after it."""
 
     def __init__(self, monkeypatch) -> None:
         self.fail_at_end = False
@@ -232,7 +232,7 @@ class Graphs:
 
 
 class Circle:
-    """Garbage that only the collector finds."""
+    """Garbage that only the cycle collector frees."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -241,7 +241,7 @@ class Circle:
 @pytest.mark.parametrize("failure", [None, "inside", "at the end"])
 @pytest.mark.parametrize("collects", [True, False])
 def test_no_garbage_is_collected_inside_of_a_capture(gpu, tmp_path, monkeypatch, failure, collects):
-    """It may be a module, and unloading one breaks the capture. Before, there is a chance."""
+    """Garbage may be a module, and unloading one breaks the capture. It may be collected before the capture."""
     graphs = Graphs(monkeypatch)
     graphs.fail_at_end = failure == "at the end"
     backend = CudaBackend(folder=tmp_path, compiler=Compiler(), sources=TEST_KERNELS)
@@ -270,7 +270,7 @@ def test_no_garbage_is_collected_inside_of_a_capture(gpu, tmp_path, monkeypatch,
 
 
 def test_a_graph_whose_capture_failed_is_kept(gpu, tmp_path, monkeypatch):
-    """torch's allocators hold on to its address until a capture has ended well."""
+    """torch's allocators keep its address until a capture ends without error."""
     graphs, kept = Graphs(monkeypatch), []
     made = SimpleNamespace(replay=None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
@@ -314,7 +314,7 @@ def test_without_a_gpu_the_cuda_backend_says_so(monkeypatch):
 
 # ---- the driver ------------------------------------------------------------------------------------------------------
 
-# The declarations of cuda.h (CUDA 12 and 13), and an entry that writes down what it was given.
+# The declarations of cuda.h (CUDA 12 and 13), and an entry that records its arguments.
 DRIVER = r"""
 #include <stdint.h>
 #include <string.h>
@@ -359,7 +359,7 @@ def driver_path(tmp_path_factory):
 
 
 def seen(path: str) -> list[int]:
-    """What the last launch was."""
+    """The recorded arguments of the last launch."""
     return list((ctypes.c_uint64 * 16).in_dll(ctypes.CDLL(path), "seen"))
 
 
@@ -381,7 +381,7 @@ def test_driver_errors(driver_path):
         DriverLaunch(Driver("libm.so.6"), "a kernel", 0, (1, 1, 1), (1, 1, 1), params, 0, True)
 
 
-# ---- CuPy's binding, where it is installed: no GPU needed ------------------------------------------------------------
+# ---- CuPy's binding, if it is installed: no GPU needed ---------------------------------------------------------------
 
 
 def test_without_cupy_the_compiler_says_so(monkeypatch):

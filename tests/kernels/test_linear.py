@@ -23,9 +23,9 @@ from exl.layout.linear_config import LinearConfig, reachable_configs
 from exl.layout.tiles import gated_rows
 
 TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 64)
-# bits, K, N, group size, symmetric, scales: K of one group, odd numbers of groups, a shorter last group (of a stage and
-# of several), groups longer than a stage and no multiple of it, a last stage of K that is not full, N that is no
-# multiple of 64 nor of 16.
+# bits, K, N, group size, symmetric, scales. Among them: K of one group, odd numbers of groups, a shorter last group (in
+# one stage and in several), groups longer than a stage but not a multiple of it, a partial last stage of K, N that is
+# not a multiple of 64 or of 16.
 SHAPES = [
     (4, 128, 40, 128, False),
     (4, 1152, 136, 128, False),
@@ -127,7 +127,7 @@ def test_is_more_exact_than_dequantizing_to_f16(bits: int, T: int) -> None:
     assert error(run(backend, weight, x, 64, dtype=torch.float16)) <= 2e-3
 
 
-# ---- one row, whatever runs it -------------------------------------------------------------------------------------
+# ---- a row's bits, whichever kernel runs it ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_is_more_exact_than_dequantizing_to_f16(bits: int, T: int) -> None:
     ],
 )
 def test_a_rows_bits_depend_on_nothing_else(bits: int, group_size: int, scale_dtype: str, arch: int) -> None:
-    """Every token count from 1 to 64 and every configuration that a GPU of any size could pick."""
+    """Every token count from 1 to 64, and every configuration that some GPU could choose."""
     rng = np.random.default_rng(bits)
     K, N = 1152, 264
     matrix = random_matrix(rng, bits, K, N, group_size, scale_dtype=scale_dtype)
@@ -154,7 +154,7 @@ def test_a_rows_bits_depend_on_nothing_else(bits: int, group_size: int, scale_dt
     seen: set[LinearConfig] = set()
     for T in range(1, 65):
         for i, config in enumerate(reachable_configs(weight.layout, T, arch)):
-            if i == 0 or config not in seen or T in TOKENS:  # all at some counts, one at each
+            if i == 0 or config not in seen or T in TOKENS:  # all configurations at some counts, one new one at each
                 assert torch.equal(run(backend, weight, x[:T], N, config), reference[:T]), (T, config)
             seen.add(config)
     assert {(config.wide, config.spread) for config in seen} >= {(False, 1), (True, 1), (True, 8)}
@@ -173,12 +173,12 @@ def test_more_than_64_tokens_go_in_turns(dtype: torch.dtype) -> None:
     assert torch.equal(run(backend, weight, x, 40), alone)
 
 
-# ---- what comes in and what goes out -------------------------------------------------------------------------------
+# ---- inputs and outputs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("T", [1, 5, 8, 20, 64])
 def test_bf16_inputs_of_any_range(backend: Backend, T: int) -> None:
-    """Magnitudes far beyond f16's range on both sides, in one row and between slices; a row of zeros."""
+    """Magnitudes far above and below f16's range, within one row and between slices; a row of zeros."""
     rng = np.random.default_rng(T)
     matrix = random_matrix(rng, 4, 1152, 40, 128)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
@@ -187,13 +187,13 @@ def test_bf16_inputs_of_any_range(backend: Backend, T: int) -> None:
     if T > 2:
         scale[2] = 0
     x = torch.from_numpy(rng.standard_normal((T, 1152)) * scale).bfloat16()
-    # Inputs more than 2^24 below their slice's largest lose bits to f16's subnormals: 2^-39 of the largest each.
+    # Inputs far below their slice's largest become f16 subnormals: each loses at most 2^-39 of the largest.
     lost = np.abs(f64(x)).max(axis=1, keepdims=True) * 2.0**-39 * np.abs(dequantize(matrix)).sum(axis=0)
     assert_close(run(backend, weight, x, 40), f64(x) @ dequantize(matrix), sum_bound(f64(x), matrix) + lost)
 
 
 def normed(rng: np.random.Generator, backend: Backend, T: int, K: int) -> tuple[torch.Tensor, NormedInput, np.ndarray]:
-    """A residual, what its producer left for the norm, and the normalised rows as exl rounds them."""
+    """A residual, its producer's sums of squares for the norm, and the normalised rows as exl rounds them."""
     h = torch.from_numpy(rng.standard_normal((T, K)) * rng.uniform(0.1, 30, (T, 1))).float()
     weight = torch.from_numpy(rng.uniform(0.2, 2, K)).float()
     sumsq = torch.from_numpy(tile_sumsq(f64(h))).float()
@@ -204,7 +204,7 @@ def normed(rng: np.random.Generator, backend: Backend, T: int, K: int) -> tuple[
 @pytest.mark.parametrize("T", [1, 3, 8, 17])
 def test_normalises_on_the_way(backend: Backend, T: int) -> None:
     rng = np.random.default_rng(T + 30)
-    K, N = 1120, 40  # 70 sums a token: not a multiple of a warp's 32
+    K, N = 1120, 40  # 70 sums per token: not a multiple of 32 lanes
     matrix = random_matrix(rng, 4, K, N, 32)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     h, norm, exact = normed(rng, backend, T, K)
@@ -217,7 +217,7 @@ def test_normalises_on_the_way(backend: Backend, T: int) -> None:
     rows = [i % T for i in range(12)]
     again = NormedInput(norm.sumsq[rows], norm.weight, norm.eps)
     project(backend, weight, h[rows], wide, norm=again, scratch=make_scratch([weight.layout], backend))
-    assert torch.equal(wide, y[rows])  # the prologue of both kernels rounds alike
+    assert torch.equal(wide, y[rows])  # the prologues of both kernels round in the same way
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -233,7 +233,7 @@ def test_gate_and_up_meet_in_the_lane(backend: Backend, T: int, dtype: torch.dty
     gate_up(backend, weight, x.to(backend.device), y, scratch=make_scratch([weight.layout], backend))
     a, b = (f64(x) @ dequantize(m) + bias_of(m) for m in (gate, up))
     expected = silu(a) * b
-    # SiLU's slope is below 1.1; ex2.approx and the division are good to 2^-20
+    # SiLU's slope is below 1.1; ex2.approx and the division are within 2^-20
     slack = 1.1 * (sum_bound(f64(x), gate) * np.abs(b) + sum_bound(f64(x), up) * np.abs(a)) + 2.0**-20 * np.abs(
         expected
     )
@@ -263,7 +263,7 @@ def test_adds_to_the_residual_and_leaves_its_squares(backend: Backend, T: int) -
 
 @pytest.mark.parametrize("T", [1, 9])
 def test_act_order_is_paid_by_the_producer(backend: Backend, T: int) -> None:
-    """Sorted rows of W meet activations that their producer already stored in that order."""
+    """W's rows are sorted by group; the producer of the activations already stored them in that order."""
     rng = np.random.default_rng(T + 120)
     K, N = 384, 40
     matrix = random_matrix(rng, 4, K, N, 64)
@@ -279,7 +279,7 @@ def test_act_order_is_paid_by_the_producer(backend: Backend, T: int) -> None:
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])
 @pytest.mark.parametrize("T", [1, 8, 20, 64])
 def test_other_architectures(arch: int, T: int) -> None:
-    """Registers instead of asynchronous copies and m16n8k8 on sm_75; dependent launches from sm_90 on."""
+    """sm_75 prefetches into registers and uses m16n8k8; dependent launches exist from sm_90 on."""
     backend = backend_or_skip("race", arch)
     rng = np.random.default_rng(arch + T)
     for bits in (3, 4):
@@ -293,7 +293,7 @@ def test_other_architectures(arch: int, T: int) -> None:
 @pytest.mark.parametrize("T", [3, 8])
 @pytest.mark.parametrize("row_tiles", [1, 2, 4])
 def test_several_row_tiles_a_warp(backend: Backend, T: int, row_tiles: int) -> None:
-    """Tiles that do not divide by what a block takes, and chunks of activations shorter than a slice."""
+    """Numbers of tiles that a block's tiles do not divide, and chunks of activations shorter than a slice."""
     rng = np.random.default_rng(T + row_tiles)
     matrix = random_matrix(rng, 4, 5120, 88, 128)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
@@ -305,7 +305,7 @@ def test_several_row_tiles_a_warp(backend: Backend, T: int, row_tiles: int) -> N
 # ---- on a GPU alone ------------------------------------------------------------------------------------------------
 
 
-# Of a 7B's linears, K = 11008 with a last stage that is not full; N is small, or float64 would take minutes.
+# K as in a 7B's linears, 11008 with a partial last stage; N is small, because float64 would take minutes.
 LARGE = [(bits, 4096, 96, 128, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
 LARGE += [(4, 11008, 64, 128, False), (4, 14336, 48, 32, True), (3, 11008, 48, 64, False), (4, 4096, 64, -1, False)]
 
@@ -328,7 +328,7 @@ def test_long_sums_equal_float64(shape: tuple) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", [4096, 12288, 22016])
 def test_every_row_of_a_large_matrix(N: int) -> None:
-    """As many blocks as a 7B's linears have: rows of the whole against the same rows of a small matrix, bit for bit."""
+    """As many blocks as in a 7B's linears: rows have the same bits as in a small matrix of the same rows."""
     backend = backend_or_skip("cupy")
     rng = np.random.default_rng(N)
     part = random_matrix(rng, 4, 4096, 64, 128)

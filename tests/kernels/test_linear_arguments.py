@@ -1,4 +1,4 @@
-"""What the linear wrappers refuse, before anything is loaded or launched; and the choice of a configuration."""
+"""Arguments that the linear wrappers refuse before anything is loaded or launched; the choice of a configuration."""
 
 from __future__ import annotations
 
@@ -161,12 +161,12 @@ def test_a_decode_block_keeps_24_kilobytes_on_their_way() -> None:
 @pytest.mark.parametrize("scale_dtype", ["f16", "f32"])
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_one_token_leaves_room_for_two_blocks_a_multiprocessor(arch: int, scale_dtype: str) -> None:
-    """However long K is: activations are staged in parts rather than one block run alone."""
+    """For any K: activations are staged in chunks, rather than leaving room for only one block."""
     for K, N in MODEL_SHAPES:
         for bits, tokens in ((2, 1), (3, 1), (4, 1), (4, 2)):
             layout = TileLayout(bits, K, N, 128, False, scale_dtype)
             config = choose_config(layout, tokens, arch, 82)
-            shared = config.shared_bytes(layout, tokens, arch) + 1024  # of which the driver takes the last
+            shared = config.shared_bytes(layout, tokens, arch) + 1024  # the driver reserves 1024 bytes per block
             assert 2 * shared <= shared_per_multiprocessor(arch), (K, N, bits, tokens, config)
             on_their_way = 2 * (config.ring_stages - 1) * 8 * config.row_tiles * layout.planes * 512
             assert on_their_way >= 24 * 1024, (K, N, bits, tokens, config)

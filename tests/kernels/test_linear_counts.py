@@ -1,7 +1,7 @@
-"""Instructions that the inner loop of the 4-bit kernels issues for each 512-byte tile, from the machine code.
+"""Instructions that the inner loop of the 4-bit kernels issues per 512-byte tile, from the machine code.
 
-What they must not exceed at 1, 8 and 64 tokens comes from a hand-made sketch of the same loop. Everything in the loop
-counts, also what is predicated off; activations are staged outside of it, in chunks. ``docs/kernels.md`` has the table.
+The limits at 1, 8 and 64 tokens come from a hand-written sketch of the same loop. All instructions in the loop count,
+also predicated ones; activations are staged outside of it, in chunks. ``docs/kernels.md`` has the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYOUT = TileLayout(4, 4096, 4096, 128, False)
 
 
 def inner_loop(num_tokens: int, arch: int, layout: TileLayout = LAYOUT) -> tuple[Loop, int]:
-    """The loop of the variant that the GPU would run, and the tiles of 16 x 64 that it goes through in one pass."""
+    """The loop of the variant that the GPU would run, and the number of 16 x 64 tiles per pass of it."""
     compiler = nvrtc()
     if compiler is None or nvdisasm_path() is None:
         pytest.skip("NVRTC or nvdisasm is not installed")
@@ -30,7 +30,7 @@ def inner_loop(num_tokens: int, arch: int, layout: TileLayout = LAYOUT) -> tuple
     code, _ = compiler.compile(flattened(spec), spec.source, nvrtc_options(spec))
     loop = hottest_loop(disassemble(code), spec.entry)
     num_tiles = config.ring_stages * config.row_tiles * layout.stage_inputs // BLOCK
-    assert loop.count("HMMA") == num_tiles * 4 * config.token_tiles  # the whole loop, and nothing but it
+    assert loop.count("HMMA") == num_tiles * 4 * config.token_tiles  # it is the whole main loop and nothing else
     return loop, num_tiles
 
 
@@ -56,7 +56,7 @@ def test_no_barrier_and_no_local_memory_in_the_loop(arch: int) -> None:
     for num_tokens in (1, 16, 64):
         loop, num_tiles = inner_loop(num_tokens, arch)
         assert loop.count("BAR", "LDL", "STL", "I2F", "MUFU", "CALL.ABS") == 0
-        assert loop.count("LDG.E") == 0  # nothing is waited for in the stage that asks for it
-        # 16 bytes a lane and tile; scales and zero points of a stage by one more, however many row tiles a warp has
+        assert loop.count("LDG.E") == 0  # no load that the same stage must wait for
+        # One 16-byte copy per lane and tile; one more per stage for scales and zero points, for any number of row tiles
         config = choose_config(LAYOUT, num_tokens, arch, MULTIPROCESSORS[arch])
         assert loop.count("LDGSTS") == num_tiles + config.ring_stages

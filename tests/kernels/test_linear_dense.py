@@ -1,4 +1,4 @@
-"""Dense linears against float64 with the weights as they are."""
+"""Dense linears against float64 with the same, unrounded weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exl.kernels.linear_io import NormedInput, Output
 from exl.layout.arch import arch_limits
 
 TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 64)
-SHAPES = [(128, 40), (1160, 20), (648, 136)]  # K, N: one unit of slices, K that is no multiple of 64, uneven slices
+SHAPES = [(128, 40), (1160, 20), (648, 136)]  # one slice unit, K not a multiple of 64, unequal slices
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -28,8 +28,8 @@ def draw(rng: np.random.Generator, rows: int, K: int, dtype: torch.dtype, scale:
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """f32 sums of K products, cut off at 24 bits every 4 (``linear_twin.sum_bound``); bf16 weights meet inputs in two
-    parts, twice the sums and 2^-16 of each input lost."""
+    """Error of f32 sums of K products, truncated to 24 bits every 4 products (``linear_twin.sum_bound``). With bf16
+    weights each input is two parts: twice as many sums, and 2^-16 of each input is lost."""
     return (2 * x.shape[1] / 4 + 16) * 2.0**-23 * (np.abs(x) @ np.abs(w.T))
 
 
@@ -91,7 +91,7 @@ def test_gated_rows_and_bias(backend: Backend, dtype: torch.dtype, T: int) -> No
     rng = np.random.default_rng(T)
     K, F = 256, 20
     padded = draw(rng, 2 * F, K + 8, dtype, 0.2)
-    weight, x = padded[:, :K], draw(rng, T, K, dtype)  # rows apart
+    weight, x = padded[:, :K], draw(rng, T, K, dtype)  # rows with gaps between them
     bias = rng.standard_normal(2 * F).astype(np.float32)
     tiles = np.zeros((3, 2, 8), np.float32)  # bias in the tiles' order
     for part in range(2):

@@ -1,4 +1,4 @@
-"""Many tokens: panels, a matrix product, and the same endings as the kernels that read codes."""
+"""Many tokens: panels, a matrix product, and the same epilogues as the kernels that read codes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from exl.kernels.tile_pack import pack_matrix
 from exl.layout.linear_config import crossover_tokens
 from exl.layout.tiles import TileLayout, gated_rows
 
-T, K, N = 70, 384, 104  # 7 tiles, the last one half empty; tokens that are no multiple of 8
+T, K, N = 70, 384, 104  # 7 tiles, the last one half empty; T is not a multiple of 8
 
 
 def make_scratch(layout: TileLayout, num_tokens: int, device: torch.device, panel_tiles: int = 3) -> PanelScratch:
-    """Panels of three tiles: the last one is shorter."""
+    """Scratch for panels of three tiles; the last panel is shorter."""
     dtypes = {"f16": torch.float16, "f32": torch.float32}
     shapes = panel_scratch_shapes([layout], num_tokens, panel_tiles * 16 * layout.K * 2)
     nan = float("nan")
@@ -30,12 +30,12 @@ def make_scratch(layout: TileLayout, num_tokens: int, device: torch.device, pane
 
 
 def rounded_weights(matrix, dtype: torch.dtype) -> np.ndarray:
-    """f64 [K, N] of weights rounded once to ``dtype``: what the product is made of."""
+    """The product's operand: weights rounded once to ``dtype``, as f64 [K, N]."""
     return torch.from_numpy(exact_weights(matrix)).float().to(dtype).double().numpy()
 
 
 def bound(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of a sum of K products in f32, in any order: K * 2^-24 of the sum of magnitudes (Higham, 2002, section 3.1)."""
+    """Error of f32 sums of K products, in any order: K * 2^-24 of the sum of magnitudes (Higham, 2002, section 3.1)."""
     return K * 2.0**-24 * (np.abs(x) @ np.abs(weights)) + 1e-30
 
 
@@ -67,12 +67,12 @@ def test_gated(backend: Backend) -> None:
     )
     a, b = (x.double().numpy() @ rounded_weights(m, torch.float16) for m in (gate, up))
     expected = a / (1 + np.exp(-a)) * b
-    # f32 arithmetic, and ex2.approx (2 ulp, PTX ISA) of an exponent that rounds by 2^-24 of itself.
+    # f32 arithmetic, and ex2.approx (2 ulp, PTX ISA) of an exponent with a relative error of 2^-24.
     np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
 def test_normalised_and_added(backend: Backend) -> None:
-    """In from the residual, out to it: a square matrix, so that one h can be both."""
+    """Reads the residual and adds to it: the matrix is square, so that one h serves as both."""
     rng = np.random.default_rng(2)
     size = 256
     matrix = random_matrix(rng, 4, size, size, 64)
@@ -136,7 +136,7 @@ def test_scratch_that_is_too_small_is_refused() -> None:
 
 
 def test_the_crossover_is_where_the_costs_meet() -> None:
-    """RTX 3090 by hand: 4.53 bytes a weight at 6.7 a clock = 0.676 clocks; a token saves 1/192 - 1/230.4 = 0.000868."""
+    """RTX 3090 by hand: 4.53 bytes per weight at 6.7 per clock = 0.676; a token saves 1/192 - 1/230.4 = 0.000868."""
     assert crossover_tokens(86) == 768  # 0.676 / 0.000868 = 779
     assert crossover_tokens(90) < crossover_tokens(89)  # cuBLAS has faster instructions there
     for arch in (61, 75, 80, 86, 87, 89, 90, 100, 103, 120, 121):

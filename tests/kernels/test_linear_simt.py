@@ -32,7 +32,7 @@ def f64(tensor: torch.Tensor) -> np.ndarray:
 
 
 def bound(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """f32 sums: a rounding for each of a lane's products and each group, at most K in all."""
+    """Error of f32 sums: one rounding per product of a lane and per group, at most K in all."""
     return (x.shape[1] + 16) * 2.0**-24 * (np.abs(x) @ np.abs(weights))
 
 

@@ -1,4 +1,4 @@
-"""A page's bytes: each belongs to one token, codes are the CPU cache's, and loads come out as mma operands."""
+"""A page's bytes: each belongs to one token, codes equal those of the CPU's cache, and loads give mma operands."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_examples_of_the_documentation() -> None:
 
 
 def fragment_rows_and_columns() -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of operand A's four registers, two halves each, by lane: the table of the PTX ISA."""
+    """Per lane, row and column of each of the two halves in operand A's four registers: the PTX ISA's table."""
     lane, register, half = np.meshgrid(np.arange(32), np.arange(4), np.arange(2), indexing="ij")
     return lane // 4 + 8 * (register % 2), lane % 4 * 2 + half + 8 * (register // 2)
 

@@ -1,4 +1,4 @@
-"""Programs: what a wrapper launches, recorded once and started with other addresses; what tells two of them apart."""
+"""Programs: a wrapper's launches, recorded once and started with other addresses; what makes two programs different."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_packed_arguments_read_back():
 
 
 def test_pointers_into_a_bound_tensor_follow_it():
-    """Its start, a row in its middle, and a part of another type; what is bound to nothing stays."""
+    """Pointers to its start, to a row in its middle, and to a part viewed as another type; unbound pointers stay."""
     old, new, other = torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(4)
     varying = Varying(Bindings([None, old]))
     params = Params([ptr(old), ptr(old[2]), ptr(other), ptr(old.view(torch.int32)[3]), ptr(None)], varying)
@@ -65,12 +65,12 @@ HALVES = MEMORY[: 2 * 64].view(torch.float16).view(8, 8)
         MEMORY[: 2 * 128].view(torch.float16).view(8, 16)[:, :8],
         HALVES.view(torch.bfloat16),
         HALVES.view(torch.int16),
-        MEMORY[2 : 2 + 2 * 64].view(torch.float16).view(8, 8),  # aligned otherwise
+        MEMORY[2 : 2 + 2 * 64].view(torch.float16).view(8, 8),  # with another alignment
         None,
     ],
 )
 def test_tensors_that_differ_in_more_than_their_address(other):
-    """Most of them lie where the first one does."""
+    """Most of them have the same address as the first one."""
     assert Bindings([HALVES]).structure != Bindings([other]).structure
     assert other is None or place(HALVES) != place(other)
 
@@ -83,7 +83,7 @@ def test_tensors_that_differ_in_their_address_alone():
 
 
 def test_tensors_that_overlap_are_exchanged_for_nothing():
-    """An address inside both would not say whose it is: q and k may share a norm in one layer and not in the next."""
+    """An address inside both is ambiguous: q and k may share a norm in one layer and not in the next."""
     a, b = MEMORY[:256], MEMORY[256:512]
     same, apart, inside = Bindings([a, a]), Bindings([a, b]), Bindings([MEMORY[:512], b])
     assert len({same.structure, apart.structure, inside.structure, Bindings([b, b]).structure}) == 4
@@ -109,7 +109,7 @@ def test_a_program_runs_with_the_tensors_of_its_turn(small):
 
 
 def test_memory_that_is_used_again_is_no_stale_launch(small):
-    """The same addresses as another shape, type and number: each its own program, none of them another's."""
+    """The same addresses with another shape, type and number of tensors: each has its own program."""
     programs, out = Programs(small), torch.zeros(256)
     memory = torch.arange(256, dtype=torch.float32).half()
     tensors = [memory, memory[:64], memory[64:128]]
@@ -132,7 +132,7 @@ def test_memory_that_is_used_again_is_no_stale_launch(small):
 
 
 def test_a_tensor_at_the_address_of_one_that_is_gone(small):
-    """Keys hold all that arguments depend on, so a program is right for whatever lies there now."""
+    """Keys hold everything that arguments depend on, so a program fits any tensor with the same key."""
     programs, memory, y = Programs(small), np.zeros(256, np.float16), torch.zeros(256)
     for i, size in enumerate([64, 64, 200, 64, 200, 200]):
         x = torch.from_numpy(memory[:size])
@@ -142,7 +142,7 @@ def test_a_tensor_at_the_address_of_one_that_is_gone(small):
         programs.run((place(x), place(y)), programs.bind([]), lambda backend, x=x: scale(backend, x, y, 1.0))
         assert torch.equal(y, torch.tensor([float(i + 1)] * size + [0.0] * (256 - size)))
         del x
-        assert gone() is None  # no program keeps it
+        assert gone() is None  # no program keeps it alive
     assert programs.num_recorded == 2
 
 
@@ -154,7 +154,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(small):
         scale(backend, x, y, 5.0)
         launch(backend.load(KernelSpec("gpu.cu", "scale_halves", {}, 90)), (0,), (128,), [ptr(x)])
 
-    for _ in range(2):  # nothing is kept of it
+    for _ in range(2):  # it leaves nothing behind
         with pytest.raises(KernelError, match="expected one to three positive sizes"):
             programs.run("key", programs.bind([]), record)
         assert not y.any()
@@ -186,7 +186,7 @@ def test_the_least_recently_used_program_goes(small):
         programs.run(factor, nothing, lambda backend: scale(backend, x, y, factor))
         assert float(y[0]) == factor
 
-    for factor in (1.0, 2.0, 3.0, 1.0, 4.0):  # 2.0 goes
+    for factor in (1.0, 2.0, 3.0, 1.0, 4.0):  # 2.0 is evicted
         run(factor)
     assert (len(programs), programs.num_recorded) == (3, 4)
     for factor in (1.0, 3.0, 4.0):

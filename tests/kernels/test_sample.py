@@ -1,4 +1,4 @@
-"""Drawing tokens on the device against ``exl.sampling``: the same ids, and the same distribution to its last border."""
+"""Sampling on the device against ``exl.sampling``: the same ids, and the same distribution at every border."""
 
 from __future__ import annotations
 
@@ -83,11 +83,12 @@ def draw(backend: Backend, logits: torch.Tensor, batch: SamplingBatch) -> list[i
 
 
 def cumulated(logits: torch.Tensor, batch: SamplingBatch, i: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Row i's kept tokens in the order of drawing, the upper borders of their shares of [0, 1), and how far off a
-    border may be on the device.
+    """Row i's kept tokens in the order of drawing, the upper borders of their shares of [0, 1), and the largest error
+    of a border on the device.
 
-    A weight is off by less than 2^-44 of the likeliest token's (cuda/include/exl/logit_row.cuh), so a sum of weights by
-    V 2^-44, and so the mass; a border is their quotient. The CPU's own f64 sums of V terms are off by V 2^-53 each.
+    A weight is off by less than 2^-44 of the likeliest token's weight (cuda/include/exl/logit_row.cuh), so a sum of
+    weights and the total mass are each off by V 2^-44; a border is their quotient. The CPU's own f64 sums of V terms
+    are off by V 2^-53 each.
     """
     p = probabilities(logits[i : i + 1], one_row(batch, i))[0].numpy()
     order = np.lexsort((np.arange(len(p)), -p))[: np.count_nonzero(p)]
@@ -110,7 +111,7 @@ def joined(rows: list[SamplingBatch]) -> SamplingBatch:
 
 
 def mixed(rng: np.random.Generator, num_rows: int, V: int) -> tuple[torch.Tensor, SamplingBatch]:
-    """Rows of all kinds: smooth, full of ties, with forbidden tokens; filters in turn; drawn at random."""
+    """Random rows of all kinds (smooth, full of ties, with forbidden tokens), with each filter in turn."""
     logits = rng.normal(0, 4, (num_rows, V)).astype(np.float32)
     logits[1::3] = np.round(logits[1::3])
     logits[2::3][rng.random(logits[2::3].shape) < 0.2] = -INF
@@ -123,7 +124,7 @@ def mixed(rng: np.random.Generator, num_rows: int, V: int) -> tuple[torch.Tensor
 
 
 def assert_same_ids(found: list[int], logits: torch.Tensor, batch: SamplingBatch) -> None:
-    """But for a draw that is so near to a border that rounding decides, of which there is one in thousands."""
+    """Exempts only draws so near to a border that rounding decides, of which there is one in thousands."""
     expected = cpu_sample(logits, batch).tolist()
     for i in np.nonzero(np.array(found) != np.array(expected))[0]:
         _, borders, bound = cumulated(logits, batch, i)
@@ -143,11 +144,11 @@ def test_rows_of_all_kinds_in_one_launch(backend: Backend, V: int, num_rows: int
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("V", [128_001, 135_169])  # the second is 34 blocks a row
+@pytest.mark.parametrize("V", [128_001, 135_169])  # the second has 34 blocks per row
 def test_large_vocabularies(backend: Backend, V: int) -> None:
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(0, 3, (2, V)).astype(np.float32))
-    logits[0, 5], logits[1, V - 1] = 20.0, 30.0  # in the first part and in the last
+    logits[0, 5], logits[1, V - 1] = 20.0, 30.0  # in the first and in the last part
     params = [SamplingParams(seed=5, temperature=1.5), SamplingParams(temperature=0.0)]
     batch = sampling_batch([(p, 3, ()) for p in params])
     assert_same_ids(draw(backend, logits, batch), logits, batch)
@@ -157,11 +158,11 @@ def test_large_vocabularies(backend: Backend, V: int) -> None:
 
 
 def assert_borders(backend: Backend, logits: torch.Tensor, row: SamplingBatch, rng: np.random.Generator) -> None:
-    """Just below a border of the cumulated distribution the token that ends there, just above it the next: for all
-    uniforms in between as well, since a token's share is one interval. As many borders as 32 pairs of rows can show."""
+    """Just below a border of the cumulated distribution, the token that ends there is drawn; just above it, the next.
+    A token's share is one interval, so this covers all uniforms between. Borders: as many as 32 pairs of rows."""
     order, borders, bound = cumulated(logits, row, 0)
     shares = np.diff(borders, prepend=0)
-    wide = np.minimum(shares[:-1], shares[1:]) > 4 * bound  # else the next border is in the way
+    wide = np.minimum(shares[:-1], shares[1:]) > 4 * bound  # shares wide enough that the next border does not interfere
     chosen = rng.permutation(np.nonzero(wide)[0])[:31]
     assert len(order) == 1 or len(chosen) >= min(8, len(order) - 1)
     draws = [(0.0, order[0])]
@@ -183,8 +184,8 @@ def test_every_filters_distribution(backend: Backend, values: dict) -> None:
 
 
 def test_weights_to_the_unit(backend: Backend) -> None:
-    """Of two tokens the one border shows the other's weight, off by less than 2^-44, at 32 distances and temperatures;
-    below that it never is drawn."""
+    """With two tokens the only border gives the second one's weight: off by less than 2^-44, at 32 distances and
+    temperatures. A token of less weight than that is never drawn."""
     rng = np.random.default_rng(8)
     temperatures = rng.uniform(0.1, 5, 32).astype(np.float32)
     logits = np.stack([rng.uniform(-20, 20, 32), np.zeros(32)], 1)
@@ -225,7 +226,7 @@ def test_crowded_bins(backend: Backend, crowd: str, values: dict) -> None:
 
 
 def last_kept(backend: Backend, logits: torch.Tensor, params: list[SamplingParams], seen: tuple[int, ...] = ()) -> None:
-    """The last token in the order of drawing shows where a filter cuts."""
+    """The last kept token in the order of drawing, which shows where a filter cuts."""
     rows = joined([one_row(sampling_batch([(p, 0, seen)]), 0, uniform=ALMOST_ONE) for p in params])
     logits = logits.expand(len(params), -1).contiguous()
     assert draw(backend, logits, rows) == cpu_sample(logits, rows).tolist()
@@ -236,14 +237,14 @@ def test_top_k_cuts_where_the_cpu_cuts(backend: Backend) -> None:
     tied = torch.from_numpy(rng.integers(-4, 5, 31).astype(np.float32))[None]
     tied[0, 3] = -INF
     last_kept(backend, tied, [SamplingParams(seed=0, top_k=k) for k in range(1, 33)])
-    # Unlike logits at the same distance from the largest in f64: equals of the second, as the CPU has them.
+    # Different logits whose distance from the largest is equal in f64: ties with the second, as on the CPU.
     merged = torch.tensor([[20.0, 2e-16, 1e-16, -3.0]])
     assert probabilities(merged, sampling_batch([(SamplingParams(seed=0, top_k=2), 0, ())])).count_nonzero() == 3
     last_kept(backend, merged, [SamplingParams(seed=0, top_k=k) for k in range(5)])
 
 
 def test_min_p_and_top_p_cut_where_the_cpu_cuts(backend: Backend) -> None:
-    """The f32 numbers beside the likelihood that decides: 2^-24 of it apart, far more than sums are off."""
+    """The f32 numbers next to the decisive probability: 2^-24 of it apart, much more than the error of sums."""
     rng = np.random.default_rng(2)
     logits = torch.from_numpy(rng.normal(0, 2, (1, 33)).astype(np.float32))
     _, borders, _ = cumulated(logits, sampling_batch([(SamplingParams(seed=0), 0, ())]), 0)
@@ -257,7 +258,7 @@ def test_min_p_and_top_p_cut_where_the_cpu_cuts(backend: Backend) -> None:
 
 
 def test_weights_that_are_exact_are_drawn_exactly(backend: Backend) -> None:
-    """Equal weights: sums are whole numbers, here and on the CPU, and a share begins where the one before it ends."""
+    """With equal weights all sums are integers, on the device and on the CPU, so shares adjoin exactly."""
     batch = sampling_batch([(SamplingParams(seed=0), 0, ())] * 8 + [(SamplingParams(seed=0, top_p=0.5), 0, ())] * 8)
     batch.uniform[:] = np.arange(16) % 8 / 8
     assert draw(backend, torch.zeros(16, 8), batch) == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -274,7 +275,7 @@ def test_extreme_temperatures_and_logits(backend: Backend) -> None:
 
 
 def test_a_row_alone_gives_the_token_it_gives_in_a_batch(backend: Backend) -> None:
-    """Rows of 1,001 logits begin at every place between borders of 16 bytes."""
+    """Rows of 1,001 logits start at every possible offset from 16-byte alignment."""
     logits, batch = mixed(np.random.default_rng(4), 17, 1001)
     together = draw(backend, logits, batch)
     for i in (2, 5, 12, 14, 15):
@@ -292,7 +293,7 @@ def test_the_number_of_multiprocessors_does_not_show() -> None:
 
 
 def test_buffers_serve_one_step_after_another(backend: Backend) -> None:
-    """As in a graph: the same buffers, made for four rows, for steps that ask for other things; rows that a step does
+    """As in a graph: the same buffers, made for four rows, serve steps with different parameters; rows that a step does
     not fill are greedy."""
     V, device = 9001, backend.device
     scratch, samples = scratch_for(4, V, device), torch.zeros(4, dtype=torch.int32, device=device)
@@ -335,13 +336,13 @@ def test_other_architectures(arch: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), INF, -float("nan"), None])
 def test_rows_without_a_distribution(backend: Backend, bad: float | None, temperature: float) -> None:
-    """In any part of the row; a repetition penalty may be what overflows. The words are the CPU's."""
+    """The bad logit may be in any part of the row; a repetition penalty may overflow. Errors read as on the CPU."""
     logits = torch.zeros(3, 4100)
     if bad is None:
         logits[1] = -INF
     else:
         logits[1, 4098] = bad
-        logits[1, 5] = INF  # NaN goes before it
+        logits[1, 5] = INF  # NaN is reported before infinity
     batch = sampling_batch([(SamplingParams(temperature=temperature, seed=0), 0, ())] * 3)
     ids = draw(backend, logits, batch)
     assert ids[0] >= 0

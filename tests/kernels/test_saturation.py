@@ -24,17 +24,17 @@ from exl.kernels.tile_pack import pack_matrix
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, quantize
 from exl.layout.tiles import gated_rows
 
-LARGEST = 65504.0  # of f16; 65520 is the least that rounds to infinity
+LARGEST = 65504.0  # of f16; 65520 is the smallest value that rounds to infinity
 BORDER = (65504.0, 65519.0, 65520.0, 1e5, 3e38, float("inf"), float("nan"), 1.0, 0.0)
 
 
 def saturated(x: torch.Tensor) -> torch.Tensor:
-    """f32 -> f16; NaN stays."""
+    """f32 -> f16, saturated; NaN stays NaN."""
     return x.clamp(-LARGEST, LARGEST).half()
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    np.testing.assert_array_equal(found.cpu().numpy(), expected.cpu().numpy())  # NaN equals NaN, an infinity no number
+    np.testing.assert_array_equal(found.cpu().numpy(), expected.cpu().numpy())  # here NaN equals NaN
 
 
 def nan(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -46,7 +46,7 @@ def both_types(device: torch.device, T: int, N: int) -> tuple[torch.Tensor, torc
 
 
 def assert_saturates(narrow: torch.Tensor, wide: torch.Tensor) -> None:
-    """``narrow`` is what ``wide``, the same kernel's f32, says: out of range in part, in range in part, in part NaN."""
+    """``narrow`` is ``wide``, the same kernel's f32 output, saturated; ``wide`` is in range, beyond it and NaN."""
     assert (wide.abs() > 65520).any()
     assert (wide.abs() < 6e4).any()
     assert wide.isnan().any()
@@ -55,7 +55,7 @@ def assert_saturates(narrow: torch.Tensor, wide: torch.Tensor) -> None:
 
 def test_silu(backend: Backend) -> None:
     up = torch.tensor([BORDER, [-v for v in BORDER]], device=backend.device)
-    gate = torch.full_like(up, 100.0)  # whose sigmoid is 1
+    gate = torch.full_like(up, 100.0)  # its sigmoid is 1
     gate[:, 7] = 1e5
     y, wide = both_types(backend.device, *up.shape)
     silu_mul(backend, gate, up, y)
@@ -80,7 +80,7 @@ def test_norm(backend: Backend, ordered: bool) -> None:
 
 
 def large_inputs(T: int, K: int) -> torch.Tensor:
-    """f16: tokens of 6e4, of ordinary size, and one with NaN."""
+    """f16 inputs: tokens of 6e4, tokens of ordinary size, and one with NaN."""
     rng = np.random.default_rng(T)
     x = torch.from_numpy(rng.uniform(-1, 1, (T, K)))
     x[::2] *= 6e4
@@ -155,7 +155,7 @@ def test_many_tokens(backend: Backend) -> None:
 
 @pytest.mark.parametrize("T", [1, 16, 70])
 def test_normalised_inputs(backend: Backend, T: int) -> None:
-    """A norm's weight of 1e5: what the tensor cores get is 65504, in each way that a normalised input takes."""
+    """With a norm weight of 1e5 the tensor cores get 65504, on every path of a normalised input."""
     rng = np.random.default_rng(4)
     matrix = random_matrix(rng, 4, 256, 40, 128)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
@@ -197,7 +197,7 @@ def test_appended_tokens(backend: Backend, kind: str) -> None:
     q = nan(T, H, D, dtype=torch.float16, device=backend.device)
     one, zero = (f(T, D // 2, device=backend.device) for f in (torch.ones, torch.zeros))
     slots = torch.arange(T, dtype=torch.int32, device=backend.device)
-    rows[0, [5, 5 + D // 2]] = float("nan")  # of q alone, and of both channels that a rotation turns together
+    rows[0, [5, 5 + D // 2]] = float("nan")  # in q only, in both channels of one RoPE pair
     append_kv(backend, layout, torch.from_numpy(rows).to(backend.device), one, zero, slots, pages, q)
     np.testing.assert_array_equal(pages.cpu().numpy(), pack_pages(layout, kv[:, 0], kv[:, 1]))
     exact = torch.from_numpy(hadamard(rows[:, : H * D].reshape(T, H, D), layout.rotation))
@@ -207,8 +207,8 @@ def test_appended_tokens(backend: Backend, kind: str) -> None:
 
 
 def of_one_token(kind: str, D: int, v: np.ndarray) -> tuple[Case, np.ndarray]:
-    """A sequence of one token, whose probability is 1, and what attention makes of its v f32 [1, Hkv, D]: V's scales
-    times 2^8 saturate, and so does what is stored."""
+    """A sequence of one token, whose probability is 1, and the expected output of its v, f32 [1, Hkv, D]: V's scales
+    times 2^8 saturate, and so does the stored output."""
     case = Case(kind, D, 2, 1, (1,), (1,))
     case.rows = case.rows.astype(np.float32)
     case.rows[:, 3 * D :] = v.reshape(1, D)
@@ -225,8 +225,8 @@ def of_one_token(kind: str, D: int, v: np.ndarray) -> tuple[Case, np.ndarray]:
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize("spread", [False, True])
 def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: bool) -> None:
-    """V of 1e5 in all channels, whose scales overflow, or in one: quantized pages hold that in range, and what comes
-    out of the rotation is beyond it."""
+    """V of 1e5 in all channels, whose scales overflow, or in one channel: quantized pages hold that in range, but
+    undoing the rotation leaves the range."""
     v = np.zeros((1, 1, D), np.float32)
     v[..., 1] = 1e5
     if spread:
@@ -235,7 +235,7 @@ def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: b
     out, _ = run_prefill(case, backend) if prefill else case.run(backend)
     found = out.reshape(2, D).astype(np.float64)
     assert np.isfinite(found).all()
-    # f32 sums of a rotation, and the output's own rounding.
+    # The rotation's f32 sums, and the output's rounding.
     np.testing.assert_allclose(found, np.stack([expected] * 2), rtol=2.0**-11, atol=2.0**-18 * np.abs(expected).max())
 
 
@@ -244,7 +244,7 @@ def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: b
 def test_attention_on_other_architectures(kind: str, arch: int) -> None:
     v = np.random.default_rng(6).uniform(-1e5, 1e5, (1, 1, 64)).astype(np.float32)
     case, expected = of_one_token(kind, 64, v)
-    if arch < 75 and case.layout.quantized:  # there V's scales meet the codes in f32
+    if arch < 75 and case.layout.quantized:  # these multiply V's codes by scales in f32
         codes, scales = quantize(hadamard(v, 64), case.layout.v_bits)
         exact = codes * np.repeat(scales.astype(np.float64), 32, -1)
         expected = np.clip(undo(exact, 64)[0, 0], -LARGEST, LARGEST)
@@ -260,7 +260,7 @@ def test_queries_saturate_and_nan_stays(backend: Backend, prefill: bool) -> None
     case = Case("q8", 64, 2, 1, (70,), (70 if prefill else 1,))
     case.rows = case.rows.astype(np.float32)
     case.rows[:, :64] = 0
-    case.rows[:, 2] = 3e6  # the rotation spreads it over 64 channels, each beyond f16's range
+    case.rows[:, 2] = 3e6  # the rotation spreads it over 64 channels, all beyond f16's range
     out, _ = run_prefill(case, backend) if prefill else case.run(backend)
     assert np.isfinite(out).all()
     case.rows[-1, 64] = np.nan

@@ -1,4 +1,4 @@
-"""The shim stops each planted fault, says what and where it is, and passes the same kernel without it."""
+"""The shim stops each planted fault, names it and its place, and passes the same kernel without it."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_removed_barrier_is_reported_though_the_values_are_right():
     text = message("race", "removed_barrier", 1, [ptr(x), ptr(y)])
     assert "race on shared memory: " in text
     assert "no __syncthreads between" in text
-    assert f"faults.cu:{line_of('removed_barrier', 'y[i] =')}" in text  # the read, whichever came first
+    assert f"faults.cu:{line_of('removed_barrier', 'y[i] =')}" in text  # the read is named, whichever access came first
     x, y = buffers()
     run("plain", "removed_barrier", 1, [ptr(x), ptr(y)])
-    assert torch.equal(y, x[INDEX ^ 32])  # values alone never show it
+    assert torch.equal(y, x[INDEX ^ 32])  # the values are right, so they cannot show the race
 
 
 def test_missing_barrier():
@@ -99,7 +99,7 @@ def test_accesses_to_objects_of_every_kind_are_seen(fault):
 def test_missing_syncwarp(fault):
     x, y = buffers()
     text = message("race", "missing_syncwarp", fault, [ptr(x), ptr(y)])
-    if fault == 2:  # the shuffle makes the values right in the shim, never the memory model
+    if fault == 2:  # the shuffle makes the values right in the shim, although the memory model does not
         assert "race on shared memory: read after write" in text
         assert "no __syncwarp or __syncthreads between" in text
     else:
@@ -120,7 +120,7 @@ def test_missing_wait_and_wrong_wait_count(fault):
     assert "no cp_async_wait_group for it" in text
     issue = line_of("wait_count", "cp_async_16(buffer + 16")
     assert f"faults.cu:{issue}" in text
-    for mode in ("asan", "plain"):  # there the bytes are NaN until they land
+    for mode in ("asan", "plain"):  # in these builds the bytes are NaN until the copy completes
         x, y = buffers()
         run(mode, "wait_count", fault, [ptr(x), ptr(y)], block=16, shared=2 * SHARED)
         assert y.isnan().all()
@@ -136,7 +136,7 @@ def test_copies_are_for_others_only_after_a_barrier():
 @pytest.mark.parametrize("valid", [0, 1, 6, 7, 63, 64])
 def test_copies_fill_with_zeros(mode, valid):
     x, _ = buffers()
-    x = x[:valid].clone() if valid else x[:1].clone()  # the buffer ends where the source bytes do
+    x = x[:valid].clone() if valid else x[:1].clone()  # the buffer ends at the last source byte
     y = torch.full((144,), 7.0)
     run(mode, "zero_fill", 0, [ptr(x), ptr(y), i32(valid)], block=16, shared=4 * 144)
     expected = torch.zeros(64)
@@ -171,7 +171,7 @@ def test_out_of_bounds(mode, fault, expected, line):
 
 
 def test_far_out_of_bounds():
-    """Beyond any redzone: the race build compares with the buffers themselves."""
+    """Beyond any redzone: the race build compares addresses with the buffers themselves."""
     x, y = buffers()
     text = message("race", "out_of_bounds", 6, [ptr(x), ptr(y)])
     assert "global memory out of bounds: write of 4 bytes" in text
@@ -180,7 +180,7 @@ def test_far_out_of_bounds():
 
 @pytest.mark.parametrize("mode", ["race", "asan"])
 def test_views_are_guarded_at_their_own_ends(mode):
-    """A buffer inside of a larger one: the bytes behind it belong to someone, but not to this argument."""
+    """A view of a larger buffer: the bytes after it are allocated, but do not belong to this argument."""
     slab = torch.zeros(256)
     x, y = slab[64:128], slab[192:256]
     x[:] = torch.randn(64)

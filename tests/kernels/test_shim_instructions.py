@@ -1,4 +1,4 @@
-"""What the shim computes for warp-wide instructions, against NumPy and the definitions of the PTX ISA."""
+"""The shim's results of warp-wide instructions against NumPy and the definitions of the PTX ISA."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(mode, entry, args, kind=0, grid=(1,), block=(32,), shared=0, arch=86):
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
-    """f32 to bf16 bits; for values that are exact."""
+    """f32 -> bf16 bits, for values that bf16 holds exactly."""
     return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -54,7 +54,7 @@ def pack_mma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def test_mma(mode, kind):
     rng = np.random.default_rng(kind)
     depth = 8 if kind == 2 else 16
-    a = rng.integers(-8, 9, (16, depth)).astype(np.float32)  # exact in f32, whatever the order of the sums
+    a = rng.integers(-8, 9, (16, depth)).astype(np.float32)  # exact in f32 in any order of the sums
     b = rng.integers(-8, 9, (depth, 8)).astype(np.float32) / 4
     c = rng.integers(-100, 100, (16, 8)).astype(np.float32)
     bits = bf16 if kind == 1 else lambda x: x.astype(np.float16).view(np.uint16)
@@ -70,7 +70,7 @@ def test_mma(mode, kind):
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
 def test_mma_sums_in_f32_and_cuts_off(arch):
-    """Against float64: never more than one unit in the last place of the largest term away, and towards zero."""
+    """Against float64: off by at most one unit in the last place of the largest term, and towards zero."""
     rng = np.random.default_rng(7)
     a, b = rng.normal(size=(16, 16)).astype(np.float16), rng.normal(size=(16, 8)).astype(np.float16)
     words = pack_mma(a.view(np.uint16), b.view(np.uint16), np.zeros((16, 8), np.uint32))
@@ -80,7 +80,7 @@ def test_mma_sums_in_f32_and_cuts_off(arch):
     largest = (np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64))[GROUP, 2 * MEMBER]
     error = out[:, 0] - exact
     assert (np.abs(error) <= 2.0**-23 * largest * (16 // {75: 4, 80: 8, 90: 16}[arch])).all()
-    if arch == 90:  # one step: only the last rounding, and that cuts off
+    if arch == 90:  # one step: a single rounding at the end, by truncation
         assert (error * np.sign(exact) <= 0).all()
         assert (error != 0).any()
 
@@ -99,7 +99,7 @@ def test_matrices(mode, kind):
 
 
 def shuffled(v: np.ndarray, mode: str, operand: int, width: int) -> np.ndarray:
-    """The ISA's pseudocode of shfl.sync, lane by lane, on one warp."""
+    """The ISA's pseudocode of shfl.sync for each lane of one warp."""
     result = np.zeros_like(v)
     segment = 32 - width
     for lane in range(32):
@@ -181,9 +181,9 @@ def test_atomics(mode):
     assert result[3] == np.bitwise_xor.reduce(v)
     assert result[4] == 64 % 41
     assert sorted(old[:, 4]) == sorted(np.arange(64) % 41)
-    assert 1 <= result[5] <= 64  # the longest run of threads that came in order
+    assert 1 <= result[5] <= 64  # the longest run of threads in order
     assert result[7] == start[7] - v.sum()
-    assert sorted([*old[:, 6], result[6]]) == list(range(-1, 64))  # every value is handed on once
+    assert sorted([*old[:, 6], result[6]]) == list(range(-1, 64))  # every value was exchanged exactly once
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -196,7 +196,7 @@ def test_last_block_to_arrive(mode):
         assert counter[0] == 0
         sums.append(y[0])
     assert abs(sums[0] - x.astype(np.float64).sum()) < 1e-4
-    assert sums[0] == sums[1] == sums[2]  # blocks came in three orders
+    assert sums[0] == sums[1] == sums[2]  # although blocks arrived in three different orders
 
 
 def order_of(seed: int, mode: str = "plain", extra: tuple[str, ...] = ()) -> np.ndarray:
@@ -219,5 +219,5 @@ def test_threads_run_in_seeded_random_order():
 
 @pytest.mark.parametrize("mode", ["plain", "asan"])
 def test_portable_fibers(mode):
-    """Where the switch in assembly is not to be had, ucontext does it: the same order, the same results."""
+    """Without the switch in assembly, ucontext switches fibers: in the same order, with the same results."""
     assert np.array_equal(order_of(1, mode, ("-DEXL_UCONTEXT",)), order_of(1, mode))

@@ -1,4 +1,4 @@
-"""Embedding, norm and SiLU against float64; what they leave for the next kernel; what they refuse."""
+"""Embedding, norm and SiLU against float64; their outputs for the next kernel; arguments that they refuse."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_rows_of_the_table(backend: Backend, C: int, dtype: torch.dtype) -> None
     )  # fmt: skip
     assert torch.equal(h.cpu(), expected)
     assert torch.equal(permuted[:, order.long()], h)
-    # 16 squares, added in f32 with 15 roundings at most.
+    # 16 squares added in f32: at most 15 roundings.
     np.testing.assert_allclose(f64(sumsq), tile_sumsq(f64(expected)), rtol=16 * 2.0**-24)
 
 
@@ -69,8 +69,8 @@ def test_an_id_that_is_none_gives_zeros_and_reads_nothing(backend: Backend) -> N
 
 
 def test_sums_of_squares_are_those_that_the_residual_leaves(backend: Backend) -> None:
-    """Bit for bit: the first layer's norm is like any other's, and its bits those of a residual that nothing was added
-    to. The butterfly of epilogue.cuh, written out."""
+    """Exactly: the embedding's sums have the bits that the residual epilogue would give, so that the first layer's norm
+    is like any other. The expected sums spell out the shuffles of epilogue.cuh."""
     table = draw(np.random.default_rng(1), 3, 48, dtype=torch.bfloat16)
     h, sumsq = nan(3, 48, device=backend.device), nan(3, 3, device=backend.device)
     embed(backend, table.to(backend.device), torch.arange(3, dtype=torch.int32, device=backend.device), h, sumsq)
@@ -127,13 +127,13 @@ def test_a_norms_row_does_not_depend_on_the_others(backend: Backend) -> None:
 @pytest.mark.parametrize("source", TYPES)
 @pytest.mark.parametrize("target", TYPES)
 def test_silu(backend: Backend, source: torch.dtype, target: torch.dtype) -> None:
-    """Gate and up are halves of one tensor, as a launch that stores both leaves them."""
+    """Gate and up are halves of one tensor, as if one launch stored both."""
     both = (draw(np.random.default_rng(4), 3, 2 * 300) * 4).to(source).to(backend.device)
     gate, up = both[:, :300], both[:, 300:]
     y = nan(3, 300, dtype=target, device=backend.device)
     silu_mul(backend, gate, up, y)
     exact = silu(f64(gate)) * f64(up)
-    # ex2.approx is good to 2 ulp (PTX ISA); its argument, up to 2^5, is rounded to 2^-19.
+    # ex2.approx is within 2 ulp (PTX ISA); its argument, up to 2^5, is rounded to 2^-19.
     own = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0}[target]
     np.testing.assert_allclose(f64(y), exact, rtol=2.0**-18 + own, atol=1e-6)
 

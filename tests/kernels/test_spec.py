@@ -1,4 +1,4 @@
-"""Flattening, digests, options and limits: what a kernel is before any compiler sees it."""
+"""Kernel specs before compilation: flattening, digests, options and limits."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_every_byte_that_matters_changes_the_digest():
         ("text", nvrtc_options(dataclasses.replace(spec, arch=80)), parts[2]),
         ("text", nvrtc_options(dataclasses.replace(spec, macros={"EXL_A": 2})), parts[2]),
         ("text", nvrtc_options(spec, real=False), parts[2]),
-        ("text", (*parts[1][:-1], "-DEXL_", "A=1"), parts[2]),  # the same bytes in other parts
+        ("text", (*parts[1][:-1], "-DEXL_", "A=1"), parts[2]),  # the same bytes, split into other options
     ]
     digests = {digest(*parts), *(digest(*other) for other in others)}
     assert len(digests) == 1 + len(others)
@@ -155,10 +155,10 @@ def test_options():
 
 
 def test_limits_of_architectures():
-    """Shared memory a block in KiB, from the CUDA C++ Programming Guide's table."""
+    """Shared memory per block in KiB, from the CUDA C++ Programming Guide's table."""
     known = {61: 48, 70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
     assert {arch: ARCH_LIMITS[arch].max_shared_bytes // 1024 for arch in known} == known
-    assert arch_limits(122).max_shared_bytes == 99 * 1024  # not known yet: as little as its generation
+    assert arch_limits(122).max_shared_bytes == 99 * 1024  # unknown architecture: the smallest of its generation
     assert arch_limits(88).max_shared_bytes == 99 * 1024
     assert arch_limits(200).max_shared_bytes == 99 * 1024
     with pytest.raises(KernelError, match=r"compute capability 5.2 is not supported"):

@@ -1,4 +1,4 @@
-"""The tile layout, read back the way a kernel reads it: from a lane's words through the tensor core's own map."""
+"""The tile layout, read back as a kernel reads it: from a lane's words, through the tensor core's lane map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exl.layout.tiles import TileLayout, gated_rows, natural_rows
 
 
 def pair_of(words: list[int], bits: int, j: int, p: int) -> tuple[int, int]:
-    """Codes of pair p of mma j from a lane's words for 64 inputs: the shifts and masks of dequant.cuh."""
+    """Codes of pair p of mma j, from a lane's words of 64 inputs, by the shifts and masks of dequant.cuh."""
 
     def halves(word: int, shift: int, mask: int) -> tuple[int, int]:
         return (word >> shift) & mask, (word >> (shift + 16)) & mask
@@ -35,7 +35,7 @@ def pair_of(words: list[int], bits: int, j: int, p: int) -> tuple[int, int]:
 
 
 def read_back(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
-    """Codes u8 [padded K, 16 * tiles] as the mma meets them."""
+    """Codes u8 [padded K, 16 * tiles] as the mma's operands hold them."""
     out = np.full((layout.num_stages * layout.stage_inputs, layout.num_tiles * 16), 255, np.uint8)
     raw = codes.reshape(-1)
     for tile in range(layout.num_tiles):
@@ -88,7 +88,7 @@ SCALE_TYPES = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
 
 def scale_and_zero(block: np.ndarray, layout: TileLayout, unit: int, row: int) -> tuple[float, int | None]:
-    """Those of one row and unit of a block, bytes counted as the layout's description has them."""
+    """Scale and zero point of one row and unit of a block, at the byte offsets of the layout's description."""
     g, high = row % 8, row // 8
     units, width = len(block) // layout_bytes_a_unit(layout), SCALE_TYPES[layout.scale_dtype]().nbytes
     start = (g * units + unit) * 2 * width + high * width
@@ -106,7 +106,7 @@ def scale_and_zero(block: np.ndarray, layout: TileLayout, unit: int, row: int) -
 
 
 def layout_bytes_a_unit(layout: TileLayout) -> int:
-    """16 rows: two or four bytes of scale each, and half a byte of zero point (8 bits: a byte)."""
+    """Per unit of 16 rows: per row two or four bytes of scale, and half a byte of zero point (8 bits: one byte)."""
     return 16 * SCALE_TYPES[layout.scale_dtype]().nbytes + (0 if layout.symmetric else 16 if layout.bits == 8 else 8)
 
 
@@ -131,7 +131,7 @@ def test_scales_and_zeros_of_a_stage_lie_together(
             assert scale == matrix.scales[group, n]
             assert zero == (None if symmetric else matrix.zeros[group, n])
     assert not any(scale_and_zero(block, layout, 0, 12)[0] for block in qparams[1])  # rows past N
-    # Nothing but what padding of K adds: a group's scales and zeros are stored once.
+    # Nothing beyond the padding of K: a group's scales and zeros are stored once.
     stored = -(-K // stage) * stage // matrix.group_size if short else -(-(-(-K // stage) * stage) // matrix.group_size)
     assert qparams.nbytes == 2 * stored * layout_bytes_a_unit(layout)
 
@@ -147,7 +147,7 @@ def test_no_scale_is_rounded(scale_dtype: str, value: float) -> None:
 @pytest.mark.parametrize("K", [32, 96, 256])
 @pytest.mark.parametrize("gated", [False, True])
 def test_words_of_the_file_become_the_words_of_the_tiles(K: int, gated: bool) -> None:
-    """Code by code through the lanes' bit positions (``lane_words``), and word by word: the same tiles."""
+    """Packing code by code, by the lanes' bit positions (``lane_words``), and word by word gives the same tiles."""
     rng = np.random.default_rng(K)
     plain = [random_matrix(rng, 4, K, 40, 32) for _ in range(2)]
 

@@ -1,4 +1,4 @@
-"""Batches as a scheduler would build them."""
+"""Builds batches as a scheduler does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from exl.batch import PAGE_SIZE, ForwardBatch
 
 
 def batch_of(sequences, *, decode: bool = False, padding: int = 0) -> ForwardBatch:
-    """``sequences``: (new ids, number cached, pages) each; logits after each one's last token."""
+    """``sequences``: (new ids, number of cached tokens, pages) each. Logits are those after each last token."""
     ids, positions, slots, starts, lengths, tables = [], [], [], [0], [], []
     for new_ids, num_cached, pages in sequences:
         where = np.arange(num_cached, num_cached + len(new_ids))

@@ -10,7 +10,7 @@ from tests.model.placed_model import NUM_LAYERS, reader_threads
 
 @pytest.fixture(scope="session")
 def quantized():
-    """The module that writes random checkpoints; it needs transformers."""
+    """The module that writes random checkpoints, which needs transformers."""
     pytest.importorskip("transformers")
     from tests.model import test_quantized
 
@@ -19,7 +19,7 @@ def quantized():
 
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory, quantized):
-    """A small 4-bit model's folder."""
+    """Folder of a small 4-bit model."""
     path = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantized, "LAYERS", NUM_LAYERS)
@@ -40,7 +40,7 @@ def backend(request):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Copies of streamed layers are recorded, too: while a graph is captured they do not happen."""
+    """A recording backend, which also records copies of streamed layers; during a capture none happens."""
     recorder = RecordingBackend(make_backend("plain"))
     monkeypatch.setattr(placement, "HostCopyEngine", lambda: RecordedCopies(recorder))
     return recorder
@@ -48,7 +48,7 @@ def recorder(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder_and_model(tmp_path_factory, quantized):
-    """4 bits, every linear with an order of its own; and transformers' twin."""
+    """A 4-bit model's folder, with a separate act-order per linear, and transformers' twin."""
     path = tmp_path_factory.mktemp("own-order")
     return path, quantized.make(path, 4, 32, order="own")
 
@@ -60,7 +60,7 @@ def folder(folder_and_model):
 
 @pytest.fixture(scope="module")
 def plain_folder(tmp_path_factory, quantized):
-    """4 bits without act-order."""
+    """Folder of a 4-bit model without act-order."""
     path = tmp_path_factory.mktemp("no-order")
     quantized.make(path, 4, 32)
     return path

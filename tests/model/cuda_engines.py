@@ -1,4 +1,4 @@
-"""Whole models through the CUDA kernels: how tests load and ask them."""
+"""Loads and runs whole models through the CUDA kernels, for tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_logits(engine: Engine, ids) -> torch.Tensor:
 
 
 def step_logits(engine: Engine, ids) -> torch.Tensor:
-    """Token by token, through the decode kernels."""
+    """Logits token by token, through the decode kernels."""
     sequence = engine.generator.begin(len(ids))
     rows = [engine.generator.extend(sequence, [token]).to("cpu", copy=True) for token in ids]
     engine.generator.end(sequence)
@@ -43,8 +43,8 @@ def some_ids(count: int, seed: int = 9) -> list[int]:
 
 
 def bound(expected: torch.Tensor, num_layers: int) -> float:
-    """Activations are rounded to f16 where the other side has f32: normalised input, qkv, q and k or v in their pages,
-    the attention's output, normalised input again and the MLP's output, seven a layer and one before the head, each by
-    2^-12 of the largest value at most. Roundings are of both signs and spread over many channels; that no more than
-    twice their plain sum arrives is what these models show."""
+    """Largest difference from an f32 model. Activations are rounded to f16: per layer seven times (normalised input,
+    qkv, q and k or v in their pages, the attention's output, normalised input again, the MLP's output) and once before
+    the head, each by at most 2^-12 of the largest value. The errors have both signs and spread over many channels;
+    these models show at most twice their plain sum."""
     return 2 * (7 * num_layers + 1) * 2.0**-12 * float(expected.abs().max())

@@ -1,4 +1,4 @@
-"""Tiny random transformers models, each with a feature that a decoder can get wrong, written as checkpoints."""
+"""Tiny random transformers models, written as checkpoints, each with a feature that a decoder can get wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and the features whose removal must show in its logits."""
+    """A model, and the features whose removal must change its logits."""
 
     name: str
     family: str
@@ -89,7 +89,7 @@ CASES = [
 
 
 def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transformers.PreTrainedModel:
-    """Projections scaled up, so that attention is peaked and no feature drowns; norms and biases random."""
+    """Builds the model; projections are scaled up, so that attention is peaked and every feature matters."""
     config_class, model_class = _CLASSES[case.family]
     torch.manual_seed(seed)
     model = model_class(config_class(**{**_SIZES, **case.options})).float().eval()
@@ -108,7 +108,7 @@ def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transform
 
 def save(model: transformers.PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
-    # transformers writes its defaults there; what the model computes does not depend on it.
+    # transformers writes its defaults there; the model's results do not depend on it.
     (folder / "generation_config.json").unlink(missing_ok=True)
     assert json.loads((folder / "config.json").read_text())["model_type"] == model.config.model_type
     return folder
@@ -123,7 +123,7 @@ def load_f32(folder: Path) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def prefill_logits(model: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    model = copy.deepcopy(model)  # dynamic RoPE remembers the longest sequence that it has seen
+    model = copy.deepcopy(model)  # a copy, because dynamic RoPE remembers the longest sequence so far
     return model(torch.tensor([ids]), use_cache=False).logits[0]
 
 

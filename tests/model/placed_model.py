@@ -1,4 +1,4 @@
-"""A model with its layers placed as a test wants them. Imports little: child processes start with it."""
+"""A model whose layers are placed as a test asks. Imports little, because child processes start with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(3)).to
 
 
 class PlacedModel:
-    """Weights as they were asked for, and a generator on them."""
+    """Weights in the requested places, and a generator that uses them."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class PlacedModel:
             kv_layout = KVLayout("f32", config.num_layers, config.num_kv_heads, config.head_dim)
             limits = StepLimits(
                 max_rows=16,
-                window_rows=32,  # two chunks a window, two windows for the prompt
+                window_rows=32,  # two chunks per window, two windows for the prompt
                 max_logit_rows=16,
                 max_context=CONTEXT,
                 hidden_size=config.hidden_size,

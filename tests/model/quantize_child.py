@@ -1,4 +1,4 @@
-"""Quantizes in a process of its own, which kills itself at a given step: python quantize_child.py SRC DST STEP JSON."""
+"""Quantizes in a child process that kills itself at a given step: python quantize_child.py SRC DST STEP JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_ram_budget.py in a process of its own: loads a model under a budget and tells what the system saw."""
+"""Run by test_ram_budget.py as a child process: loads a model under a budget and reports its memory use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exl.memory.host import trim_heap
 
 
 def resident_bytes(field: str) -> int:
-    """``VmRSS`` now, or ``VmHWM``, the most since it was last reset."""
+    """``VmRSS``, the present value, or ``VmHWM``, the peak since its last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -23,7 +23,7 @@ def resident_bytes(field: str) -> int:
 
 
 def run(folder: str, context: int, **options) -> tuple[str, int]:
-    """Uses the whole context, by prefill and by decode. -> (digest of logits and tokens, plan)."""
+    """Uses the whole context, by prefill and by decode. Returns (digest of logits and tokens, plan)."""
     with exl.load(folder, context=context, **options) as llm:
         ids = [3 + i * 37 % (llm.config.vocab_size - 3) for i in range(context)]
         digest = hashlib.sha256(llm.logits(ids).numpy().tobytes())
@@ -34,8 +34,8 @@ def run(folder: str, context: int, **options) -> tuple[str, int]:
 
 def main() -> None:
     folder, tiny, packed, context, ram = sys.argv[1:]
-    torch.set_num_threads(1)  # as all tests: on a busy machine a second thread waits at every barrier
-    run(tiny, 64)  # what torch allocates once for good
+    torch.set_num_threads(1)  # as in all tests: on a busy machine a second thread waits at every barrier
+    run(tiny, 64)  # once first, for torch's one-time allocations
     gc.collect()
     trim_heap()
     baseline = resident_bytes("VmRSS")

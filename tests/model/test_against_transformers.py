@@ -1,6 +1,6 @@
-"""Logits against transformers: every family, every RoPE scaling, prefill and token by token, and every feature felt.
+"""Logits against transformers: every family, every RoPE scaling, prefill and token by token; every feature matters.
 
-Tolerance 2e-4 on logits of unit order: f32 sums in another order, through three layers with weights of 0.1.
+Tolerance 2e-4 on logits of order 1: f32 sums in another order, through three layers with weights of 0.1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from exl.weights.stream import ResidentWeights
 from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
 
 TOLERANCE = 2e-4
-NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, original positions of 24, positions of 48, a page of 64
+NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, 24 original positions, 48 positions, a page of 64
 
 
 def _token_ids() -> list[int]:
@@ -44,7 +44,7 @@ def _decode(engine: Engine, ids: list[int], num_prompt: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Case -> (transformers' model, its folder), each built once."""
+    """A function: case -> (transformers' model, its folder), each built once."""
     built = {}
 
     def get(case: Case):
@@ -61,7 +61,7 @@ def test_prefill_equals_transformers(case, models):
     model, folder = models(case)
     ids = _token_ids()
     expected = prefill_logits(model, ids)
-    assert expected.std() > 0.5  # logits worth comparing
+    assert expected.std() > 0.5  # the logits vary enough for a comparison
     difference = (_prefill(_load(folder), ids) - expected).abs().max()
     assert difference <= TOLERANCE
 
@@ -78,7 +78,7 @@ def test_token_by_token_equals_transformers(case, models):
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("name", ["llama-dynamic", "qwen2-window", "qwen3"])
 def test_chunks_do_not_show(name, chunk, models):
-    """A prompt in chunks of any size, windows of any number of chunks: still transformers' logits in one piece."""
+    """Chunks of any size, windows of any number of chunks: the logits are transformers' for the whole prompt."""
     case = next(case for case in CASES if case.name == name)
     model, folder = models(case)
     ids = _token_ids()
@@ -87,7 +87,7 @@ def test_chunks_do_not_show(name, chunk, models):
 
 
 def test_pages_in_any_order(models):
-    """Attention follows the page table: pages that are no neighbours, handed out backwards."""
+    """Attention follows the page table: pages are not adjacent and are allocated in descending order."""
     case = CASES[0]
     model, folder = models(case)
     ids = _token_ids()
@@ -98,9 +98,9 @@ def test_pages_in_any_order(models):
 
 
 def test_f16_cache_costs_no_more_than_its_rounding(models):
-    """f16 keys, values and queries carry 2^-11 each. A score is then off by up to 3 * 2^-11 * |score| (~0.02 for
-    the scores of about 10 here), a probability by that share of itself, an output by that share of the values'
-    spread; three layers of unit residuals keep it below 0.1, and it must be there at all."""
+    """f16 keys, values and queries have relative errors of 2^-11 each. A score is then off by up to 3 * 2^-11 * |score|
+    (~0.02 for the scores of about 10 here), a probability by that share of itself, an output by that share of the
+    values' spread; three layers of unit residuals keep it below 0.1. It must also be above zero."""
     case = CASES[0]
     model, folder = models(case)
     ids = _token_ids()
@@ -111,7 +111,7 @@ def test_f16_cache_costs_no_more_than_its_rounding(models):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
 def test_dense_weights_keep_the_files_type(dtype, tmp_path):
-    """Rounded weights, f32 arithmetic: equal to transformers computing the same rounded weights in f32."""
+    """Rounded weights, f32 arithmetic: equal to transformers in f32 with the same rounded weights."""
     folder = save(build(CASES[2]).to(dtype), tmp_path)
     engine = _load(folder)
     weights = engine.generator.runner.weights.acquire(0)
@@ -124,7 +124,7 @@ def test_dense_weights_keep_the_files_type(dtype, tmp_path):
 
 
 def _without(engine: Engine, feature: str) -> None:
-    """Takes one feature out of a loaded model."""
+    """Removes one feature from a loaded model."""
     runner = engine.generator.runner
     decoder, layers = runner.decoder, runner.weights.layers
     config = decoder.config
@@ -152,7 +152,7 @@ def _without(engine: Engine, feature: str) -> None:
     ("case", "feature"), [(case, f) for case in CASES for f in case.features], ids=lambda value: str(value)
 )
 def test_every_feature_matters(case, feature, models):
-    """Without the feature the comparison above fails by far: it is not vacuous."""
+    """Without the feature the comparison above fails by a wide margin, so it is not vacuous."""
     model, folder = models(case)
     ids = _token_ids()
     engine = _load(folder)

@@ -1,4 +1,4 @@
-"""Batches of several sequences through the runner: what a scheduler will send, against transformers one by one."""
+"""Batches of several sequences through the runner, as a scheduler sends them, against transformers one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = 2e-4
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
-    """A window of 16: sequences of unequal length see unequal runs of keys."""
+    """A window of 16, so that sequences of different lengths see different ranges of keys."""
     model = build(next(case for case in CASES if case.name == "mistral"))
     return model, save(model, tmp_path_factory.mktemp("mistral"))
 
@@ -61,7 +61,7 @@ def test_a_decode_row_has_the_same_bits_alone_and_in_anybatch_of(mistral):
 
 
 def test_several_new_tokens_have_the_bits_of_one_by_one(mistral):
-    """Verification of a draft: 1 to 8 new tokens of a sequence in one batch of decode rows."""
+    """As for verifying a draft: 1 to 8 new tokens of a sequence in one batch of decode rows."""
     _, folder = mistral
     ids = _ids(24, 3)
     runner = _runner(folder)
@@ -87,7 +87,7 @@ def test_padding_rows_change_nothing_and_are_not_cached(mistral):
 
 
 def test_a_token_can_be_the_sample_that_never_left_the_device(mistral):
-    """Token -1-i stands for sample i of the step before."""
+    """Token id -1 - i means sample i of the previous step."""
     _, folder = mistral
     ids = _ids(10, 5), _ids(12, 6)
     greedy = SamplingParams(temperature=0.0, seed=0)
@@ -104,7 +104,7 @@ def test_a_token_can_be_the_sample_that_never_left_the_device(mistral):
 
 
 def test_copied_pages_are_the_pages(mistral):
-    """Copy-on-write: a sequence that goes on from a copy of another's page."""
+    """Copy-on-write: a sequence continues from a copy of another sequence's page."""
     _, folder = mistral
     ids = _ids(30, 7)
     runner = _runner(folder)

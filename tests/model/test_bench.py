@@ -1,4 +1,4 @@
-"""exl bench: what it counts, against sums made by hand; and that a person gets a table, a file or one clear line."""
+"""exl bench: its counts against sums by hand; its output as a table, a file or one clear error line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_bytes_of_a_token_by_hand(report):
     generated = report.results[1]
     matrices = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192
     assert generated.bytes_a_token > 5 * matrices // 2
-    # Layers as the plan has them are an upper bound, with the exact scales and zeros that only prompts read.
+    # The plan's layer bytes are an upper bound: they include the exact scales and zeros that only prompts read.
     lines = {line.purpose: line.num_bytes for line in report.plan.lines}
     cache = 5 * 2 * 4 * 8 * 2 * (70 + 9 // 2)
     assert generated.bytes_a_token <= lines["resident layers"] + lines["embedding"] + cache
@@ -81,7 +81,7 @@ def test_output_for_people_and_programs():
 
 
 def test_how_decode_steps_ran_is_told(monkeypatch, capsys):
-    """On a GPU, which the host shim plays, with a capture that fails as CUDA lets it fail."""
+    """On the host shim as a GPU, with a capture that fails in the way of CUDA."""
     recorder = RecordingBackend(make_backend("plain"))
 
     def broken(run):

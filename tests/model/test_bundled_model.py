@@ -1,5 +1,5 @@
-"""Losses by the published method: lines stripped, encoded with BOS, cut to 512 tokens, those under 8 tokens skipped,
-every token after the first counted once."""
+"""Losses by the published method: each line is stripped, encoded with BOS and cut to 512 tokens; lines under 8 tokens
+are skipped; every token after the first counts once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 
 DATA = Path(__file__).parents[1] / "data"
-# Measured with transformers in f32; the second by round-to-nearest at 4 bits, asymmetric groups of 32.
+# Measured with transformers in f32; the second with weights rounded to nearest at 4 bits, asymmetric groups of 32.
 DENSE, ROUNDED = 1.6438, 1.7370
 
 

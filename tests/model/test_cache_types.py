@@ -1,4 +1,4 @@
-"""Generation over every cache type, and prompts whose beginning the cache already has."""
+"""Generation with every cache type, and prompts whose beginning is already cached."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def texts():
 
 
 def test_fewer_bits_cost_more_and_none_costs_much(texts):
-    """Head size 64, four layers. KL of the next-token distributions against the f32 cache, mean over the prompt."""
+    """Head size 64, four layers: mean KL over the prompt of next-token distributions against those of the f32 cache."""
     exact = torch.log_softmax(texts["f32"][1].double(), -1)
 
     def divergence(kind: str) -> float:
@@ -75,10 +75,10 @@ class PlainCacheAttention(torch.nn.Module):
 
 @pytest.mark.parametrize(("kind", "bits"), [("q8", (8, 8)), ("k8v4", (8, 4)), ("q4", (4, 4))])
 def test_quantized_caches_are_the_documented_arithmetic(kind, bits, tmp_path):
-    """transformers with K and V quantized by the documented rules agrees to 1e-3, while the quantization itself moves
-    logits by far more. A value that lies on the border of two codes may fall either way by f32 rounding, which
-    processors do in different orders, and moves all logits after it: about one prompt in five has such a value. So one
-    of six must have none; arithmetic that is not the documented one is off in all of them."""
+    """transformers with K and V quantized by the documented rules agrees to 1e-3, while quantization itself moves
+    logits by far more. A value on the border of two codes may round either way, depending on the order of a processor's
+    f32 sums, and then moves all later logits; about one prompt in five has such a value. So the test requires agreement
+    for one of six prompts; undocumented arithmetic would disagree for all of them."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     case = next(case for case in CASES if case.name == "llama-wide-heads")  # head size 40: runs of 8, groups of 32 + 8
@@ -107,7 +107,7 @@ def test_a_second_request_computes_only_what_is_new(kind):
         first = llm.generate(ids, 30, temperature=0, reuse_prefix=True)
         assert first.num_reused_tokens == 0
         history = [*ids, *first.token_ids]
-        # The answer's last token was never run through the model.
+        # The answer's last token has not been run through the model.
         second = llm.generate([*history, *llm.encode(" And")[1:]], 30, temperature=0, reuse_prefix=True)
         assert second.num_reused_tokens == len(history) - 1
         cold = llm.generate([*history, *llm.encode(" And")[1:]], 30, temperature=0)
@@ -116,7 +116,7 @@ def test_a_second_request_computes_only_what_is_new(kind):
 
 
 def test_reused_rows_are_not_computed_again(monkeypatch):
-    """Counted at the boundary: rows that pass through the first layer."""
+    """Counts the rows that pass through the first layer."""
     engine = load_engine(STORIES, EngineOptions())
     rows = []
     layer = engine.generator.runner.decoder.layer

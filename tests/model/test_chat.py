@@ -1,4 +1,4 @@
-"""Conversations: what is computed, what is kept, and that nothing is lost when something goes wrong."""
+"""Conversations: what is computed, what stays cached, and that errors lose nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ConfigError, ExlError
 
-# A base model does not know them: they only have to be rendered, in text that its tokenizer has no special tokens for.
+# A base model knows none of these templates: they only need to render, as text without special tokens.
 CHATML = (
     "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n[end]\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
-FORGETFUL = (  # only the last question is shown
+FORGETFUL = (  # renders only the last question
     "{% for m in messages[-1:] %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
@@ -40,7 +40,7 @@ def llm(tmp_path_factory):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Numbers of rows that went through the model, a pass each."""
+    """Number of rows of each pass through the model."""
     from exl.engine.runner import Runner
 
     counts, plain = [], Runner.forward
@@ -67,7 +67,7 @@ def test_a_second_turn_computes_only_what_is_new(llm, computed):
 
 
 def test_the_prompt_is_what_the_template_says(llm):
-    """As run, the conversation reads as the template renders it."""
+    """The tokens that were run read exactly as the template renders the conversation."""
     chat = llm.chat("Be brief.")
     for text in ("Hello there.", "Why?", "How?"):
         done = chat.send(text, 6)
@@ -78,7 +78,7 @@ def test_the_prompt_is_what_the_template_says(llm):
 
 
 def test_the_same_answers_as_without_a_cache(llm):
-    """Greedy answers of a chat are those of a prompt that is computed from its beginning."""
+    """Greedy answers of a chat equal those for a prompt that is computed from its beginning."""
     chat = llm.chat()
     chat.send("Tell me about a cat.", 12)
     done = chat.send("Was it big?", 12)

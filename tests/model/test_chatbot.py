@@ -1,4 +1,4 @@
-"""A person in a terminal: every command, Ctrl-C in the middle of an answer, a pipe, and what they get wrong."""
+"""The chat in a terminal: every command, Ctrl-C during an answer, a pipe, and wrong input."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_empty_line_is_nothing(session):
 
 @pytest.mark.parametrize("command", [["-m", "exl.cli", "chat"], [str(ROOT / "examples" / "chatbot.py")]])
 def test_in_a_pipe(command):
-    """Answers alone on standard output, a line each; commands work."""
+    """Standard output has only the answers, one line each; commands work."""
     lines = "Hello.\n\n/set max_tokens 5\nWhy?\n/quit\nnot read\n"
     done = subprocess.run(
         [sys.executable, *command, "--max-tokens", "6"], input=lines, capture_output=True, text=True, cwd=ROOT
@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     terminal.send("/set max_tokens 490\r")
     terminal.expect("max_tokens 490")
     terminal.expect(PROMPT)
-    for _ in range(5):  # the whole answer takes a second: on a busy machine it may be there before the key is pressed
+    for _ in range(5):  # an answer takes one second; on a busy machine it may end before the key is pressed
         terminal.send("Tell me a story.\r")
         # The answer has begun. The line itself is drawn more than once, in fewer words: a Ctrl-C that comes while the
         # terminal still belongs to the prompt is lost.

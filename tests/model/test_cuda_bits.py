@@ -1,7 +1,7 @@
-"""Ways to run a step on a GPU, all of one result: launched one by one or replayed as a graph, each launch waiting for
-the one before or started early, layers resident or streamed. Bit for bit, in every width, order and type of cache.
+"""All ways to run a step on a GPU give the same bits, for every width, order and type of cache: launched one by one or
+replayed as a graph, with or without dependent launches, layers resident or streamed.
 
-On the host shim a sample of it, through a backend whose graphs are lists of launches; on a GPU all of it.
+The host shim runs a sample of the cases, on a backend whose graphs are lists of launches; a GPU runs all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.model.cuda_engines import all_logits, some_ids, step_logits, tokens
 from tests.model.placed_model import NUM_LAYERS
 
 KINDS = ("f16", "q8", "k8v4", "q4")
-# bits, act-order, type of the cache
+# bits, act-order, cache type
 CASES = [
     *((4, "own", kind) for kind in KINDS),
     *((4, "none", kind) for kind in KINDS),
@@ -34,21 +34,21 @@ WAYS = [(dependent, graphs) for dependent in (False, True) for graphs in (False,
 
 
 def on_modes(cases: list[tuple], sample: list[tuple]) -> list:
-    """``sample`` on the shim as an H100, whose launches may depend; all on a GPU."""
+    """``sample`` on the shim as an H100, which has dependent launches; all cases on a GPU."""
     return [("plain", *case) for case in sample] + [
         pytest.param("cupy", *case, marks=pytest.mark.gpu) for case in cases
     ]
 
 
 def backend_of(mode: str):
-    """With graphs on the host, too."""
+    """A backend that has graphs, also on the host."""
     backend = make_backend(mode, 90)
     return RecordingBackend(backend) if mode == "plain" else backend
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, quantized):
-    """(bits, order, layers) -> a folder, each written once."""
+    """A function: (bits, order, layers) -> a folder, each written once."""
     made: dict[tuple, Path] = {}
 
     def make(bits: int, order: str, num_layers: int = 2) -> Path:
@@ -69,7 +69,7 @@ def load(folder: Path, backend, dependent: bool = True, graphs: bool = True, **o
 
 
 def assert_replayed(engine: Engine, num_graphs: int = 1) -> None:
-    """No capture has failed, and steps came out of graphs."""
+    """No capture failed, and steps were replayed from graphs."""
     graphs = engine.generator.runner.graphs
     assert graphs.reason is None
     assert len(graphs._replays) == num_graphs
@@ -77,7 +77,7 @@ def assert_replayed(engine: Engine, num_graphs: int = 1) -> None:
 
 @pytest.mark.parametrize(("mode", "bits", "order", "kind"), on_modes(CASES, [(4, "own", "f16")]))
 def test_graphs_and_dependent_launches_change_no_bit(checkpoint, mode, bits, order, kind):
-    """70 steps: beyond a page, so that tables change under a graph that was captured before."""
+    """70 steps, more than a page, so that tables change after the graph was captured."""
     folder, ids = checkpoint(bits, order), some_ids(70)
     found = {}
     for dependent, graphs in WAYS:
@@ -105,11 +105,11 @@ STREAMED = [
 @pytest.mark.parametrize(("mode", "bits", "order", "kind"), on_modes(STREAMED, [(4, "own", "f16")]))
 def test_streamed_without_a_resident_layer_changes_no_bit(checkpoint, mode, bits, order, kind):
     """Four layers pass through two slots in every replayed step. Prompts between the replays leave other layers in
-    the slots; answers sampled with a seed come out alike, too."""
+    the slots. Answers sampled with a seed are also equal."""
     folder, ids = checkpoint(bits, order, NUM_LAYERS), some_ids(30)
     options = {"kv_cache": kind, "max_sequences": 1}
     resident = load(folder, make_backend(mode, 90), graphs=False, **options)
-    backend = make_backend(mode, 90)  # graphs of recorded copies are test_cuda_steps's
+    backend = make_backend(mode, 90)  # test_cuda_steps.py tests graphs with recorded copies
     streamed = load(folder, backend, resident_layers=0, **options)
     try:
         assert len(streamed.plan.placement.on_tier(Tier.PINNED)) == NUM_LAYERS > streamed.plan.num_slots
@@ -127,7 +127,7 @@ def test_streamed_without_a_resident_layer_changes_no_bit(checkpoint, mode, bits
 
 @pytest.mark.parametrize("mode", ["plain", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_streamed_beside_resident_layers_changes_no_bit(checkpoint, mode):
-    """One layer stays, three pass through the slots; nothing depends on early starts."""
+    """One layer is resident, three pass through the slots; early starts of launches change nothing."""
     folder, ids = checkpoint(4, "own", NUM_LAYERS), some_ids(20)
     found = []
     for resident_layers, dependent in ((None, False), (1, True), (1, False)):

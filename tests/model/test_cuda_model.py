@@ -1,4 +1,4 @@
-"""Whole models through the CUDA kernels, on the host shim: against transformers and torch; and what is refused."""
+"""Whole models through the CUDA kernels on the host shim: against transformers and torch; and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.model.test_quantized import make
 
 
 def test_stories_word_for_word_as_through_torch(backend):
-    """64 greedy tokens with an f16 cache, prompt by prefill and each token by decode kernels."""
+    """64 greedy tokens with an f16 cache: the prompt by prefill kernels, each token by decode kernels."""
     ours = load(STORIES, backend)
     torchs = load_engine(STORIES, EngineOptions(device="cpu", context=128))
     assert tokens(ours) == tokens(torchs)
@@ -56,7 +56,7 @@ def test_the_published_story_through_the_kernels(backend):
 
 
 def test_the_bundled_story_as_through_torch(backend):
-    """4 bits in groups of 32. torch's own 4-bit kernel rounds to bf16: both sides multiply what codes mean in f32."""
+    """4 bits in groups of 32. Without torch's 4-bit kernel, which rounds to bf16: both sides use f32 weights."""
     prompt = Tokenizer.from_folder(BUNDLED_MODEL, bos_id=1).encode("Once upon a time")
     params = replace(GREEDY, max_tokens=80)
     found = [token.token_id for token in load(BUNDLED_MODEL, backend).generator.stream(prompt, params)]
@@ -79,8 +79,8 @@ def test_the_bundled_story_as_through_torch(backend):
     ],
 )
 def test_gptq_against_transformers(backend, tmp_path, bits, group_size, options):
-    """Every width, with act-order that q, k and v share and that nothing can fuse, scales of every type, a shorter last
-    group: prefill, and token by token."""
+    """Every width; act-order that q, k and v share, and act-order that prevents fusion; scales of every type; a shorter
+    last group. By prefill, and token by token."""
     model = make(tmp_path, bits, group_size, **options)
     ids, engine = some_ids(21), load(tmp_path, backend)
     expected = prefill_logits(model, ids)
@@ -101,8 +101,8 @@ def test_other_architectures(folder_and_model, arch):
 
 @pytest.mark.parametrize("mode", ["race", "asan"])
 def test_a_whole_pass_under_the_sanitizers(folder_and_model, mode):
-    """Prefill, decode steps that start before their predecessors have ended, sampling: memory between launches is
-    watched, too. Reads before griddepcontrol_wait of what an earlier launch of the chain writes are reported."""
+    """Prefill, dependent decode steps and sampling. Memory is also checked across launches: a read before
+    griddepcontrol_wait of memory that an earlier launch of the chain writes is reported."""
     folder, _ = folder_and_model
     engine = load(folder, make_backend(mode, 90), kv_cache="q8")
     params = SamplingParams(temperature=0.8, top_k=20, seed=3, max_tokens=5)
@@ -112,10 +112,10 @@ def test_a_whole_pass_under_the_sanitizers(folder_and_model, mode):
 @pytest.mark.parametrize("kind", ["q8", "k8v4", "q4"])
 @pytest.mark.parametrize("name", ["random", "stories"])
 def test_quantized_caches_as_torch_has_them(backend, plain_folder, name, kind):
-    """Codes and scales mean the same on both sides, but what they are made of is rounded to f16 here: three times on
-    its way, each by 2^-12 of a group's largest value, so that a code comes out another one with a probability of that
-    over its step, 1/127 or 1/7. Such a change is a whole step, where quantizing itself loses step / sqrt(12) in the
-    mean: it makes sqrt(12 * probability) of the loss that the type has against f32."""
+    """Both sides quantize by the same rules, but here the values are rounded to f16 three times before, each time by
+    2^-12 of a group's largest value. A code therefore changes with a probability of that error over the step (1/127 or
+    1/7 of the largest value). A changed code is off by a whole step, while quantizing itself loses step / sqrt(12) on
+    average: the changes add sqrt(12 * probability) of the loss that the type has against f32."""
     ids, folder = some_ids(90), plain_folder if name == "random" else STORIES
     ours = all_logits(load(folder, backend, kv_cache=kind), ids)
     torchs = all_logits(load_engine(folder, EngineOptions(device="cpu", context=128, kv_cache=kind)), ids)

@@ -1,4 +1,4 @@
-"""A model on a GPU, on the host shim: launches of a step, rows and their batches, graphs, layers that stream."""
+"""A model on the host shim as a GPU: launches per step, rows in batches, graphs, streamed layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.model.test_quantized import make
 
 
 def launches_of_a_step(backend, folder: Path) -> tuple[list[str], list[str]]:
-    """Kernels, and torch's operations on the device, of one step after the tables were staged."""
+    """The kernels, and torch's operations on the device, of one step, after its tables were staged."""
     recorder = RecordingBackend(backend)
     engine = load(folder, recorder)
     runner = engine.generator.runner
@@ -51,7 +51,7 @@ def launches_of_a_step(backend, folder: Path) -> tuple[list[str], list[str]]:
 
 
 def test_a_decode_step_is_five_launches_a_layer_and_nothing_else(backend, plain_folder):
-    """No allocation, no copy, no synchronisation: torch makes views and no more."""
+    """No allocation, copy or synchronisation: torch makes only views."""
     launches, calls = launches_of_a_step(backend, plain_folder)
     layer = ["linear_q", "attention_decode", "linear_q", "linear_q", "linear_q"]
     assert launches == ["embed", *layer, *layer, "linear_dense"]
@@ -67,7 +67,7 @@ def test_act_order_costs_two_launches_more(backend, tmp_path):
 
 
 def arguments_built(monkeypatch) -> list[int]:
-    """Grows by one for each argument block, of a launch in a program or of one by itself."""
+    """A list that grows by one per argument block, of a launch in a program or of a single launch."""
     built = []
 
     def counted(args, varying=None) -> Params:
@@ -81,7 +81,7 @@ def arguments_built(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_a_second_pass_builds_no_argument(backend, tmp_path, monkeypatch, rows):
-    """Prompts and steps, with act-order. What one layer had built serves the others, too."""
+    """Prompts and steps, with act-order. All layers use the argument blocks that one layer built."""
     make(tmp_path, 4, 32, order="shared")
     recorder = RecordingBackend(backend)
     engine = load(tmp_path, recorder)
@@ -101,7 +101,7 @@ def test_a_second_pass_builds_no_argument(backend, tmp_path, monkeypatch, rows):
 
 
 def test_batches_of_as_many_rows_go_through_programs_of_their_own(backend, folder):
-    """Six rows in every arrangement, one after another in one engine: as in an engine that has seen nothing else."""
+    """Six rows in every arrangement, in turn in one engine: the same results as in a fresh engine."""
     ids, pages = some_ids(6), [[i] for i in range(6)]
     one = batch_of([(ids, 0, [0])])
     arrangements = [
@@ -120,7 +120,7 @@ def test_batches_of_as_many_rows_go_through_programs_of_their_own(backend, folde
 
 
 def test_staging_is_one_copy(backend, plain_folder):
-    """Ids, slots, pages and angles of a pass go to the device in one piece."""
+    """Ids, slots, pages and angles of a pass go to the device in one copy."""
     ops = load(plain_folder, backend).generator.runner.decoder.ops
     batch = batch_of([(some_ids(3), 0, [0])])
     ops.stage([batch])
@@ -130,8 +130,8 @@ def test_staging_is_one_copy(backend, plain_folder):
 
 
 def test_the_generator_runs_ahead_and_says_the_same(backend, folder):
-    """Sampled tokens with a penalty, an end in the middle, an answer that is given up: as a loop that reads each token
-    before the next step would have them."""
+    """Sampled tokens with a penalty, an end in the middle, an abandoned answer: the same tokens as from a loop that
+    reads each token before the next step."""
     engine = load(folder, backend)
     generator, ids = engine.generator, some_ids(12)
     params = SamplingParams(temperature=1.3, top_p=0.9, repetition_penalty=1.2, seed=4, max_tokens=24)
@@ -163,7 +163,7 @@ def test_the_generator_runs_ahead_and_says_the_same(backend, folder):
 
 @pytest.mark.parametrize("kind", ["f16", "q4"])
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_among_new_tokens(backend, folder, kind):
-    """Logits of a sequence's last 8 tokens, one by one, as 8 at once, and beside other sequences."""
+    """Logits of a sequence's last 8 tokens: one by one, 8 at once, and together with other sequences."""
     engine = load(folder, backend, kv_cache=kind, max_sequences=3)
     runner = engine.generator.runner
     ids, others = some_ids(73, 1), [some_ids(20, 2), some_ids(5, 3)]
@@ -181,7 +181,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_among_new_tokens(backend, 
 
 
 def test_decode_and_prefill_rows_in_one_batch(backend, folder):
-    """A decode row's bits do not change beside a prompt, and the prompt's logits are those that it has alone."""
+    """A decode row's bits do not change if a prompt is in the batch, and the prompt's logits are those it has alone."""
     engine = load(folder, backend, max_sequences=2)
     runner = engine.generator.runner
     first, prompt = some_ids(31, 4), some_ids(40, 5)
@@ -208,7 +208,7 @@ def test_the_next_step_takes_its_token_from_the_device(backend, folder):
 
 
 def test_pages_are_copied_without_an_index(backend, folder):
-    """An index would go to the device in every layer, and the host would wait for it."""
+    """An index tensor would be copied to the device in every layer, and the host would wait for it."""
     runner = load(folder, backend, max_sequences=2).generator.runner
     ops, ids = runner.decoder.ops, some_ids(30)
     run(runner, batch_of([(ids[:29], 0, [0])]))
@@ -226,8 +226,8 @@ def test_pages_are_copied_without_an_index(backend, folder):
 
 
 def test_replayed_steps_give_the_same_bits(backend, folder):
-    """The second step is captured, the others are replayed: all that changes from step to step must reach the kernels
-    through memory at fixed addresses."""
+    """The second step is captured, later ones are replayed: everything that changes from step to step must reach the
+    kernels through memory at fixed addresses."""
     recorder = RecordingBackend(backend)
     engine = load(folder, recorder)
     found = tokens(engine, replace(GREEDY, max_tokens=20))
@@ -237,7 +237,7 @@ def test_replayed_steps_give_the_same_bits(backend, folder):
 
 
 def test_a_graph_for_each_bucket(backend, folder):
-    """3 sequences run in a batch of 4, whose last row belongs to nobody."""
+    """3 sequences run in a batch of 4, whose last row is unused."""
     recorder = RecordingBackend(backend)
     captured, plain = load(folder, recorder, max_sequences=4), load(folder, backend, max_sequences=4)
     prompts = [some_ids(n, n) for n in (5, 9, 17)]
@@ -252,7 +252,7 @@ def test_a_graph_for_each_bucket(backend, folder):
 
 
 def test_the_reason_of_a_failed_capture_is_the_whole_chain(recorder, four_bit):
-    """CUDA ends a broken capture with an error of its own, which hides the one that came first."""
+    """CUDA ends a broken capture with its own error, which hides the first one."""
     streamed = load(four_bit, recorder, resident_layers=0)
     runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
     assert streamed.decode_steps.startswith("launched one by one so far")
@@ -275,7 +275,7 @@ def test_the_reason_of_a_failed_capture_is_the_whole_chain(recorder, four_bit):
 
 
 def test_ctrl_c_inside_of_a_capture_is_heard(recorder, four_bit):
-    """Though the capture's end fails, and its error takes the interrupt's place."""
+    """The interrupt is raised although the end of the capture fails and its error replaces the interrupt."""
     streamed = load(four_bit, recorder, resident_layers=0)
     runner, layer = streamed.generator.runner, streamed.generator.runner.decoder.layer
 
@@ -307,7 +307,7 @@ class NoDependentNodes(RecordingBackend):
 
 @pytest.mark.parametrize("num_resident", [None, 0])
 def test_a_capture_is_tried_again_without_dependent_launches(monkeypatch, four_bit, num_resident):
-    """Then steps stay without, and that is told."""
+    """Later steps also run without, and a message says so."""
     recorder = NoDependentNodes(make_backend("plain", 90))
     monkeypatch.setattr(placement, "HostCopyEngine", lambda: RecordedCopies(recorder))
     engine = load(four_bit, recorder, resident_layers=num_resident)
@@ -342,7 +342,7 @@ def test_launches_stay_dependent_where_both_captures_fail(monkeypatch, four_bit,
 
 
 def test_dependence_can_be_switched_off(four_bit):
-    """``CudaOps.dependent``, at any time; and a step's first launch has nothing before it to overlap with."""
+    """``CudaOps.dependent`` works at any time. A step's first launch is never dependent: nothing precedes it."""
     recorder = RecordingBackend(make_backend("plain", 90))
     engine = load(four_bit, recorder)
     runner, batch = engine.generator.runner, batch_of([([5], 0, [0])], decode=True)
@@ -359,7 +359,7 @@ def test_dependence_can_be_switched_off(four_bit):
 
 @pytest.mark.gpu
 def test_steps_are_replayed_on_a_gpu(folder):
-    """With CUDA's own capture: a failure would cost speed and nothing else, and nobody would see it."""
+    """With CUDA's own capture: a failure would only cost speed, so no other test would notice it."""
     engine = load(folder, make_backend("cupy"))
     assert len(tokens(engine)) == 64
     assert engine.generator.runner.graphs.reason is None
@@ -381,11 +381,11 @@ def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
     assert "launched one by one: a graph could not be captured (RuntimeError: operation not permitted" in caplog.text
 
 
-# ---- where layers are -----------------------------------------------------------------------------------------------
+# ---- placement of layers --------------------------------------------------------------------------------------------
 
 
 def budget(folder: Path, backend, num_resident: int) -> int:
-    """VRAM that keeps so many layers."""
+    """A VRAM budget that holds this many layers."""
     return load(folder, backend, resident_layers=num_resident).plan.device_bytes("cuda:0")
 
 
@@ -407,8 +407,8 @@ def test_streamed_layers_give_the_same_bits(backend, four_bit, tmp_path, tier):
 
 
 def test_the_first_launch_of_a_layer_that_was_copied_waits(recorder, four_bit):
-    """It could read weights before the copy has ended. In programs that were recorded as well as in those that are
-    started again; where all layers are resident no launch waits."""
+    """Otherwise it could read weights before their copy has ended. Holds both when a program is recorded and when it is
+    started again. If all layers are resident, no launch waits."""
     for options, first in (({"resident_layers": 0}, False), ({}, True)):
         engine = load(four_bit, recorder, **options)
         for _ in range(3):
@@ -416,15 +416,15 @@ def test_the_first_launch_of_a_layer_that_was_copied_waits(recorder, four_bit):
             run(engine.generator.runner, batch_of([(some_ids(5), 0, [0])]))
             waits = [launch.dependent for launch in recorder.launches]
             assert waits == [True, *[first, *[True] * 5] * engine.config.num_layers, True]
-    engine.generator.runner.decoder.ops.fence()  # where the same launch has been started without
+    engine.generator.runner.decoder.ops.fence()  # although the same launch was started without a wait before
     recorder.launches.clear()
     run(engine.generator.runner, batch_of([(some_ids(5), 0, [0])]))
     assert [launch.dependent for launch in recorder.launches] == [False, *waits[1:]]
 
 
 def test_replays_find_the_slots_at_rest(recorder, four_bit):
-    """A second request, whose prompt is launched plainly between replays; and a step after a pass that was given up in
-    its middle, which has left other layers in the slots."""
+    """A second request, whose prompt is launched eagerly between replays; and a step after an abandoned pass, which
+    left other layers in the slots."""
     streamed, resident = load(four_bit, recorder, resident_layers=0), load(four_bit, recorder.inner)
     params = replace(GREEDY, max_tokens=6)
     expected = tokens(resident, params)
@@ -463,7 +463,7 @@ def test_a_capture_that_is_interrupted_leaves_no_layer_for_another(recorder, fou
 
 
 def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
-    """On replay layers are copied again, in their turn: in between, the slots hold other layers."""
+    """A replay copies the layers again, each in its turn: in between, the slots hold other layers."""
     streamed = load(four_bit, recorder, resident_layers=0)
     params = replace(GREEDY, max_tokens=8)
     assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
@@ -476,8 +476,8 @@ def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
 
 
 def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
-    """Two shapes of steps, so that the second capture, too, comes after replays of the first. Copies are recorded with
-    events that obey CUDA's rules: what was recorded in a capture cannot be waited for outside of it."""
+    """Two shapes of steps, so that the second capture follows replays of the first. Copies are recorded with events
+    that obey CUDA's rules: an event recorded in a capture cannot be waited for outside of it."""
     streamed = load(four_bit, recorder, resident_layers=0, max_sequences=2)
     resident = load(four_bit, recorder.inner, max_sequences=2)
     assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
@@ -492,7 +492,7 @@ def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
 
 @pytest.mark.gpu
 def test_more_streamed_layers_than_slots_are_replayed_on_a_gpu(four_bit):
-    """The same with CUDA's own events and graphs, several requests one after the other."""
+    """The same with CUDA's own events and graphs, and several consecutive requests."""
     backend = make_backend("cupy")
     streamed, resident = load(four_bit, backend, resident_layers=0), load(four_bit, backend)
     assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2

@@ -1,8 +1,8 @@
-"""The stream to a GPU, on a device that is not there: two queues that run in random order, as late as they may, and
-graphs of them by CUDA's rules for captures.
+"""The stream to a GPU, on a simulated device: two queues whose work runs late and in random order, and graphs of them
+by CUDA's rules for captures.
 
-What is queued happens only when it must or when chance wants it, so that a copy that does not wait for the arithmetic
-before it, or arithmetic that does not wait for its copy, sees the wrong bytes.
+Queued work runs only when it must or at random. So a copy that does not wait for the arithmetic before it, or
+arithmetic that does not wait for its copy, sees wrong bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TINY = layer_layout(
 
 
 class Work:
-    """Something queued, or a node of a graph; also the event that it is done."""
+    """Queued work or a node of a graph; also the event of its completion."""
 
     def __init__(self, device: Device, run: Callable[[], None], after: list[Work], capture: object | None) -> None:
         self.device, self.run, self.after, self.done, self.capture = device, run, after, False, capture
@@ -68,7 +68,7 @@ class Work:
 
 
 class Device:
-    """Two streams in order, each waiting for the other by events alone."""
+    """Two in-order streams that wait for each other only by events."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -76,7 +76,7 @@ class Device:
         self.queued: list[Work] = []
         self.awaited: list[Work] = []
         self.captures = Captures()
-        self.graph: list[Work] = []  # that is being captured
+        self.graph: list[Work] = []  # the graph that is being captured
 
     def queue(self, stream: str, run: Callable[[], None], after: list[Work]) -> Work:
         self.captures.work(stream)
@@ -91,7 +91,7 @@ class Device:
         return work
 
     def chance(self) -> None:
-        """Some of what is queued happens."""
+        """Runs some of the queued work, at random."""
         for _ in range(self.random.choice([0, 0, 1, 3])):
             if self.queued:
                 self.random.choice(self.queued).happen()
@@ -116,7 +116,7 @@ class Device:
         return lambda: self.arithmetic(lambda: self.run_graph(graph))
 
     def run_graph(self, graph: list[Work]) -> None:
-        """Its nodes in any order that its edges allow."""
+        """Runs a graph's nodes in a random order that its edges allow."""
         pending, done = list(graph), set()
         while pending:
             ready = [work for work in pending if all(id(before) in done for before in work.after)]
@@ -150,14 +150,14 @@ def blob(layer_idx: int) -> np.ndarray:
 
 
 def marks(weights: LayerWeights) -> set[int]:
-    """Every byte value in a layer's views."""
+    """All byte values that occur in a layer's views."""
     tensors = [weights.attn_norm, weights.mlp_norm]
     tensors += [w.fields["weight"] for w in (*weights.qkv, *weights.o, *weights.gate_up, *weights.down)]
     return {int(b) for t in tensors for b in t.contiguous().view(torch.uint8).unique()}
 
 
 class Model:
-    """``resident`` on the device, ``on_disk`` behind a reader thread, the others pinned."""
+    """Layers ``resident`` are on the device, ``on_disk`` come through a reader thread, the others are pinned."""
 
     def __init__(self, folder: Path, num_layers: int, num_slots: int, resident=(), on_disk=(), seed: int = 0) -> None:
         self.device = Device(seed)
@@ -222,7 +222,7 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 )
 @settings(max_examples=80, deadline=None)
 def test_arithmetic_sees_its_own_layer(tmp_path_factory, num_layers, num_slots, resident, on_disk, lengths, seed):
-    """Passes, some of them cut short, from both tiers, whatever happens when."""
+    """Passes over both tiers, some of them cut short, with any timing of the queued work."""
     resident = {i for i in resident if i < num_layers}
     if len(resident) == num_layers:
         resident.pop()
@@ -238,7 +238,7 @@ def test_arithmetic_sees_its_own_layer(tmp_path_factory, num_layers, num_slots, 
 
 
 def test_a_device_without_events_is_caught(tmp_path):
-    """The test above can fail: copies that do not wait for arithmetic are seen."""
+    """The test above can fail: it detects copies that do not wait for arithmetic."""
     found = []
     for seed in range(20):
         model = Model(tmp_path, 5, 2, seed=seed)
@@ -252,7 +252,7 @@ def test_a_device_without_events_is_caught(tmp_path):
 
 
 def test_copies_run_ahead_of_the_arithmetic(tmp_path):
-    """While a layer is computed the next ones are queued, also across the end of a pass."""
+    """While a layer is computed, copies of the next layers are queued, also across the end of a pass."""
     model = Model(tmp_path, 6, 2)
     copies = []
     copy = model.device.copy
@@ -260,13 +260,13 @@ def test_copies_run_ahead_of_the_arithmetic(tmp_path):
     model.stream.begin(range(6))
     for layer_idx in range(6):
         model.stream.acquire(layer_idx)
-        assert copies == [*range(2, min(6, layer_idx + 2)), *([0] if layer_idx == 5 else [])]  # 0 and 1 came before
+        assert copies == [*range(2, min(6, layer_idx + 2)), *([0] if layer_idx == 5 else [])]  # 0, 1: before
         model.stream.release(layer_idx)
     assert copies == [2, 3, 4, 5, 0, 1]
 
 
 def test_a_layers_address_never_changes(tmp_path):
-    """So that a step can be a graph: the i-th streamed layer has slot i mod S, whatever ran before."""
+    """The i-th streamed layer always has slot i mod S, whatever ran before, so that a step can be a graph."""
     model = Model(tmp_path, 5, 2, resident={1})
     addresses = {}
     for length in (None, 3, None, 1, None):
@@ -279,7 +279,7 @@ def test_a_layers_address_never_changes(tmp_path):
 
 
 def test_a_settled_stream_waits_for_nothing_before(tmp_path):
-    """A graph may not wait for what was queued before its capture, and must end joined with its copies."""
+    """A graph must not wait for work that was queued before its capture, and must join its copies before it ends."""
     model = Model(tmp_path, 4, 2)
     model.run_pass()
     model.stream.settle()
@@ -302,8 +302,8 @@ def test_a_settled_stream_waits_for_nothing_before(tmp_path):
 )
 @settings(max_examples=60, deadline=None)
 def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, num_slots, given_up, seed):
-    """Arithmetic of a graph waits for nothing by itself: after ``rest`` it reads the first layers, though a pass before
-    it has only just queued their copies, or was given up in its middle. A pass after it overwrites none too soon."""
+    """A graph's arithmetic waits for nothing by itself. After ``rest`` it can read the first layers, even if an earlier
+    pass has only just queued their copies or was abandoned. A later pass does not overwrite layers too soon."""
     model = Model(tmp_path_factory.getbasetemp(), num_layers, num_slots, seed=seed)
     model.run_pass(None if given_up is None else min(given_up, num_layers))
     for _ in range(2):
@@ -327,9 +327,9 @@ def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, n
 @example(num_layers=5, num_slots=2, resident=set(), work=["a", "a", "a"], held=False, seed=0)
 @settings(max_examples=100, deadline=None)
 def test_steps_as_graphs_see_their_own_layers(tmp_path_factory, num_layers, num_slots, resident, work, held, seed):
-    """Steps of two shapes, plain, captured and replayed, between passes that are run to their end or given up, with a
-    layer in use (``held``) or not. No event of a capture is waited for outside of it, nor the other way round, and
-    inside of a graph its own edges keep copies and arithmetic apart."""
+    """Steps of two shapes (eager, captured, replayed) between passes that end normally or are abandoned, with or
+    without a layer in use (``held``). An event of a capture is not waited for outside of it, nor one from outside
+    within it; in a graph, its own edges order copies and arithmetic."""
     resident = {i for i in resident if i < num_layers}
     if len(resident) == num_layers:
         resident.pop()

@@ -1,4 +1,4 @@
-"""Loss, divergence and agreement: published figures, and the same sums in float64 from whole logits."""
+"""Loss, divergence and agreement, against published figures and against float64 sums over complete logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*args: str | Path) -> subprocess.CompletedProcess:
 
 
 def test_the_published_loss_of_the_dense_model():
-    """By transformers in f32: 9,136 tokens, 1.6438 nats."""
+    """Measured by transformers in f32: 9,136 tokens, 1.6438 nats."""
     done = run(DATA / "stories260K", "--text", TEXT, "--kv-cache", "f32", "--json")
     found = json.loads(done.stdout)
     assert found["tokens"] == 9136
@@ -34,7 +34,7 @@ def test_the_published_loss_of_the_dense_model():
 
 
 def test_against_another_model():
-    """The sums of the definition, in float64, from logits that are not cut into chunks of the evaluation's."""
+    """Against the definition's sums in float64, from logits that are not computed in the evaluation's chunks."""
     options = {"kv_cache": "f32"}
     with (
         exl.load(BUNDLED_MODEL, prefill_chunk=100, **options) as llm,
@@ -60,7 +60,7 @@ def test_against_another_model():
 
 
 def llm_again(llm: exl.LLM) -> exl.LLM:
-    """The same model with chunks of its own."""
+    """The same model with another chunk size."""
     return exl.load(llm.folder, prefill_chunk=37, kv_cache="f32")
 
 
@@ -80,7 +80,7 @@ def test_documents(tmp_path):
     joined = [i for ids in windows for i in ids[len(bos) :]]
     whole = tokenizer.encode(path.read_text().strip())[len(bos) :]
     assert joined == whole[: len(joined)]
-    assert len(whole) - len(joined) < 8  # a last window that is too short
+    assert len(whole) - len(joined) < 8  # the rest is shorter than a window may be
 
 
 @pytest.mark.parametrize(

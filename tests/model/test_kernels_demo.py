@@ -1,4 +1,4 @@
-"""scripts/kernels_demo.py, what ``make kernels-demo`` runs: shorter, and where it must fail."""
+"""scripts/kernels_demo.py, which ``make kernels-demo`` runs: a shorter run, and cases in which it must fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts import kernels_demo
 
 
 def test_a_short_story_is_the_same_through_kernels_and_torch(capsys):
-    """The prompt of the demo is longer than what decode kernels take: attention of both kinds has its part."""
+    """The demo's prompt is longer than decode kernels take, so both attention kernels run."""
     assert kernels_demo.main(["--tokens", "6"]) == 0
     out = capsys.readouterr().out
     for source in ("linear_q.cu", "linear_q_wide.cu", "attention_decode.cu", "attention_prefill.cu", "sample.cu"):

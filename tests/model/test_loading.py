@@ -1,4 +1,4 @@
-"""Loading through the packed file: damage, interruptions, other processes, memory that comes back."""
+"""Loading through the packed file: damage, interruptions, other processes, memory that is returned."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_disk_that_fails_for_a_while(four_bit, tmp_path, monkeypatch):
             patch.setattr(block_file.BlockFile, "_read_some", lambda *args: (_ for _ in ()).throw(fail))
             with pytest.raises(CheckpointError, match=f"{packed_file(tmp_path)}.*Input/output error"):
                 model.outputs()
-            assert model.source.wait_until_idle()  # it has failed once more
+            assert model.source.wait_until_idle()  # its second attempt has failed
         assert model.outputs() == expected
 
 
@@ -160,7 +160,7 @@ def test_an_interrupted_load_from_the_packed_file(four_bit, tmp_path):
 
 @pytest.mark.parametrize("resident", [(), (0, 2), (0, 1, 2, 3)], ids=str)
 def test_progress_counts_up_to_the_total(four_bit, tmp_path, resident):
-    for _ in range(2):  # packing, then reading what was packed
+    for _ in range(2):  # packing, then reading the packed file
         seen: list[tuple[int, int]] = []
         PlacedModel(four_bit, tmp_path, resident, progress=lambda *args, seen=seen: seen.append(args)).weights.close()
         done, totals = zip(*seen, strict=True)
@@ -266,7 +266,7 @@ def test_two_processes_pack_at_once(four_bit, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
 def test_unloading_returns_the_memory(tmp_path):
-    """By the system's count, while the model's other parts are still there."""
+    """Measured by the system's count, while the model's other parts still exist."""
     folder = tmp_path / "model"
     case = next(case for case in CASES if case.name == "llama")
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": NUM_LAYERS}

@@ -1,4 +1,4 @@
-"""Log-probabilities of generated tokens against transformers, and what they must not change."""
+"""Log-probabilities of generated tokens against transformers, and results that they must not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exl.sampling import likeliest
 from exl.text.logprobs import TokenLogprob
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260K"
-TOLERANCE = 2e-4  # as test_against_transformers.py has it for logits
+TOLERANCE = 2e-4  # as for logits in test_against_transformers.py
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def expected_rows(reference, prompt_ids, token_ids) -> torch.Tensor:
     "options",
     [
         {"temperature": 0},
-        # What shapes the draw must not shape the probabilities.
+        # Sampling options must not change the reported probabilities.
         {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.4, "seed": 3},
     ],
     ids=["greedy", "sampled"],

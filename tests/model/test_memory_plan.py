@@ -1,4 +1,4 @@
-"""The plan against reality: every byte alive after loading is a byte of an exact line, and none is added later."""
+"""The plan against reality: every byte alive after loading is on an exact line of the plan, and none is added later."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = Target("cpu", int4pack="split64")
 
 
 def live_bytes() -> int:
-    """Bytes of the storages of all tensors that Python can reach, each storage once."""
+    """Bytes of the storages of all tensors that the garbage collector tracks, each storage once."""
     gc.collect()
     storages = {}
     for item in gc.get_objects():
@@ -62,7 +62,7 @@ OPTIONS = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def frozen():
-    """What is there before is not looked through each time: transformers alone has a million objects."""
+    """Freezes existing objects, so that they are not searched each time: transformers alone has a million."""
     gc.collect()
     gc.freeze()
     yield
@@ -78,7 +78,7 @@ def test_exact_lines_are_what_is_alive(folders, frozen, asked):
     before = live_bytes()
     engine = load_engine(folder, options)
     assert live_bytes() - before == engine.plan.exact_bytes
-    # To the last token of the context, by prefill and by decode: nothing more stays alive.
+    # After using the whole context, by prefill and by decode, nothing more is alive.
     params = SamplingParams(temperature=0.0, seed=0, max_tokens=10**6)
     prompt = [5] * max(1, engine.generator.context - 8)
     engine.generator.eos_ids = frozenset()
@@ -128,7 +128,7 @@ def test_hints_fit_indeed():
 
 
 def test_auto_context_is_the_largest_that_fits():
-    assert plan(STORIES, context="auto").context == 512  # no budget: the model's own
+    assert plan(STORIES, context="auto").context == 512  # no budget: the model's own context
     whole = plan(STORIES, context=512)
     found = plan(STORIES, context="auto", ram=whole.num_bytes - 1)
     assert found.context < 512
@@ -139,7 +139,7 @@ def test_auto_context_is_the_largest_that_fits():
 @pytest.mark.parametrize("kind", ["q8", "k8v4", "q4"])
 def test_smaller_caches_are_smaller_by_their_bits(kind):
     line = {p.purpose: p.num_bytes for p in plan(STORIES, kv_cache=kind).lines}["KV cache"]
-    per_token = {"q8": 136, "k8v4": 104, "q4": 72}[kind]  # K and V of head size 64, scales with them
+    per_token = {"q8": 136, "k8v4": 104, "q4": 72}[kind]  # K and V of head size 64, with their scales
     assert line == 4 * 2 * 512 * per_token
 
 
@@ -169,7 +169,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_allocated():
 
 
 def test_the_command_prints_the_plan_without_reading_weights(tmp_path):
-    """The weights' bytes are cut off: headers alone are left, and the file's length, which is sparse."""
+    """The weights' bytes are removed: the file keeps its headers and its length, as a sparse file."""
     folder = tmp_path / "headers"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):

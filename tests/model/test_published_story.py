@@ -1,4 +1,4 @@
-"""The dense stories260K checkpoint tells, greedily, the very story that its authors published."""
+"""The dense stories260K checkpoint generates, greedily, exactly the story that its authors published."""
 
 from __future__ import annotations
 

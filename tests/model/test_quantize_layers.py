@@ -1,4 +1,4 @@
-"""What the quantizer hears, and in which order it rounds, against transformers' own activations."""
+"""The activations that the quantizer sees, and the order in which it rounds, against transformers' activations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dense_model(dtype: torch.dtype) -> transformers.PreTrainedModel:
 
 
 def inputs_and_outputs(model, module: str, sequences) -> tuple[torch.Tensor, torch.Tensor]:
-    """What transformers gives to a module, and what the model's residual or the module gives back, rows in order."""
+    """The inputs of a module in transformers, and the outputs of it or of the residual stream; rows in order."""
     rows: list[tuple[torch.Tensor, torch.Tensor]] = []
     hook = model.get_submodule(module).register_forward_hook(lambda _, x, y: rows.append((x[0][0], y[0])))
     with torch.no_grad():
@@ -56,10 +56,10 @@ def test_it_hears_what_transformers_feeds(name):
             heard.append(x.clone())
             outputs.append(output.clone())
     x, y = inputs_and_outputs(dense_model(torch.float64), f"model.layers.1.{FIRST_OF[name]}", sequences)
-    # f32 against f64, through one layer and a half, values of about 1
+    # f32 against f64, through one and a half layers, values of about 1
     assert float((torch.cat(heard) - x).abs().max()) < 1e-4 * float(x.abs().max())
     output = torch.cat(outputs)
-    if name == "down":  # the residual included: the layer's output
+    if name == "down":  # the layer's output, which includes the residual
         _, y = inputs_and_outputs(dense_model(torch.float64), "model.layers.1", sequences)
     elif name == "o":
         _, residual = inputs_and_outputs(dense_model(torch.float64), "model.layers.0", sequences)
@@ -69,8 +69,8 @@ def test_it_hears_what_transformers_feeds(name):
 
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"])
 def test_every_linear_sees_quantized_ones_before_it(tmp_path, module):
-    """The written codes are those of the Hessian that transformers' activations give with all earlier linears of the
-    model as written, and this and the later ones dense; not those of the dense model's Hessian."""
+    """The written codes come from the Hessian of transformers' activations with all earlier linears quantized as
+    written, and this one and later ones dense; not from the dense model's Hessian."""
     options = QuantizeOptions(
         bits=3, group_size=32, calibration=CALIBRATION, num_samples=12, seq_len=64, act_order=False, match_dense=False
     )
@@ -99,6 +99,6 @@ def test_every_linear_sees_quantized_ones_before_it(tmp_path, module):
         if turn(name) < turn(module):
             target = model.get_submodule(name).weight
             target.data = torch.from_numpy(np.ascontiguousarray(weight[: target.shape[0], : target.shape[1]]))
-    # In f32 a few codes fall on the other side of a half, and their errors move others.
+    # In f32 a few codes round to the other side of a half, and their errors change others.
     assert agreement(model) > 0.97
     assert as_dense < 0.9

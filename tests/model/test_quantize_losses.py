@@ -1,4 +1,4 @@
-"""Losses of round-to-nearest against figures that were measured elsewhere, and of GPTQ against round-to-nearest."""
+"""Losses of round-to-nearest against independently measured figures, and of GPTQ against round-to-nearest."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_our_rounding_is_the_plain_one_with_scales_as_files_hold_them(tmp_path):
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_gives_back_half_of_what_rounding_loses(tmp_path, act_order):
-    """On a quarter of the calibration text; with all of it: docs/formats.md."""
+    """With a quarter of the calibration text; docs/formats.md has the figure with all of it."""
     options = QuantizeOptions(group_size=32, act_order=act_order, calibration=CALIBRATION, seq_len=512, num_samples=32)
     quantize(SOURCE, tmp_path / "out", options)
     assert DENSE < loss_of_folder(tmp_path / "out") <= (DENSE + PUBLISHED_RTN) / 2

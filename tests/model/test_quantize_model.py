@@ -30,7 +30,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """stories260K cut to its first two layers: the padding is needed, and a run takes a second."""
+    """stories260K cut to its first two layers: it needs padding, and a run takes one second."""
     folder = tmp_path_factory.mktemp("tiny")
     model = transformers.AutoModelForCausalLM.from_pretrained(DATA / "stories260K", dtype=torch.float32)
     model.model.layers = model.model.layers[:2]
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def unpack_stream(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [K, N] from words [K * bits / 32, N], a bit at a time."""
+    """Codes [K, N] from words [K * bits / 32, N], one bit at a time."""
     places = bit_places(bits)
     num_words = 3 if bits == 3 else 1
     blocks = words.view(np.uint32).reshape(-1, num_words, words.shape[1])
@@ -54,7 +54,7 @@ def unpack_stream(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def dequantized(folder: Path) -> dict[str, np.ndarray]:
-    """Weights [N, K] in f64 of every quantized module, from the files alone, by the format's description."""
+    """Weights [N, K] in f64 of every quantized module, read from the files by the format's description."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -72,7 +72,7 @@ def dequantized(folder: Path) -> dict[str, np.ndarray]:
 
 
 def twin(source: Path, weights: dict[str, np.ndarray], *, padded: bool) -> transformers.PreTrainedModel:
-    """transformers' model in f64 with these weights: of the padded size, or cut back to the source's."""
+    """transformers' model in f64 with these weights, in the padded size or cut back to the source's size."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval()
     for name, weight in weights.items():
         module = model.get_submodule(name)
@@ -132,15 +132,15 @@ def test_padding_changes_nothing(tiny, tmp_path, group_size, padded):
     with torch.no_grad():
         whole = twin(tiny, weights, padded=True)(ids).logits
         cut = twin(tiny, weights, padded=False)(ids).logits
-    # Adding exact zeros changes no sum; the products are only cut into other blocks, in f64.
+    # Adding exact zeros changes no sum; only the blocks of the f64 products differ.
     assert float((whole - cut).abs().max()) <= 1e-12 * float(cut.abs().max())
 
 
 def test_zeros_that_other_loaders_can_read(tiny, tmp_path):
-    """v1 stores zero - 1: what would wrap to the largest code is never written, whatever the weights."""
+    """v1 stores zero - 1: a zero of 0, which would wrap to the largest code, is never written for any weights."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     for name in ("q_proj", "o_proj"):
-        getattr(model.model.layers[0].self_attn, name).weight.data.abs_()  # groups of positive weights want a zero of 0
+        getattr(model.model.layers[0].self_attn, name).weight.data.abs_()  # positive groups want a zero of 0
     source = tmp_path / "source"
     model.save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -170,7 +170,7 @@ def test_dense_tensors_and_companions_are_copied(tiny, tmp_path):
 
 
 def test_biases(tmp_path):
-    """Qwen2: biases on q, k and v go into the file as f16 and into the Hessian's activations."""
+    """Qwen2: biases of q, k and v are stored as f16 and affect the activations of the Hessian."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -219,7 +219,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_runs_are_gone_on_with(tiny, tmp_path):
-    """Killed in the first layer, in the second, and while writing: the result is that of a run that was not."""
+    """Killed in the first layer, in the second, or while writing, a run resumes to the result of an unkilled run."""
     options = {**QUICK, "calibration": str(CALIBRATION)}
     steps: list[tuple[int, str]] = []
     quantize(tiny, tmp_path / "whole", QuantizeOptions(**options), lambda done, total, what: steps.append((done, what)))

@@ -59,7 +59,7 @@ def make(
     scales_as: torch.dtype = torch.float16,
 ) -> transformers.PreTrainedModel:
     """Writes a random quantized model; returns transformers' twin. ``order``: "none", "shared" by the linears that
-    read the same input, as GPTQ makes it, or "own", which nothing can fuse."""
+    read the same input, as GPTQ makes it, or "own" per linear, so that none can be fused."""
     rng = np.random.default_rng(bits * 100 + abs(group_size))
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(_config()).float().eval()
@@ -113,7 +113,7 @@ def _prefill(engine, ids) -> torch.Tensor:
 
 
 def _decode(engine, ids: list[int]) -> torch.Tensor:
-    """Every token as a decode row, the prompt's too."""
+    """Runs every token as a decode row, also those of the prompt."""
     sequence = engine.generator.begin(len(ids))
     return torch.cat([engine.generator.extend(sequence, [token_id]).clone() for token_id in ids])
 
@@ -157,12 +157,12 @@ def test_orders_fuse_only_where_they_agree(tmp_path):
 @pytest.mark.skipif(probe_int4pack() is None, reason="this torch has no int4pack kernel")
 @pytest.mark.parametrize("options", [{"sym": True}, {}, {"order": "shared"}], ids=str)
 def test_bf16_decode_stays_within_its_roundings(options, tmp_path):
-    """A linear rounds its input, its scales, its offsets (8 - z) s and its output to bf16: relative errors uniform
-    in +-2^-9 .. +-2^-8, so 2^-8 / sqrt(3) = 0.0023 at most in the root mean square, and four independent ones 0.0045
-    of an output's own rms. The offsets weigh |8 - z| <= 1 steps here against codes of 4.6 steps rms: no more than the
-    others. The 4 L = 8 linears add to the residual stream as independent errors, sqrt(8) * 0.0045 = 0.013 of its rms
-    if each branch were as large as the stream itself, which the weights of std 0.05 keep them below; the norms keep
-    that ratio. So the logits' rms error is at most 0.013 of their rms; four times that bounds the largest of 4,000.
+    """A linear rounds its input, its scales, its offsets (8 - z) s and its output to bf16. Each relative error is
+    uniform in +-2^-9 .. +-2^-8, so its rms is at most 2^-8 / sqrt(3) = 0.0023; four independent ones give 0.0045 of an
+    output's rms. The offsets' error is no larger: |8 - z| <= 1 steps here, against codes of 4.6 steps rms. The
+    4 L = 8 linears add independent errors to the residual stream: sqrt(8) * 0.0045 = 0.013 of its rms if each branch
+    were as large as the stream; weights of std 0.05 keep branches smaller, and the norms keep that ratio. So the
+    logits' rms error is at most 0.013 of their rms; four times that bounds the largest of 4,000.
     """
     model = make(tmp_path, 4, 32, std=0.05, **options)
     engine = _engine(tmp_path)

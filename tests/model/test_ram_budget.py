@@ -1,4 +1,4 @@
-"""A model in a quarter of its size: the same bits, and never more memory than the plan said."""
+"""A model in a quarter of the memory of its weights: the same bits, and never more memory than planned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.synthetic import write_model
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT / "tests" / "data" / "stories260K"
-NUM_LAYERS = (20, pytest.param(44, marks=pytest.mark.slow))  # half a gigabyte, and more than one
+NUM_LAYERS = (20, pytest.param(44, marks=pytest.mark.slow))  # about 0.5 GB, and more than 1 GB
 CONTEXT = 192
 
 
@@ -26,7 +26,7 @@ def folder(request, tmp_path_factory):
         pytest.skip("less than 4 GB free on this disk")
     write_model(folder, (2048, 5632, request.param, 32, 4, 64, 512), tokenizer=STORIES)
     yield folder
-    (folder / "model.safetensors").unlink()  # pytest keeps its folders
+    (folder / "model.safetensors").unlink()  # pytest keeps its temporary folders
 
 
 def run(folder: Path, packed: Path, ram: str) -> dict:

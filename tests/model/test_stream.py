@@ -1,4 +1,4 @@
-"""Streamed layers compute what resident ones do, bit for bit, and whatever goes wrong is an error, never a result."""
+"""Streamed layers give the same bits as resident ones, and every fault is an error, never a wrong result."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_placement_gives_the_same_bits(folder, tmp_path):
 
 
 def test_layers_do_differ(four_bit, tmp_path):
-    """Else the test above could not see layers in each other's places."""
+    """Otherwise the test above could not detect exchanged layers."""
     with PlacedModel(four_bit, tmp_path) as model:
         right = model.logits()
         blobs = model.source._reader._blob_indices
@@ -76,7 +76,7 @@ def test_layers_do_differ(four_bit, tmp_path):
 
 
 def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path, monkeypatch):
-    """Between fields, too, whatever was in the slot through which a layer went to the file."""
+    """Also in the gaps between fields, whatever the slot held before a layer went through it to the file."""
 
     class UsedBuffer(HostBuffer):
         def __init__(self, num_bytes, purpose):
@@ -96,7 +96,7 @@ def bytes_of(model: PlacedModel, layer_idx: int) -> bytes:
     layer = model.source.acquire(layer_idx)
     fields = [layer.attn_norm, *(t for part in (*layer.qkv, *layer.down) for t in part.fields.values())]
     assert all(field.untyped_storage().data_ptr() == layer.attn_norm.untyped_storage().data_ptr() for field in fields)
-    start = layer.attn_norm.storage_offset() * layer.attn_norm.itemsize  # of the blob's first field
+    start = layer.attn_norm.storage_offset() * layer.attn_norm.itemsize  # offset of the blob's first field
     memory = torch.empty(0, dtype=torch.uint8).set_(layer.attn_norm.untyped_storage())
     whole = memory[start : start + model.sizes[layer_idx]].numpy().tobytes()
     model.source.release(layer_idx)
@@ -104,8 +104,8 @@ def bytes_of(model: PlacedModel, layer_idx: int) -> bytes:
 
 
 def test_a_pass_reads_each_streamed_layer_once(four_bit, tmp_path):
-    """At most, counted by the operating system: what a slow reader finds still in a slot it need not read. The next
-    pass's first layers count for this one's."""
+    """At most once, as the operating system counts: a slow reader need not read a layer that is still in a slot. The
+    next pass's first layers count in place of this one's."""
     counters = Path("/proc/self/io")
     if not counters.exists():
         pytest.skip("no /proc/self/io")
@@ -163,8 +163,8 @@ def tiny_stream(folder: Path, num_layers: int, num_slots: int, resident=()) -> t
 
 
 class Schedule(RuleBasedStateMachine):
-    """Passes in any order, cut short anywhere, with a reader that is slow at random: what is acquired is the layer that
-    was asked for, and stays it until it is released."""
+    """Passes in any order, cut short anywhere, with a reader that is slow at random: an acquired layer is the requested
+    one, and stays intact until it is released."""
 
     @initialize(
         num_layers=st.integers(2, 6),
@@ -177,7 +177,7 @@ class Schedule(RuleBasedStateMachine):
         plain, rng = PackedFile.read_blob, np.random.default_rng(abs(seed))
 
         def slow(file, blob_idx, out, go_on):
-            out[:] = 255  # what a reader in the wrong slot would show
+            out[:] = 255  # visible if a reader used the wrong slot
             time.sleep(rng.choice([0, 0, 0.0005]))
             return plain(file, blob_idx, out, go_on) if go_on() else False
 

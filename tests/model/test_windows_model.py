@@ -1,4 +1,4 @@
-"""The bundled model where POSIX is missing: in a process of its own, from which it was taken before exl is imported."""
+"""The bundled model without POSIX: in a child process that removes it before exl is imported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A process that has no more of POSIX than Windows has: imports all of exl, loads the bundled model three ways, and
-prints its tokens. Run by ``test_windows_model.py``; ``python -m tests.model.windows_child FOLDER``."""
+"""A process without the parts of POSIX that Windows lacks: imports all of exl, loads the bundled model in three ways,
+and prints its tokens. Run by ``test_windows_model.py``: ``python -m tests.model.windows_child FOLDER``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def import_the_others() -> None:
-    """What is not exl's has its own Windows, and chooses by the platform when it is imported."""
+    """Imports other packages first: they have their own code for Windows and choose by the platform at import."""
     import concurrent.futures.thread  # noqa: F401
     import multiprocessing.connection  # noqa: F401
     import tempfile  # noqa: F401

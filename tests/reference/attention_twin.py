@@ -33,7 +33,7 @@ def attention(
 
 
 def bytes_of_tokens(layout: PageLayout, count: int) -> np.ndarray:
-    """Of a page: where its first tokens lie."""
+    """Offsets of the bytes of a page that hold its first tokens."""
     found = []
     for places, bits in ((k_code_places(layout)[0], layout.k_bits), (v_code_places(layout)[0], layout.v_bits)):
         found += [places[:count], places[:count] + 1] if bits == 16 else [places[:count]]

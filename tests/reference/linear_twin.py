@@ -1,4 +1,4 @@
-"""What the linear kernels must compute, in float64 from the exact weights, and how far they may be off."""
+"""References of the linear kernels, in float64 from the exact weights, and bounds of their error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def random_matrix(
     bias: bool = False,
     scale_dtype: str = "f16",
 ) -> QuantizedMatrix:
-    """Codes, zeros and scales drawn so that every value occurs; group size -1 is K, and the last group may be shorter.
+    """Random codes, zeros and scales in which every value occurs. Group size -1 means K; the last group may be shorter.
 
-    Scales in bf16 and f32 are such that neither f16 nor the other type holds them.
+    bf16 and f32 scales are chosen so that neither f16 nor the other type can represent them.
     """
     group_size = K if group_size == -1 else group_size
     codes = rng.integers(0, 1 << bits, (K, N), dtype=np.uint8)
@@ -57,10 +57,10 @@ def bias_of(matrix: QuantizedMatrix) -> np.ndarray:
 
 
 def sum_bound(x: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
-    """How far an f32 sum of these products may be from the exact one, [T, N].
+    """Largest error of an f32 sum of these products, [T, N].
 
-    Tensor cores add 4 products (sm_75) or more at a time and cut each sum off at 24 bits; after that every group and
-    slice costs a rounding. A partial sum is never larger than the sum of magnitudes.
+    Tensor cores add 4 products (sm_75) or more at a time and truncate each sum to 24 bits; then every group and slice
+    adds one rounding. A partial sum is never larger than the sum of magnitudes.
     """
     num_roundings = matrix.K / 4 + 2 * matrix.num_groups + 16
     magnitude = np.abs(x) @ np.abs(dequantize(matrix)) + np.abs(bias_of(matrix))
@@ -76,7 +76,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def tile_sumsq(h: np.ndarray) -> np.ndarray:
-    """Sums of squares over 16 channels each, [T, ceil(N / 16)]."""
+    """Sums of squares of 16 channels each, [T, ceil(N / 16)]."""
     T, N = h.shape
     padded = np.zeros((T, -(-N // 16) * 16))
     padded[:, :N] = h

@@ -1,4 +1,4 @@
-"""Packs GPTQ tensors a bit at a time, from the description of the format alone; shares nothing with exl.
+"""Packs GPTQ tensors one bit at a time, from the description of the format alone; shares no code with exl.
 
     qweight i32 [K / 32 * bits, N]   packed along K, least significant bits first
     qzeros  i32 [G, N / 32 * bits]   packed along N; stores zero - 1 ("gptq") or zero ("gptq_v2")
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def bit_places(bits: int) -> list[list[tuple[int, int]]]:
-    """For each value of a block of words: the (word, bit) of each of its bits, lowest first."""
+    """Per value of a block of words: the (word, bit) of each of its bits, lowest first."""
     if bits != 3:
         return [[(0, bits * j + b) for b in range(bits)] for j in range(32 // bits)]
     first = [[(0, 3 * j), (0, 3 * j + 1), (0, 3 * j + 2)] for j in range(10)]
@@ -30,7 +30,7 @@ def bit_places(bits: int) -> list[list[tuple[int, int]]]:
 
 
 def pack_values(values: Sequence[int], bits: int) -> list[int]:
-    """Signed 32-bit words of one column of codes, or one row of zeros."""
+    """Packs one column of codes, or one row of zeros, into signed 32-bit words."""
     places = bit_places(bits)
     num_words = 3 if bits == 3 else 1
     words = []
@@ -52,7 +52,7 @@ def pack_layer(
     checkpoint_format: str = "gptq",
     g_idx: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Tensors of one layer by their endings. A zero of 0 is stored in v1 as the code below it: 2^bits - 1."""
+    """Tensors of one layer by the ends of their names. v1 stores zero - 1, so a zero of 0 wraps to 2^bits - 1."""
     offset = {"gptq": 1, "gptq_v2": 0}[checkpoint_format]
     columns = [pack_values([int(code) for code in column], bits) for column in codes.T]
     rows = [pack_values([(int(zero) - offset) % 2**bits for zero in row], bits) for row in zeros]
@@ -69,7 +69,7 @@ def pack_layer(
 def dequantize(
     codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: Sequence[int]
 ) -> np.ndarray:  # [K, N] f64
-    """The formula, an element at a time."""
+    """The formula above, one element at a time."""
     K, N = codes.shape
     weights = np.empty((K, N))
     for k in range(K):

@@ -1,17 +1,18 @@
 #pragma once
-// Attention of a warp over pages (page.cuh): S = K Q^T and O = V^T P on tensor cores, codes straight from the pages as
-// operand A, columns (a query head and a new token each) as operand B, softmax as it goes.
+// Attention of one warp over pages (page.cuh) on tensor cores: S = K Q^T and O = V^T P, with an online softmax. Operand A is
+// codes read straight from the pages; operand B is columns, each one query head and one new token.
 //
 // Macros: page.cuh.
 #include <exl/half.cuh>
 #include <exl/page.cuh>
 
-constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = (kD + 15) / 16;   // of 32 channels; halves; V's tiles
-constexpr float kNone = -1e30f;      // the largest score of no token
+constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = (kD + 15) / 16;   // kRuns: of 32 channels; kQPitch: halves; kTiles: of V
+constexpr float kNone = -1e30f;      // the maximum before any score
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLift = 8.0f;        // probabilities are kept times 2^8, so that V's scales leave f16's subnormals alone
+constexpr float kLift = 8.0f;        // probabilities are kept times 2^8: their products with V's scales avoid f16's subnormals
 
-// A lane's words of one 16 x 64 tile (K) or 16 x 64 tokens (V), as pages have them: four fragments of A.
+// A lane's words of one tile, in the pages' layout: 16 tokens x 64 channels of K, or 16 channels x 64 tokens of V. They make
+// four A fragments.
 template <int kBits> struct Tile {
   u32 w[kBits];
   EXL_DEVICE void load(const u8* at, int lane) {
@@ -21,7 +22,7 @@ template <int kBits> struct Tile {
       w[p * 4] = v.x; w[p * 4 + 1] = v.y; w[p * 4 + 2] = v.z; w[p * 4 + 3] = v.w;
     }
   }
-  // K's last tile of kD % 64 channels: units side by side, [unit][g][r]; what is not there is zero.
+  // K's last tile if kD % 64 != 0: units of 8 channels, stored as [unit][g][r]; missing units become codes of value zero.
   EXL_DEVICE void load_part(const u8* at, int g, int t) {
     EXL_UNROLL
     for (int i = 0; i < kBits; ++i) w[i] = kBits == 4 ? 0x88888888u : kBits == 8 ? 0x80808080u : 0u;
@@ -33,7 +34,7 @@ template <int kBits> struct Tile {
       for (int i = 0; i < kBits / 2; ++i) w[h * (kBits / 2) + i] = unit[i];
     }
   }
-  // V's last tile of eight channels: rows g + 8 are not there, and whatever they hold meets no other row.
+  // V's last tile if it has eight channels: rows g only. Rows g + 8 hold arbitrary values; their results are not stored.
   EXL_DEVICE void load_eight(const u8* at, int lane) {
     if constexpr (kBits == 4) {   // channels c and c + 4 share bytes
       const uint4 v = *reinterpret_cast<const uint4*>(at + lane % 16 * 16);
@@ -41,7 +42,7 @@ template <int kBits> struct Tile {
       w[0] = v.x >> shift; w[1] = v.y >> shift; w[2] = v.z >> shift; w[3] = v.w >> shift;
     } else {
       EXL_UNROLL
-      for (int p = 0; p < kBits / 8; ++p) {   // one word (16 bits: two) of a mma, as rows g and g + 8 alike
+      for (int p = 0; p < kBits / 8; ++p) {   // each word is used for both rows g and g + 8
         const uint4 v = *reinterpret_cast<const uint4*>(at + p * 512 + lane * 16);
         if constexpr (kBits == 8) {
           w[0] = w[1] = v.x; w[2] = w[3] = v.y; w[4] = w[5] = v.z; w[6] = w[7] = v.w;
@@ -69,10 +70,10 @@ template <int kBits> struct Tile {
     a.r[3] = sub_f16x2(prmt(row8, 0x64646464u, 0x4342u), 0x64806480u);
     return a;
   }
-  // Channels 16 s of run h (K), rows g and g + 8.
+  // K: the fragment of mma s (0, 1) of run h: rows (tokens) g and g + 8, channels 8 t + 4 s .. + 3 of the run in lane t.
   EXL_DEVICE FragA of_k(int h, int s) const {
     if constexpr (kBits == 4) {
-      const u32 lo = w[2 * h] >> 8 * s, hi = w[2 * h + 1] >> 8 * s;   // a unit each: rows g and g + 8
+      const u32 lo = w[2 * h] >> 8 * s, hi = w[2 * h + 1] >> 8 * s;   // one unit of row g, one of row g + 8
       FragA a;
       a.r[0] = sub_f16x2(lop3<0xea>(lo, 0x000f000fu, 0x64006400u), 0x64086408u);
       a.r[1] = sub_f16x2(lop3<0xea>(hi, 0x000f000fu, 0x64006400u), 0x64086408u);
@@ -85,7 +86,7 @@ template <int kBits> struct Tile {
       return FragA{{w[8 * h + 2 * s], w[8 * h + 4 + 2 * s], w[8 * h + 2 * s + 1], w[8 * h + 4 + 2 * s + 1]}};
     }
   }
-  // Tokens 16 j (V), channels g and g + 8.
+  // V: the fragment of mma j: rows (channels) g and g + 8, tokens 16 j .. 16 j + 15.
   EXL_DEVICE FragA of_v(int j) const {
     if constexpr (kBits == 4) return four_bits(w[j]);
     else if constexpr (kBits == 8) return eight_bits(w[2 * j], w[2 * j + 1]);
@@ -93,32 +94,34 @@ template <int kBits> struct Tile {
   }
 };
 
-// What a warp knows of kN times 8 columns. A lane has columns 2t and 2t + 1 of each eight, and its share of O.
+// Softmax state of a warp's 8 kN columns: O, maxima m and sums l. Of each eight a lane holds columns 2t and 2t + 1.
 template <int kN> struct Attended {
   FragC o[kN][kTiles];
-  float m[kN][2], l[kN][2];   // l: over this lane's rows alone
+  float m[kN][2], l[kN][2];   // l: the sum over this lane's rows only
 };
 
-struct Question {   // of one column
-  int first, last;  // tokens that it sees, both included
+struct Question {   // the tokens that one column sees
+  int first, last;  // both included
 };
 
-struct Columns {   // of a block or warp: column c is head (column0 + c) % group of the kv head's, and a new token
-  int column0, count, group, before, window;   // before: tokens that were there before the new ones
+// The columns of a block or warp: column c is query head (column0 + c) % group of the kv head and new token
+// (column0 + c) / group.
+struct Columns {
+  int column0, count, group, before, window;   // before: tokens of the sequence ahead of the new ones
   EXL_DEVICE Question question(int c) const {
     const int place = before + (column0 + c) / group;
     return Question{window > 0 ? place - window + 1 : 0, c < count ? place : -1};
   }
 };
 
-// A score in units of log2.
+// The score of a dot product, scaled, capped and times log2(e), so that 2^x gives its weight.
 EXL_DEVICE float log2_score(float x, float scale, float softcap) {
   x *= scale;
   if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
   return x * kLog2E;
 }
 
-// s += K Q^T of channels 64 tile .., at most 64 of them; codes of all 64 tokens are on their way together.
+// s += K Q^T over channels 64 tile .. 64 tile + 63, or fewer in a last tile. Loads for all 64 tokens are in flight together.
 template <bool kWhole, int kN>
 EXL_DEVICE void score_tile(float (&s)[4][kN][4], const u8* page, const half* s_q, int tile, int lane) {
   constexpr int kHere = kWhole ? 2 : kRuns % 2 == 0 ? 2 : 1;   // runs
@@ -151,12 +154,12 @@ EXL_DEVICE void score_tile(float (&s)[4][kN][4], const u8* page, const half* s_q
   }
 }
 
-// Scores of 64 tokens: s[tile][n][e] as the mma leaves them, in units of log2. s_q: [8 kN columns][kQPitch].
+// Scores of 64 tokens: s[tile][n][e] in the layout of an mma's result, times log2(e). s_q: [8 kN columns][kQPitch].
 template <int kN>
 EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q, int lane, float scale, float softcap) {
   EXL_UNROLL
   for (int i = 0; i < 16 * kN; ++i) s[i / 4 / kN][i / 4 % kN][i % 4] = 0.0f;
-  EXL_NO_UNROLL   // else the compiler asks for all of K at once, for which there are no registers
+  EXL_NO_UNROLL   // unrolled, the compiler would load all of K at once and run out of registers
   for (int tile = 0; tile < kD / 64; ++tile) score_tile<true>(s, page, s_q, tile, lane);
   if constexpr (kD % 64 != 0) score_tile<false>(s, page, s_q, kD / 64, lane);
   EXL_UNROLL
@@ -166,11 +169,11 @@ EXL_DEVICE void score_page(float (&s)[4][kN][4], const u8* page, const half* s_q
   }
 }
 
-// Scores -> probabilities of 8 columns, as the B operand of four mma; a's maximum, sum and O follow.
+// Turns the scores of 8 columns into probabilities, as the B operands of four mma, and updates a's maximum, sum and O.
 template <int kN>
 EXL_DEVICE void weigh(FragB (&p)[4], Attended<kN>& a, int n, const float (&s)[4][kN][4], int start, const Question (&q)[2], int lane) {
   const int g = lane / 4;
-  u32 seen = 0;   // bit 4 tile + e: by its column
+  u32 seen = 0;   // bit 4 tile + e: that score's token is visible to its column
   float m[2] = {a.m[n][0], a.m[n][1]};
   EXL_UNROLL
   for (int i = 0; i < 16; ++i) {
@@ -202,7 +205,8 @@ EXL_DEVICE void weigh(FragB (&p)[4], Attended<kN>& a, int n, const float (&s)[4]
   }
 }
 
-// One page more for a warp. `start`: its first token; `length`: tokens of the sequence, beyond which bytes mean nothing.
+// Adds one page to a warp's columns. `start`: the page's first token; `length`: tokens of the sequence, beyond which the
+// page's bytes are undefined.
 template <int kN>
 EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const half* s_q, const Question (&q)[kN][2], int length,
                             int lane, float scale, float softcap) {
@@ -212,7 +216,7 @@ EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const ha
   FragB p[kN][4];
   EXL_UNROLL
   for (int n = 0; n < kN; ++n) weigh<kN>(p[n], a, n, s, start, q[n], lane);
-  u32 real[4][2];   // masks of the tokens that this lane has of V: NaN in what was never written must not spread
+  u32 real[4][2];   // masks of this lane's tokens of V: NaN in bytes that were never written must not spread
   EXL_UNROLL
   for (int j = 0; j < 4; ++j)
     EXL_UNROLL
@@ -239,7 +243,7 @@ EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const ha
       EXL_UNROLL
       for (int n = 0; n < kN; ++n) {
         FragB weights = p[n][j];
-        if constexpr (kQuantized)   // saturated: an infinity would meet codes of 0
+        if constexpr (kQuantized)   // saturated: infinity times a code of 0 would be NaN
           weights = FragB{{finite_f16x2(mul_f16x2(weights.r[0], scales.x)), finite_f16x2(mul_f16x2(weights.r[1], scales.y))}};
         mma_m16n8k16(a.o[n][c], codes, weights);
       }
@@ -247,7 +251,7 @@ EXL_DEVICE void attend_page(Attended<kN>& a, const u8* page, int start, const ha
   }
 }
 
-// Over the 8 lanes that have the same columns.
+// Sum over the 8 lanes that hold the same columns.
 EXL_DEVICE float sum_over_rows(float l) {
   EXL_UNROLL
   for (int d = 4; d < 32; d *= 2) l += __shfl_xor_sync(0xffffffffu, l, d);

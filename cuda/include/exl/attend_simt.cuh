@@ -1,44 +1,43 @@
 #pragma once
 // attend.cuh for GPUs without tensor cores (sm_60 to sm_72): the same pages and the same softmax in f32 arithmetic, for
-// up to 8 columns of a warp. Lanes read the pages as the tensor cores' lanes do, 16 bytes each side by side: lane
-// 4 g + t multiplies its own codes of rows g and g + 8, and the four lanes of a quad add up. q, probabilities and O are
-// in shared memory: kC columns that are there, 1, 2, 4 or 8, cost what they need, and a column's bits are the same for
-// each kC.
+// up to 8 columns per warp. Lanes read the pages as in attend.cuh, 16 adjacent bytes each: lane 4 g + t multiplies its own
+// codes of rows g and g + 8, and the four lanes of a quad add their sums. q, probabilities and O are in shared memory. The
+// code is compiled for kC = 1, 2, 4 and 8 columns, so that few columns cost less; a column's bits do not depend on kC.
 //
 // Macros: page.cuh.
 #include <exl/attend.cuh>
 #include <exl/head_row.cuh>
 
-struct SimtWarp {   // shared memory of a warp, f32, but q: the block's or the warp's
+struct SimtWarp {   // a warp's shared memory, f32; q may belong to the whole block
   const float* q;   // [8][kSimtPitch], zero beyond kD
   float* o;         // [8][kD]
   float* p;         // [8][64]
 };
 constexpr int kSimtPitch = kRuns * 32, kSimtProbabilities = 8 * kPageTokens;
 
-struct SimtSums {   // of column `lane`; lanes 0 to 7 have one
+struct SimtSums {   // maximum and sum of column `lane`, in lanes 0 to 7
   float m, l;
 };
 
-// code + 2^23 as a float is exact, and so is the difference: cheaper than an integer conversion.
+// code - zero: code + 2^23 as a float is exact, and so is the difference. Cheaper than an integer conversion.
 EXL_DEVICE float signed_code(u32 code, int zero) { return __uint_as_float(0x4b000000u | code) - static_cast<float>((1 << 23) + zero); }
 EXL_DEVICE float half_of(u32 pair, int high) { return __half2float(__ushort_as_half(static_cast<u16>(pair >> 16 * high))); }
 
-// Channel i of the unit of run h and row g + 8 r.
+// K's value at channel i of this lane's unit of run h, row g + 8 r.
 template <int kBits> EXL_DEVICE float k_value(const Tile<kBits>& k, int h, int r, int i) {
   if constexpr (kBits == 4) return signed_code(k.w[2 * h + r] >> (4 * (i / 2) + 16 * (i % 2)) & 15u, 8);
   else if constexpr (kBits == 8) return signed_code(k.w[4 * h + 2 * r + i / 4] >> 8 * (i % 4) & 255u, 128);
   else return half_of(k.w[8 * h + 4 * r + i / 2], i % 2);
 }
-// Channel g + 8 r of token 16 j + 2 t + {0, 1, 8, 9}[place].
+// V's value at channel g + 8 r, token 16 j + 2 t + {0, 1, 8, 9}[place].
 template <int kBits> EXL_DEVICE float v_value(const Tile<kBits>& v, int j, int r, int place) {
   if constexpr (kBits == 4) return signed_code(v.w[j] >> ((place == 0 ? 0 : place == 1 ? 16 : place == 2 ? 8 : 24) + 4 * r) & 15u, 8);
   else if constexpr (kBits == 8) return signed_code(v.w[2 * j + r] >> 8 * place & 255u, 128);
   else return half_of(v.w[4 * j + r + 2 * (place / 2)], place % 2);
 }
 
-// Sums over the four lanes of a quad: lane t gets those of columns 2t and 2t + 1, as far as there are kC. Lanes two
-// apart come first for each kC.
+// Sums over the four lanes of a quad: lane t gets those of columns 2t and 2t + 1, if they are below kC. For every kC, lanes
+// two apart are added first, then neighbours, so that the bits agree.
 template <int kC> EXL_DEVICE void sum_quad(float (&sum)[2], const float (&x)[kC], int t) {
   constexpr int kLeft = kC == 8 ? 4 : kC;
   float y[kLeft];
@@ -54,7 +53,7 @@ template <int kC> EXL_DEVICE void sum_quad(float (&sum)[2], const float (&x)[kC]
   }
 }
 
-// Scores of 64 tokens to p, in units of log2.
+// Writes the scores of 64 tokens, times log2(e), to p.
 template <int kC> EXL_DEVICE void score_page_simt(const SimtWarp& s, const u8* page, int lane, float scale, float softcap) {
   const int g = lane / 4, t = lane % 4;
   EXL_NO_UNROLL
@@ -103,14 +102,14 @@ template <int kC> EXL_DEVICE void score_page_simt(const SimtWarp& s, const u8* p
   __syncwarp();
 }
 
-// Scores -> probabilities of column c, in place; returns what its sums so far are worth now.
+// Turns column c's scores into probabilities, in place. Returns the factor that rescales its earlier sums.
 EXL_DEVICE float weigh_simt(SimtSums& sums, float* p, int c, int start, Question q, int lane) {
   const float old = __shfl_sync(kWarp, sums.m, c);
   float x[2], m = old;
   EXL_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int token = start + lane + 32 * i;
-    x[i] = token >= q.first && token <= q.last ? p[lane + 32 * i] : kNone;   // what is not seen may be NaN
+    x[i] = token >= q.first && token <= q.last ? p[lane + 32 * i] : kNone;   // a token that is not seen may hold NaN
     m = fmaxf(m, x[i]);
   }
   EXL_UNROLL
@@ -125,7 +124,7 @@ EXL_DEVICE float weigh_simt(SimtSums& sums, float* p, int c, int start, Question
   return factor;
 }
 
-// One page more for a warp; the other arguments as of attend_page.
+// Adds one page to a warp's columns; arguments as in attend_page.
 template <int kC>
 EXL_DEVICE void attend_page_simt(SimtSums& sums, const SimtWarp& s, const u8* page, int start, const Columns& columns, int length,
                                  int lane, float scale, float softcap) {
@@ -153,7 +152,7 @@ EXL_DEVICE void attend_page_simt(SimtSums& sums, const SimtWarp& s, const u8* pa
       float x[2][4];
       EXL_UNROLL
       for (int place = 0; place < 4; ++place) {
-        const bool real = start + 16 * j + 2 * t + place % 2 + 8 * (place / 2) < length;   // else it may be NaN
+        const bool real = start + 16 * j + 2 * t + place % 2 + 8 * (place / 2) < length;   // beyond `length` it may hold NaN
         const float factor_of_v = kQuantized ? half_of(place < 2 ? scales.x : scales.y, place % 2) : 1.0f;
         EXL_UNROLL
         for (int r = 0; r < 2; ++r) x[r][place] = real ? v_value(v, j, r, place) * factor_of_v : 0.0f;
@@ -183,7 +182,7 @@ EXL_DEVICE void attend_page_simt(SimtSums& sums, const SimtWarp& s, const u8* pa
   __syncwarp();   // the next page writes p
 }
 
-// The same for as many columns as there are.
+// Calls the variant for columns.count columns.
 EXL_DEVICE void attend_page_simt(SimtSums& sums, const SimtWarp& s, const u8* page, int start, const Columns& columns, int length,
                                  int lane, float scale, float softcap) {
   if (columns.count == 1) attend_page_simt<1>(sums, s, page, start, columns, length, lane, scale, softcap);

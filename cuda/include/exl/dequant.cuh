@@ -1,22 +1,24 @@
 #pragma once
 // Codes of 2, 3, 4 and 8 bits -> exact halves (code - zero) in the A operand of mma.m16n8k16.
 //
-// All by one trick: or-ing a code into the mantissa of 1024.0 gives the half 1024 + code, and a code that sits s bits
-// higher gives 1024 + 2^s code, which one fma by 2^-s brings down. Every intermediate is an integer below 2048 times a
+// One trick serves all: or-ing a code into the mantissa of 1024.0 gives the half 1024 + code. A code that sits s bits
+// higher gives 1024 + 2^s code; one fma by 2^-s brings it down. Every intermediate is an integer below 2048 times a
 // power of two, so nothing is ever rounded.
 //
-// A lane's words of one stage, w[0..], hold 64 inputs after 64 inputs (h); inside, j = 0..3 names the mma. A fragment
+// A lane's words of one stage, w[0..], hold blocks h of 64 inputs; within a block, j = 0..3 numbers the mma. A fragment
 // is four pairs: pairs 0 and 2 belong to row g, pairs 1 and 3 to row g + 8 (exl/layout/tiles.py packs them).
 #include <exl/ptx.cuh>
 
 template <int kBits> struct Quant;
 
-// Zero points of rows g and g + 8 in one byte (8 bits: two), as the packer stores them, in both halves of a word (8 bits:
-// the lower one): `zero` spreads them. kKnown: a symmetric matrix's, folded by the compiler, which cannot see into lop3.
+// `zero` takes the zero points of rows g and g + 8 as the packer stores them, in one byte (8-bit codes: two bytes),
+// repeated in both halves of a word (8-bit codes: in the lower half only). It spreads them into the operands of
+// `fragment`. kKnown: the zero points are those of a symmetric matrix, a constant that the compiler folds; it cannot fold
+// lop3.
 template <bool kKnown> EXL_DEVICE u32 spread(u32 zz, u32 mask, u32 more) {
   return kKnown ? (zz & mask) | more : lop3<0xea>(zz, mask, more);
 }
-struct ZeroPair { u32 lo, hi; };   // operands of the subtraction, rows g and g + 8, both halves alike
+struct ZeroPair { u32 lo, hi; };   // operands for rows g and g + 8, the same in both halves
 
 template <> struct Quant<4> {
   static constexpr int kStageK = 128;   // inputs of one stage of the ring

@@ -1,11 +1,11 @@
 #pragma once
-// What happens to finished sums. A lane holds, as in the mma's result, v[0], v[1]: row g of a 16-row tile, tokens 2t and
-// 2t+1 of eight; v[2], v[3]: row g + 8. The choice is made at run time: it is the same for all lanes, once a tile.
+// The epilogue of the linear kernels. A lane holds, as in an mma's result, v[0], v[1]: row g of a 16-row tile, tokens 2t
+// and 2t+1 of eight; v[2], v[3]: row g + 8. The kind is chosen at run time, once per tile and the same for all lanes.
 #include <exl/half.cuh>
 
 constexpr int kStore = 0;      // y = v
 constexpr int kGated = 1;      // y = SiLU(gate) * up: gate in rows 0..7 of each tile, up in rows 8..15
-constexpr int kResidual = 2;   // y += scale * v in f32, with the sum of squares of every tile and token
+constexpr int kResidual = 2;   // y += scale * v in f32, and the new y's sum of squares per tile and token
 constexpr int kHalfOut = 0, kBfloatOut = 1, kFloatOut = 2;
 
 struct Output {
@@ -54,7 +54,7 @@ EXL_DEVICE void add_residual(const float (&v)[4], const Output& out, int tile, i
   }
 }
 
-// All lanes of a warp, for tokens token0 .. token0 + 7.
+// Adds the bias and stores one tile for tokens token0 .. token0 + 7. All lanes of a warp must call it.
 EXL_DEVICE void finish_tile(float (&v)[4], const Output& out, int tile, int num_tiles, int token0, int lane) {
   const int g = lane / 4, t = lane % 4;
   if (out.bias != nullptr) {

@@ -1,6 +1,6 @@
 #pragma once
-// 16-bit floating-point types, named and rounded as in CUDA's own headers, which NVRTC does not carry: exl needs no
-// CUDA toolkit. Storage and conversion only; arithmetic is done in f32, or on pairs by ptx.cuh.
+// 16-bit floating-point types, with the names and rounding of CUDA's own headers. NVRTC does not carry those, and exl
+// needs no CUDA toolkit. Mostly storage and conversion: arithmetic is done in f32, or on pairs by ptx.cuh.
 #include <exl/ptx.cuh>
 
 struct half { u16 bits; };
@@ -33,12 +33,12 @@ EXL_DEVICE bf162 __floats2bfloat162_rn(float x, float y) {
   return bf162{bf16{static_cast<u16>(b)}, bf16{static_cast<u16>(b >> 16)}};
 }
 
-// Activations as f16: what lies beyond its range saturates at +-65504, as an infinity would spread NaN through attention
-// and norms. NaN stays NaN.
+// Conversion of activations to f16: values beyond its range saturate at +-65504, because an infinity would spread NaN
+// through attention and norms. NaN stays NaN.
 EXL_DEVICE u32 saturated_half2(float x, float y) { return finite_f16x2(cvt_f16x2_f32(x, y)); }
 EXL_DEVICE half saturated_half(float f) { return half{static_cast<u16>(finite_f16x2(cvt_f16_f32(f)))}; }
 
-// One name for both types, so that a kernel is written once for either.
+// The same names for all types, so that a kernel is written once.
 EXL_DEVICE float to_float(half h) { return __half2float(h); }
 EXL_DEVICE float to_float(bf16 h) { return __bfloat162float(h); }
 EXL_DEVICE float to_float(float f) { return f; }

@@ -1,6 +1,6 @@
 #pragma once
-// One token's channels of one head, in shared memory, turned by a warp into what attention works with: normalised,
-// rotated by position, rotated by Hadamard, quantized, stored. Lanes own channels lane, lane + 32, ...
+// A warp prepares one head of one token for attention, in shared memory (row f32 [kD]): RMSNorm, RoPE, Hadamard rotation,
+// quantization, store to the page. Lane i owns channels i, i + 32, ...
 //
 // Macros: page.cuh.
 #include <exl/half.cuh>
@@ -29,7 +29,7 @@ EXL_DEVICE void normalise(float* row, const float* weight, float eps, int lane) 
   __syncwarp();
 }
 
-// RoPE, halves apart: channels c and c + half turn by an angle whose cosine and sine are given.
+// RoPE in the half-split layout: channels c and c + half_dim turn by the angle of cosine[c] and sine[c].
 EXL_DEVICE void rotate_by_position(float* row, const float* cosine, const float* sine, int half_dim, int lane) {
   for (int c = lane; c < half_dim; c += 32) {
     const float low = row[c], high = row[c + half_dim];
@@ -39,8 +39,8 @@ EXL_DEVICE void rotate_by_position(float* row, const float* cosine, const float*
   __syncwarp();
 }
 
-// Orthonormal Walsh-Hadamard transform of every run of kRotation channels: its own inverse. In registers: partners
-// within 32 channels are lanes, the others this lane's own.
+// Orthonormal Walsh-Hadamard transform of every run of kRotation channels; it is its own inverse. Done in registers:
+// partners less than 32 channels apart are in other lanes, the others in the same lane.
 EXL_DEVICE void rotate_by_hadamard(float* row, int lane) {
   if (kRotation == 1) return;
   constexpr int kOwn = (kD + 31) / 32;
@@ -71,7 +71,7 @@ EXL_DEVICE void rotate_by_hadamard(float* row, int lane) {
   __syncwarp();
 }
 
-// Of 32 lanes: the value of largest magnitude, of equal ones the first lane's.
+// The value of largest magnitude in the warp, with its sign; ties go to the lowest lane.
 EXL_DEVICE float extreme_of_warp(float x, int lane) {
   EXL_UNROLL
   for (int d = 1; d < 32; d *= 2) {
@@ -82,7 +82,8 @@ EXL_DEVICE float extreme_of_warp(float x, int lane) {
   return x;
 }
 
-// Code of lane's x, plus half its range, and the scale of all 32: docs/memory.md.
+// Quantizes 32 values, one per lane (docs/memory.md). Returns the code of x, made unsigned by adding 2^(kBits - 1), and the
+// group's scale.
 template <int kBits> EXL_DEVICE u32 quantize_lane(float x, half& scale, int lane) {
   const float extreme = extreme_of_warp(x, lane);
   const float wanted = kBits == 8 ? fabsf(extreme) / 127.0f : extreme / -8.0f;
@@ -93,10 +94,10 @@ template <int kBits> EXL_DEVICE u32 quantize_lane(float x, half& scale, int lane
   return static_cast<u32>(static_cast<int>(fminf(fmaxf(code, low), high)) + (1 << (kBits - 1)));
 }
 
-// A token's K (or V) into its page, by stores of bytes (f16: of halves) that belong to it alone.
+// Stores a token's K (or V) row in its page. It writes only bytes (f16: halves) that hold nothing of other tokens.
 template <bool kIsV> EXL_DEVICE void store_row(u8* page, int token, const float* row, int lane) {
   constexpr int kBits = kIsV ? kVBits : kKBits;
-  EXL_NO_UNROLL   // once a token: short code
+  EXL_NO_UNROLL   // runs once per token: keep the code short
   for (int start = 0; start < kD; start += 32) {
     const int channel = start + lane;
     const bool real = channel < kD;

@@ -1,8 +1,8 @@
 #pragma once
-// What the linear kernels share: how K is cut into slices, how slices add up, and the product of one stage. Both
-// kernels issue the same instructions in the same order for a row, so its bits do not depend on which one ran.
+// Shared by the quantized linear kernels: the prefetch of weights and the product of one stage. linear_q and linear_q_wide
+// issue the same instructions in the same order for a row, so its bits do not depend on which of them ran.
 //
-// Macros: tile.cuh; EXL_R row tiles a warp; EXL_STAGES depth of the ring.
+// Macros: tile.cuh; EXL_R: row tiles per warp; EXL_STAGES: depth of the ring.
 #include <exl/half.cuh>
 #include <exl/slices.cuh>
 #include <exl/tile.cuh>
@@ -10,9 +10,9 @@
 constexpr int kR = EXL_R, kStages = EXL_STAGES;
 constexpr u32 kAllLanes = 0xffffffffu;
 
-// acc += one stage of inputs. codes: a lane's words. x0, x1: a lane's 16 bytes of the first and second 32 inputs of
-// each 64, in token row g; the next 8 tokens lie `pitch8` halves further. Groups add up in f32 on their own, and the
-// scale meets their sum.
+// acc += the product of one stage. codes: a lane's words. x0, x1: a lane's 16 bytes of the first and second 32 inputs of
+// each 64, in token row g; the next 8 tokens lie `pitch8` halves further. Each group is summed in f32 on its own; the scale
+// multiplies that sum.
 template <int kNT>
 EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][kLoads * 4],
                                const QParams (&qparams)[kR], const half* x0, const half* x1, int pitch8) {
@@ -51,23 +51,24 @@ EXL_DEVICE void multiply_stage(float (&acc)[kR][kNT][4], const u32 (&codes)[kR][
   }
 }
 
-// A warp's weights on their way: kR row tiles, kStages - 1 stages ahead. A stage's codes, scales and zero points are
-// copied together, so that nothing is waited for that was not asked for as early. A lane reads the codes that it copied
-// itself; scales and zero points it also has from others, which __syncwarp makes visible: no block barrier in the loop.
+// Prefetches a warp's weights: kR row tiles, kStages - 1 stages ahead, in a ring in shared memory. A stage's codes, scales
+// and zero points are in one copy group, so all have the same time to arrive. A lane reads only codes that it copied
+// itself, but also scales and zero points that other lanes copied. __syncwarp makes those visible: the loop needs no block
+// barrier.
 template <bool kAsync> struct WeightRing {
-  static constexpr int kCodeBytes = kR * kLoads * 512;                          // of a stage, by a warp
+  static constexpr int kCodeBytes = kR * kLoads * 512;                          // per stage and warp
   static constexpr int kChunkBytes = kBlockBytes % 16 == 0 ? 16 : 8;            // of one copy of scales and zero points
   static constexpr int kTileChunks = kBlocks * kBlockBytes / kChunkBytes, kChunks = kR * kTileChunks;
-  static constexpr int kCopies = (kChunks + 31) / 32;                           // that a lane makes at most
+  static constexpr int kCopies = (kChunks + 31) / 32;                           // chunks that one lane copies, at most
   static constexpr int kSlotBytes = kCodeBytes + (kChunks * kChunkBytes + 15) / 16 * 16;
   static constexpr int kWarpBytes = kStages * kSlotBytes;                       // of shared memory
 
   const uint4* src[kR];           // this lane's bytes of the stage to fetch next
-  BlockWalk walk[kCopies];        // at the chunk that it copies for its warp
-  u8 *codes_at, *chunks_to;       // in slot 0: its codes; where its chunks go
-  const u8 *scales_at, *zeros_at; // and its rows' scales and zero points
+  BlockWalk walk[kCopies];        // at the chunks that this lane copies for its warp
+  u8 *codes_at, *chunks_to;       // in slot 0: this lane's codes; the destination of its chunks
+  const u8 *scales_at, *zeros_at; // in slot 0: scales and zero points of this lane's rows
   int slot[kStages];
-  int left, chunks_left[kCopies]; // stages from src on; those of which this lane copies a chunk: all or none
+  int left, chunks_left[kCopies]; // stages from src on; of chunk i the same number, or 0 if this lane has no chunk i
   int group_units;
 
   EXL_DEVICE void start(u8* smem, int warp, int lane, const TiledMatrix& m, int tile0, int stage, int last) {
@@ -89,12 +90,12 @@ template <bool kAsync> struct WeightRing {
       walk[i].block += in_tile % (kTileChunks / kBlocks) * kChunkBytes;
     }
   }
-  // slot[0] takes the stage that lies `turn` stages after the first.
+  // Rotates the slots so that slot[0] is that of stage `turn`, counted from the first.
   EXL_DEVICE void turn_to(int turn) {
     EXL_UNROLL
     for (int s = 0; s < kStages; ++s) slot[s] = (s + turn) % kStages * kSlotBytes;
   }
-  // Starts the copies of the next stage, `ahead` stages after src, if there is one.
+  // Starts the copies of the stage `ahead` stages after src, if there is one, to slot[to].
   EXL_DEVICE void fetch(int to, int ahead) {
     EXL_UNROLL
     for (int r = 0; r < kR; ++r)
@@ -131,12 +132,12 @@ template <bool kAsync> struct WeightRing {
     EXL_UNROLL
     for (int i = 0; i < kCopies; ++i) {
       chunks_left[i] -= stages;
-      if (kGroup != 0) walk[i].block += stages * kBlockBytes;   // else fetch counts
+      if (kGroup != 0) walk[i].block += stages * kBlockBytes;   // kGroup == 0: fetch steps the walk
     }
   }
 };
 
-// Without asynchronous copies (below sm_80): one stage ahead, in registers.
+// Without asynchronous copies (below sm_80): prefetches one stage, into registers.
 template <> struct WeightRing<false> {
   static constexpr int kWarpBytes = 0;
 
@@ -194,13 +195,13 @@ template <> struct WeightRing<false> {
   }
 };
 using Ring = WeightRing<kHasCpAsync>;
-constexpr int kAhead = kHasCpAsync ? kStages - 1 : 1;   // stages on their way
+constexpr int kAhead = kHasCpAsync ? kStages - 1 : 1;   // stages in flight
 
-// What a warp multiplies, and its way through it.
+// A warp's weights and the loop that multiplies them.
 struct Weights {
   Ring ring;
 
-  // Everything up to the first product; touches no activations. first, last: the stages of this warp or block.
+  // Starts the first copies; touches no activations. [first, last): the stages of this warp or block.
   EXL_DEVICE void start(u8* smem, int warp, int lane, const TiledMatrix& m, int tile0, int first, int last) {
     ring.start(smem, warp, lane, m, tile0, first, last);
     EXL_UNROLL
@@ -220,8 +221,8 @@ struct Weights {
       EXL_UNROLL
       for (int s = 0; s < kStages; ++s) {
         if (s >= here) break;
-        cp_async_wait_group<kAhead - 1>();   // this lane's copies of stage s have arrived,
-        if constexpr (kHasCpAsync) __syncwarp();   // every lane's have, and all lanes have read the slot that is filled next
+        cp_async_wait_group<kAhead - 1>();   // this lane's copies of stage s have arrived
+        if constexpr (kHasCpAsync) __syncwarp();   // so have every lane's, and all lanes have read the slot that is filled next
         u32 codes[kR][kLoads * 4];
         QParams qparams[kR];
         ring.take(codes, qparams, s);

@@ -1,22 +1,23 @@
 #pragma once
-// A row of logits as the sampler reads it: penalised, as integers in the order of drawing, and as integer weights.
+// How the sampler reads a row of logits: with the repetition penalty applied, as integer keys in the order of drawing, and
+// as integer weights.
 //
-// A weight is exp((logit - largest) / temperature) in units of 2^-44, computed in integers and in f32 operations that
-// IEEE 754 defines: the same on every machine, and sums of weights are exact, so that no order of adding and no number
-// of blocks shows in them. It is less than one unit off: the rounding to whole units is half of one, the exponent's
-// error (see weight_of) 0.19, the polynomial 0.01. 2^19 tokens weigh 2^63 at most.
+// A weight is exp((logit - largest) / temperature) in units of 2^-44, computed with integers and with f32 operations that
+// IEEE 754 defines, so it is the same on every machine. Sums of weights are exact: they depend neither on the order of
+// adding nor on the number of blocks. A weight is less than one unit off: 0.5 by rounding to whole units, 0.19 by the
+// exponent's error (see weight_of), 0.01 by the polynomial. 2^19 tokens weigh at most 2^63.
 #include <exl/platform.cuh>
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kPart = 4096;      // tokens of a row that one block reads: a constant, so that the grid is V's alone
+constexpr int kPart = 4096;      // tokens of a row that one block reads: a constant, so that the grid depends only on R and V
 constexpr int kIdBits = 19;      // V is at most 2^19
 constexpr u32 kMaxId = (1u << kIdBits) - 1;
 constexpr int kUnitBits = 44;
-constexpr float kOctaves = 45.0f;   // 2^-45 and less weigh nothing
+constexpr float kOctaves = 45.0f;   // 2^-45 and less has weight 0
 
 // ---- order ---------------------------------------------------------------------------------------------------------
 
-// Keys are ordered as the logits are; -0 and 0 are equal, and every NaN is above all.
+// Keys have the order of the logits. -0 and 0 have the same key; NaN has the highest key.
 constexpr u32 kKeyMinusInfinity = 0x007fffffu, kKeyInfinity = 0xff800000u, kKeyNan = 0xffffffffu;
 
 EXL_DEVICE u32 key_of(float v) {
@@ -27,7 +28,7 @@ EXL_DEVICE u32 key_of(float v) {
 }
 EXL_DEVICE float value_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
-// Rises in the order of drawing: falling logits, equals by rising id.
+// Position in the order of drawing, as a sortable integer: descending logits, ties by lower id.
 EXL_DEVICE u64 order_of(u32 key, u32 id) { return (static_cast<u64>(~key) << kIdBits) | id; }
 EXL_DEVICE u32 key_in(u64 order) { return ~static_cast<u32>(order >> kIdBits); }
 
@@ -35,7 +36,7 @@ EXL_DEVICE u32 key_in(u64 order) { return ~static_cast<u32>(order >> kIdBits); }
 
 struct Row {
   const float* logits;
-  const u32* seen;   // a bit for each token from seen_start on; null: nothing is penalised
+  const u32* seen;   // one bit per token from seen_start on, set if penalised; null: no penalty
   int seen_start, V;
   float penalty;
 };
@@ -47,8 +48,8 @@ EXL_DEVICE float penalised(const Row& row, float v, int id) {
   return v < 0.0f ? v * row.penalty : v / row.penalty;
 }
 
-// visit(id, logit) for the tokens [start, stop) of the row, spread over the block's threads, kQuads loads of 16 bytes on
-// their way in each. Rows of an odd V begin anywhere: a quad at either end is read one by one.
+// Calls visit(id, logit) for the tokens [start, stop) of the row, spread over the block's threads, with kQuads 16-byte loads
+// in flight per thread. If V % 4 != 0, rows are not aligned to 16 bytes: a partial quad at either end is read by element.
 template <int kQuads, class Visit> EXL_DEVICE void for_each(const Row& row, int start, int stop, Visit visit) {
   const int shift = static_cast<int>(reinterpret_cast<size_t>(row.logits) / 4 % 4);   // quad q begins with token 4 q - shift
   const int end = (stop + shift + 3) / 4;
@@ -89,11 +90,13 @@ struct Scale {
   float hi, lo;    // log2(e) / temperature = hi + lo
 };
 
-// How many octaves below the largest logit, rounded: never falls where the logit falls. Infinite for a forbidden token.
+// log2 of the largest weight over this token's, rounded. Monotone: a lower logit never gives fewer octaves. Infinite for a
+// forbidden token.
 EXL_DEVICE float octaves_of(const Scale& s, float v) { return (s.top - v) * s.hi; }
 
-// 2^(44 - y) to the nearest integer, y = (top - v) (hi + lo) as a sum of two floats: off by 2^-45 y at most (2^-49 y for
-// lo's end, 2^-48 y for the product that is left out, 2^-47 y and 1.5 * 2^-47 y for the roundings of the last two fmaf).
+// 2^(44 - y) to the nearest integer, with y = (top - v) (hi + lo) as a sum of two floats. y is off by at most 2^-45 y:
+// 2^-49 y because lo is rounded, 2^-48 y for the product rest * lo that is left out, 2^-47 y and 1.5 * 2^-47 y for the
+// roundings of the last two fmaf.
 EXL_DEVICE u64 weight_of(const Scale& s, float v) {
   const float p = octaves_of(s, v);
   if (!(p < kOctaves)) return 0;
@@ -105,8 +108,8 @@ EXL_DEVICE u64 weight_of(const Scale& s, float v) {
   const i64 y = static_cast<i64>(p * 0x1p57f) + static_cast<i64>(e * 0x1p57f);
   const int whole = static_cast<int>(y >> 57);
   if (whole > kUnitBits) return 0;
-  const u64 f = static_cast<u64>(y) << 7;   // the fraction, times 2^64
-  // 2^-f = 1 - f (c1 - f (c2 - ...)): interpolated at Chebyshev's points on [0, 1], off by 2^-50.5 at most; exact at 0.
+  const u64 f = static_cast<u64>(y) << 7;   // fraction of y, times 2^64
+  // 2^-f = 1 - f (c1 - f (c2 - ...)), interpolated at the Chebyshev nodes of [0, 1]: off by at most 2^-50.5, exact at 0.
   u64 c = 0x162bc56dc1ull;
   c = 0x1a4ceed1065ull - mul_high(f, c);
   c = 0x16194fd835a9ull - mul_high(f, c);

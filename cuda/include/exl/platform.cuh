@@ -1,14 +1,14 @@
 #pragma once
-// Which compiler is reading: the only file that knows. NVRTC compiles for the GPU; under EXL_HOST g++ reads the same
-// sources through the test shim, where every lane is a fiber. Kernels use the names below and never ask.
+// The only file that depends on the compiler. NVRTC compiles for the GPU; with EXL_HOST defined, g++ compiles the same
+// sources against the test shim, where every lane is a fiber. Kernels use the names below for both.
 //
 //   EXL_ARCH                              compute capability: 86 for 8.6
 //   EXL_DEVICE                            before a function that kernels call; always inlined
-//   EXL_KERNEL(name, threads, min_blocks) before a kernel's parameter list; a block has `threads` threads at most
-//   EXL_DYNAMIC_SMEM(T, name)             T* name = the block's shared memory, aligned to 16 bytes; static shared
-//                                         memory is not used: one plan of the bytes, in one place
+//   EXL_KERNEL(name, threads, min_blocks) before a kernel's parameter list; a block has at most `threads` threads
+//   EXL_DYNAMIC_SMEM(T, name)             T* name = the block's shared memory, aligned to 16 bytes. Static shared memory
+//                                         is not used, so that all bytes are planned in one place
 //   EXL_UNROLL                            before a loop that must be unrolled: its body indexes registers
-//   EXL_NO_UNROLL                         before a loop that must stay one: unrolled, it would take too many registers
+//   EXL_NO_UNROLL                         before a loop that must not be unrolled: it would take too many registers
 //   u8 u16 u32 u64, i8 i32 i64            NVRTC has no <cstdint>
 
 using u8 = unsigned char;

@@ -1,5 +1,5 @@
 #pragma once
-// PTX instructions that CUDA C++ cannot say, or not well. The only file with `asm` and with tests of the architecture:
+// PTX instructions that CUDA C++ cannot express, or not well. The only file with `asm` and with tests of the architecture:
 // each wrapper is named after its instruction and holds its own fallback. Reference: "Parallel Thread Execution ISA".
 // Under EXL_HOST the same names are emulated from the lane maps of that document (tests/host).
 //
@@ -7,7 +7,7 @@
 #include <exl/platform.cuh>
 
 constexpr bool kHasMma = EXL_ARCH >= 75;         // mma with f16 inputs, ldmatrix, movmatrix
-constexpr bool kHasCpAsync = EXL_ARCH >= 80;     // else cp_async_* are plain copies: prefetch by registers there
+constexpr bool kHasCpAsync = EXL_ARCH >= 80;     // below, cp_async_* are plain copies: prefetch into registers instead
 constexpr bool kHasBf16Mma = EXL_ARCH >= 80;     // mma with bf16 inputs
 constexpr bool kHasGridControl = EXL_ARCH >= 90; // programmatic dependent launch
 
@@ -22,16 +22,16 @@ struct FragC { float r[4]; }; // 16 x 8: r[0], r[1] row g, columns 2t, 2t+1; r[2
 
 // ---- bits ----------------------------------------------------------------------------------------------------------
 
-// Any function of three bits, 32 at a time: bit i of the result is bit (4 a_i + 2 b_i + c_i) of kTable. One
-// instruction for what C++ may spend two on. Write the table as the function of 0xf0, 0xcc, 0xaa: (a & b) | c is 0xea.
+// Any bitwise function of three words: bit i of the result is bit (4 a_i + 2 b_i + c_i) of kTable. One instruction, for
+// which a compiler may emit two. kTable is the function applied to 0xf0, 0xcc, 0xaa: (a & b) | c is 0xea.
 template <u32 kTable> EXL_DEVICE u32 lop3(u32 a, u32 b, u32 c) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
   return d;
 }
 
-// Four bytes picked from the eight of {b, a} (b high): nibble i of `selector` names the source of byte i, its bit 3
-// spreads that byte's sign. Widens bytes to halves in one instruction.
+// Picks four bytes from the eight of {b, a} (b high): nibble i of `selector` is the source of byte i; if its bit 3 is set,
+// that byte's sign bit fills the byte. Widens bytes to halves in one instruction.
 EXL_DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   u32 d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
@@ -134,7 +134,7 @@ EXL_DEVICE void mma_m16n8k8(FragC& d, u32 a0, u32 a1, u32 b0) {
                : "+f"(d.r[0]), "+f"(d.r[1]), "+f"(d.r[2]), "+f"(d.r[3])
                : "r"(a0), "r"(a1), "r"(b0));
 #else
-  __trap();   // no such unit: kernels ask kHasMma
+  __trap();   // no tensor cores: kernels must test kHasMma
 #endif
 }
 
@@ -165,11 +165,11 @@ EXL_DEVICE void mma_m16n8k16_bf16(FragC& d, const FragA& a, const FragB& b) {
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
-// Address of shared memory as PTX wants it: a 32-bit offset in its own space.
+// Shared-memory address for PTX: a 32-bit offset in the shared space.
 EXL_DEVICE u32 smem_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // 8x8 matrices of 16-bit elements from shared memory into fragment order: lane l's `row` is the 16-byte row l % 8 of
-// matrix l / 8 (x1: lanes 0..7 count, x2: 0..15, x4: all). Lane 4 g + t gets elements (g, 2t), (g, 2t+1) of each
+// matrix l / 8 (x1 uses the rows of lanes 0..7, x2 of 0..15, x4 of all). Lane 4 g + t gets elements (g, 2t), (g, 2t+1) of each
 // matrix; with _trans (2t, g), (2t+1, g). Rows are aligned to 16 bytes. Does not order memory: __syncwarp first.
 EXL_DEVICE u32 ldmatrix_x1(const void* row) {
   u32 r = 0;
@@ -244,9 +244,9 @@ EXL_DEVICE u32 movmatrix_trans(u32 a) {
 
 // ---- asynchronous copies, global to shared -------------------------------------------------------------------------
 
-// Starts a copy of 16 (8, 4) bytes, both addresses aligned to that. Bytes are there for this lane after
-// cp_async_wait_group, for other lanes after a barrier on top. The first `src_bytes` are read, zeros fill the rest: 0
-// reads nothing, but `src` must still be a valid address. Below sm_80 the copy is done at once.
+// Starts a copy of 16 (8, 4) bytes; both addresses are aligned to that size. The bytes are visible to this lane after
+// cp_async_wait_group, to other lanes after a barrier following it. `src_bytes` bytes are read, zeros fill the rest; with 0
+// nothing is read, but `src` must still be a valid address. Below sm_80 the copy is done at once.
 EXL_DEVICE void cp_async_16(void* dst, const void* src, u32 src_bytes = 16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -287,7 +287,7 @@ EXL_DEVICE void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most kPending of this lane's newest groups are still on their way.
+// Waits until at most the kPending newest groups of this lane are still pending.
 template <int kPending> EXL_DEVICE void cp_async_wait_group() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
@@ -296,8 +296,8 @@ template <int kPending> EXL_DEVICE void cp_async_wait_group() {
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 
-// Loads of the model's constants, which no launch writes, and which no one reads again soon: kept out of L1 where the
-// instruction knows how (sm_70 and up). The compiler may move them anywhere, above griddepcontrol_wait too.
+// Loads of the model's weights, which no launch writes and which are not reused soon: they bypass L1 if the instruction
+// can (sm_70 and up). The compiler may move them anywhere, even above griddepcontrol_wait.
 #if __CUDA_ARCH__ >= 700
 #define EXL_LD_NC "ld.global.nc.L1::no_allocate"
 #else
@@ -323,16 +323,16 @@ EXL_DEVICE uint4 ld_global_nc_u32x4(const void* p) {
 
 // ---- programmatic dependent launch ---------------------------------------------------------------------------------
 
-// Waits until the kernels that this one depends on have finished and their writes are seen. Before it, touch only what
-// no earlier launch of the chain writes: weights. Parameters that point to anything else are not __restrict__: a const
-// one is read like ld_global_nc, which the compiler may move above the wait. tests/compile/test_dependence.py looks at
-// the machine code. Nothing to wait for below sm_90, or in a plain launch.
+// Waits until the kernels that this one depends on have finished and their writes are visible. Before it, touch only what
+// no earlier launch of the chain writes: weights. Pointers to anything else must not be __restrict__: a const __restrict__
+// pointer is read like ld_global_nc, which the compiler may move above the wait. tests/compile/test_dependence.py checks
+// the machine code. Does nothing below sm_90 or in a plain launch.
 EXL_DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the next kernel of the chain start: its blocks take the room that this one's blocks leave.
+// Lets the next kernel of the chain start: its blocks use multiprocessors as this kernel's blocks leave them free.
 EXL_DEVICE void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,5 +1,5 @@
 #pragma once
-// One matrix in 16-row tiles, as exl/layout/tiles.py packs it: sizes of a stage, its scales and its zero points.
+// A quantized matrix in 16-row tiles, as exl/layout/tiles.py packs it: where each stage's codes, scales and zero points are.
 //
 // Macros: EXL_BITS 2|3|4|8; EXL_GROUP 32|64|128, or 0: any multiple of 128, or all of K; EXL_SYM 1: every zero point
 // is 2^(bits-1) and none are stored; EXL_SCALE 0|1|2: scales are f16, bf16 or f32.
@@ -10,34 +10,34 @@ using Q = Quant<EXL_BITS>;
 constexpr int kBits = EXL_BITS, kGroup = EXL_GROUP;
 constexpr bool kSymmetric = EXL_SYM;
 constexpr int kStageK = Q::kStageK;
-constexpr int kLoads = kStageK * kBits * 16 / 8 / 512;             // 16-byte loads a lane and row tile, a stage
-constexpr int kUnitK = kGroup == 0 ? 128 : kGroup;                 // inputs between two uses of a scale
+constexpr int kLoads = kStageK * kBits * 16 / 8 / 512;             // 16-byte loads per lane, row tile and stage
+constexpr int kUnitK = kGroup == 0 ? 128 : kGroup;                 // a unit: inputs summed before a scale is applied
 constexpr int kUnits = kStageK / kUnitK;
 
 // A block of `qparams`: scales [8 (g)][units][row g, row g + 8], then zero points [8 (g)][units], of all groups of a stage;
 // EXL_GROUP 0: of one group.
 constexpr int kScaleBytes = EXL_SCALE == 2 ? 4 : 2;
-constexpr int kZeroBytes = kBits == 8 ? 2 : 1;                     // of rows g and g + 8 together
+constexpr int kZeroBytes = kBits == 8 ? 2 : 1;                     // per unit, rows g and g + 8 together
 constexpr int kBlockUnits = kGroup == 0 ? 1 : kUnits;
-constexpr int kBlocks = kUnits / kBlockUnits;                      // that a stage reads
+constexpr int kBlocks = kUnits / kBlockUnits;                      // blocks that a stage reads
 constexpr int kRowScales = kBlockUnits * 2 * kScaleBytes, kRowZeros = kSymmetric ? 0 : kBlockUnits * kZeroBytes;   // bytes
 constexpr int kBlockBytes = 8 * (kRowScales + kRowZeros);
 
-// Where a matrix lies. codes: u32 [tiles][stages][kLoads][32 lanes][4]; qparams: u8 [tiles][num_blocks][kBlockBytes].
+// A matrix in device memory. codes: u32 [tiles][stages][kLoads][32 lanes][4]; qparams: u8 [tiles][num_blocks][kBlockBytes].
 struct TiledMatrix {
   const u32* codes;
   const u8* qparams;
   int num_tiles, num_stages, num_blocks;
-  int group_units;     // EXL_GROUP 0: stretches of 128 inputs a group
+  int group_units;     // EXL_GROUP 0: group size / 128
 
-  // Past the last tile: the last one again, a copy that is not stored.
+  // Past the last tile: the last one, whose repeated result is not stored.
   EXL_DEVICE size_t tile_of(int tile) const { return static_cast<size_t>(tile < num_tiles ? tile : num_tiles - 1); }
   EXL_DEVICE const uint4* codes_of(int tile, int stage) const {
     return reinterpret_cast<const uint4*>(codes) + (tile_of(tile) * num_stages + stage) * (kLoads * 32);
   }
 };
 
-// Which of a tile's blocks a stage reads, stage after stage: `which` is 0, or for EXL_GROUP 0 up to kBlocks - 1.
+// Walks through the blocks of a tile's qparams, one stage per step. `which`: of the kBlocks blocks that a stage reads.
 struct BlockWalk {
   const u8* block;
   int left;            // EXL_GROUP 0: units until the next group
@@ -47,7 +47,7 @@ struct BlockWalk {
     block = m.qparams + (m.tile_of(tile) * m.num_blocks + at) * kBlockBytes;
     left = kGroup == 0 ? m.group_units - unit % m.group_units : 0;
   }
-  EXL_DEVICE void step(int group_units) {   // a group of several units is longer than a stage, or there is one stage
+  EXL_DEVICE void step(int group_units) {   // at most one border per step: group_units >= kUnits, or K is one stage
     if (kGroup != 0) {
       block += kBlockBytes;
     } else if ((left -= kUnits) <= 0) {
@@ -71,12 +71,12 @@ template <int kBytes> EXL_DEVICE void read_words(u32* to, const u8* from) {
   }
 }
 
-// Scales and zero points of one stage for rows g and g + 8.
+// Scales and zero points of one stage for a lane's rows g and g + 8.
 struct QParams {
-  static constexpr int kScaleWords = kRowScales / 4, kZeroWords = kRowZeros < 4 ? 1 : kRowZeros / 4;   // of a block
+  static constexpr int kScaleWords = kRowScales / 4, kZeroWords = kRowZeros < 4 ? 1 : kRowZeros / 4;   // per block
   u32 scales[kBlocks * kScaleWords], zeros[kBlocks * kZeroWords];
 
-  // The parts of block `which` that belong to a lane's rows.
+  // Reads the parts of block `which` that belong to the lane's rows.
   EXL_DEVICE void read(int which, const u8* row_scales, const u8* row_zeros) {
     read_words<kRowScales>(scales + which * kScaleWords, row_scales);
     if constexpr (!kSymmetric) read_words<kRowZeros>(zeros + which * kZeroWords, row_zeros);
@@ -84,7 +84,7 @@ struct QParams {
   EXL_DEVICE void read_block(int which, const u8* block, int g) {
     read(which, block + g * kRowScales, block + 8 * kRowScales + g * kRowZeros);
   }
-  // [row g, row g + 8] of one unit, exact in f32.
+  // Scales [row g, row g + 8] of one unit, exact in f32.
   EXL_DEVICE float2 scale(int unit) const {
     if constexpr (EXL_SCALE == 2) return make_float2(__uint_as_float(scales[unit * 2]), __uint_as_float(scales[unit * 2 + 1]));
     const u32 both = scales[unit];

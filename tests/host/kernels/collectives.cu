@@ -1,4 +1,4 @@
-// Warp-wide instructions, one launch each, results for every lane. Test: tests/kernels/test_shim_instructions.py
+// Warp-wide instructions, one per launch, with the results of every lane. Test: tests/kernels/test_shim_instructions.py
 #include <exl/half.cuh>
 
 #ifndef EXL_KIND
@@ -53,7 +53,7 @@ EXL_KERNEL(shuffles, 64, 1)(const u32* in, u32* out, int operand, int width) {
   r[5] = static_cast<u32>(__shfl_xor_sync(~0u, wide, 1));
   r[6] = __float_as_uint(__shfl_down_sync(~0u, __uint_as_float(v), 16));
   r[7] = 0;
-  if (i % 32 < 8) r[7] = __shfl_xor_sync(0xffu, v, 4);   // a part of the warp
+  if (i % 32 < 8) r[7] = __shfl_xor_sync(0xffu, v, 4);   // only part of the warp
 }
 
 // in u32 [64]; out u32 [64][14]; sm_80 and up. The last warp is not full when the block has 48 threads.
@@ -77,10 +77,10 @@ EXL_KERNEL(votes, 64, 1)(const u32* in, u32* out) {
   r[10] = __syncthreads_count(v & 1);
   r[11] = __syncthreads_or(v == 7);
   r[12] = __syncthreads_and(v < 8);
-  r[13] = __activemask() >> (i % 32) & 1;   // all that is promised: the caller itself
+  r[13] = __activemask() >> (i % 32) & 1;   // only the caller's own bit is promised
 }
 
-// slots i32 [8] in shared memory, one operation each from 64 threads; old values of thread i in out i32 [64][8].
+// slots i32 [8] in shared memory; each of 64 threads does one operation per slot. out i32 [64][8]: old values per thread.
 EXL_KERNEL(atomics, 64, 1)(const int* in, int* result, int* old) {
   EXL_DYNAMIC_SMEM(int, slots);
   const int i = threadIdx.x;
@@ -99,7 +99,7 @@ EXL_KERNEL(atomics, 64, 1)(const int* in, int* result, int* old) {
   if (i < 8) result[i] = slots[i];
 }
 
-// The last block to arrive adds up what all blocks wrote, in the order of their indices: partials f32 [blocks].
+// The last block to arrive adds the values of all blocks in index order: partials f32 [blocks].
 EXL_KERNEL(last_block, 32, 1)(const float* x, float* partials, u32* counter, float* y) {
   EXL_DYNAMIC_SMEM(u32, ticket);
   const int lane = threadIdx.x;
@@ -121,7 +121,7 @@ EXL_KERNEL(last_block, 32, 1)(const float* x, float* partials, u32* counter, flo
   }
 }
 
-// Which thread ran when: order i32 [blocks * threads], by a counter.
+// The order in which threads ran, by a counter: order i32 [blocks * threads].
 EXL_KERNEL(schedule, 64, 1)(int* counter, int* order) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   order[atomicAdd(counter, 1)] = i;

@@ -1,4 +1,4 @@
-// Kernels of a dependent chain that do right, and wrong: tests/compile/test_dependence.py finds each fault in their PTX
+// Kernels of a dependent chain, some correct, some faulty: tests/compile/test_dependence.py finds each fault in their PTX
 // and machine code. Parameters are named as exl's own: w is a constant, x, ids and y are written by launches.
 #include <exl/ptx.cuh>
 
@@ -28,7 +28,7 @@ EXL_KERNEL(read_as_constant, 128, 1)(const u32* __restrict__ w, const u32* x, co
   if (i < n) y[i] = w[i * stride] + ld_global_nc_u32(x + ids[i]);
 }
 
-// Of two buffers, and by way of one of their addresses in shared memory, a wait in one of two branches.
+// An address in one of two buffers; below, an address that is kept in shared memory.
 EXL_KERNEL(either_as_constant, 128, 1)(const u32* __restrict__ w, const u32* x, const i32* ids, u32* y, i64 stride, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   griddepcontrol_wait();

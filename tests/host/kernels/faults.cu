@@ -1,5 +1,5 @@
-// Small kernels with one planted fault each: right with EXL_FAULT=0, wrong with 1 (and 2, ...). The shim must pass the
-// one and stop the other. All: one block of 64 threads unless said otherwise, x and y f32 [64].
+// Small kernels, each correct with EXL_FAULT=0 and with a planted fault with 1 (and 2, ...). The shim must pass the correct
+// ones and stop the others. One block of 64 threads unless noted; x and y are f32 [64].
 // Tests: tests/kernels/test_shim_faults.py.
 #include <exl/half.cuh>
 
@@ -8,7 +8,7 @@
 #endif
 constexpr int kFault = EXL_FAULT;
 
-// y[i] = x[i ^ 32]. Fault: no barrier between reading and writing again; what is written again are the same values.
+// y[i] = x[i ^ 32]. Fault: no barrier between a read and the next write, although that writes the same values.
 EXL_KERNEL(removed_barrier, 64, 1)(const float* x, float* y) {
   EXL_DYNAMIC_SMEM(float, buffer);
   const int i = threadIdx.x;
@@ -28,7 +28,7 @@ EXL_KERNEL(missing_barrier, 64, 1)(const float* x, float* y) {
   y[i] = buffer[i ^ 32];
 }
 
-// y[i] = x[i ^ 1] within warps. Fault 1: nothing orders the two; 2: a shuffle stands there, which orders nothing; 3: a
+// y[i] = x[i ^ 1] within warps. Fault 1: nothing orders write and read; 2: only a shuffle, which orders nothing; 3: a
 // __syncwarp of the even lanes and one of the odd lanes, which order each among themselves.
 EXL_KERNEL(missing_syncwarp, 64, 1)(const float* x, float* y) {
   EXL_DYNAMIC_SMEM(float, buffer);
@@ -40,7 +40,7 @@ EXL_KERNEL(missing_syncwarp, 64, 1)(const float* x, float* y) {
   y[i] = buffer[i ^ 1];
 }
 
-// y[i] = x[i ^ 2] with pairs of lanes two apart. Right: each __syncwarp names the four lanes that exchange.
+// y[i] = x[i ^ 2] with pairs of lanes two apart. Correct: each __syncwarp names the four lanes that exchange.
 EXL_KERNEL(partial_syncwarp, 64, 1)(const float* x, float* y) {
   EXL_DYNAMIC_SMEM(float, buffer);
   const int i = threadIdx.x, lane = i % 32;
@@ -49,7 +49,7 @@ EXL_KERNEL(partial_syncwarp, 64, 1)(const float* x, float* y) {
   y[i] = buffer[kFault ? i ^ 4 : i ^ 2];
 }
 
-// y = x through shared memory; each lane copies 16 bytes of its own. Fault 1: no wait; 2: waits for all but the newest
+// y = x through shared memory; each lane copies its own 16 bytes. Fault 1: no wait; 2: waits for all but the newest
 // group, and reads the newest; 3: committed too late; 4: a neighbour's bytes, with no barrier after the wait.
 EXL_KERNEL(wait_count, 16, 1)(const float* x, float* y) {
   EXL_DYNAMIC_SMEM(float4, buffer);
@@ -88,7 +88,7 @@ EXL_KERNEL(zero_fill, 16, 1)(const float* x, float* y, int valid) {
   y[128 + i] = buffer[128 + i];
 }
 
-// The source of a copy changes while the copy is on its way.
+// The source of a copy changes while the copy is in flight.
 EXL_KERNEL(changing_source, 16, 1)(float* x, float* y) {
   EXL_DYNAMIC_SMEM(float4, buffer);
   const int i = threadIdx.x;
@@ -139,7 +139,7 @@ EXL_KERNEL(divergent_barrier, 64, 1)(const float* x, float* y) {
   y[i] = x[i];
 }
 
-// y = x plus shared memory that no one has written, times zero.
+// y = x plus zero times shared memory that was never written.
 EXL_KERNEL(never_written, 64, 1)(const float* x, float* y) {
   EXL_DYNAMIC_SMEM(float, buffer);
   const int i = threadIdx.x;
@@ -174,7 +174,7 @@ EXL_KERNEL(collective_sites, 64, 1)(const float* x, float* y) {
   y[i] = v;
 }
 
-// y = x, with behaviour that C++ leaves undefined: 1 a misaligned vector, 2 a signed overflow, 3 a shift by 32, 4 a
+// y = x, with undefined behaviour of C++: 1 a misaligned vector, 2 a signed overflow, 3 a shift by 32, 4 a
 // local array's end, 5 a float beyond int, 6 a division by zero.
 EXL_KERNEL(undefined, 64, 1)(const float* x, float* y, int n) {
   const int i = threadIdx.x;
@@ -190,7 +190,7 @@ EXL_KERNEL(undefined, 64, 1)(const float* x, float* y, int n) {
   y[i] = x[i] + (v == 12345 ? local[i % 8] : 0.0f);
 }
 
-// y = x. Fault: writes to what it declares const.
+// y = x. Fault: writes to memory that it declares const.
 EXL_KERNEL(const_write, 64, 1)(const float* x, float* y) {
   const int i = threadIdx.x;
   if (kFault) const_cast<float*>(x)[i] = 0.0f;
@@ -205,7 +205,7 @@ EXL_KERNEL(wild_pointer, 64, 1)(const float* x, float* y) {
   y[i] = x[i];
 }
 
-// y = x * w, where w are weights and x comes from the launch before. Fault: x is read before griddepcontrol.wait.
+// y = x * w: w are weights, x is written by the previous launch. Fault: x is read before griddepcontrol.wait.
 EXL_KERNEL(early_read, 64, 1)(const float* x, const float* w, float* y) {
   const int i = threadIdx.x;
   const float weight = w[i];
@@ -218,7 +218,7 @@ EXL_KERNEL(early_read, 64, 1)(const float* x, const float* w, float* y) {
 }
 
 // y = x through every kind of object that kernels keep in shared memory: halves by value, pairs, vectors, a structure of
-// 24 bytes. Fault k: no barrier before the k-th of them is read by another warp; the values come from a copy of it.
+// 24 bytes. Fault k: no barrier before another warp reads the k-th of them; the values come from a copy of it.
 struct Record { float v[6]; };
 template <class T> EXL_DEVICE T passed_on(T v) { return v; }
 EXL_KERNEL(exchanged_objects, 64, 1)(const float* x, float* y) {
@@ -244,7 +244,7 @@ EXL_KERNEL(exchanged_objects, 64, 1)(const float* x, float* y) {
   y[i] = record.v[5] == vector.y && h == p ? record.v[5] : 0.0f;
 }
 
-// Counts in shared and global memory. Fault: plain additions beside the atomic ones.
+// Counts in shared and global memory. Fault: plain additions besides the atomic ones.
 EXL_KERNEL(mixed_atomics, 64, 1)(int* total, int* y) {
   EXL_DYNAMIC_SMEM(int, count);
   const int i = threadIdx.x;

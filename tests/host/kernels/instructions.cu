@@ -1,4 +1,4 @@
-// Every wrapper of ptx.cuh and half.cuh once. Tests: tests/compile/test_nvrtc.py compiles it for every architecture,
+// Calls every wrapper of ptx.cuh and half.cuh once. Tests: tests/compile/test_nvrtc.py compiles it for every architecture,
 // tests/compile/test_ptx_text.py evaluates the scalar ones from their PTX, tests/kernels/test_shim_instructions.py runs
 // the collective ones.
 #include <exl/half.cuh>
@@ -31,7 +31,7 @@ EXL_KERNEL(scalar_instructions, 32, 1)(const u32* in, u32* out) {
   r[18] = finite_f16x2(a);
 }
 
-// The rest, for the compiler alone.
+// The other wrappers, only to be compiled.
 EXL_KERNEL(every_instruction, 32, 1)(const u32* in, u32* out, float* sums) {
   EXL_DYNAMIC_SMEM(uint4, buffer);
   const int i = threadIdx.x;

@@ -1,9 +1,9 @@
-// Kernels whose use of registers and memory is known. Tests: tests/compile
+// Kernels with known use of registers and memory. Tests: tests/compile
 #include <exl/ptx.cuh>
 
 EXL_KERNEL(plain, 32, 1)(float* y) { y[threadIdx.x] = 1.0f; }
 
-// 64 values a thread live across a loop, in at most 64 registers: what 1,024 threads a block leave.
+// 64 values per thread live across a loop, but 1,024 threads per block leave at most 64 registers: it must spill.
 EXL_KERNEL(spilling, 1024, 1)(float* y, int n) {
   float v[64];
   EXL_UNROLL
@@ -25,7 +25,7 @@ EXL_KERNEL(with_static_shared, 256, 1)(float* y) {
 }
 #endif
 
-// Two mma in the only loop of tensor-core work, after a loop without any.
+// A loop with two mma, after a loop without any.
 EXL_KERNEL(mma_loop, 32, 1)(const u32* x, float* y, int n) {
   FragC d{};
   u32 sum = 0;

@@ -1,5 +1,5 @@
 #pragma once
-// Where g++ -fsanitize=address would report an error through libasan, the launch ends instead, with the lane that made
+// Errors that g++ -fsanitize=address would report through libasan end the launch instead, naming the lane that made
 // the access. libasan keeps the shadow memory and does the poisoning.
 
 namespace exl_host {

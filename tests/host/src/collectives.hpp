@@ -1,5 +1,5 @@
 #pragma once
-// Warp-wide instructions: a lane leaves its operands and sleeps; the last one to arrive computes for all.
+// Warp-wide instructions: a lane stores its operands and sleeps; the last lane to arrive computes for all.
 #include "numbers.hpp"
 #include "scheduler.hpp"
 
@@ -13,7 +13,7 @@ inline const char* op_name(Op op) {
 
 // ---- the instructions, from the lane maps of the PTX ISA -----------------------------------------------------------
 
-// Tensor cores cut their sums off instead of rounding (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
+// Tensor cores truncate their sums instead of rounding (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
 inline float toward_zero(double d) {
   float f = static_cast<float>(d);
   if (__builtin_isnan(f)) return __builtin_nanf("");
@@ -30,7 +30,7 @@ inline float toward_zero(double d) {
 // B [K, 8] row 2 (l % 4) + e % 2 + 8 (e / 2), column l / 4; C [16, 8] row l / 4 + 8 (e / 2), column 2 (l % 4) + e % 2.
 inline void mma(Lane* warp, uint32_t kind) {
   const int depth = kind == 2 ? 8 : 16;
-  const int step = EXL_ARCH < 80 ? 4 : EXL_ARCH < 90 ? 8 : 16;  // products that one step of the hardware adds up
+  const int step = EXL_ARCH < 80 ? 4 : EXL_ARCH < 90 ? 8 : 16;  // products added in one step of the hardware
   float a[16][16], b[16][8];
   for (int l = 0; l < 32; ++l) {
     uint16_t h[12];
@@ -61,7 +61,7 @@ inline void mma(Lane* warp, uint32_t kind) {
   }
 }
 
-// Lane l gets two elements of each matrix; it is a read by that lane, wherever the address came from.
+// Lane l gets two elements of each matrix. This counts as a read by lane l, whichever lane gave the address.
 inline void ldmatrix(Lane* warp, uint32_t first_lane, uint32_t count, bool transposed) {
   for (uint32_t m = 0; m < count; ++m) {
     for (uint32_t r = 0; r < 8; ++r) {
@@ -178,7 +178,7 @@ inline void complete(uint32_t warp_idx, Op op, uint32_t mask, uint32_t mode, uin
   }
 }
 
-// Lanes of one warp that wait at the same instruction under the same mask.
+// The lanes of one warp that wait at the same instruction with the same mask.
 struct Group {
   Op op;
   uint32_t mode, width, mask, arrived;
@@ -189,11 +189,11 @@ inline uint32_t num_groups[kMaxWarps];
 
 inline void clear_groups() { memset(num_groups, 0, sizeof num_groups); }
 
-// The group that waits for this lane; fails if the lane is somewhere else while both wait for each other.
+// The group that waits for this lane. Fails if the lane waits elsewhere for a lane of that group.
 inline Group* find_group(uint32_t warp_idx, uint32_t self, const Group& mine) {
   for (uint32_t i = 0; i < num_groups[warp_idx]; ++i) {
     Group& group = groups[warp_idx][i];
-    if (!(group.mask >> self & 1) || !(mine.mask & group.arrived)) continue;  // it may come there yet
+    if (!(group.mask >> self & 1) || !(mine.mask & group.arrived)) continue;  // it may still get there
     const uint32_t other = static_cast<uint32_t>(__builtin_ctz(group.arrived));
     if (group.op != mine.op || group.site != mine.site)
       fail(mine.site, group.site,
@@ -214,7 +214,7 @@ inline void collective(Op op, uint32_t mask, uint32_t mode, uint32_t width, void
   const uint32_t warp_idx = current / kWarp, self = current % kWarp, bit = 1u << self;
   ++stats.collectives;
   lanes[current].site = site;
-  mask &= exists[warp_idx];  // a full mask is the usual way to say "all" in a warp that is not full
+  mask &= exists[warp_idx];  // in a partial warp a full mask means all of its lanes
   if (!(mask & bit)) fail(site, nullptr, "%s at {0}: lane %u is not in its own mask 0x%08x", op_name(op), self, mask);
   if (op >= Op::kMma && mask != ~0u)
     fail(site, nullptr, "%s at {0} needs a full warp, this one has %d lanes", op_name(op), __builtin_popcount(mask));

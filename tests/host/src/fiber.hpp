@@ -1,6 +1,6 @@
 #pragma once
-// Lanes as fibers: a stack each, and a switch between two of them in a few instructions. swapcontext would make a
-// system call at each switch to keep the signal mask, which costs more than all the rest of the shim.
+// Lanes as fibers: each has a stack, and a switch takes a few instructions. swapcontext would make a
+// system call per switch to keep the signal mask, which costs more than the rest of the shim.
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/mman.h>
@@ -20,8 +20,8 @@
 namespace exl_host {
 
 struct Fiber {
-  void* sp = nullptr;        // where it was left
-  uint8_t* stack = nullptr;  // lowest address
+  void* sp = nullptr;        // saved stack pointer
+  uint8_t* stack = nullptr;  // lowest address of the stack
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;  // AddressSanitizer's
 #if defined(EXL_UCONTEXT)
@@ -30,7 +30,7 @@ struct Fiber {
 };
 
 #if !defined(EXL_UCONTEXT)
-// The System V ABI's callee-saved registers; signal mask and floating-point modes are the same for all fibers.
+// Saves the System V ABI's callee-saved registers; all fibers share the signal mask and floating-point modes.
 extern "C" void exl_switch_stack(void** save_sp, void* load_sp);
 asm(R"(
 .text
@@ -57,7 +57,7 @@ exl_switch_stack:
 )");
 #endif
 
-// Stacks for `count` fibers, each above a page that no one may touch.
+// Stacks for `count` fibers, each with a guard page below it.
 inline uint8_t* map_stacks(size_t count, size_t stack_bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), stride = stack_bytes + page;
   void* base =
@@ -69,7 +69,7 @@ inline uint8_t* map_stacks(size_t count, size_t stack_bytes) {
 
 inline void prepare(Fiber& fiber, void (*entry)()) {
 #if defined(EXL_ASAN)
-  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);  // a fiber that was abandoned left its frames behind
+  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);  // an abandoned fiber leaves poisoned frames
   fiber.fake_stack = nullptr;
 #endif
 #if defined(EXL_UCONTEXT)
@@ -80,13 +80,13 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   makecontext(&fiber.context, entry, 0);
 #else
   uintptr_t* top = reinterpret_cast<uintptr_t*>(fiber.stack + fiber.stack_bytes) - 2;
-  *top = reinterpret_cast<uintptr_t>(entry);  // `ret` goes there with the stack as after a call
+  *top = reinterpret_cast<uintptr_t>(entry);  // `ret` jumps to entry with the stack as after a call
   for (int i = 1; i <= 6; ++i) top[-i] = 0;
   fiber.sp = top - 6;
 #endif
 }
 
-// Leaves `from` for `to`; returns when someone switches back. A fiber that ends or is given up is `leaving`.
+// Switches from `from` to `to`; returns when another fiber switches back. `leaving`: `from` has ended or is abandoned.
 inline void switch_fiber(Fiber& from, Fiber& to, bool leaving) {
 #if defined(EXL_ASAN)
   __sanitizer_start_switch_fiber(leaving ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);

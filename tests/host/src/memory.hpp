@@ -1,5 +1,5 @@
 #pragma once
-// Which memory a kernel may touch: its block's shared memory, the ranges that the launch names, its own stack, and the
+// The memory that a kernel may access: its block's shared memory, the ranges that the launch names, its own stack, and the
 // constants of its own shared library.
 #include <link.h>
 
@@ -31,7 +31,7 @@ inline bool in_shared_arena(const void* p) {
   return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(workspace->shared) < sizeof workspace->shared;
 }
 
-// Byte offset into the block's shared memory; fails outside of what the launch asked for.
+// Byte offset into the block's shared memory; fails outside of the bytes that the launch requested.
 inline size_t shared_offset(const void* p, size_t num_bytes, bool write, void* site) {
   const intptr_t offset = static_cast<const uint8_t*>(p) - shared_base;
   if (offset < 0 || offset + num_bytes > launch->shared_bytes)
@@ -85,7 +85,7 @@ inline void check_global(const void* p, size_t num_bytes, bool write, void* site
          write ? "write" : "read", r.arg, write ? "may still use" : "writes");
 }
 
-// Any access of instrumented code, or of an instruction that the runtime carries out.
+// Checks any access, by instrumented code or by an instruction that the runtime executes.
 inline void check_other(const void* p, size_t num_bytes, bool write, void* site) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   if (at - stacks_start < stacks_stop - stacks_start) {

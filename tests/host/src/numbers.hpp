@@ -1,5 +1,5 @@
 #pragma once
-// 16-bit floating point on the compiler's _Float16, rounded as the GPU rounds. A NaN result is 0x7fff, as there.
+// 16-bit floating point by the compiler's _Float16, rounded as on the GPU. A NaN result is 0x7fff, as on the GPU.
 #include <stdint.h>
 #include <string.h>
 #if defined(__F16C__) && defined(__AVX__)
@@ -33,13 +33,13 @@ inline uint16_t float_to_bfloat(float f) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// a * b + c rounded once. The product of two halves is exact in f32; the sum's error is found exactly (Knuth's TwoSum)
-// and pushed into its last bit (rounding to odd), after which rounding to 11 bits is right (Boldo and Melquiond, 2008).
+// a * b + c rounded once. The product of two halves is exact in f32; the sum's error is computed exactly (Knuth's TwoSum)
+// and folded into its last bit (round to odd), after which rounding to 11 bits is correct (Boldo and Melquiond, 2008).
 inline uint16_t half_fma(uint16_t a, uint16_t b, uint16_t c) {
   const float p = half_to_float(a) * half_to_float(b), q = half_to_float(c);
   float s = p + q;
   const float t = s - p, error = (p - (s - t)) + (q - t);
-  if (error != 0 && error == error) {  // an infinite sum leaves a NaN here
+  if (error != 0 && error == error) {  // the error is NaN if the sum is infinite
     uint32_t bits;
     memcpy(&bits, &s, 4);
     if ((error > 0) != (s > 0)) --bits;
@@ -49,7 +49,7 @@ inline uint16_t half_fma(uint16_t a, uint16_t b, uint16_t c) {
   return float_to_half(s);
 }
 
-// Eight halves at once.
+// Converts `count` halves to floats; eight or four by one instruction if the CPU has F16C.
 inline void halves_to_floats(const uint16_t* in, float* out, int count) {
 #if defined(__F16C__) && defined(__AVX__)
   if (count == 8) {
@@ -73,7 +73,7 @@ uint32_t exl_prmt(uint32_t a, uint32_t b, uint32_t selector) {
   for (uint32_t i = 0; i < 4; ++i) {
     const uint32_t s = selector >> (4 * i);
     uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (s & 7))) & 0xff;
-    if (s & 8) byte = (byte & 0x80) ? 0xff : 0;  // the sign of that byte, spread
+    if (s & 8) byte = (byte & 0x80) ? 0xff : 0;  // fill with that byte's sign
     d |= byte << (8 * i);
   }
   return d;
@@ -85,7 +85,7 @@ uint32_t exl_f16x2_from_f32(float lo, float hi) {
 }
 uint16_t exl_bf16_from_f32(float f) { return exl_host::float_to_bfloat(f); }
 
-// f32 holds a sum or a product of two halves so well (24 >= 2 * 11 + 2 bits) that rounding twice is rounding once.
+// f32 has enough bits (24 >= 2 * 11 + 2) that rounding a sum or product of two halves to f32, then to f16, rounds as once.
 #define EXL_PAIRWISE(expression)                                                         \
   uint32_t d = 0;                                                                        \
   for (int i = 0; i < 32; i += 16) {                                                     \

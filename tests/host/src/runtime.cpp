@@ -52,7 +52,7 @@ uint32_t exl_reduce(uint32_t mask, uint32_t value, int kind) {
   collective(Op::kReduce, mask, static_cast<uint32_t>(kind), 0, EXL_SITE);
   return mine.out[0];
 }
-// Which lanes run together is not promised by any architecture; the caller itself is all one may count on.
+// No architecture promises which lanes run together; a caller may rely only on its own bit.
 uint32_t exl_activemask() { return 1u << (current % kWarp); }
 
 ExlFrag exl_mma(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
@@ -86,7 +86,7 @@ uint32_t exl_movmatrix(uint32_t a) {
   return mine.out[0];
 }
 
-// ---- asynchronous copies: stricter than hardware, bytes land only at the wait --------------------------------------
+// ---- asynchronous copies: stricter than hardware, bytes arrive only at the wait -------------------------------------
 
 void exl_cp_async(void* dst, const void* src, uint32_t num_bytes, uint32_t src_bytes) {
   void* site = EXL_SITE;
@@ -104,7 +104,7 @@ void exl_cp_async(void* dst, const void* src, uint32_t num_bytes, uint32_t src_b
                site,
                {}};
   memcpy(copy.data, src, src_bytes);
-  if (EXL_ARCH < 80) {  // no such unit: a plain copy
+  if (EXL_ARCH < 80) {  // no asynchronous copies: a plain copy
     shadow_access(current, dst, num_bytes, Access::kWrite, site);
     memcpy(dst, copy.data, num_bytes);
     return;
@@ -197,7 +197,7 @@ int exl_host_launch(const ExlLaunch* request, ExlFault* fault) {
     uint8_t* base = workspace->stacks;
     for (uint32_t i = 0; i < kMaxLanes; ++i) {
       lanes[i].fiber.stack = base + i * stride;
-      lanes[i].fiber.stack_bytes = kStackBytes - i % 56 * 64;  // tops in different cache sets
+      lanes[i].fiber.stack_bytes = kStackBytes - i % 56 * 64;  // stack tops in different cache sets
     }
     stacks_start = reinterpret_cast<uintptr_t>(base);
     stacks_stop = stacks_start + kMaxLanes * stride;

@@ -1,5 +1,5 @@
 #pragma once
-// Which lane runs next: seeded and random, so that no kernel passes because of an order that hardware does not promise.
+// Chooses the lane that runs next: seeded random, so that no kernel passes by an order that hardware does not promise.
 #include "memory.hpp"
 #include "shadow.hpp"
 
@@ -13,7 +13,7 @@ inline void enter(uint32_t lane) {
   ready[lane / kWarp] &= ~(1u << (lane % kWarp));
 }
 
-// A ready lane, or -1. Stays with a warp for a while: like hardware, unlike lockstep.
+// A ready lane, or -1. Stays with a warp for some steps: as on hardware, and not in lockstep.
 inline int pick() {
   uint32_t warp = current / kWarp;
   if (!ready[warp] || (random_bits() & 7) == 0) {
@@ -44,7 +44,7 @@ inline void fail(void* site, void* other, const char* format, ...) {
   __builtin_trap();
 }
 
-// Nothing can run, and not all are done: says who waits for what.
+// Deadlock: no lane can run, and not all are done. Reports which lane waits for what.
 inline void fail_stuck() {
   uint32_t at_barrier = 0, at_collective = 0;
   int barrier_lane = -1, collective_lane = -1;
@@ -73,7 +73,7 @@ inline void fail_stuck() {
        lane.waiting_mask);
 }
 
-// The lane that runs gives way; returns when it is its turn again.
+// The running lane yields; returns when it is scheduled again.
 inline void yield_lane(bool leaving) {
   const uint32_t self = current;
   const int next = pick();
@@ -100,7 +100,7 @@ inline void lane_main() {
   const void* bottom = nullptr;
   size_t bytes = 0;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  if (!main_fiber.stack) {  // the first fiber of a process comes from the main stack
+  if (!main_fiber.stack) {  // the process's first switch starts from the main stack
     main_fiber.stack = static_cast<uint8_t*>(const_cast<void*>(bottom));
     main_fiber.stack_bytes = bytes;
   }
@@ -114,7 +114,7 @@ inline void lane_main() {
   __builtin_trap();
 }
 
-// Arrives at the block's barrier; the last one opens it.
+// Arrives at the block's barrier; the last lane to arrive opens it.
 inline void block_barrier(void* site, int predicate, int kind) {
   Lane& lane = lanes[current];
   if (num_at_barrier && barrier_site != site)

@@ -3,8 +3,8 @@
 // different threads, one of them a write, must be ordered by a barrier: __syncthreads for any two threads of the block,
 // __syncwarp for the lanes in its mask. Shuffles, votes, mma and ldmatrix order nothing.
 //
-// Time has two hands: the block epoch, advanced by __syncthreads, and a warp's clock, advanced by its __syncwarp.
-// `seen[w][i][l]` is the clock up to which lane i knows the accesses of lane l.
+// There are two clocks: the block's epoch, advanced by __syncthreads, and each warp's clock, advanced by its __syncwarp.
+// `seen[w][i][l]`: accesses of lane l up to this clock are ordered before lane i, in warp w.
 #include "memory.hpp"
 
 namespace exl_host {
@@ -49,7 +49,7 @@ inline void fail_race(const char* what, size_t byte, uint32_t self, uint32_t oth
        self, other, self / kWarp == other / kWarp ? "__syncwarp or __syncthreads" : "__syncthreads");
 }
 
-// Did a barrier separate `other`'s access, made in this epoch, from what lane `self` does now?
+// Whether a barrier separates `other`'s access, made in this epoch, from the present access of lane `self`.
 inline bool ordered(uint32_t self, uint32_t other, uint32_t clock) {
   if (self == other) return true;
   return self / kWarp == other / kWarp && clock <= seen[self / kWarp][self % kWarp][other % kWarp];
@@ -74,10 +74,10 @@ inline void note_read(Cell& cell, uint32_t self, uint32_t epoch, void* site) {
     cell.read_mask = 0;
     cell.flags &= static_cast<uint8_t>(~kManyWarps);
   } else if (cell.read_warp != warp) {
-    cell.flags |= kManyWarps;  // whoever writes before the next __syncthreads races with one of them
+    cell.flags |= kManyWarps;  // any write before the next __syncthreads races with one of them
     cell.read_mask = 0;
   } else if (cell.read_clock != clock_of[warp]) {
-    // Readers that this lane knows of are covered by it; the others keep the newest clock: too late, never too early.
+    // This lane replaces readers ordered before it. The others get the newest clock: maybe too late, never too early.
     for (uint32_t rest = cell.read_mask; rest; rest &= rest - 1) {
       const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(rest));
       if (cell.read_clock <= seen[warp][self % kWarp][lane]) cell.read_mask &= ~(1u << lane);
@@ -122,7 +122,7 @@ inline void shadow_access(uint32_t self, const void* p, size_t num_bytes, Access
 }
 #endif
 
-// An access by an instruction that the runtime carries out, or by an instrumented load or store.
+// Checks an access by an instruction that the runtime executes, or by an instrumented load or store.
 inline void checked_access(uint32_t self, const void* p, size_t num_bytes, Access kind, void* site) {
   if (in_shared_arena(p)) shadow_access(self, p, num_bytes, kind, site);
   else check_other(p, num_bytes, kind != Access::kRead, site);

@@ -1,5 +1,5 @@
 #pragma once
-// The block that runs: one at a time, on one thread. Everything is plain static data of this shared library.
+// State of the running block: one block at a time, on one thread. Everything is plain static data of this shared library.
 #include <exl_host/runtime.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -12,26 +12,26 @@ namespace exl_host {
 
 constexpr uint32_t kWarp = 32, kMaxLanes = 1024, kMaxWarps = kMaxLanes / kWarp;
 constexpr size_t kMaxShared = 256 * 1024;   // more than any architecture has
-constexpr size_t kSharedGuard = 64 * 1024;  // on both sides: an index that is off lands here
-constexpr size_t kSharedAlign = 16;         // all that CUDA promises
+constexpr size_t kSharedGuard = 64 * 1024;  // on both sides, to catch wrong indices
+constexpr size_t kSharedAlign = 16;         // the alignment that CUDA promises
 constexpr size_t kStackBytes = 256 * 1024;  // sanitizers make frames several times larger
 
 enum class State : uint8_t { kReady, kCollective, kBarrier, kDone };
 enum class Op : uint8_t { kSync, kShuffle, kVote, kMatch, kReduce, kMma, kLdmatrix, kMovmatrix };
 
-struct Collective {  // what a lane brought to a warp-wide instruction, and what it gets
+struct Collective {  // a lane's operands for a warp-wide instruction, and its result
   uint32_t in[8];
   float c[4];
   const void* row;
   uint32_t out[4];
 };
 
-struct Copy {  // an asynchronous copy on its way
+struct Copy {  // an asynchronous copy in flight
   uint8_t* dst;
   const uint8_t* src;
   uint32_t num_bytes, src_bytes, group;
   void* site;
-  uint8_t data[16];  // the source at issue
+  uint8_t data[16];  // the source's bytes at issue
 };
 
 struct Lane {
@@ -40,19 +40,19 @@ struct Lane {
   State state;
   bool waited;  // passed griddepcontrol.wait, or a barrier after one that did
   int vote;
-  void* site;  // where it waits
+  void* site;  // code address at which the lane waits
   uint32_t waiting_mask;
   Collective collective;
   std::vector<Copy> copies;
-  uint32_t open_group;  // copies with this number are not committed yet
+  uint32_t open_group;  // group of the copies that are not committed yet
 };
 
 inline Lane lanes[kMaxLanes];
 inline Fiber main_fiber;
-inline uint32_t current = 0;  // the lane that runs
+inline uint32_t current = 0;  // the running lane
 inline bool in_kernel = false;
 inline uint32_t num_lanes = 0, num_warps = 0, num_done = 0;
-inline uint32_t ready[kMaxWarps], exists[kMaxWarps], done[kMaxWarps];  // lanes of each warp
+inline uint32_t ready[kMaxWarps], exists[kMaxWarps], done[kMaxWarps];  // bit masks of lanes, per warp
 inline uint32_t num_at_barrier = 0;
 inline void* barrier_site = nullptr;
 inline int barrier_result = 0;
@@ -62,14 +62,14 @@ inline bool faulted = false;
 inline ExlStats stats;
 inline uint64_t random_state = 1;
 
-struct Cell {  // what the race detector knows of one byte of shared memory
+struct Cell {  // the race detector's record of one byte of shared memory
   uint32_t write_epoch, write_clock, read_epoch, read_clock, read_mask;
   uint16_t writer, read_warp;
   uint8_t flags;
   void *write_site, *read_site;
 };
 
-// Large, and shared by all libraries of a process: hundreds of kernel variants are loaded in one test run.
+// Large, so all libraries of a process share it: one test run loads hundreds of kernel variants.
 struct Workspace {
   uint32_t epoch;  // never repeats, so that cells of earlier blocks read as "never written" without being cleared
   uint8_t* stacks;
@@ -78,7 +78,7 @@ struct Workspace {
 };
 inline Workspace* workspace = nullptr;
 
-// The block's bytes start 16 bytes off a larger alignment, to show who relies on one.
+// The block's bytes start 16 bytes past a larger alignment, so that kernels that rely on a larger one fail.
 inline uint8_t* shared_base = nullptr;
 
 inline uint32_t random_bits() {  // xorshift64*
@@ -90,13 +90,13 @@ inline uint32_t random_bits() {  // xorshift64*
 inline uint32_t random_below(uint32_t n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(random_bits()) * n) >> 32);
 }
-inline uint32_t random_lane(uint32_t set) {  // of a set that is not empty
+inline uint32_t random_lane(uint32_t set) {  // a lane of a non-empty set
   const uint32_t turn = random_bits() & 31;
   const uint32_t turned = turn ? (set >> turn) | (set << (32 - turn)) : set;
   return (static_cast<uint32_t>(__builtin_ctz(turned)) + turn) & 31;
 }
 
-// Ends the launch: records what went wrong in the lane that runs, and never comes back.
+// Ends the launch: records the fault of the running lane and does not return.
 void fail(void* site, void* other, const char* format, ...) __attribute__((format(printf, 3, 4), noreturn));
 
 }  // namespace exl_host

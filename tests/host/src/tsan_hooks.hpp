@@ -1,6 +1,6 @@
 #pragma once
-// The calls that g++ -fsanitize=thread puts before every load and store, without libtsan: each access of a kernel is
-// checked against the shadow of shared memory, or against the memory that the launch may touch.
+// The functions that g++ -fsanitize=thread calls before every load and store, replacing libtsan: each access of a kernel is
+// checked against the shadow of shared memory, or against the memory that the launch may access.
 
 namespace exl_host {
 inline void hook(const void* p, size_t num_bytes, bool write, void* site) {

@@ -1,6 +1,6 @@
 #pragma once
-// The calls that g++ -fsanitize=undefined makes where behaviour is undefined, without libubsan: each ends the launch.
-// Every record that it passes starts with the place in the source.
+// The functions that g++ -fsanitize=undefined calls on undefined behaviour, replacing libubsan: each ends the launch.
+// Every record passed to them starts with the source location.
 
 namespace exl_host {
 struct SourceLocation {

@@ -1,5 +1,5 @@
-"""``python -m benchmarks.gpu_run``: all stages on the host shim; stages and items that hang, crash or lose the GPU's
-context are told, and the others run."""
+"""``python -m benchmarks.gpu_run``: all stages on the host shim. Stages and items that hang, crash or lose the CUDA
+context are reported, and the others still run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_dry_run_goes_through_all_stages(dry):
 
 
 def test_results_are_few_small_files(dry):
-    """A machine brings back 8 files of 16 MiB, in flat folders."""
+    """At most 8 files of at most 16 MiB, in flat folders, so that they are easy to carry back from a machine."""
     out, _ = dry
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.jsonl", "summary.json", "summary.md"]
     assert all(path.is_file() and path.stat().st_size < 16 << 20 for path in out.iterdir())
@@ -64,7 +64,7 @@ def test_results_are_few_small_files(dry):
 
 
 def test_the_parent_imports_neither_torch_nor_exl():
-    """Nor do the processes that drive stages: a library that hangs at its import costs one stage."""
+    """Neither do the processes that drive stages: a library that hangs at import costs only one stage."""
     names = ("__main__", "runner", "driver", "stage", "summary", "worker", "facts", "precompile")
     code = "; ".join(f"import benchmarks.gpu_run.{name}" for name in names)
     code += "; import sys; print({'torch', 'exl', 'numpy', 'cupy'} & {name.split('.')[0] for name in sys.modules})"
@@ -96,7 +96,7 @@ def test_every_stage_has_its_share(tmp_path):
 
 # ---- stages that fail -----------------------------------------------------------------------------------------------
 
-# A worker whose items are named after what they do. ``torch`` is played by a module: its context is lost or it is not.
+# A worker whose items are named after what they do. A module replaces ``torch``; its context can be lost.
 WORKER = """
 import os, signal, sys, time, types
 from benchmarks.gpu_run.worker import Place, Worker
@@ -159,7 +159,7 @@ def test_every_item_ends_once_whatever_the_others_do(tmp_path, monkeypatch, work
     assert texts["crashes"] == "the process ended: SIGSEGV"
     assert texts["aborts"] == "the process ended: SIGABRT"
     assert [r["item"] for r in ends if "sticky" in r] == [r["item"] for r in ends if r["item"].startswith("loses")]
-    if workers == 1:  # a fresh process after each loss, and none without need
+    if workers == 1:  # a fresh process after each loss, and no others
         pids = {record["item"]: record["worker"] for record in records if record["event"] == "begin"}
         fresh = [pids[b] != pids[a] for a, b in pairwise(ALL)]
         assert fresh == [False, False, True, True, True, True, True]
@@ -196,7 +196,7 @@ drive(job, time.monotonic() + 20)
 
 
 def test_stages_that_hang_crash_or_lose_the_context(tmp_path):
-    """The summary tells each, and what comes after them runs."""
+    """The summary reports each of them, and later stages run."""
     out, child = tmp_path / "out", tmp_path / "child"
     hang = "import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(90)']); "
     hang += f"open({str(child)!r}, 'w').write(str(c.pid)); print('it hangs here', flush=True); time.sleep(90)"
@@ -231,7 +231,7 @@ def test_stages_that_hang_crash_or_lose_the_context(tmp_path):
 
 
 def assert_ended(pid: int) -> None:
-    """What a stage had started has gone with it."""
+    """Every process that a stage had started has ended with it."""
     for _ in range(50):
         try:
             os.kill(pid, 0)
@@ -251,7 +251,7 @@ def test_a_stage_that_hangs_leaves_the_later_ones_their_time(tmp_path):
     limits = {told["name"]: told["limit"] for told in run.stages}
     assert limits["hang"] == pytest.approx(2, abs=0.2)
     assert limits["quick"] == pytest.approx(3, abs=0.5)
-    assert limits["last"] > 4  # what "quick" has left
+    assert limits["last"] > 4  # includes the time that "quick" did not use
     assert [told["status"] for told in run.stages] == ["timed out after 2 s", "done", "done"]
 
 
@@ -352,7 +352,7 @@ def test_first_failures_run_again_with_blocking_launches(folder_of_tests, tmp_pa
 
 
 class NeverCompiles:
-    """Of a given version; every entry must be there."""
+    """A compiler of a given version that must not compile: every entry must be in the cache."""
 
     def __init__(self, inner) -> None:
         self.version, self.archs = inner.version, inner.archs
@@ -362,7 +362,7 @@ class NeverCompiles:
 
 
 def test_what_was_compiled_ahead_is_found(tmp_path):
-    """By whoever has an NVRTC of the same version: under the digest that ``compile_cached`` looks for."""
+    """Found with an NVRTC of the same version, under the digest that ``compile_cached`` looks up."""
     from exl.kernels.compiler import compile_cached
 
     if nvrtc() is None:

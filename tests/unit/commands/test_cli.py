@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what is printed where, and one clear line for every mistake."""
+"""The command line as a user sees it: output on the right stream, and one clear line for every mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Gradio demo is made of, without Gradio: the queue, the forms, and HTML that a model cannot break out of."""
+"""The parts of the Gradio demo, without Gradio: the queue, the forms, and HTML that escapes a model's text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""examples/quickstart.ipynb runs as it is, and what it shows is what it printed and drew, on every kind of processor.
+"""examples/quickstart.ipynb runs as it is, and its stored outputs are those of a run, on every kind of processor.
 
-Processors round otherwise, so a cell's tag says what of its output is the same on all of them: without a tag every
-character; "story": all but the model's own words; "rounded": numbers up to one unit of their last digit; "varies": that
-there is text, HTML or a picture.
+Processors round differently, so a cell's tag says which part of its output is equal on all of them. No tag: every
+character; "story": everything except the model's own words; "rounded": numbers up to one unit of their last digit;
+"varies": only the kinds of output (text, HTML, picture).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ progress._DELAY = delay
 
 @pytest.fixture(scope="module")
 def executed(committed, tmp_path_factory) -> nbformat.NotebookNode:
-    """Run anew in a kernel of its own, after a cell that tells which exl it has and what a load shows."""
+    """The notebook, run in a fresh kernel after an extra cell that sets which exl it uses and what a load shows."""
     notebook = copy.deepcopy(committed)
     for cell in code_cells(notebook):
         cell.outputs = []
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FIRST))
-    run_notebook.execute(notebook, tmp_path_factory.mktemp("kernel"))  # raises where a cell does
+    run_notebook.execute(notebook, tmp_path_factory.mktemp("kernel"))  # raises if a cell raises
     return notebook
 
 
@@ -49,20 +49,20 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def printed(cell: nbformat.NotebookNode) -> list[str]:
-    """Text that a person reads: what was printed, and the value of the last line."""
+    """A cell's text output: what it printed, and the value of its last line."""
     texts = [output.text for output in cell.outputs if output.output_type == "stream"]
     return texts + [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
 
 
 def kinds(cell: nbformat.NotebookNode) -> set[str]:
-    """Of what is shown: text, HTML, pictures."""
+    """Kinds of a cell's outputs: text, HTML, pictures."""
     return {kind for output in cell.outputs for kind in output.get("data", {"stream": output.get("text")})}
 
 
-# What a cell with the tag "story" prints around the model's words.
+# What a cell with the tag "story" prints, with patterns for the model's words.
 STORIES = {
     "cell-03": r"Once upon a time.{50,}\n",
-    "cell-07": r"[^\n]{50,}",  # the stop string is a line's end
+    "cell-07": r"[^\n]{50,}",  # the stop string is a newline
     "cell-09": r"(seed 1: One day, a cat.{10,}\n)seed 2: One day, a cat.{10,}\n\1",  # the same seed, the same text
     "cell-11": (
         r"stories: this model has no chat template: [^\n]+\n"
@@ -74,7 +74,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def assert_same(saved: nbformat.NotebookNode, now: nbformat.NotebookNode) -> None:
-    """Outputs of a cell as its tag allows."""
+    """A cell's outputs are equal, as far as its tag requires."""
     (tag,) = saved.metadata.get("tags", ["exact"])
     if tag == "exact":
         assert printed(saved) == printed(now), f"{saved.id}: run scripts/run_notebook.py"

@@ -1,4 +1,4 @@
-"""Dense weights in the file's own type, vectors as exact f32, and which of a module's tensors decide what it is."""
+"""Dense weights in the file's type, vectors as exact f32, and which tensors decide whether a module is quantized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUANT = QuantConfig(bits=4, group_size=32, sym=False)
 
 @pytest.fixture
 def write(tmp_path):
-    """-> a function that writes tensors and opens them."""
+    """A function that writes tensors and opens them."""
     opened = []
 
     def write_and_open(tensors):
@@ -36,7 +36,7 @@ def write(tmp_path):
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """bf16 comes as its bits."""
+    """A tensor from an array; bf16 is stored as its bits."""
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if dtype == "bf16" else torch.from_numpy(array)
 
 

@@ -1,4 +1,4 @@
-"""GPTQ files -> codes, zeros, scales and order: against AutoGPTQ's own files, and against a bit-by-bit packer."""
+"""GPTQ files -> codes, zeros, scales and order: against AutoGPTQ's own files and a bit-by-bit packer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def seeded(*key: int) -> np.random.Generator:
 
 
 def random_layer(rng, K, N, group_size, bits, *, zeros=None):
-    """Random codes [K, N] and scales [G, N]; zeros given or random, the extremes among them. The last group may be
-    shorter."""
+    """Random codes [K, N] and scales [G, N]; zeros as given, or random and including the extremes. The last group may
+    be shorter."""
     G = -(-K // group_size)
     codes = rng.integers(0, 2**bits, (K, N), dtype=np.uint8)
     if zeros is None:
@@ -55,7 +55,7 @@ def weights_of(matrix) -> np.ndarray:
 
 @pytest.fixture
 def layer_file(tmp_path):
-    """-> a function that writes one layer of 64 x 32 at 4 bits, group 32, with changes, and opens it."""
+    """A function that writes one layer of 64 x 32 at 4 bits, group 32, with changes, and opens it."""
     opened = []
 
     def write(changes=None, *, zeros=None, checkpoint_format="gptq", g_idx=None, drop=(), seed=0):
@@ -169,7 +169,7 @@ def test_trap_group_size_above_the_inputs_is_one_group(tmp_path):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_trap_v1_largest_stored_zero_means_zero(tmp_path, bits):
-    """Adding 1 without the mask would make it 2^bits, and a neighbour's carry would spoil the next zero."""
+    """Adding 1 without the mask would give 2^bits, and in a packed word the carry would change the next zero."""
     codes, zeros, scales = random_layer(seeded(bits), 32, 32, 32, bits, zeros=0)
     tensors = pack_layer(codes, zeros, scales, bits)
     np.testing.assert_array_equal(tensors["qzeros"], -1)  # every bit set: 2^bits - 1 everywhere
@@ -207,13 +207,13 @@ def test_trap_symmetric_v1_zeros_in_a_file_that_says_v2(layer_file):
 
 
 def test_trap_asymmetric_zeros_are_taken_as_the_file_says(layer_file):
-    """An asymmetric file may well store 8 throughout: only ``sym`` says what the zeros must be."""
+    """An asymmetric file may store 8 everywhere: only ``sym`` says what the zeros must be."""
     checkpoint = layer_file(zeros=9, checkpoint_format="gptq")
     np.testing.assert_array_equal(load_gptq(checkpoint, NAME, QUANT).zeros, 9)
 
 
 def test_trap_mixed_zeros_in_a_symmetric_file_are_taken_as_the_file_says(layer_file):
-    """One zero that cannot be symmetric, and ``sym`` is what is wrong: a stored 7 proves nothing then."""
+    """If one zero cannot be symmetric, ``sym`` is wrong, and then a stored 7 proves nothing."""
     zeros = np.full((2, 32), 7, np.uint8)
     zeros[1, 3] = 9
     checkpoint = layer_file(zeros=zeros, checkpoint_format="gptq_v2")
@@ -236,7 +236,7 @@ def test_trap_all_zero_g_idx_means_none(layer_file):
 
 
 def test_trap_groups_in_another_sequence_are_sorted(layer_file):
-    """Contiguous, but group 1 first: scales are indexed by the group's number, not by its place."""
+    """Groups are contiguous, but group 1 comes first: scales are indexed by the group's number, not by its position."""
     order = load_gptq(layer_file(g_idx=[1] * 32 + [0] * 32), NAME, QUANT).order
     assert order.tolist() == [*range(32, 64), *range(32)]
 
@@ -269,7 +269,7 @@ def test_trap_equal_orders_have_equal_keys_and_others_do_not(layer_file):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_trap_bits_of_config_and_file_differ(tmp_path, bits):
-    """8-bit files read as 4-bit fail as a shape error elsewhere: here the message names the bits."""
+    """In other loaders, 8-bit files read as 4-bit end in a shape error: here the message names the bits."""
     for group_size in (32, -1):
         codes, zeros, scales = random_layer(seeded(bits), 64, 32, 64 if group_size == -1 else 32, bits, zeros=1)
         with open_layer(tmp_path, pack_layer(codes, zeros, scales, bits)) as checkpoint:
@@ -289,7 +289,7 @@ def test_trap_scales_that_are_not_finite(layer_file, value):
 
 @pytest.mark.parametrize("values", [(0.0078125, 0.5), (0.01, 1e6), (1e-9, 1.0000001)])
 def test_trap_scales_in_f32_stay_in_f32(layer_file, values):
-    """The header decides, not the values: a plan knows headers alone."""
+    """The header decides, not the values, because a plan reads only headers."""
     scales = np.array(values, np.float32)[:, None] * np.linspace(1, 2, 32, dtype=np.float32)
     checkpoint = layer_file({"scales": scales})
     matrix = load_gptq(checkpoint, NAME, QUANT)
@@ -331,7 +331,7 @@ def test_bias_keeps_its_value_in_every_type(tmp_path):
 
 
 def test_codes_are_unpacked_by_block(tmp_path):
-    """Besides the packed file itself, only the block that was asked for is ever in memory."""
+    """Besides the packed tensors, only the requested block is ever in memory."""
     K, N = 1024, 2048
     rng = seeded(4)
     tensors = {
@@ -396,7 +396,7 @@ def test_damaged_layers_say_what_was_found_and_expected(layer_file, changes, mes
 
 
 def test_a_shorter_last_group_has_scales_and_zeros_of_its_own(layer_file):
-    """64 inputs in groups of 48 are two groups; a file with one less, rounded down, is damaged."""
+    """64 inputs in groups of 48 are two groups; a file with only one (rounded down) is damaged."""
     quant = QuantConfig(bits=4, group_size=48, sym=False)
     assert gptq_spec(layer_file(), NAME, quant).num_groups == 2
     for name in ("scales", "qzeros"):

@@ -1,4 +1,4 @@
-"""Rounding a dense head: every weight within half a step of what the file has, and the model hardly notices."""
+"""Rounding a dense head: every weight is within half a step of the file's, and the model changes little."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(bits, dtype):
     rng = np.random.default_rng(bits)
     rows = (rng.standard_normal((70, 256)) * 0.1).astype(np.float32)
     rows[0, :128] = 0  # a group of zeros
-    rows[1] = np.abs(rows[1]) + 1  # all above zero
+    rows[1] = np.abs(rows[1]) + 1  # all positive
     stored = {"f32": rows, "f16": rows.astype(np.float16), "bf16": (rows.view(np.uint32) >> 16).astype(np.uint16)}[
         dtype
     ]
@@ -32,7 +32,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(bits, dtype):
     codes = np.concatenate([matrix.codes(0, 33), matrix.codes(33, 70)], axis=1)
     assert codes.max() <= 2**bits - 1
     weights = scales * (codes - zeros)
-    # Zero rounds to a code too: the range shifts by up to half a step, and the last code may be that far off.
+    # Zero is rounded to a code as well, which shifts the range by up to half a step: the last code may be that far off.
     assert (np.abs(weights - exact.T) <= scales * 1.001).all()
     assert (np.abs(weights - exact.T) <= scales * 0.501).mean() > 0.99
     assert (weights[:128, 0] == 0).all()
@@ -45,8 +45,8 @@ def test_groups(K, group):
 
 @pytest.mark.parametrize(("head", "limit"), [(8, 1e-4), (4, 2e-2)])
 def test_a_rounded_head_costs_little(head, limit):
-    """KL of the next-token distributions, mean over a text. The embedding serves as head in the file, and stays as it
-    is for the tokens."""
+    """Mean KL over a text of the next-token distributions. In the file the embedding is also the head; as embedding it
+    stays unrounded."""
     with exl.load(STORIES, kv_cache="f32") as llm:
         ids = llm.encode("Once upon a time, there was a little dog who lived in a big red house.")
         exact = torch.log_softmax(llm.logits(ids).double(), -1)

@@ -1,4 +1,4 @@
-"""What is missing is named with the command that brings it, for every way in which a GPU is left alone."""
+"""For every reason why a GPU is not used: the missing part is named, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def facts(
 
 
 NO_CUDA = "there is an NVIDIA GPU, but torch 2.13.0+cpu is not built for CUDA: "
-# What is there -> what is said of it; each command is one that mends it.
+# The machine's facts -> the expected message; each command in it fixes the problem.
 CASES = {
     "torch for the CPU": (facts(torch_cuda=None), NO_CUDA + TORCH13),
     "torch for the CPU, driver 550": (facts(12040, torch_cuda=None), NO_CUDA + TORCH12),
@@ -129,7 +129,7 @@ def test_nothing_is_said_of_what_works(found):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine of which only the facts are known, with a torch that sees no GPU."""
+    """Simulates a machine by its facts, with a torch that sees no GPU."""
 
     def put(found: GpuFacts) -> None:
         for module in (system_info, environment):
@@ -143,7 +143,7 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize(("found", "text"), CASES.values(), ids=CASES)
 def test_whoever_loads_a_model_is_told(machine, caplog, found, text):
-    """One line with the CPU, an error where a GPU was asked for, the same in ``exl info``."""
+    """One line if the CPU is used, an error if a GPU was requested, and the same text in ``exl info``."""
     machine(found)
     for _ in range(2):
         assert choose_device(EngineOptions())[1] is None
@@ -219,7 +219,7 @@ def no_library(name: str):
     [
         (0, 2, DriverFacts(12080, archs=(89, 61))),
         (0, 0, DriverFacts(12080)),
-        (100, 0, DriverFacts(12080)),  # CUDA_ERROR_NO_DEVICE: all hidden, or none there
+        (100, 0, DriverFacts(12080)),  # CUDA_ERROR_NO_DEVICE: all are hidden, or there is none
         (803, 0, DriverFacts(12080, "wrong driver, error 803")),
     ],
 )
@@ -263,7 +263,7 @@ def test_each_system_has_its_name_for_the_driver(monkeypatch, platform, name):
 
 
 def test_the_readme_has_the_commands():
-    """Its lines are not run: they download gigabytes."""
+    """The commands are not run: they download gigabytes."""
     text = README.read_text(encoding="utf-8")
     assert f"\n{TORCH13.split(', then ')[1]}\n" in text
     assert "/".join(TORCH12.split("/")[-2:]) in text

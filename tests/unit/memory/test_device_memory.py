@@ -1,4 +1,4 @@
-"""Page-locked memory without a GPU: what is asked of the CUDA runtime, and that its errors are told once."""
+"""Page-locked memory without a GPU: the calls of the CUDA runtime, and that its errors are reported once."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ GPU = torch.device("cuda", 1)
 
 
 class CudaError(int):
-    """torch's enum, which knows the name of success alone."""
+    """torch's enum, which names only success."""
 
     def __str__(self) -> str:
         return "cudaError.???"
 
 
 class Cuda:
-    """A runtime whose last error stays until a kernel's check reads it; ``refuse``: what registering answers."""
+    """A runtime whose last error stays until a kernel's check reads it. ``refuse``: what registering memory returns."""
 
     def __init__(self, refuse: int = 0) -> None:
         self.refuse, self.last, self.device = refuse, 0, 0
@@ -69,7 +69,7 @@ def cuda(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: binding)
     monkeypatch.setattr(torch.cuda, "device", cuda.current)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)  # which looks at no last error
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)  # it does not check the last error
     monkeypatch.setattr(torch, "ones", cuda.kernel)
     return cuda
 
@@ -91,7 +91,7 @@ def test_a_refusal_does_not_surface_at_the_next_kernel(cuda):
 
 
 def test_memory_is_locked_on_the_device_it_is_for(cuda):
-    """And unlocked there, whatever device is the thread's own."""
+    """It is also unlocked on that device, whichever device is current in the thread."""
     buffer = HostBuffer(8192, "test")
     address = buffer.array.ctypes.data
     with pinned(buffer, GPU):
@@ -109,7 +109,7 @@ def test_what_cannot_be_unlocked_is_told_and_forgotten(cuda, caplog):
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="this system forks all pages")
 def test_a_child_does_not_get_locked_pages(cuda):
-    """The kernel would duplicate them all at once: they may not be written behind the device's back."""
+    """A fork would copy them all at once: pages that the device may access cannot be copy-on-write."""
     buffer = HostBuffer(8192, "test")
     assert flags_of(buffer) is not None
     assert "dc" not in flags_of(buffer)  # "do not copy area on fork"
@@ -123,7 +123,7 @@ def test_a_child_does_not_get_locked_pages(cuda):
 
 
 def flags_of(buffer: HostBuffer) -> list[str] | None:
-    """Of the mapping that the buffer lies in, as /proc/self/smaps has them."""
+    """Flags of the mapping that contains the buffer, from /proc/self/smaps."""
     return mapping_flags(buffer.array.ctypes.data, Path("/proc/self/smaps").read_text())
 
 
@@ -147,7 +147,7 @@ def child_has(buffer: HostBuffer) -> bool:
 
 
 def test_whoever_waits_for_an_event_leaves_the_core_to_others(monkeypatch):
-    """Events of copies, too: the thread that reads layers wants that core."""
+    """This includes events of copies: the thread that reads layers needs the core."""
     made = []
 
     class Event:
@@ -168,11 +168,11 @@ def test_whoever_waits_for_an_event_leaves_the_core_to_others(monkeypatch):
     assert copied.stream is not current
     assert made == [{"blocking": True}] * 2
     sources = [path.read_text(encoding="utf-8") for path in Path(exl.__file__).parent.rglob("*.py")]
-    assert not any(".record_event(" in source for source in sources)  # torch's own spin
+    assert not any(".record_event(" in source for source in sources)  # torch's own events spin
 
 
 def test_free_memory_is_read_when_the_gpu_is_started(cuda, monkeypatch):
-    """The first product takes some: cuBLAS's workspace and kernels."""
+    """The first product allocates memory for cuBLAS's workspace and kernels, so free memory is read after it."""
     free = [8000]
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: device)
     monkeypatch.setattr(torch, "mm", lambda x, y, out_dtype: free.append(7000))
@@ -210,7 +210,7 @@ int cudaGetLastError() { int found = last; last = 0; asked++; return found; }
 
 @pytest.mark.skipif(sys.platform != "linux", reason="built with g++, found by its soname")
 def test_the_last_error_is_taken_from_the_library_that_is_loaded(cuda, monkeypatch, tmp_path):
-    """And where none is loaded, or that one knows of no error, a kernel of torch's takes it."""
+    """If no library is loaded, or the loaded one has no error, a kernel of torch clears it."""
     monkeypatch.setattr(torch.version, "cuda", "4711.2")
     cuda.last = 2
     TorchRuntime(GPU).clear()

@@ -1,4 +1,4 @@
-"""Memory comes from the system and goes back when it is closed, on Windows as on Linux."""
+"""Memory comes from the system and is returned to it by close, on Windows and on Linux."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each layer is page-locked by itself, and what the driver refuses is one error that says how far it came."""
+"""Each layer is page-locked by itself; if the driver refuses, one error says how much was locked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = 4096
 
 
 class Driver:
-    """Locked ranges as address -> bytes; it refuses to lock more than ``limit`` at all."""
+    """Locked ranges as address -> bytes; it refuses to lock more than ``limit`` bytes in total."""
 
     def __init__(self, limit: int = 1 << 40) -> None:
         self.limit = limit

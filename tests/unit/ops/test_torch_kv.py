@@ -1,4 +1,4 @@
-"""Quantized K and V against docs/memory.md, spelled out in float64 an element at a time."""
+"""Quantized K and V against the rules in docs/memory.md, computed in float64 one element at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plain_quantize(row: np.ndarray, bits: int) -> tuple[list[int], list[float]]:
     codes, scales = [], []
     for start in range(0, len(row), 32):
         group = [float(x) for x in row[start : start + 32]]
-        extreme = max(group, key=abs)  # the first of equals
+        extreme = max(group, key=abs)  # on ties the first one
         scale = float(np.float16(np.float32(abs(extreme)) / np.float32(127) if bits == 8 else extreme / -8))
         low, high = (-127, 127) if bits == 8 else (-8, 7)
         codes += [
@@ -55,7 +55,7 @@ def test_codes_and_scales_are_as_documented(bits, head_dim):
     rng = np.random.default_rng(head_dim + bits)
     x = (rng.standard_normal((5, 2, head_dim)) * 10.0 ** rng.integers(-3, 3, (5, 2, 1))).astype(np.float32)
     x[0, 0] = 0
-    x[1, 0, :4] = [3, -3, 3, -3]  # equals: the first decides the sign of the scale
+    x[1, 0, :4] = [3, -3, 3, -3]  # a tie: the first one decides the sign of the scale
     codes, scales = (array.numpy() for array in quantize_rows(torch.from_numpy(x), bits))
     assert codes.shape == (5, 2, head_dim * bits // 8)
     assert scales.shape == (5, 2, -(-head_dim // 32))
@@ -73,7 +73,7 @@ def test_values_come_back_within_half_a_step(bits, head_dim):
     codes, scales = quantize_rows(x, bits)
     values = dequantize_rows(codes, scales, head_dim)
     steps = scales.float().abs().repeat_interleave(32, dim=-1)[..., :head_dim]
-    # 4 bits reach from -8 to 7: a value that mirrors the extreme one is a whole step off.
+    # 4-bit codes are -8 to 7: a value that mirrors the extreme one is off by a whole step.
     assert ((values - x).abs() <= steps * (0.501 if bits == 8 else 1.001)).all()
     exact = scales.double().repeat_interleave(32, dim=-1)[..., :head_dim] * torch.from_numpy(
         unpack(codes.numpy(), bits)
@@ -102,7 +102,7 @@ def test_bytes_a_token(kind):
 
 
 def test_an_f16_cache_saturates_and_keeps_nan():
-    """As the kernels' pages do; f32 and bf16 hold the value."""
+    """f16 saturates as the kernels' pages do; f32 and bf16 can hold the value."""
     x = torch.tensor([65504.0, 65519.0, 65520.0, -1e5, float("inf"), float("nan"), 0.1])
     stored = as_stored(x, torch.float16)
     assert stored[:5].tolist() == [65504, 65504, 65504, -65504, 65504]

@@ -19,7 +19,7 @@ BF16_ROUNDOFF = 2.0**-8  # eight significant bits
 def random_quantized(
     rng, bits, K, N, group_size, *, order=False, bias=False, scale_dtype="f16"
 ) -> tuple[QuantizedMatrix, MatrixSpec]:
-    """Scales in bf16 and f32 are none that f16 holds; the last group may be shorter."""
+    """A random matrix. f16 cannot represent its bf16 and f32 scales; the last group may be shorter."""
     codes = rng.integers(0, 2**bits, (K, N), dtype=np.uint8)
     G = -(-K // group_size)
     scales = (rng.random((G, N)) * 0.05 + 0.001).astype(np.float16 if scale_dtype == "f16" else np.float32)
@@ -74,9 +74,9 @@ CASES = [
     for K, N, group, order in [
         (128, 64, 32, False),
         (96, 80, 96, False),  # one group; a partial block of int4pack
-        (160, 24, 32, True),  # N that int4pack cannot take
+        (160, 24, 32, True),  # an N that int4pack does not support
         (192, 144, 64, True),
-        (288, 48, 96, False),  # a group that int4pack cannot take
+        (288, 48, 96, False),  # a group size that int4pack does not support
         (224, 64, 128, True),  # a shorter last group
     ]
 ]
@@ -85,7 +85,7 @@ CASES = [
 @pytest.mark.parametrize("target", [NATIVE, NO_INT4PACK], ids=["native", "planes"])
 @pytest.mark.parametrize(("bits", "K", "N", "group", "order"), CASES)
 def test_panels_hold_the_exact_weights(bits, K, N, group, order, target):
-    """One-hot rows read the weights out: (code - zero) * scale, not one bit off."""
+    """One-hot rows read out the weights: exactly (code - zero) * scale."""
     rng = np.random.default_rng(bits * 1000 + K)
     matrix, spec = random_quantized(rng, bits, K, N, group, order=order)
     linear = pack([matrix], [spec], target)
@@ -96,7 +96,7 @@ def test_panels_hold_the_exact_weights(bits, K, N, group, order, target):
 @pytest.mark.parametrize("scale_dtype", ["bf16", "f32"])
 @pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 128), (4, 32), (4, 64), (8, 64)])
 def test_panels_hold_scales_that_f16_cannot(bits, group, scale_dtype, target):
-    """bf16: exact as ever. f32: the exact product, rounded to f32 once."""
+    """bf16 scales: exact as well. f32 scales: the exact product, rounded to f32 once."""
     rng = np.random.default_rng(bits)
     matrix, spec = random_quantized(rng, bits, 160, 48, group, scale_dtype=scale_dtype)
     assert (matrix.scales != matrix.scales.astype(np.float16)).any()
@@ -148,7 +148,7 @@ def test_int4pack_decode_errs_by_its_roundings_only(K, N, group, order, scale_dt
     bound = terms * ((1 + u) ** 2 - 1) + np.abs(exact) * u * (1 + u) + terms * K * 2.0**-24
     got = run(linear, x, 5) - matrix.bias.astype(np.float64)
     assert (np.abs(got - exact) <= bound * 1.01 + 1e-6).all()
-    assert np.abs(got - exact).max() > 1e-4  # it is the bf16 path that was measured
+    assert np.abs(got - exact).max() > 1e-4  # the bf16 path really ran
 
 
 @pytest.mark.parametrize("kind", ["int4", "planes3", "f32", "f16"])
@@ -193,7 +193,7 @@ def test_dense_weights_are_kept_bit_for_bit(dtype):
 
 
 def test_fused_parts_lie_side_by_side():
-    """Widths that no block divides, biases on some parts only."""
+    """Widths that the block size does not divide, biases on some parts only."""
     rng = np.random.default_rng(8)
     K, widths = 128, (80, 48, 1040)
     parts, specs = zip(*[random_quantized(rng, 4, K, N, 32, bias=i == 1) for i, N in enumerate(widths)], strict=True)
@@ -205,7 +205,7 @@ def test_fused_parts_lie_side_by_side():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_planes_place_every_bit(bits):
-    """The layout's own words, bit by bit: see pack_planes."""
+    """Checks the layout's words bit by bit: see pack_planes."""
     rng = np.random.default_rng(bits)
     K = 64
     codes = rng.integers(0, 2**bits, (3, K), dtype=np.uint8)

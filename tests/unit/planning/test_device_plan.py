@@ -1,4 +1,4 @@
-"""Plans for GPUs that are not there: budgets, placement, the order in which layers move, and what the lines say."""
+"""Plans for GPUs, without a GPU: budgets, placement, the order in which layers are moved, and the plan's lines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seven(folders):
-    """(options) -> the plan of a 7B."""
+    """A function: options -> the plan of a 7B model."""
     with open_model(folders["7b"]) as files:
         yield lambda **options: plan_model(files, EngineOptions(**options), SM86)[0]
 
@@ -50,7 +50,7 @@ def lines_of(found, device):
 
 
 def test_a_7b_by_hand(seven):
-    """Every number from the model's shapes with a pencil: 4-bit symmetric codes and one f16 scale a group of 128."""
+    """Every number by hand from the model's shapes: 4-bit symmetric codes and one f16 scale per group of 128."""
     found = seven(vram="8GB", kv_cache="q4")
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     norms = 32 * 2 * 4096 * 4
@@ -58,7 +58,7 @@ def test_a_7b_by_hand(seven):
     assert lines["resident layers"] == weights // 2 + weights // 128 * 2 + norms
     assert lines["embedding"] == 32000 * 4096 * 2
     assert lines["head and final norm"] == 32000 * 4096 * 2 + 4096 * 4
-    # docs/design: 9,216 bytes a head and page of 64 tokens at q4 and 128 channels.
+    # 9,216 bytes per head and page of 64 tokens, at q4 and 128 channels.
     assert lines["KV cache"] == 32 * 32 * (4096 // 64) * 9216
     assert lines["residual stream"] == 4096 * 4096 * 4
     assert found.placement.num_streamed == 0
@@ -67,7 +67,7 @@ def test_a_7b_by_hand(seven):
 
 
 def test_slabs_are_rounded_as_torch_does():
-    """c10/cuda/CUDACachingAllocator: small blocks share 2 MiB, up to 10 MiB get 20 MiB, larger ones round to 2 MiB."""
+    """c10/cuda/CUDACachingAllocator: small blocks share 2 MiB, up to 10 MiB get 20 MiB, others round to 2 MiB."""
     MiB = 1 << 20
     expected = {0: 0, 1: 2, MiB: 2, MiB + 1: 20, 10 * MiB - 1: 20, 10 * MiB: 10, 10 * MiB + 1: 12, 100 * MiB: 100}
     assert {size: segment_bytes(size) for size in expected} == {size: n * MiB for size, n in expected.items()}
@@ -97,7 +97,7 @@ def test_every_layer_has_one_place_and_no_budget_is_exceeded(seven, sizes, ram, 
         assert found.device_bytes(f"cuda:{i}") <= size
     if ram is not None:
         assert found.device_bytes(HOST) <= ram * GB // 10
-    # Every byte of every layer is on a line, and each layer's cache is on some GPU.
+    # Every byte of every layer is on a line, and each layer's cache is on a GPU.
     with_layers = ("resident layers", "KV cache")
     blob = 202_375_168 // 2 + 202_375_168 // 128 * 2 + 2 * 4096 * 4
     held = {purpose: sum(line.num_bytes for line in found.lines if line.purpose == purpose) for purpose in with_layers}
@@ -119,7 +119,7 @@ def test_more_memory_never_streams_more(seven, tenth_of_gb, more):
 
 @pytest.mark.parametrize("limit", [0, 1 * GB, 2 * GB, 100 * GB])
 def test_what_may_not_be_pinned_is_on_the_disk(seven, monkeypatch, limit):
-    """Windows lets about half of the RAM be page-locked; all that is locked counts, and the plan says so."""
+    """Windows allows about half of the RAM to be page-locked. All locked bytes count, and the plan says so."""
     unlimited = seven(vram="3700MB")
     monkeypatch.setattr("exl.planning.from_headers.pinned_limit", lambda: limit)
     found = seven(vram="3700MB")
@@ -143,7 +143,7 @@ def test_what_may_not_be_pinned_is_on_the_disk(seven, monkeypatch, limit):
 
 
 def test_one_layer_more_would_not_fit(seven):
-    """The plan is not timid: with one more resident layer it would exceed the budget."""
+    """The plan uses its budget: one more resident layer would exceed it."""
     found = seven(vram="3GB", context=512)
     assert 0 < found.placement.num_streamed < 32
     resident = 32 - found.placement.num_streamed
@@ -158,7 +158,7 @@ def test_gpus_are_filled_in_order(seven):
     assert found.placement.num_streamed == 0
     assert "embedding" not in lines_of(found, "cuda:1")
     assert "head and final norm" not in lines_of(found, "cuda:0")
-    # One GPU is enough: the second is left alone.
+    # One GPU is enough: the second is not used.
     assert {name for _, name in seven(vram=["8GB", "8GB"], context=512).placement.layers} == {"cuda:0"}
 
 
@@ -222,7 +222,7 @@ def test_a_linear_takes_what_its_tiles_take(bits, K, N, group, gated, scale_dtyp
     assert tiles.num_tiles == math.ceil(N / 8 if gated else N / 16)
     fields = layout.fields
     assert fields["codes"].num_bytes == tiles.codes_bytes == tiles.num_tiles * 16 * padded(K, bits) * bits // 8
-    # A group takes a scale of 2 or 4 bytes a row, and half a byte of zero point (8 bits: one).
+    # Per row a group takes a scale of 2 or 4 bytes, and half a byte of zero point (8 bits: one byte).
     zeros = 0 if symmetric else 16 if bits == 8 else 8
     groups = -(-padded(K, bits) // group)
     assert fields["qparams"].num_bytes == tiles.num_tiles * groups * ({"f16": 2, "f32": 4}[scale_dtype] * 16 + zeros)
@@ -255,7 +255,7 @@ def test_dense_weights_are_bf16_where_tensor_cores_take_it():
 def test_a_group_that_no_kernel_takes_is_named():
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.q: group size 96"):
         linear_layout(LinearSpec((MatrixSpec("layers.0.q", 192, 32, 4, "u8", 96),)), SM86)
-    assert TileLayout(4, 192, 32, 192, True).num_groups == 2  # one group is fine, and padded
+    assert TileLayout(4, 192, 32, 192, True).num_groups == 2  # one group is allowed, and padded
 
 
 def test_the_command_prints_a_hypothetical_card(folders):
@@ -304,7 +304,7 @@ def test_a_bar_that_is_too_long_says_so_and_text_is_escaped():
     assert "&lt;KV&gt; &amp; more" in html
     assert "<KV>" not in html
     assert "does not fit" in html
-    assert re.findall(r"width: ([\d.]+)%;", html)[:2] == ["75.000", "25.000"]  # of the sum: no part is cut off
+    assert re.findall(r"width: ([\d.]+)%;", html)[:2] == ["75.000", "25.000"]  # shares of the sum: no part is cut off
 
 
 def test_the_function_and_the_command_agree(folders):
@@ -313,7 +313,7 @@ def test_the_function_and_the_command_agree(folders):
 
 
 def test_some_of_the_free_memory_is_left_alone(folders):
-    """512 MiB; 1 GiB on Windows. The context and cuBLAS have taken theirs by then, and the plan counts them."""
+    """512 MiB; 1 GiB on Windows. The context and cuBLAS already have their memory then, and the plan counts it."""
     plan = exl.plan(folders["7b"], vram="24GB", arch=90)
     lines = [line.num_bytes for line in plan.lines if line.purpose in STARTED_LINES]
     assert len(lines) == 2
@@ -321,13 +321,13 @@ def test_some_of_the_free_memory_is_left_alone(folders):
     assert started_bytes(89) == (508 << 20) + (128 << 10)
     for system, margin in (("linux", 512 << 20), ("win32", 1 << 30)):
         usable = usable_bytes(8 * GB, 90, system)
-        others = usable - sum(lines)  # what is allocated from now on
+        others = usable - sum(lines)  # still to be allocated
         assert others == 8 * GB - margin
         assert usable_bytes(100 << 20, 90, system) >= 1
 
 
 def test_a_plan_is_held_against_what_is_free_now(folders, monkeypatch):
-    """Without context and cuBLAS, which are in use by the time that free memory is read."""
+    """The check leaves out context and cuBLAS, because they are already allocated when free memory is read."""
     plan = exl.plan(folders["7b"], vram="24GB", arch=89, context=1024)
     gpu = SimpleNamespace(device=torch.device("cuda", 0), arch=89)
     needed = plan.device_bytes("cuda:0") - started_bytes(89)

@@ -1,4 +1,4 @@
-"""Packed files: whole or not there, never for another model, never silently wrong."""
+"""Packed files: complete or absent, never used for another model, never silently wrong."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write(path, blobs, key=KEY):
 
 
 def read(path, blob_idx=None):
-    """One blob, or all, one after another."""
+    """Reads one blob, or all, one after another."""
     file = PackedFile.open(path, KEY, SIZES)
     out = HostBuffer(max(SIZES), "test").array
     try:
@@ -226,7 +226,7 @@ def test_without_positional_reads(tmp_path, blobs, monkeypatch):
 
 
 def test_without_positional_reads_threads_take_turns(path, blobs, monkeypatch):
-    """The file's position is one for all: a thread that is let in between moving and reading reads another's bytes."""
+    """Threads share the file's position: a thread that ran between another's seek and read would shift that read."""
 
     class Slow(FileIO):
         def seek(self, *where):
@@ -251,7 +251,7 @@ def test_without_positional_reads_threads_take_turns(path, blobs, monkeypatch):
 
 
 def test_o_direct_refused_in_the_middle(path, blobs):
-    """A buffer that is not aligned: the kernel says EINVAL to the read itself."""
+    """If the buffer is not aligned, the read itself fails with EINVAL."""
     file = BlockFile.open(path)
     direct = file.try_direct()
     memory = HostBuffer(SIZES[2] + 4096, "test").array[8:]
@@ -391,7 +391,7 @@ def test_the_key_follows_all_that_the_bytes_depend_on(tmp_path):
     folder = _save(tmp_path / "a")
     key = _key(folder)
     assert len(key) == 32
-    for_one_module = _QUANT | {"dynamic": {"o": {"sym": False}}}  # which is all that there are
+    for_one_module = _QUANT | {"dynamic": {"o": {"sym": False}}}  # all of the model's modules
     assert _key(folder, quant=for_one_module) == _key(folder, quant=_QUANT | {"sym": False})
     others = [
         _key(folder, quant=_QUANT | {"sym": False}),
@@ -420,7 +420,7 @@ def test_equal_times_do_not_hide_other_weights(tmp_path):
 
 
 def test_changed_packing_needs_a_new_layout_version():
-    """Files packed before must not be read as if packed now. If this fails, raise LAYOUT_VERSION along with it."""
+    """Files of an older packing must not be read as the present one. If this fails, increase LAYOUT_VERSION too."""
     rng = np.random.default_rng(1)
     digest = hashlib.sha256()
 
@@ -462,7 +462,7 @@ def test_changed_packing_needs_a_new_layout_version():
 
 @pytest.mark.parametrize("target", [_CPU, Target("cuda", arch=86)], ids=["cpu", "cuda"])
 def test_a_file_of_another_layout_version_is_not_opened(tmp_path, blobs, monkeypatch, target):
-    """Not found under the new key; and not taken if it lies under the new key's name."""
+    """It is not found under the new key, and is refused if it has the new key's name."""
     folder = _save(tmp_path / "model")
     monkeypatch.setattr(packed_store, "LAYOUT_VERSION", packed_store.LAYOUT_VERSION - 1)
     old = _key(folder, target=target)
@@ -471,7 +471,7 @@ def test_a_file_of_another_layout_version_is_not_opened(tmp_path, blobs, monkeyp
     assert packed_path(tmp_path, folder, old) != packed_path(tmp_path, folder, new)
     path = write(packed_path(tmp_path, folder, new), blobs, old)
     assert PackedFile.open(path, new, SIZES) is None
-    PackedFile.open(path, old, SIZES).close()  # it is whole
+    PackedFile.open(path, old, SIZES).close()  # it is complete
 
 
 # --- the folder --------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 #pragma once
-// What NVRTC has built in, for g++: vector types, intrinsics, collectives, atomics. Header-light on purpose: every
-// kernel variant parses it. Semantics follow the CUDA C++ Programming Guide; where hardware leaves room, the shim takes
-// the strictest reading.
+// NVRTC's built-ins for g++: vector types, intrinsics, collectives, atomics. It includes few headers, because every kernel
+// variant parses it. Semantics follow the CUDA C++ Programming Guide; if that leaves freedom, the shim takes the strictest
+// reading.
 #include "runtime.h"
 
 #ifndef EXL_ARCH
 #error "EXL_ARCH must be given: 86 for compute capability 8.6"
 #endif
 #define EXL_DEVICE inline __attribute__((always_inline))
-// Static: of a file's kernels, only the one that is asked for is compiled.
+// static, so that of a file's kernels only the requested one is compiled.
 #define EXL_KERNEL(name, threads, min_blocks)                                       \
   __attribute__((unused)) static constexpr u32 name##_max_threads = (threads);      \
   __attribute__((unused, noinline)) static void name
@@ -149,7 +149,7 @@ EXL_DEVICE float __uint2float_rn(u32 x) { return static_cast<float>(x); }
 
 template <class T> EXL_DEVICE T min(T a, T b) { return b < a ? b : a; }
 template <class T> EXL_DEVICE T max(T a, T b) { return a < b ? b : a; }
-template <> EXL_DEVICE float min(float a, float b) { return fminf(a, b); }  // a NaN loses, as in fminf
+template <> EXL_DEVICE float min(float a, float b) { return fminf(a, b); }  // returns the operand that is not NaN
 template <> EXL_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 template <class T> EXL_DEVICE T abs(T a) { return a < 0 ? -a : a; }
 template <> EXL_DEVICE float abs(float a) { return fabsf(a); }
@@ -242,7 +242,7 @@ EXL_DEVICE int atomicCAS(int* p, int compare, int v) { return exl_atomic_op(p, v
 EXL_DEVICE u32 atomicCAS(u32* p, u32 compare, u32 v) { return exl_atomic_op(p, v, compare, 11); }
 EXL_DEVICE u64 atomicCAS(u64* p, u64 compare, u64 v) { return exl_atomic_op(p, v, compare, 11); }
 
-// Library copies are not instrumented by the compiler: say what they touch.
+// The compiler does not instrument library copies, so report their accesses.
 EXL_DEVICE void* exl_memcpy(void* dst, const void* src, size_t n) {
   exl_access(src, n, 0);
   exl_access(dst, n, 1);

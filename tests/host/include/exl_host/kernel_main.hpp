@@ -1,5 +1,5 @@
 #pragma once
-// Joined to the end of every kernel's source: what Python needs to know of the entry's signature, and the call itself.
+// Appended to every kernel's source: describes the entry's signature to Python, and calls it.
 
 struct half;
 struct bf16;

@@ -15,7 +15,7 @@ template <u32 kTable> EXL_DEVICE u32 lop3(u32 a, u32 b, u32 c) {
 }
 EXL_DEVICE u32 prmt(u32 a, u32 b, u32 selector) { return exl_prmt(a, b, selector); }
 
-// ---- 16-bit floating point, in the runtime: no sanitizer looks inside -----------------------------------------------
+// ---- 16-bit floating point, in the runtime, which no sanitizer instruments ------------------------------------------
 
 EXL_DEVICE float cvt_f32_f16(u16 h) { return exl_f32_from_f16(h); }
 EXL_DEVICE u16 cvt_f16_f32(float f) { return exl_f16_from_f32(f); }
