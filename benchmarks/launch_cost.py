@@ -59,7 +59,10 @@ class NoDevice:
         self.num_launches = self.num_calls = 0
         self._driver, self._functions = driver, {}
         attributes = SimpleNamespace(funcSetAttribute=lambda *_: None, CUDADriverError=KernelError)
-        self._cupy = SimpleNamespace(cuda=SimpleNamespace(driver=attributes, Device=lambda index: nullcontext()))
+        runtime = SimpleNamespace(CUDARuntimeError=KernelError)
+        self._cupy = SimpleNamespace(
+            cuda=SimpleNamespace(driver=attributes, runtime=runtime, Device=lambda index: nullcontext())
+        )
 
     def load(self, spec: KernelSpec) -> CudaFunction:
         if spec not in self._functions:
