@@ -12,9 +12,9 @@
 // The context is cut into items: of 256 tokens up to token 4096, of 1024 after it. A column is one query head of the kv
 // head's group and one new token. A block takes one item, one kv head and 8 columns. Item borders do not depend on the
 // length, a page goes to the warp (of 4) of its number, and warps and items are added in the order of their numbers: a
-// row's bits depend neither on the batch nor on the other new tokens, which are masked to exact zeros where a column does
-// not see them. A block appends the new tokens of its item before it reads them; blocks of other columns write the same
-// bytes. The last block to arrive combines the items; the counter is the only atomic.
+// row's bits depend neither on the batch nor on the other new tokens, which are exact zeros for columns that do not see
+// them. A block appends the new tokens of its item before it reads them; blocks of other columns write the same bytes.
+// The last block to arrive combines the items; the counter is the only atomic.
 //
 // Block: 4 warps; grid: (max_items, Hkv * column tiles, B). Shared bytes: kSharedBytes (attention_decode.py has the same sum).
 // Macros: page.cuh. Architectures: all; below sm_75 in f32 arithmetic. Tests: tests/kernels/test_attention_decode.py

@@ -18,7 +18,7 @@
 #include <exl/attend_simt.cuh>
 #include <exl/head_row.cuh>
 
-constexpr int kN = EXL_N, kWarps = EXL_WARPS, kColumns = 8 * kN;   // of a warp
+constexpr int kN = EXL_N, kWarps = EXL_WARPS, kColumns = 8 * kN;   // kColumns: per warp
 // Shared memory per warp: q, later overwritten by eight columns of O; below sm_75 O, q and probabilities side by side.
 constexpr int kQBytes = kColumns * kQPitch * 2, kOBytes = 8 * kD * 4, kMmaBytes = kQBytes > kOBytes ? kQBytes : kOBytes;
 constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + kSimtProbabilities * 4;

@@ -14,8 +14,8 @@ constexpr int kLoads = kStageK * kBits * 16 / 8 / 512;             // 16-byte lo
 constexpr int kUnitK = kGroup == 0 ? 128 : kGroup;                 // a unit: inputs summed before a scale is applied
 constexpr int kUnits = kStageK / kUnitK;
 
-// A block of `qparams`: scales [8 (g)][units][row g, row g + 8], then zero points [8 (g)][units], of all groups of a stage;
-// EXL_GROUP 0: of one group.
+// A block of `qparams`: scales [8 (g)][units][row g, row g + 8], then zero points [8 (g)][units]. It has all groups of one
+// stage or, with EXL_GROUP 0, one group.
 constexpr int kScaleBytes = EXL_SCALE == 2 ? 4 : 2;
 constexpr int kZeroBytes = kBits == 8 ? 2 : 1;                     // per unit, rows g and g + 8 together
 constexpr int kBlockUnits = kGroup == 0 ? 1 : kUnits;
