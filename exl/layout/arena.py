@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from exl.layout import attention, samples
-from exl.layout.layers import DENSE_STEP, DTYPE_BYTES, Field, LayerLayout, StepLimits, Target, align_up, tile_layout
+from exl.layout.fields import DTYPE_BYTES, Field, align_up
+from exl.layout.layers import DENSE_STEP, LayerLayout, tile_layout
 from exl.layout.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
 from exl.layout.tiles import ROWS
 
 ARENA_ALIGN = 256  # as the driver aligns an allocation: what every kernel's vector loads are content with

@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
-from exl.layout.layers import KV_BITS, KV_GROUP
+from exl.layout.kv import KV_BITS, KV_GROUP
 
 KINDS = ("f16", "q8", "k8v4", "q4")
 HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 256

@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.checkpoint.config import RopeConfig
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.layers import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
+from exl.layout.fields import Field
+from exl.layout.kv import DeviceKVLayout, KVLayout
+from exl.layout.layers import LayerLayout, LinearLayout
+from exl.layout.specs import Target
 
 if TYPE_CHECKING:
     from exl.cache.kv import KVCache

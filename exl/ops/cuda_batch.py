@@ -23,7 +23,8 @@ from exl.kernels.attention_decode import DecodeTables, check_tables
 from exl.kernels.attention_prefill import PrefillTables, check_pages
 from exl.kernels.embed import check_ids
 from exl.layout.arena import TABLE_ALIGN
-from exl.layout.layers import StepLimits, align_up
+from exl.layout.fields import align_up
+from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.rotation import num_angles, rotation_tables

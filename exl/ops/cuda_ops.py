@@ -35,9 +35,13 @@ from exl.kernels.program import Programs, place
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
 from exl.layout.arena import ArenaLayout, crossover
-from exl.layout.layers import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
+from exl.layout.fields import Field
+from exl.layout.kv import DeviceKVLayout
+from exl.layout.layers import LinearLayout
 from exl.layout.linear_config import MIN_ARCH
 from exl.layout.pages import PageLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
 from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging

@@ -13,7 +13,10 @@ from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.layers import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
+from exl.layout.kv import KVLayout
+from exl.layout.layers import LinearLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits, scratch_bytes
 from exl.memory.host import host_tensor
 from exl.ops import torch_attention
 from exl.ops.base import AttentionSpec, Linear, Norm, Segments

@@ -16,7 +16,10 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_vector
-from exl.layout.layers import BlobSpec, KVLayout, LinearSpec, StepLimits, layer_layout
+from exl.layout.kv import KVLayout
+from exl.layout.layers import layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec
+from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
 from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments

@@ -16,7 +16,8 @@ from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import ExlError
-from exl.layout.layers import LayerLayout, Target
+from exl.layout.layers import LayerLayout
+from exl.layout.specs import Target
 from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 

@@ -23,7 +23,8 @@ from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.linear import gate_up, make_scratch, project
 from exl.kernels.linear_dense import multiply_dense
 from exl.kernels.linear_io import Output
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
+from exl.layout.layers import layer_layout, linear_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.ops.base import view_segments
 
 SM86 = Target("cuda", arch=86)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exl.errors import KernelError
-from exl.layout.layers import DeviceKVLayout
+from exl.layout.kv import DeviceKVLayout
 from exl.layout.pages import (
     KINDS,
     PageLayout,

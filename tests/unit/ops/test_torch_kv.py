@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl.layout.layers import KV_BITS, KVLayout
+from exl.layout.kv import KV_BITS, KVLayout
 from exl.ops import torch_attention
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 

@@ -17,7 +17,8 @@ import exl
 import exl.engine.build
 from benchmarks.synthetic import SHAPES, write_headers
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
-from exl.layout.layers import LinearSpec, MatrixSpec, Target, linear_layout, tile_layout
+from exl.layout.layers import linear_layout, tile_layout
+from exl.layout.specs import LinearSpec, MatrixSpec, Target
 from exl.layout.tiles import TileLayout
 from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_bytes, usable_bytes
 from exl.planning.from_headers import EngineOptions, open_model, plan_model

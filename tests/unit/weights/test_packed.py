@@ -24,7 +24,8 @@ from exl.checkpoint.quant_config import parse_quant_config
 from exl.errors import CheckpointError, ExlError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.blob import pack_linear as pack_tiles
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
+from exl.layout.layers import layer_layout, linear_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.torch_linear import pack_linear
 from exl.weights import packed, packed_store
