@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from exl.batch import PAGE_SIZE
 from exl.layout.fields import FIELD_ALIGN, Field, FieldPacker, align_up
@@ -58,6 +59,23 @@ class KVLayout:
         return self.num_layers * self.layer_bytes(num_pages)
 
 
+class PageOffsets(NamedTuple):
+    """Bytes from the start of one page of one kv head on a GPU, [K codes | K scales | V codes | V scales]."""
+
+    k_scales: int
+    v_codes: int
+    v_scales: int
+    num_bytes: int  # of the whole page
+
+
+def page_offsets(kind: str, head_dim: int) -> PageOffsets:
+    """``kind``: a key of KV_BITS; one f16 scale per token and 32 channels, if it is quantized."""
+    k_bits, v_bits = KV_BITS[kind]
+    scales = PAGE_SIZE * 2 * -(-head_dim // KV_GROUP) if k_bits < 16 else 0
+    k_codes, v_codes = (PAGE_SIZE * head_dim * bits // 8 for bits in (k_bits, v_bits))
+    return PageOffsets(k_codes, k_codes + scales, k_codes + scales + v_codes, k_codes + v_codes + 2 * scales)
+
+
 @dataclass(frozen=True)
 class DeviceKVLayout:
     """The cache's slab on a GPU: [layer][page][kv_head][K codes | K scales | V codes | V scales], 64 tokens a page.
@@ -73,9 +91,7 @@ class DeviceKVLayout:
     @property
     def head_page_bytes(self) -> int:
         """4 bits, 128 channels: 2 * (64 * 64 + 64 * 4 * 2) = 9216."""
-        bits = KV_BITS[self.kind]
-        scales = 2 * -(-self.head_dim // KV_GROUP) if bits[0] < 16 else 0
-        return sum(PAGE_SIZE * (self.head_dim * b // 8 + scales) for b in bits)
+        return page_offsets(self.kind, self.head_dim).num_bytes
 
     def layer_bytes(self, num_pages: int) -> int:
         return num_pages * self.num_kv_heads * self.head_page_bytes

@@ -17,11 +17,12 @@ from exl.kernels.launch import Backend
 from exl.kernels.linear import TiledWeight, gate_up, make_scratch, project
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
-from exl.kernels.linear_many import PanelScratch, multiply_many, panel_scratch_shapes
+from exl.kernels.linear_many import PanelScratch, multiply_many
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
 from exl.kernels.tile_pack import pack_matrix
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, quantize
+from exl.layout.panels import panel_scratch_shapes
 from exl.layout.tiles import gated_rows
 
 LARGEST = 65504.0  # of f16; 65520 is the least that rounds to infinity
