@@ -27,7 +27,8 @@ from benchmarks.machine import Machine, graph_gap_us, rate, share
 from benchmarks.report import Measurement, Section
 from benchmarks.timing import REPEATS, Timer
 from exl.kernels.launch import Backend
-from exl.kernels.linear import Scratch, TiledWeight, make_scratch, project
+from exl.kernels.linear import Scratch, make_scratch, project
+from exl.kernels.weights import TiledWeight
 from exl.layout.tiles import TileLayout
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)

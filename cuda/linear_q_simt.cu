@@ -17,7 +17,7 @@
 
 constexpr int kTokens = EXL_TOKENS;
 
-// Code of element `second` of pair p of mma j, among a lane's words of 64 inputs: tile_layout.py's table.
+// Code of element `second` of pair p of mma j, among a lane's words of 64 inputs: exl/layout/tiles.py's table.
 EXL_DEVICE u32 code_of(const u32* w, int j, int p, int second) {
   if (kBits == 4) return w[j % kBits] >> (4 * p + 16 * second) & 15u;
   if (kBits == 8) return w[(2 * j + p / 2) % kBits] >> (16 * (p % 2) + 8 * second) & 255u;

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from exl.errors import CheckpointError, KernelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.kernels.linear import TiledWeight
 from exl.kernels.linear_dense import DenseWeight
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.layers import LinearLayout, tile_layout
 from exl.layout.tiles import gated_rows, natural_rows
 

@@ -10,8 +10,9 @@ from exl.errors import KernelError
 from exl.kernels.args import i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear import COMPILED, TiledWeight, check_weight
+from exl.kernels.linear import COMPILED
 from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.weights import TiledWeight, check_weight
 from exl.layout.panels import PANEL_BYTES
 from exl.layout.tiles import ROWS, TileLayout
 

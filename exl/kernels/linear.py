@@ -20,7 +20,7 @@ from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.linear_simt import run_simt, simt_spec
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_pack import PackedMatrix
+from exl.kernels.weights import TiledWeight, check_weight
 from exl.layout.linear_config import (
     MAX_TOKENS,
     MIN_ARCH,
@@ -31,30 +31,7 @@ from exl.layout.linear_config import (
     choose_config,
     scratch_shapes,
 )
-from exl.layout.tiles import ROWS, TileLayout
-
-
-@dataclass(frozen=True)
-class TiledWeight:
-    """A packed matrix on the device (``tile_layout.py``): codes i32, qparams u8, bias f32 or None."""
-
-    layout: TileLayout
-    codes: torch.Tensor
-    qparams: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def form(self) -> TileLayout:
-        """All that launches depend on besides the tensors."""
-        return self.layout
-
-    @classmethod
-    def from_packed(cls, packed: PackedMatrix, device: torch.device) -> TiledWeight:
-        def tensor(array):
-            return None if array is None else torch.from_numpy(array).to(device)
-
-        codes = torch.from_numpy(packed.codes.view("<i4")).to(device)
-        return cls(packed.layout, codes, tensor(packed.qparams), tensor(packed.bias))
+from exl.layout.tiles import TileLayout
 
 
 @dataclass(frozen=True)
@@ -230,14 +207,6 @@ def linear_spec(config: LinearConfig, layout: TileLayout, arch: int) -> KernelSp
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def check_weight(weight: TiledWeight, device: torch.device) -> None:
-    layout = weight.layout
-    check_tensor("codes", weight.codes, (torch.int32,), layout.codes_shape, device, 16)
-    check_tensor("qparams", weight.qparams, (torch.uint8,), layout.qparams_shape, device, 16)
-    if weight.bias is not None:
-        check_tensor("bias", weight.bias, (torch.float32,), (layout.num_tiles * ROWS,), device)
 
 
 def _check_scratch(

@@ -16,9 +16,10 @@ from exl.kernels.args import f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.dequantize import dequantize
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear import TiledWeight, check_weight, round_activations
+from exl.kernels.linear import round_activations
 from exl.kernels.linear_io import OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.weights import TiledWeight, check_weight
 from exl.layout.panels import PANEL_BYTES, panel_tiles
 from exl.layout.tiles import ROWS, TileLayout
 

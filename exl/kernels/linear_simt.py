@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from exl.errors import KernelError
@@ -11,11 +9,9 @@ from exl.kernels.args import f32, i32, ptr
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output
 from exl.kernels.spec import KernelSpec
+from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import TileLayout
-
-if TYPE_CHECKING:
-    from exl.kernels.linear import TiledWeight
 
 MAX_TOKENS = 4  # that one launch takes
 NUM_WARPS = 8

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
+from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.kernels.launch import Backend
 from exl.layout.fields import Field
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.layers import LayerLayout, LinearLayout
 from exl.layout.specs import Target
-
-if TYPE_CHECKING:
-    from exl.cache.kv import KVCache
-    from exl.kernels.launch import Backend
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,

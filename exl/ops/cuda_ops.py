@@ -26,7 +26,7 @@ from exl.kernels.attention_prefill import attention_prefill
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.embed import embed
 from exl.kernels.launch import Backend
-from exl.kernels.linear import Scratch, TiledWeight, multiply
+from exl.kernels.linear import Scratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
@@ -34,6 +34,7 @@ from exl.kernels.params import Bindings
 from exl.kernels.program import Programs, place
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
+from exl.kernels.weights import TiledWeight
 from exl.layout.arena import ArenaLayout, crossover
 from exl.layout.fields import Field
 from exl.layout.kv import DeviceKVLayout

@@ -12,8 +12,8 @@ from reference.linear_twin import random_matrix
 from exl.errors import KernelError
 from exl.kernels.dequantize import dequantize
 from exl.kernels.launch import Backend
-from exl.kernels.linear import TiledWeight
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.panels import PANEL_BYTES, panel_tiles
 from exl.layout.tiles import TileLayout, gated_rows
 

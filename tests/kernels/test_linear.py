@@ -17,8 +17,10 @@ from reference.linear_twin import (
 )
 
 from exl.kernels.launch import Backend
-from exl.kernels.linear import NormedInput, TiledWeight, gate_up, make_scratch, project, project_add
+from exl.kernels.linear import gate_up, make_scratch, project, project_add
+from exl.kernels.linear_io import NormedInput
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.linear_config import LinearConfig, reachable_configs
 from exl.layout.tiles import gated_rows
 

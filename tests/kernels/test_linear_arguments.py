@@ -12,18 +12,10 @@ import torch
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
-from exl.kernels.linear import (
-    COMPILED,
-    NormedInput,
-    TiledWeight,
-    gate_up,
-    linear_spec,
-    make_scratch,
-    project,
-    project_add,
-    variants,
-)
+from exl.kernels.linear import COMPILED, gate_up, linear_spec, make_scratch, project, project_add, variants
+from exl.kernels.linear_io import NormedInput
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.linear_config import RING_STAGES, choose_config, shared_per_multiprocessor, slice_stages
 from exl.layout.tiles import TileLayout

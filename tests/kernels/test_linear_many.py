@@ -11,10 +11,10 @@ from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
 from exl.kernels.launch import Backend
-from exl.kernels.linear import TiledWeight
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_many
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.linear_config import crossover_tokens
 from exl.layout.panels import panel_scratch_shapes
 from exl.layout.tiles import TileLayout, gated_rows

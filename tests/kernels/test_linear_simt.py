@@ -8,9 +8,11 @@ import torch
 from conftest import backend_or_skip
 from reference.linear_twin import bias_of, dequantize, random_matrix, rms_norm, silu, tile_sumsq
 
-from exl.kernels.linear import NormedInput, TiledWeight, gate_up, make_scratch, project, project_add
+from exl.kernels.linear import gate_up, make_scratch, project, project_add
+from exl.kernels.linear_io import NormedInput
 from exl.kernels.linear_simt import choose_x_stages, simt_shared_bytes, token_counts
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import TileLayout, gated_rows
 

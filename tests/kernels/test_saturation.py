@@ -14,13 +14,14 @@ from test_linear import run as run_linear
 
 from exl.kernels.append_kv import append_kv
 from exl.kernels.launch import Backend
-from exl.kernels.linear import TiledWeight, gate_up, make_scratch, project
+from exl.kernels.linear import gate_up, make_scratch, project
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_many
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, quantize
 from exl.layout.panels import panel_scratch_shapes
 from exl.layout.tiles import gated_rows
