@@ -38,7 +38,7 @@ def embed(
 ) -> None:
     """h f32 [T, C] = rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
 
-    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``positions`` as for ``linear.project_add``. What is
+    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``positions`` as for ``Output.residual``. What is
     no id gives zeros: ``check_ids`` looks at them where they are still on the host. Raises ``KernelError``.
     """
     device = backend.device

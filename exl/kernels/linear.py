@@ -1,8 +1,8 @@
 """Quantized linears on the GPU: y = x W, straight from the codes (``linear_q.cu``, ``linear_q_wide.cu``).
 
-Three operations, each for any number of tokens (64 at a time): ``project`` stores, ``gate_up`` stores SiLU(gate) * up,
-``project_add`` adds to the f32 residual and leaves its sums of squares for the next norm. A row's bits depend neither
-on the other rows nor on the configuration. Arguments are checked before anything is launched.
+For any number of tokens, 64 at a time. ``Output`` says what becomes of the product: it is stored, or SiLU(gate) * up
+is, or it is added to the f32 residual, which leaves the residual's sums of squares for the next norm. A row's bits
+depend neither on the other rows nor on the configuration. Arguments are checked before anything is launched.
 """
 
 from __future__ import annotations
@@ -50,65 +50,6 @@ def make_scratch(layouts: list[TileLayout], backend: Backend) -> Scratch:
     return Scratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
 
 
-def project(
-    backend: Backend,
-    weight: TiledWeight,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    norm: NormedInput | None = None,
-    scratch: Scratch | None = None,
-    config: LinearConfig | None = None,
-    dependent: bool = False,
-) -> None:
-    """y [T, N] = x [T, K] W + bias; y in f16, bf16 or f32.
-
-    x is f16 or bf16, or with ``norm`` the f32 residual, normalised on the way. Rows of x and y may lie apart, their
-    elements may not. More than 8 tokens need ``scratch``. ``config`` overrides the choice for up to 64 tokens.
-    ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then not
-    write the weight. Raises ``KernelError``.
-    """
-    multiply(backend, weight, x, Output.store(y), norm=norm, scratch=scratch, config=config, dependent=dependent)
-
-
-def gate_up(
-    backend: Backend,
-    weight: TiledWeight,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    norm: NormedInput | None = None,
-    scratch: Scratch | None = None,
-    config: LinearConfig | None = None,
-    dependent: bool = False,
-) -> None:
-    """y [T, F] = SiLU(x W_gate + b_gate) * (x W_up + b_up), for rows packed by ``gated_rows``."""
-    multiply(backend, weight, x, Output.gated(y), norm=norm, scratch=scratch, config=config, dependent=dependent)
-
-
-def project_add(
-    backend: Backend,
-    weight: TiledWeight,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    sumsq: torch.Tensor,
-    *,
-    scale: float = 1.0,
-    permuted: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    scratch: Scratch | None = None,
-    config: LinearConfig | None = None,
-    dependent: bool = False,
-) -> None:
-    """h f32 [T, N] += scale * (x W + bias); sumsq f32 [T, ceil(N / 16)] becomes the sums of h^2 over 16 channels each.
-
-    ``permuted`` f32 [T, N] gets a second copy of h with channel n at ``positions[n]`` (i32 [N]), for a consumer under
-    act-order.
-    """
-    out = Output.residual(h, sumsq, scale, permuted, positions)
-    multiply(backend, weight, x, out, scratch=scratch, config=config, dependent=dependent)
-
-
 def multiply(
     backend: Backend,
     weight: TiledWeight,
@@ -120,7 +61,13 @@ def multiply(
     config: LinearConfig | None = None,
     dependent: bool = False,
 ) -> None:
-    """The three above in one: ``out`` says what becomes of x W + bias."""
+    """``out`` gets x [T, K] W + bias: stored, gated or added, as it says.
+
+    x is f16 or bf16, or with ``norm`` the f32 residual, normalised on the way. Rows of x and of the output may lie
+    apart, their elements may not. More than 8 tokens need ``scratch``. ``config`` overrides the choice for up to 64
+    tokens. ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then
+    not write the weight. Raises ``KernelError``.
+    """
     check_weight(weight, backend.device)
     check_input(weight.layout.K, x, norm, backend.device)
     check_output(weight.layout.num_tiles, x.shape[0], out, backend.device)

@@ -99,7 +99,7 @@ def multiply_dense(
     norm: NormedInput | None = None,
     dependent: bool = False,
 ) -> None:
-    """``out`` gets x [T, K] W.T + bias, any T, 32 rows at a time; x, ``norm``, ``dependent`` as in ``linear.project``.
+    """``out`` gets x [T, K] W.T + bias, any T, 32 rows at a time; x, ``norm``, ``dependent`` as in ``linear.multiply``.
 
     Weights are used as they are, never converted. A row's bits do not depend on the other rows. Raises ``KernelError``,
     among others for bf16 weights below compute capability 8.0: load them as f16 there.

@@ -18,7 +18,7 @@ STORE, GATED, RESIDUAL = 0, 1, 2
 @dataclass(frozen=True)
 class NormedInput:
     """RMSNorm on the way in: x is the f32 residual; ``sumsq`` f32 [T, ceil(K / 16)] are its sums of squares over 16
-    channels each, as ``project_add`` leaves them, ``weight`` f32 [K]."""
+    channels each, as ``Output.residual`` leaves them, ``weight`` f32 [K]."""
 
     sumsq: torch.Tensor
     weight: torch.Tensor
@@ -41,12 +41,12 @@ class Output:
 
     @classmethod
     def store(cls, y: torch.Tensor) -> Output:
-        """y [T, N] f16, bf16 or f32."""
+        """y [T, N] f16, bf16 or f32 = the product."""
         return cls(STORE, y)
 
     @classmethod
     def gated(cls, y: torch.Tensor) -> Output:
-        """y [T, F] = SiLU(gate) * up."""
+        """y [T, F] = SiLU(gate) * up, for rows packed by ``gated_rows``."""
         return cls(GATED, y)
 
     @classmethod
@@ -58,7 +58,11 @@ class Output:
         permuted: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> Output:
-        """h f32 [T, N] += scale * sum; sumsq f32 [T, ceil(N / 16)]; permuted f32 [T, N], positions i32 [N]."""
+        """h f32 [T, N] += scale * product; sumsq f32 [T, ceil(N / 16)] becomes the sums of h^2 over 16 channels each.
+
+        ``permuted`` f32 [T, N] gets a second copy of h with channel n at ``positions[n]`` (i32 [N]). Nothing asks for
+        it yet: it is for linears under act-order, which then need no launch that sorts their input.
+        """
         return cls(RESIDUAL, h, sumsq, permuted, positions, scale)
 
     @property

@@ -170,10 +170,7 @@ class Ops(Protocol):
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Token ids of the selected batch -> h [T, C] f32."""
 
-    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        """[T, C] -> [T, C]."""
-
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         """out [T, N] = norm(h) W + b."""
 
     def attend(
@@ -190,12 +187,10 @@ class Ops(Protocol):
         ``to``: the linear that reads ``out``. A backend may store ``out`` in the order of that linear's act-order.
         """
 
-    def gate_up(
-        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
-    ) -> None:
+    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = ()) -> None:
         """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``to`` as for ``attend``."""
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gate_up`` with ``to=w``."""
 
     def logits(
@@ -206,7 +201,3 @@ class Ops(Protocol):
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         """Logits [R, V] -> R tokens, kept on the device until the next call: the next batch may refer to sample i as
         token -1-i. Does not wait for the result."""
-
-    # cache
-    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copies K and V of pages ``src`` to pages ``dst``, in all layers."""

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
-from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
@@ -188,14 +187,7 @@ class CudaOps:
 
         self._run(("embed", place(h)), self._bind((table,)), record)
 
-    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        def record(backend: Backend) -> None:
-            rms_norm(backend, h, self._normed_input(h, norm), out, dependent=self._may_overlap())
-
-        self._run(("norm", place(h), place(out), norm.eps), self._bind(norm.weight), record)
-
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
-        _refuse(lora)
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
         key = "project", place(h), place(out), eps
         self._run(key, self._bind(w, weight), lambda backend: self._project(backend, h, norm, w, out))
@@ -273,10 +265,7 @@ class CudaOps:
             tables = batch.prefill_tables
             attention_prefill(*(backend, self._pages, q, tables, pages, out), max_new=batch.shape.max_chunk, **common)
 
-    def gate_up(
-        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
-    ) -> None:
-        _refuse(lora)
+    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = ()) -> None:
         key = "gate_up", place(h), place(out), norm.eps
         self._run(key, self._bind(w, norm.weight, to), lambda backend: self._gate_up(backend, h, norm, w, out, to))
 
@@ -292,9 +281,7 @@ class CudaOps:
         positions = to[0].fields.get("positions") if to else None
         silu_mul(*(backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self._may_overlap())
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
-        _refuse(lora)
-
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         def record(backend: Backend) -> None:
             for linear in w:
                 self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
@@ -327,11 +314,6 @@ class CudaOps:
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
         return self._sampler.sample(logits, params, dependent=self._may_overlap())
-
-    # cache
-
-    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        kv.copy_pages(src, dst)
 
     # linears
 
@@ -400,8 +382,3 @@ class CudaOps:
 
     def _normed_input(self, h: torch.Tensor, norm: Norm, first_row: int = 0) -> NormedInput:
         return NormedInput(self._rows_sumsq(h, first_row), norm.weight, norm.eps)
-
-
-def _refuse(lora) -> None:
-    if lora is not None:
-        raise UnsupportedModelError("LoRA adapters are not supported yet")

@@ -47,19 +47,19 @@ class _ListeningOps(TorchOps):
     with_output = False
     _residual: torch.Tensor | None = None
 
-    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, lora, num_decode_rows: int) -> None:
+    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
         if w is not self.target_linear:
-            super()._multiply(x, w, out, lora, num_decode_rows)
+            super()._multiply(x, w, out, num_decode_rows)
             return
         if not self.with_output:
             raise _Heard(x, None)
-        super()._multiply(x, w, out, lora, num_decode_rows)
+        super()._multiply(x, w, out, num_decode_rows)
         raise _Heard(x, out if self._residual is None else out.add_(self._residual))
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         self._residual = h
         try:
-            super().project_add(x, w, h, scale, lora)
+            super().project_add(x, w, h, scale)
         finally:
             self._residual = None
 

@@ -14,7 +14,7 @@ from test_linear import run as run_linear
 
 from exl.kernels.append_kv import append_kv
 from exl.kernels.launch import Backend
-from exl.kernels.linear import gate_up, make_scratch, project
+from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_many
@@ -107,11 +107,11 @@ def test_gate_and_up(backend: Backend, T: int) -> None:
     weight = TiledWeight.from_packed(pack_matrix([gate, up], rows=gated_rows(24)), backend.device)
     y, wide = both_types(backend.device, T, 24)
     for out in (y, wide):
-        gate_up(
+        multiply(
             backend,
             weight,
             large_inputs(T, 256).to(backend.device),
-            out,
+            Output.gated(out),
             scratch=make_scratch([weight.layout], backend),
         )
     assert_saturates(y, wide)
@@ -128,7 +128,7 @@ def test_linears_without_tensor_cores(mode: str, T: int) -> None:
     y, wide = both_types(backend.device, 3, 40)
     for out in (y, wide):
         for start in range(0, 3, T):
-            project(backend, weight, x[start : start + T], out[start : start + T])
+            multiply(backend, weight, x[start : start + T], Output.store(out[start : start + T]))
     assert_saturates(y, wide)
 
 
@@ -177,8 +177,16 @@ def test_normalised_inputs(backend: Backend, T: int) -> None:
         multiply_many(backend, weight, saturated(x).to(place), Output.store(expected), scratch)
     else:
         found, expected = (nan(T, 40, dtype=torch.float32, device=place) for _ in range(2))
-        project(backend, weight, h.to(place), found, norm=norm, scratch=make_scratch([weight.layout], backend))
-        project(backend, weight, saturated(x).to(place), expected, scratch=make_scratch([weight.layout], backend))
+        multiply(
+            backend, weight, h.to(place), Output.store(found), norm=norm, scratch=make_scratch([weight.layout], backend)
+        )
+        multiply(
+            backend,
+            weight,
+            saturated(x).to(place),
+            Output.store(expected),
+            scratch=make_scratch([weight.layout], backend),
+        )
     assert found.isfinite().all()
     assert torch.equal(found, expected)
     dense = DenseWeight(torch.from_numpy(rng.standard_normal((16, 256))).half().to(place))
