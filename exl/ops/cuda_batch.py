@@ -84,13 +84,19 @@ class DeviceBatch:
 
     @property
     def decode_tables(self) -> DecodeTables:
-        B, T = self.shape.num_decode_sequences, self.shape.num_decode_rows
-        return DecodeTables(self.query_start[: B + 1], self.context_len[:B], self.page_table[:B], self.slots[:T])
+        shape, B, T = self.shape, self.shape.num_decode_sequences, self.shape.num_decode_rows
+        return DecodeTables(
+            *(self.query_start[: B + 1], self.context_len[:B], self.page_table[:B], self.slots[:T]),
+            max_context=shape.max_context,
+            max_new=shape.max_new,
+        )
 
     @property
     def prefill_tables(self) -> PrefillTables:
         B = self.shape.num_decode_sequences
-        return PrefillTables(self.query_start[B:], self.context_len[B:], self.page_table[B:])
+        return PrefillTables(
+            self.query_start[B:], self.context_len[B:], self.page_table[B:], max_new=self.shape.max_chunk
+        )
 
 
 class Upload:

@@ -21,6 +21,7 @@ from exl.checkpoint.config import RopeConfig
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
+from exl.kernels.attention_io import AttentionParams, HeadNorms, QkvRows
 from exl.kernels.attention_prefill import attention_prefill
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.embed import embed
@@ -234,36 +235,24 @@ class CudaOps:
     ) -> None:
         batch = self._now
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
-        norms = {
-            "q_norm": None if spec.q_norm is None else spec.q_norm.weight,
-            "k_norm": None if spec.k_norm is None else spec.k_norm.weight,
-            "eps": 0.0 if spec.q_norm is None else spec.q_norm.eps,
-        }
+        rows = QkvRows(qkv, batch.cosine, batch.sine, _head_norms(spec))
+        params = AttentionParams(spec.scale, spec.window, spec.softcap)
         common = {
-            "scale": spec.scale,
-            "window": spec.window,
-            "softcap": spec.softcap,
             "positions": to[0].fields.get("positions") if to else None,
             "dependent": self._may_overlap(),
         }
         if n:
             attention_decode(
-                *(backend, self._pages, qkv[:n], batch.cosine[:n], batch.sine[:n], batch.decode_tables, pages),
-                *(out[:n], self._attention),
-                max_context=batch.shape.max_context,
-                max_new=batch.shape.max_new,
-                **norms,
+                *(backend, self._pages, rows.rows(0, n), batch.decode_tables, pages, out[:n], self._attention, params),
                 **common,
             )
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
             append_kv(
-                *(backend, self._pages, qkv[n:], batch.cosine[n:], batch.sine[n:], batch.slots[n:], pages, q[n:]),
-                **norms,
+                *(backend, self._pages, rows.rows(n, T), batch.slots[n:], pages, q[n:]),
                 dependent=self._may_overlap(),
             )
-            tables = batch.prefill_tables
-            attention_prefill(*(backend, self._pages, q, tables, pages, out), max_new=batch.shape.max_chunk, **common)
+            attention_prefill(*(backend, self._pages, q, batch.prefill_tables, pages, out, params), **common)
 
     def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = ()) -> None:
         key = "gate_up", place(h), place(out), norm.eps
@@ -382,3 +371,8 @@ class CudaOps:
 
     def _normed_input(self, h: torch.Tensor, norm: Norm, first_row: int = 0) -> NormedInput:
         return NormedInput(self._rows_sumsq(h, first_row), norm.weight, norm.eps)
+
+
+def _head_norms(spec: AttentionSpec) -> HeadNorms:
+    q, k = spec.q_norm, spec.k_norm
+    return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, 0.0 if q is None else q.eps)

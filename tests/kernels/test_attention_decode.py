@@ -19,6 +19,7 @@ from exl.kernels.attention_decode import (
     num_items,
     scratch_shapes,
 )
+from exl.kernels.attention_io import NO_NORMS, AttentionParams, HeadNorms, QkvRows
 from exl.kernels.launch import Backend
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 from tests.host.backends import CUPY
@@ -72,7 +73,13 @@ class Case:
                 mine = bytes_of_tokens(self.layout, len(k) - i * 64)
                 self.pages[pages[i]][:, mine] = packed[:, mine]
 
-    def run(self, backend: Backend, sequences: tuple[int, ...] | None = None, **options):
+    def run(
+        self,
+        backend: Backend,
+        sequences: tuple[int, ...] | None = None,
+        norms: HeadNorms = NO_NORMS,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """-> out of the chosen sequences' rows, and the pages afterwards."""
         chosen = range(len(self.lengths)) if sequences is None else sequences
         take = np.concatenate([np.arange(self.query_start[b], self.query_start[b + 1]) for b in chosen])
@@ -98,10 +105,9 @@ class Case:
             torch.zeros(T, self.D // 2, device=backend.device),
         )
         attention_decode(
-            backend, self.layout, device(self.rows[take]), one, zero,
-            DecodeTables(device(start), device(lengths), device(table), device(slots)), pages, out, scratch,
-            scale=self.scale, max_context=max_context, max_new=max_new, window=self.window, softcap=self.softcap,
-            **options,
+            backend, self.layout, QkvRows(device(self.rows[take]), one, zero, norms),
+            DecodeTables(device(start), device(lengths), device(table), device(slots), max_context, max_new),
+            pages, out, scratch, AttentionParams(self.scale, self.window, self.softcap), positions=positions,
         )  # fmt: skip
         assert not scratch.arrived.any()
         return out.cpu().numpy(), pages.cpu().numpy()
@@ -287,8 +293,9 @@ def test_norm_rope_and_the_consumers_order(mode: str) -> None:
     case = Case("f16", 64, 4, 2, (5,), (5,))
     order = rng.permutation(4 * 64).astype(np.int32)
     weight, positions = torch.full((64,), 0.5, device=backend.device), torch.from_numpy(order).to(backend.device)
-    out, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6)
-    shuffled, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6, positions=positions)
+    norms = HeadNorms(weight, weight, 1e-6)
+    out, _ = case.run(backend, norms=norms)
+    shuffled, _ = case.run(backend, norms=norms, positions=positions)
     np.testing.assert_array_equal(shuffled[:, order], out)
     rows = case.rows.astype(np.float64).reshape(5, -1, 64)
     normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * 0.5
@@ -324,7 +331,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
 
     case = Case("q4", 64, 4, 2, (5,), (1,))
     for options, words in (
-        ({"q_norm": torch.ones(32)}, "q_norm has shape"),
+        ({"norms": HeadNorms(torch.ones(32), None, 0.0)}, "q_norm has shape"),
         ({"positions": torch.arange(256)}, "positions is torch.int64"),
     ):
         with pytest.raises(KernelError, match=words):

@@ -13,6 +13,7 @@ from test_attention_prefill import run as run_prefill
 from test_linear import run as run_linear
 
 from exl.kernels.append_kv import append_kv
+from exl.kernels.attention_io import QkvRows
 from exl.kernels.launch import Backend
 from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
@@ -208,7 +209,7 @@ def test_appended_tokens(backend: Backend, kind: str) -> None:
     one, zero = (f(T, D // 2, device=backend.device) for f in (torch.ones, torch.zeros))
     slots = torch.arange(T, dtype=torch.int32, device=backend.device)
     rows[0, [5, 5 + D // 2]] = float("nan")  # of q alone, and of both channels that a rotation turns together
-    append_kv(backend, layout, torch.from_numpy(rows).to(backend.device), one, zero, slots, pages, q)
+    append_kv(backend, layout, QkvRows(torch.from_numpy(rows).to(backend.device), one, zero), slots, pages, q)
     np.testing.assert_array_equal(pages.cpu().numpy(), pack_pages(layout, kv[:, 0], kv[:, 1]))
     exact = torch.from_numpy(hadamard(rows[:, : H * D].reshape(T, H, D), layout.rotation))
     assert exact.isnan().any()
