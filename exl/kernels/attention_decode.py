@@ -95,12 +95,12 @@ def attention_decode(
     scratch: DecodeScratch,
     params: AttentionParams,
     *,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """out f16 [T, H * D] = attention of ``rows`` over their sequences, after appending their K and V to ``pages``.
 
-    ``rows`` and ``pages`` as of ``append_kv``. ``tables`` have been through ``check_tables``. ``positions`` i32
+    ``rows`` and ``pages`` as of ``append_kv``. ``tables`` have been through ``check_tables``. ``channel_map`` i32
     [H * D]: where a consumer under act-order expects each channel. A row's bits depend on its own sequence and nothing
     else. Raises ``KernelError``.
     """
@@ -126,8 +126,8 @@ def attention_decode(
     check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
     check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
     check_tensor("slots", tables.slots, (torch.int32,), (num_tokens,), device)
-    if positions is not None:
-        check_tensor("positions", positions, (torch.int32,), (num_heads * D,), device)
+    if channel_map is not None:
+        check_tensor("channel_map", channel_map, (torch.int32,), (num_heads * D,), device)
     shapes = scratch_shapes(num_sequences, num_heads, num_kv_heads, D, max_context, max_new)
     for name, dtype in (("partial", torch.float32), ("arrived", torch.int32)):
         tensor = getattr(scratch, name)
@@ -136,7 +136,7 @@ def attention_decode(
             raise KernelError(f"scratch.{name} has {tensor.numel()} elements: expected {shapes[name][1]} or more")
     tiles = column_tiles(num_heads, num_kv_heads, max_new)
     args = [*rows.pointers(), ptr(tables.slots), ptr(tables.query_start), ptr(tables.context_len)]
-    args += [ptr(tables.page_table), ptr(pages), ptr(out), ptr(positions), ptr(scratch.partial), ptr(scratch.arrived)]
+    args += [ptr(tables.page_table), ptr(pages), ptr(out), ptr(channel_map), ptr(scratch.partial), ptr(scratch.arrived)]
     args += [i32(num_heads), i32(num_kv_heads), i32(tiles), i32(max_pages), i32(rows.half_dim)]
     args += [i32(OUT_TYPES[rows.qkv.dtype]), i32(rows.qkv.stride(0)), i32(params.window or 0)]
     args += [f32(params.scale), f32(params.softcap or 0.0), f32(rows.norms.eps)]

@@ -77,12 +77,12 @@ def attention_prefill(
     out: torch.Tensor,
     params: AttentionParams,
     *,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """out f16 [T, H * D] = attention of q f16 [T, H, D], as ``append_kv`` leaves it, over its sequences' pages.
 
-    ``tables`` have been through ``check_pages``. ``positions`` i32 [H * D]: where a consumer under act-order expects
+    ``tables`` have been through ``check_pages``. ``channel_map`` i32 [H * D]: where a consumer under act-order expects
     each channel. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
@@ -101,10 +101,10 @@ def attention_prefill(
     check_tensor("query_start", tables.query_start, (torch.int32,), (num_sequences + 1,), device)
     check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
     check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
-    if positions is not None:
-        check_tensor("positions", positions, (torch.int32,), (num_heads * D,), device)
+    if channel_map is not None:
+        check_tensor("channel_map", channel_map, (torch.int32,), (num_heads * D,), device)
     args = [ptr(q), ptr(tables.query_start), ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out)]
-    args += [ptr(positions), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(params.window or 0)]
+    args += [ptr(channel_map), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(params.window or 0)]
     args += [f32(params.scale), f32(params.softcap or 0.0)]
     warps = num_warps(D, backend.arch)
     columns = warps * 8 * column_groups(D, backend.arch)

@@ -46,8 +46,8 @@ def pack_linear(
     if "bias" in fields:
         bias = np.concatenate([_bias(part) for part in parts])
         fields["bias"][:] = np.where(rows >= 0, bias[rows], np.float32(0))
-    if "positions" in fields:
-        fields["positions"][parts[0].order] = np.arange(spec.K, dtype=np.int32)
+    if "channel_map" in fields:
+        fields["channel_map"][parts[0].order] = np.arange(spec.K, dtype=np.int32)
 
 
 def view_linear(layout: LinearLayout, fields: Mapping[str, torch.Tensor]) -> TiledWeight | DenseWeight:

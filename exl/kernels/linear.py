@@ -100,7 +100,7 @@ def _launch(
     kind = INPUT_KINDS[x.dtype]
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
     matrix = [ptr(weight.codes), ptr(weight.qparams), ptr(weight.bias)]
-    target = [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    target = [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.channel_map)]
     sizes = [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_blocks), i32(layout.group_units)]
     ending = [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0))]
     args: list[Arg]

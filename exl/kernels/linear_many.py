@@ -76,7 +76,7 @@ def multiply_f32(x: torch.Tensor, panel: torch.Tensor, product: torch.Tensor) ->
 
 def _finish(backend: Backend, weight: TiledWeight, product: torch.Tensor, out: Output, first_tile: int) -> None:
     num_tokens, num_rows = product.shape
-    args = [ptr(product), ptr(weight.bias), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    args = [ptr(product), ptr(weight.bias), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.channel_map)]
     args += [i32(out.y.shape[1]), i32(weight.layout.num_tiles), i32(first_tile), i32(num_rows // ROWS), i32(num_tokens)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(out.scale)]
     grid = (-(-num_rows // ROWS // NUM_WARPS), -(-num_tokens // 8))

@@ -34,7 +34,7 @@ class LinearLayout:
     - ``dense``: weight [N, K padded to eights with zeros], bf16 where the GPU's tensor cores take it, f16 otherwise
     - ``tiles``: codes i32, qparams u8 (scales and zeros) as ``exl/layout/tiles.py`` says
 
-    Besides: bias f32 [16 * tiles] in the order of the tiles' rows, positions i32 [K]: where input k is expected.
+    Besides: bias f32 [16 * tiles] in the order of the tiles' rows, channel_map i32 [K]: where input k is expected.
     """
 
     spec: LinearSpec
@@ -93,7 +93,7 @@ def _add_cuda_fields(pack: FieldPacker, spec: LinearSpec, target: Target) -> str
     if spec.has_bias:
         pack.add("bias", "f32", (num_tiles * ROWS,))
     if spec.order_key is not None:
-        pack.add("positions", "i32", (spec.K,))
+        pack.add("channel_map", "i32", (spec.K,))
     return kind
 
 

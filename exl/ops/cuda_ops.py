@@ -238,7 +238,7 @@ class CudaOps:
         rows = QkvRows(qkv, batch.cosine, batch.sine, _head_norms(spec))
         params = AttentionParams(spec.scale, spec.window, spec.softcap)
         common = {
-            "positions": to[0].fields.get("positions") if to else None,
+            "channel_map": to[0].fields.get("channel_map") if to else None,
             "dependent": self._may_overlap(),
         }
         if n:
@@ -267,8 +267,10 @@ class CudaOps:
         T, width = out.shape
         both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
         self._project(backend, h, norm, w, both)
-        positions = to[0].fields.get("positions") if to else None
-        silu_mul(*(backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self._may_overlap())
+        channel_map = to[0].fields.get("channel_map") if to else None
+        silu_mul(
+            *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
+        )
 
     def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         def record(backend: Backend) -> None:
@@ -313,10 +315,10 @@ class CudaOps:
         comes in that order already."""
         weight = self._weight(linear)
         normed = None if norm is None else self._normed_input(x, norm, first_row)
-        positions = linear.fields.get("positions")
-        if normed is not None and positions is not None:
+        channel_map = linear.fields.get("channel_map")
+        if normed is not None and channel_map is not None:
             sorted_x = self._normed[: x.numel()].view(x.shape)
-            rms_norm(backend, x, normed, sorted_x, positions=positions, dependent=self._may_overlap())
+            rms_norm(backend, x, normed, sorted_x, channel_map=channel_map, dependent=self._may_overlap())
             x, normed = sorted_x, None
         if isinstance(weight, DenseWeight):
             self._dense(backend, x, normed, weight, out)

@@ -78,7 +78,7 @@ class Case:
         backend: Backend,
         sequences: tuple[int, ...] | None = None,
         norms: HeadNorms = NO_NORMS,
-        positions: torch.Tensor | None = None,
+        channel_map: torch.Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """-> out of the chosen sequences' rows, and the pages afterwards."""
         chosen = range(len(self.lengths)) if sequences is None else sequences
@@ -107,7 +107,7 @@ class Case:
         attention_decode(
             backend, self.layout, QkvRows(device(self.rows[take]), one, zero, norms),
             DecodeTables(device(start), device(lengths), device(table), device(slots), max_context, max_new),
-            pages, out, scratch, AttentionParams(self.scale, self.window, self.softcap), positions=positions,
+            pages, out, scratch, AttentionParams(self.scale, self.window, self.softcap), channel_map=channel_map,
         )  # fmt: skip
         assert not scratch.arrived.any()
         return out.cpu().numpy(), pages.cpu().numpy()
@@ -292,10 +292,10 @@ def test_norm_rope_and_the_consumers_order(mode: str) -> None:
     backend, rng = backend_or_skip(mode), np.random.default_rng(1)
     case = Case("f16", 64, 4, 2, (5,), (5,))
     order = rng.permutation(4 * 64).astype(np.int32)
-    weight, positions = torch.full((64,), 0.5, device=backend.device), torch.from_numpy(order).to(backend.device)
+    weight, channel_map = torch.full((64,), 0.5, device=backend.device), torch.from_numpy(order).to(backend.device)
     norms = HeadNorms(weight, weight, 1e-6)
     out, _ = case.run(backend, norms=norms)
-    shuffled, _ = case.run(backend, norms=norms, positions=positions)
+    shuffled, _ = case.run(backend, norms=norms, channel_map=channel_map)
     np.testing.assert_array_equal(shuffled[:, order], out)
     rows = case.rows.astype(np.float64).reshape(5, -1, 64)
     normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * 0.5
@@ -332,7 +332,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
     case = Case("q4", 64, 4, 2, (5,), (1,))
     for options, words in (
         ({"norms": HeadNorms(torch.ones(32), None, 0.0)}, "q_norm has shape"),
-        ({"positions": torch.arange(256)}, "positions is torch.int64"),
+        ({"channel_map": torch.arange(256)}, "channel_map is torch.int64"),
     ):
         with pytest.raises(KernelError, match=words):
             case.run(NeverLaunches(), **options)

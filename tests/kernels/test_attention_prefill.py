@@ -98,7 +98,7 @@ def test_a_soft_cap_and_the_consumers_order(mode: str) -> None:
     out, pages = run(case, backend)
     assert_close(out, case.expected(pages))
     order = np.random.default_rng(0).permutation(256).astype(np.int32)
-    shuffled, _ = run(case, backend, positions=torch.from_numpy(order).to(backend.device))
+    shuffled, _ = run(case, backend, channel_map=torch.from_numpy(order).to(backend.device))
     np.testing.assert_array_equal(shuffled[:, order], out)
 
 
@@ -162,7 +162,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         ({"pages": torch.zeros(1, 3, 100, dtype=torch.uint8)}, {}, "whole groups"),
         ({}, {"window": 0}, "window 0"),
         ({}, {"max_new": 2}, "2 new tokens"),
-        ({}, {"positions": torch.arange(256)}, "positions is torch.int64"),
+        ({}, {"channel_map": torch.arange(256)}, "channel_map is torch.int64"),
     ):
         args, options = {**good, **change}, dict(options)
         tables = PrefillTables(*on_device, max_new=options.pop("max_new", 1))

@@ -118,7 +118,7 @@ def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
     assert weight.layout.scale_dtype == scale_dtype
     x, y = inputs(rng, T, K), torch.full((T, N), float("nan"))
     sorted_x = torch.empty_like(x)
-    sorted_x[:, fields["positions"].long() if act_order and G > 1 else slice(None)] = x
+    sorted_x[:, fields["channel_map"].long() if act_order and G > 1 else slice(None)] = x
     multiply(backend, weight, sorted_x, Output.store(y), scratch=make_scratch([weight.layout], backend))
     exact = plain_dequantize(codes, zeros, scales.double().numpy(), g_idx)
     x = x.double().numpy()
@@ -140,8 +140,8 @@ def test_gate_and_up_in_the_order_that_down_wants() -> None:
     np.testing.assert_allclose(y.double().numpy(), (silu(gate) * up)[:, order], rtol=1e-4, atol=1e-5)
 
 
-def test_positions_say_where_an_input_is_expected() -> None:
-    """y = x W with x scattered by ``positions``, as producers store it."""
+def test_the_channel_map_says_where_an_input_is_expected() -> None:
+    """y = x W with x scattered by ``channel_map``, as producers store it."""
     backend = backend_or_skip("race")
     rng = np.random.default_rng(6)
     order = rng.permutation(256).astype(np.int32)
@@ -149,7 +149,7 @@ def test_positions_say_where_an_input_is_expected() -> None:
     weight, fields = in_a_blob([matrix], LinearSpec((matrix_spec(matrix),)), backend)
     x = inputs(rng, 2, 256)
     sorted_x, y = torch.empty_like(x), torch.full((2, 32), float("nan"))
-    sorted_x[:, fields["positions"].long()] = x
+    sorted_x[:, fields["channel_map"].long()] = x
     multiply(backend, weight, sorted_x, Output.store(y))
     exact = x.double().numpy()[:, order] @ dequantize(matrix)  # sorted row i multiplies x[order[i]]
     assert (np.abs(y.double().numpy() - exact) <= sum_bound(x.double().numpy()[:, order], matrix)).all()

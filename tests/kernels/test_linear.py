@@ -250,16 +250,16 @@ def test_adds_to_the_residual_and_leaves_its_squares(backend: Backend, T: int) -
     matrix = random_matrix(rng, 4, K, N, 128, bias=True)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     x, h = inputs(rng, T, K), torch.from_numpy(rng.standard_normal((T, N + 4))).float()[:, :N]  # rows apart
-    positions = torch.from_numpy(rng.permutation(N).astype(np.int32))
+    channel_map = torch.from_numpy(rng.permutation(N).astype(np.int32))
     expected = f64(h) + 0.5 * (f64(x) @ dequantize(matrix) + bias_of(matrix))
-    (x, positions), h = place(backend, x, positions), torch.nn.functional.pad(h, (0, 4)).to(backend.device)[:, :N]
+    (x, channel_map), h = place(backend, x, channel_map), torch.nn.functional.pad(h, (0, 4)).to(backend.device)[:, :N]
     sumsq = torch.full((T, 5), float("nan"), device=backend.device)
     permuted = torch.full((T, N), float("nan"), device=backend.device)
     scratch = make_scratch([weight.layout], backend)
-    multiply(backend, weight, x, Output.residual(h, sumsq, 0.5, permuted, positions), scratch=scratch)
+    multiply(backend, weight, x, Output.residual(h, sumsq, 0.5, permuted, channel_map), scratch=scratch)
     assert_close(h, expected, sum_bound(f64(x), matrix) + 2.0**-23 * np.abs(expected))
     assert_close(sumsq, tile_sumsq(f64(h)), 2.0**-19 * tile_sumsq(f64(h)))
-    assert torch.equal(permuted[:, positions.long()], h)
+    assert torch.equal(permuted[:, channel_map.long()], h)
 
 
 @pytest.mark.parametrize("T", [1, 9])

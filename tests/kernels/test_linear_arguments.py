@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "not a tensor": (store(X.numpy(), Y), "x: expected a tensor, found ndarray"),
     "f16 residual": (add(Y, torch.zeros(2, 3)), "h is torch.float16"),
     "short sumsq": (add(torch.zeros(2, N), torch.zeros(2, 2)), "sumsq has shape (2, 2): expected (2, 3)"),
-    "no positions": (
+    "no channel_map": (
         add(torch.zeros(2, N), torch.zeros(2, 3), permuted=torch.zeros(2, N)),
         "go together: one is missing",
     ),

@@ -74,10 +74,10 @@ def test_norm(backend: Backend, ordered: bool) -> None:
     weight = torch.tensor([*BORDER[:5], *(-v for v in BORDER[:5]), *BORDER[5:8], 1e5, 2.0, -1.0])
     sumsq = torch.from_numpy(tile_sumsq(h.double().numpy())).float().to(backend.device)
     norm = NormedInput(sumsq, weight.to(backend.device), 0.0)
-    positions = torch.arange(K - 1, -1, -1, dtype=torch.int32).to(backend.device) if ordered else None
+    channel_map = torch.arange(K - 1, -1, -1, dtype=torch.int32).to(backend.device) if ordered else None
     y, wide = both_types(backend.device, 2, K)
     for out in (y, wide):
-        rms_norm(backend, h.to(backend.device), norm, out, positions=positions)
+        rms_norm(backend, h.to(backend.device), norm, out, channel_map=channel_map)
     same(wide, (weight.flip(0) if ordered else weight).expand(2, K))
     assert_saturates(y, wide)
 
