@@ -35,7 +35,7 @@ from exl.layout.tiles import TileLayout
 
 
 @dataclass(frozen=True)
-class Scratch:
+class LinearScratch:
     """Memory that launches of more than 8 tokens share, one at a time: see ``scratch_shapes``."""
 
     x: torch.Tensor  # f16 [64 * K]: rounded activations
@@ -44,10 +44,10 @@ class Scratch:
     arrived: torch.Tensor  # i32, zero; kernels leave it zero
 
 
-def make_scratch(layouts: list[TileLayout], backend: Backend) -> Scratch:
+def make_scratch(layouts: list[TileLayout], backend: Backend) -> LinearScratch:
     dtypes = {"f16": torch.float16, "f32": torch.float32, "i32": torch.int32}
     shapes = scratch_shapes(layouts, backend.arch, backend.num_multiprocessors)
-    return Scratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
+    return LinearScratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
 
 
 def multiply(
@@ -57,7 +57,7 @@ def multiply(
     out: Output,
     *,
     norm: NormedInput | None = None,
-    scratch: Scratch | None = None,
+    scratch: LinearScratch | None = None,
     config: LinearConfig | None = None,
     dependent: bool = False,
 ) -> None:
@@ -88,7 +88,7 @@ def _launch(
     x: torch.Tensor,
     out: Output,
     norm: NormedInput | None,
-    scratch: Scratch | None,
+    scratch: LinearScratch | None,
     config: LinearConfig | None,
     dependent: bool,
 ) -> None:
@@ -117,7 +117,12 @@ def _launch(
 
 
 def _round(
-    backend: Backend, layout: TileLayout, x: torch.Tensor, norm: NormedInput | None, scratch: Scratch, dependent: bool
+    backend: Backend,
+    layout: TileLayout,
+    x: torch.Tensor,
+    norm: NormedInput | None,
+    scratch: LinearScratch,
+    dependent: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """f16 activations for the wide kernel, and what their sums over a slice are multiplied by."""
     num_tokens, K = x.shape
@@ -157,7 +162,7 @@ def linear_spec(config: LinearConfig, layout: TileLayout, arch: int) -> KernelSp
 
 
 def _check_scratch(
-    layout: TileLayout, num_tokens: int, scratch: Scratch | None, backend: Backend, config: LinearConfig | None
+    layout: TileLayout, num_tokens: int, scratch: LinearScratch | None, backend: Backend, config: LinearConfig | None
 ) -> None:
     if scratch is None:
         raise KernelError(f"{num_tokens} tokens: more than {NARROW_TOKENS} need scratch memory")

@@ -35,7 +35,7 @@ class KVLayout:
         return KV_BITS[self.kind][0] < 16
 
     @property
-    def rotation(self) -> int:
+    def hadamard_size(self) -> int:
         """Channels that one Hadamard rotation mixes: the largest power of two that divides the head size."""
         return self.head_dim & -self.head_dim if self.quantized else 1
 

@@ -82,7 +82,7 @@ class PageLayout:
         return self.k_bits < 16
 
     @property
-    def rotation(self) -> int:
+    def hadamard_size(self) -> int:
         """Channels of a Hadamard block: the largest power of two that divides the head size; 1 where nothing turns."""
         return self.head_dim & -self.head_dim if self.quantized else 1
 
@@ -210,7 +210,7 @@ def pack_pages(layout: PageLayout, k: NDArray, v: NDArray) -> NDArray[np.uint8]:
             halves = _by_page(np.clip(values, -_F16_MAX, _F16_MAX).astype(np.float16), num_pages).view(np.uint8)
             pages[:, :, byte], pages[:, :, byte + 1] = halves[..., ::2], halves[..., 1::2]
             continue
-        codes, scales = quantize(hadamard(values.astype(np.float32), layout.rotation), bits)
+        codes, scales = quantize(hadamard(values.astype(np.float32), layout.hadamard_size), bits)
         stored = _by_page((codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), num_pages)
         for shift in np.unique(bit):
             pages[:, :, byte[bit == shift]] |= stored[..., bit == shift] << np.uint8(shift)

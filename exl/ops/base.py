@@ -180,18 +180,18 @@ class Ops(Protocol):
         layer_idx: int,
         kv: KVCache,
         out: torch.Tensor,
-        to: Segments = (),
+        consumer: Segments = (),
     ) -> None:
         """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv.
 
-        ``to``: the linear that reads ``out``. A backend may store ``out`` in the order of that linear's act-order.
+        ``consumer``: the linear that reads ``out``. A backend may store ``out`` in the order of its act-order.
         """
 
-    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = ()) -> None:
-        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``to`` as for ``attend``."""
+    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
-        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gate_up`` with ``to=w``."""
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with ``consumer=w``."""
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor

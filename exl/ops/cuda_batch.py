@@ -27,7 +27,7 @@ from exl.layout.fields import align_up
 from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
-from exl.ops.rotation import num_angles, rotation_tables
+from exl.ops.rope_tables import num_angles, rope_tables
 
 _MAX_SERIALS = 1024  # remembered; those that are forgotten are given to nobody else
 _FIRST_CONTEXT = 4096  # decode attention's grid is made for so many tokens, or four times as many, and so on
@@ -178,7 +178,7 @@ class Staging:
         """In the order of ``_sizes``."""
         table = np.zeros((batch.num_sequences, self._limits.max_pages), np.int32)
         table[:, : batch.page_table.shape[1]] = batch.page_table
-        cosine, sine = rotation_tables(batch, self._rope, self._limits.head_dim)
+        cosine, sine = rope_tables(batch, self._rope, self._limits.head_dim)
         own = [batch.token_ids, batch.slots, batch.query_start, batch.context_len, table]
         return [*own, cosine.numpy(), sine.numpy()]
 

@@ -26,7 +26,7 @@ from exl.kernels.attention_prefill import attention_prefill
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.embed import embed
 from exl.kernels.launch import Backend
-from exl.kernels.linear import Scratch, multiply
+from exl.kernels.linear import LinearScratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
@@ -82,7 +82,7 @@ class CudaOps:
         self._pages = PageLayout(kv_layout.kind, kv_layout.head_dim)
         self._crossover = crossover(target.arch)
         shared = arena.fields["shared"].offset
-        self._few = Scratch(
+        self._few = LinearScratch(
             **{name: self._view(field, shared) for name, field in arena.few.items()},
             arrived=self._view(arena.fields["linear arrived"]),
         )
@@ -206,7 +206,7 @@ class CudaOps:
         layer_idx: int,
         kv: KVCache,
         out: torch.Tensor,
-        to: Segments = (),
+        consumer: Segments = (),
     ) -> None:
         pages, q_norm, k_norm = kv.layer(layer_idx), spec.q_norm, spec.k_norm
         eps = 0.0 if q_norm is None else q_norm.eps
@@ -222,7 +222,11 @@ class CudaOps:
             eps,
         )
         norms = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
-        self._run(key, self._bind(pages, *norms, to), lambda backend: self._attend(backend, qkv, spec, pages, out, to))
+        self._run(
+            key,
+            self._bind(pages, *norms, consumer),
+            lambda backend: self._attend(backend, qkv, spec, pages, out, consumer),
+        )
 
     def _attend(
         self,
@@ -231,14 +235,14 @@ class CudaOps:
         spec: AttentionSpec,
         pages: torch.Tensor,
         out: torch.Tensor,
-        to: Segments,
+        consumer: Segments,
     ) -> None:
         batch = self._now
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
         rows = QkvRows(qkv, batch.cosine, batch.sine, _head_norms(spec))
         params = AttentionParams(spec.scale, spec.window, spec.softcap)
         common = {
-            "channel_map": to[0].fields.get("channel_map") if to else None,
+            "channel_map": consumer[0].fields.get("channel_map") if consumer else None,
             "dependent": self._may_overlap(),
         }
         if n:
@@ -254,30 +258,34 @@ class CudaOps:
             )
             attention_prefill(*(backend, self._pages, q, batch.prefill_tables, pages, out, params), **common)
 
-    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = ()) -> None:
-        key = "gate_up", place(h), place(out), norm.eps
-        self._run(key, self._bind(w, norm.weight, to), lambda backend: self._gate_up(backend, h, norm, w, out, to))
+    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+        key = "gated_mlp", place(h), place(out), norm.eps
+        self._run(
+            key,
+            self._bind(w, norm.weight, consumer),
+            lambda backend: self._gated_mlp(backend, h, norm, w, out, consumer),
+        )
 
-    def _gate_up(
-        self, backend: Backend, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments
+    def _gated_mlp(
+        self, backend: Backend, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments
     ) -> None:
-        if len(w) == 1:  # its rows are packed in the order that ``to`` wants
+        if len(w) == 1:  # its rows are packed in the order that ``consumer`` wants
             self._linear(backend, h, norm, w[0], Output.gated(out))
             return
         T, width = out.shape
         both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
         self._project(backend, h, norm, w, both)
-        channel_map = to[0].fields.get("channel_map") if to else None
+        channel_map = consumer[0].fields.get("channel_map") if consumer else None
         silu_mul(
             *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
         )
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         def record(backend: Backend) -> None:
             for linear in w:
                 self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
 
-        self._run(("project_add", place(x), place(h), scale), self._bind(w), record)
+        self._run(("add_projection", place(x), place(h), scale), self._bind(w), record)
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor

@@ -135,17 +135,17 @@ class TorchOps:
         layer_idx: int,
         kv: KVCache,
         out: torch.Tensor,
-        to: Segments = (),
+        consumer: Segments = (),
     ) -> None:
         torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out)
 
-    def gate_up(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = ()) -> None:
+    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
         self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
         torch.mul(F.silu(both[:, :width]), both[:, width:], out=out)
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         y = self._fused[: h.numel()].view(h.shape)
         self._multiply(x, w, y, self._now.batch.num_decode_rows)
         h.add_(y, alpha=scale)

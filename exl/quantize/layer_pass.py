@@ -56,10 +56,10 @@ class _ListeningOps(TorchOps):
         super()._multiply(x, w, out, num_decode_rows)
         raise _Heard(x, out if self._residual is None else out.add_(self._residual))
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         self._residual = h
         try:
-            super().project_add(x, w, h, scale)
+            super().add_projection(x, w, h, scale)
         finally:
             self._residual = None
 

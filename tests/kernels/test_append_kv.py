@@ -62,7 +62,7 @@ def test_pages_are_the_twins_byte_for_byte(backend: Backend, kind: str, D: int) 
     np.testing.assert_array_equal(found[0][:, written], expected[1][:, written])
     assert (np.delete(found[0], written, axis=1) == 0xAB).all()  # other tokens' bytes, and other pages, are left alone
     assert (found[1] == 0xAB).all()
-    exact = hadamard(qkv[order][:, : H * D].reshape(T, H, D), layout.rotation)
+    exact = hadamard(qkv[order][:, : H * D].reshape(T, H, D), layout.hadamard_size)
     np.testing.assert_array_equal(q.cpu().numpy(), exact.astype(np.float16))
 
 
@@ -70,7 +70,7 @@ def test_pages_are_the_twins_byte_for_byte(backend: Backend, kind: str, D: int) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("D", "half"), [(64, 32), (128, 16), (80, 40)])
 def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: torch.dtype) -> None:
-    """Partial rotation among them. K and V are within half a step of their codes of the exact values."""
+    """Partial RoPE among them. K and V are within half a step of their codes of the exact values."""
     layout, T = PageLayout(kind, D), 5
     rng = np.random.default_rng(half)
     rows = torch.from_numpy(rng.standard_normal((T, (H + 2 * HKV) * D)) * 2).to(dtype)
@@ -89,7 +89,7 @@ def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: to
         turned(normalised(x, w.double().numpy(), 1e-5), c, s)
         for x, w in ((exact[:, :H], weights[0]), (exact[:, H : H + HKV], weights[1]))
     )
-    turn = lambda x: transform(x, layout.rotation)  # noqa: E731
+    turn = lambda x: transform(x, layout.hadamard_size)  # noqa: E731
     # f32 arithmetic: a norm, a turn and a Hadamard of up to 7 additions, each within 2^-24 of the row's largest.
     largest = np.abs(q64).max()
     np.testing.assert_allclose(q.cpu().double().numpy(), turn(q64), rtol=2.0**-11, atol=64 * largest * 2.0**-24)

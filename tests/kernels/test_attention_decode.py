@@ -119,25 +119,23 @@ class Case:
         below f16's normal numbers by 2^-25 of their 2^8, times a code. Scores are f32: a hundredth of that. Undoing
         V's rotation adds the errors of a run's channels up, over the root of their number.
         """
-        rotation, rows, limits = self.layout.rotation, [], []
+        size, rows, limits = self.layout.hadamard_size, [], []
         for b, (length, new) in enumerate(zip(self.lengths, self.new, strict=True)):
             if not new:
                 continue
             k, v = unpack_pages(self.layout, pages[self.table[b, : -(-length // 64)]])
             q = self.rows[self.query_start[b] : self.query_start[b + 1], : self.H * self.D].astype(np.float32)
-            q = hadamard(q.reshape(new, self.H, self.D), rotation).astype(np.float16)
+            q = hadamard(q.reshape(new, self.H, self.D), size).astype(np.float16)
             places = np.arange(length - new, length)
             exact, magnitude = (
                 attention(q, k[:length], x[:length], places, self.scale, self.window, self.softcap)
                 for x in (v, np.abs(v))
             )
             error = 2.02 * 2.0**-11 * magnitude + length * 127 * 2.0**-33
-            error = error.reshape(new, self.H, -1, rotation).sum(-1, keepdims=True) / np.sqrt(rotation)
-            exact = undo(exact, rotation)
+            error = error.reshape(new, self.H, -1, size).sum(-1, keepdims=True) / np.sqrt(size)
+            exact = undo(exact, size)
             rows.append(exact.reshape(new, -1))
-            limits.append(
-                (np.repeat(error, rotation, -1).reshape(exact.shape) + 2.0**-11 * np.abs(exact)).reshape(new, -1)
-            )
+            limits.append((np.repeat(error, size, -1).reshape(exact.shape) + 2.0**-11 * np.abs(exact)).reshape(new, -1))
         return np.concatenate(rows), np.concatenate(limits)
 
 

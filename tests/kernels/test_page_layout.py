@@ -62,8 +62,8 @@ def test_values_are_the_cpu_caches_bit_for_bit(kind: str, D: int) -> None:
         if bits == 16:
             expected = torch_kv.as_stored(rows, torch.float16).float()
         else:
-            torch_kv.hadamard(rows, layout.rotation)
-            np.testing.assert_array_equal(hadamard(values, layout.rotation), rows.numpy())
+            torch_kv.hadamard(rows, layout.hadamard_size)
+            np.testing.assert_array_equal(hadamard(values, layout.hadamard_size), rows.numpy())
             expected = torch_kv.dequantize_rows(*torch_kv.quantize_rows(rows, bits), D)
         np.testing.assert_array_equal(unpacked[:100], expected.numpy())
         assert not np.isnan(unpacked).any()

@@ -208,10 +208,10 @@ def test_appended_tokens(backend: Backend, kind: str) -> None:
     q = nan(T, H, D, dtype=torch.float16, device=backend.device)
     one, zero = (f(T, D // 2, device=backend.device) for f in (torch.ones, torch.zeros))
     slots = torch.arange(T, dtype=torch.int32, device=backend.device)
-    rows[0, [5, 5 + D // 2]] = float("nan")  # of q alone, and of both channels that a rotation turns together
+    rows[0, [5, 5 + D // 2]] = float("nan")  # of q alone, and of both channels that RoPE turns together
     append_kv(backend, layout, QkvRows(torch.from_numpy(rows).to(backend.device), one, zero), slots, pages, q)
     np.testing.assert_array_equal(pages.cpu().numpy(), pack_pages(layout, kv[:, 0], kv[:, 1]))
-    exact = torch.from_numpy(hadamard(rows[:, : H * D].reshape(T, H, D), layout.rotation))
+    exact = torch.from_numpy(hadamard(rows[:, : H * D].reshape(T, H, D), layout.hadamard_size))
     assert exact.isnan().any()
     assert (exact.abs() > 65520).any()
     same(q, saturated(exact))
@@ -226,9 +226,9 @@ def of_one_token(kind: str, D: int, v: np.ndarray) -> tuple[Case, np.ndarray]:
     layout = case.layout
     if not layout.quantized:
         return case, np.clip(v[0, 0], -LARGEST, LARGEST)
-    codes, scales = quantize(hadamard(v, layout.rotation), layout.v_bits)
+    codes, scales = quantize(hadamard(v, layout.hadamard_size), layout.v_bits)
     lifted = np.clip(np.repeat(scales.astype(np.float64), 32, -1)[..., :D] * 256, -LARGEST, LARGEST)
-    return case, np.clip(undo(codes * lifted / 256, layout.rotation)[0, 0], -LARGEST, LARGEST)
+    return case, np.clip(undo(codes * lifted / 256, layout.hadamard_size)[0, 0], -LARGEST, LARGEST)
 
 
 @pytest.mark.parametrize("D", [64, 24])
@@ -237,7 +237,7 @@ def of_one_token(kind: str, D: int, v: np.ndarray) -> tuple[Case, np.ndarray]:
 @pytest.mark.parametrize("spread", [False, True])
 def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: bool) -> None:
     """V of 1e5 in all channels, whose scales overflow, or in one: quantized pages hold that in range, and what comes
-    out of the rotation is beyond it."""
+    out of the Hadamard rotation is beyond it."""
     v = np.zeros((1, 1, D), np.float32)
     v[..., 1] = 1e5
     if spread:
@@ -246,7 +246,7 @@ def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: b
     out, _ = run_prefill(case, backend) if prefill else case.run(backend)
     found = out.reshape(2, D).astype(np.float64)
     assert np.isfinite(found).all()
-    # f32 sums of a rotation, and the output's own rounding.
+    # f32 sums of a Hadamard rotation, and the output's own rounding.
     np.testing.assert_allclose(found, np.stack([expected] * 2), rtol=2.0**-11, atol=2.0**-18 * np.abs(expected).max())
 
 
@@ -271,7 +271,7 @@ def test_queries_saturate_and_nan_stays(backend: Backend, prefill: bool) -> None
     case = Case("q8", 64, 2, 1, (70,), (70 if prefill else 1,))
     case.rows = case.rows.astype(np.float32)
     case.rows[:, :64] = 0
-    case.rows[:, 2] = 3e6  # the rotation spreads it over 64 channels, each beyond f16's range
+    case.rows[:, 2] = 3e6  # the Hadamard rotation spreads it over 64 channels, each beyond f16's range
     out, _ = run_prefill(case, backend) if prefill else case.run(backend)
     assert np.isfinite(out).all()
     case.rows[-1, 64] = np.nan
