@@ -13,6 +13,7 @@ from benchmarks.report import Measurement, Section
 from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE
 from exl.kernels.attention_decode import DecodeScratch, DecodeTables, attention_decode, scratch_shapes
+from exl.kernels.attention_io import AttentionParams, QkvRows
 from exl.kernels.launch import Backend
 from exl.layout.pages import KINDS, PageLayout
 
@@ -40,8 +41,7 @@ class Step:
     shape: Shape
     layout: PageLayout
     depth: int
-    qkv: torch.Tensor  # f16 [B, (H + 2 Hkv) * D]
-    angles: torch.Tensor  # f32 [B, D / 2], used as both cosine and sine
+    rows: QkvRows  # f16 [B, (H + 2 Hkv) * D]
     tables: DecodeTables
     pages: torch.Tensor  # u8 [pages, Hkv, bytes]
     out: torch.Tensor  # f16 [B, H * D]
@@ -54,8 +54,8 @@ class Step:
 
     def run(self, backend: Backend) -> None:
         attention_decode(
-            backend, self.layout, self.qkv, self.angles, self.angles, self.tables, self.pages, self.out, self.scratch,
-            scale=self.shape.head_dim**-0.5, max_context=self.depth,
+            backend, self.layout, self.rows, self.tables, self.pages, self.out, self.scratch,
+            AttentionParams(self.shape.head_dim**-0.5),
         )  # fmt: skip
 
 
@@ -69,14 +69,15 @@ def make_step(shape: Shape, kind: str, depth: int, batch: int, device: torch.dev
         torch.full((batch,), depth, dtype=torch.int32, device=device),
         table,
         table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE,
+        max_context=depth,
     )
     pages = torch.empty(batch * pages_each, Hkv, layout.num_bytes, dtype=torch.uint8, device=device)
-    pages.random_(0, 0x3C)  # every pair of bytes is a half below 1
+    pages.random_(0, 0x3C)  # as halves below 1
+    angles = torch.full((batch, D // 2), 0.5**0.5, device=device)  # cosine and sine alike
     sizes = scratch_shapes(batch, H, Hkv, D, depth)
     return Step(
         shape, layout, depth,
-        torch.randn(batch, (H + 2 * Hkv) * D, device=device).half(),
-        torch.full((batch, D // 2), 0.5**0.5, device=device),
+        QkvRows(torch.randn(batch, (H + 2 * Hkv) * D, device=device).half(), angles, angles),
         tables, pages,
         torch.empty(batch, H * D, dtype=torch.float16, device=device),
         DecodeScratch(

@@ -27,7 +27,9 @@ from benchmarks.machine import Machine, graph_gap_us, rate, share
 from benchmarks.report import Measurement, Section
 from benchmarks.timing import REPEATS, Timer
 from exl.kernels.launch import Backend
-from exl.kernels.linear import Scratch, TiledWeight, make_scratch, project
+from exl.kernels.linear import LinearScratch, make_scratch, multiply
+from exl.kernels.linear_io import Output
+from exl.kernels.weights import TiledWeight
 from exl.layout.tiles import TileLayout
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -53,10 +55,12 @@ def weight_bytes(weight: TiledWeight) -> int:
     return sum(t.numel() * t.element_size() for t in (weight.codes, weight.qparams))
 
 
-def exl_us(backend: Backend, weight: TiledWeight, num_tokens: int, N: int, scratch: Scratch, timer: Timer) -> float:
+def exl_us(
+    backend: Backend, weight: TiledWeight, num_tokens: int, N: int, scratch: LinearScratch, timer: Timer
+) -> float:
     x = torch.randn(num_tokens, weight.layout.K, device=backend.device).half()
     y = torch.empty(num_tokens, N, dtype=torch.float16, device=backend.device)
-    return timer.median_us(lambda: project(backend, weight, x, y, scratch=scratch))
+    return timer.median_us(lambda: multiply(backend, weight, x, Output.store(y), scratch=scratch))
 
 
 def int4pack_us(K: int, N: int, num_tokens: int, device: torch.device, timer: Timer) -> float | None:

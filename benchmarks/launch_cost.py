@@ -32,8 +32,8 @@ from exl.engine.build import Engine, build_engine
 from exl.errors import KernelError
 from exl.kernels.cuda_function import CudaFunction
 from exl.kernels.driver import Driver, DriverLaunch
-from exl.kernels.launch import Work
 from exl.kernels.spec import KernelSpec
+from exl.kernels.work import Work
 from exl.models.manifest import BlobSpec
 from exl.ops.base import Ops, view_field, view_segments
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model

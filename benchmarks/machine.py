@@ -14,9 +14,10 @@ import torch
 from benchmarks.guard import one_line
 from benchmarks.timing import REPEATS, Timer, keep_busy, make_timer
 from exl.kernels.args import ptr, u64
-from exl.kernels.launch import Backend, CudaBackend, Work, launch
+from exl.kernels.launch import Backend, CudaBackend, launch
 from exl.kernels.program import Call
 from exl.kernels.spec import KernelSpec
+from exl.kernels.work import Work
 from exl.memory.device import pinned
 from exl.memory.host import HostBuffer
 

@@ -5,7 +5,7 @@
 //   query_start  i32 [B + 1]: sequence b owns rows query_start[b] .. query_start[b + 1] - 1
 //   context_len  i32 [B]: tokens of the sequence, the new ones included; 0: the sequence is empty
 //   page_table   i32 [B, max_pages]
-//   out          f16 [num_tokens, H * kD], saturated; channel n is stored at positions[n] (i32 [H * kD]) if not null
+//   out          f16 [num_tokens, H * kD], saturated; channel n is stored at channel_map[n] (i32 [H * kD]) if not null
 //   partial      f32 [B][Hkv * column tiles][max_items][8][kD + 2]: O, then m and l, of each item's columns
 //   arrived      u32 [B][Hkv * column tiles], zero before the first launch and after every launch
 //
@@ -63,7 +63,7 @@ EXL_DEVICE float combined(const float* o, const float* m, const float* l, int pa
 EXL_KERNEL(attention_decode, 128, 2)
 (const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm, const float* cosine, const float* sine,
  const i32* slots, const i32* query_start, const i32* context_len, const i32* page_table, u8* pages, half* out,
- const i32* __restrict__ positions, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles, int max_pages,
+ const i32* __restrict__ channel_map, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles, int max_pages,
  int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
   EXL_DYNAMIC_SMEM(u8, smem);
   Shared& s = *reinterpret_cast<Shared*>(smem);
@@ -195,7 +195,7 @@ EXL_KERNEL(attention_decode, 128, 2)
     const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     for (int channel = lane; channel < kD; channel += 32) {
       const int n = head * kD + channel;
-      out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? n : positions[n])] = saturated_half(row[channel]);
+      out[static_cast<size_t>(token) * num_heads * kD + (channel_map == nullptr ? n : channel_map[n])] = saturated_half(row[channel]);
     }
     __syncwarp();
   }

@@ -4,7 +4,7 @@
 //   query_start  i32 [B + 1]: sequence b owns rows query_start[b] .. query_start[b + 1] - 1
 //   context_len  i32 [B]: tokens of the sequence, the new ones included; 0: the sequence is empty
 //   page_table   i32 [B, max_pages]; pages u8 [pages][Hkv][kPageBytes] (page.cuh)
-//   out          f16 [num_tokens, H * kD], saturated; channel n is stored at positions[n] (i32 [H * kD]) if not null
+//   out          f16 [num_tokens, H * kD], saturated; channel n is stored at channel_map[n] (i32 [H * kD]) if not null
 //
 // A column is one query head of the kv head's group and one new token. A warp has 8 kN columns and goes through all
 // pages that they see, in order, so that a row's bits do not depend on the other rows. Codes are read straight from the
@@ -25,7 +25,7 @@ constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + 
 
 EXL_KERNEL(attention_prefill, 128, 1)
 (const half* q, const i32* query_start, const i32* context_len, const i32* page_table, const u8* pages, half* out,
- const i32* __restrict__ positions, int num_heads, int num_kv_heads, int max_pages, int window, float scale, float softcap) {
+ const i32* __restrict__ channel_map, int num_heads, int num_kv_heads, int max_pages, int window, float scale, float softcap) {
   EXL_DYNAMIC_SMEM(u8, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -100,7 +100,7 @@ EXL_KERNEL(attention_prefill, 128, 1)
       const int column = column0 + n * 8 + c, token = row0 + column / group, head = kv_head * group + column % group;
       for (int i = lane; i < kD; i += 32) {
         const int to = head * kD + i;
-        out[static_cast<size_t>(token) * num_heads * kD + (positions == nullptr ? to : positions[to])] = saturated_half(rows[c * kD + i]);
+        out[static_cast<size_t>(token) * num_heads * kD + (channel_map == nullptr ? to : channel_map[to])] = saturated_half(rows[c * kD + i]);
       }
     }
   }

@@ -6,7 +6,7 @@
 //              on the device, so that the host need not wait for them
 //   h          f32 [num_tokens, C]; zeros if the id is out of range
 //   sumsq      f32 [num_tokens, ceil(C / 16)]: sums of squares of 16 channels each, added in the order of epilogue.cuh
-//   permuted   f32 [num_tokens, C], a second copy with channel n at positions[n] (i32 [C]), or null
+//   permuted   f32 [num_tokens, C], a second copy with channel n at channel_map[n] (i32 [C]), or null
 //
 // A thread has 16 channels; C is a multiple of 8. Block: 128 threads; grid: (ceil(C / 2048), num_tokens). No shared memory.
 // Macros: EXL_BF16. Architectures: all. Tests: tests/kernels/test_small_kernels.py
@@ -21,7 +21,7 @@ EXL_DEVICE float widened(u32 pair, int second) {
 
 EXL_KERNEL(embed, 128, 4)
 (const void* __restrict__ table, const i32* ids, const i32* samples, float* h, float* sumsq,
- float* permuted, const i32* __restrict__ positions, int C, int vocab_size, int num_samples) {
+ float* permuted, const i32* __restrict__ channel_map, int C, int vocab_size, int num_samples) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int tile = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), num_tiles = (C + kTile - 1) / kTile;
@@ -45,7 +45,7 @@ EXL_KERNEL(embed, 128, 4)
       EXL_UNROLL
       for (int i = 0; i < 8; ++i) {
         out[i] = v[half_tile * 8 + i];
-        if (permuted != nullptr) permuted[static_cast<size_t>(token) * C + positions[channel + i]] = v[half_tile * 8 + i];
+        if (permuted != nullptr) permuted[static_cast<size_t>(token) * C + channel_map[channel + i]] = v[half_tile * 8 + i];
       }
     }
   }

@@ -4,7 +4,7 @@
 //   w          f16 or bf16 (EXL_BF16) [rows, w_stride]; w_stride and K are multiples of 8. Of every 32 inputs of a row, a
 //              lane takes eight adjacent ones (16 bytes), so the tensor cores and cuBLAS both read the checkpoint's layout
 //   x, sumsq, norm, eps                              activations.cuh; `input` names the kind
-//   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
+//   y, bias, sumsq_out, permuted, channel_map, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //   gated      number of gate rows; as many up rows follow them in w. 0: not gated, each row is an output
 //
 // Weights are never converted. f16 weights are multiplied by activations rounded to f16. bf16 weights (sm_80 and up) are
@@ -94,7 +94,7 @@ EXL_DEVICE void multiply(FragC& acc, const FragA& a, const FragB& b) {
 
 EXL_KERNEL(linear_dense, 256, 1)
 (const void* __restrict__ w, const float* __restrict__ bias, const void* x, const float* sumsq,
- const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K, int N,
+ const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ channel_map, int K, int N,
  int num_tiles, int gated, i64 w_stride, int num_tokens, int input, int x_stride, int x_stages, int epilogue, int out_type,
  int y_stride, float eps, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);
@@ -194,6 +194,6 @@ EXL_KERNEL(linear_dense, 256, 1)
   for (int s = 0; s < kSlices; ++s) v[s] = s_sum[(s * kNT + warp) * 32 + lane];
   const float4 root = tree_sum(v);
   float sum[4] = {root.x, root.y, root.z, root.w};
-  const Output out{y, bias, sumsq_out, permuted, positions, epilogue, out_type, N, num_tokens, y_stride, scale};
+  const Output out{y, bias, sumsq_out, permuted, channel_map, epilogue, out_type, N, num_tokens, y_stride, scale};
   finish_tile(sum, out, tile, num_tiles, warp * 8, lane);
 }

@@ -5,7 +5,7 @@
 //   qparams     u8 [tiles][num_blocks][kBlockBytes]           scales and zero points: tile.cuh
 //   group_units group size / 128; used only if EXL_GROUP is 0
 //   x, sumsq, norm, eps                                       activations.cuh; `input` names the kind
-//   y, bias, sumsq_out, permuted, positions, scale            epilogue.cuh; `epilogue` and `out_type` name the kind
+//   y, bias, sumsq_out, permuted, channel_map, scale          epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps, warp s takes slice s of K for the same kR row tiles; grid: ceil(tiles / kR). Each warp has its own ring of
 // weights and its own copy of the activations, of real tokens only: a chunk of `x_stages` stages of its slice at a time.
@@ -37,7 +37,7 @@ template <int kKind> EXL_DEVICE void stage_slice(half* s_x, int pitch, const Inp
 
 EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
 (const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const void* x,
- const float* sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
+ const float* sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ channel_map, int K,
  int N, int num_tiles, int num_blocks, int group_units, int num_tokens, int input, int x_stride, int x_stages,
  int epilogue, int out_type, int y_stride, float eps, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);   // [8 warps] ring, then [8 warps][num_tokens][x_stages * kStageK] activations
@@ -99,6 +99,6 @@ EXL_KERNEL(linear_q, 256, EXL_MIN_BLOCKS)
   for (int s = 0; s < kSlices; ++s) v[s] = s_sum[(s * kR + warp) * 32 + lane];
   const float4 root = tree_sum(v);
   float sum[4] = {root.x, root.y, root.z, root.w};
-  const Output out{y, bias, sumsq_out, permuted, positions, epilogue, out_type, N, num_tokens, y_stride, scale};
+  const Output out{y, bias, sumsq_out, permuted, channel_map, epilogue, out_type, N, num_tokens, y_stride, scale};
   finish_tile(sum, out, tile0 + warp, num_tiles, 0, lane);
 }

@@ -4,7 +4,7 @@
 //
 //   codes, qparams, group_units                      as in linear_q.cu
 //   x, sumsq, norm, eps                              activations.cuh; `input` names the kind; never rounded to f16
-//   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
+//   y, bias, sumsq_out, permuted, channel_map, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps, warp s takes slice s of K for the same 16 rows; grid: tiles. A lane multiplies its own codes of rows g
 // and g + 8; the four lanes of a quad add their sums at the end of the slice. Weights are loaded one stage ahead, into
@@ -90,7 +90,7 @@ EXL_DEVICE void multiply_stage_simt(float (&acc)[kTokens][2], const u32 (&codes)
 
 EXL_KERNEL(linear_q_simt, 256, 1)
 (const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const void* __restrict__ x,
- const float* __restrict__ sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ positions, int K,
+ const float* __restrict__ sumsq, const float* __restrict__ norm, void* y, float* sumsq_out, float* permuted, const i32* __restrict__ channel_map, int K,
  int N, int num_tiles, int num_blocks, int group_units, int num_tokens, int input, int x_stride, int x_stages,
  int epilogue, int out_type, int y_stride, float eps, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);   // [8 warps][num_tokens][x_stages * kStageK] activations
@@ -153,6 +153,6 @@ EXL_KERNEL(linear_q_simt, 256, 1)
   for (int s = 0; s < kSlices; ++s) v[s] = s_sum[s * 32 + lane];
   const float4 root = tree_sum(v);
   float sum[4] = {root.x, root.y, root.z, root.w};
-  const Output out{y, bias, sumsq_out, permuted, positions, epilogue, out_type, N, num_tokens, y_stride, scale};
+  const Output out{y, bias, sumsq_out, permuted, channel_map, epilogue, out_type, N, num_tokens, y_stride, scale};
   finish_tile(sum, out, tile, num_tiles, 0, lane);
 }

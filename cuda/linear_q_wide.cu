@@ -6,7 +6,7 @@
 //              round_activations.cu of bf16 into f16's range
 //   partial    f32 [EXL_SPREAD][grid y][8 warps][kR][EXL_NT][32 lanes][4]: each block's sums; used if EXL_SPREAD > 1
 //   arrived    u32 [grid y], zero before the first launch and after every launch
-//   y, bias, sumsq_out, permuted, positions, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
+//   y, bias, sumsq_out, permuted, channel_map, scale   epilogue.cuh; `epilogue` and `out_type` name the kind
 //
 // Block: 8 warps of kR row tiles each; grid: (EXL_SPREAD, ceil(tiles / (8 kR))), so that the blocks that share rows run
 // together and find each other's sums in L2. A block takes 8 / EXL_SPREAD slices of K; the last block to arrive adds the
@@ -132,7 +132,7 @@ EXL_DEVICE void scale_slice(Sums& acc, const float* x_scale, int slice, int num_
 
 EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
 (const u32* __restrict__ codes, const u8* __restrict__ qparams, const float* __restrict__ bias, const half* x, const float* x_scale, void* y,
- float* sumsq_out, float* permuted, const i32* __restrict__ positions, float* partial, u32* arrived, int K, int N,
+ float* sumsq_out, float* permuted, const i32* __restrict__ channel_map, float* partial, u32* arrived, int K, int N,
  int num_tiles, int num_blocks, int group_units, int num_tokens, int x_stride, int x_stages, int epilogue, int out_type,
  int y_stride, float scale) {
   EXL_DYNAMIC_SMEM(u8, smem);
@@ -187,7 +187,7 @@ EXL_KERNEL(linear_q_wide, 256, EXL_MIN_BLOCKS)
     close_slice(one, two, four, acc, slice);
   }
 
-  const Output out{y, bias, sumsq_out, permuted, positions, epilogue, out_type, N, num_tokens, y_stride, scale};
+  const Output out{y, bias, sumsq_out, permuted, channel_map, epilogue, out_type, N, num_tokens, y_stride, scale};
   if constexpr (kSpread == 1) {
     EXL_UNROLL
     for (int r = 0; r < kR; ++r) {

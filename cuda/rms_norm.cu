@@ -4,7 +4,7 @@
 //   sumsq      f32 [num_tokens, ceil(K / 16)], as the residual's producer left them
 //   weight     f32 [K]
 //   y          f16, bf16 or f32 (out_type 0, 1, 2) [num_tokens, K]: h * (1 / rms) * weight, rounded once
-//   positions  i32 [K] or null: channel k is stored at positions[k], for a consumer under act-order
+//   channel_map i32 [K] or null: channel k is stored at channel_map[k], for a consumer under act-order
 //
 // Block: 8 warps; grid: num_tokens. No shared memory. K and stride are multiples of 8.
 // Macros: none. Architectures: all. Tests: tests/kernels/test_small_kernels.py
@@ -20,7 +20,7 @@ EXL_DEVICE void store_one(void* y, size_t at, float value, int out_type) {
 
 EXL_KERNEL(rms_norm, 256, 2)
 (const float* h, const float* sumsq, const float* __restrict__ weight, void* y,
- const int* __restrict__ positions, int K, int stride, int num_tokens, int out_type, float eps) {
+ const int* __restrict__ channel_map, int K, int stride, int num_tokens, int out_type, float eps) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int token = static_cast<int>(blockIdx.x), tid = static_cast<int>(threadIdx.x);
@@ -30,9 +30,9 @@ EXL_KERNEL(rms_norm, 256, 2)
   for (int k = tid * 8; k < K; k += kThreads * 8) {
     float v[8];
     load_floats<kNormedInput>(v, in, token, k, factor);
-    if (positions) {
+    if (channel_map) {
       EXL_UNROLL
-      for (int i = 0; i < 8; ++i) store_one(y, row + positions[k + i], v[i], out_type);
+      for (int i = 0; i < 8; ++i) store_one(y, row + channel_map[k + i], v[i], out_type);
       continue;
     }
     if (out_type == 2) {

@@ -2,7 +2,7 @@
 //
 //   gate, up   f16, bf16 or f32 (in_type 0, 1, 2) [num_tokens, N], rows `in_stride` apart
 //   y          f16, bf16 or f32 (out_type) [num_tokens, N], rows `out_stride` apart; computed in f32, rounded once
-//   positions  i32 [N] or null: column n is stored at positions[n], for a consumer under act-order
+//   channel_map i32 [N] or null: column n is stored at channel_map[n], for a consumer under act-order
 //
 // Block: 256 threads, one element each; grid: (ceil(N / 256), num_tokens). No shared memory.
 // Macros: none. Architectures: all. Tests: tests/kernels/test_small_kernels.py
@@ -15,7 +15,7 @@ EXL_DEVICE float load_value(const void* x, size_t at, int type) {
 }
 
 EXL_KERNEL(silu_mul, 256, 4)
-(const void* gate, const void* up, void* y, const int* __restrict__ positions, int N,
+(const void* gate, const void* up, void* y, const int* __restrict__ channel_map, int N,
  int num_tokens, int in_type, int in_stride, int out_type, int out_stride) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -23,5 +23,5 @@ EXL_KERNEL(silu_mul, 256, 4)
   if (col >= N) return;
   const size_t at = static_cast<size_t>(token) * in_stride + col;
   const Output out{y, nullptr, nullptr, nullptr, nullptr, kStore, out_type, N, num_tokens, out_stride, 1.0f};
-  store_output(out, token, positions ? positions[col] : col, silu(load_value(gate, at, in_type)) * load_value(up, at, in_type));
+  store_output(out, token, channel_map ? channel_map[col] : col, silu(load_value(gate, at, in_type)) * load_value(up, at, in_type));
 }

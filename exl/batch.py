@@ -33,7 +33,6 @@ class ForwardBatch:
     page_table: I32  # [B, P]; a snapshot
     logit_rows: I32  # [R]; rows whose logits are wanted
     num_decode_rows: int
-    lora_idx: I32 | None = None  # [B]
 
     @property
     def num_rows(self) -> int:

@@ -20,7 +20,7 @@ from exl.engine.build import load_engine
 from exl.errors import ExlError
 from exl.kernels.launch import Backend, HostBackend
 from exl.kernels.spec import KernelSpec
-from exl.layout.layers import Target
+from exl.layout.specs import Target
 from exl.llm import LLM, Completion
 from exl.planning.from_headers import EngineOptions
 from exl.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exl.layout.layers import DeviceKVLayout, KVLayout
+from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.memory.device import device_tensor
 
 _DTYPES = {"u8": torch.uint8, "f16": torch.float16, "f32": torch.float32}

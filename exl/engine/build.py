@@ -22,7 +22,8 @@ from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
 from exl.layout.attention import MAX_NEW_TOKENS
-from exl.layout.layers import LayerLayout, Target
+from exl.layout.layers import LayerLayout
+from exl.layout.specs import Target
 from exl.memory.device import free_bytes
 from exl.models.decoder import Decoder
 from exl.ops.base import Ops

@@ -156,7 +156,7 @@ class Generator:
                 self.pool.release([match.copy_from])
             raise
         if match.copy_from is not None:
-            self.runner.decoder.ops.copy_pages(self.runner.kv, [match.copy_from], fresh[:1])
+            self.runner.kv.copy_pages([match.copy_from], fresh[:1])
             self.pool.release([match.copy_from])
         return CachedSequence([*match.pages, *fresh], list(known_ids[: match.num_tokens]), match.num_tokens)
 

@@ -12,7 +12,7 @@ import torch
 from exl.batch import ForwardBatch, is_step, padded_step
 from exl.cache.kv import KVCache
 from exl.engine.step_graph import StepGraphs
-from exl.layout.layers import StepLimits
+from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import Linear
 from exl.weights.stream import ResidentWeights, WeightSource

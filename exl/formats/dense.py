@@ -7,7 +7,7 @@ from exl.checkpoint.header import TensorInfo
 from exl.errors import CheckpointError
 from exl.formats.matrix import DenseMatrix
 from exl.formats.tensors import expect_shape, require_float
-from exl.layout.layers import MatrixSpec
+from exl.layout.specs import MatrixSpec
 
 
 def dense_spec(checkpoint: Checkpoint, name: str) -> MatrixSpec:

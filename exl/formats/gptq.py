@@ -18,7 +18,7 @@ from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, ExlWarning
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
-from exl.layout.layers import MatrixSpec
+from exl.layout.specs import MatrixSpec
 
 K_MULTIPLE = 32  # 32 codes of any width fill whole words
 

@@ -11,7 +11,7 @@ from exl.formats.dense import dense_spec, load_dense
 from exl.formats.gptq import gptq_spec, load_gptq
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.formats.rounding import round_to_nearest
-from exl.layout.layers import MatrixSpec
+from exl.layout.specs import MatrixSpec
 
 # Tensors by which the formats that exl does not read give themselves away, whatever the configuration says.
 _FOREIGN_TENSORS: Mapping[str, str] = {

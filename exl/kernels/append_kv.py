@@ -9,6 +9,7 @@ import torch
 from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.args import f32, i32, ptr
+from exl.kernels.attention_io import QkvRows, check_dims, check_rows
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import OUT_TYPES
@@ -29,46 +30,29 @@ def check_slots(slots: Sequence[int], num_pages: int) -> None:
 def append_kv(
     backend: Backend,
     layout: PageLayout,
-    qkv: torch.Tensor,
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
+    rows: QkvRows,
     slots: torch.Tensor,
     pages: torch.Tensor,
     q: torch.Tensor,
     *,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
     dependent: bool = False,
 ) -> None:
-    """K and V of qkv [T, (H + 2 Hkv) * D] into pages u8 [pages, Hkv, bytes]; q f16 [T, H, D].
+    """K and V of ``rows`` into pages u8 [pages, Hkv, bytes]; q f16 [T, H, D].
 
-    qkv is f16, bf16 or f32. ``cosine`` and ``sine`` f32 [T, half the rotated channels], scaled as the model scales
-    them. ``slots`` i32 [T], looked at by ``check_slots`` where they are still on the host. ``q_norm``, ``k_norm``
-    f32 [D]. Raises ``KernelError``.
+    ``slots`` i32 [T], looked at by ``check_slots`` where they are still on the host. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
-    for name, tensor, dims in (("q", q, 3), ("pages", pages, 3), ("cosine", cosine, 2)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
-            raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
-    num_tokens, num_heads, half_dim = q.shape[0], q.shape[1], cosine.shape[1]
-    num_kv_heads = pages.shape[1]
+    check_dims("q", q, 3)
+    check_dims("pages", pages, 3)
+    (num_tokens, num_heads), num_kv_heads = q.shape[:2], pages.shape[1]
     if not num_tokens or not num_heads or not num_kv_heads or num_heads % num_kv_heads:
         raise KernelError(f"{num_tokens} tokens, {num_heads} heads, {num_kv_heads} kv heads: expected whole groups")
-    if 2 * half_dim > D:
-        raise KernelError(f"cosine has {half_dim} angles: expected {D // 2} or fewer for a head size of {D}")
     check_tensor("q", q, (torch.float16,), (num_tokens, num_heads, D), device)
     check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
-    width = (num_heads + 2 * num_kv_heads) * D
-    check_tensor("qkv", qkv, tuple(OUT_TYPES), (num_tokens, width), device, qkv.element_size(), rows_apart=True)
-    for name, tensor in (("cosine", cosine), ("sine", sine)):
-        check_tensor(name, tensor, (torch.float32,), (num_tokens, half_dim), device)
+    check_rows(rows, num_tokens, num_heads, num_kv_heads, D, device)
     check_tensor("slots", slots, (torch.int32,), (num_tokens,), device)
-    for name, tensor in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if tensor is not None:
-            check_tensor(name, tensor, (torch.float32,), (D,), device)
-    args = [ptr(qkv), ptr(q_norm), ptr(k_norm), ptr(cosine), ptr(sine), ptr(slots), ptr(pages), ptr(q)]
-    args += [i32(num_heads), i32(num_kv_heads), i32(half_dim), i32(OUT_TYPES[qkv.dtype]), i32(qkv.stride(0)), f32(eps)]
+    args = [*rows.pointers(), ptr(slots), ptr(pages), ptr(q), i32(num_heads), i32(num_kv_heads), i32(rows.half_dim)]
+    args += [i32(OUT_TYPES[rows.qkv.dtype]), i32(rows.qkv.stride(0)), f32(rows.norms.eps)]
     grid = (-(-(num_heads + 2 * num_kv_heads) // NUM_WARPS), num_tokens)
     function = backend.load(_spec(layout, backend.arch))
     launch(function, grid, (32 * NUM_WARPS,), args, NUM_WARPS * D * 4, dependent=dependent)

@@ -13,6 +13,7 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
+from exl.kernels.attention_io import AttentionParams, QkvRows, check_dims, check_rows, check_window
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import OUT_TYPES
@@ -36,12 +37,15 @@ def shared_bytes(head_dim: int, arch: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeTables:
-    """What a step's sequences have, on the device, all i32."""
+    """What a step's sequences have: on the device, all i32; and two bounds, which the grid is made for: what is within
+    them is read on the device."""
 
     query_start: torch.Tensor  # [B + 1]: rows
     context_len: torch.Tensor  # [B]: tokens, the new ones included; 0: an empty sequence
     page_table: torch.Tensor  # [B, max_pages]
     slots: torch.Tensor  # [T]: page * 64 + place of each new token, -1: not kept
+    max_context: int  # of all sequences
+    max_new: int = 1  # new tokens of a sequence
 
 
 @dataclass(frozen=True)
@@ -84,41 +88,29 @@ def check_tables(
 def attention_decode(
     backend: Backend,
     layout: PageLayout,
-    qkv: torch.Tensor,
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
+    rows: QkvRows,
     tables: DecodeTables,
     pages: torch.Tensor,
     out: torch.Tensor,
     scratch: DecodeScratch,
+    params: AttentionParams,
     *,
-    scale: float,
-    max_context: int,
-    max_new: int = 1,
-    window: int | None = None,
-    softcap: float | None = None,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
-    """out f16 [T, H * D] = attention of qkv's rows over their sequences, after appending their K and V to ``pages``.
+    """out f16 [T, H * D] = attention of ``rows`` over their sequences, after appending their K and V to ``pages``.
 
-    ``qkv``, ``cosine``, ``sine``, ``pages``, norms as of ``append_kv``. ``tables`` have been through ``check_tables``.
-    ``max_context`` bounds all lengths, ``max_new`` the new tokens of a sequence: the grid is made for them, lengths are
-    read on the device. ``positions`` i32 [H * D]: where a consumer under act-order expects each channel. A row's bits
-    depend on its own sequence and nothing else. Raises ``KernelError``.
+    ``rows`` and ``pages`` as of ``append_kv``. ``tables`` have been through ``check_tables``. ``channel_map`` i32
+    [H * D]: where a consumer under act-order expects each channel. A row's bits depend on its own sequence and nothing
+    else. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
-    for name, tensor, dims in (("pages", pages, 3), ("cosine", cosine, 2), ("page_table", tables.page_table, 2)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
-            raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
+    check_dims("pages", pages, 3)
+    check_dims("page_table", tables.page_table, 2)
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] % D or not out.numel():
         raise KernelError(f"out: expected [T, heads * {D}], found {getattr(out, 'shape', type(out))}")
     num_tokens, num_heads, num_kv_heads = out.shape[0], out.shape[1] // D, pages.shape[1]
-    num_sequences, max_pages = tables.page_table.shape
-    half_dim = cosine.shape[1]
+    (num_sequences, max_pages), max_context, max_new = tables.page_table.shape, tables.max_context, tables.max_new
     if not num_kv_heads or num_heads % num_kv_heads:
         raise KernelError(f"{num_heads} heads, {num_kv_heads} kv heads: expected whole groups")
     if not 1 <= max_new <= MAX_NEW_TOKENS or not 1 <= max_context <= max_pages * PAGE_SIZE:
@@ -126,25 +118,16 @@ def attention_decode(
             f"{max_new} new tokens, a context of {max_context}: expected 1 to {MAX_NEW_TOKENS} and 1 to "
             f"{max_pages * PAGE_SIZE}"
         )
-    if 2 * half_dim > D:
-        raise KernelError(f"cosine has {half_dim} angles: expected {D // 2} or fewer for a head size of {D}")
-    if window is not None and window < 1:
-        raise KernelError(f"window {window}: expected 1 or more")
+    check_window(params.window)
     check_tensor("out", out, (torch.float16,), (num_tokens, num_heads * D), device)
     check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
-    width = (num_heads + 2 * num_kv_heads) * D
-    check_tensor("qkv", qkv, tuple(OUT_TYPES), (num_tokens, width), device, qkv.element_size(), rows_apart=True)
-    for name, tensor in (("cosine", cosine), ("sine", sine)):
-        check_tensor(name, tensor, (torch.float32,), (num_tokens, half_dim), device)
+    check_rows(rows, num_tokens, num_heads, num_kv_heads, D, device)
     check_tensor("query_start", tables.query_start, (torch.int32,), (num_sequences + 1,), device)
     check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
     check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
     check_tensor("slots", tables.slots, (torch.int32,), (num_tokens,), device)
-    for name, tensor in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if tensor is not None:
-            check_tensor(name, tensor, (torch.float32,), (D,), device)
-    if positions is not None:
-        check_tensor("positions", positions, (torch.int32,), (num_heads * D,), device)
+    if channel_map is not None:
+        check_tensor("channel_map", channel_map, (torch.int32,), (num_heads * D,), device)
     shapes = scratch_shapes(num_sequences, num_heads, num_kv_heads, D, max_context, max_new)
     for name, dtype in (("partial", torch.float32), ("arrived", torch.int32)):
         tensor = getattr(scratch, name)
@@ -152,11 +135,11 @@ def attention_decode(
         if tensor.numel() < shapes[name][1]:
             raise KernelError(f"scratch.{name} has {tensor.numel()} elements: expected {shapes[name][1]} or more")
     tiles = column_tiles(num_heads, num_kv_heads, max_new)
-    args = [ptr(qkv), ptr(q_norm), ptr(k_norm), ptr(cosine), ptr(sine), ptr(tables.slots), ptr(tables.query_start)]
-    args += [ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out), ptr(positions)]
-    args += [ptr(scratch.partial), ptr(scratch.arrived), i32(num_heads), i32(num_kv_heads), i32(tiles), i32(max_pages)]
-    args += [i32(half_dim), i32(OUT_TYPES[qkv.dtype]), i32(qkv.stride(0)), i32(window or 0)]
-    args += [f32(scale), f32(softcap or 0.0), f32(eps)]
+    args = [*rows.pointers(), ptr(tables.slots), ptr(tables.query_start), ptr(tables.context_len)]
+    args += [ptr(tables.page_table), ptr(pages), ptr(out), ptr(channel_map), ptr(scratch.partial), ptr(scratch.arrived)]
+    args += [i32(num_heads), i32(num_kv_heads), i32(tiles), i32(max_pages), i32(rows.half_dim)]
+    args += [i32(OUT_TYPES[rows.qkv.dtype]), i32(rows.qkv.stride(0)), i32(params.window or 0)]
+    args += [f32(params.scale), f32(params.softcap or 0.0), f32(rows.norms.eps)]
     grid = (num_items(max_context), num_kv_heads * tiles, num_sequences)
     function = backend.load(_spec(layout, backend.arch))
     launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D, backend.arch), dependent=dependent)

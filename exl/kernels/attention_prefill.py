@@ -13,6 +13,7 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
+from exl.kernels.attention_io import AttentionParams, check_dims, check_window
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
@@ -23,11 +24,12 @@ MMA_ARCH = 75  # tensor cores with f16 inputs; below: f32 arithmetic
 
 @dataclass(frozen=True)
 class PrefillTables:
-    """What a chunk's sequences have, on the device, all i32."""
+    """What a chunk's sequences have, on the device, all i32; and a bound that the grid is made for."""
 
     query_start: torch.Tensor  # [B + 1]: rows
     context_len: torch.Tensor  # [B]: tokens, the new ones included; 0: an empty sequence
     page_table: torch.Tensor  # [B, max_pages]
+    max_new: int  # new tokens of a sequence
 
 
 def check_pages(
@@ -73,42 +75,37 @@ def attention_prefill(
     tables: PrefillTables,
     pages: torch.Tensor,
     out: torch.Tensor,
+    params: AttentionParams,
     *,
-    scale: float,
-    max_new: int,
-    window: int | None = None,
-    softcap: float | None = None,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """out f16 [T, H * D] = attention of q f16 [T, H, D], as ``append_kv`` leaves it, over its sequences' pages.
 
-    ``tables`` have been through ``check_pages``. ``max_new`` bounds the new tokens of a sequence. ``positions``
-    i32 [H * D]: where a consumer under act-order expects each channel. Raises ``KernelError``.
+    ``tables`` have been through ``check_pages``. ``channel_map`` i32 [H * D]: where a consumer under act-order expects
+    each channel. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
     for name, tensor, dims in (("q", q, 3), ("pages", pages, 3), ("page_table", tables.page_table, 2)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
-            raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
+        check_dims(name, tensor, dims)
     num_tokens, num_heads, num_kv_heads = q.shape[0], q.shape[1], pages.shape[1]
-    num_sequences, max_pages = tables.page_table.shape
+    (num_sequences, max_pages), max_new = tables.page_table.shape, tables.max_new
     if not num_tokens or not num_kv_heads or not num_heads or num_heads % num_kv_heads:
         raise KernelError(f"{num_tokens} tokens, {num_heads} heads, {num_kv_heads} kv heads: expected whole groups")
     if not 1 <= max_new <= num_tokens:
         raise KernelError(f"{max_new} new tokens of a sequence at most: expected 1 to {num_tokens}")
-    if window is not None and window < 1:
-        raise KernelError(f"window {window}: expected 1 or more")
+    check_window(params.window)
     check_tensor("q", q, (torch.float16,), (num_tokens, num_heads, D), device, 16)
     check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
     check_tensor("out", out, (torch.float16,), (num_tokens, num_heads * D), device)
     check_tensor("query_start", tables.query_start, (torch.int32,), (num_sequences + 1,), device)
     check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
     check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
-    if positions is not None:
-        check_tensor("positions", positions, (torch.int32,), (num_heads * D,), device)
+    if channel_map is not None:
+        check_tensor("channel_map", channel_map, (torch.int32,), (num_heads * D,), device)
     args = [ptr(q), ptr(tables.query_start), ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out)]
-    args += [ptr(positions), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(window or 0)]
-    args += [f32(scale), f32(softcap or 0.0)]
+    args += [ptr(channel_map), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(params.window or 0)]
+    args += [f32(params.scale), f32(params.softcap or 0.0)]
     warps = num_warps(D, backend.arch)
     columns = warps * 8 * column_groups(D, backend.arch)
     grid = (-(-num_heads // num_kv_heads * max_new // columns), num_kv_heads, num_sequences)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from exl.errors import CheckpointError, KernelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.kernels.linear import TiledWeight
 from exl.kernels.linear_dense import DenseWeight
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.layers import LinearLayout, tile_layout
 from exl.layout.tiles import gated_rows, natural_rows
 
@@ -46,8 +46,8 @@ def pack_linear(
     if "bias" in fields:
         bias = np.concatenate([_bias(part) for part in parts])
         fields["bias"][:] = np.where(rows >= 0, bias[rows], np.float32(0))
-    if "positions" in fields:
-        fields["positions"][parts[0].order] = np.arange(spec.K, dtype=np.int32)
+    if "channel_map" in fields:
+        fields["channel_map"][parts[0].order] = np.arange(spec.K, dtype=np.int32)
 
 
 def view_linear(layout: LinearLayout, fields: Mapping[str, torch.Tensor]) -> TiledWeight | DenseWeight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,10 +13,8 @@ from exl.kernels.args import Arg
 from exl.kernels.driver import Driver, DriverLaunch
 from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec
+from exl.kernels.work import Dim, Work
 from exl.layout.arch import DEFAULT_SHARED_BYTES
-
-if TYPE_CHECKING:
-    from exl.kernels.launch import Dim, Work
 
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 

@@ -10,20 +10,13 @@ from exl.errors import KernelError
 from exl.kernels.args import i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear import COMPILED, TiledWeight, check_weight
+from exl.kernels.linear import COMPILED
 from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.weights import TiledWeight, check_weight
+from exl.layout.panels import PANEL_BYTES
 from exl.layout.tiles import ROWS, TileLayout
 
-MAX_PANEL_BYTES = 64 * 2**20  # stays in the L2 of the GPUs that have one of this size, and bounds the plan's line
 NUM_WARPS = 8
-
-
-def panel_tiles(layout: TileLayout, max_bytes: int = MAX_PANEL_BYTES) -> int:
-    """Tiles of the largest panel within ``max_bytes``. Raises ``KernelError`` if not even one fits."""
-    tile_bytes = ROWS * layout.K * 2
-    if not tile_bytes <= max_bytes <= MAX_PANEL_BYTES:
-        raise KernelError(f"panel of {max_bytes} bytes: expected {tile_bytes} (one tile) to {MAX_PANEL_BYTES}")
-    return min(layout.num_tiles, max_bytes // tile_bytes)
 
 
 def dequantize(
@@ -46,8 +39,8 @@ def dequantize(
         raise KernelError(
             f"panel of tiles {first_tile}..{first_tile + num_tiles - 1}: the matrix has {layout.num_tiles}"
         )
-    if out.numel() * 2 > MAX_PANEL_BYTES:
-        raise KernelError(f"panel of {out.numel() * 2} bytes: expected {MAX_PANEL_BYTES} or less")
+    if out.numel() * 2 > PANEL_BYTES:
+        raise KernelError(f"panel of {out.numel() * 2} bytes: expected {PANEL_BYTES} or less")
     function = backend.load(_spec(layout, out.dtype == torch.bfloat16, backend.arch))
     args = [ptr(weight.codes), ptr(weight.qparams), ptr(out), i32(layout.K), i32(layout.num_tiles)]
     args += [i32(layout.num_blocks), i32(layout.group_units), i32(first_tile), i32(int(gated))]

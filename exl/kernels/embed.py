@@ -33,12 +33,12 @@ def embed(
     *,
     samples: torch.Tensor | None = None,
     permuted: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """h f32 [T, C] = rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
 
-    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``positions`` as for ``linear.project_add``. What is
+    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``channel_map`` as for ``Output.residual``. What is
     no id gives zeros: ``check_ids`` looks at them where they are still on the host. Raises ``KernelError``.
     """
     device = backend.device
@@ -54,12 +54,12 @@ def embed(
     check_tensor("sumsq", sumsq, (torch.float32,), (num_tokens, num_tiles), device)
     if samples is not None:
         check_tensor("samples", samples, (torch.int32,), (samples.numel(),), device)
-    if (permuted is None) != (positions is None):
-        raise KernelError("permuted and positions go together: one is missing")
+    if (permuted is None) != (channel_map is None):
+        raise KernelError("permuted and channel_map go together: one is missing")
     if permuted is not None:
         check_tensor("permuted", permuted, (torch.float32,), (num_tokens, C), device)
-        check_tensor("positions", positions, (torch.int32,), (C,), device)
-    args = [ptr(table), ptr(ids), ptr(samples), ptr(h), ptr(sumsq), ptr(permuted), ptr(positions)]
+        check_tensor("channel_map", channel_map, (torch.int32,), (C,), device)
+    args = [ptr(table), ptr(ids), ptr(samples), ptr(h), ptr(sumsq), ptr(permuted), ptr(channel_map)]
     args += [i32(C), i32(vocab_size), i32(0 if samples is None else samples.numel())]
     function = backend.load(_spec(table.dtype == torch.bfloat16, backend.arch))
     launch(function, (-(-num_tiles // NUM_THREADS), num_tokens), (NUM_THREADS,), args, dependent=dependent)

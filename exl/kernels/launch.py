@@ -23,19 +23,12 @@ from exl.kernels.driver import Driver
 from exl.kernels.environment import loaded_nvrtc, nvrtc_command
 from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec
+from exl.kernels.work import Dim, Work
 from exl.layout.arch import arch_limits
 
 MIN_TORCH = (2, 8)  # for GPUs
 # torch's allocators go on asking a graph whose capture did not end well, and would ask freed memory.
 _BROKEN_GRAPHS: list[torch.cuda.CUDAGraph] = []
-Dim = Sequence[int]  # up to three sizes, x first
-
-
-class Work(Protocol):
-    """Something prepared, to be started any number of times by ``Backend.start``: a launch, or a call between two."""
-
-    def start(self, stream: int) -> None:
-        """``stream``: a handle of the backend's."""
 
 
 class Function(Protocol):

@@ -1,8 +1,8 @@
 """Quantized linears on the GPU: y = x W, straight from the codes (``linear_q.cu``, ``linear_q_wide.cu``).
 
-Three operations, each for any number of tokens (64 at a time): ``project`` stores, ``gate_up`` stores SiLU(gate) * up,
-``project_add`` adds to the f32 residual and leaves its sums of squares for the next norm. A row's bits depend neither
-on the other rows nor on the configuration. Arguments are checked before anything is launched.
+For any number of tokens, 64 at a time. ``Output`` says what becomes of the product: it is stored, or SiLU(gate) * up
+is, or it is added to the f32 residual, which leaves the residual's sums of squares for the next norm. A row's bits
+depend neither on the other rows nor on the configuration. Arguments are checked before anything is launched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.linear_simt import run_simt, simt_spec
 from exl.kernels.spec import KernelSpec, Variant
-from exl.kernels.tile_pack import PackedMatrix
+from exl.kernels.weights import TiledWeight, check_weight
 from exl.layout.linear_config import (
     MAX_TOKENS,
     MIN_ARCH,
@@ -31,34 +31,11 @@ from exl.layout.linear_config import (
     choose_config,
     scratch_shapes,
 )
-from exl.layout.tiles import ROWS, TileLayout
+from exl.layout.tiles import TileLayout
 
 
 @dataclass(frozen=True)
-class TiledWeight:
-    """A packed matrix on the device (``tile_layout.py``): codes i32, qparams u8, bias f32 or None."""
-
-    layout: TileLayout
-    codes: torch.Tensor
-    qparams: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def form(self) -> TileLayout:
-        """All that launches depend on besides the tensors."""
-        return self.layout
-
-    @classmethod
-    def from_packed(cls, packed: PackedMatrix, device: torch.device) -> TiledWeight:
-        def tensor(array):
-            return None if array is None else torch.from_numpy(array).to(device)
-
-        codes = torch.from_numpy(packed.codes.view("<i4")).to(device)
-        return cls(packed.layout, codes, tensor(packed.qparams), tensor(packed.bias))
-
-
-@dataclass(frozen=True)
-class Scratch:
+class LinearScratch:
     """Memory that launches of more than 8 tokens share, one at a time: see ``scratch_shapes``."""
 
     x: torch.Tensor  # f16 [64 * K]: rounded activations
@@ -67,69 +44,10 @@ class Scratch:
     arrived: torch.Tensor  # i32, zero; kernels leave it zero
 
 
-def make_scratch(layouts: list[TileLayout], backend: Backend) -> Scratch:
+def make_scratch(layouts: list[TileLayout], backend: Backend) -> LinearScratch:
     dtypes = {"f16": torch.float16, "f32": torch.float32, "i32": torch.int32}
     shapes = scratch_shapes(layouts, backend.arch, backend.num_multiprocessors)
-    return Scratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
-
-
-def project(
-    backend: Backend,
-    weight: TiledWeight,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    norm: NormedInput | None = None,
-    scratch: Scratch | None = None,
-    config: LinearConfig | None = None,
-    dependent: bool = False,
-) -> None:
-    """y [T, N] = x [T, K] W + bias; y in f16, bf16 or f32.
-
-    x is f16 or bf16, or with ``norm`` the f32 residual, normalised on the way. Rows of x and y may lie apart, their
-    elements may not. More than 8 tokens need ``scratch``. ``config`` overrides the choice for up to 64 tokens.
-    ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then not
-    write the weight. Raises ``KernelError``.
-    """
-    multiply(backend, weight, x, Output.store(y), norm=norm, scratch=scratch, config=config, dependent=dependent)
-
-
-def gate_up(
-    backend: Backend,
-    weight: TiledWeight,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    norm: NormedInput | None = None,
-    scratch: Scratch | None = None,
-    config: LinearConfig | None = None,
-    dependent: bool = False,
-) -> None:
-    """y [T, F] = SiLU(x W_gate + b_gate) * (x W_up + b_up), for rows packed by ``gated_rows``."""
-    multiply(backend, weight, x, Output.gated(y), norm=norm, scratch=scratch, config=config, dependent=dependent)
-
-
-def project_add(
-    backend: Backend,
-    weight: TiledWeight,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    sumsq: torch.Tensor,
-    *,
-    scale: float = 1.0,
-    permuted: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    scratch: Scratch | None = None,
-    config: LinearConfig | None = None,
-    dependent: bool = False,
-) -> None:
-    """h f32 [T, N] += scale * (x W + bias); sumsq f32 [T, ceil(N / 16)] becomes the sums of h^2 over 16 channels each.
-
-    ``permuted`` f32 [T, N] gets a second copy of h with channel n at ``positions[n]`` (i32 [N]), for a consumer under
-    act-order.
-    """
-    out = Output.residual(h, sumsq, scale, permuted, positions)
-    multiply(backend, weight, x, out, scratch=scratch, config=config, dependent=dependent)
+    return LinearScratch(**{k: torch.zeros(n, dtype=dtypes[t], device=backend.device) for k, (t, n) in shapes.items()})
 
 
 def multiply(
@@ -139,11 +57,17 @@ def multiply(
     out: Output,
     *,
     norm: NormedInput | None = None,
-    scratch: Scratch | None = None,
+    scratch: LinearScratch | None = None,
     config: LinearConfig | None = None,
     dependent: bool = False,
 ) -> None:
-    """The three above in one: ``out`` says what becomes of x W + bias."""
+    """``out`` gets x [T, K] W + bias: stored, gated or added, as it says.
+
+    x is f16 or bf16, or with ``norm`` the f32 residual, normalised on the way. Rows of x and of the output may lie
+    apart, their elements may not. More than 8 tokens need ``scratch``. ``config`` overrides the choice for up to 64
+    tokens. ``dependent``: start before the launches before it on the stream have ended (sm_90 and up), which must then
+    not write the weight. Raises ``KernelError``.
+    """
     check_weight(weight, backend.device)
     check_input(weight.layout.K, x, norm, backend.device)
     check_output(weight.layout.num_tiles, x.shape[0], out, backend.device)
@@ -164,7 +88,7 @@ def _launch(
     x: torch.Tensor,
     out: Output,
     norm: NormedInput | None,
-    scratch: Scratch | None,
+    scratch: LinearScratch | None,
     config: LinearConfig | None,
     dependent: bool,
 ) -> None:
@@ -176,7 +100,7 @@ def _launch(
     kind = INPUT_KINDS[x.dtype]
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
     matrix = [ptr(weight.codes), ptr(weight.qparams), ptr(weight.bias)]
-    target = [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    target = [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.channel_map)]
     sizes = [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_blocks), i32(layout.group_units)]
     ending = [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0))]
     args: list[Arg]
@@ -193,7 +117,12 @@ def _launch(
 
 
 def _round(
-    backend: Backend, layout: TileLayout, x: torch.Tensor, norm: NormedInput | None, scratch: Scratch, dependent: bool
+    backend: Backend,
+    layout: TileLayout,
+    x: torch.Tensor,
+    norm: NormedInput | None,
+    scratch: LinearScratch,
+    dependent: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """f16 activations for the wide kernel, and what their sums over a slice are multiplied by."""
     num_tokens, K = x.shape
@@ -232,16 +161,8 @@ def linear_spec(config: LinearConfig, layout: TileLayout, arch: int) -> KernelSp
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def check_weight(weight: TiledWeight, device: torch.device) -> None:
-    layout = weight.layout
-    check_tensor("codes", weight.codes, (torch.int32,), layout.codes_shape, device, 16)
-    check_tensor("qparams", weight.qparams, (torch.uint8,), layout.qparams_shape, device, 16)
-    if weight.bias is not None:
-        check_tensor("bias", weight.bias, (torch.float32,), (layout.num_tiles * ROWS,), device)
-
-
 def _check_scratch(
-    layout: TileLayout, num_tokens: int, scratch: Scratch | None, backend: Backend, config: LinearConfig | None
+    layout: TileLayout, num_tokens: int, scratch: LinearScratch | None, backend: Backend, config: LinearConfig | None
 ) -> None:
     if scratch is None:
         raise KernelError(f"{num_tokens} tokens: more than {NARROW_TOKENS} need scratch memory")

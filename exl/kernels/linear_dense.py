@@ -99,7 +99,7 @@ def multiply_dense(
     norm: NormedInput | None = None,
     dependent: bool = False,
 ) -> None:
-    """``out`` gets x [T, K] W.T + bias, any T, 32 rows at a time; x, ``norm``, ``dependent`` as in ``linear.project``.
+    """``out`` gets x [T, K] W.T + bias, any T, 32 rows at a time; x, ``norm``, ``dependent`` as in ``linear.multiply``.
 
     Weights are used as they are, never converted. A row's bits do not depend on the other rows. Raises ``KernelError``,
     among others for bf16 weights below compute capability 8.0: load them as f16 there.
@@ -130,7 +130,7 @@ def _launch(
     config = choose_dense_config(matrix.shape[1], matrix.dtype, num_tokens, backend.arch)
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
     args = [ptr(matrix), ptr(weight.bias), ptr(x), ptr(sumsq), ptr(norm_weight)]
-    args += [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    args += [ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.channel_map)]
     args += [i32(matrix.shape[1]), i32(weight.num_outputs), i32(weight.num_tiles)]
     args += [i32(weight.num_outputs if weight.gated else 0), i64(matrix.stride(0)), i32(num_tokens)]
     args += [i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), i32(config.x_stages)]

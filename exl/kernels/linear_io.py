@@ -18,7 +18,7 @@ STORE, GATED, RESIDUAL = 0, 1, 2
 @dataclass(frozen=True)
 class NormedInput:
     """RMSNorm on the way in: x is the f32 residual; ``sumsq`` f32 [T, ceil(K / 16)] are its sums of squares over 16
-    channels each, as ``project_add`` leaves them, ``weight`` f32 [K]."""
+    channels each, as ``Output.residual`` leaves them, ``weight`` f32 [K]."""
 
     sumsq: torch.Tensor
     weight: torch.Tensor
@@ -36,17 +36,17 @@ class Output:
     y: torch.Tensor
     sumsq: torch.Tensor | None = None
     permuted: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
+    channel_map: torch.Tensor | None = None
     scale: float = 1.0
 
     @classmethod
     def store(cls, y: torch.Tensor) -> Output:
-        """y [T, N] f16, bf16 or f32."""
+        """y [T, N] f16, bf16 or f32 = the product."""
         return cls(STORE, y)
 
     @classmethod
     def gated(cls, y: torch.Tensor) -> Output:
-        """y [T, F] = SiLU(gate) * up."""
+        """y [T, F] = SiLU(gate) * up, for rows packed by ``gated_rows``."""
         return cls(GATED, y)
 
     @classmethod
@@ -56,10 +56,14 @@ class Output:
         sumsq: torch.Tensor,
         scale: float = 1.0,
         permuted: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
+        channel_map: torch.Tensor | None = None,
     ) -> Output:
-        """h f32 [T, N] += scale * sum; sumsq f32 [T, ceil(N / 16)]; permuted f32 [T, N], positions i32 [N]."""
-        return cls(RESIDUAL, h, sumsq, permuted, positions, scale)
+        """h f32 [T, N] += scale * product; sumsq f32 [T, ceil(N / 16)] becomes the sums of h^2 over 16 channels each.
+
+        ``permuted`` f32 [T, N] gets a second copy of h with channel n at ``channel_map[n]`` (i32 [N]). Nothing asks for
+        it yet: it is for linears under act-order, which then need no launch that sorts their input.
+        """
+        return cls(RESIDUAL, h, sumsq, permuted, channel_map, scale)
 
     @property
     def is_gated(self) -> bool:
@@ -69,7 +73,7 @@ class Output:
         def cut(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t[start:stop]
 
-        return Output(self.kind, cut(self.y), cut(self.sumsq), cut(self.permuted), self.positions, self.scale)
+        return Output(self.kind, cut(self.y), cut(self.sumsq), cut(self.permuted), self.channel_map, self.scale)
 
 
 def check_input(K: int, x: torch.Tensor, norm: NormedInput | None, device: torch.device) -> None:
@@ -100,8 +104,8 @@ def check_output(num_tiles: int, num_tokens: int, out: Output, device: torch.dev
     if out.kind != RESIDUAL:
         return
     check_tensor("sumsq", out.sumsq, (torch.float32,), (num_tokens, num_tiles), device)
-    if (out.permuted is None) != (out.positions is None):
-        raise KernelError("permuted and positions go together: one is missing")
+    if (out.permuted is None) != (out.channel_map is None):
+        raise KernelError("permuted and channel_map go together: one is missing")
     if out.permuted is not None:
         check_tensor("permuted", out.permuted, (torch.float32,), (num_tokens, N), device)
-        check_tensor("positions", out.positions, (torch.int32,), (N,), device)
+        check_tensor("channel_map", out.channel_map, (torch.int32,), (N,), device)

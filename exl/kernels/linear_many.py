@@ -6,7 +6,7 @@ the activations' type here, products add up in f32: rows are not bit-equal to th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,13 @@ import torch
 from exl.errors import KernelError
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.checks import check_tensor
-from exl.kernels.dequantize import MAX_PANEL_BYTES, dequantize, panel_tiles
+from exl.kernels.dequantize import dequantize
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear import TiledWeight, check_weight, round_activations
+from exl.kernels.linear import round_activations
 from exl.kernels.linear_io import OUT_TYPES, NormedInput, Output, check_input, check_output
 from exl.kernels.spec import KernelSpec, Variant
+from exl.kernels.weights import TiledWeight, check_weight
+from exl.layout.panels import PANEL_BYTES, panel_tiles
 from exl.layout.tiles import ROWS, TileLayout
 
 NUM_WARPS = 8
@@ -26,23 +28,11 @@ NUM_WARPS = 8
 
 @dataclass(frozen=True)
 class PanelScratch:
-    """Memory that ``multiply_many`` needs, one launch at a time: see ``panel_scratch_shapes``."""
+    """Memory that ``multiply_many`` needs, one launch at a time: see ``exl.layout.panels.panel_scratch_shapes``."""
 
     x: torch.Tensor  # f16 [T * K]: normalised activations
     panel: torch.Tensor  # f16, or the same bytes as bf16
     product: torch.Tensor  # f32 [T * rows of a panel]
-
-
-def panel_scratch_shapes(
-    layouts: Collection[TileLayout], max_tokens: int, panel_bytes: int = MAX_PANEL_BYTES
-) -> dict[str, tuple[str, int]]:
-    """Type and number of elements of each field of ``PanelScratch`` that serves all of ``layouts``."""
-    tiles = {layout: panel_tiles(layout, panel_bytes) for layout in layouts}
-    return {
-        "x": ("f16", max_tokens * max(layout.K for layout in layouts)),
-        "panel": ("f16", max(count * ROWS * layout.K for layout, count in tiles.items())),
-        "product": ("f32", max_tokens * ROWS * max(tiles.values())),
-    }
 
 
 def multiply_many(
@@ -86,7 +76,7 @@ def multiply_f32(x: torch.Tensor, panel: torch.Tensor, product: torch.Tensor) ->
 
 def _finish(backend: Backend, weight: TiledWeight, product: torch.Tensor, out: Output, first_tile: int) -> None:
     num_tokens, num_rows = product.shape
-    args = [ptr(product), ptr(weight.bias), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    args = [ptr(product), ptr(weight.bias), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.channel_map)]
     args += [i32(out.y.shape[1]), i32(weight.layout.num_tiles), i32(first_tile), i32(num_rows // ROWS), i32(num_tokens)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(out.scale)]
     grid = (-(-num_rows // ROWS // NUM_WARPS), -(-num_tokens // 8))
@@ -100,7 +90,7 @@ def _check_scratch(
     for name, dtype in (("x", torch.float16), ("panel", torch.float16), ("product", torch.float32)):
         tensor = getattr(scratch, name)
         check_tensor(f"scratch.{name}", tensor, (dtype,), (tensor.numel(),), device, 16)
-    per_panel = panel_tiles(layout, min(scratch.panel.numel() * 2, MAX_PANEL_BYTES))
+    per_panel = panel_tiles(layout, min(scratch.panel.numel() * 2, PANEL_BYTES))
     least = {"x": num_tokens * layout.K if normed else 0, "product": num_tokens * per_panel * ROWS}
     for name, count in least.items():
         found = getattr(scratch, name).numel()

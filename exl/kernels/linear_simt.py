@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from exl.errors import KernelError
@@ -11,11 +9,9 @@ from exl.kernels.args import f32, i32, ptr
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output
 from exl.kernels.spec import KernelSpec
+from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import TileLayout
-
-if TYPE_CHECKING:
-    from exl.kernels.linear import TiledWeight
 
 MAX_TOKENS = 4  # that one launch takes
 NUM_WARPS = 8
@@ -62,7 +58,7 @@ def _launch(backend: Backend, weight: TiledWeight, x: torch.Tensor, out: Output,
     x_stages = choose_x_stages(layout, num_tokens, backend.arch)
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
     args = [ptr(weight.codes), ptr(weight.qparams), ptr(weight.bias)]
-    args += [ptr(x), ptr(sumsq), ptr(norm_weight), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.positions)]
+    args += [ptr(x), ptr(sumsq), ptr(norm_weight), ptr(out.y), ptr(out.sumsq), ptr(out.permuted), ptr(out.channel_map)]
     args += [i32(layout.K), i32(out.y.shape[1]), i32(layout.num_tiles), i32(layout.num_blocks), i32(layout.group_units)]
     args += [i32(num_tokens), i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), i32(x_stages)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(eps), f32(out.scale)]

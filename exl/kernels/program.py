@@ -14,9 +14,10 @@ import torch
 
 from exl.errors import KernelError
 from exl.kernels.args import Arg, ptr
-from exl.kernels.launch import Backend, Dim, Function, Work
+from exl.kernels.launch import Backend, Function
 from exl.kernels.params import Bindings, Params, Varying
 from exl.kernels.spec import KernelSpec
+from exl.kernels.work import Dim, Work
 
 MAX_PROGRAMS = 256
 MAX_STRUCTURES = 4096  # remembered, each with a number that no other ever gets

@@ -22,12 +22,12 @@ def rms_norm(
     norm: NormedInput,
     y: torch.Tensor,
     *,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """y [T, K] f16, bf16 or f32 = h f32 [T, K] normalised; a row's bits do not depend on the others.
 
-    To f16 the bits are those that the linear kernels make on the way. K is a multiple of 8. ``positions`` i32 [K]:
+    To f16 the bits are those that the linear kernels make on the way. K is a multiple of 8. ``channel_map`` i32 [K]:
     where a consumer under act-order expects each channel. Raises ``KernelError``.
     """
     if not isinstance(h, torch.Tensor) or h.dim() != 2 or h.shape[1] % 8 or not h.shape[1]:
@@ -35,9 +35,9 @@ def rms_norm(
     num_tokens, K = h.shape
     check_input(K, h, norm, backend.device)
     check_tensor("y", y, tuple(OUT_TYPES), (num_tokens, K), backend.device, 16)
-    if positions is not None:
-        check_tensor("positions", positions, (torch.int32,), (K,), backend.device)
-    args = [ptr(h), ptr(norm.sumsq), ptr(norm.weight), ptr(y), ptr(positions), i32(K), i32(h.stride(0))]
+    if channel_map is not None:
+        check_tensor("channel_map", channel_map, (torch.int32,), (K,), backend.device)
+    args = [ptr(h), ptr(norm.sumsq), ptr(norm.weight), ptr(y), ptr(channel_map), i32(K), i32(h.stride(0))]
     args += [i32(num_tokens), i32(OUT_TYPES[y.dtype]), f32(norm.eps)]
     launch(backend.load(_spec(backend.arch)), (num_tokens,), (NUM_THREADS,), args, dependent=dependent)
 

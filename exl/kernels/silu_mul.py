@@ -22,12 +22,12 @@ def silu_mul(
     up: torch.Tensor,
     y: torch.Tensor,
     *,
-    positions: torch.Tensor | None = None,
+    channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """y [T, N] = SiLU(gate) * up, both [T, N] of one type, their rows equally far apart; y may have another type.
 
-    Types: f16, bf16, f32; the arithmetic is f32. ``positions`` i32 [N]: where a consumer under act-order expects each
+    Types: f16, bf16, f32; the arithmetic is f32. ``channel_map`` i32 [N]: where a consumer under act-order expects each
     column. Raises ``KernelError``.
     """
     if not isinstance(gate, torch.Tensor) or gate.dim() != 2 or not gate.numel():
@@ -39,9 +39,9 @@ def silu_mul(
     if num_tokens > 1 and gate.stride(0) != up.stride(0):
         raise KernelError(f"gate has rows {gate.stride(0)} elements apart, up {up.stride(0)}: expected the same")
     check_tensor("y", y, tuple(OUT_TYPES), (num_tokens, N), backend.device, y.element_size(), rows_apart=True)
-    if positions is not None:
-        check_tensor("positions", positions, (torch.int32,), (N,), backend.device)
-    args = [ptr(gate), ptr(up), ptr(y), ptr(positions), i32(N), i32(num_tokens), i32(OUT_TYPES[gate.dtype])]
+    if channel_map is not None:
+        check_tensor("channel_map", channel_map, (torch.int32,), (N,), backend.device)
+    args = [ptr(gate), ptr(up), ptr(y), ptr(channel_map), i32(N), i32(num_tokens), i32(OUT_TYPES[gate.dtype])]
     args += [i32(gate.stride(0)), i32(OUT_TYPES[y.dtype]), i32(y.stride(0))]
     grid = (-(-N // NUM_THREADS), num_tokens)
     launch(backend.load(_spec(backend.arch)), grid, (NUM_THREADS,), args, dependent=dependent)

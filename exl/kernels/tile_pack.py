@@ -1,4 +1,4 @@
-"""Quantized matrices -> tiles, on the CPU (``tile_layout.py`` has the layout)."""
+"""Quantized matrices -> tiles, on the CPU (``exl/layout/tiles.py`` has the layout)."""
 
 from __future__ import annotations
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from exl.layout import attention, samples
-from exl.layout.layers import DENSE_STEP, DTYPE_BYTES, Field, LayerLayout, StepLimits, Target, align_up, tile_layout
+from exl.layout.fields import DTYPE_BYTES, Field, align_up
+from exl.layout.layers import DENSE_STEP, LayerLayout, tile_layout
 from exl.layout.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
+from exl.layout.panels import panel_scratch_shapes
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
 from exl.layout.tiles import ROWS
 
 ARENA_ALIGN = 256  # as the driver aligns an allocation: what every kernel's vector loads are content with
-PANEL_BYTES = 64 << 20  # dequantized at a time, at most
 TABLE_ALIGN = 4  # words: tables of a batch start at multiples of 16 bytes
 _TABLES = 8  # of a batch
 # Multiprocessors of the largest GPU of an architecture, for one that is not there (NVIDIA's data sheets): TITAN RTX,
@@ -80,9 +83,9 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
         few.add(name, *shapes.get(name, ("f32", 0)))
     many = _Slab()
     if tiles and limits.max_rows >= crossover(target.arch):
-        counts = {layout: min(layout.num_tiles, PANEL_BYTES // (ROWS * layout.K * 2)) for layout in tiles}
-        many.add("panel", "f16", max(count * ROWS * layout.K for layout, count in counts.items()))
-        many.add("product", "f32", limits.max_rows * ROWS * max(counts.values()))
+        panels = panel_scratch_shapes(tiles, limits.max_rows)
+        for name in ("panel", "product"):  # x is ``normed``
+            many.add(name, *panels[name])
     handed_over = attention.scratch_shapes(
         limits.max_sequences,
         limits.num_heads,

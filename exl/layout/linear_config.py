@@ -216,7 +216,7 @@ def crossover_tokens(arch: int, panel_in_l2: bool = False) -> int:
 
 
 def scratch_shapes(layouts: Collection[TileLayout], arch: int, num_multiprocessors: int) -> dict[str, tuple[str, int]]:
-    """Type and number of elements of each field of ``linear.Scratch`` that serves all of ``layouts``; none below
+    """Type and number of elements of each field of ``linear.LinearScratch`` that serves all of ``layouts``; none below
     sm_75."""
     if arch < MIN_ARCH:
         return {"x": ("f16", 0), "x_scale": ("f32", 0), "partial": ("f32", 0), "arrived": ("i32", 0)}

@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
-from exl.layout.layers import KV_BITS, KV_GROUP
+from exl.layout.kv import KV_BITS, KV_GROUP, PageOffsets, page_offsets
 
 KINDS = ("f16", "q8", "k8v4", "q4")
 HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 256
@@ -82,7 +82,7 @@ class PageLayout:
         return self.k_bits < 16
 
     @property
-    def rotation(self) -> int:
+    def hadamard_size(self) -> int:
         """Channels of a Hadamard block: the largest power of two that divides the head size; 1 where nothing turns."""
         return self.head_dim & -self.head_dim if self.quantized else 1
 
@@ -92,20 +92,13 @@ class PageLayout:
         return -(-self.head_dim // KV_GROUP) if self.quantized else 0
 
     @property
-    def k_scales_at(self) -> int:
-        return PAGE_SIZE * self.head_dim * self.k_bits // 8
-
-    @property
-    def v_codes_at(self) -> int:
-        return self.k_scales_at + PAGE_SIZE * self.num_groups * 2
-
-    @property
-    def v_scales_at(self) -> int:
-        return self.v_codes_at + PAGE_SIZE * self.head_dim * self.v_bits // 8
+    def offsets(self) -> PageOffsets:
+        """``k_scales``, ``v_codes``, ``v_scales``, and ``num_bytes`` of the page."""
+        return page_offsets(self.kind, self.head_dim)
 
     @property
     def num_bytes(self) -> int:
-        return self.v_scales_at + PAGE_SIZE * self.num_groups * 2
+        return self.offsets.num_bytes
 
 
 # ---- places ---------------------------------------------------------------------------------------------------------
@@ -149,21 +142,23 @@ def v_code_places(layout: PageLayout) -> _Places:
         else:
             lane = np.where(last, lane % 16, lane)
             bit = np.where(last, np.array([0, 2, 1, 3])[place] * 8 + channel // 4 % 2 * 4, bit)
-    at = layout.v_codes_at + channel // 16 * (16 * PAGE_SIZE * bits // 8)
+    at = layout.offsets.v_codes + channel // 16 * (16 * PAGE_SIZE * bits // 8)
     return at + word // 4 * 512 + lane * 16 + word % 4 * 4 + bit // 8, bit % 8
 
 
 def k_scale_places(layout: PageLayout) -> NDArray[np.int64]:
     """Bytes of K's scales, [64 tokens, groups]."""
     token, group = np.meshgrid(np.arange(PAGE_SIZE), np.arange(layout.num_groups), indexing="ij")
-    return layout.k_scales_at + 2 * (((token // 16 * 8 + token % 8) * layout.num_groups + group) * 2 + token // 8 % 2)
+    return layout.offsets.k_scales + 2 * (
+        ((token // 16 * 8 + token % 8) * layout.num_groups + group) * 2 + token // 8 % 2
+    )
 
 
 def v_scale_places(layout: PageLayout) -> NDArray[np.int64]:
     """Bytes of V's scales, [64 tokens, groups]."""
     token, group = np.meshgrid(np.arange(PAGE_SIZE), np.arange(layout.num_groups), indexing="ij")
     place = token % 2 + 2 * (token // 8 % 2)
-    return layout.v_scales_at + 2 * (((group * 4 + token // 2 % 4) * 4 + token // 16) * 4 + place)
+    return layout.offsets.v_scales + 2 * (((group * 4 + token // 2 % 4) * 4 + token // 16) * 4 + place)
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -215,7 +210,7 @@ def pack_pages(layout: PageLayout, k: NDArray, v: NDArray) -> NDArray[np.uint8]:
             halves = _by_page(np.clip(values, -_F16_MAX, _F16_MAX).astype(np.float16), num_pages).view(np.uint8)
             pages[:, :, byte], pages[:, :, byte + 1] = halves[..., ::2], halves[..., 1::2]
             continue
-        codes, scales = quantize(hadamard(values.astype(np.float32), layout.rotation), bits)
+        codes, scales = quantize(hadamard(values.astype(np.float32), layout.hadamard_size), bits)
         stored = _by_page((codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), num_pages)
         for shift in np.unique(bit):
             pages[:, :, byte[bit == shift]] |= stored[..., bit == shift] << np.uint8(shift)

@@ -38,9 +38,9 @@ class Decoder:
         ops, qkv, attn, mlp = self.ops, buffers.qkv, buffers.attn, buffers.mlp
         ops.project(h, self._norm(w.attn_norm), w.qkv, qkv)
         ops.attend(qkv, self._attention(layer_idx, w), layer_idx, kv, attn, w.o)
-        ops.project_add(attn, w.o, h)
-        ops.gate_up(h, self._norm(w.mlp_norm), w.gate_up, mlp, w.down)
-        ops.project_add(mlp, w.down, h)
+        ops.add_projection(attn, w.o, h)
+        ops.gated_mlp(h, self._norm(w.mlp_norm), w.gate_up, mlp, w.down)
+        ops.add_projection(mlp, w.down, h)
 
     def head(self, final_norm: torch.Tensor, head: Linear, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits of the selected batch's logit rows, a view of ``out`` [R, V]."""

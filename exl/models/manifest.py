@@ -10,7 +10,8 @@ from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError
 from exl.formats.load import matrix_spec
 from exl.formats.rounding import rounding_group
-from exl.layout.layers import BlobSpec, LayerLayout, LinearSpec, MatrixSpec, Target, fuse, layer_layout
+from exl.layout.layers import LayerLayout, layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target, fuse
 from exl.models.registry import NAME_TABLES, NameTable
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
+from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.layers import DeviceKVLayout, Field, KVLayout, LayerLayout, LinearLayout, Target
-
-if TYPE_CHECKING:
-    from exl.cache.kv import KVCache
-    from exl.kernels.launch import Backend
+from exl.kernels.launch import Backend
+from exl.layout.fields import Field
+from exl.layout.kv import DeviceKVLayout, KVLayout
+from exl.layout.layers import LayerLayout, LinearLayout
+from exl.layout.specs import Target
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,
@@ -169,10 +170,7 @@ class Ops(Protocol):
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Token ids of the selected batch -> h [T, C] f32."""
 
-    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        """[T, C] -> [T, C]."""
-
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         """out [T, N] = norm(h) W + b."""
 
     def attend(
@@ -182,20 +180,18 @@ class Ops(Protocol):
         layer_idx: int,
         kv: KVCache,
         out: torch.Tensor,
-        to: Segments = (),
+        consumer: Segments = (),
     ) -> None:
         """qkv [T, W] -> out [T, A]: q/k norm, RoPE, append at slots, causal attention over pages. Overwrites qkv.
 
-        ``to``: the linear that reads ``out``. A backend may store ``out`` in the order of that linear's act-order.
+        ``consumer``: the linear that reads ``out``. A backend may store ``out`` in the order of its act-order.
         """
 
-    def gate_up(
-        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
-    ) -> None:
-        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``to`` as for ``attend``."""
+    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
-        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gate_up`` with ``to=w``."""
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with ``consumer=w``."""
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
@@ -205,7 +201,3 @@ class Ops(Protocol):
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         """Logits [R, V] -> R tokens, kept on the device until the next call: the next batch may refer to sample i as
         token -1-i. Does not wait for the result."""
-
-    # cache
-    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copies K and V of pages ``src`` to pages ``dst``, in all layers."""

@@ -23,10 +23,11 @@ from exl.kernels.attention_decode import DecodeTables, check_tables
 from exl.kernels.attention_prefill import PrefillTables, check_pages
 from exl.kernels.embed import check_ids
 from exl.layout.arena import TABLE_ALIGN
-from exl.layout.layers import StepLimits, align_up
+from exl.layout.fields import align_up
+from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
-from exl.ops.rotation import num_angles, rotation_tables
+from exl.ops.rope_tables import num_angles, rope_tables
 
 _MAX_SERIALS = 1024  # remembered; those that are forgotten are given to nobody else
 _FIRST_CONTEXT = 4096  # decode attention's grid is made for so many tokens, or four times as many, and so on
@@ -83,13 +84,19 @@ class DeviceBatch:
 
     @property
     def decode_tables(self) -> DecodeTables:
-        B, T = self.shape.num_decode_sequences, self.shape.num_decode_rows
-        return DecodeTables(self.query_start[: B + 1], self.context_len[:B], self.page_table[:B], self.slots[:T])
+        shape, B, T = self.shape, self.shape.num_decode_sequences, self.shape.num_decode_rows
+        return DecodeTables(
+            *(self.query_start[: B + 1], self.context_len[:B], self.page_table[:B], self.slots[:T]),
+            max_context=shape.max_context,
+            max_new=shape.max_new,
+        )
 
     @property
     def prefill_tables(self) -> PrefillTables:
         B = self.shape.num_decode_sequences
-        return PrefillTables(self.query_start[B:], self.context_len[B:], self.page_table[B:])
+        return PrefillTables(
+            self.query_start[B:], self.context_len[B:], self.page_table[B:], max_new=self.shape.max_chunk
+        )
 
 
 class Upload:
@@ -171,7 +178,7 @@ class Staging:
         """In the order of ``_sizes``."""
         table = np.zeros((batch.num_sequences, self._limits.max_pages), np.int32)
         table[:, : batch.page_table.shape[1]] = batch.page_table
-        cosine, sine = rotation_tables(batch, self._rope, self._limits.head_dim)
+        cosine, sine = rope_tables(batch, self._rope, self._limits.head_dim)
         own = [batch.token_ids, batch.slots, batch.query_start, batch.context_len, table]
         return [*own, cosine.numpy(), sine.numpy()]
 

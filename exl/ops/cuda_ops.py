@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
-from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
+from exl.kernels.attention_io import AttentionParams, HeadNorms, QkvRows
 from exl.kernels.attention_prefill import attention_prefill
 from exl.kernels.blob import pack_linear, view_linear
 from exl.kernels.embed import embed
 from exl.kernels.launch import Backend
-from exl.kernels.linear import Scratch, TiledWeight, multiply
+from exl.kernels.linear import LinearScratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
@@ -34,10 +34,15 @@ from exl.kernels.params import Bindings
 from exl.kernels.program import Programs, place
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
+from exl.kernels.weights import TiledWeight
 from exl.layout.arena import ArenaLayout, crossover
-from exl.layout.layers import DeviceKVLayout, Field, LinearLayout, StepLimits, Target
+from exl.layout.fields import Field
+from exl.layout.kv import DeviceKVLayout
+from exl.layout.layers import LinearLayout
 from exl.layout.linear_config import MIN_ARCH
 from exl.layout.pages import PageLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
 from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
@@ -77,7 +82,7 @@ class CudaOps:
         self._pages = PageLayout(kv_layout.kind, kv_layout.head_dim)
         self._crossover = crossover(target.arch)
         shared = arena.fields["shared"].offset
-        self._few = Scratch(
+        self._few = LinearScratch(
             **{name: self._view(field, shared) for name, field in arena.few.items()},
             arrived=self._view(arena.fields["linear arrived"]),
         )
@@ -183,14 +188,7 @@ class CudaOps:
 
         self._run(("embed", place(h)), self._bind((table,)), record)
 
-    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        def record(backend: Backend) -> None:
-            rms_norm(backend, h, self._normed_input(h, norm), out, dependent=self._may_overlap())
-
-        self._run(("norm", place(h), place(out), norm.eps), self._bind(norm.weight), record)
-
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
-        _refuse(lora)
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
         key = "project", place(h), place(out), eps
         self._run(key, self._bind(w, weight), lambda backend: self._project(backend, h, norm, w, out))
@@ -208,7 +206,7 @@ class CudaOps:
         layer_idx: int,
         kv: KVCache,
         out: torch.Tensor,
-        to: Segments = (),
+        consumer: Segments = (),
     ) -> None:
         pages, q_norm, k_norm = kv.layer(layer_idx), spec.q_norm, spec.k_norm
         eps = 0.0 if q_norm is None else q_norm.eps
@@ -224,7 +222,11 @@ class CudaOps:
             eps,
         )
         norms = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
-        self._run(key, self._bind(pages, *norms, to), lambda backend: self._attend(backend, qkv, spec, pages, out, to))
+        self._run(
+            key,
+            self._bind(pages, *norms, consumer),
+            lambda backend: self._attend(backend, qkv, spec, pages, out, consumer),
+        )
 
     def _attend(
         self,
@@ -233,68 +235,57 @@ class CudaOps:
         spec: AttentionSpec,
         pages: torch.Tensor,
         out: torch.Tensor,
-        to: Segments,
+        consumer: Segments,
     ) -> None:
         batch = self._now
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
-        norms = {
-            "q_norm": None if spec.q_norm is None else spec.q_norm.weight,
-            "k_norm": None if spec.k_norm is None else spec.k_norm.weight,
-            "eps": 0.0 if spec.q_norm is None else spec.q_norm.eps,
-        }
+        rows = QkvRows(qkv, batch.cosine, batch.sine, _head_norms(spec))
+        params = AttentionParams(spec.scale, spec.window, spec.softcap)
         common = {
-            "scale": spec.scale,
-            "window": spec.window,
-            "softcap": spec.softcap,
-            "positions": to[0].fields.get("positions") if to else None,
+            "channel_map": consumer[0].fields.get("channel_map") if consumer else None,
             "dependent": self._may_overlap(),
         }
         if n:
             attention_decode(
-                *(backend, self._pages, qkv[:n], batch.cosine[:n], batch.sine[:n], batch.decode_tables, pages),
-                *(out[:n], self._attention),
-                max_context=batch.shape.max_context,
-                max_new=batch.shape.max_new,
-                **norms,
+                *(backend, self._pages, rows.rows(0, n), batch.decode_tables, pages, out[:n], self._attention, params),
                 **common,
             )
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
             append_kv(
-                *(backend, self._pages, qkv[n:], batch.cosine[n:], batch.sine[n:], batch.slots[n:], pages, q[n:]),
-                **norms,
+                *(backend, self._pages, rows.rows(n, T), batch.slots[n:], pages, q[n:]),
                 dependent=self._may_overlap(),
             )
-            tables = batch.prefill_tables
-            attention_prefill(*(backend, self._pages, q, tables, pages, out), max_new=batch.shape.max_chunk, **common)
+            attention_prefill(*(backend, self._pages, q, batch.prefill_tables, pages, out, params), **common)
 
-    def gate_up(
-        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
-    ) -> None:
-        _refuse(lora)
-        key = "gate_up", place(h), place(out), norm.eps
-        self._run(key, self._bind(w, norm.weight, to), lambda backend: self._gate_up(backend, h, norm, w, out, to))
+    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+        key = "gated_mlp", place(h), place(out), norm.eps
+        self._run(
+            key,
+            self._bind(w, norm.weight, consumer),
+            lambda backend: self._gated_mlp(backend, h, norm, w, out, consumer),
+        )
 
-    def _gate_up(
-        self, backend: Backend, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments
+    def _gated_mlp(
+        self, backend: Backend, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments
     ) -> None:
-        if len(w) == 1:  # its rows are packed in the order that ``to`` wants
+        if len(w) == 1:  # its rows are packed in the order that ``consumer`` wants
             self._linear(backend, h, norm, w[0], Output.gated(out))
             return
         T, width = out.shape
         both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
         self._project(backend, h, norm, w, both)
-        positions = to[0].fields.get("positions") if to else None
-        silu_mul(*(backend, both[:, :width], both[:, width:], out), positions=positions, dependent=self._may_overlap())
+        channel_map = consumer[0].fields.get("channel_map") if consumer else None
+        silu_mul(
+            *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
+        )
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
-        _refuse(lora)
-
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         def record(backend: Backend) -> None:
             for linear in w:
                 self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
 
-        self._run(("project_add", place(x), place(h), scale), self._bind(w), record)
+        self._run(("add_projection", place(x), place(h), scale), self._bind(w), record)
 
     def logits(
         self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
@@ -323,11 +314,6 @@ class CudaOps:
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
         return self._sampler.sample(logits, params, dependent=self._may_overlap())
 
-    # cache
-
-    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        kv.copy_pages(src, dst)
-
     # linears
 
     def _linear(
@@ -337,10 +323,10 @@ class CudaOps:
         comes in that order already."""
         weight = self._weight(linear)
         normed = None if norm is None else self._normed_input(x, norm, first_row)
-        positions = linear.fields.get("positions")
-        if normed is not None and positions is not None:
+        channel_map = linear.fields.get("channel_map")
+        if normed is not None and channel_map is not None:
             sorted_x = self._normed[: x.numel()].view(x.shape)
-            rms_norm(backend, x, normed, sorted_x, positions=positions, dependent=self._may_overlap())
+            rms_norm(backend, x, normed, sorted_x, channel_map=channel_map, dependent=self._may_overlap())
             x, normed = sorted_x, None
         if isinstance(weight, DenseWeight):
             self._dense(backend, x, normed, weight, out)
@@ -397,6 +383,6 @@ class CudaOps:
         return NormedInput(self._rows_sumsq(h, first_row), norm.weight, norm.eps)
 
 
-def _refuse(lora) -> None:
-    if lora is not None:
-        raise UnsupportedModelError("LoRA adapters are not supported yet")
+def _head_norms(spec: AttentionSpec) -> HeadNorms:
+    q, k = spec.q_norm, spec.k_norm
+    return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, 0.0 if q is None else q.eps)

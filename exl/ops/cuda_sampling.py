@@ -12,8 +12,8 @@ from exl.errors import KernelError
 from exl.kernels.program import Programs, place
 from exl.kernels.sample import SampleScratch, check_samples, pack_tables, sample, tables_at
 from exl.layout.arena import max_seen, sample_rows
-from exl.layout.layers import StepLimits
 from exl.layout.samples import scratch_shapes
+from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.cuda_batch import Upload

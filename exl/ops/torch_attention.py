@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.kv import KVCache
 from exl.ops.base import AttentionSpec, Norm
-from exl.ops.rotation import rotation_tables
+from exl.ops.rope_tables import rope_tables
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 
 _QUERY_BLOCK = 128  # rows that share a mask: bounds the mask to 128 x context, and skips keys that no row sees
@@ -24,15 +24,15 @@ class StagedBatch:
         self.slots = torch.from_numpy(batch.slots).long()
         self.cached_rows = None if bool((self.slots >= 0).all()) else torch.nonzero(self.slots >= 0).view(-1)
         self.logit_rows = torch.from_numpy(batch.logit_rows).long()
-        self._rotations: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rope_tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def rotation(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each f32 [T, 1, rotary_dim / 2]; computed at the first call, then cached."""
         key = (spec.rope, spec.head_dim)
-        if key not in self._rotations:
-            cosine, sine = rotation_tables(self.batch, spec.rope, spec.head_dim)
-            self._rotations[key] = (cosine[:, None], sine[:, None])
-        return self._rotations[key]
+        if key not in self._rope_tables:
+            cosine, sine = rope_tables(self.batch, spec.rope, spec.head_dim)
+            self._rope_tables[key] = (cosine[:, None], sine[:, None])
+        return self._rope_tables[key]
 
 
 def attend(
@@ -47,11 +47,11 @@ def attend(
         _norm_heads(q, spec.q_norm)
     if spec.k_norm is not None:
         _norm_heads(k, spec.k_norm)
-    _rotate(heads[:, : H + Hkv], *staged.rotation(spec))
+    _rotate(heads[:, : H + Hkv], *staged.rope(spec))
     pages = kv.layer(layer_idx)
-    rotation = kv.layout.rotation
+    size = kv.layout.hadamard_size
     if kv.layout.quantized:
-        hadamard(heads, rotation)
+        hadamard(heads, size)
     _append(k, pages.k, pages.k_scales, staged)
     _append(v, pages.v, pages.v_scales, staged)
     if not kv.layout.quantized:
@@ -69,7 +69,7 @@ def attend(
             v_run = _read(pages.v, pages.v_scales, batch.page_table[b], low, seen, D)
             attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
     if kv.layout.quantized:
-        hadamard(attended, rotation)  # its own inverse
+        hadamard(attended, size)  # its own inverse
 
 
 def _norm_heads(x: torch.Tensor, norm: Norm) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from exl.layout.layers import KV_GROUP
+from exl.layout.kv import KV_GROUP
 
 _F16_MAX = 65504.0
 

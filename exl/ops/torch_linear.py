@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.layers import PACK_COLUMNS, PANEL_ELEMENTS, LinearLayout, Target
+from exl.layout.layers import LinearLayout
+from exl.layout.specs import Target
+from exl.layout.steps import PACK_COLUMNS, PANEL_ELEMENTS
 from exl.ops.base import Linear, view_field
 
 _DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB, multiplied while still in cache; a quarter faster than 4 MB

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
-from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.layers import KVLayout, LinearLayout, StepLimits, Target, scratch_bytes
+from exl.layout.kv import KVLayout
+from exl.layout.layers import LinearLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits, scratch_bytes
 from exl.memory.host import host_tensor
 from exl.ops import torch_attention
 from exl.ops.base import AttentionSpec, Linear, Norm, Segments
@@ -111,30 +113,20 @@ class TorchOps:
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         h.copy_(table.fields["weight"].index_select(0, self._now.token_ids))
 
-    def norm(self, h: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-        out.copy_(F.rms_norm(h, (h.shape[-1],), norm.weight, norm.eps))
-
     def _input(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return h
         normed = self._normed[: h.numel()].view(h.shape)
-        self.norm(h, norm, normed)
-        return normed
+        return normed.copy_(F.rms_norm(h, (h.shape[-1],), norm.weight, norm.eps))
 
-    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, lora, num_decode_rows: int) -> None:
-        if lora is not None:
-            raise UnsupportedModelError("LoRA adapters are not supported yet")
+    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
         start = 0
         for linear in w:
-            self._matmul(x, linear, num_decode_rows, out[:, start : start + linear.N])
+            matmul(x, linear, num_decode_rows, self._scratch, out[:, start : start + linear.N])
             start += linear.N
 
-    def _matmul(self, x: torch.Tensor, linear: Linear, num_decode_rows: int, out: torch.Tensor) -> None:
-        """Every matrix product of the model goes through here."""
-        matmul(x, linear, num_decode_rows, self._scratch, out)
-
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, lora=None) -> None:
-        self._multiply(self._input(h, norm), w, out, lora, self._now.batch.num_decode_rows)
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+        self._multiply(self._input(h, norm), w, out, self._now.batch.num_decode_rows)
 
     def attend(
         self,
@@ -143,21 +135,19 @@ class TorchOps:
         layer_idx: int,
         kv: KVCache,
         out: torch.Tensor,
-        to: Segments = (),
+        consumer: Segments = (),
     ) -> None:
         torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out)
 
-    def gate_up(
-        self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, to: Segments = (), lora=None
-    ) -> None:
+    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
-        self._multiply(self._input(h, norm), w, both, lora, self._now.batch.num_decode_rows)
+        self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
         torch.mul(F.silu(both[:, :width]), both[:, width:], out=out)
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         y = self._fused[: h.numel()].view(h.shape)
-        self._multiply(x, w, y, lora, self._now.batch.num_decode_rows)
+        self._multiply(x, w, y, self._now.batch.num_decode_rows)
         h.add_(y, alpha=scale)
 
     def logits(
@@ -169,7 +159,7 @@ class TorchOps:
             return out
         num_decode_rows = int((rows < self._now.batch.num_decode_rows).sum())
         x = self._input(h.index_select(0, rows), norm)
-        self._multiply(x, (head,), out, None, num_decode_rows)
+        self._multiply(x, (head,), out, num_decode_rows)
         if softcap is not None:
             out.div_(softcap).tanh_().mul_(softcap)
         return out
@@ -178,8 +168,3 @@ class TorchOps:
         ids = sample(logits, params)
         self._samples[: len(ids)].copy_(ids)
         return TokenIds(ids.tolist())
-
-    # cache
-
-    def copy_pages(self, kv: KVCache, src: Sequence[int], dst: Sequence[int]) -> None:
-        kv.copy_pages(src, dst)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from exl.batch import PAGE_SIZE
-from exl.layout.layers import BLOB_ALIGN, DTYPE_BYTES, PACK_COLUMNS, StepLimits, align_up, scratch_bytes, step_bytes
+from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
+from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 
 

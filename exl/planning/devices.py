@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from exl.batch import PAGE_SIZE
 from exl.layout.arena import ArenaLayout, arena_layout
-from exl.layout.layers import BLOB_ALIGN, align_up
+from exl.layout.fields import BLOB_ALIGN, align_up
 from exl.planning.cpu import loading_bytes
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 from exl.units import format_bytes

@@ -16,7 +16,9 @@ from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError
-from exl.layout.layers import KV_BITS, DeviceKVLayout, KVLayout, StepLimits, Target
+from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
 from exl.memory.host import pinned_limit
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu

@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.config import ModelConfig
-from exl.layout.layers import (
-    DeviceKVLayout,
-    KVLayout,
-    LayerLayout,
-    StepLimits,
-    Target,
-)
+from exl.layout.kv import DeviceKVLayout, KVLayout
+from exl.layout.layers import LayerLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
 from exl.planning.html import plan_html
 from exl.units import format_bytes
 

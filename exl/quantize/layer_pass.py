@@ -16,7 +16,10 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_vector
-from exl.layout.layers import BlobSpec, KVLayout, LinearSpec, StepLimits, layer_layout
+from exl.layout.kv import KVLayout
+from exl.layout.layers import layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec
+from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
 from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments
@@ -44,19 +47,19 @@ class _ListeningOps(TorchOps):
     with_output = False
     _residual: torch.Tensor | None = None
 
-    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, lora, num_decode_rows: int) -> None:
+    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
         if w is not self.target_linear:
-            super()._multiply(x, w, out, lora, num_decode_rows)
+            super()._multiply(x, w, out, num_decode_rows)
             return
         if not self.with_output:
             raise _Heard(x, None)
-        super()._multiply(x, w, out, lora, num_decode_rows)
+        super()._multiply(x, w, out, num_decode_rows)
         raise _Heard(x, out if self._residual is None else out.add_(self._residual))
 
-    def project_add(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0, lora=None) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         self._residual = h
         try:
-            super().project_add(x, w, h, scale, lora)
+            super().add_projection(x, w, h, scale)
         finally:
             self._residual = None
 

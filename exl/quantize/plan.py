@@ -8,7 +8,7 @@ from math import gcd, lcm, log2
 
 from exl.checkpoint.config import ModelConfig
 from exl.errors import ConfigError
-from exl.layout.layers import MatrixSpec
+from exl.layout.specs import MatrixSpec
 from exl.models.manifest import ModelManifest
 from exl.quantize.options import QuantizeOptions
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from exl.checkpoint.block_file import BlockFile, fcntl
 from exl.errors import CheckpointError, ExlError
-from exl.layout.layers import BLOB_ALIGN, align_up
+from exl.layout.fields import BLOB_ALIGN, align_up
 from exl.memory.host import HostBuffer
 from exl.replace_file import replace_file, sync_folder
 

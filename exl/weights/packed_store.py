@@ -16,12 +16,13 @@ from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import ExlError
-from exl.layout.layers import LayerLayout, Target
+from exl.layout.layers import LayerLayout
+from exl.layout.specs import Target
 from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 
 # Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 _SAMPLE_BYTES = 64
 _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
 

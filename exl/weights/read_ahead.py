@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.layout.layers import FIELD_ALIGN, align_up
+from exl.layout.fields import FIELD_ALIGN, align_up
 from exl.memory.host import HostBuffer
 
 _STEP_BYTES = 8 << 20  # bytes per read; between two reads, checks whether it was stopped

@@ -9,9 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exl.kernels.args import Arg
-from exl.kernels.launch import Backend, Function, Work
+from exl.kernels.launch import Backend, Function
 from exl.kernels.params import Params
 from exl.kernels.spec import KernelSpec
+from exl.kernels.work import Work
 
 from .captures import Captures, Event
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from reference.attention_twin import bytes_of_tokens
 
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv, check_slots
+from exl.kernels.attention_io import HeadNorms, QkvRows
 from exl.kernels.launch import Backend
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 
@@ -18,7 +21,7 @@ HEAD_DIMS = (16, 64, 80, 96, 128, 256)
 EIGHTS = (("k8v4", 8), ("q4", 24), ("q8", 40), ("f16", 72), ("q4", 120))  # V ends with half a tile
 
 
-def no_rotation(T: int, D: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def no_rope(T: int, D: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(T, D // 2, device=device), torch.zeros(T, D // 2, device=device)
 
 
@@ -52,14 +55,14 @@ def test_pages_are_the_twins_byte_for_byte(backend: Backend, kind: str, D: int) 
     pages = torch.full((3, HKV, layout.num_bytes), 0xAB, dtype=torch.uint8, device=backend.device)
     q = torch.full((T, H, D), float("nan"), dtype=torch.float16, device=backend.device)
     rows = torch.from_numpy(qkv[order].copy()).to(backend.device)
-    append_kv(backend, layout, rows, *no_rotation(T, D, backend.device), slots, pages, q)
+    append_kv(backend, layout, QkvRows(rows, *no_rope(T, D, backend.device)), slots, pages, q)
     found = pages.cpu().numpy()
     np.testing.assert_array_equal(found[2], expected[0])
     written = bytes_of_tokens(layout, 6)
     np.testing.assert_array_equal(found[0][:, written], expected[1][:, written])
     assert (np.delete(found[0], written, axis=1) == 0xAB).all()  # other tokens' bytes, and other pages, are left alone
     assert (found[1] == 0xAB).all()
-    exact = hadamard(qkv[order][:, : H * D].reshape(T, H, D), layout.rotation)
+    exact = hadamard(qkv[order][:, : H * D].reshape(T, H, D), layout.hadamard_size)
     np.testing.assert_array_equal(q.cpu().numpy(), exact.astype(np.float16))
 
 
@@ -67,7 +70,7 @@ def test_pages_are_the_twins_byte_for_byte(backend: Backend, kind: str, D: int) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("D", "half"), [(64, 32), (128, 16), (80, 40)])
 def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: torch.dtype) -> None:
-    """Includes partial rotation. The codes of K and V are within half a step of the exact values."""
+    """Partial RoPE among them. K and V are within half a step of their codes of the exact values."""
     layout, T = PageLayout(kind, D), 5
     rng = np.random.default_rng(half)
     rows = torch.from_numpy(rng.standard_normal((T, (H + 2 * HKV) * D)) * 2).to(dtype)
@@ -78,18 +81,16 @@ def test_norm_and_rope(backend: Backend, kind: str, D: int, half: int, dtype: to
     pages = torch.zeros(1, HKV, layout.num_bytes, dtype=torch.uint8, device=place)
     q = torch.full((T, H, D), float("nan"), dtype=torch.float16, device=place)
     slots = torch.tensor([10, 11, -1, 63, 0], dtype=torch.int32, device=place)
-    append_kv(
-        backend, layout, rows.to(place), cosine.to(place), sine.to(place), slots, pages, q,
-        q_norm=weights[0].to(place), k_norm=weights[1].to(place), eps=1e-5,
-    )  # fmt: skip
+    norms = HeadNorms(weights[0].to(place), weights[1].to(place), 1e-5)
+    append_kv(backend, layout, QkvRows(rows.to(place), cosine.to(place), sine.to(place), norms), slots, pages, q)
     exact = rows.double().numpy().reshape(T, -1, D)
     c, s = cosine.double().numpy(), sine.double().numpy()
     q64, k64 = (
         turned(normalised(x, w.double().numpy(), 1e-5), c, s)
         for x, w in ((exact[:, :H], weights[0]), (exact[:, H : H + HKV], weights[1]))
     )
-    turn = lambda x: transform(x, layout.rotation)  # noqa: E731
-    # f32 arithmetic: norm, RoPE and a Hadamard transform of up to 7 additions, each within 2^-24 of the row's largest.
+    turn = lambda x: transform(x, layout.hadamard_size)  # noqa: E731
+    # f32 arithmetic: a norm, a turn and a Hadamard of up to 7 additions, each within 2^-24 of the row's largest.
     largest = np.abs(q64).max()
     np.testing.assert_allclose(q.cpu().double().numpy(), turn(q64), rtol=2.0**-11, atol=64 * largest * 2.0**-24)
     kept = [i for i, slot in enumerate(slots.tolist()) if slot >= 0]
@@ -122,7 +123,8 @@ def test_other_architectures(arch: int) -> None:
     qkv = torch.from_numpy(np.concatenate([np.zeros((3, 96), np.float32), kv.reshape(3, -1)], 1))
     pages = torch.zeros(1, 1, layout.num_bytes, dtype=torch.uint8)
     q = torch.zeros(3, 1, 96, dtype=torch.float16)
-    append_kv(backend, layout, qkv, *no_rotation(3, 96, backend.device), torch.arange(3, dtype=torch.int32), pages, q)
+    rows = QkvRows(qkv, *no_rope(3, 96, backend.device))
+    append_kv(backend, layout, rows, torch.arange(3, dtype=torch.int32), pages, q)
     expected = pack_pages(layout, kv[:, 0], kv[:, 1])
     np.testing.assert_array_equal(unpack_pages(layout, pages.numpy())[0][:3], unpack_pages(layout, expected)[0][:3])
     np.testing.assert_array_equal(unpack_pages(layout, pages.numpy())[1][:3], unpack_pages(layout, expected)[1][:3])
@@ -146,23 +148,21 @@ class NeverLaunches:
 def test_bad_arguments_are_refused_before_a_launch() -> None:
     layout = PageLayout("q4", 64)
     good = {
-        "qkv": torch.zeros(2, (4 + 2 * 2) * 64),
-        "cosine": torch.ones(2, 32),
-        "sine": torch.zeros(2, 32),
+        "rows": QkvRows(torch.zeros(2, (4 + 2 * 2) * 64), torch.ones(2, 32), torch.zeros(2, 32)),
         "slots": torch.zeros(2, dtype=torch.int32),
         "pages": torch.zeros(1, 2, layout.num_bytes, dtype=torch.uint8),
         "q": torch.zeros(2, 4, 64, dtype=torch.float16),
     }
     for change, words in (
-        ({"qkv": torch.zeros(2, 100)}, "qkv has shape"),
-        ({"cosine": torch.ones(2, 33)}, "33 angles"),
-        ({"sine": torch.zeros(2, 16)}, "sine has shape"),
+        ({"rows": replace(good["rows"], qkv=torch.zeros(2, 100))}, "qkv has shape"),
+        ({"rows": replace(good["rows"], cosine=torch.ones(2, 33))}, "33 angles"),
+        ({"rows": replace(good["rows"], sine=torch.zeros(2, 16))}, "sine has shape"),
         ({"slots": torch.zeros(2, dtype=torch.int64)}, "slots is torch.int64"),
         ({"pages": torch.zeros(1, 2, 100, dtype=torch.uint8)}, "pages has shape"),
         ({"pages": torch.zeros(1, 3, layout.num_bytes, dtype=torch.uint8)}, "whole groups"),
         ({"q": torch.zeros(2, 4, 64)}, "q is torch.float32"),
-        ({"q_norm": torch.ones(32)}, "q_norm has shape"),
-        ({"k_norm": torch.ones(64).half()}, "k_norm is torch.float16"),
+        ({"rows": replace(good["rows"], norms=HeadNorms(torch.ones(32), None, 0.0))}, "q_norm has shape"),
+        ({"rows": replace(good["rows"], norms=HeadNorms(None, torch.ones(64).half(), 0.0))}, "k_norm is torch.float16"),
     ):
         with pytest.raises(KernelError, match=words):
             append_kv(NeverLaunches(), layout, **{**good, **change})

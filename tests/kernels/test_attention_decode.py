@@ -19,6 +19,7 @@ from exl.kernels.attention_decode import (
     num_items,
     scratch_shapes,
 )
+from exl.kernels.attention_io import NO_NORMS, AttentionParams, HeadNorms, QkvRows
 from exl.kernels.launch import Backend
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 from tests.host.backends import CUPY
@@ -72,8 +73,14 @@ class Case:
                 mine = bytes_of_tokens(self.layout, len(k) - i * 64)
                 self.pages[pages[i]][:, mine] = packed[:, mine]
 
-    def run(self, backend: Backend, sequences: tuple[int, ...] | None = None, **options):
-        """Returns the chosen sequences' output rows and the resulting pages."""
+    def run(
+        self,
+        backend: Backend,
+        sequences: tuple[int, ...] | None = None,
+        norms: HeadNorms = NO_NORMS,
+        channel_map: torch.Tensor | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """-> out of the chosen sequences' rows, and the pages afterwards."""
         chosen = range(len(self.lengths)) if sequences is None else sequences
         take = np.concatenate([np.arange(self.query_start[b], self.query_start[b + 1]) for b in chosen])
         new = [self.new[b] for b in chosen]
@@ -98,10 +105,9 @@ class Case:
             torch.zeros(T, self.D // 2, device=backend.device),
         )
         attention_decode(
-            backend, self.layout, device(self.rows[take]), one, zero,
-            DecodeTables(device(start), device(lengths), device(table), device(slots)), pages, out, scratch,
-            scale=self.scale, max_context=max_context, max_new=max_new, window=self.window, softcap=self.softcap,
-            **options,
+            backend, self.layout, QkvRows(device(self.rows[take]), one, zero, norms),
+            DecodeTables(device(start), device(lengths), device(table), device(slots), max_context, max_new),
+            pages, out, scratch, AttentionParams(self.scale, self.window, self.softcap), channel_map=channel_map,
         )  # fmt: skip
         assert not scratch.arrived.any()
         return out.cpu().numpy(), pages.cpu().numpy()
@@ -113,25 +119,23 @@ class Case:
         f16's normal numbers the error is 2^-25 of their factor 2^8, times a code. The error of f32 scores is 1/100 of
         that. Undoing V's rotation adds the errors of a run's channels and divides by the root of their number.
         """
-        rotation, rows, limits = self.layout.rotation, [], []
+        size, rows, limits = self.layout.hadamard_size, [], []
         for b, (length, new) in enumerate(zip(self.lengths, self.new, strict=True)):
             if not new:
                 continue
             k, v = unpack_pages(self.layout, pages[self.table[b, : -(-length // 64)]])
             q = self.rows[self.query_start[b] : self.query_start[b + 1], : self.H * self.D].astype(np.float32)
-            q = hadamard(q.reshape(new, self.H, self.D), rotation).astype(np.float16)
+            q = hadamard(q.reshape(new, self.H, self.D), size).astype(np.float16)
             places = np.arange(length - new, length)
             exact, magnitude = (
                 attention(q, k[:length], x[:length], places, self.scale, self.window, self.softcap)
                 for x in (v, np.abs(v))
             )
             error = 2.02 * 2.0**-11 * magnitude + length * 127 * 2.0**-33
-            error = error.reshape(new, self.H, -1, rotation).sum(-1, keepdims=True) / np.sqrt(rotation)
-            exact = undo(exact, rotation)
+            error = error.reshape(new, self.H, -1, size).sum(-1, keepdims=True) / np.sqrt(size)
+            exact = undo(exact, size)
             rows.append(exact.reshape(new, -1))
-            limits.append(
-                (np.repeat(error, rotation, -1).reshape(exact.shape) + 2.0**-11 * np.abs(exact)).reshape(new, -1)
-            )
+            limits.append((np.repeat(error, size, -1).reshape(exact.shape) + 2.0**-11 * np.abs(exact)).reshape(new, -1))
         return np.concatenate(rows), np.concatenate(limits)
 
 
@@ -286,9 +290,10 @@ def test_norm_rope_and_the_consumers_order(mode: str) -> None:
     backend, rng = backend_or_skip(mode), np.random.default_rng(1)
     case = Case("f16", 64, 4, 2, (5,), (5,))
     order = rng.permutation(4 * 64).astype(np.int32)
-    weight, positions = torch.full((64,), 0.5, device=backend.device), torch.from_numpy(order).to(backend.device)
-    out, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6)
-    shuffled, _ = case.run(backend, q_norm=weight, k_norm=weight, eps=1e-6, positions=positions)
+    weight, channel_map = torch.full((64,), 0.5, device=backend.device), torch.from_numpy(order).to(backend.device)
+    norms = HeadNorms(weight, weight, 1e-6)
+    out, _ = case.run(backend, norms=norms)
+    shuffled, _ = case.run(backend, norms=norms, channel_map=channel_map)
     np.testing.assert_array_equal(shuffled[:, order], out)
     rows = case.rows.astype(np.float64).reshape(5, -1, 64)
     normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * 0.5
@@ -324,8 +329,8 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
 
     case = Case("q4", 64, 4, 2, (5,), (1,))
     for options, words in (
-        ({"q_norm": torch.ones(32)}, "q_norm has shape"),
-        ({"positions": torch.arange(256)}, "positions is torch.int64"),
+        ({"norms": HeadNorms(torch.ones(32), None, 0.0)}, "q_norm has shape"),
+        ({"channel_map": torch.arange(256)}, "channel_map is torch.int64"),
     ):
         with pytest.raises(KernelError, match=words):
             case.run(NeverLaunches(), **options)

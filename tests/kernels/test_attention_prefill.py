@@ -10,6 +10,7 @@ from test_attention_decode import HEAD_DIMS, WITHOUT_TENSOR_CORES, Case, also_on
 
 from exl.errors import KernelError
 from exl.kernels.append_kv import append_kv
+from exl.kernels.attention_io import AttentionParams, QkvRows
 from exl.kernels.attention_prefill import PrefillTables, attention_prefill, check_pages
 from exl.kernels.launch import Backend
 from exl.layout.pages import KINDS
@@ -27,12 +28,11 @@ def run(case: Case, backend: Backend, **options) -> tuple[np.ndarray, np.ndarray
     T, pages = len(case.rows), device(case.pages)
     q = torch.full((T, case.H, case.D), float("nan"), dtype=torch.float16, device=backend.device)
     one, zero = torch.ones(T, case.D // 2, device=backend.device), torch.zeros(T, case.D // 2, device=backend.device)
-    append_kv(backend, case.layout, device(case.rows), one, zero, device(case.slots), pages, q)
+    append_kv(backend, case.layout, QkvRows(device(case.rows), one, zero), device(case.slots), pages, q)
     out = torch.full((T, case.H * case.D), float("nan"), dtype=torch.float16, device=backend.device)
-    tables = PrefillTables(device(case.query_start), device(lengths), device(case.table))
+    tables = PrefillTables(device(case.query_start), device(lengths), device(case.table), max(case.new))
     attention_prefill(
-        backend, case.layout, q, tables, pages, out,
-        scale=case.scale, max_new=max(case.new), window=case.window, softcap=case.softcap, **options,
+        backend, case.layout, q, tables, pages, out, AttentionParams(case.scale, case.window, case.softcap), **options,
     )  # fmt: skip
     return out.cpu().numpy(), pages.cpu().numpy()
 
@@ -98,7 +98,7 @@ def test_a_soft_cap_and_the_consumers_order(mode: str) -> None:
     out, pages = run(case, backend)
     assert_close(out, case.expected(pages))
     order = np.random.default_rng(0).permutation(256).astype(np.int32)
-    shuffled, _ = run(case, backend, positions=torch.from_numpy(order).to(backend.device))
+    shuffled, _ = run(case, backend, channel_map=torch.from_numpy(order).to(backend.device))
     np.testing.assert_array_equal(shuffled[:, order], out)
 
 
@@ -153,7 +153,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
             raise AssertionError("a kernel was asked for")
 
     case = Case("q4", 64, 4, 2, (5,), (1,))
-    tables = PrefillTables(*(torch.from_numpy(x) for x in (case.query_start, np.array([5], np.int32), case.table)))
+    on_device = [torch.from_numpy(x) for x in (case.query_start, np.array([5], np.int32), case.table)]
     good = {"q": torch.zeros(1, 4, 64).half(), "pages": torch.from_numpy(case.pages), "out": torch.zeros(1, 256).half()}
     for change, options, words in (
         ({"q": torch.zeros(1, 4, 64)}, {}, "q is torch.float32"),
@@ -162,11 +162,12 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         ({"pages": torch.zeros(1, 3, 100, dtype=torch.uint8)}, {}, "whole groups"),
         ({}, {"window": 0}, "window 0"),
         ({}, {"max_new": 2}, "2 new tokens"),
-        ({}, {"positions": torch.arange(256)}, "positions is torch.int64"),
+        ({}, {"channel_map": torch.arange(256)}, "channel_map is torch.int64"),
     ):
-        args = {**good, **change}
+        args, options = {**good, **change}, dict(options)
+        tables = PrefillTables(*on_device, max_new=options.pop("max_new", 1))
+        params = AttentionParams(1.0, options.pop("window", None))
         with pytest.raises(KernelError, match=words):
             attention_prefill(
-                NeverLaunches(), case.layout, args["q"], tables, args["pages"], args["out"],
-                **{"scale": 1.0, "max_new": 1, **options},
-            )  # fmt: skip
+                NeverLaunches(), case.layout, args["q"], tables, args["pages"], args["out"], params, **options
+            )

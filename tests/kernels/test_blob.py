@@ -20,10 +20,11 @@ from exl.formats.gptq import gptq_spec, load_gptq
 from exl.formats.matrix import DenseMatrix
 from exl.formats.rounding import round_to_nearest
 from exl.kernels.blob import pack_linear, view_linear
-from exl.kernels.linear import gate_up, make_scratch, project
+from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_dense import multiply_dense
 from exl.kernels.linear_io import Output
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
+from exl.layout.layers import layer_layout, linear_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.ops.base import view_segments
 
 SM86 = Target("cuda", arch=86)
@@ -64,7 +65,7 @@ def test_fused_matrices_with_bias(bits: int, symmetric: bool) -> None:
         2 if symmetric else 3 if bits == 8 else 2.5
     )
     x, y = inputs(rng, 3, 256), torch.full((3, 64), float("nan"))
-    project(backend, weight, x, y)
+    multiply(backend, weight, x, Output.store(y))
     exact = x.double().numpy() @ np.concatenate([dequantize(m) for m in parts], axis=1)
     exact[:, :40] += parts[0].bias.astype(np.float64)
     limit = np.concatenate([sum_bound(x.double().numpy(), m) for m in parts], axis=1) + 2.0**-23 * np.abs(exact)
@@ -117,8 +118,8 @@ def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
     assert weight.layout.scale_dtype == scale_dtype
     x, y = inputs(rng, T, K), torch.full((T, N), float("nan"))
     sorted_x = torch.empty_like(x)
-    sorted_x[:, fields["positions"].long() if act_order and G > 1 else slice(None)] = x
-    project(backend, weight, sorted_x, y, scratch=make_scratch([weight.layout], backend))
+    sorted_x[:, fields["channel_map"].long() if act_order and G > 1 else slice(None)] = x
+    multiply(backend, weight, sorted_x, Output.store(y), scratch=make_scratch([weight.layout], backend))
     exact = plain_dequantize(codes, zeros, scales.double().numpy(), g_idx)
     x = x.double().numpy()
     # roundings of K products, G groups and 8 slices in f32; tensor cores truncate instead of rounding
@@ -134,13 +135,13 @@ def test_gate_and_up_in_the_order_that_down_wants() -> None:
     spec = LinearSpec(tuple(map(matrix_spec, parts)), gated=True)
     weight, _ = in_a_blob(parts, spec, backend, output_order=order)
     x, y = inputs(rng, 2, 128), torch.full((2, 40), float("nan"))
-    gate_up(backend, weight, x, y)
+    multiply(backend, weight, x, Output.gated(y))
     gate, up = (x.double().numpy() @ dequantize(m) for m in parts)
     np.testing.assert_allclose(y.double().numpy(), (silu(gate) * up)[:, order], rtol=1e-4, atol=1e-5)
 
 
-def test_positions_say_where_an_input_is_expected() -> None:
-    """y = x W with x scattered by ``positions``, as producers store it."""
+def test_the_channel_map_says_where_an_input_is_expected() -> None:
+    """y = x W with x scattered by ``channel_map``, as producers store it."""
     backend = backend_or_skip("race")
     rng = np.random.default_rng(6)
     order = rng.permutation(256).astype(np.int32)
@@ -148,8 +149,8 @@ def test_positions_say_where_an_input_is_expected() -> None:
     weight, fields = in_a_blob([matrix], LinearSpec((matrix_spec(matrix),)), backend)
     x = inputs(rng, 2, 256)
     sorted_x, y = torch.empty_like(x), torch.full((2, 32), float("nan"))
-    sorted_x[:, fields["positions"].long()] = x
-    project(backend, weight, sorted_x, y)
+    sorted_x[:, fields["channel_map"].long()] = x
+    multiply(backend, weight, sorted_x, Output.store(y))
     exact = x.double().numpy()[:, order] @ dequantize(matrix)  # sorted row i multiplies x[order[i]]
     assert (np.abs(y.double().numpy() - exact) <= sum_bound(x.double().numpy()[:, order], matrix)).all()
 
@@ -163,7 +164,7 @@ def test_a_dense_head_rounded_when_it_is_loaded(bits: int, T: int) -> None:
     head = round_to_nearest(DenseMatrix("f16", 256, 120, None, None, lambda start, stop: values[start:stop]), bits, 128)
     weight, _ = in_a_blob([head], LinearSpec((matrix_spec(head),)), backend)
     x, logits = inputs(rng, T, 256), torch.full((T, 120), float("nan"))
-    project(backend, weight, x, logits, scratch=make_scratch([weight.layout], backend))
+    multiply(backend, weight, x, Output.store(logits), scratch=make_scratch([weight.layout], backend))
     exact = x.double().numpy() @ dequantize(head)
     assert (np.abs(logits.double().numpy() - exact) <= sum_bound(x.double().numpy(), head)).all()
     # Each weight is off by at most half a step of its group (plus f16's rounding of the step).

@@ -10,10 +10,11 @@ from reference.linear_twin import dequantize as exact_weights
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
-from exl.kernels.dequantize import MAX_PANEL_BYTES, dequantize, panel_tiles
+from exl.kernels.dequantize import dequantize
 from exl.kernels.launch import Backend
-from exl.kernels.linear import TiledWeight
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
+from exl.layout.panels import PANEL_BYTES, panel_tiles
 from exl.layout.tiles import TileLayout, gated_rows
 
 
@@ -123,6 +124,6 @@ def test_a_panel_too_large_is_refused() -> None:
         torch.zeros(layout.qparams_shape, dtype=torch.uint8),
         None,
     )
-    out = torch.empty((MAX_PANEL_BYTES // 8192 + 16, 4096), dtype=torch.float16)
+    out = torch.empty((PANEL_BYTES // 8192 + 16, 4096), dtype=torch.float16)
     with pytest.raises(KernelError, match="bytes: expected 67108864 or less"):
         dequantize(NeverLaunches(), weight, out)

@@ -17,8 +17,8 @@ from benchmarks.report import Measurement, Section, report_lines
 from exl.kernels.args import ptr, u64
 from exl.kernels.attention_decode import check_tables
 from exl.kernels.launch import launch
-from exl.kernels.linear import check_weight
 from exl.kernels.spec import KernelSpec
+from exl.kernels.weights import check_weight
 from exl.layout.pages import KINDS, PageLayout
 from exl.layout.tiles import TileLayout
 from tests.host.backends import make_backend

@@ -17,8 +17,10 @@ from reference.linear_twin import (
 )
 
 from exl.kernels.launch import Backend
-from exl.kernels.linear import NormedInput, TiledWeight, gate_up, make_scratch, project, project_add
+from exl.kernels.linear import make_scratch, multiply
+from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.linear_config import LinearConfig, reachable_configs
 from exl.layout.tiles import gated_rows
 
@@ -76,7 +78,7 @@ def run(
     if config is not None and config.wide:
         scratch.partial.resize_(max(config.partial_bytes(weight.layout) // 4, 1))
         scratch.arrived.resize_(config.row_blocks(weight.layout)).zero_()
-    project(backend, weight, x.to(backend.device), y, scratch=scratch, config=config)
+    multiply(backend, weight, x.to(backend.device), Output.store(y), scratch=scratch, config=config)
     assert not scratch.arrived.any()
     return y
 
@@ -209,15 +211,15 @@ def test_normalises_on_the_way(backend: Backend, T: int) -> None:
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     h, norm, exact = normed(rng, backend, T, K)
     y = torch.full((T, N), float("nan"), dtype=torch.float32, device=backend.device)
-    project(backend, weight, h, y, norm=norm, scratch=make_scratch([weight.layout], backend))
+    multiply(backend, weight, h, Output.store(y), norm=norm, scratch=make_scratch([weight.layout], backend))
     magnitude = np.abs(exact) @ np.abs(dequantize(matrix))
     # each input is rounded to f16 once, and may lie 2^-20 off for its norm's own roundings
     assert_close(y, exact @ dequantize(matrix), sum_bound(exact, matrix) + (F16_ROUNDING + 2.0**-20) * magnitude)
     wide = torch.full((12, N), float("nan"), dtype=torch.float32, device=backend.device)
     rows = [i % T for i in range(12)]
     again = NormedInput(norm.sumsq[rows], norm.weight, norm.eps)
-    project(backend, weight, h[rows], wide, norm=again, scratch=make_scratch([weight.layout], backend))
-    assert torch.equal(wide, y[rows])  # the prologues of both kernels round in the same way
+    multiply(backend, weight, h[rows], Output.store(wide), norm=again, scratch=make_scratch([weight.layout], backend))
+    assert torch.equal(wide, y[rows])  # the prologue of both kernels rounds alike
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -230,7 +232,7 @@ def test_gate_and_up_meet_in_the_lane(backend: Backend, T: int, dtype: torch.dty
     weight = TiledWeight.from_packed(pack_matrix([gate, up], gated_rows(F, order)), backend.device)
     x = inputs(rng, T, K, dtype)
     y = torch.full((T, F), float("nan"), dtype=dtype, device=backend.device)
-    gate_up(backend, weight, x.to(backend.device), y, scratch=make_scratch([weight.layout], backend))
+    multiply(backend, weight, x.to(backend.device), Output.gated(y), scratch=make_scratch([weight.layout], backend))
     a, b = (f64(x) @ dequantize(m) + bias_of(m) for m in (gate, up))
     expected = silu(a) * b
     # SiLU's slope is below 1.1; ex2.approx and the division are within 2^-20
@@ -248,17 +250,16 @@ def test_adds_to_the_residual_and_leaves_its_squares(backend: Backend, T: int) -
     matrix = random_matrix(rng, 4, K, N, 128, bias=True)
     weight = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)
     x, h = inputs(rng, T, K), torch.from_numpy(rng.standard_normal((T, N + 4))).float()[:, :N]  # rows apart
-    positions = torch.from_numpy(rng.permutation(N).astype(np.int32))
+    channel_map = torch.from_numpy(rng.permutation(N).astype(np.int32))
     expected = f64(h) + 0.5 * (f64(x) @ dequantize(matrix) + bias_of(matrix))
-    (x, positions), h = place(backend, x, positions), torch.nn.functional.pad(h, (0, 4)).to(backend.device)[:, :N]
+    (x, channel_map), h = place(backend, x, channel_map), torch.nn.functional.pad(h, (0, 4)).to(backend.device)[:, :N]
     sumsq = torch.full((T, 5), float("nan"), device=backend.device)
     permuted = torch.full((T, N), float("nan"), device=backend.device)
     scratch = make_scratch([weight.layout], backend)
-    more = {"permuted": permuted, "positions": positions, "scratch": scratch}
-    project_add(backend, weight, x, h, sumsq, scale=0.5, **more)
+    multiply(backend, weight, x, Output.residual(h, sumsq, 0.5, permuted, channel_map), scratch=scratch)
     assert_close(h, expected, sum_bound(f64(x), matrix) + 2.0**-23 * np.abs(expected))
     assert_close(sumsq, tile_sumsq(f64(h)), 2.0**-19 * tile_sumsq(f64(h)))
-    assert torch.equal(permuted[:, positions.long()], h)
+    assert torch.equal(permuted[:, channel_map.long()], h)
 
 
 @pytest.mark.parametrize("T", [1, 9])

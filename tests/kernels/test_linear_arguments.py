@@ -12,18 +12,10 @@ import torch
 from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
-from exl.kernels.linear import (
-    COMPILED,
-    NormedInput,
-    TiledWeight,
-    gate_up,
-    linear_spec,
-    make_scratch,
-    project,
-    project_add,
-    variants,
-)
+from exl.kernels.linear import COMPILED, linear_spec, make_scratch, multiply, variants
+from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.linear_config import RING_STAGES, choose_config, shared_per_multiprocessor, slice_stages
 from exl.layout.tiles import TileLayout
@@ -67,11 +59,11 @@ def norm(T: int, **changes) -> NormedInput:
 
 def store(x: object, y: object, **more) -> Callable[[], None]:
     changes = {name: more.pop(name) for name in ("codes", "qparams", "bias") if name in more}
-    return lambda: project(BACKEND, weight(**changes), x, y, **more)
+    return lambda: multiply(BACKEND, weight(**changes), x, Output.store(y), **more)
 
 
 def add(h: torch.Tensor, sumsq: torch.Tensor, **more) -> Callable[[], None]:
-    return lambda: project_add(BACKEND, weight(), half(2, K), h, sumsq, **more)
+    return lambda: multiply(BACKEND, weight(), half(2, K), Output.residual(h, sumsq, **more))
 
 
 X, Y, H = half(2, K), half(2, N), torch.zeros(2, K)
@@ -88,14 +80,17 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "misaligned x": (store(misaligned(2, K), Y), "x starts at address"),
     "transposed y": (store(X, half(N, 2).T), "y has strides (1, 2)"),
     "wrong N": (store(X, half(2, 64)), "output has 64 columns: the matrix has 3 tiles of 16"),
-    "gated width": (lambda: gate_up(BACKEND, weight(), X, Y), "output has 48 columns: the matrix has 3 tiles of 8"),
+    "gated width": (
+        lambda: multiply(BACKEND, weight(), X, Output.gated(Y)),
+        "output has 48 columns: the matrix has 3 tiles of 8",
+    ),
     "rows of y": (store(X, half(3, N)), "y has shape (3, 48): expected (2, 48)"),
     "integer y": (store(X, Y.int()), "y is torch.int32"),
     "other device": (store(X.to("meta"), Y), "x is on meta: expected cpu"),
     "not a tensor": (store(X.numpy(), Y), "x: expected a tensor, found ndarray"),
     "f16 residual": (add(Y, torch.zeros(2, 3)), "h is torch.float16"),
     "short sumsq": (add(torch.zeros(2, N), torch.zeros(2, 2)), "sumsq has shape (2, 2): expected (2, 3)"),
-    "no positions": (
+    "no channel_map": (
         add(torch.zeros(2, N), torch.zeros(2, 3), permuted=torch.zeros(2, N)),
         "go together: one is missing",
     ),

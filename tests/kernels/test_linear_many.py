@@ -11,11 +11,12 @@ from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
 from exl.kernels.launch import Backend
-from exl.kernels.linear import TiledWeight
 from exl.kernels.linear_io import NormedInput, Output
-from exl.kernels.linear_many import PanelScratch, multiply_many, panel_scratch_shapes
+from exl.kernels.linear_many import PanelScratch, multiply_many
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.linear_config import crossover_tokens
+from exl.layout.panels import panel_scratch_shapes
 from exl.layout.tiles import TileLayout, gated_rows
 
 T, K, N = 70, 384, 104  # 7 tiles, the last one half empty; T is not a multiple of 8
@@ -86,8 +87,8 @@ def test_normalised_and_added(backend: Backend) -> None:
     h, sumsq, norm_weight = (tensor.to(backend.device) for tensor in (h, sumsq, norm_weight))
     new, permuted = h.clone(), torch.full((T, size), float("nan"), device=backend.device)
     new_sumsq = torch.full((T, size // 16), float("nan"), device=backend.device)
-    positions = torch.from_numpy(order).to(backend.device)
-    out = Output.residual(new, new_sumsq, 0.5, permuted, positions)
+    channel_map = torch.from_numpy(order).to(backend.device)
+    out = Output.residual(new, new_sumsq, 0.5, permuted, channel_map)
     scratch = make_scratch(weight.layout, T, backend.device)
     multiply_many(backend, weight, h, out, scratch, NormedInput(sumsq, norm_weight, 1e-5))
     expected = exact + 0.5 * (x @ rounded_weights(matrix, torch.float16))
@@ -95,7 +96,7 @@ def test_normalised_and_added(backend: Backend) -> None:
     limit = 2.0**-11 * 0.5 * (np.abs(x) @ np.abs(exact_weights(matrix))) + 1e-5
     found = new.cpu().double().numpy()
     assert (np.abs(found - expected) <= limit).all()
-    assert torch.equal(permuted[:, positions.long()], new)
+    assert torch.equal(permuted[:, channel_map.long()], new)
     squares = (found**2).reshape(T, size // 16, 16).sum(-1)
     np.testing.assert_allclose(new_sumsq.cpu().numpy(), squares, rtol=1e-5)
 

@@ -8,9 +8,11 @@ import torch
 from conftest import backend_or_skip
 from reference.linear_twin import bias_of, dequantize, random_matrix, rms_norm, silu, tile_sumsq
 
-from exl.kernels.linear import NormedInput, TiledWeight, gate_up, make_scratch, project, project_add
+from exl.kernels.linear import make_scratch, multiply
+from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_simt import choose_x_stages, simt_shared_bytes, token_counts
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import TileLayout, gated_rows
 
@@ -49,12 +51,12 @@ def test_equals_float64_and_rows_do_not_depend_on_the_batch(mode: str, shape: tu
         x = torch.from_numpy(rng.standard_normal((64, K)) * (1 if dtype == torch.float16 else 1e9)).to(dtype)
         alone = torch.full((64, N), float("nan"))
         for i in range(64 if mode == "race" else 17):
-            project(backend, weight, x[i : i + 1], alone[i : i + 1])
+            multiply(backend, weight, x[i : i + 1], Output.store(alone[i : i + 1]))
         expected = f64(x) @ dequantize(matrix) + bias_of(matrix)
         slack = bound(f64(x), dequantize(matrix)) + 2.0**-23 * np.abs(expected)
         for T in (2, 7, 8, 9, 15, 16, 17, 33, 64) if mode == "race" else (7, 17):
             y = torch.full((T, N), float("nan"))
-            project(backend, weight, x[:T], y)
+            multiply(backend, weight, x[:T], Output.store(y))
             assert torch.equal(y, alone[:T])
             assert (np.abs(f64(y) - expected[:T]) <= slack[:T]).all()
 
@@ -69,7 +71,7 @@ def test_norm_gate_and_residual() -> None:
     x = rms_norm(f64(h), f64(norm_weight), 1e-5)
     y = torch.full((T, F), float("nan"))
     gated = TiledWeight.from_packed(pack_matrix([gate, up], gated_rows(F)), backend.device)
-    gate_up(backend, gated, h, y, norm=norm, scratch=make_scratch([gated.layout], backend))
+    multiply(backend, gated, h, Output.gated(y), norm=norm, scratch=make_scratch([gated.layout], backend))
     a, b = x @ dequantize(gate), x @ dequantize(up)
     off_a, off_b = (bound(x, dequantize(m)) + 2.0**-20 * np.abs(x) @ np.abs(dequantize(m)) for m in (gate, up))
     slack = 1.1 * (off_a * np.abs(b) + off_b * np.abs(a)) + 2.0**-20 * np.abs(silu(a) * b)
@@ -80,7 +82,7 @@ def test_norm_gate_and_residual() -> None:
     x16 = torch.randn(T, F + 12).half()
     expected = f64(h) + f64(x16) @ dequantize(matrix)
     sumsq = torch.full((T, K // 16), float("nan"))
-    project_add(backend, down, x16, h, sumsq)
+    multiply(backend, down, x16, Output.residual(h, sumsq))
     assert (np.abs(f64(h) - expected) <= bound(f64(x16), dequantize(matrix)) + 2.0**-23 * np.abs(expected)).all()
     np.testing.assert_allclose(f64(sumsq), tile_sumsq(f64(h)), rtol=2.0**-19)
 

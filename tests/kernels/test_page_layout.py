@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exl.errors import KernelError
-from exl.layout.layers import DeviceKVLayout
+from exl.layout.kv import DeviceKVLayout
 from exl.layout.pages import (
     KINDS,
     PageLayout,
@@ -62,8 +62,8 @@ def test_values_are_the_cpu_caches_bit_for_bit(kind: str, D: int) -> None:
         if bits == 16:
             expected = torch_kv.as_stored(rows, torch.float16).float()
         else:
-            torch_kv.hadamard(rows, layout.rotation)
-            np.testing.assert_array_equal(hadamard(values, layout.rotation), rows.numpy())
+            torch_kv.hadamard(rows, layout.hadamard_size)
+            np.testing.assert_array_equal(hadamard(values, layout.hadamard_size), rows.numpy())
             expected = torch_kv.dequantize_rows(*torch_kv.quantize_rows(rows, bits), D)
         np.testing.assert_array_equal(unpacked[:100], expected.numpy())
         assert not np.isnan(unpacked).any()
@@ -74,7 +74,7 @@ def test_the_examples_of_the_documentation() -> None:
     assert (byte[21, 77], bit[21, 77]) == (1875, 0)
     layout = PageLayout("q4", 40)
     byte, bit = v_code_places(layout)
-    assert (byte[27, 37] - layout.v_codes_at, bit[27, 37]) == (1111, 4)
+    assert (byte[27, 37] - layout.offsets.v_codes, bit[27, 37]) == (1111, 4)
 
 
 def fragment_rows_and_columns() -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ def test_an_f16_plane_of_v_is_a_fragment() -> None:
     row, column = fragment_rows_and_columns()
     for tile in range(2):
         for j in range(4):
-            start = layout.v_codes_at + tile * 2048 + j * 512
+            start = layout.offsets.v_codes + tile * 2048 + j * 512
             plane = page[start : start + 512].view(np.float16).reshape(32, 4, 2)
             np.testing.assert_array_equal(plane, v[16 * j + column, 0, 16 * tile + row])
 
@@ -101,7 +101,9 @@ def test_eight_channels_of_v_at_the_end_are_half_a_fragment() -> None:
     layout = PageLayout("f16", 24)
     v = np.random.default_rng(0).standard_normal((64, 1, 24)).astype(np.float16)
     page = pack_pages(layout, v, v)[0, 0]
-    planes = page[layout.v_codes_at + 2048 :].view(np.float16).reshape(2, 32, 2, 2, 2)  # plane, lane, j % 2, word, half
+    planes = (
+        page[layout.offsets.v_codes + 2048 :].view(np.float16).reshape(2, 32, 2, 2, 2)
+    )  # plane, lane, j % 2, word, half
     row, column = (x[:, ::2] for x in fragment_rows_and_columns())  # registers of rows g
     for j in range(4):
         np.testing.assert_array_equal(planes[j // 2, :, j % 2], v[16 * j + column, 0, 16 + row])

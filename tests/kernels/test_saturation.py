@@ -13,15 +13,18 @@ from test_attention_prefill import run as run_prefill
 from test_linear import run as run_linear
 
 from exl.kernels.append_kv import append_kv
+from exl.kernels.attention_io import QkvRows
 from exl.kernels.launch import Backend
-from exl.kernels.linear import TiledWeight, gate_up, make_scratch, project
+from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
-from exl.kernels.linear_many import PanelScratch, multiply_many, panel_scratch_shapes
+from exl.kernels.linear_many import PanelScratch, multiply_many
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
 from exl.kernels.tile_pack import pack_matrix
+from exl.kernels.weights import TiledWeight
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, quantize
+from exl.layout.panels import panel_scratch_shapes
 from exl.layout.tiles import gated_rows
 
 LARGEST = 65504.0  # of f16; 65520 is the smallest value that rounds to infinity
@@ -71,10 +74,10 @@ def test_norm(backend: Backend, ordered: bool) -> None:
     weight = torch.tensor([*BORDER[:5], *(-v for v in BORDER[:5]), *BORDER[5:8], 1e5, 2.0, -1.0])
     sumsq = torch.from_numpy(tile_sumsq(h.double().numpy())).float().to(backend.device)
     norm = NormedInput(sumsq, weight.to(backend.device), 0.0)
-    positions = torch.arange(K - 1, -1, -1, dtype=torch.int32).to(backend.device) if ordered else None
+    channel_map = torch.arange(K - 1, -1, -1, dtype=torch.int32).to(backend.device) if ordered else None
     y, wide = both_types(backend.device, 2, K)
     for out in (y, wide):
-        rms_norm(backend, h.to(backend.device), norm, out, positions=positions)
+        rms_norm(backend, h.to(backend.device), norm, out, channel_map=channel_map)
     same(wide, (weight.flip(0) if ordered else weight).expand(2, K))
     assert_saturates(y, wide)
 
@@ -105,11 +108,11 @@ def test_gate_and_up(backend: Backend, T: int) -> None:
     weight = TiledWeight.from_packed(pack_matrix([gate, up], rows=gated_rows(24)), backend.device)
     y, wide = both_types(backend.device, T, 24)
     for out in (y, wide):
-        gate_up(
+        multiply(
             backend,
             weight,
             large_inputs(T, 256).to(backend.device),
-            out,
+            Output.gated(out),
             scratch=make_scratch([weight.layout], backend),
         )
     assert_saturates(y, wide)
@@ -126,7 +129,7 @@ def test_linears_without_tensor_cores(mode: str, T: int) -> None:
     y, wide = both_types(backend.device, 3, 40)
     for out in (y, wide):
         for start in range(0, 3, T):
-            project(backend, weight, x[start : start + T], out[start : start + T])
+            multiply(backend, weight, x[start : start + T], Output.store(out[start : start + T]))
     assert_saturates(y, wide)
 
 
@@ -175,8 +178,16 @@ def test_normalised_inputs(backend: Backend, T: int) -> None:
         multiply_many(backend, weight, saturated(x).to(place), Output.store(expected), scratch)
     else:
         found, expected = (nan(T, 40, dtype=torch.float32, device=place) for _ in range(2))
-        project(backend, weight, h.to(place), found, norm=norm, scratch=make_scratch([weight.layout], backend))
-        project(backend, weight, saturated(x).to(place), expected, scratch=make_scratch([weight.layout], backend))
+        multiply(
+            backend, weight, h.to(place), Output.store(found), norm=norm, scratch=make_scratch([weight.layout], backend)
+        )
+        multiply(
+            backend,
+            weight,
+            saturated(x).to(place),
+            Output.store(expected),
+            scratch=make_scratch([weight.layout], backend),
+        )
     assert found.isfinite().all()
     assert torch.equal(found, expected)
     dense = DenseWeight(torch.from_numpy(rng.standard_normal((16, 256))).half().to(place))
@@ -197,10 +208,10 @@ def test_appended_tokens(backend: Backend, kind: str) -> None:
     q = nan(T, H, D, dtype=torch.float16, device=backend.device)
     one, zero = (f(T, D // 2, device=backend.device) for f in (torch.ones, torch.zeros))
     slots = torch.arange(T, dtype=torch.int32, device=backend.device)
-    rows[0, [5, 5 + D // 2]] = float("nan")  # in q only, in both channels of one RoPE pair
-    append_kv(backend, layout, torch.from_numpy(rows).to(backend.device), one, zero, slots, pages, q)
+    rows[0, [5, 5 + D // 2]] = float("nan")  # of q alone, and of both channels that RoPE turns together
+    append_kv(backend, layout, QkvRows(torch.from_numpy(rows).to(backend.device), one, zero), slots, pages, q)
     np.testing.assert_array_equal(pages.cpu().numpy(), pack_pages(layout, kv[:, 0], kv[:, 1]))
-    exact = torch.from_numpy(hadamard(rows[:, : H * D].reshape(T, H, D), layout.rotation))
+    exact = torch.from_numpy(hadamard(rows[:, : H * D].reshape(T, H, D), layout.hadamard_size))
     assert exact.isnan().any()
     assert (exact.abs() > 65520).any()
     same(q, saturated(exact))
@@ -215,9 +226,9 @@ def of_one_token(kind: str, D: int, v: np.ndarray) -> tuple[Case, np.ndarray]:
     layout = case.layout
     if not layout.quantized:
         return case, np.clip(v[0, 0], -LARGEST, LARGEST)
-    codes, scales = quantize(hadamard(v, layout.rotation), layout.v_bits)
+    codes, scales = quantize(hadamard(v, layout.hadamard_size), layout.v_bits)
     lifted = np.clip(np.repeat(scales.astype(np.float64), 32, -1)[..., :D] * 256, -LARGEST, LARGEST)
-    return case, np.clip(undo(codes * lifted / 256, layout.rotation)[0, 0], -LARGEST, LARGEST)
+    return case, np.clip(undo(codes * lifted / 256, layout.hadamard_size)[0, 0], -LARGEST, LARGEST)
 
 
 @pytest.mark.parametrize("D", [64, 24])
@@ -225,8 +236,8 @@ def of_one_token(kind: str, D: int, v: np.ndarray) -> tuple[Case, np.ndarray]:
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize("spread", [False, True])
 def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: bool) -> None:
-    """V of 1e5 in all channels, whose scales overflow, or in one channel: quantized pages hold that in range, but
-    undoing the rotation leaves the range."""
+    """V of 1e5 in all channels, whose scales overflow, or in one: quantized pages hold that in range, and what comes
+    out of the Hadamard rotation is beyond it."""
     v = np.zeros((1, 1, D), np.float32)
     v[..., 1] = 1e5
     if spread:
@@ -235,7 +246,7 @@ def test_attention(backend: Backend, prefill: bool, kind: str, D: int, spread: b
     out, _ = run_prefill(case, backend) if prefill else case.run(backend)
     found = out.reshape(2, D).astype(np.float64)
     assert np.isfinite(found).all()
-    # The rotation's f32 sums, and the output's rounding.
+    # f32 sums of a Hadamard rotation, and the output's own rounding.
     np.testing.assert_allclose(found, np.stack([expected] * 2), rtol=2.0**-11, atol=2.0**-18 * np.abs(expected).max())
 
 
@@ -260,7 +271,7 @@ def test_queries_saturate_and_nan_stays(backend: Backend, prefill: bool) -> None
     case = Case("q8", 64, 2, 1, (70,), (70 if prefill else 1,))
     case.rows = case.rows.astype(np.float32)
     case.rows[:, :64] = 0
-    case.rows[:, 2] = 3e6  # the rotation spreads it over 64 channels, all beyond f16's range
+    case.rows[:, 2] = 3e6  # the Hadamard rotation spreads it over 64 channels, each beyond f16's range
     out, _ = run_prefill(case, backend) if prefill else case.run(backend)
     assert np.isfinite(out).all()
     case.rows[-1, 64] = np.nan

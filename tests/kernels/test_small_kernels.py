@@ -49,7 +49,7 @@ def test_rows_of_the_table(backend: Backend, C: int, dtype: torch.dtype) -> None
     place = backend.device
     embed(
         backend, table.to(place), ids.to(place), h, sumsq,
-        samples=samples.to(place), permuted=permuted, positions=order,
+        samples=samples.to(place), permuted=permuted, channel_map=order,
     )  # fmt: skip
     assert torch.equal(h.cpu(), expected)
     assert torch.equal(permuted[:, order.long()], h)

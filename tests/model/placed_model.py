@@ -11,7 +11,8 @@ from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.engine.generator import Generator
 from exl.engine.runner import Runner
-from exl.layout.layers import KVLayout, StepLimits
+from exl.layout.kv import KVLayout
+from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.planning.from_headers import open_model

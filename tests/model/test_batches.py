@@ -110,5 +110,5 @@ def test_copied_pages_are_the_pages(mistral):
     runner = _runner(folder)
     run(runner, batch_of([(ids[:29], 0, [0])]))
     expected = run(runner, batch_of([(ids[29:], 29, [0])], decode=True))
-    runner.decoder.ops.copy_pages(runner.kv, [0], [3])
+    runner.kv.copy_pages([0], [3])
     assert torch.equal(run(runner, batch_of([(ids[29:], 29, [3])], decode=True)), expected)

@@ -57,12 +57,12 @@ class PlainCacheAttention(torch.nn.Module):
     def __call__(self, module, query, key, value, mask, scaling, **_):
         D = query.shape[-1]
         size = D & -D
-        rotation = torch.from_numpy(np.kron(np.eye(D // size), plain_hadamard(size)))
-        turned = [self._through(x.double() @ rotation, bits) for x, bits in zip((key, value), self.bits, strict=True)]
+        matrix = torch.from_numpy(np.kron(np.eye(D // size), plain_hadamard(size)))
+        turned = [self._through(x.double() @ matrix, bits) for x, bits in zip((key, value), self.bits, strict=True)]
         k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in turned)
-        scores = (query.double() @ rotation) @ k.transpose(2, 3) * scaling
+        scores = (query.double() @ matrix) @ k.transpose(2, 3) * scaling
         scores += torch.full(scores.shape[-2:], -torch.inf).triu(1)  # a whole prompt at once
-        out = torch.softmax(scores, dim=-1) @ v @ rotation.T
+        out = torch.softmax(scores, dim=-1) @ v @ matrix.T
         return out.transpose(1, 2).contiguous().float(), None
 
     def _through(self, x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import load_engine
 from exl.errors import KernelError, UnsupportedModelError
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.layout.layers import layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams

@@ -210,16 +210,16 @@ def test_the_next_step_takes_its_token_from_the_device(backend, folder):
 def test_pages_are_copied_without_an_index(backend, folder):
     """An index tensor would be copied to the device in every layer, and the host would wait for it."""
     runner = load(folder, backend, max_sequences=2).generator.runner
-    ops, ids = runner.decoder.ops, some_ids(30)
+    ids = some_ids(30)
     run(runner, batch_of([(ids[:29], 0, [0])]))
     expected = run(runner, batch_of([(ids[29:], 29, [0])], decode=True))
     with TorchCalls() as calls:
-        ops.copy_pages(runner.kv, [0, 1], [3, 2])
+        runner.kv.copy_pages([0, 1], [3, 2])
     assert on_device(calls.names) == ["copy_"] * 2 * runner.decoder.config.num_layers
     assert torch.equal(run(runner, batch_of([(ids[29:], 29, [3])], decode=True)), expected)
     for src, dst in (([0, 1], [1, 2]), ([0, 1], [2])):
         with pytest.raises(ValueError, match="expected as many others"):
-            ops.copy_pages(runner.kv, src, dst)
+            runner.kv.copy_pages(src, dst)
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from exl.engine.step_graph import StepGraphs
 from exl.errors import CheckpointError
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.layout.layers import layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.weights.device_stream import DeviceStream, DiskLayers, PinnedLayers

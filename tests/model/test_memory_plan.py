@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import exl
 from exl.engine.build import load_engine
 from exl.errors import ConfigError, MemoryBudgetError
-from exl.layout.layers import KV_BITS, Target
+from exl.layout.kv import KV_BITS
+from exl.layout.specs import Target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.plan import Tier
 from exl.sampling import SamplingParams

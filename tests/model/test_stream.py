@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from exl.checkpoint import block_file
 from exl.errors import ExlError
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout
+from exl.layout.layers import layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.sampling import SamplingParams
@@ -321,15 +322,15 @@ def test_an_interrupted_pass_leaves_the_stream_usable(four_bit, tmp_path, num_ca
         ops = model.generator.runner.decoder.ops
         calls = itertools.count(1)
 
-        def gate_up(*args):
+        def gated_mlp(*args):
             if next(calls) == num_calls:
                 raise KeyboardInterrupt
-            type(ops).gate_up(ops, *args)
+            type(ops).gated_mlp(ops, *args)
 
-        ops.gate_up = gate_up
+        ops.gated_mlp = gated_mlp
         with pytest.raises(KeyboardInterrupt):
             model.logits()
-        del ops.gate_up
+        del ops.gated_mlp
         assert model.outputs() == expected
 
 

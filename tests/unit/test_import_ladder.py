@@ -51,11 +51,11 @@ def rung(module: str) -> int:
     raise AssertionError(f"exl.{module} has no place on the ladder: give it one in LADDER and docs/architecture.md")
 
 
-def imports(path: Path) -> list[str]:
-    """Modules of exl that a file imports, those inside functions too, those for type checking alone not."""
+def imports(path: Path, types: bool = False) -> list[str]:
+    """Modules of exl that a file imports, those inside functions too; those for type checking alone with ``types``."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
     found = []
     for node in ast.walk(tree):
@@ -100,6 +100,13 @@ def test_no_circle_of_folders_or_of_modules():
     for module, found in modules.items():
         folders.setdefault(wing(module), set()).update({wing(name) for name in found} - {wing(module)})
     assert circle(folders) == []
+
+
+@pytest.mark.parametrize("folder", ["layout", "kernels", "ops"])
+def test_types_make_no_circle_either(folder):
+    """A type that two modules share has a module below both."""
+    paths = [path for path in MODULES if wing(module_name(path)) == folder]
+    assert circle({module_name(path): set(imports(path, types=True)) - {module_name(path)} for path in paths}) == []
 
 
 def test_a_circle_would_be_found():

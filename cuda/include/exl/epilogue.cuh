@@ -12,8 +12,8 @@ struct Output {
   void* y;                // [num_tokens, stride], f16 (saturated), bf16 or f32 as `type` says; kResidual: f32, read and written
   const float* bias;      // f32 [tiles * 16] in the order of the tiles' rows, or null
   float* sumsq;           // kResidual: f32 [num_tokens, tiles]
-  float* permuted;        // kResidual: f32 [num_tokens, N], a second copy with column n at positions[n], or null
-  const i32* positions;   // i32 [N]
+  float* permuted;        // kResidual: f32 [num_tokens, N], a second copy with column n at channel_map[n], or null
+  const i32* channel_map; // i32 [N]
   int kind, type;
   int N;                  // columns of y
   int num_tokens, stride;
@@ -41,7 +41,7 @@ EXL_DEVICE void add_residual(const float (&v)[4], const Output& out, int tile, i
       float* at = y + static_cast<size_t>(token) * out.stride + col;
       const float sum = fmaf(out.scale, v[e], *at);
       *at = sum;
-      if (out.permuted != nullptr) out.permuted[static_cast<size_t>(token) * out.N + out.positions[col]] = sum;
+      if (out.permuted != nullptr) out.permuted[static_cast<size_t>(token) * out.N + out.channel_map[col]] = sum;
       square[e % 2] = fmaf(sum, sum, square[e % 2]);
     }
   }

@@ -177,7 +177,7 @@ def test_quantize_refuses_in_one_line(args, words, tmp_path):
 
 
 def test_packed_copies_are_listed_and_cleared(tmp_path):
-    from exl.layout.layers import Target
+    from exl.layout.specs import Target
     from exl.planning.from_headers import EngineOptions, open_model, plan_model
 
     with open_model(DATA / "stories2M") as files:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl.layout.layers import KV_BITS, KVLayout
+from exl.layout.kv import KV_BITS, KVLayout
 from exl.ops import torch_attention
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 
@@ -96,7 +96,7 @@ def test_bytes_a_token(kind):
     layout = KVLayout(kind, num_layers=3, num_kv_heads=2, head_dim=128)
     expected = {"f32": 1024, "f16": 512, "q8": 272, "k8v4": 208, "q4": 144}[kind]
     assert layout.slab_bytes(5) == 3 * 5 * 64 * 2 * expected
-    assert [layout.rotation, KVLayout(kind, 1, 1, 80).rotation, KVLayout(kind, 1, 1, 96).rotation] == (
+    assert [layout.hadamard_size, KVLayout(kind, 1, 1, 80).hadamard_size, KVLayout(kind, 1, 1, 96).hadamard_size] == (
         [128, 16, 32] if layout.quantized else [1, 1, 1]
     )
 

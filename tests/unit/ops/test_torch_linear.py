@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.layers import LinearSpec, MatrixSpec, Target, fuse, linear_layout
+from exl.layout.layers import linear_layout
+from exl.layout.specs import LinearSpec, MatrixSpec, Target, fuse
 from exl.ops.base import Linear, view_field
 from exl.ops.torch_linear import Scratch, matmul, pack_int4, pack_int4_words, pack_linear, pack_planes, probe_int4pack
 

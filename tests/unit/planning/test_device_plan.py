@@ -17,7 +17,8 @@ import exl
 import exl.engine.build
 from benchmarks.synthetic import SHAPES, write_headers
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
-from exl.layout.layers import LinearSpec, MatrixSpec, Target, linear_layout, tile_layout
+from exl.layout.layers import linear_layout, tile_layout
+from exl.layout.specs import LinearSpec, MatrixSpec, Target
 from exl.layout.tiles import TileLayout
 from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_bytes, usable_bytes
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
@@ -227,7 +228,7 @@ def test_a_linear_takes_what_its_tiles_take(bits, K, N, group, gated, scale_dtyp
     groups = -(-padded(K, bits) // group)
     assert fields["qparams"].num_bytes == tiles.num_tiles * groups * ({"f16": 2, "f32": 4}[scale_dtype] * 16 + zeros)
     assert fields["bias"].shape == (16 * tiles.num_tiles,)
-    assert fields["positions"].shape == (K,)
+    assert fields["channel_map"].shape == (K,)
     ends = [0, *(field.offset + field.num_bytes for field in fields.values())]
     assert all(field.offset >= end for field, end in zip(fields.values(), ends, strict=False))
     assert ends[-1] <= layout.num_bytes < ends[-1] + 64

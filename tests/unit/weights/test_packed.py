@@ -24,7 +24,8 @@ from exl.checkpoint.quant_config import parse_quant_config
 from exl.errors import CheckpointError, ExlError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.blob import pack_linear as pack_tiles
-from exl.layout.layers import BlobSpec, LinearSpec, MatrixSpec, Target, layer_layout, linear_layout
+from exl.layout.layers import layer_layout, linear_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.torch_linear import pack_linear
 from exl.weights import packed, packed_store
@@ -457,7 +458,7 @@ def test_changed_packing_needs_a_new_layout_version():
     out = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     pack_linear([dense], layout, _CPU, out)
     update(layout, out.numpy())
-    assert (packed_store.LAYOUT_VERSION, digest.hexdigest()[:16]) == (2, "d7427f91716d1721")
+    assert (packed_store.LAYOUT_VERSION, digest.hexdigest()[:16]) == (3, "0976054a0eb4aca4")
 
 
 @pytest.mark.parametrize("target", [_CPU, Target("cuda", arch=86)], ids=["cpu", "cuda"])

@@ -13,7 +13,7 @@ from exl.checkpoint.config import RopeConfig
 from exl.ops.rope import depends_on_length, inverse_frequencies, rotary_dim
 
 
-def rotation_tables(batch: ForwardBatch, rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(batch: ForwardBatch, rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each f32 [T, ceil(rotary_dim / 2)], on the CPU, times the model's factor (yarn)."""
     positions = torch.from_numpy(batch.positions).float()
     angles = torch.empty(batch.num_rows, num_angles(rope, head_dim))

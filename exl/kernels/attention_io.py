@@ -1,0 +1,84 @@
+"""What goes into attention's kernels besides pages: rows of new tokens, their norms and angles, and its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from exl.errors import KernelError
+from exl.kernels.args import Pointer, ptr
+from exl.kernels.checks import check_tensor
+from exl.kernels.linear_io import OUT_TYPES
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm over each head's channels, before RoPE: weights f32 [D]; None: that one is not normalised."""
+
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+    eps: float
+
+
+NO_NORMS = HeadNorms(None, None, 0.0)
+
+
+@dataclass(frozen=True)
+class QkvRows:
+    """Rows of new tokens as the qkv linear leaves them, and how q and k are turned."""
+
+    qkv: torch.Tensor  # [T, (H + 2 Hkv) * D] f16, bf16 or f32; rows may lie apart
+    cosine: torch.Tensor  # f32 [T, half the rotated channels], scaled as the model scales it
+    sine: torch.Tensor
+    norms: HeadNorms = NO_NORMS
+
+    @property
+    def half_dim(self) -> int:
+        """Angles per token."""
+        return self.cosine.shape[1]
+
+    def pointers(self) -> list[Pointer]:
+        """The kernels' first arguments."""
+        return [ptr(x) for x in (self.qkv, self.norms.q, self.norms.k, self.cosine, self.sine)]
+
+    def rows(self, start: int, stop: int) -> QkvRows:
+        return QkvRows(self.qkv[start:stop], self.cosine[start:stop], self.sine[start:stop], self.norms)
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """Of one layer."""
+
+    scale: float
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all
+    softcap: float | None = None
+
+
+def check_dims(name: str, tensor: torch.Tensor, dims: int) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
+        raise KernelError(f"{name}: expected {dims} dimensions, found {getattr(tensor, 'shape', type(tensor))}")
+
+
+def check_rows(
+    rows: QkvRows, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> None:
+    """Raises ``KernelError`` for rows of another shape or type."""
+    check_dims("cosine", rows.cosine, 2)
+    if 2 * rows.half_dim > head_dim:
+        raise KernelError(
+            f"cosine has {rows.half_dim} angles: expected {head_dim // 2} or fewer for a head size of {head_dim}"
+        )
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    size = rows.qkv.element_size()
+    check_tensor("qkv", rows.qkv, tuple(OUT_TYPES), (num_tokens, width), device, size, rows_apart=True)
+    for name, tensor in (("cosine", rows.cosine), ("sine", rows.sine)):
+        check_tensor(name, tensor, (torch.float32,), (num_tokens, rows.half_dim), device)
+    for name, tensor in (("q_norm", rows.norms.q), ("k_norm", rows.norms.k)):
+        if tensor is not None:
+            check_tensor(name, tensor, (torch.float32,), (head_dim,), device)
+
+
+def check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise KernelError(f"window {window}: expected 1 or more")

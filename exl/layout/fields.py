@@ -1,0 +1,45 @@
+"""Named arrays inside a blob of bytes: their types, sizes and alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"u8": 1, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4})
+FIELD_ALIGN = 64  # a cache line, and what vector loads and int4pack want
+BLOB_ALIGN = 4096  # a memory page and a disk sector: O_DIRECT needs both
+
+
+def align_up(num_bytes: int, alignment: int) -> int:
+    """``align_up(65, 64) == 128``."""
+    return -(-num_bytes // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Field:
+    """A named array inside a blob."""
+
+    offset: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def shifted(self, by: int) -> Field:
+        return Field(self.offset + by, self.num_bytes, self.dtype, self.shape)
+
+
+class FieldPacker:
+    """Lays arrays one after another, each aligned."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Field] = {}
+        self.num_bytes = 0
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        num_bytes = DTYPE_BYTES[dtype]
+        for size in shape:
+            num_bytes *= size
+        offset = align_up(self.num_bytes, FIELD_ALIGN)
+        self.fields[name] = Field(offset, num_bytes, dtype, shape)
+        self.num_bytes = offset + num_bytes

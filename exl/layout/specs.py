@@ -1,0 +1,126 @@
+"""What a layout depends on: the hardware, and what the checkpoint says of each matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hardware that a layout is for: all that a layout may depend on besides shapes."""
+
+    kind: str  # "cpu" | "cuda"
+    int4pack: str | None = None  # CPU: nibble order of torch's int4pack: "split64", "split32", "pairs32"; None: absent
+    arch: int | None = None  # CUDA: compute capability, 86 for 8.6
+    num_multiprocessors: int | None = None  # CUDA; None: a GPU that is not there, the largest of its architecture
+
+    @property
+    def int4pack_block(self) -> int:
+        """Output rows that int4pack interleaves."""
+        if self.int4pack is None:
+            raise ValueError("this target has no int4pack layout")
+        return int(self.int4pack[-2:])
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """One matrix of the checkpoint, W [K, N]: what its header (and for act-order its g_idx) says."""
+
+    name: str  # module name in the checkpoint: "model.layers.0.self_attn.q_proj"
+    K: int
+    N: int
+    bits: int  # 2, 3, 4, 8: quantized; 16, 32: dense
+    dtype: str  # dense: "f32", "f16" or "bf16"; quantized: "u8"
+    group_size: int = 0  # 0: dense; K: one group
+    has_bias: bool = False
+    order_key: str | None = None  # digest of the act-order permutation; None: groups are contiguous already
+    symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
+    scale_dtype: str = "f16"  # quantized: the file's type of scales, which layouts keep
+
+    @property
+    def quantized(self) -> bool:
+        return self.group_size > 0
+
+    @property
+    def num_groups(self) -> int:
+        """The last one may be shorter."""
+        return -(-self.K // self.group_size) if self.quantized else 0
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One packed launch: one or more matrices side by side along N, equal in everything else."""
+
+    parts: tuple[MatrixSpec, ...]
+    gated: bool = False  # gate and up of a gated MLP: a GPU's tiles interleave them
+
+    @property
+    def K(self) -> int:
+        return self.parts[0].K
+
+    @property
+    def N(self) -> int:
+        return sum(part.N for part in self.parts)
+
+    @property
+    def bits(self) -> int:
+        return self.parts[0].bits
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def group_size(self) -> int:
+        return self.parts[0].group_size
+
+    @property
+    def quantized(self) -> bool:
+        return self.parts[0].quantized
+
+    @property
+    def num_groups(self) -> int:
+        return self.parts[0].num_groups
+
+    @property
+    def has_bias(self) -> bool:
+        return any(part.has_bias for part in self.parts)
+
+    @property
+    def order_key(self) -> str | None:
+        return self.parts[0].order_key
+
+    @property
+    def scale_dtype(self) -> str:
+        return self.parts[0].scale_dtype
+
+    @property
+    def symmetric(self) -> bool:
+        return all(part.symmetric for part in self.parts)
+
+
+def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpec, ...]:
+    """Neighbours that agree in K, bits, types, group and order share a launch; the others stand alone.
+
+    Order along N is kept, so that outputs lie where an unfused run would put them. ``gated``: they are gate and up.
+    """
+
+    def key(part: MatrixSpec) -> tuple:
+        return part.K, part.bits, part.dtype, part.group_size, part.scale_dtype, part.order_key
+
+    fused: list[list[MatrixSpec]] = []
+    for part in parts:
+        if fused and key(part) == key(fused[-1][-1]):
+            fused[-1].append(part)
+        else:
+            fused.append([part])
+    return tuple(LinearSpec(tuple(group), gated and len(fused) == 1) for group in fused)
+
+
+@dataclass(frozen=True)
+class BlobSpec:
+    """What one blob holds: norms by name and width, then fused groups of linears by name."""
+
+    norms: tuple[tuple[str, int], ...]
+    linears: tuple[tuple[str, tuple[LinearSpec, ...]], ...]

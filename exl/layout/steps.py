@@ -1,0 +1,75 @@
+"""The largest step that buffers are made for, and the sizes of the CPU's buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exl.batch import PAGE_SIZE
+from exl.layout.specs import Target
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The largest step that the buffers are made for, and the widths of the model that runs in them."""
+
+    max_rows: int  # rows of one chunk
+    window_rows: int  # rows that go through a layer before the next layer's turn
+    max_logit_rows: int
+    max_context: int
+    hidden_size: int
+    qkv_width: int  # (H + 2 * Hkv) * D
+    attn_width: int  # H * D
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int
+    max_sequences: int = 1  # of one batch
+
+    @property
+    def num_heads(self) -> int:
+        return self.attn_width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        return (self.qkv_width - self.attn_width) // (2 * self.head_dim)
+
+    @property
+    def max_pages(self) -> int:
+        """Of one sequence."""
+        return -(-self.max_context // PAGE_SIZE)
+
+    @property
+    def window_sequences(self) -> int:
+        """Sequences of all batches of a window, each counted as often as it is in one."""
+        return self.max_sequences + -(-self.window_rows // min(self.max_rows, self.max_logit_rows))
+
+
+def step_bytes(limits: StepLimits) -> dict[str, int]:
+    """Bytes of the buffers that the runner owns, by purpose; activations and residual are f32."""
+    return {
+        "residual": limits.window_rows * limits.hidden_size * 4,
+        "qkv": limits.max_rows * limits.qkv_width * 4,
+        "attn": limits.max_rows * limits.attn_width * 4,
+        "mlp": limits.max_rows * limits.intermediate_size * 4,
+        "logits": limits.max_logit_rows * limits.vocab_size * 4,
+    }
+
+
+# A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
+PANEL_ELEMENTS = 1 << 20
+PACK_COLUMNS = 256  # output rows unpacked at a time while loading: a multiple of every block of every layout
+
+
+def scratch_bytes(limits: StepLimits, target: Target) -> dict[str, int]:
+    """Bytes of the buffers that the operations own, by purpose. Raises ``ValueError`` for a target that has none."""
+    if target.kind != "cpu":
+        raise ValueError(f"no scratch for target {target.kind!r}")
+    max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
+    panel = max(PANEL_ELEMENTS, 64 * max_k)  # at least one block of int4pack
+    return {
+        "panel": panel * 4,
+        "panel codes": panel,
+        "sorted input": limits.max_rows * max_k * 4,
+        "normed input": limits.max_rows * limits.hidden_size * 4,
+        "fused output": limits.max_rows * max(2 * limits.intermediate_size, limits.hidden_size) * 4,
+        "samples": limits.max_logit_rows * 8,
+    }
