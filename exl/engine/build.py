@@ -100,7 +100,7 @@ def load_engine(
                 progress,
                 resident=placement.resident if placement.num_streamed else None,
                 in_host=placement.on_tier(Tier.PINNED),
-                num_slots=plan.num_slots,
+                num_buffers=plan.num_buffers,
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
 

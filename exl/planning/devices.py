@@ -62,7 +62,7 @@ class _Share:
 
     name: str
     layers: range  # resident
-    streamed: range  # computed here, through the slots
+    streamed: range  # computed here, through stream buffers
     is_first: bool
     is_last: bool
 
@@ -72,23 +72,23 @@ def plan_devices(
     vram: Sequence[int],
     ram: int | None = None,
     *,
-    num_slots: int = 2,
+    num_buffers: int = 2,
     max_resident: int | None = None,
     max_pinned: int | None = None,
 ) -> MemoryPlan:
     """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
     layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. ``max_pinned``: bytes
-    that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has slot i modulo their
-    number. The plan may not fit: ask ``fits``."""
+    that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has buffer i modulo
+    ``num_buffers``. The plan may not fit: check ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
     arena = arena_layout(model.limits, model.target, (*model.layers, model.head))
     plan = None
     for num_resident in range(most, -1, -1):
-        if num_resident and num_slots > 1 and (num_layers - num_resident) % num_slots == 1:
-            continue  # the last layer of a step and the first of the next would have the same slot: each step a stall
+        if num_resident and num_buffers > 1 and (num_layers - num_resident) % num_buffers == 1:
+            continue  # the last layer of a step and the first of the next would have the same buffer: each step a stall
         for num_devices in range(1, len(vram) + 1):
-            plan = _split_over(model, vram[:num_devices], ram, num_resident, num_slots, arena, max_pinned)
+            plan = _split_over(model, vram[:num_devices], ram, num_resident, num_buffers, arena, max_pinned)
             if plan.fits:
                 return plan
     return plan
@@ -99,16 +99,16 @@ def _split_over(
     vram: Sequence[int],
     ram: int | None,
     num_resident: int,
-    num_slots: int,
+    num_buffers: int,
     arena: ArenaLayout,
     max_pinned: int | None,
 ) -> MemoryPlan:
     num_layers = len(model.layers)
     num_pages = model.num_pages
-    slots = min(num_slots, num_layers - num_resident)
-    shares = list(_shares(model, vram, num_resident, num_pages, slots, arena))
-    lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, arena)]
-    pinned, host_lines = _host_lines(model, num_resident, slots, ram, arena, max_pinned)
+    num_buffers = min(num_buffers, num_layers - num_resident)
+    shares = list(_shares(model, vram, num_resident, num_pages, num_buffers, arena))
+    lines = [line for share in shares for line in _device_lines(model, share, num_pages, num_buffers, arena)]
+    pinned, host_lines = _host_lines(model, num_resident, num_buffers, ram, arena, max_pinned)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
     placed += [(Tier.PINNED if i < pinned else Tier.DISK, last) for i in range(num_layers - num_resident)]
@@ -120,13 +120,13 @@ def _split_over(
         Placement(tuple(placed)),
         model.limits.max_context,
         num_pages,
-        slots,
+        num_buffers,
         budgets,
     )
 
 
 def _shares(
-    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, slots: int, arena: ArenaLayout
+    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, num_buffers: int, arena: ArenaLayout
 ) -> Iterator[_Share]:
     """Each GPU takes as many layers as it has room for, the last one what is left."""
     num_layers, start = len(model.layers), 0
@@ -135,7 +135,7 @@ def _shares(
         stop = num_resident if is_last else start
         while not is_last and stop < num_resident:
             larger = _Share(name, range(start, stop + 1), range(0), i == 0, False)
-            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, slots, arena)) > budget:
+            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, num_buffers, arena)) > budget:
                 break
             stop += 1
         streamed = range(num_resident, num_layers) if is_last else range(0)
@@ -143,23 +143,25 @@ def _shares(
         start = stop
 
 
-def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, arena: ArenaLayout) -> list[PlanLine]:
+def _device_lines(
+    model: PlanInput, share: _Share, num_pages: int, num_buffers: int, arena: ArenaLayout
+) -> list[PlanLine]:
     limits, name = model.limits, share.name
     resident = sum(model.layers[i].num_bytes for i in share.layers)
     embed = model.embed.num_bytes if share.is_first else 0
     head = model.head.num_bytes if share.is_last else 0
-    slot = slots * max((model.layers[i].num_bytes for i in share.streamed), default=0)
+    buffer_bytes = num_buffers * max((model.layers[i].num_bytes for i in share.streamed), default=0)
     num_cached = len(share.layers) + len(share.streamed)
     cache = num_cached * model.kv_layout.layer_bytes(num_pages)
     logits = arena.bytes_of("logits", "samples") if share.is_last else 0
     residual, activations = arena.bytes_of("residual"), arena.bytes_of("qkv", "attn", "mlp")
     scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
     slab = residual + activations + logits + scratch
-    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, slab))
+    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, buffer_bytes, cache, slab))
     lines = [
         PlanLine("embedding", name, embed, True),
         PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
-        PlanLine("stream slots", name, slot, True, f"{slots} for {len(share.streamed)} layers"),
+        PlanLine("stream buffers", name, buffer_bytes, True, f"{num_buffers} for {len(share.streamed)} layers"),
         PlanLine("head and final norm", name, head, True),
         PlanLine(
             "KV cache", name, cache, True,
@@ -177,7 +179,7 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
 
 
 def _host_lines(
-    model: PlanInput, num_resident: int, slots: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
+    model: PlanInput, num_resident: int, num_buffers: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
 ) -> tuple[int, list[PlanLine]]:
     """How many of the streamed layers are pinned, the first of them first; and what host memory holds."""
     sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
@@ -189,16 +191,18 @@ def _host_lines(
 
     def lines(pinned: int) -> list[PlanLine]:
         on_disk = len(sizes) - pinned
-        buffers = slots * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
+        read_bytes = num_buffers * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
         staging = max(*unpinned, *sizes[pinned:], 0)  # where a blob is packed that does not stay in host memory
         loading = align_up(loading_bytes(model) + staging, BLOB_ALIGN)
         limited = f", {format_bytes(max_pinned)} may be pinned" if pinned < most else ""
         found = [
             PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}{limited}"),
-            PlanLine("pinned read buffers", HOST, buffers, True, f"for {on_disk} layers on the disk"),
+            PlanLine("pinned read buffers", HOST, read_bytes, True, f"for {on_disk} layers on the disk"),
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
             # While loading; read buffers are not there yet.
-            PlanLine("loading", HOST, max(0, loading - buffers), False, "two layers as the file has them, one packed"),
+            PlanLine(
+                "loading", HOST, max(0, loading - read_bytes), False, "two layers as the file has them, one packed"
+            ),
         ]
         return [line for line in found if line.num_bytes]
 

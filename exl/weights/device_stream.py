@@ -1,8 +1,8 @@
-"""Layers that a GPU has no room for: from pinned memory or from the disk into slots on the GPU, ahead of their turn.
+"""Layers that a GPU has no room for: from pinned memory or from the disk into buffers on the GPU, ahead of their turn.
 
 The host queues copies on a stream of their own and tells the two streams, by events, to wait for each other: a copy
-waits for the arithmetic that still reads its slot, arithmetic for the copy of its layer. The host itself waits for the
-disk alone. The i-th streamed layer always has slot i mod S, so that its weights have one address: a step can be
+waits for the arithmetic that still reads its buffer, arithmetic for the copy of its layer. The host itself waits only
+for the disk. The i-th streamed layer always has buffer i mod S, so that its weights have one address: a step can be
 captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end, ``captured`` or ``abandon`` after).
 """
 
@@ -18,7 +18,7 @@ import torch
 from exl.layout.layers import LayerLayout
 from exl.memory.device import record_event
 from exl.ops.base import LayerWeights
-from exl.weights.stream import SlotReader
+from exl.weights.stream import BufferReader
 
 
 class Event(Protocol):
@@ -117,10 +117,10 @@ class PinnedLayers:
 
 
 class DiskLayers:
-    """Read by a thread into slots in host memory, each of which is free again when its copy to the device is done."""
+    """Read by a thread into buffers in host memory, each of which is free again when its copy to the device is done."""
 
-    def __init__(self, reader: SlotReader, slots: Sequence[torch.Tensor], sizes: Mapping[int, int]) -> None:
-        self._reader, self._slots, self._sizes = reader, tuple(slots), dict(sizes)
+    def __init__(self, reader: BufferReader, buffers: Sequence[torch.Tensor], sizes: Mapping[int, int]) -> None:
+        self._reader, self._buffers, self._sizes = reader, tuple(buffers), dict(sizes)
         self._copies: deque[tuple[int, Event]] = deque()  # on their way, in order
 
     def begin(self, order: Sequence[int]) -> None:
@@ -132,8 +132,8 @@ class DiskLayers:
         return self._reader.holds(layer_idx)
 
     def take(self, layer_idx: int) -> torch.Tensor:
-        self._collect(wait=not self._reader.holds(layer_idx))  # the thread may need their slots to go on
-        return self._slots[self._reader.acquire(layer_idx)][: self._sizes[layer_idx]]
+        self._collect(wait=not self._reader.holds(layer_idx))  # the thread may need their buffers to go on
+        return self._buffers[self._reader.acquire(layer_idx)][: self._sizes[layer_idx]]
 
     def copied(self, layer_idx: int, event: Event) -> None:
         self._copies.append((layer_idx, event))
@@ -146,7 +146,7 @@ class DiskLayers:
 
 
 @dataclass
-class _DeviceSlot:
+class _DeviceBuffer:
     memory: torch.Tensor  # u8
     layer_idx: int | None = None  # whose bytes it holds once ``loaded`` has come
     loaded: Event | None = None
@@ -155,17 +155,17 @@ class _DeviceSlot:
 
 
 class DeviceStream:
-    """A ``WeightSource``: some layers on the device for good, the others copied into ``slots`` ahead of their turn."""
+    """A ``WeightSource``: some layers on the device for good, the others copied to ``buffers`` ahead of their turn."""
 
     def __init__(
         self,
         layouts: Sequence[LayerLayout],
         resident: Mapping[int, LayerWeights],
         host: Sequence[tuple[Sequence[int], HostLayers]],
-        slots: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
         engine: CopyEngine,
     ) -> None:
-        """``host``: layers and where they come from; each layer is there or resident. ``slots`` u8, as large as the
+        """``host``: layers and where they come from; each layer is there or resident. ``buffers`` u8, as large as the
         largest of those layers."""
         self._resident, self._engine = dict(resident), engine
         self._tiers = {layer_idx: tier for layers, tier in host for layer_idx in layers}
@@ -173,23 +173,25 @@ class DeviceStream:
         if self._tiers.keys() & self._resident.keys() or len(self._tiers) + len(self._resident) != len(layouts):
             raise ValueError("each layer must be either resident or streamed")
         self._sizes = {layer_idx: layouts[layer_idx].num_bytes for layer_idx in self._tiers}
-        if not slots or any(len(slot) < max(self._sizes.values()) for slot in slots):
-            raise ValueError(f"slots of {[len(slot) for slot in slots]} bytes for layers of {self._sizes}")
+        if not buffers or any(len(buffer) < max(self._sizes.values()) for buffer in buffers):
+            raise ValueError(f"buffers of {[len(buffer) for buffer in buffers]} bytes for layers of {self._sizes}")
         self._num_layers = len(layouts)
         # What was queued before, such as the memory's zeroing, comes before the first copy.
-        self._slots = [_DeviceSlot(slot, released=engine.record()) for slot in slots]
-        self._slot_of = {layer_idx: self._slots[i % len(slots)] for i, layer_idx in enumerate(sorted(self._tiers))}
+        self._buffers = [_DeviceBuffer(buffer, released=engine.record()) for buffer in buffers]
+        self._buffer_of = {
+            layer_idx: self._buffers[i % len(buffers)] for i, layer_idx in enumerate(sorted(self._tiers))
+        }
         self._views = {
-            i: LayerWeights.view(layouts[i], slot.memory[: self._sizes[i]]) for i, slot in self._slot_of.items()
+            i: LayerWeights.view(layouts[i], buffer.memory[: self._sizes[i]]) for i, buffer in self._buffer_of.items()
         }
         self._order: tuple[int, ...] = ()
         self._next = 0  # place in the order of the layer to be acquired next
         self.begin(range(len(layouts)))
 
     def begin(self, order: Sequence[int]) -> None:
-        for slot in self._slots:
-            if slot.in_use:  # of a pass that was interrupted
-                slot.in_use, slot.released = False, self._engine.record()
+        for buffer in self._buffers:
+            if buffer.in_use:  # of a pass that was interrupted
+                buffer.in_use, buffer.released = False, self._engine.record()
         order = tuple(layer_idx for layer_idx in order if layer_idx not in self._resident)
         if order != self._order or self._next:
             self._order, self._next = order, 0
@@ -198,30 +200,30 @@ class DeviceStream:
         self._prefetch()
 
     def acquire(self, layer_idx: int) -> LayerWeights:
-        """Arithmetic that is queued from here on finds the layer in its slot, until ``release``."""
+        """Arithmetic that is queued from here on finds the layer in its buffer, until ``release``."""
         if layer_idx in self._resident:
             return self._resident[layer_idx]
         ahead = self._upcoming()
         if layer_idx not in ahead:
             raise ValueError(f"layer {layer_idx} is not in the order that was announced")
-        slot = self._slot_of[layer_idx]
-        if slot.in_use:
-            raise ValueError(f"layer {layer_idx}: its slot is acquired, by layer {slot.layer_idx}")
-        if slot.layer_idx != layer_idx:
+        buffer = self._buffer_of[layer_idx]
+        if buffer.in_use:
+            raise ValueError(f"layer {layer_idx}: its buffer is acquired, by layer {buffer.layer_idx}")
+        if buffer.layer_idx != layer_idx:
             self._load(layer_idx)
         self._next = (self._next + ahead.index(layer_idx) + 1) % len(self._order)
-        if slot.loaded is not None:
-            self._engine.wait(slot.loaded)
-        slot.in_use = True
+        if buffer.loaded is not None:
+            self._engine.wait(buffer.loaded)
+        buffer.in_use = True
         return self._views[layer_idx]
 
     def release(self, layer_idx: int) -> None:
         if layer_idx in self._resident:
             return
-        slot = self._slot_of[layer_idx]
-        if not slot.in_use or slot.layer_idx != layer_idx:
+        buffer = self._buffer_of[layer_idx]
+        if not buffer.in_use or buffer.layer_idx != layer_idx:
             raise ValueError(f"layer {layer_idx} is not acquired")
-        slot.in_use, slot.released = False, self._engine.record()
+        buffer.in_use, buffer.released = False, self._engine.record()
         self._prefetch()
 
     @property
@@ -231,69 +233,69 @@ class DeviceStream:
 
     def join(self) -> None:
         """Arithmetic that is queued from here on waits for all copies: the end of a captured step."""
-        for slot in self._slots:
-            if slot.loaded is not None:
-                self._engine.wait(slot.loaded)
+        for buffer in self._buffers:
+            if buffer.loaded is not None:
+                self._engine.wait(buffer.loaded)
 
     def settle(self) -> None:
-        """Waits on the host until slots are at rest, and forgets how they came there: a graph may not wait for what
+        """Waits on the host until buffers are at rest, and forgets how they came there: a graph may not wait for what
         was queued before its capture."""
-        for slot in self._slots:
-            for event in (slot.loaded, slot.released):
+        for buffer in self._buffers:
+            for event in (buffer.loaded, buffer.released):
                 if event is not None:
                     event.synchronize()
-            slot.loaded = slot.released = None
+            buffer.loaded = buffer.released = None
 
     def rest(self) -> None:
-        """Before a captured pass, and before each time that it is queued again: slots hold the first layers, whatever a
-        pass that was interrupted left in them, and arithmetic waits for copies that are still on their way."""
+        """Before a captured pass, and before each time that it is queued again: buffers hold the first layers, whatever
+        an interrupted pass left in them, and arithmetic waits for copies that are still on their way."""
         self.begin(range(self._num_layers))
         self.join()
 
     def replayed(self) -> None:
-        """A captured pass has been queued again: it leaves the slots as it found them, in the middle of no copy."""
-        for slot in self._slots:
-            slot.loaded, slot.released = None, self._engine.record()
+        """A captured pass has been queued again: it leaves the buffers as it found them, in the middle of no copy."""
+        for buffer in self._buffers:
+            buffer.loaded, buffer.released = None, self._engine.record()
 
     def captured(self) -> None:
-        """A pass has been captured and nothing has run: slots are as ``settle`` left them. Events that were recorded
+        """A pass has been captured and nothing has run: buffers are as ``settle`` left them. Events that were recorded
         inside of a capture are edges of its graph; CUDA refuses to wait for them anywhere else."""
-        for slot in self._slots:
-            slot.loaded = slot.released = None
+        for buffer in self._buffers:
+            buffer.loaded = buffer.released = None
 
     def abandon(self) -> None:
-        """A capture that failed: what it queued will never happen, slots hold nothing."""
-        for slot in self._slots:
-            slot.layer_idx = slot.loaded = slot.released = None
-            slot.in_use = False
+        """A capture that failed: what it queued will never happen, buffers hold nothing."""
+        for buffer in self._buffers:
+            buffer.layer_idx = buffer.loaded = buffer.released = None
+            buffer.in_use = False
         self._order, self._next = (), 0
 
     def _upcoming(self) -> tuple[int, ...]:
         return self._order[self._next :] + self._order[: self._next]
 
     def _fetch_order(self) -> tuple[int, ...]:
-        """One turn of the order, from the first layer on that no slot holds: what will be taken from the host next."""
-        held = [self._slot_of[i].layer_idx == i for i in self._order]
+        """The order, rotated to start at the first layer that no buffer holds: what is taken from the host next."""
+        held = [self._buffer_of[i].layer_idx == i for i in self._order]
         first = held.index(False) if False in held else 0
         return self._order[first:] + self._order[:first]
 
     def _prefetch(self) -> None:
-        """Copies of the layers that come next, as far as their slots are free and their bytes there."""
-        awaited: set[int] = set()  # slots of layers that come earlier
+        """Copies of the layers that come next, as far as their buffers are free and their bytes there."""
+        awaited: set[int] = set()  # buffers of layers that come earlier
         for layer_idx in self._upcoming():
-            slot = self._slot_of[layer_idx]
-            if slot.in_use or id(slot) in awaited:
+            buffer = self._buffer_of[layer_idx]
+            if buffer.in_use or id(buffer) in awaited:
                 return
-            awaited.add(id(slot))
-            if slot.layer_idx != layer_idx:
+            awaited.add(id(buffer))
+            if buffer.layer_idx != layer_idx:
                 if not self._tiers[layer_idx].is_ready(layer_idx):
                     return
                 self._load(layer_idx)
 
     def _load(self, layer_idx: int) -> None:
-        slot, tier = self._slot_of[layer_idx], self._tiers[layer_idx]
+        buffer, tier = self._buffer_of[layer_idx], self._tiers[layer_idx]
         source = tier.take(layer_idx)
-        slot.layer_idx = None
-        slot.loaded = self._engine.copy(slot.memory[: self._sizes[layer_idx]], source, slot.released)
-        slot.released, slot.layer_idx = None, layer_idx
-        tier.copied(layer_idx, slot.loaded)
+        buffer.layer_idx = None
+        buffer.loaded = self._engine.copy(buffer.memory[: self._sizes[layer_idx]], source, buffer.released)
+        buffer.released, buffer.layer_idx = None, layer_idx
+        tier.copied(layer_idx, buffer.loaded)

@@ -1,6 +1,6 @@
 """Checkpoint -> blobs, in memory and in the packed file, in one pass.
 
-Host memory while loading is what stays (resident weights, stream slots) and, where there is no packed file to read
+Host memory while loading is what stays (resident weights, stream buffers) and, where there is no packed file to read
 from, two layers as the checkpoint has them, and the block of one matrix that is being unpacked.
 """
 
@@ -64,11 +64,11 @@ def load_weights(
     *,
     resident: Collection[int] | None = None,
     in_host: Collection[int] = (),
-    num_slots: int = 2,
+    num_buffers: int = 2,
     packed_folder: Path | None = None,
 ) -> ModelWeights:
     """``resident``: the layers that stay where they are computed (None: all); the others are streamed through
-    ``num_slots`` slots: those ``in_host`` from pinned memory to the GPU, the rest from the packed file in
+    ``num_buffers`` buffers: those ``in_host`` from pinned memory to the GPU, the rest from the packed file in
     ``packed_folder`` (default: the user's cache), which is written first where there is none. Where nothing is read
     from it later no packed file is written, and one is read only if the folder is given.
 
@@ -84,9 +84,9 @@ def load_weights(
     with ExitStack() as stack:
         memory: WeightMemory
         if ops.target.kind == "cuda":
-            memory = DeviceWeights(blobs, kept, in_host, num_slots, ops.device, stack)
+            memory = DeviceWeights(blobs, kept, in_host, num_buffers, ops.device, stack)
         else:
-            memory = HostWeights(blobs, kept, num_slots, stack)
+            memory = HostWeights(blobs, kept, num_buffers, stack)
         loader = _Loader(checkpoint, config, quant, manifest, ops, memory, progress or (lambda done, total: None))
         weights = loader.load(stack, packed_folder, from_disk)
         trim_heap()

@@ -17,7 +17,7 @@ from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.weights.device_stream import DeviceStream, DiskLayers, HostCopyEngine, PinnedLayers, TorchCopyEngine
 from exl.weights.packed import PackedFile
-from exl.weights.stream import LayerStream, ResidentWeights, Slot, SlotReader, WeightSource
+from exl.weights.stream import BufferReader, LayerStream, ReadBuffer, ResidentWeights, WeightSource
 
 
 class WeightMemory(Protocol):
@@ -41,26 +41,26 @@ class WeightMemory(Protocol):
 
 
 class HostWeights:
-    """A CPU's: resident layers, and slots that a reader fills from the packed file."""
+    """A CPU's: resident layers, and buffers that a reader fills from the packed file."""
 
     def __init__(
-        self, layouts: Sequence[LayerLayout], resident: Collection[int], num_slots: int, stack: ExitStack
+        self, layouts: Sequence[LayerLayout], resident: Collection[int], num_buffers: int, stack: ExitStack
     ) -> None:
         """``layouts`` of all blobs; ``resident`` layers; slabs are given back when ``stack`` closes."""
-        self._layouts, self._num_slots = layouts, num_slots
+        self._layouts, self._num_buffers = layouts, num_buffers
         self._resident, self._streamed = _split(layouts, resident)
         sizes = [layout.num_bytes for layout in layouts]
-        slot_bytes = max((sizes[1 + i] for i in self._streamed), default=0)
+        buffer_bytes = max((sizes[1 + i] for i in self._streamed), default=0)
         self._stack = stack
         layer_bytes = [sizes[1 + i] for i in self._resident]
         self.slabs = {
             "embedding": sizes[0],
             "layers": sum(layer_bytes),
             "head": sizes[-1],
-            "slots": num_slots * slot_bytes,
+            "stream buffers": num_buffers * buffer_bytes,
         }
         slabs = {purpose: _host_slab(num_bytes, purpose, stack) for purpose, num_bytes in self.slabs.items()}
-        self._slots = slabs["slots"]
+        self._buffers = slabs["stream buffers"]
         memory = torch.from_numpy(slabs["layers"].array)
         pieces = memory.split(layer_bytes) if layer_bytes else ()
         self._blobs = {1 + i: piece for i, piece in zip(self._resident, pieces, strict=True)}
@@ -71,7 +71,7 @@ class HostWeights:
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._blobs:
             return self._blobs[blob_idx]
-        return torch.from_numpy(self._slots.array)[: self._layouts[blob_idx].num_bytes].zero_()
+        return torch.from_numpy(self._buffers.array)[: self._layouts[blob_idx].num_bytes].zero_()
 
     def filled(self, blob_idx: int) -> None:
         pass
@@ -85,13 +85,13 @@ class HostWeights:
         if not self._streamed:
             return ResidentWeights([views[i] for i in self._resident])
         blobs = {i: 1 + i for i in self._streamed}
-        stream = LayerStream(layers, views, packed, blobs, self._slots, self._num_slots)
+        stream = LayerStream(layers, views, packed, blobs, self._buffers, self._num_buffers)
         self._stack.callback(stream.close)
         return stream
 
 
 class DeviceWeights:
-    """A GPU's: resident blobs in one slab, and slots that are filled from pinned layers, or from the disk through
+    """A GPU's: resident blobs in one slab, and buffers that are filled from pinned layers, or from the disk through
     pinned read buffers."""
 
     def __init__(
@@ -99,7 +99,7 @@ class DeviceWeights:
         layouts: Sequence[LayerLayout],
         resident: Collection[int],
         in_host: Collection[int],
-        num_slots: int,
+        num_buffers: int,
         device: torch.device,
         stack: ExitStack,
     ) -> None:
@@ -110,20 +110,20 @@ class DeviceWeights:
         self._in_host = [i for i in streamed if i in in_host]
         self._on_disk = [i for i in streamed if i not in in_host]
         sizes = [layout.num_bytes for layout in layouts]
-        self._slot_bytes = max((sizes[1 + i] for i in streamed), default=0)
+        self._buffer_bytes = max((sizes[1 + i] for i in streamed), default=0)
         on_device = [0, *(1 + i for i in self._resident), len(sizes) - 1]
         pinned_bytes = [sizes[1 + i] for i in self._in_host]
         self.slabs = {
             "weights": sum(sizes[i] for i in on_device),
-            "slots": num_slots * self._slot_bytes,
+            "stream buffers": num_buffers * self._buffer_bytes,
             "pinned layers": sum(pinned_bytes),
-            "pinned read buffers": num_slots * max((sizes[1 + i] for i in self._on_disk), default=0),
+            "pinned read buffers": num_buffers * max((sizes[1 + i] for i in self._on_disk), default=0),
         }
-        self._num_slots = num_slots
+        self._num_buffers = num_buffers
         slab = device_tensor(self.slabs["weights"], device, "weights")
         pieces = slab.split([sizes[i] for i in on_device])
         self._blobs = dict(zip(on_device, pieces, strict=True))
-        self._slots = device_tensor(self.slabs["slots"], device, "stream slots")
+        self._buffers = device_tensor(self.slabs["stream buffers"], device, "stream buffers")
         memory = self._pinned("pinned layers", pinned_bytes).array
         host = torch.from_numpy(memory).split(pinned_bytes) if pinned_bytes else ()
         self._host_blobs = {1 + i: piece for i, piece in zip(self._in_host, host, strict=True)}
@@ -163,13 +163,15 @@ class DeviceWeights:
         if self._on_disk:
             tiers.append((self._on_disk, self._disk_layers(packed)))
         engine = TorchCopyEngine(self._device) if self._device.type == "cuda" else HostCopyEngine()
-        return DeviceStream(layers, views, tiers, self._slots.split(self._slot_bytes), engine)
+        return DeviceStream(layers, views, tiers, self._buffers.split(self._buffer_bytes), engine)
 
     def _disk_layers(self, packed: PackedFile) -> DiskLayers:
         sizes = {i: self._layouts[1 + i].num_bytes for i in self._on_disk}
-        buffers = self._pinned("pinned read buffers", [max(sizes.values())] * self._num_slots).array
-        arrays = [buffers[i * len(buffers) // self._num_slots :][: max(sizes.values())] for i in range(self._num_slots)]
-        reader = SlotReader(packed, {i: 1 + i for i in self._on_disk}, sizes, [Slot(array) for array in arrays])
+        buffers = self._pinned("pinned read buffers", [max(sizes.values())] * self._num_buffers).array
+        arrays = [
+            buffers[i * len(buffers) // self._num_buffers :][: max(sizes.values())] for i in range(self._num_buffers)
+        ]
+        reader = BufferReader(packed, {i: 1 + i for i in self._on_disk}, sizes, [ReadBuffer(array) for array in arrays])
         self._stack.callback(reader.close)
         return DiskLayers(reader, [torch.from_numpy(array) for array in arrays], sizes)
 

@@ -65,23 +65,23 @@ class StreamStats:
 
 
 @dataclass
-class Slot:
+class ReadBuffer:
     array: NDArray[np.uint8]  # page-aligned
     layer_idx: int | None = None  # the layer it holds, completely read; None: none
     num_users: int = 0  # acquired and not yet released
 
 
-class SlotReader:
-    """Slots, and the thread that fills them. Has no reference to the ``LayerStream``, so as not to keep it alive.
+class BufferReader:
+    """Buffers, and the thread that fills them. Has no reference to the ``LayerStream``, so as not to keep it alive.
 
-    The next layer to read depends only on the order, the position in it and the slots' contents: the slots should hold
-    the next layers in order. So a new order needs no special case: layers it can use stay, others are overwritten.
+    The next layer to read depends only on the order, the position in it and the buffers' contents: the buffers should
+    hold the next layers in order. So a new order needs no special case: layers it can use stay, others are overwritten.
     """
 
     def __init__(
-        self, packed: PackedFile, blob_indices: Mapping[int, int], sizes: Mapping[int, int], slots: list[Slot]
+        self, packed: PackedFile, blob_indices: Mapping[int, int], sizes: Mapping[int, int], buffers: list[ReadBuffer]
     ):
-        self.packed, self.slots, self.stats = packed, slots, StreamStats()
+        self.packed, self.buffers, self.stats = packed, buffers, StreamStats()
         self._blob_indices, self._sizes = blob_indices, sizes
         self._order: tuple[int, ...] = ()
         self._next = 0  # position in the order of the layer to be acquired next
@@ -96,23 +96,23 @@ class SlotReader:
 
     def begin(self, order: tuple[int, ...]) -> None:
         with self._changed:
-            for slot in self.slots:
-                slot.num_users = 0  # an interrupted pass may have left users
+            for buffer in self.buffers:
+                buffer.num_users = 0  # an interrupted pass may have left users
             self._failure = None
             self._order, self._next = order, 0
             self._changed.notify_all()
 
     def acquire(self, layer_idx: int) -> int:
-        """Waits for the layer and returns the index of the slot that holds it."""
+        """Waits for the layer and returns the index of the buffer that holds it."""
         with self._changed:
             self._go_to(layer_idx)
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is None:
-                slot_idx = self._wait_for(layer_idx)
-            self.slots[slot_idx].num_users += 1
+            buffer_idx = self._holder(layer_idx)
+            if buffer_idx is None:
+                buffer_idx = self._wait_for(layer_idx)
+            self.buffers[buffer_idx].num_users += 1
             self._next = (self._next + 1) % len(self._order)
             self._changed.notify_all()
-            return slot_idx
+            return buffer_idx
 
     def _go_to(self, layer_idx: int) -> None:
         ahead = self._upcoming()
@@ -125,11 +125,11 @@ class SlotReader:
 
     def _wait_for(self, layer_idx: int) -> int:
         began = time.perf_counter()
-        if all(slot.num_users for slot in self.slots):
-            raise ValueError(f"layer {layer_idx}: all {len(self.slots)} slots are acquired, release one first")
+        if all(buffer.num_users for buffer in self.buffers):
+            raise ValueError(f"layer {layer_idx}: all {len(self.buffers)} buffers are acquired, release one first")
         while True:
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is not None:
+            buffer_idx = self._holder(layer_idx)
+            if buffer_idx is not None:
                 break
             if self._failure is not None:
                 failed_idx, error = self._failure
@@ -146,14 +146,14 @@ class SlotReader:
         self.stats = replace(
             self.stats, num_waits=self.stats.num_waits + 1, wait_seconds=self.stats.wait_seconds + waited
         )
-        return slot_idx
+        return buffer_idx
 
     def release(self, layer_idx: int) -> None:
         with self._changed:
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is None or not self.slots[slot_idx].num_users:
+            buffer_idx = self._holder(layer_idx)
+            if buffer_idx is None or not self.buffers[buffer_idx].num_users:
                 raise ValueError(f"layer {layer_idx} is not acquired")
-            self.slots[slot_idx].num_users -= 1
+            self.buffers[buffer_idx].num_users -= 1
             self._changed.notify_all()
 
     def holds(self, layer_idx: int) -> bool:
@@ -166,7 +166,7 @@ class SlotReader:
 
     def close(self) -> bool:
         """Stops the thread. Returns False if it does not end within 10 s: then it hangs in a read and may still write
-        to its slot."""
+        to its buffer."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -177,7 +177,7 @@ class SlotReader:
     # State; the caller holds the lock
 
     def _holder(self, layer_idx: int) -> int | None:
-        return next((i for i, slot in enumerate(self.slots) if slot.layer_idx == layer_idx), None)
+        return next((i for i, buffer in enumerate(self.buffers) if buffer.layer_idx == layer_idx), None)
 
     def _upcoming(self) -> tuple[int, ...]:
         """The whole order, from the current position on; after the last layer comes the first, for the next pass."""
@@ -187,20 +187,20 @@ class SlotReader:
         return not self._reading and (self._closed or self._failure is not None or self._choose() is None)
 
     def _choose(self) -> tuple[int, int] | None:
-        """(layer to read, index of the slot to overwrite); None if there is nothing to do."""
-        needed: set[int] = set()  # slots with layers that come before the one to read
+        """(layer to read, index of the buffer to overwrite); None if there is nothing to do."""
+        needed: set[int] = set()  # buffers with layers that come before the one to read
         for layer_idx in self._upcoming():
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is not None:
-                needed.add(slot_idx)
+            buffer_idx = self._holder(layer_idx)
+            if buffer_idx is not None:
+                needed.add(buffer_idx)
                 continue
-            free = [i for i, slot in enumerate(self.slots) if not slot.num_users and i not in needed]
+            free = [i for i, buffer in enumerate(self.buffers) if not buffer.num_users and i not in needed]
             return (layer_idx, max(free, key=self._distance)) if free else None
         return None
 
-    def _distance(self, slot_idx: int) -> int:
-        """How many layers come before the slot's layer is used again."""
-        held, ahead = self.slots[slot_idx].layer_idx, self._upcoming()
+    def _distance(self, buffer_idx: int) -> int:
+        """How many layers come before the buffer's layer is used again."""
+        held, ahead = self.buffers[buffer_idx].layer_idx, self._upcoming()
         return ahead.index(held) if held in ahead else len(ahead)
 
     # Runs in the reader thread
@@ -217,11 +217,11 @@ class SlotReader:
                     choice = self._choose() if self._failure is None else None
                     if choice is None:
                         self._changed.wait()
-                layer_idx, slot_idx = choice
+                layer_idx, buffer_idx = choice
                 self._reading = True
-                self.slots[slot_idx].layer_idx = None
+                self.buffers[buffer_idx].layer_idx = None
             try:
-                complete = self._read(layer_idx, slot_idx)
+                complete = self._read(layer_idx, buffer_idx)
             except CheckpointError as error:
                 with self._changed:
                     self._failure = (layer_idx, error)
@@ -232,19 +232,19 @@ class SlotReader:
                 continue
             if complete:
                 with self._changed:
-                    self.slots[slot_idx].layer_idx = layer_idx
+                    self.buffers[buffer_idx].layer_idx = layer_idx
                     self.stats = replace(
                         self.stats,
                         num_reads=self.stats.num_reads + 1,
                         bytes_read=self.stats.bytes_read + self._sizes[layer_idx],
                     )
 
-    def _read(self, layer_idx: int, slot_idx: int) -> bool:
+    def _read(self, layer_idx: int, buffer_idx: int) -> bool:
         def is_wanted() -> bool:
             with self._changed:
-                return not self._closed and layer_idx in self._upcoming()[: len(self.slots)]
+                return not self._closed and layer_idx in self._upcoming()[: len(self.buffers)]
 
-        out = self.slots[slot_idx].array[: self._sizes[layer_idx]]
+        out = self.buffers[buffer_idx].array[: self._sizes[layer_idx]]
         return self.packed.read_blob(self._blob_indices[layer_idx], out, is_wanted)
 
 
@@ -254,7 +254,7 @@ class LayerStream:
 
     ``acquire`` waits for the layer; its weights are valid until ``release``. Only one pass runs at a time; ``begin``
     ends an interrupted one. ``acquire`` raises errors of the reader as ``CheckpointError`` that names the file. Owns
-    and closes ``packed`` and ``slots``; ``resident`` (views by layer) is memory that the caller owns.
+    and closes ``packed`` and ``buffers``; ``resident`` (views by layer) is memory that the caller owns.
     """
 
     def __init__(
@@ -263,30 +263,30 @@ class LayerStream:
         resident: Mapping[int, LayerWeights],
         packed: PackedFile,
         blob_indices: Mapping[int, int],
-        slots: HostBuffer,
-        num_slots: int,
+        buffers: HostBuffer,
+        num_buffers: int,
     ) -> None:
-        """``blob_indices``: streamed layer -> its blob in ``packed``. ``slots``: ``num_slots`` x the largest layer."""
+        """``blob_indices``: streamed layer -> its blob in ``packed``. ``buffers``: ``num_buffers`` largest layers."""
         self._layouts, self._resident = tuple(layouts), dict(resident)
-        self._slots, self._packed = slots, packed
+        self._buffers, self._packed = buffers, packed
         self._num_layers = len(self._layouts)
         sizes = {i: self._layouts[i].num_bytes for i in blob_indices}
-        slot_bytes = max(sizes.values())
-        if num_slots < 1 or slots.num_bytes != num_slots * slot_bytes:
-            raise ValueError(f"{slots.num_bytes} bytes for {num_slots} slots of {slot_bytes}")
+        buffer_bytes = max(sizes.values())
+        if num_buffers < 1 or buffers.num_bytes != num_buffers * buffer_bytes:
+            raise ValueError(f"{buffers.num_bytes} bytes for {num_buffers} buffers of {buffer_bytes}")
         if sizes.keys() & self._resident.keys() or len(sizes) + len(self._resident) != self._num_layers:
             raise ValueError("each layer must be either resident or streamed")
-        memory = torch.from_numpy(slots.array)
-        self._tensors = [memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(num_slots)]
+        memory = torch.from_numpy(buffers.array)
+        self._tensors = [memory[i * buffer_bytes : (i + 1) * buffer_bytes] for i in range(num_buffers)]
         self._views: dict[tuple[int, int], LayerWeights] = {}
-        self._reader = SlotReader(
+        self._reader = BufferReader(
             packed,
             dict(blob_indices),
             sizes,
-            [Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
+            [ReadBuffer(buffers.array[i * buffer_bytes : (i + 1) * buffer_bytes]) for i in range(num_buffers)],
         )
         # Runs even if nobody calls close(), at the latest when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._reader, packed, slots)
+        self._finalizer = weakref.finalize(self, _close, self._reader, packed, buffers)
         self.begin(range(self._num_layers))
 
     @property
@@ -305,12 +305,12 @@ class LayerStream:
         self._check_open()
         if layer_idx in self._resident:
             return self._resident[layer_idx]
-        slot_idx = self._reader.acquire(layer_idx)
-        weights = self._views.get((layer_idx, slot_idx))
+        buffer_idx = self._reader.acquire(layer_idx)
+        weights = self._views.get((layer_idx, buffer_idx))
         if weights is None:
             layout = self._layouts[layer_idx]
-            weights = LayerWeights.view(layout, self._tensors[slot_idx][: layout.num_bytes])
-            self._views[layer_idx, slot_idx] = weights
+            weights = LayerWeights.view(layout, self._tensors[buffer_idx][: layout.num_bytes])
+            self._views[layer_idx, buffer_idx] = weights
         return weights
 
     def release(self, layer_idx: int) -> None:
@@ -326,7 +326,7 @@ class LayerStream:
         return self._reader.wait_until_idle(timeout_seconds)
 
     def close(self) -> None:
-        """Ends the thread and frees the slots. Later calls of ``begin`` and ``acquire`` raise ``ExlError``."""
+        """Ends the thread and frees the buffers. Later calls of ``begin`` and ``acquire`` raise ``ExlError``."""
         self._finalizer()
 
     def _check_open(self) -> None:
@@ -334,7 +334,7 @@ class LayerStream:
             raise ExlError("the weights are closed")
 
 
-def _close(reader: SlotReader, packed: PackedFile, slots: HostBuffer) -> None:
+def _close(reader: BufferReader, packed: PackedFile, buffers: HostBuffer) -> None:
     if reader.close():  # else the thread still uses both
         packed.close()
-        slots.close()
+        buffers.close()

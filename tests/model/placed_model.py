@@ -33,7 +33,7 @@ class PlacedModel:
         folder: Path,
         packed_folder: Path | None,
         resident=(),
-        num_slots: int = 2,
+        num_buffers: int = 2,
         progress: Progress | None = None,
     ):
         with open_model(folder) as files:
@@ -55,7 +55,7 @@ class PlacedModel:
             self.weights = load_weights(
                 *(files.checkpoint, config, files.quant, files.manifest, ops, progress),
                 resident=resident,
-                num_slots=num_slots,
+                num_buffers=num_buffers,
                 packed_folder=packed_folder,
             )
             self.sizes = [layout.num_bytes for layout in files.manifest.layouts(ops.target).layers]
