@@ -68,8 +68,10 @@ class Engine:
     def close(self) -> None:
         """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards. A GPU's memory
         goes with the last reference to the engine."""
-        self.synchronize()  # copies that are on their way read pages that are about to go
-        self.owned.close()
+        try:
+            self.synchronize()  # copies that are on their way read pages that are about to go
+        finally:
+            self.owned.close()
 
 
 def load_engine(

@@ -8,17 +8,21 @@ captured in a CUDA graph, copies included (``settle`` before, ``join`` at its en
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from exl.errors import ExlError
 from exl.layout.layers import LayerLayout
 from exl.memory.device import record_event
 from exl.ops.base import LayerWeights
-from exl.weights.stream import BufferReader
+from exl.weights.reader import BufferReader
 
 
 class Event(Protocol):
@@ -96,12 +100,17 @@ class HostLayers(Protocol):
 
     def copied(self, layer_idx: int, event: Event) -> None: ...
 
+    def close(self) -> None:
+        """Gives the memory back. All copies have ended. May be called again."""
+
 
 class PinnedLayers:
     """All of them in memory."""
 
-    def __init__(self, blobs: Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, blobs: Mapping[int, torch.Tensor], owned: ExitStack | None = None) -> None:
+        """``owned`` closes the memory of ``blobs``; it is emptied, because from here on ``close`` does."""
         self._blobs = dict(blobs)
+        self._owned = ExitStack() if owned is None else owned.pop_all()
 
     def begin(self, order: Sequence[int]) -> None:
         pass
@@ -115,12 +124,17 @@ class PinnedLayers:
     def copied(self, layer_idx: int, event: Event) -> None:
         pass
 
+    def close(self) -> None:
+        self._owned.close()
+
 
 class DiskLayers:
     """Read by a thread into buffers in host memory, each of which is free again when its copy to the device is done."""
 
-    def __init__(self, reader: BufferReader, buffers: Sequence[torch.Tensor], sizes: Mapping[int, int]) -> None:
-        self._reader, self._buffers, self._sizes = reader, tuple(buffers), dict(sizes)
+    def __init__(self, reader: BufferReader) -> None:
+        """``reader`` is closed with the layers."""
+        self._reader = reader
+        self._buffers = [torch.from_numpy(buffer.array) for buffer in reader.buffers]
         self._copies: deque[tuple[int, Event]] = deque()  # on their way, in order
 
     def begin(self, order: Sequence[int]) -> None:
@@ -133,7 +147,7 @@ class DiskLayers:
 
     def take(self, layer_idx: int) -> torch.Tensor:
         self._collect(wait=not self._reader.holds(layer_idx))  # the thread may need their buffers to go on
-        return self._buffers[self._reader.acquire(layer_idx)][: self._sizes[layer_idx]]
+        return self._buffers[self._reader.acquire(layer_idx)][: self._reader.sizes[layer_idx]]
 
     def copied(self, layer_idx: int, event: Event) -> None:
         self._copies.append((layer_idx, event))
@@ -144,6 +158,9 @@ class DiskLayers:
             event.synchronize()
             self._reader.release(layer_idx)
 
+    def close(self) -> None:
+        self._reader.close()
+
 
 @dataclass
 class _DeviceBuffer:
@@ -153,9 +170,16 @@ class _DeviceBuffer:
     released: Event | None = None  # the last arithmetic that read it
     in_use: bool = False  # acquired and not released
 
+    def wait(self) -> None:
+        """Until its copy has ended and its last reader too, on the host."""
+        for event in (self.loaded, self.released):
+            if event is not None:
+                event.synchronize()
+
 
 class DeviceStream:
-    """A ``WeightSource``: some layers on the device for good, the others copied to ``buffers`` ahead of their turn."""
+    """A ``WeightSource``: some layers on the device for good, the others copied to ``buffers`` ahead of their turn.
+    ``close`` waits for the copies and then closes ``host``."""
 
     def __init__(
         self,
@@ -186,9 +210,14 @@ class DeviceStream:
         }
         self._order: tuple[int, ...] = ()
         self._next = 0  # place in the order of the layer to be acquired next
+        # Runs even if nobody calls close(), except when the interpreter exits: then CUDA may be gone already, and the
+        # system takes the memory back.
+        self._finalizer = weakref.finalize(self, _close, self._buffers, [tier for _, tier in self._host], os.getpid())
+        self._finalizer.atexit = False
         self.begin(range(len(layouts)))
 
     def begin(self, order: Sequence[int]) -> None:
+        self._check_open()
         for buffer in self._buffers:
             if buffer.in_use:  # of a pass that was interrupted
                 buffer.in_use, buffer.released = False, self._engine.record()
@@ -201,6 +230,7 @@ class DeviceStream:
 
     def acquire(self, layer_idx: int) -> LayerWeights:
         """Arithmetic that is queued from here on finds the layer in its buffer, until ``release``."""
+        self._check_open()
         if layer_idx in self._resident:
             return self._resident[layer_idx]
         ahead = self._upcoming()
@@ -241,9 +271,7 @@ class DeviceStream:
         """Waits on the host until buffers are at rest, and forgets how they came there: a graph may not wait for what
         was queued before its capture."""
         for buffer in self._buffers:
-            for event in (buffer.loaded, buffer.released):
-                if event is not None:
-                    event.synchronize()
+            buffer.wait()
             buffer.loaded = buffer.released = None
 
     def rest(self) -> None:
@@ -269,6 +297,15 @@ class DeviceStream:
             buffer.layer_idx = buffer.loaded = buffer.released = None
             buffer.in_use = False
         self._order, self._next = (), 0
+
+    def close(self) -> None:
+        """Waits until no copy is on its way, then gives back the host's memory and ends the reader. Later calls of
+        ``begin`` and ``acquire`` raise ``ExlError``. May be called again."""
+        self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ExlError("the weights are closed")
 
     def _upcoming(self) -> tuple[int, ...]:
         return self._order[self._next :] + self._order[: self._next]
@@ -299,3 +336,13 @@ class DeviceStream:
         buffer.loaded = self._engine.copy(buffer.memory[: self._sizes[layer_idx]], source, buffer.released)
         buffer.released, buffer.layer_idx = None, layer_idx
         tier.copied(layer_idx, buffer.loaded)
+
+
+def _close(buffers: Sequence[_DeviceBuffer], tiers: Sequence[HostLayers], process: int) -> None:
+    if os.getpid() != process:  # forked: neither the device nor the page-locked memory is there
+        return
+    with ExitStack() as stack:  # all of them, even if the device reports an error
+        for tier in tiers:
+            stack.callback(tier.close)
+        for buffer in buffers:
+            buffer.wait()

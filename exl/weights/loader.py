@@ -88,9 +88,7 @@ def load_weights(
         else:
             memory = HostWeights(blobs, kept, num_buffers, stack)
         loader = _Loader(checkpoint, config, quant, manifest, ops, memory, progress or (lambda done, total: None))
-        weights = loader.load(stack, packed_folder, from_disk)
-        trim_heap()
-        return weights
+        return loader.load(stack, packed_folder, from_disk)
 
 
 class _Loader:
@@ -114,11 +112,12 @@ class _Loader:
     def load(self, stack: ExitStack, packed_folder: Path | None, from_disk: bool) -> ModelWeights:
         packed = None
         if from_disk or packed_folder is not None:
-            packed = self._read_packed(packed_folder or default_packed_folder(), stack)
+            packed = self._read_packed(packed_folder or default_packed_folder())
         if packed is None and from_disk:
-            packed = self._pack_to_file(packed_folder or default_packed_folder(), stack)
+            packed = self._pack_to_file(packed_folder or default_packed_folder())
         elif packed is None:
             self._pack(None)
+        trim_heap()
         return self._assemble(packed, stack)
 
     # from the packed file
@@ -127,13 +126,13 @@ class _Loader:
         packer = f"torch {torch.__version__}"
         return packed_key(self.checkpoint, self.quant, self.all_layouts, self.ops.target, packer)
 
-    def _read_packed(self, folder: Path, stack: ExitStack) -> PackedFile | None:
+    def _read_packed(self, folder: Path) -> PackedFile | None:
         """Fills the blobs that stay from a valid packed file. None: there is none, or one that turned out damaged."""
         key = self._key()
         packed = PackedFile.open(packed_path(folder, self.checkpoint.path, key), key, self.sizes)
         if packed is None:
             return None
-        stack.callback(packed.close)
+        self.memory.reading.callback(packed.close)
         try:
             self._read_blobs(packed)
             return packed
@@ -168,7 +167,7 @@ class _Loader:
 
     # from the checkpoint
 
-    def _pack_to_file(self, folder: Path, stack: ExitStack) -> PackedFile:
+    def _pack_to_file(self, folder: Path) -> PackedFile:
         key, stamps = self._key(), self.checkpoint.modified_ns
         path = packed_path(folder, self.checkpoint.path, key)
         with PackedWriter(path, key, source_name(self.checkpoint.path), self.sizes) as writer:
@@ -180,7 +179,7 @@ class _Loader:
         packed = PackedFile.open(path, key, self.sizes)
         if packed is None:
             raise CheckpointError(f"{path}: packed weights were changed right after they had been written")
-        stack.callback(packed.close)
+        self.memory.reading.callback(packed.close)
         return packed
 
     def _pack(self, writer: PackedWriter | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.weights.device_stream import DeviceStream, DiskLayers, PinnedLayers
 from exl.weights.packed import PackedFile, PackedWriter
-from exl.weights.stream import BufferReader, ReadBuffer
+from exl.weights.reader import BufferReader
 from tests.host.captures import Captures
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
@@ -184,11 +185,14 @@ class Model:
             writer.commit()
         self.packed = PackedFile.open(folder / "packed", bytes(32), sizes)
         self.memory = [HostBuffer(TINY.num_bytes, "read buffer") for _ in range(2)]
-        numbers = dict.fromkeys(on_disk, TINY.num_bytes)
+        owned = ExitStack()
+        for thing in (self.packed, *self.memory):
+            owned.callback(thing.close)
         self.reader = BufferReader(
-            self.packed, {i: i for i in on_disk}, numbers, [ReadBuffer(m.array) for m in self.memory]
+            *(self.packed, {i: i for i in on_disk}, dict.fromkeys(on_disk, TINY.num_bytes)),
+            *([m.array for m in self.memory], owned),
         )
-        return DiskLayers(self.reader, [torch.from_numpy(m.array) for m in self.memory], numbers)
+        return DiskLayers(self.reader)
 
     def run_layer(self, layer_idx: int) -> None:
         weights = self.stream.acquire(layer_idx)
@@ -207,7 +211,6 @@ class Model:
     def close(self) -> None:
         if self.reader is not None:
             self.reader.close()
-            self.packed.close()
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:

@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from exl.ops.base import LayerWeights
 from exl.sampling import SamplingParams
 from exl.weights import placement
 from exl.weights.packed import PackedFile, PackedWriter
+from exl.weights.reader import BufferReader
 from exl.weights.stream import LayerStream, ResidentWeights
 from tests.model import test_quantized
 from tests.model.hf_models import CASES, build, save
@@ -156,9 +158,14 @@ def tiny_stream(folder: Path, num_layers: int, num_buffers: int, resident=()) ->
         writer.commit()
     views = {i: LayerWeights.view(_TINY, torch.from_numpy(contents[i])) for i in resident}
     streamed = {i: i for i in range(num_layers) if i not in resident}
-    buffers = HostBuffer(num_buffers * _TINY.num_bytes, "buffers")
+    buffers = [HostBuffer(_TINY.num_bytes, "stream buffer") for _ in range(num_buffers)]
     packed = PackedFile.open(path, bytes(32), sizes)
-    stream = LayerStream([_TINY] * num_layers, views, packed, streamed, buffers, num_buffers)
+    owned = ExitStack()
+    for thing in (packed, *buffers):
+        owned.callback(thing.close)
+    arrays = [buffer.array for buffer in buffers]
+    reader = BufferReader(packed, streamed, dict.fromkeys(streamed, _TINY.num_bytes), arrays, owned)
+    stream = LayerStream([_TINY] * num_layers, views, reader)
     return stream, [blob[:4096].tobytes() for blob in contents]
 
 
