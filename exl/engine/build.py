@@ -33,7 +33,7 @@ from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, pla
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.units import format_bytes
-from exl.weights.loader import ModelWeights, load_weights
+from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -93,18 +93,13 @@ def load_engine(
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
-            return load_weights(
-                files.checkpoint,
-                files.config,
-                files.quant,
-                files.manifest,
-                ops,
-                progress,
+            places = WeightPlaces(
                 resident=placement.resident if placement.num_streamed else None,
                 in_host=placement.on_tier(Tier.PINNED),
                 num_buffers=plan.num_buffers,
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
+            return load_weights(files, ops, places, progress)
 
         return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
 
@@ -134,16 +129,7 @@ def build_engine(
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
-        runner = Runner(
-            decoder=Decoder(files.config, ops),
-            weights=weights.source,
-            embed=weights.embed,
-            final_norm=weights.final_norm,
-            head=weights.head,
-            kv=kv,
-            limits=model.limits,
-            graphs=graphs,
-        )
+        runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
         eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
         short = min(_decode_prompt(model, backend), model.limits.max_rows)
         generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)

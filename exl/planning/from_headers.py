@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,13 @@ class EngineOptions:
     resident_layers: int | None = None  # no more than so many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
+        """``arguments``: a public function's ``locals()``, of which those with an option's name are taken."""
+        return cls(
+            **{field.name: arguments[field.name] for field in dataclasses.fields(cls) if field.name in arguments}
+        )
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -163,17 +170,7 @@ def plan(
     asked for by range requests. Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
     8.6), which need not be in this machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
     """
-    options = EngineOptions(
-        vram=vram,
-        ram=ram,
-        context=context,
-        kv_cache=kv_cache,
-        max_sequences=max_sequences,
-        prefill_chunk=prefill_chunk,
-        prefill_window=prefill_window,
-        resident_layers=resident_layers,
-        head=head,
-    )
+    options = EngineOptions.from_arguments(locals())
     if isinstance(arch, bool) or not isinstance(arch, int) or not _MIN_ARCH <= arch < _MAX_ARCH:
         raise ConfigError(f"arch: found {arch!r}, expected a compute capability, {_MIN_ARCH} or higher: 86 is 8.6")
     # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.

@@ -312,8 +312,8 @@ class DeviceStream:
 
     def _fetch_order(self) -> tuple[int, ...]:
         """The order, rotated to start at the first layer that no buffer holds: what is taken from the host next."""
-        held = [self._buffer_of[i].layer_idx == i for i in self._order]
-        first = held.index(False) if False in held else 0
+        is_loaded = [self._buffer_of[i].layer_idx == i for i in self._order]
+        first = is_loaded.index(False) if False in is_loaded else 0
         return self._order[first:] + self._order[:first]
 
     def _prefetch(self) -> None:

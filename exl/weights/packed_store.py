@@ -108,20 +108,20 @@ def clear_packed(folder: Path | None = None, model: Path | None = None) -> list[
     Raises ``ExlError`` that names what cannot be removed, such as a file in use on Windows; the others are gone then.
     """
     folder = default_packed_folder() if folder is None else folder
-    removed, kept = [], []
+    removed, failures = [], []
     for info in list_packed(folder):
         if model is not None and info.source != source_name(model):
             continue
         try:
             info.path.unlink(missing_ok=True)
         except OSError as error:
-            kept.append(f"{info.path}: cannot be removed: {error.strerror or error}")
+            failures.append(f"{info.path}: cannot be removed: {error.strerror or error}")
             continue
         removed.append(info)
     if folder.is_dir():
         remove_dead_parts(folder)
-    if kept:
-        raise ExlError("; ".join(kept))
+    if failures:
+        raise ExlError("; ".join(failures))
     return removed
 
 

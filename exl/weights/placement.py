@@ -33,7 +33,7 @@ from exl.weights.stream import LayerStream, ResidentWeights, WeightSource
 class WeightMemory(Protocol):
     """All memory of a model's weights, allocated when it is made."""
 
-    kept: Sequence[int]  # blobs that stay in memory; the others are streamed from the packed file
+    in_memory: Sequence[int]  # blobs that stay in memory; the others are streamed from the packed file
     slabs: Mapping[str, int]  # bytes by purpose
     reading: ExitStack  # closes the buffers of a reader and the packed file, until ``source`` hands them to the reader
 
@@ -45,7 +45,7 @@ class WeightMemory(Protocol):
         """The blob is complete: it goes where it is to stay."""
 
     def view(self, blob_idx: int) -> torch.Tensor:
-        """A kept blob where it stays: on the device, or pinned."""
+        """A blob of ``in_memory`` where it stays: on the device, or pinned."""
 
     def source(self, packed: PackedFile | None) -> WeightSource:
         """The layers, by their turn. ``packed`` is among what ``reading`` closes: from here on its reader closes it, or
@@ -82,7 +82,7 @@ class HostWeights:
         self._blobs = {1 + i: piece for i, piece in zip(self._resident, pieces, strict=True)}
         self._blobs[0] = torch.from_numpy(slabs["embedding"].array)
         self._blobs[len(sizes) - 1] = torch.from_numpy(slabs["head"].array)
-        self.kept = sorted(self._blobs)
+        self.in_memory = sorted(self._blobs)
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._blobs:
@@ -151,7 +151,7 @@ class DeviceWeights:
         memory = self._pinned("pinned layers", pinned_bytes, self._pinned_memory).array
         host = torch.from_numpy(memory).split(pinned_bytes) if pinned_bytes else ()
         self._host_blobs = {1 + i: piece for i, piece in zip(self._in_host, host, strict=True)}
-        self.kept = sorted((*self._blobs, *self._host_blobs))
+        self.in_memory = sorted((*self._blobs, *self._host_blobs))
         through = [i for i in range(len(sizes)) if i not in self._host_blobs]
         self._staging: HostBuffer | None = HostBuffer(max(sizes[i] for i in through), "staging")
 

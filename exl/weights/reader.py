@@ -184,8 +184,8 @@ class BufferReader:
 
     def _distance(self, buffer_idx: int) -> int:
         """How many layers come before the buffer's layer is used again."""
-        held, ahead = self.buffers[buffer_idx].layer_idx, self._upcoming()
-        return ahead.index(held) if held in ahead else len(ahead)
+        layer_idx, ahead = self.buffers[buffer_idx].layer_idx, self._upcoming()
+        return ahead.index(layer_idx) if layer_idx in ahead else len(ahead)
 
     # Runs in the reader thread
 
