@@ -37,7 +37,7 @@ from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
 
-# Up to so many tokens, a 4-bit prompt is quicker through a CPU's decode kernel than through dequantized panels.
+# 4-bit prompts up to this length are faster through a CPU's decode kernel than through dequantized panels.
 _MAX_DECODE_PROMPT = 32
 
 
@@ -46,7 +46,7 @@ class Engine:
     config: ModelConfig
     quant: QuantConfig | None
     plan: MemoryPlan
-    model: PlanInput  # layouts and limits that the plan was made of
+    model: PlanInput  # layouts and limits that the plan was made from
     generator: Generator
     weights: ModelWeights
     owned: ExitStack
@@ -61,15 +61,15 @@ class Engine:
         return self.generator.runner.decode_steps
 
     def synchronize(self) -> None:
-        """Waits until the device has done what it was given: for clocks."""
+        """Waits until the device has finished all queued work, for timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards. A GPU's memory
-        goes with the last reference to the engine."""
+        """Frees the weights' memory and ends the thread that reads layers. Nothing may be run afterwards. A GPU's
+        memory goes with the last reference to the engine."""
         try:
-            self.synchronize()  # copies that are on their way read pages that are about to go
+            self.synchronize()  # copies in flight still read the pages that are freed next
         finally:
             self.owned.close()
 
@@ -114,8 +114,8 @@ def build_engine(
     dependent: bool = True,
     graphs: bool = True,
 ) -> Engine:
-    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU, ``cpu`` as for
-    ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the
+    """Makes the plan and all parts as it says; ``load`` loads the weights. ``backend`` None: the CPU, ``cpu`` as for
+    ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, if the
     backend can."""
     if backend is not None:
         target = Target("cuda", None, backend.arch, backend.num_multiprocessors)
@@ -137,8 +137,8 @@ def build_engine(
 
 
 def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None]:
-    """The GPU that was asked for or that is there, with the VRAM that it may take; None is the CPU. Raises
-    ``ConfigError`` where a GPU was asked for and there is none that exl can use."""
+    """The GPU that was asked for or found, and the options with the VRAM that may be used; None is the CPU. Raises
+    ``ConfigError`` if a GPU was asked for and there is none that exl can use."""
     if options.device == "cpu":
         return options, None
     try:
@@ -147,7 +147,7 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
         if options.on_gpu:
             asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
             raise ConfigError(f"{asked}: found no GPU that exl can use ({error})") from None
-        if not isinstance(error, NoGpuError):  # whoever has a GPU wants to know why it is left alone
+        if not isinstance(error, NoGpuError):  # whoever has a GPU wants to know why it is not used
             _say_once(f"computing on the CPU: {_one_line(error)}")
         return options, None
     if len(options.vram_bytes) > 1:
@@ -163,12 +163,12 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
 
 @functools.cache
 def _say_once(text: str) -> None:
-    """However many models a process loads."""
+    """Once per process, however many models it loads."""
     logger.warning("%s", text)
 
 
 def _one_line(error: Exception) -> str:
-    """Further lines are logs and tables."""
+    """Only the first line: the others are logs and tables."""
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
 
 
@@ -213,7 +213,7 @@ def _make_ops(
 
 
 def _decode_prompt(model: PlanInput, backend: Backend | None) -> int:
-    """A prompt of so many tokens or fewer runs as decode rows, whose kernels are quicker there."""
+    """Prompts up to this length run as decode rows, whose kernels are faster there."""
     if backend is not None:
         return MAX_NEW_TOKENS
     return _MAX_DECODE_PROMPT if all(map(_all_int4, model.layers)) else 1

@@ -65,7 +65,7 @@ class Runner:
             ops.stage(())
 
     def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
-        """One new token a sequence, in a batch of the next power of two: few shapes, so few graphs."""
+        """One new token per sequence, in a batch padded to a power of two: few shapes, so few graphs."""
         decoder, ops = self.decoder, self.decoder.ops
         bucket = min(1 << (batch.num_rows - 1).bit_length(), self.limits.max_sequences, len(self._logits))
         padded = padded_step(batch, max(bucket, batch.num_rows))

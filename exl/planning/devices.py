@@ -1,7 +1,7 @@
-"""The memory plan of one or several GPUs, and of the RAM beside them: as pure as ``cpu.py``, and no GPU is asked.
+"""The memory plan of one or several GPUs and of the RAM: a pure function, like ``cpu.py``; no GPU is queried.
 
-Layers lie on the GPUs in order. Those that no GPU has room for are streamed to the last one: from pinned RAM, and the
-last of them from the disk, where ``ram`` ends. What they have in the cache lies on the last GPU, too.
+Layers are placed on the GPUs in order. Those that fit on no GPU are streamed to the last one: from pinned RAM, and
+those beyond ``ram`` from the disk. Their part of the KV cache is on the last GPU too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ HOST = "ram"  # the name of host memory's lines
 # kLargeBuffer, kMinLargeAlloc, kRoundLarge): a slab is rounded as it will be.
 _SMALL_ALLOCATION, _SMALL_SEGMENT = 1 << 20, 2 << 20
 _LARGE_ALLOCATION, _MIDDLE_SEGMENT, _ROUND = 10 << 20, 20 << 20, 2 << 20
-# Estimates, until a GPU has been asked: the driver's context with torch's and our modules, and cuBLAS's workspace
+# Estimates, not yet measured on a GPU: the driver's context with torch's and our modules, and cuBLAS's workspace
 # (documented for torch: 8 MiB + 128 KiB, 32 MiB on Hopper).
 CONTEXT_BYTES = 500 << 20
 _CUBLAS_BYTES, _CUBLAS_LARGE_BYTES = (8 << 20) + (128 << 10), 32 << 20
 STARTED_LINES = (
     "cuBLAS workspace",
     "CUDA context, modules",
-)  # what is there before the first tensor, and after the last
-# Of free memory, left alone: kernels of cuBLAS that are loaded when they are first used, graphs, other programs. On
-# Windows the desktop lives there, and what is too much does not fail: it is paged out, and everything is slow.
+)  # taken before the first tensor and kept after the last
+# Free memory that is not planned for: cuBLAS kernels that are loaded at first use, graphs, other programs. On Windows
+# the desktop needs some, and too much does not fail: it is paged out, and everything becomes slow.
 _MARGIN_BYTES, _WINDOWS_MARGIN_BYTES = 512 << 20, 1 << 30
 
 
@@ -41,8 +41,8 @@ def started_bytes(arch: int) -> int:
 
 
 def usable_bytes(free: int, arch: int, system: str = sys.platform) -> int:
-    """What a plan may take of a GPU that has ``free`` bytes left now that it is started, where nobody said how much; 1
-    or more. ``system`` as ``sys.platform`` names it."""
+    """The default budget of a GPU that has ``free`` bytes left after it was started; at least 1. ``system`` as
+    ``sys.platform`` names it."""
     margin = _WINDOWS_MARGIN_BYTES if system == "win32" else _MARGIN_BYTES
     return max(1, free + started_bytes(arch) - margin)
 
@@ -77,7 +77,7 @@ def plan_devices(
     max_pinned: int | None = None,
 ) -> MemoryPlan:
     """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
-    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. ``max_pinned``: bytes
+    layers need. ``ram``: bytes of host memory, pinned layers included; None: no limit. ``max_pinned``: bytes
     that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has buffer i modulo
     ``num_buffers``. The plan may not fit: check ``fits``."""
     num_layers = len(model.layers)
@@ -128,7 +128,7 @@ def _split_over(
 def _shares(
     model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, num_buffers: int, arena: ArenaLayout
 ) -> Iterator[_Share]:
-    """Each GPU takes as many layers as it has room for, the last one what is left."""
+    """Each GPU takes as many layers as fit, the last one the rest."""
     num_layers, start = len(model.layers), 0
     for i, budget in enumerate(vram):
         name, is_last = f"cuda:{i}", i == len(vram) - 1
@@ -181,7 +181,7 @@ def _device_lines(
 def _host_lines(
     model: PlanInput, num_resident: int, num_buffers: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
 ) -> tuple[int, list[PlanLine]]:
-    """How many of the streamed layers are pinned, the first of them first; and what host memory holds."""
+    """How many of the streamed layers are pinned, counted from the first; and the lines of host memory."""
     sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
     unpinned = [
         model.embed.num_bytes,
@@ -192,7 +192,7 @@ def _host_lines(
     def lines(pinned: int) -> list[PlanLine]:
         on_disk = len(sizes) - pinned
         read_bytes = num_buffers * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
-        staging = max(*unpinned, *sizes[pinned:], 0)  # where a blob is packed that does not stay in host memory
+        staging = max(*unpinned, *sizes[pinned:], 0)  # where blobs that do not stay in host memory are packed
         loading = align_up(loading_bytes(model) + staging, BLOB_ALIGN)
         limited = f", {format_bytes(max_pinned)} may be pinned" if pinned < most else ""
         found = [

@@ -27,14 +27,14 @@ from exl.units import format_bytes, parse_bytes
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
 _MAX_TOKENS = 1 << 30
-_MIN_ARCH, _MAX_ARCH = 60, 1000  # what the kernels know at least
+_MIN_ARCH, _MAX_ARCH = 60, 1000  # the kernels need at least 60
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
-    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU where there is one that exl can use, or vram is given
+    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU if there is one that exl can use, or if vram is given
     # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all but a margin.
     vram: int | str | Sequence[int | str] | None = None
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
@@ -43,7 +43,7 @@ class EngineOptions:
     max_sequences: int = 1  # each with a context of its own
     prefill_chunk: int = 512  # rows computed at once
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
-    resident_layers: int | None = None  # no more than so many, whatever the budget
+    resident_layers: int | None = None  # at most this many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
 
@@ -82,12 +82,12 @@ class EngineOptions:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it was asked for."""
+        """Whether a GPU was asked for."""
         return self.vram is not None or self.device == "cuda"
 
     @property
     def vram_bytes(self) -> tuple[int, ...]:
-        """Of each GPU; empty where no size was given."""
+        """Of each GPU; empty if no size was given."""
         if self.vram is None:
             return ()
         sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
@@ -100,7 +100,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint's headers, understood."""
+    """A checkpoint's headers, parsed and checked."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -111,7 +111,7 @@ class ModelFiles:
 
     @property
     def layer_file_bytes(self) -> int:
-        """The largest layer as the checkpoint has it."""
+        """Bytes of the largest layer in the checkpoint's files."""
         prefix = self.manifest.names.layers + "."
         sizes: dict[str, int] = {}
         for name, info in self.checkpoint.tensors.items():
@@ -167,7 +167,7 @@ def plan(
     """Where every byte of a model would go, from its headers alone: no weights are read, nothing is allocated.
 
     A Hugging Face repository that is not in the cache is not downloaded: its configuration, headers and ``g_idx`` are
-    asked for by range requests. Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
+    fetched by range requests. Options as in ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
     8.6), which need not be in this machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
     """
     options = EngineOptions.from_arguments(locals())
@@ -226,8 +226,8 @@ def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident
 
 
 def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
-    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. Where nothing fits so, the
-    default, and layers are streamed."""
+    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. If not even one
+    page fits like that, the default, and layers are streamed."""
     low, high = 0, -(-files.config.max_position // PAGE_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
@@ -237,7 +237,7 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
 
 
 def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
-    """What does not fit, and the nearest settings that would."""
+    """Says what does not fit, and the nearest settings that would."""
     least, _ = _attempt(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
     hints = [_needed(least, "ram" if target.kind == "cpu" else "vram")]
     context = _largest_context(files, options, target, resident=False)
@@ -262,7 +262,7 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
 
 
 def _needed(least: MemoryPlan, option: str) -> str:
-    """Each memory of the option, as large as the plan has it."""
+    """The option with the size that the plan needs of each memory."""
     needed = [least.device_bytes(device) for device in least.devices if device != HOST]
     sizes = [f"'{-(-num_bytes // 10**6)}MB'" for num_bytes in needed]
     return f"{option}={sizes[0] if len(sizes) == 1 else '[' + ', '.join(sizes) + ']'} or more"

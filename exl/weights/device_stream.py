@@ -1,7 +1,7 @@
-"""Layers that a GPU has no room for: from pinned memory or from the disk into buffers on the GPU, ahead of their turn.
+"""Layers that do not fit on a GPU: copied from pinned memory or the disk to buffers on the GPU, ahead of their turn.
 
-The host queues copies on a stream of their own and tells the two streams, by events, to wait for each other: a copy
-waits for the arithmetic that still reads its buffer, arithmetic for the copy of its layer. The host itself waits only
+The host queues copies on a CUDA stream of their own; the two CUDA streams wait for each other by events: a copy waits
+for the arithmetic that still reads its buffer, arithmetic for the copy of its layer. The host itself waits only
 for the disk. The i-th streamed layer always has buffer i mod S, so that its weights have one address: a step can be
 captured in a CUDA graph, copies included (``settle`` before, ``join`` at its end, ``captured`` or ``abandon`` after).
 """
@@ -26,7 +26,7 @@ from exl.weights.reader import BufferReader
 
 
 class Event(Protocol):
-    """A point in a stream."""
+    """A point in a CUDA stream."""
 
     def query(self) -> bool: ...
 
@@ -34,10 +34,10 @@ class Event(Protocol):
 
 
 class CopyEngine(Protocol):
-    """What a device does beside the arithmetic. Nothing waits on the host."""
+    """Copies beside the arithmetic. Nothing waits on the host."""
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Event | None) -> Event:
-        """Queues ``dst = src`` behind the copies before it and ``after``; the event is when it is done."""
+        """Queues ``dst = src`` behind earlier copies and ``after``; returns the event of its end."""
 
     def record(self) -> Event:
         """All arithmetic that has been queued so far."""
@@ -67,7 +67,7 @@ class TorchCopyEngine:
 
 
 class HostCopyEngine:
-    """A device that is the host itself, as tests have it: what is queued has happened."""
+    """A device that is the host itself, for tests: queued work is done at once."""
 
     class _Done:
         def query(self) -> bool:
@@ -96,7 +96,7 @@ class HostLayers(Protocol):
         """Whether ``take`` would not wait."""
 
     def take(self, layer_idx: int) -> torch.Tensor:
-        """u8 in host memory, left alone until the event of ``copied``. Raises ``CheckpointError``."""
+        """u8 in host memory, unchanged until the event passed to ``copied``. Raises ``CheckpointError``."""
 
     def copied(self, layer_idx: int, event: Event) -> None: ...
 
@@ -135,7 +135,7 @@ class DiskLayers:
         """``reader`` is closed with the layers."""
         self._reader = reader
         self._buffers = [torch.from_numpy(buffer.array) for buffer in reader.buffers]
-        self._copies: deque[tuple[int, Event]] = deque()  # on their way, in order
+        self._copies: deque[tuple[int, Event]] = deque()  # in flight, in order
 
     def begin(self, order: Sequence[int]) -> None:
         self._collect(wait=True)
@@ -165,7 +165,7 @@ class DiskLayers:
 @dataclass
 class _DeviceBuffer:
     memory: torch.Tensor  # u8
-    layer_idx: int | None = None  # whose bytes it holds once ``loaded`` has come
+    layer_idx: int | None = None  # whose bytes it holds once ``loaded`` has happened
     loaded: Event | None = None
     released: Event | None = None  # the last arithmetic that read it
     in_use: bool = False  # acquired and not released
@@ -268,8 +268,8 @@ class DeviceStream:
                 self._engine.wait(buffer.loaded)
 
     def settle(self) -> None:
-        """Waits on the host until buffers are at rest, and forgets how they came there: a graph may not wait for what
-        was queued before its capture."""
+        """Waits on the host until no copy or arithmetic uses the buffers, and drops their events: a graph may not wait
+        for work queued before its capture."""
         for buffer in self._buffers:
             buffer.wait()
             buffer.loaded = buffer.released = None
@@ -281,7 +281,7 @@ class DeviceStream:
         self.join()
 
     def replayed(self) -> None:
-        """A captured pass has been queued again: it leaves the buffers as it found them, in the middle of no copy."""
+        """A captured pass has been replayed: the buffers hold the same layers as before it, and no copy is pending."""
         for buffer in self._buffers:
             buffer.loaded, buffer.released = None, self._engine.record()
 
@@ -317,7 +317,7 @@ class DeviceStream:
         return self._order[first:] + self._order[:first]
 
     def _prefetch(self) -> None:
-        """Copies of the layers that come next, as far as their buffers are free and their bytes there."""
+        """Queues copies of the next layers, as long as their buffers are free and their bytes are ready."""
         awaited: set[int] = set()  # buffers of layers that come earlier
         for layer_idx in self._upcoming():
             buffer = self._buffer_of[layer_idx]

@@ -1,7 +1,7 @@
 """Checkpoint -> blobs, in memory and in the packed file, in one pass.
 
-Host memory while loading is what stays (resident weights, stream buffers) and, where there is no packed file to read
-from, two layers as the checkpoint has them, and the block of one matrix that is being unpacked.
+Host memory while loading: what stays (resident weights, stream buffers) and, if there is no packed file to read from,
+two layers as the checkpoint has them and the block of one matrix that is being unpacked.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_weights(
     """Puts the weights where ``places`` (default: all resident) says. The packed file is written first if there is
     none. If no layer is read from it later no packed file is written, and one is read only if the folder is given.
 
-    ``progress`` is told in bytes of packed weights. If it raises it leaves nothing behind, Ctrl-C included. Raises
+    ``progress`` is told in bytes of packed weights. An error, Ctrl-C included, leaves nothing behind. Raises
     ``CheckpointError`` for what only the data can show to be wrong, ``MemoryBudgetError`` if the system has no
     memory, ``ExlError`` that names folder, bytes needed and bytes free if the packed file has no room.
     """
@@ -132,8 +132,8 @@ class _Loader:
         return None
 
     def _read_blobs(self, packed: PackedFile) -> None:
-        """Those that stay. One thread waits for the disk while the other compares checksums; through staging, one by
-        one."""
+        """Reads the blobs that stay in memory. One thread waits for the disk while the other compares checksums; for a
+        GPU a single thread reads them one by one through staging."""
         stopped = threading.Event()
         total, done = sum(self.sizes[i] for i in self.memory.in_memory), 0
         threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
@@ -171,7 +171,7 @@ class _Loader:
         return packed
 
     def _pack(self, writer: PackedWriter | None) -> None:
-        """Every blob once, in order: to its place where it stays, and to the file."""
+        """Packs every blob once, in order: to its place if it stays in memory, and to the file."""
         names = self.manifest.names
         self.done = 0
         prefixes = [f"{names.layers}.{i}." for i in range(self.config.num_layers)]

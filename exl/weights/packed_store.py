@@ -20,7 +20,7 @@ from exl.layout.layers import LayerLayout, Target
 from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 
-# Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
+# Raise it whenever the same tensors are packed into different bytes, as by a new order or changed fields.
 LAYOUT_VERSION = 2
 _SAMPLE_BYTES = 64
 _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
@@ -34,10 +34,10 @@ def packed_key(
     checkpoint: Checkpoint, quant: QuantConfig | None, layouts: Sequence[LayerLayout], target: Target, packer: str
 ) -> bytes:
     """Digest, 32 bytes, of all that the packed bytes depend on. ``packer`` names the library that packs, with its
-    version. ``layouts``: one a blob, in the order of the file.
+    version. ``layouts``: one per blob, in the order of the file.
 
-    A checkpoint's bytes are too many to hash at each load. Headers, sizes and times of change stand for them, and a
-    sample of each tensor: unpacked archives and images often give all files one time.
+    A checkpoint is too large to hash at each load. Headers, sizes, modification times and a sample of each tensor stand
+    for it. The samples are needed because unpacked archives and images often give all files the same time.
     """
     parts = [
         ["layout version", LAYOUT_VERSION],
@@ -61,7 +61,7 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     fields = [(name, f.offset, f.num_bytes, f.dtype, f.shape) for name, f in layout.fields.items()]
     linears = [(name, linear.kind, repr(linear.spec)) for name, some in layout.linears.items() for linear in some]
     matrices = [part for some in layout.linears.values() for linear in some for part in linear.spec.parts]
-    # As ``formats.load_matrix`` takes it; whether zeros have an offset is in no layout.
+    # As ``formats.load_matrix`` takes it: whether zeros have an offset is not in the layout.
     configs = [repr(quant.for_module(m.name) or quant) for m in matrices if quant is not None and m.quantized]
     return [layout.num_bytes, fields, linears, configs]
 
@@ -102,8 +102,8 @@ def list_packed(folder: Path | None = None) -> list[PackedInfo]:
 
 
 def clear_packed(folder: Path | None = None, model: Path | None = None) -> list[PackedInfo]:
-    """Removes packed files and what killed writers left, nothing else; says which. With ``model``, those of that
-    model alone. A file in use is removed when its last user ends, where the system can do that.
+    """Removes packed files and what killed writers left, nothing else; returns the packed files. With ``model``, only
+    those of that model. A file in use is removed when its last user ends, if the system can do that.
 
     Raises ``ExlError`` that names what cannot be removed, such as a file in use on Windows; the others are gone then.
     """

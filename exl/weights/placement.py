@@ -1,4 +1,4 @@
-"""Where packed weights lie: slabs of the host, or of a GPU with the host behind it. The loader fills them blob by blob.
+"""Where packed weights are: slabs of the host, or of a GPU and the host. The loader fills them blob by blob.
 
 Blob 0 is the embedding, blob 1 + i layer i, the last one the head: in memory as in the packed file.
 """
@@ -38,11 +38,11 @@ class WeightMemory(Protocol):
     reading: ExitStack  # closes the buffers of a reader and the packed file, until ``source`` hands them to the reader
 
     def blob(self, blob_idx: int) -> torch.Tensor:
-        """u8 of the blob's size in host memory, to be filled: its own place, zeroed, or staging that the next one
+        """Zeroed u8 of the blob's size in host memory, to be filled: its final place, or staging that the next blob
         overwrites."""
 
     def filled(self, blob_idx: int) -> None:
-        """The blob is complete: it goes where it is to stay."""
+        """The blob is complete: it is copied to its final place."""
 
     def view(self, blob_idx: int) -> torch.Tensor:
         """A blob of ``in_memory`` where it stays: on the device, or pinned."""
@@ -58,7 +58,7 @@ class HostWeights:
     def __init__(
         self, layouts: Sequence[LayerLayout], resident: Collection[int], num_buffers: int, stack: ExitStack
     ) -> None:
-        """``layouts`` of all blobs; ``resident`` layers; slabs are given back when ``stack`` closes."""
+        """``layouts`` of all blobs; ``resident`` layers; ``stack`` closes the slabs."""
         self._layouts, self._num_buffers = layouts, num_buffers
         self._resident, self._streamed = _split(layouts, resident)
         sizes = [layout.num_bytes for layout in layouts]
@@ -206,7 +206,7 @@ class DeviceWeights:
 
 
 def _split(layouts: Sequence[LayerLayout], resident: Collection[int]) -> tuple[list[int], list[int]]:
-    """Layers that stay, and those that are streamed."""
+    """Resident layers and streamed layers."""
     layers = range(len(layouts) - 2)
     if not frozenset(resident) <= frozenset(layers):
         raise ValueError(f"resident layers {sorted(resident)} of a model of {len(layers)}")
