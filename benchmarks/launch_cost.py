@@ -140,7 +140,7 @@ def _weights(files: ModelFiles, ops: Ops, plan: MemoryPlan) -> ModelWeights:
     found = files.manifest.layouts(ops.target)
     layouts = (found.embed, *found.layers, found.head)
     with ExitStack() as stack:
-        memory = DeviceWeights(layouts, plan.placement.resident, (), plan.num_slots, ops.device, stack)
+        memory = DeviceWeights(layouts, plan.placement.resident, (), plan.num_buffers, ops.device, stack)
         last = len(layouts) - 1
         return ModelWeights(
             embed=view_segments(found.embed, memory.view(0), "embed")[0],

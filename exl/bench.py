@@ -26,7 +26,7 @@ from exl.planning.plan import MemoryPlan, PlanInput
 from exl.progress import Progress
 from exl.sampling import SamplingParams
 
-ROOF_BYTES = 1 << 28  # that the roof is measured on: far beyond the caches
+ROOF_BYTES = 1 << 28  # the roof is measured on this many, far more than the caches hold
 GPU_ROOF_BYTES = 1 << 30
 ROOF_PASSES = 8
 
@@ -38,7 +38,7 @@ class BenchResult:
     name: str  # "pp512", "tg128", with "@d4096" at a depth
     num_tokens: int
     seconds: tuple[float, ...]  # of each repetition
-    bytes_a_token: int | None = None  # that generating one reads: weights, and the cache at half way
+    bytes_a_token: int | None = None  # read to generate one token: weights, and the cache at half way
 
     @property
     def speeds(self) -> tuple[float, ...]:
@@ -46,7 +46,7 @@ class BenchResult:
 
     @property
     def mean(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return statistics.fmean(self.speeds)
 
     @property
@@ -59,8 +59,8 @@ class BenchResult:
 class BenchReport:
     plan: MemoryPlan
     results: tuple[BenchResult, ...]
-    roof: float  # bytes a second of a read-only pass over memory, with the same threads, in the same run
-    # Resident memory above that before loading, None where the system does not tell; on a GPU what torch has reserved.
+    roof: float  # bytes per second of a read-only pass over memory, with the same threads, in the same run
+    # Resident memory above that before loading, None if the system does not tell; on a GPU what torch has reserved.
     peak_bytes: int | None
     decode_steps: str | None = None  # how they ran on a GPU: replayed as graphs, or launched one by one and why
 
@@ -80,7 +80,7 @@ def run_bench(
     progress: Progress | None = None,
 ) -> BenchReport:
     """Loads the model and measures it; 0 tokens leave a test out. ``options.context`` must hold depth and tokens; None
-    is just as many. Raises ``ConfigError``, and all that loading raises."""
+    is exactly that many. Raises ``ConfigError``, and what loading raises."""
     for name, value, least in (
         ("pp", num_prompt, 0),
         ("tg", num_generated, 0),
@@ -136,7 +136,7 @@ def _prompt(engine: Engine, depth: int, count: int) -> float:
 
 
 def _generate(engine: Engine, depth: int, count: int) -> float:
-    """From the first token that the generator yields to the last, as whoever asks for a text gets them."""
+    """Seconds from the first token that the generator yields to the last, as a caller sees them."""
     generator = engine.generator
     eos_ids, generator.eos_ids = generator.eos_ids, frozenset()
     answer = generator.stream(_ids(engine, depth + 1), SamplingParams(max_tokens=count + 1, temperature=0.0))
@@ -152,12 +152,12 @@ def _generate(engine: Engine, depth: int, count: int) -> float:
 
 
 def _ids(engine: Engine, count: int) -> list[int]:
-    """Tokens of no meaning, all different from their neighbours."""
+    """Tokens without meaning, each different from its neighbours."""
     return [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(count)]
 
 
 def bytes_a_token(model: PlanInput, context: int) -> int:
-    """Layers and head as decoding reads them, and K and V of ``context`` tokens."""
+    """Bytes of layers and head that decoding reads, and of K and V of ``context`` tokens."""
     head = model.head if model.head.linears else model.embed
     return sum(map(_read_bytes, model.layers)) + _read_bytes(head) + _cache_bytes(model, context)
 
@@ -178,7 +178,7 @@ def _cache_bytes(model: PlanInput, context: int) -> int:
 
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes a second of the quickest of some read-only passes over memory, on a CPU with torch's threads."""
+    """Bytes per second of the fastest of some read-only passes over memory, on a CPU with torch's threads."""
     on_gpu = torch.device(device).type == "cuda"
     num_bytes = GPU_ROOF_BYTES if on_gpu else ROOF_BYTES
     memory = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
@@ -204,14 +204,14 @@ def _pass_seconds(memory: torch.Tensor) -> float:
 
 
 def _peak(engine: Engine) -> int:
-    """Of resident memory; on a GPU, what torch has reserved there."""
+    """The peak of resident memory; on a GPU, of what torch has reserved there."""
     if engine.device.type == "cuda":
         return torch.cuda.max_memory_reserved(engine.device)
     return _status_bytes("VmHWM")
 
 
 def _run_tiny() -> None:
-    """What torch allocates once for good belongs to nobody's plan."""
+    """Makes torch allocate what it allocates once and keeps: that is in no plan."""
     engine = load_engine(BUNDLED_MODEL, EngineOptions(context=64, device="cpu"))
     try:
         _generate(engine, 8, 4)
@@ -222,7 +222,7 @@ def _run_tiny() -> None:
 
 
 def _reset_peak() -> int | None:
-    """Resident memory now, from which the peak counts anew; None where the system does not tell."""
+    """Resident memory now; the peak is counted from here on. None if the system does not tell."""
     if not sys.platform.startswith("linux"):
         return None
     trim_heap()
@@ -241,7 +241,7 @@ def _status_bytes(field: str) -> int:
 
 
 def rows_of(report: BenchReport) -> list[dict[str, object]]:
-    """A row a test, for tables and files."""
+    """One row per test, for tables and files."""
     rows = []
     for result in report.results:
         share = report.share_of_roof(result)

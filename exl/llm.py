@@ -327,17 +327,19 @@ class LLM:
     ) -> TextIterator:
         check_top_logprobs(top_logprobs, self.config.vocab_size)
         logprobs: list[TokenLogprob] | None = None if top_logprobs is None else []
-        return TextIterator(self._stream(self.encode(prompt), params, reuse_prefix, top_logprobs, logprobs), logprobs)
+        return TextIterator(
+            self._pieces_of(self.encode(prompt), params, reuse_prefix, top_logprobs, logprobs), logprobs
+        )
 
     def _complete(
         self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool, top_logprobs: int | None
     ) -> Completion:
-        stream = self._begin(prompt, params, reuse_prefix, top_logprobs)
-        for _ in stream:
+        pieces = self._begin(prompt, params, reuse_prefix, top_logprobs)
+        for _ in pieces:
             pass
-        return stream.completion
+        return pieces.completion
 
-    def _stream(
+    def _pieces_of(
         self,
         prompt_ids: list[int],
         params: SamplingParams,
@@ -432,19 +434,7 @@ def load(
     Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for invalid options,
     ``MemoryBudgetError`` if the model does not fit, ``UnsupportedModelError`` for models that exl does not have.
     """
-    options = EngineOptions(
-        device=device,
-        vram=vram,
-        ram=ram,
-        context=context,
-        kv_cache=kv_cache,
-        max_sequences=max_sequences,
-        prefill_chunk=prefill_chunk,
-        prefill_window=prefill_window,
-        resident_layers=resident_layers,
-        head=head,
-        packed_folder=packed_folder,
-    )
+    options = EngineOptions.from_arguments(locals())
     folder = find_model(model, revision=revision, token=token, quiet=progress is False)
     with shown_progress(progress, "loading") as tell:
         engine = load_engine(folder, options, tell)

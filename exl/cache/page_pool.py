@@ -1,7 +1,8 @@
 """Which sequence holds which page of the cache, and which pages a later prompt may reuse as its prefix. Host only.
 
-A page is *held* by one or more sequences (reference-counted), *kept* (nobody holds it, but its tokens are known and a
-prompt may reuse it), or *free*. If free pages run out, kept pages are evicted, least recently used first.
+A page is *in use* (one or more sequences hold it; reference-counted), *evictable* (nobody holds it, but its tokens are
+known and a prompt may reuse it), or *free*. If free pages run out, evictable pages are evicted, least recently used
+first.
 
 The prefix cache is a tree: a page is identified by its parent, the page before it, and by its own tokens. Tokens are
 compared themselves, so that two texts can never be confused, as they could be by hashes alone.
@@ -43,15 +44,15 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages))  # a heap: lowest pages first, so that allocations tend to be contiguous
-        self._held: dict[int, int] = {}  # page -> holders
+        self._in_use: dict[int, int] = {}  # page -> holders
         self._root = _Node(-1, (), None)
         self._nodes: dict[int, _Node] = {}  # page -> its node, if its tokens are known
-        self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def num_free(self) -> int:
-        """Allocatable pages: free ones, and kept ones, which can be evicted."""
-        return len(self._free) + len(self._kept)
+        """Allocatable pages: free + evictable."""
+        return len(self._free) + len(self._evictable)
 
     def allocate(self, count: int) -> list[int]:
         """Pages for one holder, contiguous if possible. Raises ``MemoryBudgetError`` if ``num_free`` is too small."""
@@ -61,10 +62,10 @@ class PagePool:
                 f"{self.num_free} of {self.num_pages} available"
             )
         while len(self._free) < count:
-            self._forget(self._leaf(next(iter(self._kept))))
+            self._forget(self._leaf(next(iter(self._evictable))))
         pages = self._take_run(count) or [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
-            self._held[page] = 1
+            self._in_use[page] = 1
         return pages
 
     def _take_run(self, count: int) -> list[int] | None:
@@ -80,23 +81,23 @@ class PagePool:
         return None
 
     def hold(self, pages: Iterable[int]) -> None:
-        """Adds one holder to pages that are held or kept."""
+        """Adds one holder to pages that are in use or evictable."""
         for page in pages:
-            self._held[page] = self._held.get(page, 0) + 1
-            self._kept.pop(page, None)
+            self._in_use[page] = self._in_use.get(page, 0) + 1
+            self._evictable.pop(page, None)
 
     def release(self, pages: Iterable[int]) -> None:
-        """Removes one holder. A page without holders is kept if its tokens are known, else freed.
+        """Removes one holder. A page without holders is evictable if its tokens are known, else free.
 
         Goes from the last page to the first, so that a text's last pages are evicted first.
         """
         for page in reversed(list(pages)):
-            if self._held[page] > 1:
-                self._held[page] -= 1
+            if self._in_use[page] > 1:
+                self._in_use[page] -= 1
                 continue
-            del self._held[page]
+            del self._in_use[page]
             if page in self._nodes:
-                self._kept[page] = None
+                self._evictable[page] = None
             else:
                 heapq.heappush(self._free, page)
 
@@ -140,9 +141,9 @@ class PagePool:
         num_tokens = len(pages) * PAGE_SIZE + num_common
         if best is None:
             return PrefixMatch(tuple(pages), num_tokens)
-        unheld = best.page in self._kept
+        was_evictable = best.page in self._evictable
         self.hold([best.page])
-        if unheld and num_common == len(best.tokens) < PAGE_SIZE:
+        if was_evictable and num_common == len(best.tokens) < PAGE_SIZE:
             # Nobody else holds the page and all its tokens match: the caller appends to it in place, without a copy,
             # and calls ``remember`` again.
             self._forget_node(best)
@@ -151,7 +152,7 @@ class PagePool:
 
     def _leaf(self, page: int) -> _Node:
         """A leaf below ``page``, or the page itself: children are evicted before their parent, because without it
-        they could not be found. The leaf is kept too, since a holder of a page also holds its parents."""
+        they could not be found. The leaf is evictable too, since a holder of a page also holds its parents."""
         node = self._nodes[page]
         while node.children:
             node = next(iter(node.children.values()))
@@ -159,7 +160,7 @@ class PagePool:
 
     def _forget(self, node: _Node) -> None:
         self._forget_node(node)
-        del self._kept[node.page]
+        del self._evictable[node.page]
         heapq.heappush(self._free, node.page)
 
     def _forget_node(self, node: _Node) -> None:

@@ -1,4 +1,4 @@
-"""What ``exl info`` tells: versions, hardware, and what is missing with the command that brings it."""
+"""What ``exl info`` shows: versions, hardware, and what is missing with the command that installs it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _describe_gpu(torch) -> str:
 
 
 def _describe_nvrtc() -> str:
-    """The one that compiles kernels: several may be installed."""
+    """The NVRTC that compiles kernels: several may be installed."""
     from exl.kernels.launch import CupyCompiler
 
     try:
@@ -57,7 +57,7 @@ def _describe_nvrtc() -> str:
 
 
 def _missing() -> str | None:
-    """The one thing to install or mend next, if any: a GPU that is there must run a first kernel."""
+    """The next thing to install or repair, if any: a GPU that is present must run a first kernel."""
     from exl.kernels.device import open_backend
 
     try:

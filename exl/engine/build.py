@@ -34,11 +34,11 @@ from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, pla
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.units import format_bytes
-from exl.weights.loader import ModelWeights, load_weights
+from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
 
-# Up to so many tokens, a 4-bit prompt is quicker through a CPU's decode kernel than through dequantized panels.
+# 4-bit prompts up to this length are faster through a CPU's decode kernel than through dequantized panels.
 _MAX_DECODE_PROMPT = 32
 
 
@@ -47,7 +47,7 @@ class Engine:
     config: ModelConfig
     quant: QuantConfig | None
     plan: MemoryPlan
-    model: PlanInput  # layouts and limits that the plan was made of
+    model: PlanInput  # layouts and limits that the plan was made from
     generator: Generator
     weights: ModelWeights
     owned: ExitStack
@@ -62,15 +62,17 @@ class Engine:
         return self.generator.runner.decode_steps
 
     def synchronize(self) -> None:
-        """Waits until the device has done what it was given: for clocks."""
+        """Waits until the device has finished all queued work, for timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Gives the weights' memory back and ends the stream's thread. Nothing may be run afterwards. A GPU's memory
-        goes with the last reference to the engine."""
-        self.synchronize()  # copies that are on their way read pages that are about to go
-        self.owned.close()
+        """Frees the weights' memory and ends the thread that reads layers. Nothing may be run afterwards. A GPU's
+        memory goes with the last reference to the engine."""
+        try:
+            self.synchronize()  # copies in flight still read the pages that are freed next
+        finally:
+            self.owned.close()
 
 
 def load_engine(
@@ -92,18 +94,13 @@ def load_engine(
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
-            return load_weights(
-                files.checkpoint,
-                files.config,
-                files.quant,
-                files.manifest,
-                ops,
-                progress,
+            places = WeightPlaces(
                 resident=placement.resident if placement.num_streamed else None,
                 in_host=placement.on_tier(Tier.PINNED),
-                num_slots=plan.num_slots,
+                num_buffers=plan.num_buffers,
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
+            return load_weights(files, ops, places, progress)
 
         return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
 
@@ -118,8 +115,8 @@ def build_engine(
     dependent: bool = True,
     graphs: bool = True,
 ) -> Engine:
-    """The plan, and all parts as it says; ``load`` brings the weights. ``backend`` None: the CPU, ``cpu`` as for
-    ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, where the
+    """Makes the plan and all parts as it says; ``load`` loads the weights. ``backend`` None: the CPU, ``cpu`` as for
+    ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, if the
     backend can."""
     if backend is not None:
         target = Target("cuda", None, backend.arch, backend.num_multiprocessors)
@@ -133,16 +130,7 @@ def build_engine(
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
-        runner = Runner(
-            decoder=Decoder(files.config, ops),
-            weights=weights.source,
-            embed=weights.embed,
-            final_norm=weights.final_norm,
-            head=weights.head,
-            kv=kv,
-            limits=model.limits,
-            graphs=graphs,
-        )
+        runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
         eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
         short = min(_decode_prompt(model, backend), model.limits.max_rows)
         generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
@@ -150,8 +138,8 @@ def build_engine(
 
 
 def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None]:
-    """The GPU that was asked for or that is there, with the VRAM that it may take; None is the CPU. Raises
-    ``ConfigError`` where a GPU was asked for and there is none that exl can use."""
+    """The GPU that was asked for or found, and the options with the VRAM that may be used; None is the CPU. Raises
+    ``ConfigError`` if a GPU was asked for and there is none that exl can use."""
     if options.device == "cpu":
         return options, None
     try:
@@ -160,7 +148,7 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
         if options.on_gpu:
             asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
             raise ConfigError(f"{asked}: found no GPU that exl can use ({error})") from None
-        if not isinstance(error, NoGpuError):  # whoever has a GPU wants to know why it is left alone
+        if not isinstance(error, NoGpuError):  # whoever has a GPU wants to know why it is not used
             _say_once(f"computing on the CPU: {_one_line(error)}")
         return options, None
     if len(options.vram_bytes) > 1:
@@ -176,12 +164,12 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
 
 @functools.cache
 def _say_once(text: str) -> None:
-    """However many models a process loads."""
+    """Once per process, however many models it loads."""
     logger.warning("%s", text)
 
 
 def _one_line(error: Exception) -> str:
-    """Further lines are logs and tables."""
+    """Only the first line: the others are logs and tables."""
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
 
 
@@ -226,7 +214,7 @@ def _make_ops(
 
 
 def _decode_prompt(model: PlanInput, backend: Backend | None) -> int:
-    """A prompt of so many tokens or fewer runs as decode rows, whose kernels are quicker there."""
+    """Prompts up to this length run as decode rows, whose kernels are faster there."""
     if backend is not None:
         return MAX_NEW_TOKENS
     return _MAX_DECODE_PROMPT if all(map(_all_int4, model.layers)) else 1

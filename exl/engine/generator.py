@@ -42,7 +42,7 @@ class Generator:
     def __init__(
         self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_decode_prompt: int = 1
     ) -> None:
-        """``max_decode_prompt``: so many new tokens or fewer run as decode rows, whose kernels are quicker there."""
+        """``max_decode_prompt``: prompts up to this length run as decode rows, whose kernels are faster there."""
         self.runner, self.pool, self.context = runner, pool, context
         self.eos_ids = frozenset(eos_ids)
         self.max_decode_prompt = max_decode_prompt
@@ -57,13 +57,13 @@ class Generator:
     ) -> Iterator[GeneratedToken]:
         """Yields tokens as they are made; the last one carries the reason to stop.
 
-        ``top_logprobs``: tokens come with their log-probability and those of the so many likeliest, as in ``ranked``:
+        ``top_logprobs``: tokens come with their log-probability and those of this many likeliest, as in ``ranked``:
         natural logarithms of the softmax of the plain logits, without penalty, temperature and filters.
 
-        ``reuse_prefix`` takes what the cache already has of the prompt instead of computing it again. That is the
-        same up to rounding, not bit for bit: the cached rows were computed in other chunks.
+        ``reuse_prefix`` takes the part of the prompt that is in the cache instead of computing it again. Results are
+        equal up to rounding, not bit for bit: the cached rows were computed in other chunks.
 
-        All pages that the request can need are reserved at once: what has begun will not run out of memory.
+        All pages that the request can need are reserved first, so that it cannot run out of memory once it has begun.
         Closing the iterator frees them. Raises ``ConfigError`` for a prompt that is empty, foreign or too long.
         """
         self._check_ids(prompt_ids)
@@ -86,13 +86,13 @@ class Generator:
         num_new: int,
         top_logprobs: int | None,
     ) -> Iterator[GeneratedToken]:
-        """On a device that runs ahead, a step is given away before the token before it has been read: the device takes
-        that from its own samples, and never waits for the host."""
+        """On a device that runs ahead, step n + 1 is launched before the host reads token n: the device takes it from
+        its own samples and never waits for the host."""
         ops = self.runner.decoder.ops
         ahead = ops.runs_ahead and top_logprobs is None
         seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
-        drawn: Samples | None = None  # of the step before, not read yet
-        token_id: int | None = None  # the same where it has been read
+        drawn: Samples | None = None  # of the previous step, not read yet
+        token_id: int | None = None  # its token, once it has been read
         for step in range(num_new):
             if step == 0:
                 logits = self.extend(sequence, prompt_ids[sequence.num_cached :])
@@ -105,7 +105,7 @@ class Generator:
             if ahead and token_id in self.eos_ids:
                 yield GeneratedToken(token_id, "stop", sequence.num_reused)
                 return
-            # Before the draw, which may use the logits up.
+            # Before sampling, which may overwrite the logits.
             log_probs = None if top_logprobs is None else torch.log_softmax(logits[0].double(), dim=-1)
             drawn = ops.sample(logits, sampling_batch([(params, step, sorted(seen or ()))]))
             if ahead:
@@ -134,7 +134,7 @@ class Generator:
         return "stop" if token_id in self.eos_ids else "length" if is_last else None
 
     def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Logits of every position, f32 [n, V] a chunk; each chunk is valid until the next is asked for."""
+        """Logits of every position, f32 [n, V] per chunk; each chunk is valid until the next is asked for."""
         self._check_ids(ids)
         sequence = self.begin(len(ids))
         try:
@@ -143,9 +143,9 @@ class Generator:
             self.end(sequence)
 
     def begin(self, num_tokens: int, known_ids: Sequence[int] = ()) -> CachedSequence:
-        """Reserves pages for so many tokens, the beginning of ``known_ids`` among them where the cache has it.
+        """Reserves pages for ``num_tokens`` tokens, including the prefix of ``known_ids`` that the cache has.
 
-        Raises ``MemoryBudgetError`` where the pages are not to be had.
+        Raises ``MemoryBudgetError`` if there are not enough pages.
         """
         match = self.pool.find(known_ids)
         try:
@@ -163,7 +163,7 @@ class Generator:
     def extend(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
         """Runs new tokens of a sequence; logits after the last one, f32 [1, V], valid until the next call."""
         logits = self._forward(sequence, ids)
-        sequence.token_ids.extend(ids)  # only now: what was interrupted is not to be found again
+        sequence.token_ids.extend(ids)  # only now: an interrupted run must not be found as a prefix
         return logits
 
     def _forward(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
@@ -173,14 +173,14 @@ class Generator:
         return logits
 
     def end(self, sequence: CachedSequence) -> None:
-        """Gives the pages back; what they hold can be found again until the room is needed."""
+        """Releases the pages; a later prompt can reuse them until they are evicted."""
         if self._reusable(sequence.num_cached):
             self.pool.remember(sequence.token_ids, sequence.pages)
         self.pool.release(sequence.pages)
         sequence.pages = []
 
     def _reusable(self, num_tokens: int) -> bool:
-        """Beyond the model's length, "dynamic" RoPE turns a token by the whole text's length: not the text's own K."""
+        """Beyond the model's maximum, "dynamic" RoPE depends on the length of the whole text: K of a prefix differs."""
         rope = self.runner.decoder.config.rope
         return not depends_on_length(rope) or num_tokens <= rope.max_position
 
@@ -197,7 +197,7 @@ class Generator:
                 )
 
     def _batches(self, sequence: CachedSequence, ids: Sequence[int], *, every: bool) -> list[ForwardBatch]:
-        """Cuts new tokens into chunks. Logits of every token, or of the last alone."""
+        """Cuts new tokens into chunks. Logits of every token, or only of the last."""
         limits = self.runner.limits
         chunk = min(limits.max_rows, limits.max_logit_rows) if every else limits.max_rows
         pages = np.asarray(sequence.pages, dtype=np.int32)

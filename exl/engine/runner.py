@@ -1,6 +1,7 @@
-"""The order of a pass: layer by layer over a window, chunk by chunk within a layer. Owns the step buffers.
+"""The order of a pass: layer by layer over a prefill window, chunk by chunk within a layer. Owns the step buffers.
 
-Layer-major order means that a streamed layer's weights cross the bus once a window, whatever the number of chunks.
+Layer-major order means that a streamed layer's weights cross the bus once per prefill window, not once per chunk. A
+decode step is a window of one chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from exl.cache.kv import KVCache
 from exl.engine.step_graph import StepGraphs
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
-from exl.ops.base import Linear
+from exl.weights.loader import ModelWeights
 from exl.weights.stream import ResidentWeights, WeightSource
 
 
@@ -22,23 +23,21 @@ class Runner:
     def __init__(
         self,
         decoder: Decoder,
-        weights: WeightSource,
-        embed: Linear,
-        final_norm: torch.Tensor,
-        head: Linear,
+        weights: ModelWeights,
         kv: KVCache,
         limits: StepLimits,
         *,
         graphs: bool = True,
     ) -> None:
-        self.decoder, self.weights, self.kv, self.limits = decoder, weights, kv, limits
-        self._embed, self._final_norm, self._head = embed, final_norm, head
+        self.decoder, self.kv, self.limits = decoder, kv, limits
+        self.weights: WeightSource = weights.source
+        self._embed, self._final_norm, self._head = weights.embed, weights.final_norm, weights.head
 
         buffer = decoder.ops.buffer
         self._residual = buffer("residual")
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
-        self.graphs = StepGraphs(decoder.ops, weights) if graphs and decoder.ops.backend is not None else None
+        self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.backend is not None else None
 
     @property
     def decode_steps(self) -> str | None:
@@ -49,15 +48,16 @@ class Runner:
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
-        a view that is valid until the next is asked for. To be exhausted: a batch runs when its window's turn comes.
+        a view that is valid until the next is asked for. To be exhausted: a batch runs when its prefill
+        window's turn comes.
         """
         ops = self.decoder.ops
         try:
-            for window in self._windows(batches):
-                if self.graphs is not None and len(window) == 1 and is_step(window[0]):
-                    yield self._step(self.graphs, window[0])
+            for chunks in self._prefill_windows(batches):
+                if self.graphs is not None and len(chunks) == 1 and is_step(chunks[0]):
+                    yield self._step(self.graphs, chunks[0])
                     continue
-                rows = self._run_layers(window)
+                rows = self._run_layers(chunks)
                 for i, h in enumerate(rows):
                     ops.select(i)
                     yield self.decoder.head(self._final_norm, self._head, h, self._logits)
@@ -65,7 +65,7 @@ class Runner:
             ops.stage(())
 
     def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
-        """One new token a sequence, in a batch of the next power of two: few shapes, so few graphs."""
+        """One new token per sequence, in a batch padded to a power of two: few shapes, so few graphs."""
         decoder, ops = self.decoder, self.decoder.ops
         bucket = min(1 << (batch.num_rows - 1).bit_length(), self.limits.max_sequences, len(self._logits))
         padded = padded_step(batch, max(bucket, batch.num_rows))
@@ -81,12 +81,12 @@ class Runner:
         graphs.run(ops.step_key, step)
         return self._logits[: batch.num_rows]
 
-    def _run_layers(self, window: Sequence[ForwardBatch]) -> list[torch.Tensor]:
+    def _run_layers(self, chunks: Sequence[ForwardBatch]) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops
-        ops.stage(window)
+        ops.stage(chunks)
         rows: list[torch.Tensor] = []
         start = 0
-        for i, batch in enumerate(window):
+        for i, batch in enumerate(chunks):
             rows.append(self._residual[start : start + batch.num_rows])
             start += batch.num_rows
             ops.select(i)
@@ -108,8 +108,9 @@ class Runner:
                 decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
             self.weights.release(layer_idx)
 
-    def _windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
-        window: list[ForwardBatch] = []
+    def _prefill_windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
+        """The batches in groups that fit into the buffers of one prefill window."""
+        chunks: list[ForwardBatch] = []
         num_rows = num_sequences = 0
         for batch in batches:
             if batch.num_rows > self.limits.max_rows:
@@ -117,11 +118,11 @@ class Runner:
             if len(batch.logit_rows) > self.limits.max_logit_rows:
                 raise ValueError(f"{len(batch.logit_rows)} logit rows, expected <= {self.limits.max_logit_rows}")
             limits, sequences = self.limits, num_sequences + batch.num_sequences
-            if window and (num_rows + batch.num_rows > limits.window_rows or sequences > limits.window_sequences):
-                yield window
-                window, num_rows, num_sequences = [], 0, 0
-            window.append(batch)
+            if chunks and (num_rows + batch.num_rows > limits.window_rows or sequences > limits.window_sequences):
+                yield chunks
+                chunks, num_rows, num_sequences = [], 0, 0
+            chunks.append(batch)
             num_rows += batch.num_rows
             num_sequences += batch.num_sequences
-        if window:
-            yield window
+        if chunks:
+            yield chunks

@@ -1,7 +1,7 @@
-"""Decode steps as graphs: what a step launches is captured once and replayed, so that the host takes no part in it.
+"""Decode steps as CUDA graphs: the launches of a step are captured once and replayed, at little cost to the host.
 
-A step's inputs come by ``Ops.stage``, outside of the graph and to fixed addresses; weights, cache and buffers have such
-anyway. So one graph serves all steps of one shape: batch bucket and bound of the contexts.
+``Ops.stage`` copies a step's inputs to fixed addresses, outside of the graph; the addresses of weights, cache and
+buffers are fixed too. So one graph serves all steps of one shape: batch bucket and bound of the context lengths.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _DEPENDENT_ARCH = 90  # below, dependent launches are plain ones
 class StepGraphs:
     """Runs steps: the first of a shape plainly, which loads its kernels; the second is captured; the rest are replayed.
 
-    A capture that fails with dependent launches is tried once more without: then steps stay without, and ``note`` says
-    so. Where that fails, too, and where layers come from the disk, steps are launched one by one, and ``reason`` says
-    why, with all that the failure was caused by.
+    A capture that fails with dependent launches is tried once more without them; if that works, steps stay without, and
+    ``note`` says so. If it fails too, or if layers come from the disk, steps are launched one by one, and ``reason``
+    says why, with the causes of the failure.
     """
 
     def __init__(self, ops: Ops, weights: WeightSource) -> None:
@@ -61,7 +61,7 @@ class StepGraphs:
         self._stream.rest()
         try:
             replay()
-        finally:  # also where Ctrl-C falls in between
+        finally:  # also after Ctrl-C
             self._stream.replayed()
 
     def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ class StepGraphs:
         except BaseException as error:
             if stream is not None:
                 stream.abandon()
-            # The end of a broken capture fails in its turn, and its error hides the one that came first.
+            # Ending a broken capture fails as well, and that error hides the first one.
             for earlier in chain_of(error):
                 if not isinstance(earlier, Exception):  # Ctrl-C
                     raise earlier from None

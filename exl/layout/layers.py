@@ -113,7 +113,7 @@ def tile_layout(spec: LinearSpec) -> TileLayout:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One blob: resident bytes = slot bytes = bytes in the packed file.
+    """One blob: resident bytes = stream buffer bytes = bytes in the packed file.
 
     Norm ``attn_norm`` is the field of that name, f32. Segment i of ``qkv`` is ``linears["qkv"][i]``; its fields
     are ``qkv.<i>.codes`` and so on.

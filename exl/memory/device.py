@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def device_tensor(num_bytes: int, device: torch.device, purpose: str) -> torch.Tensor:
-    """Zeroed u8 [num_bytes] in one piece. Raises ``MemoryBudgetError`` where the device has no room."""
+    """Zeroed, contiguous u8 [num_bytes]. Raises ``MemoryBudgetError`` if the device has no room."""
     if device.type == "cpu":
         return host_tensor([num_bytes], torch.uint8, purpose)
     try:
@@ -35,29 +35,29 @@ def device_tensor(num_bytes: int, device: torch.device, purpose: str) -> torch.T
 
 
 def release_cached(device: torch.device) -> None:
-    """What torch keeps of freed tensors on a GPU goes back to the driver, for others to take."""
+    """Returns the memory of freed tensors, which torch caches on a GPU, to the driver."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:
-    """Free and all memory of a GPU, once the context and cuBLAS have taken theirs; what torch keeps of freed tensors
-    counts as free, and is. Raises ``KernelError`` where the GPU cannot even be started."""
+    """Free and total bytes of a GPU after the CUDA context and cuBLAS have started; torch's cache of freed tensors is
+    released first and counts as free. Raises ``KernelError`` if the GPU cannot be started."""
     _start(device)
     release_cached(device)
     return torch.cuda.mem_get_info(device)
 
 
 def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """All that the stream has been given so far. Whoever waits for it on the host leaves the core to others, such as
-    the thread that reads layers; by default CUDA spins."""
+    """An event after all work queued on the CUDA stream so far. A host thread that waits for it sleeps, which leaves
+    the core to others, such as the thread that reads layers; by default CUDA spins."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
 
 
 class Runtime(Protocol):
-    """What page-locking needs of the CUDA runtime. Errors are its ``cudaError_t``, 0 is success."""
+    """The functions of the CUDA runtime that page-locking needs. Errors are ``cudaError_t``, 0 is success."""
 
     def register(self, address: int, num_bytes: int) -> int: ...
 
@@ -102,14 +102,14 @@ def _loaded_runtime() -> ctypes.CDLL | None:
     major = (torch.version.cuda or "0").split(".")[0]
     try:
         if sys.platform == "win32":
-            return ctypes.CDLL(f"cudart64_{major}.dll")  # by its bare name: the one that is there
+            return ctypes.CDLL(f"cudart64_{major}.dll")  # by its bare name: the one that is loaded
         return ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
         return None
 
 
 def _start(device: torch.device) -> None:
-    """A first product, as prompts have them: it brings cuBLAS's handle, kernels and workspace."""
+    """Runs a first matrix product, like those of prompts: it loads cuBLAS's handle, kernels and workspace."""
     try:
         x = torch.ones(16, 16, dtype=torch.float16, device=device)
         torch.mm(x, x, out_dtype=torch.float32)
@@ -128,12 +128,12 @@ def pinned(
     runtime: Runtime | None = None,
     pieces: Sequence[int] | None = None,
 ) -> Iterator[HostBuffer]:
-    """Page-locks a buffer for copies to ``device`` (default: the current one), whose exact bytes count: torch's own
-    pinned memory is rounded up to powers of two. A child that is forked meanwhile does not have it.
+    """Page-locks exactly the bytes of a buffer for copies to ``device`` (default: the current one): torch's own pinned
+    memory is rounded up to powers of two. A child process that is forked meanwhile does not have the buffer.
 
-    ``pieces``: sizes of parts that are locked one by one, because Windows locks many smaller ranges where it refuses a
-    large one. No copy may cross from one to the next. Raises ``MemoryBudgetError`` where the driver refuses, which says
-    how far it came and which budget leaves the rest on the disk.
+    ``pieces``: sizes of parts that are locked one by one, because Windows locks many smaller ranges when it refuses a
+    large one. No copy may cross from one to the next. Raises ``MemoryBudgetError`` if the driver refuses; it says
+    how many bytes were locked and which budget leaves the rest on the disk.
     """
     sizes = [buffer.num_bytes] if pieces is None else list(pieces)
     if any(size % mmap.PAGESIZE for size in sizes):  # a page has one owner

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     import torch
 
 
-_LARGE_BYTES = 4 << 20  # from here on in pages of 2 MiB, where the system has such
+_LARGE_BYTES = 4 << 20  # buffers from this size on use pages of 2 MiB, if the system has them
 
 
 class HostBuffer:
-    """Zeroed bytes that start at a memory page, as O_DIRECT and page-locking want them. Pages count as used when they
-    are first touched."""
+    """Zeroed bytes that start at a memory page, as O_DIRECT and page-locking require. A page takes memory only when it
+    is first touched."""
 
     def __init__(self, num_bytes: int, purpose: str) -> None:
-        """``purpose`` is for messages. Raises ``MemoryBudgetError`` where the system refuses."""
+        """``purpose`` is for messages. Raises ``MemoryBudgetError`` if the system refuses."""
         self._map: mmap.mmap | VirtualPages
         try:
             if sys.platform == "win32":
@@ -58,7 +58,7 @@ class HostBuffer:
         return self._array
 
     def share_with_children(self, share: bool) -> None:
-        """Whether processes that are forked from here on get the pages, where the system lets one choose. Pages
+        """Whether processes that are forked from now on get the pages, if the system lets one choose. Pages
         that are locked for a device would be duplicated by the fork itself, all of them at once."""
         advice = getattr(mmap, "MADV_DOFORK" if share else "MADV_DONTFORK", None)
         if advice is not None and self._array is not None and isinstance(self._map, mmap.mmap):
@@ -81,8 +81,8 @@ class HostBuffer:
 
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype, purpose: str) -> torch.Tensor:
-    """A zeroed tensor on the CPU in memory of its own, given back when its last view goes. Not a byte is touched: a
-    buffer that is allocated early costs nothing before it is used."""
+    """A zeroed tensor on the CPU in memory of its own, freed with its last view. No byte is touched: a
+    buffer that is allocated early takes no memory before it is used."""
     import torch
 
     raw = HostBuffer(math.prod(shape) * dtype.itemsize, purpose).array
@@ -96,8 +96,8 @@ def _anonymous(num_bytes: int) -> mmap.mmap:
 
 
 def pinned_limit() -> int | None:
-    """Bytes of RAM that may be page-locked for a GPU: Windows lets about half of it be, under WSL, too. None: no limit
-    of the system's own."""
+    """Bytes of RAM that may be page-locked for a GPU: on Windows and WSL about half of it. None: the system sets no
+    limit."""
     if sys.platform == "win32":
         total = total_ram()
         return None if total is None else total // 2
@@ -107,7 +107,7 @@ def pinned_limit() -> int | None:
 
 
 def trim_heap() -> None:
-    """Returns what ``malloc`` keeps of freed memory to the system, where that is glibc's."""
+    """Returns freed memory that ``malloc`` still holds to the system, if the C library is glibc."""
     if not sys.platform.startswith("linux"):
         return
     try:

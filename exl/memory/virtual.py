@@ -1,4 +1,4 @@
-"""Memory of Windows' own kind, as ``host_memory`` wants it.
+"""Memory from Windows' ``VirtualAlloc``, for ``exl/memory/host.py``.
 
 What Python's ``mmap`` maps there is a section, whose pages cannot be given back while a view of it lives.
 """
@@ -19,7 +19,7 @@ class VirtualPages:
     """Zeroed bytes by ``VirtualAlloc``, released with the last view of ``array``."""
 
     def __init__(self, num_bytes: int, kernel32: Any = None) -> None:
-        """``kernel32``: a library with the system's functions (default: the system's). ``OSError`` where it refuses."""
+        """``kernel32``: a library with the system's functions (default: the system's). ``OSError`` if it refuses."""
         self._kernel32 = _typed(ctypes.WinDLL("kernel32", use_last_error=True) if kernel32 is None else kernel32)
         self.num_bytes = num_bytes
         self._address = self._kernel32.VirtualAlloc(None, num_bytes, _MEM_RESERVE | _MEM_COMMIT, _PAGE_READWRITE)
@@ -70,7 +70,7 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def total_ram(kernel32: Any = None) -> int | None:
-    """Bytes of RAM; None where the system does not tell."""
+    """Bytes of RAM; None if the system does not tell."""
     kernel32 = ctypes.WinDLL("kernel32", use_last_error=True) if kernel32 is None else kernel32
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     return status.total if kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None

@@ -1,4 +1,4 @@
-"""The memory plan of a machine without a GPU: resident layers, stream slots, the cache, and what torch takes."""
+"""The memory plan of a machine without a GPU: resident layers, stream buffers, the cache, and what torch takes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 
 
 def plan_cpu(
-    model: PlanInput, budget: int | None = None, *, num_slots: int = 2, max_resident: int | None = None
+    model: PlanInput, budget: int | None = None, *, num_buffers: int = 2, max_resident: int | None = None
 ) -> MemoryPlan:
     """Keeps as many layers resident as the budget allows, from the first on; the others are streamed through
-    ``num_slots`` slots. ``max_resident``: keep at most this many. The plan may not fit: check ``fits``."""
+    ``num_buffers`` buffers. ``max_resident``: keep at most this many. The plan may not fit: check ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
     for resident in range(most, 0, -1):
-        plan = _with_resident(model, budget, resident, num_slots)
+        plan = _with_resident(model, budget, resident, num_buffers)
         if plan.fits:
             return plan
-    return _with_resident(model, budget, 0, num_slots)
+    return _with_resident(model, budget, 0, num_buffers)
 
 
-def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_slots: int) -> MemoryPlan:
+def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_buffers: int) -> MemoryPlan:
     device, limits = model.target.kind, model.limits
     layer_bytes = [layer.num_bytes for layer in model.layers]
     num_streamed = len(layer_bytes) - num_resident
-    slots = min(num_slots, num_streamed)
-    slot = max(layer_bytes[num_resident:], default=0)
+    num_buffers = min(num_buffers, num_streamed)
+    buffer_bytes = max(layer_bytes[num_resident:], default=0)
     num_pages = model.num_pages
     resident_bytes = sum(layer_bytes[:num_resident])
     steps, scratch = step_bytes(limits), scratch_bytes(limits, model.target)
     lines = [
         PlanLine("embedding", device, model.embed.num_bytes, True),
         PlanLine("resident layers", device, resident_bytes, True, f"{num_resident} of {len(layer_bytes)}"),
-        PlanLine("stream slots", device, slots * slot, True, f"{slots} for {num_streamed} layers" if slots else ""),
+        PlanLine(
+            "stream buffers", device, num_buffers * buffer_bytes, True,
+            f"{num_buffers} for {num_streamed} layers" if num_buffers else "",
+        ),
         PlanLine("head and final norm", device, model.head.num_bytes, True),
         PlanLine(
             "KV cache", device, model.kv_layout.slab_bytes(num_pages), True,
@@ -59,10 +62,10 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
         tuple((Tier.DEVICE if i < num_resident else Tier.DISK, device) for i in range(len(layer_bytes)))
     )
     budgets = {} if budget is None else {device: budget}
-    return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, slots, budgets)
+    return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, num_buffers, budgets)
 
 
-_LOADED_FIRST = ("embedding", "resident layers", "stream slots", "head and final norm")
+_LOADED_FIRST = ("embedding", "resident layers", "stream buffers", "head and final norm")
 _TOKENIZER_FACTOR = 8
 _UNPACKED_BYTES = 8  # per code, while it is unpacked, sorted, fused and packed
 _LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size; 4 to 13 MB were measured

@@ -1,7 +1,7 @@
-"""The memory plan of one or several GPUs, and of the RAM beside them: as pure as ``cpu.py``, and no GPU is asked.
+"""The memory plan of one or several GPUs and of the RAM: a pure function, like ``cpu.py``; no GPU is queried.
 
-Layers lie on the GPUs in order. Those that no GPU has room for are streamed to the last one: from pinned RAM, and the
-last of them from the disk, where ``ram`` ends. What they have in the cache lies on the last GPU, too.
+Layers are placed on the GPUs in order. Those that fit on no GPU are streamed to the last one: from pinned RAM, and
+those beyond ``ram`` from the disk. Their part of the KV cache is on the last GPU too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ HOST = "ram"  # the name of host memory's lines
 # kLargeBuffer, kMinLargeAlloc, kRoundLarge): a slab is rounded as it will be.
 _SMALL_ALLOCATION, _SMALL_SEGMENT = 1 << 20, 2 << 20
 _LARGE_ALLOCATION, _MIDDLE_SEGMENT, _ROUND = 10 << 20, 20 << 20, 2 << 20
-# Estimates, until a GPU has been asked: the driver's context with torch's and our modules, and cuBLAS's workspace
+# Estimates, not yet measured on a GPU: the driver's context with torch's and our modules, and cuBLAS's workspace
 # (documented for torch: 8 MiB + 128 KiB, 32 MiB on Hopper).
 CONTEXT_BYTES = 500 << 20
 _CUBLAS_BYTES, _CUBLAS_LARGE_BYTES = (8 << 20) + (128 << 10), 32 << 20
 STARTED_LINES = (
     "cuBLAS workspace",
     "CUDA context, modules",
-)  # what is there before the first tensor, and after the last
-# Of free memory, left alone: kernels of cuBLAS that are loaded when they are first used, graphs, other programs. On
-# Windows the desktop lives there, and what is too much does not fail: it is paged out, and everything is slow.
+)  # taken before the first tensor and kept after the last
+# Free memory that is not planned for: cuBLAS kernels that are loaded at first use, graphs, other programs. On Windows
+# the desktop needs some, and too much does not fail: it is paged out, and everything becomes slow.
 _MARGIN_BYTES, _WINDOWS_MARGIN_BYTES = 512 << 20, 1 << 30
 
 
@@ -41,8 +41,8 @@ def started_bytes(arch: int) -> int:
 
 
 def usable_bytes(free: int, arch: int, system: str = sys.platform) -> int:
-    """What a plan may take of a GPU that has ``free`` bytes left now that it is started, where nobody said how much; 1
-    or more. ``system`` as ``sys.platform`` names it."""
+    """The default budget of a GPU that has ``free`` bytes left after it was started; at least 1. ``system`` as
+    ``sys.platform`` names it."""
     margin = _WINDOWS_MARGIN_BYTES if system == "win32" else _MARGIN_BYTES
     return max(1, free + started_bytes(arch) - margin)
 
@@ -62,7 +62,7 @@ class _Share:
 
     name: str
     layers: range  # resident
-    streamed: range  # computed here, through the slots
+    streamed: range  # computed here, through stream buffers
     is_first: bool
     is_last: bool
 
@@ -72,23 +72,23 @@ def plan_devices(
     vram: Sequence[int],
     ram: int | None = None,
     *,
-    num_slots: int = 2,
+    num_buffers: int = 2,
     max_resident: int | None = None,
     max_pinned: int | None = None,
 ) -> MemoryPlan:
     """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
-    layers need. ``ram``: bytes of host memory, pinned layers included; None: as much as there is. ``max_pinned``: bytes
-    that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has slot i modulo their
-    number. The plan may not fit: ask ``fits``."""
+    layers need. ``ram``: bytes of host memory, pinned layers included; None: no limit. ``max_pinned``: bytes
+    that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has buffer i modulo
+    ``num_buffers``. The plan may not fit: check ``fits``."""
     num_layers = len(model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
     arena = arena_layout(model.limits, model.target, (*model.layers, model.head))
     plan = None
     for num_resident in range(most, -1, -1):
-        if num_resident and num_slots > 1 and (num_layers - num_resident) % num_slots == 1:
-            continue  # the last layer of a step and the first of the next would have the same slot: each step a stall
+        if num_resident and num_buffers > 1 and (num_layers - num_resident) % num_buffers == 1:
+            continue  # the last layer of a step and the first of the next would have the same buffer: each step a stall
         for num_devices in range(1, len(vram) + 1):
-            plan = _split_over(model, vram[:num_devices], ram, num_resident, num_slots, arena, max_pinned)
+            plan = _split_over(model, vram[:num_devices], ram, num_resident, num_buffers, arena, max_pinned)
             if plan.fits:
                 return plan
     return plan
@@ -99,16 +99,16 @@ def _split_over(
     vram: Sequence[int],
     ram: int | None,
     num_resident: int,
-    num_slots: int,
+    num_buffers: int,
     arena: ArenaLayout,
     max_pinned: int | None,
 ) -> MemoryPlan:
     num_layers = len(model.layers)
     num_pages = model.num_pages
-    slots = min(num_slots, num_layers - num_resident)
-    shares = list(_shares(model, vram, num_resident, num_pages, slots, arena))
-    lines = [line for share in shares for line in _device_lines(model, share, num_pages, slots, arena)]
-    pinned, host_lines = _host_lines(model, num_resident, slots, ram, arena, max_pinned)
+    num_buffers = min(num_buffers, num_layers - num_resident)
+    shares = list(_shares(model, vram, num_resident, num_pages, num_buffers, arena))
+    lines = [line for share in shares for line in _device_lines(model, share, num_pages, num_buffers, arena)]
+    pinned, host_lines = _host_lines(model, num_resident, num_buffers, ram, arena, max_pinned)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
     placed += [(Tier.PINNED if i < pinned else Tier.DISK, last) for i in range(num_layers - num_resident)]
@@ -120,22 +120,22 @@ def _split_over(
         Placement(tuple(placed)),
         model.limits.max_context,
         num_pages,
-        slots,
+        num_buffers,
         budgets,
     )
 
 
 def _shares(
-    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, slots: int, arena: ArenaLayout
+    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, num_buffers: int, arena: ArenaLayout
 ) -> Iterator[_Share]:
-    """Each GPU takes as many layers as it has room for, the last one what is left."""
+    """Each GPU takes as many layers as fit, the last one the rest."""
     num_layers, start = len(model.layers), 0
     for i, budget in enumerate(vram):
         name, is_last = f"cuda:{i}", i == len(vram) - 1
         stop = num_resident if is_last else start
         while not is_last and stop < num_resident:
             larger = _Share(name, range(start, stop + 1), range(0), i == 0, False)
-            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, slots, arena)) > budget:
+            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, num_buffers, arena)) > budget:
                 break
             stop += 1
         streamed = range(num_resident, num_layers) if is_last else range(0)
@@ -143,23 +143,25 @@ def _shares(
         start = stop
 
 
-def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, arena: ArenaLayout) -> list[PlanLine]:
+def _device_lines(
+    model: PlanInput, share: _Share, num_pages: int, num_buffers: int, arena: ArenaLayout
+) -> list[PlanLine]:
     limits, name = model.limits, share.name
     resident = sum(model.layers[i].num_bytes for i in share.layers)
     embed = model.embed.num_bytes if share.is_first else 0
     head = model.head.num_bytes if share.is_last else 0
-    slot = slots * max((model.layers[i].num_bytes for i in share.streamed), default=0)
+    buffer_bytes = num_buffers * max((model.layers[i].num_bytes for i in share.streamed), default=0)
     num_cached = len(share.layers) + len(share.streamed)
     cache = num_cached * model.kv_layout.layer_bytes(num_pages)
     logits = arena.bytes_of("logits", "samples") if share.is_last else 0
     residual, activations = arena.bytes_of("residual"), arena.bytes_of("qkv", "attn", "mlp")
     scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
     slab = residual + activations + logits + scratch
-    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, slot, cache, slab))
+    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, buffer_bytes, cache, slab))
     lines = [
         PlanLine("embedding", name, embed, True),
         PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
-        PlanLine("stream slots", name, slot, True, f"{slots} for {len(share.streamed)} layers"),
+        PlanLine("stream buffers", name, buffer_bytes, True, f"{num_buffers} for {len(share.streamed)} layers"),
         PlanLine("head and final norm", name, head, True),
         PlanLine(
             "KV cache", name, cache, True,
@@ -177,9 +179,9 @@ def _device_lines(model: PlanInput, share: _Share, num_pages: int, slots: int, a
 
 
 def _host_lines(
-    model: PlanInput, num_resident: int, slots: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
+    model: PlanInput, num_resident: int, num_buffers: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
 ) -> tuple[int, list[PlanLine]]:
-    """How many of the streamed layers are pinned, the first of them first; and what host memory holds."""
+    """How many of the streamed layers are pinned, counted from the first; and the lines of host memory."""
     sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
     unpinned = [
         model.embed.num_bytes,
@@ -189,16 +191,18 @@ def _host_lines(
 
     def lines(pinned: int) -> list[PlanLine]:
         on_disk = len(sizes) - pinned
-        buffers = slots * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
-        staging = max(*unpinned, *sizes[pinned:], 0)  # where a blob is packed that does not stay in host memory
+        read_bytes = num_buffers * max(sizes[pinned:], default=0)  # pinned; what the disk is read into
+        staging = max(*unpinned, *sizes[pinned:], 0)  # where blobs that do not stay in host memory are packed
         loading = align_up(loading_bytes(model) + staging, BLOB_ALIGN)
         limited = f", {format_bytes(max_pinned)} may be pinned" if pinned < most else ""
         found = [
             PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}{limited}"),
-            PlanLine("pinned read buffers", HOST, buffers, True, f"for {on_disk} layers on the disk"),
+            PlanLine("pinned read buffers", HOST, read_bytes, True, f"for {on_disk} layers on the disk"),
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
             # While loading; read buffers are not there yet.
-            PlanLine("loading", HOST, max(0, loading - buffers), False, "the file's bytes of two layers, one packed"),
+            PlanLine(
+                "loading", HOST, max(0, loading - read_bytes), False, "the file's bytes of two layers, one packed"
+            ),
         ]
         return [line for line in found if line.num_bytes]
 

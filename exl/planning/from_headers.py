@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +29,14 @@ from exl.units import format_bytes, parse_bytes
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
 _MAX_TOKENS = 1 << 30
-_MIN_ARCH, _MAX_ARCH = 60, 1000  # what the kernels know at least
+_MIN_ARCH, _MAX_ARCH = 60, 1000  # the kernels need at least 60
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
-    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU where there is one that exl can use, or vram is given
+    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU if there is one that exl can use, or if vram is given
     # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all but a margin.
     vram: int | str | Sequence[int | str] | None = None
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
@@ -45,9 +45,16 @@ class EngineOptions:
     max_sequences: int = 1  # each with a context of its own
     prefill_chunk: int = 512  # rows computed at once
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
-    resident_layers: int | None = None  # no more than so many, whatever the budget
+    resident_layers: int | None = None  # at most this many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
+        """``arguments``: a public function's ``locals()``, of which those with an option's name are taken."""
+        return cls(
+            **{field.name: arguments[field.name] for field in dataclasses.fields(cls) if field.name in arguments}
+        )
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -77,12 +84,12 @@ class EngineOptions:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it was asked for."""
+        """Whether a GPU was asked for."""
         return self.vram is not None or self.device == "cuda"
 
     @property
     def vram_bytes(self) -> tuple[int, ...]:
-        """Of each GPU; empty where no size was given."""
+        """Of each GPU; empty if no size was given."""
         if self.vram is None:
             return ()
         sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
@@ -95,7 +102,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint's headers, understood."""
+    """A checkpoint's headers, parsed and checked."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -106,7 +113,7 @@ class ModelFiles:
 
     @property
     def layer_file_bytes(self) -> int:
-        """The largest layer as the checkpoint has it."""
+        """Bytes of the largest layer in the checkpoint's files."""
         prefix = self.manifest.names.layers + "."
         sizes: dict[str, int] = {}
         for name, info in self.checkpoint.tensors.items():
@@ -162,20 +169,10 @@ def plan(
     """Where every byte of a model would go, from its headers alone: no weights are read, nothing is allocated.
 
     A Hugging Face repository that is not in the cache is not downloaded: its configuration, headers and ``g_idx`` are
-    asked for by range requests. Options as of ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
+    fetched by range requests. Options as in ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
     8.6), which need not be in this machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
     """
-    options = EngineOptions(
-        vram=vram,
-        ram=ram,
-        context=context,
-        kv_cache=kv_cache,
-        max_sequences=max_sequences,
-        prefill_chunk=prefill_chunk,
-        prefill_window=prefill_window,
-        resident_layers=resident_layers,
-        head=head,
-    )
+    options = EngineOptions.from_arguments(locals())
     if isinstance(arch, bool) or not isinstance(arch, int) or not _MIN_ARCH <= arch < _MAX_ARCH:
         raise ConfigError(f"arch: found {arch!r}, expected a compute capability, {_MIN_ARCH} or higher: 86 is 8.6")
     # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
@@ -231,8 +228,8 @@ def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident
 
 
 def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
-    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. Where nothing fits so, the
-    default, and layers are streamed."""
+    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. If not even one
+    page fits like that, the default, and layers are streamed."""
     low, high = 0, -(-files.config.max_position // PAGE_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
@@ -242,7 +239,7 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
 
 
 def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
-    """What does not fit, and the nearest settings that would."""
+    """Says what does not fit, and the nearest settings that would."""
     least, _ = _attempt(files, dataclasses.replace(options, ram=None, resident_layers=0), target)
     hints = [_needed(least, "ram" if target.kind == "cpu" else "vram")]
     context = _largest_context(files, options, target, resident=False)
@@ -267,7 +264,7 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
 
 
 def _needed(least: MemoryPlan, option: str) -> str:
-    """Each memory of the option, as large as the plan has it."""
+    """The option with the size that the plan needs of each memory."""
     needed = [least.device_bytes(device) for device in least.devices if device != HOST]
     sizes = [f"'{-(-num_bytes // 10**6)}MB'" for num_bytes in needed]
     return f"{option}={sizes[0] if len(sizes) == 1 else '[' + ', '.join(sizes) + ']'} or more"

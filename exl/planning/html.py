@@ -19,7 +19,7 @@ COLORS = {
     "embedding": "#7fb2f0",
     "resident layers": "#3f78e0",
     "pinned layers": "#3f78e0",
-    "stream slots": "#8a6fe8",
+    "stream buffers": "#8a6fe8",
     "pinned read buffers": "#8a6fe8",
     "pinned tables": "#c3c14e",
     "head and final norm": "#35a7c9",

@@ -64,7 +64,7 @@ class MemoryPlan:
     placement: Placement
     context: int  # tokens of one sequence
     num_pages: int
-    num_slots: int  # 0: nothing is streamed
+    num_buffers: int  # 0: nothing is streamed
     budgets: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -29,7 +29,7 @@ from exl.quantize.calibration import make_chunks, num_pages
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
 
-class _Heard(Exception):
+class _Captured(Exception):
     """Carries the captured tensors out of a layer and skips the rest of the layer."""
 
     def __init__(self, x: torch.Tensor, output: torch.Tensor | None) -> None:
@@ -37,8 +37,8 @@ class _Heard(Exception):
         self.output = output
 
 
-class _ListeningOps(TorchOps):
-    """Stops at ``target_linear`` by raising ``_Heard`` with its input and, if asked, its output.
+class _CapturingOps(TorchOps):
+    """Stops at ``target_linear`` by raising ``_Captured`` with its input and, if asked, its output.
 
     The output includes the residual, if the linear adds to one.
     """
@@ -52,9 +52,9 @@ class _ListeningOps(TorchOps):
             super()._multiply(x, w, out, num_decode_rows)
             return
         if not self.with_output:
-            raise _Heard(x, None)
+            raise _Captured(x, None)
         super()._multiply(x, w, out, num_decode_rows)
-        raise _Heard(x, out if self._residual is None else out.add_(self._residual))
+        raise _Captured(x, out if self._residual is None else out.add_(self._residual))
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         self._residual = h
@@ -93,7 +93,7 @@ class LayerPass:
             head_dim=config.head_dim,
         )
         kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _ListeningOps(cpu_target(), kv_layout, limits)
+        self._ops = _CapturingOps(cpu_target(), kv_layout, limits)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
         self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
@@ -164,8 +164,8 @@ class LayerPass:
         self._ops.stage([chunk])
         try:
             self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
-        except _Heard as heard:
-            return heard.x, heard.output
+        except _Captured as captured:
+            return captured.x, captured.output
         finally:
             self._ops.target_linear = None
         raise AssertionError(f"layer {layer_idx} has no linear {name}")

@@ -1,7 +1,7 @@
 """Checkpoint -> blobs, in memory and in the packed file, in one pass.
 
-Host memory while loading is what stays (resident weights, stream slots) and, where there is no packed file to read
-from, two layers as the checkpoint has them, and the block of one matrix that is being unpacked.
+Host memory while loading: what stays (resident weights, stream buffers) and, if there is no packed file to read from,
+two layers as the checkpoint has them and the block of one matrix that is being unpacked.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from pathlib import Path
 import torch
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig
-from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError
 from exl.formats.load import load_part
 from exl.formats.tensors import read_vector
 from exl.layout.layers import LayerLayout, packs_in_order
 from exl.memory.host import trim_heap
-from exl.models.manifest import ModelManifest
 from exl.ops.base import Linear, Ops, view_field, view_segments
+from exl.planning.from_headers import ModelFiles
 from exl.progress import Progress
 from exl.weights.packed import PackedFile, PackedWriter
 from exl.weights.packed_store import default_packed_folder, packed_key, packed_path, source_name
@@ -54,59 +52,47 @@ class ModelWeights:
         self._owned.close()
 
 
-def load_weights(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    quant: QuantConfig | None,
-    manifest: ModelManifest,
-    ops: Ops,
-    progress: Progress | None = None,
-    *,
-    resident: Collection[int] | None = None,
-    in_host: Collection[int] = (),
-    num_slots: int = 2,
-    packed_folder: Path | None = None,
-) -> ModelWeights:
-    """``resident``: the layers that stay where they are computed (None: all); the others are streamed through
-    ``num_slots`` slots: those ``in_host`` from pinned memory to the GPU, the rest from the packed file in
-    ``packed_folder`` (default: the user's cache), which is written first where there is none. Where nothing is read
-    from it later no packed file is written, and one is read only if the folder is given.
+@dataclass(frozen=True)
+class WeightPlaces:
+    """Which layers stay where they are computed; the others are streamed through ``num_buffers`` buffers."""
 
-    ``progress`` is told in bytes of packed weights. What raises leaves nothing behind, Ctrl-C included. Raises
-    ``CheckpointError`` for what only the data can show to be wrong, ``MemoryBudgetError`` where the system has no
-    memory, ``ExlError`` that names folder, bytes needed and bytes free where the packed file has no room.
+    resident: Collection[int] | None = None  # None: all
+    in_host: Collection[int] = ()  # streamed from pinned memory to the GPU; the rest from the packed file
+    num_buffers: int = 2
+    packed_folder: Path | None = None  # of the packed file; None: the user's cache
+
+
+def load_weights(
+    files: ModelFiles, ops: Ops, places: WeightPlaces | None = None, progress: Progress | None = None
+) -> ModelWeights:
+    """Puts the weights where ``places`` (default: all resident) says. The packed file is written first if there is
+    none. If no layer is read from it later no packed file is written, and one is read only if the folder is given.
+
+    ``progress`` is told in bytes of packed weights. An error, Ctrl-C included, leaves nothing behind. Raises
+    ``CheckpointError`` for what only the data can show to be wrong, ``MemoryBudgetError`` if the system has no
+    memory, ``ExlError`` that names folder, bytes needed and bytes free if the packed file has no room.
     """
-    layers = range(config.num_layers)
-    kept = frozenset(layers if resident is None else resident)
-    from_disk = any(i not in kept and i not in in_host for i in layers)
-    layouts = manifest.layouts(ops.target)
+    places = WeightPlaces() if places is None else places
+    layers, in_host = range(files.config.num_layers), places.in_host
+    resident = frozenset(layers if places.resident is None else places.resident)
+    from_disk = any(i not in resident and i not in in_host for i in layers)
+    layouts = files.manifest.layouts(ops.target)
     blobs = (layouts.embed, *layouts.layers, layouts.head)
     with ExitStack() as stack:
         memory: WeightMemory
         if ops.target.kind == "cuda":
-            memory = DeviceWeights(blobs, kept, in_host, num_slots, ops.device, stack)
+            memory = DeviceWeights(blobs, resident, in_host, places.num_buffers, ops.device, stack)
         else:
-            memory = HostWeights(blobs, kept, num_slots, stack)
-        loader = _Loader(checkpoint, config, quant, manifest, ops, memory, progress or (lambda done, total: None))
-        weights = loader.load(stack, packed_folder, from_disk)
-        trim_heap()
-        return weights
+            memory = HostWeights(blobs, resident, places.num_buffers, stack)
+        loader = _Loader(files, ops, memory, progress or (lambda done, total: None))
+        return loader.load(stack, places.packed_folder, from_disk)
 
 
 class _Loader:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        quant: QuantConfig | None,
-        manifest: ModelManifest,
-        ops: Ops,
-        memory: WeightMemory,
-        progress: Progress,
-    ) -> None:
-        self.checkpoint, self.config, self.quant = checkpoint, config, quant
-        self.manifest, self.ops, self.memory, self.progress = manifest, ops, memory, progress
-        self.layouts = manifest.layouts(ops.target)
+    def __init__(self, files: ModelFiles, ops: Ops, memory: WeightMemory, progress: Progress) -> None:
+        self.checkpoint, self.config, self.quant = files.checkpoint, files.config, files.quant
+        self.manifest, self.ops, self.memory, self.progress = files.manifest, ops, memory, progress
+        self.layouts = files.manifest.layouts(ops.target)
         self.all_layouts = (self.layouts.embed, *self.layouts.layers, self.layouts.head)
         self.sizes = [layout.num_bytes for layout in self.all_layouts]
         self.done = 0
@@ -114,11 +100,12 @@ class _Loader:
     def load(self, stack: ExitStack, packed_folder: Path | None, from_disk: bool) -> ModelWeights:
         packed = None
         if from_disk or packed_folder is not None:
-            packed = self._read_packed(packed_folder or default_packed_folder(), stack)
+            packed = self._read_packed(packed_folder or default_packed_folder())
         if packed is None and from_disk:
-            packed = self._pack_to_file(packed_folder or default_packed_folder(), stack)
+            packed = self._pack_to_file(packed_folder or default_packed_folder())
         elif packed is None:
             self._pack(None)
+        trim_heap()
         return self._assemble(packed, stack)
 
     # from the packed file
@@ -127,28 +114,28 @@ class _Loader:
         packer = f"torch {torch.__version__}"
         return packed_key(self.checkpoint, self.quant, self.all_layouts, self.ops.target, packer)
 
-    def _read_packed(self, folder: Path, stack: ExitStack) -> PackedFile | None:
+    def _read_packed(self, folder: Path) -> PackedFile | None:
         """Fills the blobs that stay from a valid packed file. None: there is none, or one that turned out damaged."""
         key = self._key()
         packed = PackedFile.open(packed_path(folder, self.checkpoint.path, key), key, self.sizes)
         if packed is None:
             return None
-        stack.callback(packed.close)
+        self.memory.reading.callback(packed.close)
         try:
             self._read_blobs(packed)
             return packed
         except CheckpointError as error:
             logger.warning("%s; packing again", error)
             packed.close()  # on Windows a file that is open keeps its name
-        for i in self.memory.kept:
+        for i in self.memory.in_memory:
             self.memory.blob(i).zero_()
         return None
 
     def _read_blobs(self, packed: PackedFile) -> None:
-        """Those that stay. One thread waits for the disk while the other compares checksums; through staging, one by
-        one."""
+        """Reads the blobs that stay in memory. One thread waits for the disk while the other compares checksums; for a
+        GPU a single thread reads them one by one through staging."""
         stopped = threading.Event()
-        total, done = sum(self.sizes[i] for i in self.memory.kept), 0
+        total, done = sum(self.sizes[i] for i in self.memory.in_memory), 0
         threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
 
         def read(blob_idx: int) -> int:
@@ -158,7 +145,7 @@ class _Loader:
 
         with ThreadPoolExecutor(threads, "exl packed reader") as executor:
             try:
-                jobs = [executor.submit(read, i) for i in self.memory.kept]
+                jobs = [executor.submit(read, i) for i in self.memory.in_memory]
                 for job in as_completed(jobs):
                     done += job.result()
                     self.progress(done, total)
@@ -168,7 +155,7 @@ class _Loader:
 
     # from the checkpoint
 
-    def _pack_to_file(self, folder: Path, stack: ExitStack) -> PackedFile:
+    def _pack_to_file(self, folder: Path) -> PackedFile:
         key, stamps = self._key(), self.checkpoint.modified_ns
         path = packed_path(folder, self.checkpoint.path, key)
         with PackedWriter(path, key, source_name(self.checkpoint.path), self.sizes) as writer:
@@ -180,11 +167,11 @@ class _Loader:
         packed = PackedFile.open(path, key, self.sizes)
         if packed is None:
             raise CheckpointError(f"{path}: packed weights were changed right after they had been written")
-        stack.callback(packed.close)
+        self.memory.reading.callback(packed.close)
         return packed
 
     def _pack(self, writer: PackedWriter | None) -> None:
-        """Every blob once, in order: to its place where it stays, and to the file."""
+        """Packs every blob once, in order: to its place if it stays in memory, and to the file."""
         names = self.manifest.names
         self.done = 0
         prefixes = [f"{names.layers}.{i}." for i in range(self.config.num_layers)]

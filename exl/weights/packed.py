@@ -133,8 +133,8 @@ class PackedFile:
 
     @classmethod
     def open(cls, path: Path, key: bytes, sizes: Sequence[int]) -> PackedFile | None:
-        """None where there is no such file, or none that can be trusted: one for another key, of other sizes, damaged
-        in its header, cut off. A log message says why. Marks the file as used now."""
+        """None if there is no such file, or if it cannot be trusted: it has another key or other sizes, a damaged
+        header, or was cut off. A log message says why. Marks the file as used now."""
         try:
             file = BlockFile.open(path)
         except FileNotFoundError:
@@ -161,11 +161,12 @@ class PackedFile:
         return self._file.direct
 
     def read_blob(self, blob_idx: int, out: NDArray[np.uint8], go_on: Callable[[], bool] = lambda: True) -> bool:
-        """Reads a blob into ``out``, u8 of its size, page-aligned. False: ``go_on``, asked at each block, said so.
+        """Reads a blob into ``out``, u8 of its size, page-aligned. Returns False if ``go_on()`` returned False; polled
+        once per block.
 
-        The first time that a blob is read its checksum is compared. Raises ``CheckpointError`` that names the file
-        for what cannot be read, has been cut off or does not have its checksum; in that last case the file is
-        removed, so that the next load packs anew.
+        The first time a blob is read, its checksum is compared. Raises ``CheckpointError`` that names the file if the
+        blob cannot be read, was cut off or does not have its checksum; in that last case the file is removed, so that
+        the next load packs again.
         """
         size = self.header.sizes[blob_idx]
         if len(out) != size:
@@ -211,7 +212,7 @@ class PackedWriter:
     """Writes blobs one after another; a context manager that leaves nothing behind unless ``commit`` was reached."""
 
     def __init__(self, path: Path, key: bytes, source: str, sizes: Sequence[int]) -> None:
-        """Raises ``ExlError`` that names the folder, the bytes needed and the bytes free where they do not suffice."""
+        """Raises ``ExlError`` that names the folder, the bytes needed and the bytes free if they do not suffice."""
         self.path = path
         self._header = PackedHeader(key, source, tuple(sizes), (0,) * len(sizes))
         self._offsets = self._header.offsets
@@ -247,7 +248,7 @@ class PackedWriter:
         self._checksums.append(checksum)
 
     def commit(self) -> None:
-        """All blobs are there: the file takes its name. The header comes last, so that nothing valid exists before."""
+        """After the last blob: gives the file its name. The header is written last: nothing valid exists before."""
         if len(self._checksums) != len(self._header.sizes):
             raise ValueError(f"{len(self._checksums)} blobs written, expected {len(self._header.sizes)}")
         header = PackedHeader(self._header.key, self._header.source, self._header.sizes, tuple(self._checksums))
@@ -264,8 +265,8 @@ class PackedWriter:
             raw.close()
 
     def _take_name(self, header: PackedHeader) -> None:
-        """Where the name is somebody's who has it open (Windows) and theirs is no equal file, another name is taken:
-        what took long to pack is not lost. ``path`` says which."""
+        """If another program has a file of this name open (Windows) and its contents differ, takes another name, so
+        that the packed weights are not lost. ``path`` is the name that was taken."""
         if fcntl is None:  # Windows: an open file cannot be renamed. Elsewhere it stays locked until it has its name.
             self._file.close()
         try:
@@ -314,7 +315,7 @@ class PackedWriter:
 
 
 def _is_equal(path: Path, header: PackedHeader) -> bool:
-    """Whether the file there is for the same, with the same contents."""
+    """Whether the file at ``path`` has the same key and contents."""
     try:
         with BlockFile.open(path) as file:
             return read_header(file) == header
@@ -333,7 +334,7 @@ def _create_part(path: Path) -> tuple[Path, BlockFile]:
 
 
 def _lock(descriptor: int) -> bool:
-    """False: somebody else has it. True also where there are no locks."""
+    """False: another process has it. True also if the system has no locks."""
     if fcntl is None:
         return True
     try:
@@ -346,7 +347,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def remove_dead_parts(folder: Path) -> list[Path]:
-    """Temporary files whose writers were killed. Those of living ones, here or in other processes, stay."""
+    """Removes temporary files whose writers were killed. Those of living writers, in any process, stay."""
     removed = []
     for path in folder.glob(f".*{PART_SUFFIX}"):
         with contextlib.suppress(OSError):

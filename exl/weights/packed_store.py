@@ -35,10 +35,10 @@ def packed_key(
     checkpoint: Checkpoint, quant: QuantConfig | None, layouts: Sequence[LayerLayout], target: Target, packer: str
 ) -> bytes:
     """Digest, 32 bytes, of all that the packed bytes depend on. ``packer`` names the library that packs, with its
-    version. ``layouts``: one a blob, in the order of the file.
+    version. ``layouts``: one per blob, in the order of the file.
 
-    A checkpoint's bytes are too many to hash at each load. Headers, sizes and times of change stand for them, and a
-    sample of each tensor: unpacked archives and images often give all files one time.
+    A checkpoint is too large to hash at each load. Headers, sizes, modification times and a sample of each tensor stand
+    for it. The samples are needed because unpacked archives and images often give all files the same time.
     """
     parts = [
         ["layout version", LAYOUT_VERSION],
@@ -62,7 +62,7 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     fields = [(name, f.offset, f.num_bytes, f.dtype, f.shape) for name, f in layout.fields.items()]
     linears = [(name, linear.kind, repr(linear.spec)) for name, some in layout.linears.items() for linear in some]
     matrices = [part for some in layout.linears.values() for linear in some for part in linear.spec.parts]
-    # As ``formats.load_matrix`` takes it; whether zeros have an offset is in no layout.
+    # As ``formats.load_matrix`` takes it: whether zeros have an offset is not in the layout.
     configs = [repr(quant.for_module(m.name) or quant) for m in matrices if quant is not None and m.quantized]
     return [layout.num_bytes, fields, linears, configs]
 
@@ -103,26 +103,26 @@ def list_packed(folder: Path | None = None) -> list[PackedInfo]:
 
 
 def clear_packed(folder: Path | None = None, model: Path | None = None) -> list[PackedInfo]:
-    """Removes packed files and what killed writers left, nothing else; says which. With ``model``, those of that
-    model alone. A file in use is removed when its last user ends, where the system can do that.
+    """Removes packed files and what killed writers left, nothing else; returns the packed files. With ``model``, only
+    those of that model. A file in use is removed when its last user ends, if the system can do that.
 
     Raises ``ExlError`` that names what cannot be removed, such as a file in use on Windows; the others are gone then.
     """
     folder = default_packed_folder() if folder is None else folder
-    removed, kept = [], []
+    removed, failures = [], []
     for info in list_packed(folder):
         if model is not None and info.source != source_name(model):
             continue
         try:
             info.path.unlink(missing_ok=True)
         except OSError as error:
-            kept.append(f"{info.path}: cannot be removed: {error.strerror or error}")
+            failures.append(f"{info.path}: cannot be removed: {error.strerror or error}")
             continue
         removed.append(info)
     if folder.is_dir():
         remove_dead_parts(folder)
-    if kept:
-        raise ExlError("; ".join(kept))
+    if failures:
+        raise ExlError("; ".join(failures))
     return removed
 
 

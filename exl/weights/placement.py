@@ -1,77 +1,93 @@
-"""Where packed weights lie: slabs of the host, or of a GPU with the host behind it. The loader fills them blob by blob.
+"""Where packed weights are: slabs of the host, or of a GPU and the host. The loader fills them blob by blob.
 
 Blob 0 is the embedding, blob 1 + i layer i, the last one the head: in memory as in the packed file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.layout.layers import LayerLayout
 from exl.memory.device import device_tensor, pinned
 from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
-from exl.weights.device_stream import DeviceStream, DiskLayers, HostCopyEngine, PinnedLayers, TorchCopyEngine
+from exl.weights.device_stream import (
+    DeviceStream,
+    DiskLayers,
+    HostCopyEngine,
+    HostLayers,
+    PinnedLayers,
+    TorchCopyEngine,
+)
 from exl.weights.packed import PackedFile
-from exl.weights.stream import LayerStream, ResidentWeights, Slot, SlotReader, WeightSource
+from exl.weights.reader import BufferReader
+from exl.weights.stream import LayerStream, ResidentWeights, WeightSource
 
 
 class WeightMemory(Protocol):
     """All memory of a model's weights, allocated when it is made."""
 
-    kept: Sequence[int]  # blobs that stay in memory; the others are streamed from the packed file
+    in_memory: Sequence[int]  # blobs that stay in memory; the others are streamed from the packed file
     slabs: Mapping[str, int]  # bytes by purpose
+    reading: ExitStack  # closes the buffers of a reader and the packed file, until ``source`` hands them to the reader
 
     def blob(self, blob_idx: int) -> torch.Tensor:
-        """u8 of the blob's size in host memory, to be filled: its own place, zeroed, or staging that the next one
+        """Zeroed u8 of the blob's size in host memory, to be filled: its final place, or staging that the next blob
         overwrites."""
 
     def filled(self, blob_idx: int) -> None:
-        """The blob is complete: it goes where it is to stay."""
+        """The blob is complete: it is copied to its final place."""
 
     def view(self, blob_idx: int) -> torch.Tensor:
-        """A kept blob where it stays: on the device, or pinned."""
+        """A blob of ``in_memory`` where it stays: on the device, or pinned."""
 
     def source(self, packed: PackedFile | None) -> WeightSource:
-        """The layers, by their turn. Takes over ``packed`` where it needs it."""
+        """The layers, by their turn. ``packed`` is among what ``reading`` closes: from here on its reader closes it, or
+        it is closed now if no layer is read from it."""
 
 
 class HostWeights:
-    """A CPU's: resident layers, and slots that a reader fills from the packed file."""
+    """A CPU's: resident layers, and buffers that a reader fills from the packed file."""
 
     def __init__(
-        self, layouts: Sequence[LayerLayout], resident: Collection[int], num_slots: int, stack: ExitStack
+        self, layouts: Sequence[LayerLayout], resident: Collection[int], num_buffers: int, stack: ExitStack
     ) -> None:
-        """``layouts`` of all blobs; ``resident`` layers; slabs are given back when ``stack`` closes."""
-        self._layouts, self._num_slots = layouts, num_slots
+        """``layouts`` of all blobs; ``resident`` layers; ``stack`` closes the slabs."""
+        self._layouts, self._num_buffers = layouts, num_buffers
         self._resident, self._streamed = _split(layouts, resident)
         sizes = [layout.num_bytes for layout in layouts]
-        slot_bytes = max((sizes[1 + i] for i in self._streamed), default=0)
+        buffer_bytes = max((sizes[1 + i] for i in self._streamed), default=0)
         self._stack = stack
         layer_bytes = [sizes[1 + i] for i in self._resident]
         self.slabs = {
             "embedding": sizes[0],
             "layers": sum(layer_bytes),
             "head": sizes[-1],
-            "slots": num_slots * slot_bytes,
+            "stream buffers": num_buffers * buffer_bytes,
         }
-        slabs = {purpose: _host_slab(num_bytes, purpose, stack) for purpose, num_bytes in self.slabs.items()}
-        self._slots = slabs["slots"]
+        self.reading = stack.enter_context(ExitStack())
+        slabs = {
+            purpose: _host_slab(num_bytes, purpose, self.reading if purpose == "stream buffers" else stack)
+            for purpose, num_bytes in self.slabs.items()
+        }
+        self._buffers = slabs["stream buffers"]
         memory = torch.from_numpy(slabs["layers"].array)
         pieces = memory.split(layer_bytes) if layer_bytes else ()
         self._blobs = {1 + i: piece for i, piece in zip(self._resident, pieces, strict=True)}
         self._blobs[0] = torch.from_numpy(slabs["embedding"].array)
         self._blobs[len(sizes) - 1] = torch.from_numpy(slabs["head"].array)
-        self.kept = sorted(self._blobs)
+        self.in_memory = sorted(self._blobs)
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._blobs:
             return self._blobs[blob_idx]
-        return torch.from_numpy(self._slots.array)[: self._layouts[blob_idx].num_bytes].zero_()
+        return torch.from_numpy(self._buffers.array)[: self._layouts[blob_idx].num_bytes].zero_()
 
     def filled(self, blob_idx: int) -> None:
         pass
@@ -83,15 +99,21 @@ class HostWeights:
         layers = self._layouts[1:-1]
         views = {i: LayerWeights.view(layers[i], self._blobs[1 + i]) for i in self._resident}
         if not self._streamed:
+            self.reading.close()
             return ResidentWeights([views[i] for i in self._resident])
-        blobs = {i: 1 + i for i in self._streamed}
-        stream = LayerStream(layers, views, packed, blobs, self._slots, self._num_slots)
+        sizes = {i: layers[i].num_bytes for i in self._streamed}
+        arrays = _pieces(self._buffers, self._num_buffers)
+        with ExitStack() as made:  # until the stream closes it
+            reader = BufferReader(packed, _blobs_of(sizes), sizes, arrays, self.reading)
+            made.callback(reader.close)
+            stream = LayerStream(layers, views, reader)
+            made.pop_all()
         self._stack.callback(stream.close)
         return stream
 
 
 class DeviceWeights:
-    """A GPU's: resident blobs in one slab, and slots that are filled from pinned layers, or from the disk through
+    """A GPU's: resident blobs in one slab, and buffers that are filled from pinned layers, or from the disk through
     pinned read buffers."""
 
     def __init__(
@@ -99,7 +121,7 @@ class DeviceWeights:
         layouts: Sequence[LayerLayout],
         resident: Collection[int],
         in_host: Collection[int],
-        num_slots: int,
+        num_buffers: int,
         device: torch.device,
         stack: ExitStack,
     ) -> None:
@@ -110,33 +132,35 @@ class DeviceWeights:
         self._in_host = [i for i in streamed if i in in_host]
         self._on_disk = [i for i in streamed if i not in in_host]
         sizes = [layout.num_bytes for layout in layouts]
-        self._slot_bytes = max((sizes[1 + i] for i in streamed), default=0)
+        self._buffer_bytes = max((sizes[1 + i] for i in streamed), default=0)
         on_device = [0, *(1 + i for i in self._resident), len(sizes) - 1]
         pinned_bytes = [sizes[1 + i] for i in self._in_host]
         self.slabs = {
             "weights": sum(sizes[i] for i in on_device),
-            "slots": num_slots * self._slot_bytes,
+            "stream buffers": num_buffers * self._buffer_bytes,
             "pinned layers": sum(pinned_bytes),
-            "pinned read buffers": num_slots * max((sizes[1 + i] for i in self._on_disk), default=0),
+            "pinned read buffers": num_buffers * max((sizes[1 + i] for i in self._on_disk), default=0),
         }
-        self._num_slots = num_slots
+        self._num_buffers = num_buffers
         slab = device_tensor(self.slabs["weights"], device, "weights")
         pieces = slab.split([sizes[i] for i in on_device])
         self._blobs = dict(zip(on_device, pieces, strict=True))
-        self._slots = device_tensor(self.slabs["slots"], device, "stream slots")
-        memory = self._pinned("pinned layers", pinned_bytes).array
+        self._buffers = device_tensor(self.slabs["stream buffers"], device, "stream buffers")
+        self.reading = stack.enter_context(ExitStack())
+        self._pinned_memory = stack.enter_context(ExitStack())
+        memory = self._pinned("pinned layers", pinned_bytes, self._pinned_memory).array
         host = torch.from_numpy(memory).split(pinned_bytes) if pinned_bytes else ()
         self._host_blobs = {1 + i: piece for i, piece in zip(self._in_host, host, strict=True)}
-        self.kept = sorted((*self._blobs, *self._host_blobs))
+        self.in_memory = sorted((*self._blobs, *self._host_blobs))
         through = [i for i in range(len(sizes)) if i not in self._host_blobs]
         self._staging: HostBuffer | None = HostBuffer(max(sizes[i] for i in through), "staging")
 
-    def _pinned(self, purpose: str, pieces: Sequence[int]) -> HostBuffer:
-        """``pieces``: bytes of each part that is copied by itself."""
-        buffer = _host_slab(self.slabs[purpose], purpose, self._stack)
+    def _pinned(self, purpose: str, pieces: Sequence[int], stack: ExitStack) -> HostBuffer:
+        """``pieces``: bytes of each part that is copied by itself. ``stack`` closes the memory."""
+        buffer = _host_slab(self.slabs[purpose], purpose, stack)
         if self._device.type != "cuda":
             return buffer
-        return self._stack.enter_context(pinned(buffer, self._device, pieces=pieces))
+        return stack.enter_context(pinned(buffer, self._device, pieces=pieces))
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._host_blobs:
@@ -155,31 +179,47 @@ class DeviceWeights:
         self._staging.close()
         layers = self._layouts[1:-1]
         views = {i: LayerWeights.view(layers[i], self._blobs[1 + i]) for i in self._resident}
-        if not self._in_host and not self._on_disk:
-            return ResidentWeights([views[i] for i in self._resident])
-        tiers = []
-        if self._in_host:
-            tiers.append((self._in_host, PinnedLayers({i: self._host_blobs[1 + i] for i in self._in_host})))
-        if self._on_disk:
-            tiers.append((self._on_disk, self._disk_layers(packed)))
-        engine = TorchCopyEngine(self._device) if self._device.type == "cuda" else HostCopyEngine()
-        return DeviceStream(layers, views, tiers, self._slots.split(self._slot_bytes), engine)
+        if not self._on_disk:
+            self.reading.close()
+            if not self._in_host:
+                return ResidentWeights([views[i] for i in self._resident])
+        tiers: list[tuple[Sequence[int], HostLayers]] = []
+        with ExitStack() as made:  # until the stream closes them
+            if self._in_host:
+                blobs = {i: self._host_blobs[1 + i] for i in self._in_host}
+                tiers.append((self._in_host, PinnedLayers(blobs, self._pinned_memory)))
+                made.callback(tiers[-1][1].close)
+            if self._on_disk:
+                tiers.append((self._on_disk, self._disk_layers(packed)))
+                made.callback(tiers[-1][1].close)
+            engine = TorchCopyEngine(self._device) if self._device.type == "cuda" else HostCopyEngine()
+            stream = DeviceStream(layers, views, tiers, self._buffers.split(self._buffer_bytes), engine)
+            made.pop_all()
+        self._stack.callback(stream.close)
+        return stream
 
     def _disk_layers(self, packed: PackedFile) -> DiskLayers:
         sizes = {i: self._layouts[1 + i].num_bytes for i in self._on_disk}
-        buffers = self._pinned("pinned read buffers", [max(sizes.values())] * self._num_slots).array
-        arrays = [buffers[i * len(buffers) // self._num_slots :][: max(sizes.values())] for i in range(self._num_slots)]
-        reader = SlotReader(packed, {i: 1 + i for i in self._on_disk}, sizes, [Slot(array) for array in arrays])
-        self._stack.callback(reader.close)
-        return DiskLayers(reader, [torch.from_numpy(array) for array in arrays], sizes)
+        pieces = [max(sizes.values())] * self._num_buffers
+        arrays = _pieces(self._pinned("pinned read buffers", pieces, self.reading), self._num_buffers)
+        return DiskLayers(BufferReader(packed, _blobs_of(sizes), sizes, arrays, self.reading))
 
 
 def _split(layouts: Sequence[LayerLayout], resident: Collection[int]) -> tuple[list[int], list[int]]:
-    """Layers that stay, and those that are streamed."""
+    """Resident layers and streamed layers."""
     layers = range(len(layouts) - 2)
     if not frozenset(resident) <= frozenset(layers):
         raise ValueError(f"resident layers {sorted(resident)} of a model of {len(layers)}")
     return sorted(resident), [i for i in layers if i not in resident]
+
+
+def _blobs_of(layers: Iterable[int]) -> dict[int, int]:
+    return {i: 1 + i for i in layers}
+
+
+def _pieces(buffer: HostBuffer, count: int) -> list[NDArray[np.uint8]]:
+    """``count`` equal parts."""
+    return list(buffer.array.reshape(count, -1))
 
 
 def _host_slab(num_bytes: int, purpose: str, stack: ExitStack) -> HostBuffer:

@@ -72,7 +72,7 @@ class LayerReadAhead:
 
 
 class _CheckpointInMemory(Checkpoint):
-    """A checkpoint of which some tensors are in memory. Arrays are not copied: changing one changes it for all."""
+    """A checkpoint of which some tensors are in memory. Arrays are views, not copies."""
 
     def __init__(self, checkpoint: Checkpoint, tensors: dict[str, NDArray[np.uint8]]) -> None:
         super().__init__(checkpoint.path, checkpoint.folder, checkpoint._files, checkpoint.tensors)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from exl.errors import CheckpointError, ExlError
+from exl.errors import ExlError
 from exl.layout.layers import LayerLayout
-from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
-from exl.weights.packed import PackedFile
+from exl.weights.reader import BufferReader, StreamStats
 
 
 class WeightSource(Protocol):
@@ -54,239 +48,28 @@ class ResidentWeights:
         return True
 
 
-@dataclass(frozen=True)
-class StreamStats:
-    """Counted since the stream was made."""
-
-    num_reads: int = 0  # layers read in full
-    bytes_read: int = 0
-    num_waits: int = 0  # how often a layer was not yet in memory when it was acquired
-    wait_seconds: float = 0.0
-
-
-@dataclass
-class Slot:
-    array: NDArray[np.uint8]  # page-aligned
-    layer_idx: int | None = None  # the layer it holds, completely read; None: none
-    num_users: int = 0  # acquired and not yet released
-
-
-class SlotReader:
-    """Slots, and the thread that fills them. Has no reference to the ``LayerStream``, so as not to keep it alive.
-
-    The next layer to read depends only on the order, the position in it and the slots' contents: the slots should hold
-    the next layers in order. So a new order needs no special case: layers it can use stay, others are overwritten.
-    """
-
-    def __init__(
-        self, packed: PackedFile, blob_indices: Mapping[int, int], sizes: Mapping[int, int], slots: list[Slot]
-    ):
-        self.packed, self.slots, self.stats = packed, slots, StreamStats()
-        self._blob_indices, self._sizes = blob_indices, sizes
-        self._order: tuple[int, ...] = ()
-        self._next = 0  # position in the order of the layer to be acquired next
-        self._failure: tuple[int, CheckpointError] | None = None
-        self._closed = False
-        self._reading = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="exl layer reader", daemon=True)
-        self._thread.start()
-
-    # Called by the consumer
-
-    def begin(self, order: tuple[int, ...]) -> None:
-        with self._changed:
-            for slot in self.slots:
-                slot.num_users = 0  # an interrupted pass may have left users
-            self._failure = None
-            self._order, self._next = order, 0
-            self._changed.notify_all()
-
-    def acquire(self, layer_idx: int) -> int:
-        """Waits for the layer and returns the index of the slot that holds it."""
-        with self._changed:
-            self._go_to(layer_idx)
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is None:
-                slot_idx = self._wait_for(layer_idx)
-            self.slots[slot_idx].num_users += 1
-            self._next = (self._next + 1) % len(self._order)
-            self._changed.notify_all()
-            return slot_idx
-
-    def _go_to(self, layer_idx: int) -> None:
-        ahead = self._upcoming()
-        if layer_idx not in ahead:
-            raise ValueError(f"layer {layer_idx} is not in the order that was announced")
-        skipped = ahead.index(layer_idx)
-        if skipped:
-            self._next = (self._next + skipped) % len(self._order)
-            self._changed.notify_all()
-
-    def _wait_for(self, layer_idx: int) -> int:
-        began = time.perf_counter()
-        if all(slot.num_users for slot in self.slots):
-            raise ValueError(f"layer {layer_idx}: all {len(self.slots)} slots are acquired, release one first")
-        while True:
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is not None:
-                break
-            if self._failure is not None:
-                failed_idx, error = self._failure
-                self._failure = None  # if the layer is acquired again, reading is tried again
-                self._changed.notify_all()
-                if failed_idx == layer_idx:
-                    raise CheckpointError(str(error)) from error
-            if self._closed:
-                raise ExlError("the weights are closed")
-            if not self._thread.is_alive():
-                raise ExlError("the thread that reads layers is gone: a process that was forked cannot use the model")
-            self._changed.wait(1.0)
-        waited = time.perf_counter() - began
-        self.stats = replace(
-            self.stats, num_waits=self.stats.num_waits + 1, wait_seconds=self.stats.wait_seconds + waited
-        )
-        return slot_idx
-
-    def release(self, layer_idx: int) -> None:
-        with self._changed:
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is None or not self.slots[slot_idx].num_users:
-                raise ValueError(f"layer {layer_idx} is not acquired")
-            self.slots[slot_idx].num_users -= 1
-            self._changed.notify_all()
-
-    def holds(self, layer_idx: int) -> bool:
-        with self._changed:
-            return self._holder(layer_idx) is not None
-
-    def wait_until_idle(self, timeout_seconds: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_seconds)
-
-    def close(self) -> bool:
-        """Stops the thread. Returns False if it does not end within 10 s: then it hangs in a read and may still write
-        to its slot."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=10.0)
-        return not self._thread.is_alive()
-
-    # State; the caller holds the lock
-
-    def _holder(self, layer_idx: int) -> int | None:
-        return next((i for i, slot in enumerate(self.slots) if slot.layer_idx == layer_idx), None)
-
-    def _upcoming(self) -> tuple[int, ...]:
-        """The whole order, from the current position on; after the last layer comes the first, for the next pass."""
-        return self._order[self._next :] + self._order[: self._next]
-
-    def _is_idle(self) -> bool:
-        return not self._reading and (self._closed or self._failure is not None or self._choose() is None)
-
-    def _choose(self) -> tuple[int, int] | None:
-        """(layer to read, index of the slot to overwrite); None if there is nothing to do."""
-        needed: set[int] = set()  # slots with layers that come before the one to read
-        for layer_idx in self._upcoming():
-            slot_idx = self._holder(layer_idx)
-            if slot_idx is not None:
-                needed.add(slot_idx)
-                continue
-            free = [i for i, slot in enumerate(self.slots) if not slot.num_users and i not in needed]
-            return (layer_idx, max(free, key=self._distance)) if free else None
-        return None
-
-    def _distance(self, slot_idx: int) -> int:
-        """How many layers come before the slot's layer is used again."""
-        held, ahead = self.slots[slot_idx].layer_idx, self._upcoming()
-        return ahead.index(held) if held in ahead else len(ahead)
-
-    # Runs in the reader thread
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._reading = False
-                self._changed.notify_all()
-                choice = None
-                while choice is None:
-                    if self._closed:
-                        return
-                    choice = self._choose() if self._failure is None else None
-                    if choice is None:
-                        self._changed.wait()
-                layer_idx, slot_idx = choice
-                self._reading = True
-                self.slots[slot_idx].layer_idx = None
-            try:
-                complete = self._read(layer_idx, slot_idx)
-            except CheckpointError as error:
-                with self._changed:
-                    self._failure = (layer_idx, error)
-                continue
-            except Exception as error:  # any error must reach the thread that waits in acquire
-                with self._changed:
-                    self._failure = (layer_idx, CheckpointError(f"{self.packed.path}: layer {layer_idx}: {error!r}"))
-                continue
-            if complete:
-                with self._changed:
-                    self.slots[slot_idx].layer_idx = layer_idx
-                    self.stats = replace(
-                        self.stats,
-                        num_reads=self.stats.num_reads + 1,
-                        bytes_read=self.stats.bytes_read + self._sizes[layer_idx],
-                    )
-
-    def _read(self, layer_idx: int, slot_idx: int) -> bool:
-        def is_wanted() -> bool:
-            with self._changed:
-                return not self._closed and layer_idx in self._upcoming()[: len(self.slots)]
-
-        out = self.slots[slot_idx].array[: self._sizes[layer_idx]]
-        return self.packed.read_blob(self._blob_indices[layer_idx], out, is_wanted)
-
-
 class LayerStream:
     """Some layers stay in memory; the others are read ahead from the packed file, in the order that a pass announces.
     After the end of the order, reading continues at its start, because passes repeat.
 
     ``acquire`` waits for the layer; its weights are valid until ``release``. Only one pass runs at a time; ``begin``
-    ends an interrupted one. ``acquire`` raises errors of the reader as ``CheckpointError`` that names the file. Owns
-    and closes ``packed`` and ``slots``; ``resident`` (views by layer) is memory that the caller owns.
+    ends an interrupted one. ``acquire`` raises errors of the reader as ``CheckpointError`` that names the file.
     """
 
     def __init__(
-        self,
-        layouts: Sequence[LayerLayout],
-        resident: Mapping[int, LayerWeights],
-        packed: PackedFile,
-        blob_indices: Mapping[int, int],
-        slots: HostBuffer,
-        num_slots: int,
+        self, layouts: Sequence[LayerLayout], resident: Mapping[int, LayerWeights], reader: BufferReader
     ) -> None:
-        """``blob_indices``: streamed layer -> its blob in ``packed``. ``slots``: ``num_slots`` x the largest layer."""
+        """``resident``: views by layer, of memory that the caller owns. ``reader`` has the other layers and is closed
+        with the stream."""
         self._layouts, self._resident = tuple(layouts), dict(resident)
-        self._slots, self._packed = slots, packed
         self._num_layers = len(self._layouts)
-        sizes = {i: self._layouts[i].num_bytes for i in blob_indices}
-        slot_bytes = max(sizes.values())
-        if num_slots < 1 or slots.num_bytes != num_slots * slot_bytes:
-            raise ValueError(f"{slots.num_bytes} bytes for {num_slots} slots of {slot_bytes}")
-        if sizes.keys() & self._resident.keys() or len(sizes) + len(self._resident) != self._num_layers:
+        if reader.sizes.keys() & self._resident.keys() or len(reader.sizes) + len(resident) != self._num_layers:
             raise ValueError("each layer must be either resident or streamed")
-        memory = torch.from_numpy(slots.array)
-        self._tensors = [memory[i * slot_bytes : (i + 1) * slot_bytes] for i in range(num_slots)]
+        self._tensors = [torch.from_numpy(buffer.array) for buffer in reader.buffers]
         self._views: dict[tuple[int, int], LayerWeights] = {}
-        self._reader = SlotReader(
-            packed,
-            dict(blob_indices),
-            sizes,
-            [Slot(slots.array[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(num_slots)],
-        )
+        self._reader = reader
         # Runs even if nobody calls close(), at the latest when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._reader, packed, slots)
+        self._finalizer = weakref.finalize(self, reader.close)
         self.begin(range(self._num_layers))
 
     @property
@@ -305,12 +88,12 @@ class LayerStream:
         self._check_open()
         if layer_idx in self._resident:
             return self._resident[layer_idx]
-        slot_idx = self._reader.acquire(layer_idx)
-        weights = self._views.get((layer_idx, slot_idx))
+        buffer_idx = self._reader.acquire(layer_idx)
+        weights = self._views.get((layer_idx, buffer_idx))
         if weights is None:
             layout = self._layouts[layer_idx]
-            weights = LayerWeights.view(layout, self._tensors[slot_idx][: layout.num_bytes])
-            self._views[layer_idx, slot_idx] = weights
+            weights = LayerWeights.view(layout, self._tensors[buffer_idx][: layout.num_bytes])
+            self._views[layer_idx, buffer_idx] = weights
         return weights
 
     def release(self, layer_idx: int) -> None:
@@ -326,15 +109,9 @@ class LayerStream:
         return self._reader.wait_until_idle(timeout_seconds)
 
     def close(self) -> None:
-        """Ends the thread and frees the slots. Later calls of ``begin`` and ``acquire`` raise ``ExlError``."""
+        """Closes the reader, as ``BufferReader.close``. Later calls of ``begin`` and ``acquire`` raise ``ExlError``."""
         self._finalizer()
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise ExlError("the weights are closed")
-
-
-def _close(reader: SlotReader, packed: PackedFile, slots: HostBuffer) -> None:
-    if reader.close():  # else the thread still uses both
-        packed.close()
-        slots.close()

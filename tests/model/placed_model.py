@@ -18,7 +18,7 @@ from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.planning.from_headers import open_model
 from exl.progress import Progress
 from exl.sampling import SamplingParams
-from exl.weights.loader import load_weights
+from exl.weights.loader import WeightPlaces, load_weights
 from exl.weights.packed_store import list_packed
 
 NUM_LAYERS = 4
@@ -34,7 +34,7 @@ class PlacedModel:
         folder: Path,
         packed_folder: Path | None,
         resident=(),
-        num_slots: int = 2,
+        num_buffers: int = 2,
         progress: Progress | None = None,
     ):
         with open_model(folder) as files:
@@ -53,18 +53,12 @@ class PlacedModel:
                 head_dim=config.head_dim,
             )
             ops = TorchOps(cpu_target(), kv_layout, limits)
-            self.weights = load_weights(
-                *(files.checkpoint, config, files.quant, files.manifest, ops, progress),
-                resident=resident,
-                num_slots=num_slots,
-                packed_folder=packed_folder,
-            )
+            places = WeightPlaces(resident, num_buffers=num_buffers, packed_folder=packed_folder)
+            self.weights = load_weights(files, ops, places, progress)
             self.sizes = [layout.num_bytes for layout in files.manifest.layouts(ops.target).layers]
         weights, kv = self.weights, KVCache(kv_layout, CONTEXT // 64, ops.device)
         self.source = weights.source
-        runner = Runner(
-            Decoder(config, ops), weights.source, weights.embed, weights.final_norm, weights.head, kv, limits
-        )
+        runner = Runner(Decoder(config, ops), weights, kv, limits)
         self.generator = Generator(runner, PagePool(CONTEXT // 64), CONTEXT, (), 1)
 
     def logits(self) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_unequal_sequences_prefill_and_decode_together(mistral):
         assert (row - decode_logits(model, ids, len(ids) - 1)[-1]).abs().max() <= TOLERANCE
 
 
-def test_a_decode_row_has_the_same_bits_alone_and_in_anybatch_of(mistral):
+def test_a_decode_row_has_the_same_bits_alone_and_in_any_batch(mistral):
     _, folder = mistral
     sequences = [(_ids(n, n), [i]) for i, n in enumerate((5, 40, 64))]
 

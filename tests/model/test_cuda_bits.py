@@ -104,15 +104,15 @@ STREAMED = [
 
 @pytest.mark.parametrize(("mode", "bits", "order", "kind"), on_modes(STREAMED, [(4, "own", "f16")]))
 def test_streamed_without_a_resident_layer_changes_no_bit(checkpoint, mode, bits, order, kind):
-    """Four layers pass through two slots in every replayed step. Prompts between the replays leave other layers in
-    the slots. Answers sampled with a seed are also equal."""
+    """Four layers pass through two buffers in every replayed step. Prompts between the replays leave other layers in
+    the buffers; answers sampled with a seed come out alike, too."""
     folder, ids = checkpoint(bits, order, NUM_LAYERS), some_ids(30)
     options = {"kv_cache": kind, "max_sequences": 1}
     resident = load(folder, make_backend(mode, 90), graphs=False, **options)
     backend = make_backend(mode, 90)  # test_cuda_steps.py tests graphs with recorded copies
     streamed = load(folder, backend, resident_layers=0, **options)
     try:
-        assert len(streamed.plan.placement.on_tier(Tier.PINNED)) == NUM_LAYERS > streamed.plan.num_slots
+        assert len(streamed.plan.placement.on_tier(Tier.PINNED)) == NUM_LAYERS > streamed.plan.num_buffers
         expected = all_logits(resident, ids), step_logits(resident, ids), tokens(resident)
         for _ in range(2):
             assert torch.equal(all_logits(streamed, ids), expected[0])
@@ -127,7 +127,7 @@ def test_streamed_without_a_resident_layer_changes_no_bit(checkpoint, mode, bits
 
 @pytest.mark.parametrize("mode", ["plain", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_streamed_beside_resident_layers_changes_no_bit(checkpoint, mode):
-    """One layer is resident, three pass through the slots; early starts of launches change nothing."""
+    """One layer stays, three pass through the buffers; nothing depends on early starts."""
     folder, ids = checkpoint(4, "own", NUM_LAYERS), some_ids(20)
     found = []
     for resident_layers, dependent in ((None, False), (1, True), (1, False)):

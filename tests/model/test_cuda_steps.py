@@ -422,9 +422,9 @@ def test_the_first_launch_of_a_layer_that_was_copied_waits(recorder, four_bit):
     assert [launch.dependent for launch in recorder.launches] == [False, *waits[1:]]
 
 
-def test_replays_find_the_slots_at_rest(recorder, four_bit):
-    """A second request, whose prompt is launched eagerly between replays; and a step after an abandoned pass, which
-    left other layers in the slots."""
+def test_replays_find_the_buffers_at_rest(recorder, four_bit):
+    """A second request, whose prompt is launched plainly between replays; and a step after a pass that was given up in
+    its middle, which has left other layers in the buffers."""
     streamed, resident = load(four_bit, recorder, resident_layers=0), load(four_bit, recorder.inner)
     params = replace(GREEDY, max_tokens=6)
     expected = tokens(resident, params)
@@ -463,7 +463,7 @@ def test_a_capture_that_is_interrupted_leaves_no_layer_for_another(recorder, fou
 
 
 def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
-    """A replay copies the layers again, each in its turn: in between, the slots hold other layers."""
+    """On replay layers are copied again, in their turn: in between, the buffers hold other layers."""
     streamed = load(four_bit, recorder, resident_layers=0)
     params = replace(GREEDY, max_tokens=8)
     assert tokens(streamed, params) == tokens(load(four_bit, recorder.inner), params)
@@ -472,15 +472,15 @@ def test_copies_of_streamed_layers_are_part_of_the_graph(recorder, four_bit):
     for work in recorder.graphs[0]:
         work()
     assert len(recorder.copies) == 4
-    assert len(set(recorder.copies)) == streamed.plan.num_slots == 2
+    assert len(set(recorder.copies)) == streamed.plan.num_buffers == 2
 
 
-def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
-    """Two shapes of steps, so that the second capture follows replays of the first. Copies are recorded with events
-    that obey CUDA's rules: an event recorded in a capture cannot be waited for outside of it."""
+def test_more_streamed_layers_than_buffers_are_replayed(recorder, four_bit):
+    """Two shapes of steps, so that the second capture, too, comes after replays of the first. Copies are recorded with
+    events that obey CUDA's rules: what was recorded in a capture cannot be waited for outside of it."""
     streamed = load(four_bit, recorder, resident_layers=0, max_sequences=2)
     resident = load(four_bit, recorder.inner, max_sequences=2)
-    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
+    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_buffers == 2
     for step in range(5):
         for count in (1, 2):
             batch = batch_of([([5 + step], step, [i]) for i in range(count)], decode=True)
@@ -491,11 +491,11 @@ def test_more_streamed_layers_than_slots_are_replayed(recorder, four_bit):
 
 
 @pytest.mark.gpu
-def test_more_streamed_layers_than_slots_are_replayed_on_a_gpu(four_bit):
-    """The same with CUDA's own events and graphs, and several consecutive requests."""
+def test_more_streamed_layers_than_buffers_are_replayed_on_a_gpu(four_bit):
+    """The same with CUDA's own events and graphs, several requests one after the other."""
     backend = make_backend("cupy")
     streamed, resident = load(four_bit, backend, resident_layers=0), load(four_bit, backend)
-    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_slots == 2
+    assert len(streamed.plan.placement.layers) == 4 > streamed.plan.num_buffers == 2
     for _ in range(3):
         assert tokens(streamed) == tokens(resident)
     assert streamed.generator.runner.graphs.reason is None

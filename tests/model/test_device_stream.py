@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.weights.device_stream import DeviceStream, DiskLayers, PinnedLayers
 from exl.weights.packed import PackedFile, PackedWriter
-from exl.weights.stream import Slot, SlotReader
+from exl.weights.reader import BufferReader
 from tests.host.captures import Captures
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
@@ -160,7 +161,7 @@ def marks(weights: LayerWeights) -> set[int]:
 class Model:
     """Layers ``resident`` are on the device, ``on_disk`` come through a reader thread, the others are pinned."""
 
-    def __init__(self, folder: Path, num_layers: int, num_slots: int, resident=(), on_disk=(), seed: int = 0) -> None:
+    def __init__(self, folder: Path, num_layers: int, num_buffers: int, resident=(), on_disk=(), seed: int = 0) -> None:
         self.device = Device(seed)
         streamed = [i for i in range(num_layers) if i not in resident]
         host = [
@@ -170,8 +171,8 @@ class Model:
         if on_disk:
             host.append((on_disk, self._disk(folder, num_layers, on_disk)))
         views = {i: LayerWeights.view(TINY, tensor(blob(i))) for i in resident}
-        slots = [tensor(np.zeros(TINY.num_bytes, np.uint8)) for _ in range(num_slots)]
-        self.stream = DeviceStream([TINY] * num_layers, views, host, slots, self.device)
+        buffers = [tensor(np.zeros(TINY.num_bytes, np.uint8)) for _ in range(num_buffers)]
+        self.stream = DeviceStream([TINY] * num_layers, views, host, buffers, self.device)
         self.num_layers = num_layers
         self.seen: list[tuple[int, set[int]]] = []
 
@@ -185,9 +186,14 @@ class Model:
             writer.commit()
         self.packed = PackedFile.open(folder / "packed", bytes(32), sizes)
         self.memory = [HostBuffer(TINY.num_bytes, "read buffer") for _ in range(2)]
-        numbers = dict.fromkeys(on_disk, TINY.num_bytes)
-        self.reader = SlotReader(self.packed, {i: i for i in on_disk}, numbers, [Slot(m.array) for m in self.memory])
-        return DiskLayers(self.reader, [torch.from_numpy(m.array) for m in self.memory], numbers)
+        owned = ExitStack()
+        for thing in (self.packed, *self.memory):
+            owned.callback(thing.close)
+        self.reader = BufferReader(
+            *(self.packed, {i: i for i in on_disk}, dict.fromkeys(on_disk, TINY.num_bytes)),
+            *([m.array for m in self.memory], owned),
+        )
+        return DiskLayers(self.reader)
 
     def run_layer(self, layer_idx: int) -> None:
         weights = self.stream.acquire(layer_idx)
@@ -206,7 +212,6 @@ class Model:
     def close(self) -> None:
         if self.reader is not None:
             self.reader.close()
-            self.packed.close()
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:
@@ -215,20 +220,20 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 
 @given(
     num_layers=st.integers(1, 7),
-    num_slots=st.integers(1, 4),
+    num_buffers=st.integers(1, 4),
     resident=st.sets(st.integers(0, 6)),
     on_disk=st.sets(st.integers(0, 6)),
     lengths=st.lists(st.one_of(st.none(), st.integers(0, 7)), min_size=1, max_size=4),
     seed=st.integers(0, 1 << 30),
 )
 @settings(max_examples=80, deadline=None)
-def test_arithmetic_sees_its_own_layer(tmp_path_factory, num_layers, num_slots, resident, on_disk, lengths, seed):
-    """Passes over both tiers, some of them cut short, with any timing of the queued work."""
+def test_arithmetic_sees_its_own_layer(tmp_path_factory, num_layers, num_buffers, resident, on_disk, lengths, seed):
+    """Passes, some of them cut short, from both tiers, whatever happens when."""
     resident = {i for i in resident if i < num_layers}
     if len(resident) == num_layers:
         resident.pop()
     on_disk = sorted(i for i in on_disk if i < num_layers and i not in resident)
-    model = Model(tmp_path_factory.mktemp("m"), num_layers, num_slots, resident, on_disk, seed)
+    model = Model(tmp_path_factory.mktemp("m"), num_layers, num_buffers, resident, on_disk, seed)
     try:
         for length in lengths:
             model.run_pass(None if length is None else min(length, num_layers))
@@ -267,7 +272,7 @@ def test_copies_run_ahead_of_the_arithmetic(tmp_path):
 
 
 def test_a_layers_address_never_changes(tmp_path):
-    """The i-th streamed layer always has slot i mod S, whatever ran before, so that a step can be a graph."""
+    """So that a step can be a graph: the i-th streamed layer has buffer i mod S, whatever ran before."""
     model = Model(tmp_path, 5, 2, resident={1})
     addresses = {}
     for length in (None, 3, None, 1, None):
@@ -297,19 +302,19 @@ def test_a_settled_stream_waits_for_nothing_before(tmp_path):
 
 @given(
     num_layers=st.integers(2, 7),
-    num_slots=st.integers(1, 4),
+    num_buffers=st.integers(1, 4),
     given_up=st.one_of(st.none(), st.integers(0, 7)),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, num_slots, given_up, seed):
-    """A graph's arithmetic waits for nothing by itself. After ``rest`` it can read the first layers, even if an earlier
-    pass has only just queued their copies or was abandoned. A later pass does not overwrite layers too soon."""
-    model = Model(tmp_path_factory.getbasetemp(), num_layers, num_slots, seed=seed)
+def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, num_buffers, given_up, seed):
+    """Arithmetic of a graph waits for nothing by itself: after ``rest`` it reads the first layers, though a pass before
+    it has only just queued their copies, or was given up in its middle. A pass after it overwrites none too soon."""
+    model = Model(tmp_path_factory.getbasetemp(), num_layers, num_buffers, seed=seed)
     model.run_pass(None if given_up is None else min(given_up, num_layers))
     for _ in range(2):
         model.stream.rest()
-        for layer_idx in range(min(num_layers, num_slots)):
+        for layer_idx in range(min(num_layers, num_buffers)):
             weights = model.stream._views[layer_idx]
             model.device.arithmetic(lambda i=layer_idx, w=weights: model.seen.append((i, marks(w))))
         model.stream.replayed()
@@ -319,22 +324,22 @@ def test_what_is_replayed_finds_the_first_layers(tmp_path_factory, num_layers, n
 
 @given(
     num_layers=st.integers(1, 7),
-    num_slots=st.integers(1, 4),
+    num_buffers=st.integers(1, 4),
     resident=st.sets(st.integers(0, 6)),
     work=st.lists(st.one_of(st.sampled_from("abab"), st.integers(0, 7), st.just(None)), min_size=4, max_size=12),
     held=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-@example(num_layers=5, num_slots=2, resident=set(), work=["a", "a", "a"], held=False, seed=0)
+@example(num_layers=5, num_buffers=2, resident=set(), work=["a", "a", "a"], held=False, seed=0)
 @settings(max_examples=100, deadline=None)
-def test_steps_as_graphs_see_their_own_layers(tmp_path_factory, num_layers, num_slots, resident, work, held, seed):
-    """Steps of two shapes (eager, captured, replayed) between passes that end normally or are abandoned, with or
-    without a layer in use (``held``). An event of a capture is not waited for outside of it, nor one from outside
-    within it; in a graph, its own edges order copies and arithmetic."""
+def test_steps_as_graphs_see_their_own_layers(tmp_path_factory, num_layers, num_buffers, resident, work, held, seed):
+    """Steps of two shapes, plain, captured and replayed, between passes that are run to their end or given up, with a
+    layer in use (``held``) or not. No event of a capture is waited for outside of it, nor the other way round, and
+    inside of a graph its own edges keep copies and arithmetic apart."""
     resident = {i for i in resident if i < num_layers}
     if len(resident) == num_layers:
         resident.pop()
-    model = Model(tmp_path_factory.getbasetemp(), num_layers, num_slots, resident, seed=seed)
+    model = Model(tmp_path_factory.getbasetemp(), num_layers, num_buffers, resident, seed=seed)
     backend = SimpleNamespace(capture=model.device.capture, arch=86)
     graphs = StepGraphs(SimpleNamespace(backend=backend, dependent=True), model.stream)
     expected = 0
@@ -373,7 +378,7 @@ def test_misuse_is_refused(tmp_path):
     with pytest.raises(ValueError, match="layer 1 is not acquired"):
         model.stream.release(1)
     model.stream.acquire(1)
-    with pytest.raises(ValueError, match="its slot is acquired, by layer 1"):
+    with pytest.raises(ValueError, match="its buffer is acquired, by layer 1"):
         model.stream.acquire(3)
     with pytest.raises(ValueError, match="layer 7 is not in the order"):
         model.stream.acquire(7)

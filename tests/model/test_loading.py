@@ -31,7 +31,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def blob_offset(model: PlacedModel, blob_idx: int) -> int:
-    return model.source._packed.header.offsets[blob_idx]
+    return model.source._reader.packed.header.offsets[blob_idx]
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

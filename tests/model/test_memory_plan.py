@@ -101,13 +101,13 @@ def plan(folder: Path, **options):
 def test_layers_leave_from_the_last_one_down(folders):
     whole = plan(folders[0])
     assert whole.placement.num_streamed == 0
-    assert whole.num_slots == 0
+    assert whole.num_buffers == 0
     tight = plan(STORIES, ram=plan(STORIES, resident_layers=0).num_bytes)
     assert tight.fits
     assert [tier for tier, _ in tight.placement.layers] == [Tier.DISK] * 4
     one = plan(STORIES, ram=plan(STORIES, resident_layers=1).num_bytes)
     assert [tier for tier, _ in one.placement.layers] == [Tier.DEVICE, Tier.DISK, Tier.DISK, Tier.DISK]
-    assert one.num_slots == 2
+    assert one.num_buffers == 2
 
 
 def test_what_cannot_fit_is_refused_with_the_table_and_what_would():

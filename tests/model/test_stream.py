@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from exl.ops.base import LayerWeights
 from exl.sampling import SamplingParams
 from exl.weights import placement
 from exl.weights.packed import PackedFile, PackedWriter
+from exl.weights.reader import BufferReader
 from exl.weights.stream import LayerStream, ResidentWeights
 from tests.model import test_quantized
 from tests.model.hf_models import CASES, build, save
@@ -55,10 +57,10 @@ def test_every_placement_gives_the_same_bits(folder, tmp_path):
         expected = model.outputs()
     for count in range(NUM_LAYERS):
         for resident in itertools.combinations(range(NUM_LAYERS), count):
-            for num_slots in (2, 3) if count else (1, 2, 3):
-                with PlacedModel(folder, tmp_path, resident, num_slots) as model:
+            for num_buffers in (2, 3) if count else (1, 2, 3):
+                with PlacedModel(folder, tmp_path, resident, num_buffers) as model:
                     assert isinstance(model.source, LayerStream)
-                    assert model.outputs() == expected, (resident, num_slots)
+                    assert model.outputs() == expected, (resident, num_buffers)
     assert len(list(tmp_path.iterdir())) == 1
     with PlacedModel(folder, tmp_path, resident=range(NUM_LAYERS)) as model:  # now from the packed file
         assert model.outputs() == expected
@@ -71,18 +73,18 @@ def test_layers_do_differ(four_bit, tmp_path):
         blobs = model.source._reader._blob_indices
         blobs[1], blobs[2] = blobs[2], blobs[1]
         model.source.wait_until_idle()
-        for slot in model.source._reader.slots:
-            slot.layer_idx = None
+        for buffer in model.source._reader.buffers:
+            buffer.layer_idx = None
         assert not torch.equal(model.logits(), right)
 
 
 def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path, monkeypatch):
-    """Also in the gaps between fields, whatever the slot held before a layer went through it to the file."""
+    """Between fields, too, whatever was in the buffer through which a layer went to the file."""
 
     class UsedBuffer(HostBuffer):
         def __init__(self, num_bytes, purpose):
             super().__init__(num_bytes, purpose)
-            if purpose == "slots":
+            if purpose == "stream buffers":
                 self.array[:] = 255
 
     monkeypatch.setattr(placement, "HostBuffer", UsedBuffer)
@@ -105,8 +107,8 @@ def bytes_of(model: PlacedModel, layer_idx: int) -> bytes:
 
 
 def test_a_pass_reads_each_streamed_layer_once(four_bit, tmp_path):
-    """At most once, as the operating system counts: a slow reader need not read a layer that is still in a slot. The
-    next pass's first layers count in place of this one's."""
+    """At most, counted by the operating system: what a slow reader finds still in a buffer it need not read. The next
+    pass's first layers count for this one's."""
     counters = Path("/proc/self/io")
     if not counters.exists():
         pytest.skip("no /proc/self/io")
@@ -125,14 +127,14 @@ def test_a_pass_reads_each_streamed_layer_once(four_bit, tmp_path):
             assert num_passes * streamed / 3 <= found < num_passes * streamed + 4096  # for reading the counter itself
 
 
-def test_layers_that_all_fit_into_the_slots_are_read_once(four_bit, tmp_path):
-    with PlacedModel(four_bit, tmp_path, resident=(0, 3), num_slots=2) as model:
+def test_layers_that_all_fit_into_the_buffers_are_read_once(four_bit, tmp_path):
+    with PlacedModel(four_bit, tmp_path, resident=(0, 3), num_buffers=2) as model:
         model.tokens()
         model.logits()
         assert model.source.stats.num_reads == 2
 
 
-# --- order and slots -------------------------------------------------------------------------------------------------
+# --- order and buffers -----------------------------------------------------------------------------------------------
 
 _TINY = layer_layout(
     BlobSpec(
@@ -143,7 +145,7 @@ _TINY = layer_layout(
 )
 
 
-def tiny_stream(folder: Path, num_layers: int, num_slots: int, resident=()) -> tuple[LayerStream, list[bytes]]:
+def tiny_stream(folder: Path, num_layers: int, num_buffers: int, resident=()) -> tuple[LayerStream, list[bytes]]:
     """A stream over blobs of random bytes."""
     rng = np.random.default_rng(num_layers)
     contents = [rng.integers(0, 256, _TINY.num_bytes, dtype=np.uint8) for _ in range(num_layers)]
@@ -157,9 +159,14 @@ def tiny_stream(folder: Path, num_layers: int, num_slots: int, resident=()) -> t
         writer.commit()
     views = {i: LayerWeights.view(_TINY, torch.from_numpy(contents[i])) for i in resident}
     streamed = {i: i for i in range(num_layers) if i not in resident}
-    slots = HostBuffer(num_slots * _TINY.num_bytes, "slots")
+    buffers = [HostBuffer(_TINY.num_bytes, "stream buffer") for _ in range(num_buffers)]
     packed = PackedFile.open(path, bytes(32), sizes)
-    stream = LayerStream([_TINY] * num_layers, views, packed, streamed, slots, num_slots)
+    owned = ExitStack()
+    for thing in (packed, *buffers):
+        owned.callback(thing.close)
+    arrays = [buffer.array for buffer in buffers]
+    reader = BufferReader(packed, streamed, dict.fromkeys(streamed, _TINY.num_bytes), arrays, owned)
+    stream = LayerStream([_TINY] * num_layers, views, reader)
     return stream, [blob[:4096].tobytes() for blob in contents]
 
 
@@ -169,23 +176,23 @@ class Schedule(RuleBasedStateMachine):
 
     @initialize(
         num_layers=st.integers(2, 6),
-        num_slots=st.integers(1, 3),
+        num_buffers=st.integers(1, 3),
         resident=st.sets(st.integers(1, 5)),
         seed=st.integers(),
     )
-    def start(self, num_layers, num_slots, resident, seed):
+    def start(self, num_layers, num_buffers, resident, seed):
         self.patch = pytest.MonkeyPatch()
         plain, rng = PackedFile.read_blob, np.random.default_rng(abs(seed))
 
         def slow(file, blob_idx, out, go_on):
-            out[:] = 255  # visible if a reader used the wrong slot
+            out[:] = 255  # what a reader in the wrong buffer would show
             time.sleep(rng.choice([0, 0, 0.0005]))
             return plain(file, blob_idx, out, go_on) if go_on() else False
 
         self.patch.setattr(PackedFile, "read_blob", slow)
         self.resident = {i for i in resident if i < num_layers}
-        self.stream, self.expected = tiny_stream(TEMPORARY, num_layers, num_slots, self.resident)
-        self.num_slots, self.num_layers = num_slots, num_layers
+        self.stream, self.expected = tiny_stream(TEMPORARY, num_layers, num_buffers, self.resident)
+        self.num_buffers, self.num_layers = num_buffers, num_layers
         self.order, self.at = list(range(num_layers)), 0
         self.held: list[tuple[int, torch.Tensor]] = []
 
@@ -195,7 +202,7 @@ class Schedule(RuleBasedStateMachine):
         self.stream.begin(self.order)
         self.at, self.held = 0, []
 
-    @precondition(lambda self: sum(i not in self.resident for i, _ in self.held) < self.num_slots)
+    @precondition(lambda self: sum(i not in self.resident for i, _ in self.held) < self.num_buffers)
     @rule(skip=st.integers(0, 2))
     def acquire(self, skip):
         self.at = (self.at + skip) % self.num_layers
@@ -237,7 +244,7 @@ def test_wrong_use_is_an_error_not_a_hang(tmp_path):
     stream, _ = tiny_stream(tmp_path, 4, 2)
     stream.acquire(0)
     stream.acquire(1)
-    with pytest.raises(ValueError, match="all 2 slots are acquired"):
+    with pytest.raises(ValueError, match="all 2 buffers are acquired"):
         stream.acquire(2)
     with pytest.raises(ValueError, match="layer 3 is not acquired"):
         stream.release(3)
@@ -335,7 +342,7 @@ def test_an_interrupted_pass_leaves_the_stream_usable(four_bit, tmp_path, num_ca
 
 
 def test_a_generator_closed_early(four_bit, tmp_path):
-    with PlacedModel(four_bit, tmp_path, resident=(1,), num_slots=3) as model:
+    with PlacedModel(four_bit, tmp_path, resident=(1,), num_buffers=3) as model:
         expected = model.outputs()
         for _ in range(3):
             chunks = model.generator.logits(IDS)

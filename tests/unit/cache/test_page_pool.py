@@ -52,7 +52,7 @@ def test_a_whole_prefix_is_shared_not_copied():
     again = pool.find(ids[:128] + text(50, seed=2))
     assert again.pages == match.pages
     pool.release(match.pages)
-    assert pool.num_free == 6  # still held by the second
+    assert pool.num_free == 6  # still in use by the second
     pool.release(again.pages)
     assert pool.num_free == 8
 
@@ -70,7 +70,7 @@ def test_a_partly_filled_page_that_somebody_has_is_copied():
     pool = PagePool(6)
     ids = text(100)
     pages = pool.allocate(2)
-    pool.remember(ids, pages)  # still held
+    pool.remember(ids, pages)  # still in use
     match = pool.find(ids + text(5, seed=1))
     assert (match.pages, match.num_tokens, match.copy_from) == (tuple(pages[:1]), 100, pages[1])
 
@@ -132,7 +132,7 @@ def test_the_same_text_computed_twice_is_known_once():
     pool.release(second)
     assert pool.num_free == 8
     assert pool.find(ids).pages == tuple(first)
-    pool.allocate(5)  # the second's pages are free, no longer kept
+    pool.allocate(5)  # the second's pages are free, no longer evictable
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -203,8 +203,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_accounted_for(self) -> None:
-        held = {page for _, pages, _ in self.live for page in pages}
-        assert self.pool.num_free == self.NUM_PAGES - len(held)
+        in_use = {page for _, pages, _ in self.live for page in pages}
+        assert self.pool.num_free == self.NUM_PAGES - len(in_use)
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)

@@ -295,7 +295,7 @@ def test_every_purpose_has_its_colour(folders):
     plans = [exl.plan(ram="1GB", resident_layers=3), exl.plan(folders["7b"], vram="4GB", context=512)]
     plans.append(exl.plan(folders["7b"], vram="2GB", ram="2GB", context=512))
     purposes = {line.purpose for plan in plans for line in plan.lines}
-    assert {"pinned layers", "pinned read buffers", "stream slots", "loading", "tokenizer"} <= purposes
+    assert {"pinned layers", "pinned read buffers", "stream buffers", "loading", "tokenizer"} <= purposes
     assert purposes <= COLORS.keys()
 
 

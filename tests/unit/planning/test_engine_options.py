@@ -1,0 +1,54 @@
+"""``exl.load`` and ``exl.plan`` list the options for their users; inside, all are one ``EngineOptions``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+
+import exl
+from exl import llm
+from exl.planning import from_headers
+from exl.planning.from_headers import EngineOptions
+
+# Of each function: arguments that are no options of an engine, and options that it does not have.
+OWN = {"load": {"model", "revision", "token", "progress"}, "plan": {"model", "arch", "revision", "token"}}
+MISSING = {"load": set(), "plan": {"device", "packed_folder"}}
+CHANGED = {
+    "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
+    "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "packed_folder": "somewhere",
+}  # fmt: skip
+
+
+class Reached(Exception):
+    pass
+
+
+def options_of(monkeypatch, function: str, **arguments) -> EngineOptions:
+    """What is passed on inside."""
+
+    def load_engine(folder, options, tell):
+        raise Reached(options)
+
+    def plan_model(files, options, target):
+        raise Reached(options)
+
+    monkeypatch.setattr(llm, "load_engine", load_engine)
+    monkeypatch.setattr(from_headers, "plan_model", plan_model)
+    with pytest.raises(Reached) as reached:
+        getattr(exl, function)(**arguments)
+    return reached.value.args[0]
+
+
+@pytest.mark.parametrize("function", ["load", "plan"])
+def test_every_option_has_one_default_and_arrives(monkeypatch, function):
+    parameters = inspect.signature(getattr(exl, function)).parameters
+    names = {field.name for field in dataclasses.fields(EngineOptions)}
+    assert names == CHANGED.keys()
+    assert parameters.keys() == OWN[function] | names - MISSING[function]
+    assert options_of(monkeypatch, function) == EngineOptions()
+    for name, value in CHANGED.items():
+        if name not in MISSING[function]:
+            found = options_of(monkeypatch, function, **{name: value})
+            assert found == dataclasses.replace(EngineOptions(), **{name: value})
