@@ -48,7 +48,9 @@ template <int kKind> EXL_DEVICE uint4 load_inputs(const Input& in, int token, in
   } else {
     float v[8];
     load_floats<kKind>(v, in, token, k, factor);
-    return make_uint4(saturated_half2(v[0], v[1]), saturated_half2(v[2], v[3]), saturated_half2(v[4], v[5]), saturated_half2(v[6], v[7]));
+    if constexpr (kKind == kNormedInput)   // bf16 cannot overflow: its factor brought it into range
+      return make_uint4(saturated_half2(v[0], v[1]), saturated_half2(v[2], v[3]), saturated_half2(v[4], v[5]), saturated_half2(v[6], v[7]));
+    return make_uint4(cvt_f16x2_f32(v[0], v[1]), cvt_f16x2_f32(v[2], v[3]), cvt_f16x2_f32(v[4], v[5]), cvt_f16x2_f32(v[6], v[7]));
   }
 }
 
