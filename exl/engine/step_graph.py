@@ -30,7 +30,7 @@ class StepGraphs:
     def __init__(self, ops: Ops, weights: WeightSource) -> None:
         """``ops`` with a backend."""
         self._ops = ops
-        self._stream = weights if isinstance(weights, DeviceStream) else None
+        self._weight_stream = weights if isinstance(weights, DeviceStream) else None
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._seen: set[Hashable] = set()
         self.note: str | None = None
@@ -55,14 +55,14 @@ class StepGraphs:
             self._seen.add(key)
             step()
             return
-        if self._stream is None:
+        if self._weight_stream is None:
             replay()
             return
-        self._stream.rest()
+        self._weight_stream.rest()
         try:
             replay()
         finally:  # also after Ctrl-C
-            self._stream.replayed()
+            self._weight_stream.replayed()
 
     def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
         replay, failure = self._try(step)
@@ -85,24 +85,24 @@ class StepGraphs:
 
     def _try(self, step: Callable[[], None]) -> tuple[Callable[[], None] | None, str | None]:
         """The graph, if the backend has any; or why it could not be captured."""
-        stream = self._stream
+        weights = self._weight_stream
 
         def run() -> None:
             step()
-            if stream is not None:
-                stream.join()
+            if weights is not None:
+                weights.join()
 
-        if stream is not None:
-            stream.rest()
-            stream.settle()
+        if weights is not None:
+            weights.rest()
+            weights.settle()
         try:
             replay = self._ops.backend.capture(run)
-            if stream is not None:
-                stream.captured()
+            if weights is not None:
+                weights.captured()
             return replay, None
         except BaseException as error:
-            if stream is not None:
-                stream.abandon()
+            if weights is not None:
+                weights.abandon()
             # Ending a broken capture fails as well, and that error hides the first one.
             for earlier in chain_of(error):
                 if not isinstance(earlier, Exception):  # Ctrl-C

@@ -7,6 +7,7 @@ arithmetic that does not wait for its copy, sees wrong bytes.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exl.engine.step_graph import StepGraphs
-from exl.errors import CheckpointError
+from exl.errors import CheckpointError, ExlError
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
@@ -384,3 +385,35 @@ def test_misuse_is_refused(tmp_path):
         model.stream.acquire(7)
     with pytest.raises(ValueError, match="either resident or streamed"):
         DeviceStream([TINY] * 3, {}, [([0, 1], PinnedLayers({}))], [tensor(blob(0))], model.device)
+
+
+@pytest.mark.parametrize("how", ["close", "garbage"])
+def test_closing_waits_for_copies_before_host_memory_goes(tmp_path, how):
+    """Page-locked memory that a copy still reads must not be unlocked."""
+    model = Model(tmp_path, 5, 2, resident={0}, on_disk=[3, 4])
+    model.device.chance = lambda: None  # nothing happens before it is waited for
+    stream, buffers = model.stream, model.stream._buffers
+    in_flight: list[bool] = []
+
+    def watch(close: Callable[[], None]) -> Callable[[], None]:
+        def watched() -> None:
+            in_flight.append(any(buffer.loaded is not None and not buffer.loaded.done for buffer in buffers))
+            close()
+
+        return watched
+
+    for _, tier in stream._host:
+        tier.close = watch(tier.close)
+    stream.begin(range(5))
+    assert not all(buffer.loaded.done for buffer in buffers)
+    if how == "close":
+        stream.close()
+        stream.close()
+        with pytest.raises(ExlError, match="closed"):
+            stream.acquire(0)
+        with pytest.raises(ExlError, match="closed"):
+            stream.begin(range(5))
+    else:
+        del stream, model.stream
+        gc.collect()
+    assert in_flight == [False, False]
