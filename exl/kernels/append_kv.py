@@ -20,8 +20,8 @@ NUM_WARPS = 8
 
 
 def check_slots(slots: Sequence[int], num_pages: int) -> None:
-    """Of a batch, on the host, before they are copied. Raises ``KernelError`` that names the first that is no place in
-    the cache and not -1."""
+    """A batch's slots, on the host, before they are copied. Raises ``KernelError`` that names the first that is neither
+    a slot of the cache nor -1."""
     for i, slot in enumerate(slots):
         if not -1 <= slot < num_pages * PAGE_SIZE:
             raise KernelError(f"slot {slot} at row {i}: expected -1 to {num_pages * PAGE_SIZE - 1}")
@@ -39,7 +39,7 @@ def append_kv(
 ) -> None:
     """K and V of ``rows`` into pages u8 [pages, Hkv, bytes]; q f16 [T, H, D].
 
-    ``slots`` i32 [T], looked at by ``check_slots`` where they are still on the host. Raises ``KernelError``.
+    ``slots`` i32 [T], checked by ``check_slots`` while they are still on the host. Raises ``KernelError``.
     """
     device, D = backend.device, layout.head_dim
     check_dims("q", q, 3)
@@ -65,7 +65,7 @@ def _spec(layout: PageLayout, arch: int) -> KernelSpec:
 
 def compiled_layouts() -> Iterator[PageLayout]:
     """Of models: all cache types at head size 128, the two that differ most at the others, and one that ends with half
-    a tile. What is not among them is compiled when it is needed, as these are."""
+    a tile. Others are compiled when they are needed, as these are."""
     for kind in KINDS:
         yield PageLayout(kind, 128)
     for head_dim in (64, 80, 96, 256):

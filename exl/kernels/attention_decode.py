@@ -1,4 +1,4 @@
-"""Attention of up to 8 new tokens a sequence, appended to the cache in the same launch (``attention_decode.cu``)."""
+"""Attention of up to 8 new tokens per sequence, appended to the cache in the same launch (``attention_decode.cu``)."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ NUM_THREADS = 128
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, num_samples: int) -> None:
-    """Of a batch, on the host, before they are copied: ids of the vocabulary, or -1 - i for sample i of the step
-    before. Raises ``KernelError`` that names the first that is neither."""
+    """A batch's ids, on the host, before they are copied: of the vocabulary, or -1 - i for sample i of the previous
+    step. Raises ``KernelError`` that names the first that is neither."""
     for i, token_id in enumerate(ids):
         if not -num_samples <= token_id < vocab_size:
             raise KernelError(f"token id {token_id} at row {i}: expected {-num_samples} to {vocab_size - 1}")
@@ -38,8 +38,8 @@ def embed(
 ) -> None:
     """h f32 [T, C] = rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
 
-    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``channel_map`` as for ``Output.residual``. What is
-    no id gives zeros: ``check_ids`` looks at them where they are still on the host. Raises ``KernelError``.
+    A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``channel_map`` as for ``Output.residual``. An
+    invalid id gives zeros: ``check_ids`` checks them while they are still on the host. Raises ``KernelError``.
     """
     device = backend.device
     if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.shape[1] % 8 or not table.shape[1]:

@@ -16,11 +16,11 @@ from exl.kernels.spec import KernelSpec, Variant
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import ROWS
 
-MAX_TOKENS = 32  # that one launch takes
+MAX_TOKENS = 32  # per launch
 NUM_WARPS = 8
 STAGE_INPUTS = 64
 STAGE_BYTES = 2048  # of a warp's ring: 16 rows x 64 inputs
-SLICE_INPUTS = 128  # slices of K are multiples of
+SLICE_INPUTS = 128  # slices of K are multiples of this
 NUM_SLICES = 8
 MIN_ARCH = {torch.float16: 75, torch.bfloat16: 80}  # tensor cores with such inputs
 
@@ -70,8 +70,8 @@ class DenseConfig:
 
 
 def choose_dense_config(K: int, dtype: torch.dtype, num_tokens: int, arch: int) -> DenseConfig:
-    """A ring of three stages (32 KB on their way a block) where it fits, and as many activations of a slice as fit
-    beside it. Pure. Raises ``KernelError`` for other than 1 to 32 tokens and GPUs without such tensor cores."""
+    """A ring of three stages (32 KB in flight per block) if it fits, and as many activations of a slice as fit beside
+    it. Pure. Raises ``KernelError`` for other than 1 to 32 tokens and GPUs without such tensor cores."""
     if arch < MIN_ARCH[dtype]:
         raise KernelError(
             f"{dtype} weights need compute capability {MIN_ARCH[dtype] / 10} or higher, found {arch / 10}"

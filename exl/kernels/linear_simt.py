@@ -13,7 +13,7 @@ from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import TileLayout
 
-MAX_TOKENS = 4  # that one launch takes
+MAX_TOKENS = 4  # per launch
 NUM_WARPS = 8
 NUM_SLICES = 8
 

@@ -1,4 +1,4 @@
-"""The residual stream, normalised, where no linear kernel does it on the way (``rms_norm.cu``)."""
+"""RMSNorm of the residual stream, if no linear kernel does it on the way (``rms_norm.cu``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SiLU(gate) * up, where gate and up could not share a launch (``silu_mul.cu``)."""
+"""SiLU(gate) * up, if gate and up could not share a launch (``silu_mul.cu``)."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.layout.tiles import ROWS
 
-ARENA_ALIGN = 256  # as the driver aligns an allocation: what every kernel's vector loads are content with
+ARENA_ALIGN = 256  # as the driver aligns an allocation; at least what every kernel's vector loads need
 TABLE_ALIGN = 4  # words: tables of a batch start at multiples of 16 bytes
-_TABLES = 8  # of a batch
-# Multiprocessors of the largest GPU of an architecture, for one that is not there (NVIDIA's data sheets): TITAN RTX,
+_TABLES = 8  # tables per batch
+# Multiprocessors of the largest GPU of an architecture, for plans without that GPU (NVIDIA's data sheets): TITAN RTX,
 # A100, RTX A6000, Orin, RTX 6000 Ada, H100, B200, Thor, RTX PRO 6000.
 _MOST_MULTIPROCESSORS = {75: 72, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 110: 20, 120: 188}
 
@@ -36,7 +36,7 @@ class ArenaLayout:
     - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows]
     - ``tables`` i32: a window's ids, slots, pages and angles, copied from the host in one piece
     - ``normed`` 16 bits: normalised input, or q of a prefill chunk
-    - ``fused`` 16 bits: gate and up where they are two launches
+    - ``fused`` 16 bits: gate and up, if they are two launches
     - ``shared`` bytes: what linears of 9 to 64 tokens hand over, or a dequantized panel and its product, or what decode
       attention hands over: never two of them at once
     - ``linear arrived``, ``attention arrived`` i32: counters, zero between launches
@@ -45,15 +45,15 @@ class ArenaLayout:
 
     fields: Mapping[str, Field]
     num_bytes: int
-    few: Mapping[str, Field]  # inside of ``shared``: of linears of 9 to 64 tokens
-    many: Mapping[str, Field]  # inside of ``shared``: panel and product; empty where no chunk is so long
-    partial: Field  # inside of ``shared``: of decode attention
+    few: Mapping[str, Field]  # inside ``shared``: scratch of linears of 9 to 64 tokens
+    many: Mapping[str, Field]  # inside ``shared``: panel and product; empty if no chunk is long enough for panels
+    partial: Field  # inside ``shared``: scratch of decode attention
 
     @property
     def upload_bytes(self) -> int:
-        """Of page-locked buffers on the host: two for each table that is copied, and two for samples that come back."""
+        """Bytes of page-locked buffers on the host: two for each table copied, and two for samples that come back."""
         tables = self.fields["tables"].num_bytes + self.fields["sampling tables"].num_bytes
-        return 2 * (tables + self.fields["sampling arrived"].num_bytes)  # a counter a row, as samples are
+        return 2 * (tables + self.fields["sampling arrived"].num_bytes)  # one counter per row: as large as the samples
 
     def bytes_of(self, *names: str) -> int:
         return sum(align_up(self.fields[name].num_bytes, ARENA_ALIGN) for name in names if name in self.fields)
@@ -125,7 +125,7 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
 
 
 def sample_rows(limits: StepLimits) -> int:
-    """Rows that are drawn at once."""
+    """Rows sampled by one launch."""
     return min(limits.max_logit_rows, limits.max_sequences, samples.MAX_ROWS)
 
 
@@ -143,7 +143,7 @@ def table_words(limits: StepLimits) -> int:
 
 
 def crossover(arch: int) -> int:
-    """From how many rows of a chunk on linears dequantize panels. Without tensor cores cuBLAS is ahead at once."""
+    """Rows of a chunk from which on linears dequantize panels. Without tensor cores cuBLAS is ahead from 32 on."""
     return crossover_tokens(arch) if arch >= MIN_ARCH else 32
 
 

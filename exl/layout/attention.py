@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 COLUMNS = 8  # of one tensor-core product: heads of a group times new tokens
-MAX_NEW_TOKENS = 8  # of a sequence
+MAX_NEW_TOKENS = 8  # per sequence
 
 
 def num_items(length: int) -> int:
@@ -23,5 +23,5 @@ def scratch_shapes(
 
 
 def column_tiles(num_heads: int, num_kv_heads: int, max_new: int) -> int:
-    """Of 8 columns: heads of a group times new tokens."""
+    """Tiles of 8 columns; columns are heads of a group times new tokens."""
     return -(-num_heads // num_kv_heads * max_new // COLUMNS)

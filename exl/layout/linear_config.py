@@ -20,7 +20,7 @@ NARROW_TOKENS = 8  # that linear_q.cu takes
 MAX_TOKENS = 64  # that one launch takes
 MIN_ARCH = 75  # tensor cores with f16 inputs
 
-# Depth of the weights' ring by (bits, row tiles a warp): BYTES_AHEAD or more on their way a block, (depth - 1) *
+# Depth of the weights' ring by (bits, row tiles per warp): BYTES_AHEAD or more in flight per block, (depth - 1) *
 # 8 warps * row tiles * planes * 512, which covers the latency of an H100's memory (Little's law; an RTX 3090: 9 KB).
 BYTES_AHEAD = 24 * 1024
 RING_STAGES = {
@@ -41,7 +41,7 @@ SHARED_PER_MULTIPROCESSOR = {
     120: 100,
     121: 100,
 }
-BLOCK_RESERVE = 1024  # that the driver takes of a multiprocessor's shared memory, a block
+BLOCK_RESERVE = 1024  # of a multiprocessor's shared memory, that the driver takes per block
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class LinearConfig:
     """One way to run one launch of up to 64 tokens."""
 
     wide: bool  # linear_q_wide.cu: rows split over warps; else linear_q.cu: slices of K split over warps
-    row_tiles: int  # a warp
+    row_tiles: int  # per warp
     ring_stages: int
-    x_stages: int  # whose activations are in shared memory at a time
+    x_stages: int  # stages whose activations are in shared memory at a time
     x_buffers: int = 1
     token_tiles: int = 1  # wide: of 8 tokens
     spread: int = 1  # wide: blocks that share K
-    min_blocks: int = 2  # a multiprocessor, that registers must allow
+    min_blocks: int = 2  # per multiprocessor, that registers must allow
 
     def macros(self, layout: TileLayout) -> dict[str, int]:
         macros = layout.macros
@@ -80,7 +80,7 @@ class LinearConfig:
         return max(ring + NUM_WARPS * num_tokens * self.x_stages * stage, self.row_tiles * NUM_SLICES * 512)
 
     def partial_bytes(self, layout: TileLayout) -> int:
-        """f32 sums that blocks hand over; 0 where each block has all of K."""
+        """Bytes of f32 sums that blocks hand over; 0 if each block has all of K."""
         if self.spread == 1:
             return 0
         return self.spread * self.row_blocks(layout) * NUM_THREADS * self.row_tiles * self.token_tiles * 16
@@ -93,7 +93,7 @@ def ring_bytes(layout: TileLayout, row_tiles: int, ring_stages: int, arch: int) 
 
 
 def ring_bytes_ahead(layout: TileLayout, row_tiles: int, ring_stages: int) -> int:
-    """Bytes of codes, scales and zero points that a block of ``linear_q`` keeps on their way."""
+    """Bytes of codes, scales and zero points that a block of ``linear_q`` keeps in flight."""
     return NUM_WARPS * (ring_stages - 1) * row_tiles * (layout.planes * 512 + layout.stage_qparam_bytes)
 
 
@@ -119,8 +119,8 @@ def choose_config(layout: TileLayout, num_tokens: int, arch: int, num_multiproce
 
 
 def _narrow(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
-    """Up to 16, 32, 64 rows a block for up to 2, 4, 8 tokens, whose staging the rows share, while blocks are enough to
-    fill the GPU twice."""
+    """Up to 16, 32, 64 rows per block for up to 2, 4, 8 tokens, as long as there are enough blocks to fill the GPU
+    twice. Rows of a block share the staging of activations."""
     most = 1 if num_tokens <= 2 else 2 if num_tokens <= 4 else 4
     candidates = [r for r in (4, 2, 1) if r <= most and (layout.bits, r) in RING_STAGES]
     limit = arch_limits(arch).max_shared_bytes
@@ -156,10 +156,10 @@ def _fit_narrow(
 
 
 def _wide(layout: TileLayout, num_tokens: int, arch: int, num_multiprocessors: int) -> LinearConfig:
-    """128 rows a block; K spread over 8 blocks where rows alone do not fill the GPU. The more tokens, the fewer slices'
+    """128 rows per block; K spread over 8 blocks if rows alone do not fill the GPU. The more tokens, the fewer slices'
     sums a thread's registers can hold: ``least`` blocks share K.
 
-    64 tokens: 256 rows a block where that nearly fills the GPU, as two row tiles share the reads of activations. A
+    64 tokens: 256 rows per block if that nearly fills the GPU, as two row tiles share the reads of activations. A
     thread's registers then hold the sums of one slice: K is spread over 8 blocks."""
     token_tiles = 2 if num_tokens <= 16 else 4 if num_tokens <= 32 else 8
     blocks = -(-layout.num_tiles // NUM_WARPS)

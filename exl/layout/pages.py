@@ -26,7 +26,7 @@ A head size of 8 mod 16 ends with a tile of eight channels: rows g alone::
      8 bits  word j, byte place
      4 bits  word j of lane 4 (g % 4) + t, byte (0, 2, 1, 3)[place]; rows 0..3 in its low half, 4..7 in its high half
 
-**Scales**, f16, one for each token and 32 channels: K [token tile][g][group][g, g + 8], V [group][t][j][place].
+**Scales**, f16, one per token and 32 channels: K [token tile][g][group][g, g + 8], V [group][t][j][place].
 
 Every byte belongs to one token, so a token is appended by plain stores. 8-bit codes are stored plus 128 and 4-bit codes
 plus 8; what they mean is in ``docs/memory.md``.
@@ -83,12 +83,12 @@ class PageLayout:
 
     @property
     def hadamard_size(self) -> int:
-        """Channels of a Hadamard block: the largest power of two that divides the head size; 1 where nothing turns."""
+        """Channels of a Hadamard block: the largest power of two that divides the head size; f16: 1."""
         return self.head_dim & -self.head_dim if self.quantized else 1
 
     @property
     def num_groups(self) -> int:
-        """Scales of a token."""
+        """Scales per token."""
         return -(-self.head_dim // KV_GROUP) if self.quantized else 0
 
     @property

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-MAX_ROWS = 64  # of one launch
-PART = 4096  # tokens a block
+MAX_ROWS = 64  # per launch
+PART = 4096  # vocabulary entries per block
 NUM_BINS = 45 * 16
 
 # ``Params`` of the kernel.

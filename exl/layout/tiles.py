@@ -30,7 +30,7 @@ lane or, where a block is an odd number of eights, 8. Blocks have an array of th
 stage's codes: there 40 bytes would have to become 48, codes would lose their alignment to cache lines, and long groups
 would repeat in memory what now repeats in caches alone. So nothing is padded but K, and the last group may be shorter.
 
-Bytes a weight of a 4-bit tile, codes being 0.5: groups of 128 take 40 bytes for 16 x 128 weights, 0.0195.
+Bytes per weight of a 4-bit tile, of which codes are 0.5: groups of 128 take 40 bytes for 16 x 128 weights, 0.0195.
 
 Example: 4 bits, row 3, input 37. 37 = 32 + 5: t = 0, j = 3, p = 0, second of its pair. Lane 12, word 3, bit 16.
 """
@@ -56,7 +56,7 @@ SCALE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 class TileLayout:
     """Sizes of one packed matrix, W [K, num_rows]; a pure function of its shape.
 
-    ``group_size`` is 32, 64, a multiple of 128, or K; where it does not divide K, the last group is shorter.
+    ``group_size`` is 32, 64, a multiple of 128, or K; if it does not divide K, the last group is shorter.
     Raises ``KernelError`` for what no kernel takes.
     """
 
@@ -102,7 +102,7 @@ class TileLayout:
 
     @property
     def group_units(self) -> int:
-        """Runs of 128 inputs that share a scale, where ``group_macro`` is 0."""
+        """Runs of 128 inputs that share a scale, if ``group_macro`` is 0."""
         return -(-self.group_size // LONG_UNIT)
 
     @property
@@ -117,7 +117,7 @@ class TileLayout:
 
     @property
     def planes(self) -> int:
-        """16-byte loads of a lane in one stage."""
+        """16-byte loads per lane and stage."""
         return self.stage_inputs * self.bits * ROWS // 8 // 512
 
     @property
@@ -136,7 +136,7 @@ class TileLayout:
 
     @property
     def num_blocks(self) -> int:
-        """Of a tile."""
+        """Blocks per tile."""
         return self.num_stages if self.group_macro else self.num_groups
 
     @property
@@ -146,7 +146,7 @@ class TileLayout:
 
     @property
     def stage_qparam_bytes(self) -> int:
-        """That a kernel reads for a stage of one tile."""
+        """Bytes of qparams that a kernel reads per stage of one tile."""
         return self.block_bytes if self.group_macro else self.stage_inputs // LONG_UNIT * self.block_bytes
 
     @property

@@ -29,8 +29,8 @@ from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.rope_tables import num_angles, rope_tables
 
-_MAX_SERIALS = 1024  # remembered; those that are forgotten are given to nobody else
-_FIRST_CONTEXT = 4096  # decode attention's grid is made for so many tokens, or four times as many, and so on
+_MAX_SERIALS = 1024  # remembered; a forgotten one is never used again
+_FIRST_CONTEXT = 4096  # decode attention's grid is made for this many tokens, or four times as many, and so on
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BatchShape:
     num_decode_sequences: int
     max_new: int  # of a decode sequence
     max_chunk: int  # of a prefill sequence
-    max_context: int  # bound of all decode sequences' lengths
+    max_context: int  # upper bound of the lengths of decode sequences
     logit_runs: tuple[tuple[int, int], ...]  # rows start:stop whose logits are wanted
 
     @property
@@ -113,7 +113,7 @@ class Upload:
         self._turn = 0
 
     def buffer(self) -> NDArray[np.uint8]:
-        """To be filled: no copy reads it any more."""
+        """The buffer to fill next: no copy reads it any more."""
         self._turn = 1 - self._turn
         event = self._copied[self._turn]
         if event is not None:

@@ -48,7 +48,7 @@ from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
 
-MAX_BINDINGS = 8192  # remembered: of each layer one for an operation
+MAX_BINDINGS = 8192  # remembered: one per layer and operation
 
 
 class CudaOps:
@@ -360,7 +360,7 @@ class CudaOps:
     def _dense_by_cublas(
         self, backend: Backend, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output
     ) -> None:
-        """The head, where there are no tensor cores. A row at a time: no row's bits depend on the others."""
+        """The head, on GPUs without tensor cores. One row at a time: no row's bits depend on the others."""
         normed = self._normed[: x.numel()].view(x.shape)
         rms_norm(backend, x, norm, normed)
         for i in range(x.shape[0]):
