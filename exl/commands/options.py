@@ -105,7 +105,7 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         made = {
-            name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+            name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group) if f.name in values})
             for name, group in groups.items()
         }
         command(**values, **made)

@@ -93,7 +93,7 @@ def test_how_decode_steps_ran_is_told(monkeypatch, capsys):
     recorder.capture = broken
     monkeypatch.setattr(exl.bench, "choose_device", lambda options: (replace(options, vram="1GB"), recorder))
     for output in ("json", "table"):
-        bench(str(BUNDLED_MODEL), pp=0, tg=4, repeats=1, output=output)
+        bench(model=str(BUNDLED_MODEL), pp=0, tg=4, repeats=1, output=output)
         shown = capsys.readouterr()
         text = json.loads(shown.out)["decode_steps"] if output == "json" else shown.err
         assert "launched one by one" in text
