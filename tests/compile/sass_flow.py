@@ -240,12 +240,14 @@ def _union(state: State, registers: Iterable[str], guard: str) -> frozenset[str]
 
 
 def _written(state: State, register: str, names: frozenset[str], guard: str) -> State:
+    before = state.get(register, frozenset())
+    if not names and not before:
+        return state  # most registers, most of the time
     opposite = guard.replace("@", "@!").replace("!!", "") if guard else ""
     after = {key: value for key, value in state.items() if key.split("@")[0] != register}
     if not guard:
-        return {**after, register: names}
+        return {**after, register: names} if names else after
     after[register + guard] = names
-    before = state.get(register, frozenset())
     if register + opposite in state:  # written under both: the old value is gone
         before = after[register + opposite] = state[register + opposite]
     return {**after, register: before | names}
