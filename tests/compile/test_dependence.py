@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ def specs(arch: int) -> list[KernelSpec]:
 
 
 def found(jobs: list[tuple[KernelSpec, int]]) -> list[str]:
-    with multiprocessing.get_context("spawn").Pool(NUM_PROCESSES) as pool:
-        results = pool.starmap(_find, jobs, chunksize=2)
+    with ProcessPoolExecutor(NUM_PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(_find, *zip(*jobs, strict=True), chunksize=2))
     return [
         f"{spec}, NVRTC {version}: {fault}"
         for (spec, version), faults in zip(jobs, results, strict=True)
