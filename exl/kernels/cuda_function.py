@@ -17,8 +17,6 @@ from exl.kernels.work import Dim, Work
 from exl.layout.arch import DEFAULT_SHARED_BYTES
 
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-
-
 _THREAD = threading.local()  # bound: devices whose context this thread has
 
 

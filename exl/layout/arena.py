@@ -5,13 +5,12 @@ The plan counts it, ``CudaOps`` uses it. Nothing of it grows: a larger step than
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from exl.layout import attention, samples
-from exl.layout.fields import DTYPE_BYTES, Field, align_up
+from exl.layout.fields import Field, FieldPacker, align_up
 from exl.layout.layers import DENSE_STEP, LayerLayout, tile_layout
 from exl.layout.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
 from exl.layout.panels import panel_scratch_shapes
@@ -59,33 +58,22 @@ class ArenaLayout:
         return sum(align_up(self.fields[name].num_bytes, ARENA_ALIGN) for name in names if name in self.fields)
 
 
-class _Slab:
-    """Lays fields one after another."""
-
-    def __init__(self) -> None:
-        self.fields: dict[str, Field] = {}
-        self.num_bytes = 0
-
-    def add(self, name: str, dtype: str, *shape: int) -> None:
-        num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
-        self.fields[name] = Field(self.num_bytes, num_bytes, dtype, shape)
-        self.num_bytes += align_up(num_bytes, ARENA_ALIGN)
-
-
 def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayout]) -> ArenaLayout:
     """``layers``: all of them, with the head among them. Pure."""
     specs = {segment.spec for layer in layers for segments in layer.linears.values() for segment in segments}
     tiles = {tile_layout(spec) for spec in specs if spec.quantized}
-    few = _Slab()
+    few = FieldPacker(ARENA_ALIGN)
     most = target.num_multiprocessors or _most_multiprocessors(target.arch)
     shapes = scratch_shapes(tiles, target.arch, most) if tiles else {}
     for name in ("x", "x_scale", "partial"):
-        few.add(name, *shapes.get(name, ("f32", 0)))
-    many = _Slab()
+        dtype, count = shapes.get(name, ("f32", 0))
+        few.add(name, dtype, (count,))
+    many = FieldPacker(ARENA_ALIGN)
     if tiles and limits.max_rows >= crossover(target.arch):
         panels = panel_scratch_shapes(tiles, limits.max_rows)
         for name in ("panel", "product"):  # x is ``normed``
-            many.add(name, *panels[name])
+            dtype, count = panels[name]
+            many.add(name, dtype, (count,))
     handed_over = attention.scratch_shapes(
         limits.max_sequences,
         limits.num_heads,
@@ -95,29 +83,31 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
         attention.MAX_NEW_TOKENS,
     )
     partial = Field(0, handed_over["partial"][1] * 4, "f32", (handed_over["partial"][1],))
-    step = _Slab()
-    step.add("residual", "f32", limits.window_rows, limits.hidden_size)
-    step.add("sums of squares", "f32", limits.window_rows, -(-limits.hidden_size // ROWS))
-    step.add("qkv", "f16", limits.max_rows, limits.qkv_width)
-    step.add("attn", "f16", limits.max_rows, align_up(limits.attn_width, DENSE_STEP))
-    step.add("mlp", "f16", limits.max_rows, align_up(limits.intermediate_size, DENSE_STEP))
-    step.add("logits", "f32", limits.max_logit_rows, limits.vocab_size)
-    step.add("samples", "i32", limits.max_logit_rows)
-    step.add("tables", "i32", table_words(limits))
+    step = FieldPacker(ARENA_ALIGN)
+    step.add("residual", "f32", (limits.window_rows, limits.hidden_size))
+    step.add("sums of squares", "f32", (limits.window_rows, -(-limits.hidden_size // ROWS)))
+    step.add("qkv", "f16", (limits.max_rows, limits.qkv_width))
+    step.add("attn", "f16", (limits.max_rows, align_up(limits.attn_width, DENSE_STEP)))
+    step.add("mlp", "f16", (limits.max_rows, align_up(limits.intermediate_size, DENSE_STEP)))
+    step.add("logits", "f32", (limits.max_logit_rows, limits.vocab_size))
+    step.add("samples", "i32", (limits.max_logit_rows,))
+    step.add("tables", "i32", (table_words(limits),))
     max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
-    step.add("normed", "f16", limits.max_rows * max_k)
+    step.add("normed", "f16", (limits.max_rows * max_k,))
     if any(len(layer.linears.get("gate_up", ())) > 1 for layer in layers):
-        step.add("fused", "f16", limits.max_rows * 2 * limits.intermediate_size)
-    step.add("shared", "u8", max(few.num_bytes, many.num_bytes, align_up(partial.num_bytes, ARENA_ALIGN)))
-    step.add("linear arrived", "i32", shapes.get("arrived", ("i32", 0))[1])
-    step.add("attention arrived", *handed_over["arrived"])
+        step.add("fused", "f16", (limits.max_rows * 2 * limits.intermediate_size,))
+    shared = align_up(max(few.num_bytes, many.num_bytes, partial.num_bytes), ARENA_ALIGN)
+    step.add("shared", "u8", (shared,))
+    step.add("linear arrived", "i32", (shapes.get("arrived", ("i32", 0))[1],))
+    dtype, count = handed_over["arrived"]
+    step.add("attention arrived", dtype, (count,))
     rows = sample_rows(limits)
-    step.add("sampling tables", "u8", samples.table_bytes(rows, max_seen(limits)))
+    step.add("sampling tables", "u8", (samples.table_bytes(rows, max_seen(limits)),))
     for name, (dtype, count) in samples.scratch_shapes(rows, limits.vocab_size).items():
-        step.add(f"sampling {name}", dtype, count)
+        step.add(f"sampling {name}", dtype, (count,))
     return ArenaLayout(
         MappingProxyType(step.fields),
-        step.num_bytes,
+        align_up(step.num_bytes, ARENA_ALIGN),
         MappingProxyType(few.fields),
         MappingProxyType(many.fields),
         partial,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,16 +31,15 @@ class Field:
 
 
 class FieldPacker:
-    """Lays arrays one after another, each aligned."""
+    """Lays arrays one after another, each at a multiple of ``alignment``."""
 
-    def __init__(self) -> None:
+    def __init__(self, alignment: int = FIELD_ALIGN) -> None:
         self.fields: dict[str, Field] = {}
         self.num_bytes = 0
+        self._alignment = alignment
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        num_bytes = DTYPE_BYTES[dtype]
-        for size in shape:
-            num_bytes *= size
-        offset = align_up(self.num_bytes, FIELD_ALIGN)
+        num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        offset = align_up(self.num_bytes, self._alignment)
         self.fields[name] = Field(offset, num_bytes, dtype, shape)
         self.num_bytes = offset + num_bytes
