@@ -109,7 +109,7 @@ def test_streamed_without_a_resident_layer_changes_no_bit(checkpoint, mode, bits
     folder, ids = checkpoint(bits, order, NUM_LAYERS), some_ids(30)
     options = {"kv_cache": kind, "max_sequences": 1}
     resident = load(folder, make_backend(mode, 90), graphs=False, **options)
-    backend = make_backend(mode, 90)  # test_cuda_steps.py tests graphs with recorded copies
+    backend = make_backend(mode, 90)  # test_cuda_graphs.py tests graphs with recorded copies
     streamed = load(folder, backend, resident_layers=0, **options)
     try:
         assert len(streamed.plan.placement.on_tier(Tier.PINNED)) == NUM_LAYERS > streamed.plan.num_buffers

@@ -19,7 +19,7 @@ def test_gpu_tests_are_collected_without_packages_that_only_tests_need():
     """None of the GPU's tests of models goes with what a GPU machine is likely to lack."""
     found = run_pytest("--collect-only", "-m", "gpu", "--blocked", LIGHT, "tests/model", "tests/unit")
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "tests/model/test_cuda_steps.py::test_replayed_steps_give_the_same_bits[cupy]" in found.stdout
+    assert "tests/model/test_cuda_graphs.py::test_replayed_steps_give_the_same_bits[cupy]" in found.stdout
 
 
 def test_kernel_tests_are_collected_without_any_of_them():
