@@ -56,6 +56,11 @@ _F16_MAX = np.float32(65504)
 _Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # byte and lowest bit in it, each [64 tokens, D]
 
 
+def is_head_dim(head_dim: int) -> bool:
+    """Whether kernels take this head size."""
+    return head_dim % HEAD_DIM_STEP == 0 and 0 < head_dim <= MAX_HEAD_DIM
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Sizes and offsets of one page of one kv head. Raises ``KernelError`` for what no kernel reads."""
@@ -66,7 +71,7 @@ class PageLayout:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise KernelError(f"KV cache type {self.kind!r}: kernels have {', '.join(KINDS)}")
-        if self.head_dim % HEAD_DIM_STEP or not 0 < self.head_dim <= MAX_HEAD_DIM:
+        if not is_head_dim(self.head_dim):
             raise KernelError(f"head size {self.head_dim}: kernels take multiples of {HEAD_DIM_STEP} to {MAX_HEAD_DIM}")
 
     @property

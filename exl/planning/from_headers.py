@@ -17,6 +17,7 @@ from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_qua
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
+from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.host import pinned_limit
@@ -208,8 +209,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         layer_file_bytes=files.layer_file_bytes,
     )
     if target.kind == "cuda":
-        if options.kv_cache == "f32":
-            raise ConfigError("kv_cache: found 'f32', which only the CPU has; expected f16, q8, k8v4 or q4")
+        _check_pages(files, options)
         plan = plan_devices(
             model,
             options.vram_bytes,
@@ -220,6 +220,17 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
     else:
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
     return plan, model
+
+
+def _check_pages(files: ModelFiles, options: EngineOptions) -> None:
+    """What the GPU's attention reads, before memory is planned for anything else."""
+    if options.kv_cache == "f32":
+        raise ConfigError("kv_cache: found 'f32', which only the CPU has; expected f16, q8, k8v4 or q4")
+    if not is_head_dim(files.config.head_dim):
+        raise ConfigError(
+            f"{files.folder}: found a head size of {files.config.head_dim}, a GPU takes multiples of {HEAD_DIM_STEP} "
+            f"up to {MAX_HEAD_DIM}; device='cpu' takes this one"
+        )
 
 
 def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool) -> bool:

@@ -200,6 +200,15 @@ def test_f32_pages_are_the_cpus(seven):
         seven(vram="24GB", kv_cache="f32")
 
 
+@pytest.mark.parametrize(("head_dim", "taken"), [(36, False), (40, True), (256, True), (264, False)])
+def test_head_sizes_that_no_kernel_reads_are_named(tmp_path, head_dim, taken):
+    write_headers(tmp_path, (256, 512, 2, 32, 32, head_dim, 320))
+    exl.plan(tmp_path)  # the CPU takes all
+    expected = nullcontext() if taken else pytest.raises(ConfigError, match=f"head size of {head_dim}, a GPU takes")
+    with expected:
+        exl.plan(tmp_path, vram="8GB")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("options", [{"vram": "8GB"}, {"device": "cuda"}])
 def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded(options):
