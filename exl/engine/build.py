@@ -144,6 +144,7 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
         return options, None
     try:
         backend = open_backend()
+        free, _ = free_bytes(backend.device)  # also starts cuBLAS, for which a GPU that others fill has no room
     except KernelError as error:
         if options.on_gpu:
             asked = "device='cuda'" if options.vram is None else f"vram={options.vram!r}"
@@ -156,7 +157,6 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
             f"vram: found {len(options.vram_bytes)} sizes; this version plans for several GPUs and computes on one"
         )
     if options.vram is None:
-        free, _ = free_bytes(backend.device)
         options = replace(options, vram=usable_bytes(free, backend.arch))
         logger.info("computing on %s", torch.cuda.get_device_name(backend.device))
     return options, backend

@@ -15,7 +15,6 @@ import torch
 
 from exl.kernels import cuda_function, device, launch
 from exl.kernels.launch import CudaBackend
-from exl.memory import device as device_memory
 
 
 class CUDADriverError(RuntimeError):
@@ -34,8 +33,8 @@ TOO_OLD = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for 
 
 
 class FakeGpu:
-    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "stream", "launch") ->
-    the exception that it raises."""
+    """``failing``: a call ("torch", "version", "nvrtc", "compile", "module", "device", "load", "stream", "launch",
+    "product") -> the exception that it raises."""
 
     def __init__(self, arch: int = 86, nvrtc: tuple[int, int] = (13, 0), archs: tuple[int, ...] = (75, 86)) -> None:
         self.arch, self.nvrtc, self.archs = arch, nvrtc, archs
@@ -96,7 +95,8 @@ class FakeGpu:
         monkeypatch.setattr(launch, "Driver", lambda: _Driver(self))
         for module in (launch, cuda_function):
             monkeypatch.setattr(module, "start_work", _start_work)
-        monkeypatch.setattr(device_memory, "_start", lambda device: None)  # cuBLAS
+        monkeypatch.setattr(torch, "mm", lambda x, y, out_dtype: self.call("product"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     def _version(self) -> tuple[int, int]:
         self.call("version")

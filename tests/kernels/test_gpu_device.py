@@ -52,6 +52,7 @@ BROKEN = {
     "a launch fails": ("launch", CUDADriverError("CUDA_ERROR_LAUNCH_FAILED")),
     "torch has no stream": ("stream", RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")),
     "torch cannot use it": ("torch", RuntimeError("CUDA error: out of memory")),
+    "cuBLAS has no room": ("product", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")),
     "no NVRTC": ("version", RuntimeError("CuPy failed to load libnvrtc.so.13")),
     "NVRTC makes no program": ("nvrtc", NVRTCError("NVRTC_ERROR_OUT_OF_MEMORY")),
     "the kernel does not compile": ("compile", NVRTCError("NVRTC_ERROR_INVALID_OPTION")),

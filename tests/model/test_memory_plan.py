@@ -33,7 +33,7 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        if isinstance(item, torch.Tensor):
+        if issubclass(type(item), torch.Tensor):  # isinstance also asks __class__, for which lazy objects warn
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
