@@ -18,14 +18,14 @@ from exl.checkpoint.config import GenerationDefaults
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import load_engine
 from exl.errors import ExlError
-from exl.kernels.launch import Backend, HostBackend
+from exl.kernels.launch import Backend
 from exl.kernels.spec import KernelSpec
 from exl.layout.specs import Target
 from exl.llm import LLM, Completion
 from exl.planning.from_headers import EngineOptions
 from exl.text.tokenizer import Tokenizer
 from tests.host.build import COMPILER
-from tests.host.shim import HostShim
+from tests.host.shim import HostShim, ShimBackend
 
 PROMPT, TOKENS = "Once upon a time, there was a little girl", 80
 CONTEXT, MAX_TOKENS = 256, 128
@@ -67,7 +67,7 @@ def through_kernels(prompt: str, num_tokens: int) -> Completion:
         f"Compiling exl's CUDA kernels with {COMPILER}, for this machine's CPU (kept under build/ for the next time):"
     )
     library = AnnouncedLibrary()
-    with load(HostBackend(library)) as llm:
+    with load(ShimBackend(library)) as llm:
         llm.generate(prompt, min(num_tokens, 2), temperature=0)  # a prompt and a step load all kernels
         print(f"{library.num_kernels} kernels in {library.seconds:.1f} s. The story through them:\n")
         print(prompt, end="", flush=True)

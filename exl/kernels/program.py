@@ -88,7 +88,7 @@ class Programs:
     """Programs by what they depend on; the least recently used goes when there are more than ``max_programs``."""
 
     def __init__(self, backend: Backend, max_programs: int = MAX_PROGRAMS) -> None:
-        self._backend, self._max_programs = backend, max_programs
+        self.backend, self._max_programs = backend, max_programs
         self._programs: dict[Hashable, Program] = {}
         self._structures: dict[Hashable, int] = {}
         self._next_number = itertools.count()
@@ -120,7 +120,7 @@ class Programs:
         whole = key, bindings.number
         program = self._programs.get(whole)
         if program is None:
-            program = Program(self._backend, bindings)
+            program = Program(self.backend, bindings)
             record(Recorder(program))
             self.num_recorded += 1
             if len(self._programs) >= self._max_programs:

@@ -22,6 +22,7 @@ from exl.kernels.append_kv import check_slots
 from exl.kernels.attention_decode import DecodeTables, check_tables
 from exl.kernels.attention_prefill import PrefillTables, check_pages
 from exl.kernels.embed import check_ids
+from exl.kernels.launch import Backend
 from exl.layout.arena import TABLE_ALIGN
 from exl.layout.fields import align_up
 from exl.layout.steps import StepLimits
@@ -99,12 +100,16 @@ class DeviceBatch:
         )
 
 
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
 class Upload:
     """Bytes on their way to one place on the device; two buffers on the host, one filled while the other is copied."""
 
-    def __init__(self, target: torch.Tensor, purpose: str, stack: ExitStack) -> None:
+    def __init__(self, backend: Backend, target: torch.Tensor, purpose: str, stack: ExitStack) -> None:
         """``target``: contiguous. Page-locked buffers are given back when ``stack`` closes."""
-        self._target = target.view(torch.uint8)
+        self._backend, self._target = backend, target.view(torch.uint8)
         self._buffers = [HostBuffer(self._target.numel(), purpose) for _ in range(2)]
         if target.is_cuda:
             for buffer in self._buffers:
@@ -123,7 +128,7 @@ class Upload:
     def send(self, num_bytes: int) -> None:
         """Queues the copy of the buffer's beginning."""
         source = torch.from_numpy(self._buffers[self._turn].array[:num_bytes])
-        self._target[:num_bytes].copy_(source, non_blocking=True)
+        self._backend.call(_copy, source, self._target[:num_bytes])
         if self._target.is_cuda:
             self._copied[self._turn] = record_event(torch.cuda.current_stream(self._target.device))
 
@@ -132,11 +137,17 @@ class Staging:
     """Tables of a window's batches."""
 
     def __init__(
-        self, tables: torch.Tensor, limits: StepLimits, rope: RopeConfig, num_pages: int, stack: ExitStack
+        self,
+        backend: Backend,
+        tables: torch.Tensor,
+        limits: StepLimits,
+        rope: RopeConfig,
+        num_pages: int,
+        stack: ExitStack,
     ) -> None:
         """``tables`` i32, a view of the arena. ``num_pages``: of the cache."""
         self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
-        self._upload = Upload(tables, "tables of a window", stack)
+        self._upload = Upload(backend, tables, "tables of a window", stack)
         self._views: dict[BatchShape, DeviceBatch] = {}
         self._serials: dict[tuple[BatchShape, int, int], int] = {}
         self._next_serial = itertools.count()

@@ -96,7 +96,8 @@ class CudaOps:
         self._normed = self._view(arena.fields["normed"])
         self._samples = self._view(arena.fields["samples"])
         self._owned = ExitStack()
-        self._staging = Staging(self._view(arena.fields["tables"]), limits, rope, num_pages, self._owned)
+        tables = self._view(arena.fields["tables"])
+        self._staging = Staging(backend, tables, limits, rope, num_pages, self._owned)
         self._programs = Programs(backend)
         self._bound: dict[tuple[int, ...], tuple[Sequence, Bindings]] = {}
         fields = {name: self._view(field) for name, field in arena.fields.items()}

@@ -44,7 +44,7 @@ class Sampler:
         self._tables = tables_at(buffer, self._num_rows, self._max_seen)
         names = scratch_shapes(self._num_rows, self._vocab_size)
         self._scratch = SampleScratch(**{name: fields[f"sampling {name}"] for name in names})
-        self._upload = Upload(buffer, "sampling tables", stack)
+        self._upload = Upload(programs.backend, buffer, "sampling tables", stack)
         self._found = [HostBuffer(4 * self._num_rows, "samples") for _ in range(2)]
         if buffer.is_cuda:
             for found in self._found:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.launch import Backend, CudaBackend, HostBackend
+from exl.kernels.launch import Backend, CudaBackend
 
-from .shim import HostShim
+from .shim import HostShim, ShimBackend
 
 CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
 MODES = ("race", "asan", CUPY)
@@ -46,7 +46,7 @@ def make_backend(mode: str, arch: int = 86, sources: Path | None = None) -> Back
     other fault of a GPU is always an error.
     """
     if mode != "cupy":
-        return HostBackend(HostShim(mode, folder=sources), arch=arch)
+        return ShimBackend(HostShim(mode, folder=sources), arch=arch)
     try:
         return CudaBackend(folder=_options.kernel_cache, sources=sources)
     except KernelError as error:

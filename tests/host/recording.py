@@ -58,7 +58,7 @@ class RecordingBackend:
             one.start(0)
 
     def call(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
-        function(*tensors)
+        self.inner.call(function, *tensors)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph: list[Callable[[], None]] = []

@@ -11,12 +11,14 @@ Each launch has its own seed, derived from the shim's seed and a count, so lanes
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from exl.errors import KernelError
 from exl.kernels.args import Arg, Pointer
-from exl.kernels.launch import Param
+from exl.kernels.launch import HostBackend, Param
 from exl.kernels.spec import KernelSpec
 
 from .build import build
@@ -55,12 +57,29 @@ class HostShim:
         start, stop = arg.address, arg.address + arg.num_bytes
         return not any(start < b and a < stop and (writable or written) for (a, b), written in self._chain.items())
 
+    def end_chain(self) -> None:
+        """Something that is no launch comes next, such as a copy: it starts after all earlier launches have ended, and
+        later ones after it. Without this, memory that was freed and is used for something else would still count."""
+        self._chain.clear()
+
     def note_launch(self, ranges: Sequence[tuple[int, int, int, bool, bool]], dependent: bool) -> None:
         if not dependent:
-            self._chain.clear()  # a plain launch starts after all earlier launches have ended
+            self.end_chain()  # a plain launch starts after all earlier launches have ended
         for start, num_bytes, _, writable, _ in ranges:
             piece = (start, start + num_bytes)
             self._chain[piece] = writable or self._chain.get(piece, False)
+
+
+class ShimBackend(HostBackend):
+    """A ``HostBackend`` whose library checks what dependent launches touch early."""
+
+    def __init__(self, shim: HostShim, arch: int = 86, num_multiprocessors: int = 4) -> None:
+        super().__init__(shim, arch, num_multiprocessors)
+        self._shim = shim
+
+    def call(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        super().call(function, *tensors)
+        self._shim.end_chain()
 
 
 class HostKernel:

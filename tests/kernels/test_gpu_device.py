@@ -18,11 +18,10 @@ from exl.errors import ConfigError, KernelError
 from exl.kernels import compiler
 from exl.kernels.device import check_backend, open_backend
 from exl.kernels.environment import DriverFacts, GpuFacts, loaded_nvrtc, nvrtc_command
-from exl.kernels.launch import HostBackend
 from exl.planning.from_headers import EngineOptions
 from tests.compile.nvrtc import nvrtc
 from tests.host.fake_gpu import TOO_OLD, CUDADriverError, CUDARuntimeError, FakeGpu, NVRTCError
-from tests.host.shim import HostShim
+from tests.host.shim import HostShim, ShimBackend
 
 GOOD = GpuFacts(True, DriverFacts(13000, archs=(86,)), torch_version="2.13", torch_cuda="13.0", cupy=("cupy-cuda13x",))
 
@@ -101,7 +100,7 @@ def test_without_cupy_the_gpu_is_left_alone(gpu, monkeypatch, caplog):
 
 
 def test_the_first_kernel_is_right_where_kernels_run():
-    check_backend(HostBackend(HostShim("race")))
+    check_backend(ShimBackend(HostShim("race")))
 
 
 # ---- which NVRTC ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import backend_or_skip
 from exl.batch import SamplingBatch
 from exl.errors import ExlError, KernelError
 from exl.kernels.embed import embed
-from exl.kernels.launch import Backend, HostBackend
+from exl.kernels.launch import Backend
 from exl.kernels.sample import (
     MAX_VOCAB,
     SampleScratch,
@@ -26,7 +26,7 @@ from exl.kernels.sample import (
 )
 from exl.sampling import SamplingParams, probabilities, sampling_batch
 from exl.sampling import sample as cpu_sample
-from tests.host.shim import HostShim
+from tests.host.shim import HostShim, ShimBackend
 
 DTYPES = {"i32": torch.int32, "i64": torch.int64}
 INF = float("inf")
@@ -286,7 +286,7 @@ def test_a_row_alone_gives_the_token_it_gives_in_a_batch(backend: Backend) -> No
 
 def test_the_number_of_multiprocessors_does_not_show() -> None:
     logits, batch = mixed(np.random.default_rng(5), 17, 9001)
-    backends = [HostBackend(HostShim("race"), num_multiprocessors=n) for n in (1, 3, 132)]
+    backends = [ShimBackend(HostShim("race"), num_multiprocessors=n) for n in (1, 3, 132)]
     ids = [draw(backend, logits, batch) for backend in backends]
     assert ids[0] == ids[1] == ids[2]
     assert_same_ids(ids[0], logits, batch)

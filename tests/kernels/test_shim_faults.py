@@ -300,6 +300,11 @@ def test_dependent_launch_reads_only_weights_before_it_waits(mode, fault):
     else:
         text = message(mode, "early_read", fault, args, shared=0, arch=90, dependent=True)
         assert "read of argument 0 before griddepcontrol.wait" in text
+        # After a copy nothing earlier is still running: the same launch is right.
+        run(mode, "early_read", 0, [ptr(x), ptr(w), ptr(hidden)], shared=0, arch=90)
+        make_backend(mode, 90, TEST_KERNELS).call(lambda source, target: target.copy_(source), x, torch.empty(64))
+        run(mode, "early_read", fault, args, shared=0, arch=90, dependent=True)
+        assert torch.equal(y, x * w * w)
 
 
 @pytest.mark.parametrize("mode", ["race", "asan"])

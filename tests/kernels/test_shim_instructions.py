@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from exl.kernels.args import i32, ptr
-from exl.kernels.launch import HostBackend, launch
+from exl.kernels.launch import launch
 from exl.kernels.spec import KernelSpec
 from tests.host.backends import MODES, TEST_KERNELS, make_backend
-from tests.host.shim import HostShim
+from tests.host.shim import HostShim, ShimBackend
 
 LANES = np.arange(32)
 GROUP, MEMBER = LANES // 4, LANES % 4  # the ISA's groupID and threadID_in_group
@@ -200,7 +200,7 @@ def test_last_block_to_arrive(mode):
 
 
 def order_of(seed: int, mode: str = "plain", extra: tuple[str, ...] = ()) -> np.ndarray:
-    backend = HostBackend(HostShim(mode, seed, TEST_KERNELS, extra))
+    backend = ShimBackend(HostShim(mode, seed, TEST_KERNELS, extra))
     counter, order = np.zeros(1, np.int32), np.zeros(256, np.int32)
     launch(backend.load(KernelSpec("collectives.cu", "schedule", {}, 86)), (4,), (64,), [ptr(counter), ptr(order)])
     assert sorted(order) == list(range(256))

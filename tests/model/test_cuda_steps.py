@@ -14,6 +14,7 @@ from exl.planning.plan import Tier
 from exl.sampling import SamplingParams, sample, sampling_batch
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
+from tests.host.shim import HostShim, ShimBackend
 from tests.model.batches import batch_of, run
 from tests.model.cuda_engines import (
     GREEDY,
@@ -123,6 +124,17 @@ def test_staging_is_one_copy(backend, plain_folder):
     with TorchCalls() as calls:
         ops.stage([batch, batch])
     assert calls.names.count("copy_") == 1
+
+
+def test_memory_that_an_earlier_model_wrote_may_hold_weights(four_bit):
+    """Each pass begins with a copy, which starts after all earlier launches: what they wrote, wherever it was, may be
+    read early."""
+    shim = HostShim("plain")
+    backend = ShimBackend(shim, 90)
+    engine = load(four_bit, backend)
+    found = tokens(engine, replace(GREEDY, max_tokens=3))
+    shim.note_launch([(0, 1 << 63, 0, True, False)], dependent=True)
+    assert tokens(engine, replace(GREEDY, max_tokens=3)) == found
 
 
 def test_the_generator_runs_ahead_and_says_the_same(backend, folder):
