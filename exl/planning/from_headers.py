@@ -223,13 +223,13 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
 
 
 def _check_pages(files: ModelFiles, options: EngineOptions) -> None:
-    """What the GPU's attention reads, before memory is planned for anything else."""
+    """Raises ``ConfigError`` for a cache type or a head size that attention on a GPU does not have."""
     if options.kv_cache == "f32":
         raise ConfigError("kv_cache: found 'f32', which only the CPU has; expected f16, q8, k8v4 or q4")
     if not is_head_dim(files.config.head_dim):
         raise ConfigError(
             f"{files.folder}: found a head size of {files.config.head_dim}, a GPU takes multiples of {HEAD_DIM_STEP} "
-            f"up to {MAX_HEAD_DIM}; device='cpu' takes this one"
+            f"up to {MAX_HEAD_DIM}; the CPU takes this one"
         )
 
 

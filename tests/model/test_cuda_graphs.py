@@ -14,12 +14,7 @@ from exl.weights import placement
 from tests.host.backends import make_backend
 from tests.host.recording import Launch, RecordedCopies, RecordingBackend
 from tests.model.batches import batch_of, run
-from tests.model.cuda_engines import (
-    GREEDY,
-    load,
-    some_ids,
-    tokens,
-)
+from tests.model.cuda_engines import GREEDY, load, some_ids, tokens
 
 
 def test_replayed_steps_give_the_same_bits(backend, folder):

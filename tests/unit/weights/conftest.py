@@ -1,3 +1,5 @@
+"""A packed file with three blobs of random bytes."""
+
 from __future__ import annotations
 
 import numpy as np

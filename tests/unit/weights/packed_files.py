@@ -1,4 +1,4 @@
-"""A packed file with three blobs: written, read and damaged by tests."""
+"""Writes, reads and damages a packed file of three blobs."""
 
 from __future__ import annotations
 
