@@ -12,7 +12,7 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,7 @@ class FileSource(Protocol):
     """Where a checkpoint's files are: a folder, or a repository that is read over the network."""
 
     path: Path  # its name in error messages
+    is_remote: bool
 
     def names(self) -> list[str]:
         """The names of its files, sorted."""
@@ -114,6 +115,7 @@ class _Folder:
     """A local folder."""
 
     path: Path
+    is_remote: ClassVar[bool] = False
 
     def names(self) -> list[str]:
         try:
@@ -154,10 +156,17 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, folder: Path, files: Mapping[str, CheckpointFile], tensors: Mapping[str, TensorInfo]
+        self,
+        path: Path,
+        folder: Path,
+        files: Mapping[str, CheckpointFile],
+        tensors: Mapping[str, TensorInfo],
+        *,
+        is_remote: bool = False,
     ) -> None:
         self.path = path  # as it was given
         self.folder = folder
+        self.is_remote = is_remote  # only headers and little else are to be read
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self._files = files
 
@@ -200,7 +209,7 @@ class Checkpoint:
             if weight_map is not None:
                 _check_index(weight_map, tensors, index_name)
             stack.pop_all()  # success: the handles now belong to the checkpoint
-        return cls(path, source.path, {name: files[name] for name in names}, tensors)
+        return cls(path, source.path, {name: files[name] for name in names}, tensors, is_remote=source.is_remote)
 
     @property
     def files(self) -> Mapping[str, int]:
