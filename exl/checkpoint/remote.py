@@ -45,6 +45,9 @@ class RemoteFolder:
     def names(self) -> list[str]:
         return sorted(self.sizes)
 
+    def names_in(self, subfolder: str) -> list[str]:
+        return []  # the hub was asked for top-level files alone
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None if there is no such file. Raises the errors of ``exl.checkpoint.config.read_json``, and
         ``CheckpointError`` for those of the hub and the network."""

@@ -14,6 +14,7 @@ from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target, fuse
+from exl.models.other_names import other_names
 from exl.models.registry import NAME_TABLES, NameTable
 
 
@@ -81,6 +82,8 @@ class _ManifestReader:
 
     def read(self) -> ModelManifest:
         config, names = self.config, self.names
+        if not any(self._has_module(name) for name in (names.embed, names.layers)):
+            raise other_names(self.checkpoint, names)
         embed, head = self._embed_and_head()
         layers = tuple(self._layer(f"{names.layers}.{i}.") for i in range(config.num_layers))
         norms = (("final_norm", self._norm(names.final_norm, config.hidden_size)),)

@@ -215,7 +215,7 @@ def test_no_network(hub, monkeypatch, function):
 def test_a_repository_without_safetensors(hub, tmp_path):
     for name, message in {
         "pytorch_model.bin": r"^somebody/bin: found only \.bin weights, expected model\.safetensors",
-        "README.md": r"^somebody/bin: found no weights among 1 files, expected model\.safetensors",
+        "README.md": r"^somebody/bin: found no weights among 1 file, expected model\.safetensors",
     }.items():
         folder = tmp_path / name
         folder.mkdir()
