@@ -77,9 +77,12 @@ def _same(checkpoint: Checkpoint, name: str, one: QuantConfig, other: QuantConfi
 
 def _fits_none(checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[QuantConfig]) -> ConfigError:
     """An error for values that the tensors contradict. Raises the format's own error for damaged tensors."""
-    candidates = {name: [_of_module(file, name) for file in files] for name in modules}
-    unfit = (name for name, some in candidates.items() if not any(gptq_fits(checkpoint, name, each) for each in some))
-    name = next(unfit, modules[0])
+    unfit = {file.source: [n for n in modules if not gptq_fits(checkpoint, n, _of_module(file, n))] for file in files}
+    name = next((name for name in modules if all(name in some for some in unfit.values())), None)
+    if name is None:  # a module for each
+        differing = "; ".join(_stated(files, key) for key in _SHAPED if len(_values(files, key)) > 1)
+        wrong = " and ".join(f"those of {some[0]} contradict {source}" for source, some in unfit.items() if some)
+        return ConfigError(f"{checkpoint.path}: {differing}; no file fits all tensors: {wrong}")
     sizes = stored_sizes(checkpoint, name)
     key = "bits" if sizes is None or all(_of_module(file, name).bits != sizes[0] for file in files) else "group_size"
     if sizes is None or len(_values(files, key)) == 1:
