@@ -7,7 +7,7 @@ import numpy as np
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.formats.tensors import to_float
 
-_BLOCK_BYTES = 4 << 20  # of each tensor
+_BLOCK_BYTES = 1 << 20  # of each tensor
 _NUM_SAMPLES = 4  # rows that are compared before all others
 
 
@@ -20,14 +20,14 @@ def same_values(checkpoint: Checkpoint, name: str, other: str, block_bytes: int 
     info, other_info = checkpoint.info(name), checkpoint.info(other)
     if info.shape != other_info.shape:
         return False
-    as_bits = info.dtype == other_info.dtype
     num_rows = info.shape[0]
 
     def equal(start: int, stop: int) -> bool:
         rows, other_rows = (checkpoint.read_rows(each, start, stop) for each in (name, other))
-        if as_bits:  # also true for NaNs
-            return np.array_equal(rows.view(np.uint8), other_rows.view(np.uint8))
-        return np.array_equal(to_float(rows, info.dtype), to_float(other_rows, other_info.dtype), equal_nan=True)
+        if info.dtype != other_info.dtype:
+            rows, other_rows = to_float(rows, info.dtype), to_float(other_rows, other_info.dtype)
+        bits = f"u{rows.itemsize}"  # compared as integers: a NaN is not equal to itself
+        return np.array_equal(rows.view(bits), other_rows.view(bits))
 
     # Not the first row: it often belongs to padding and is zero in both.
     samples = {num_rows * (i + 1) // _NUM_SAMPLES - 1 for i in range(_NUM_SAMPLES)} - {-1}
