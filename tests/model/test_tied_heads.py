@@ -24,6 +24,7 @@ from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
 from tests.model.hf_models import CASES, build, load_f32, prefill_logits, save
+from tests.model.test_memory_plan import live_bytes
 from tests.reference.plain_packer import dequantize, pack_layer
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
@@ -97,6 +98,19 @@ def test_an_equal_head_is_dropped(tied, tmp_path):
         warnings.simplefilter("error")
         assert (logits(folder) - expected).abs().max() <= TOLERANCE
         assert plan_of(folder).table() == plan_of(tied).table().replace(str(tied), str(folder))
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_what_is_in_memory_is_what_the_plan_counts(tied, tmp_path, differs):
+    head = other_head if differs else lambda tensors: tensors[EMBED].clone()
+    folder = with_tensors(tied, tmp_path / "model", lambda tensors: {HEAD: head(tensors)})
+    before = live_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExlWarning)
+        engine = load_engine(folder, EngineOptions(context=64))
+    assert live_bytes() - before == engine.plan.exact_bytes
+    assert (engine.weights.head is engine.weights.embed) is not differs
+    engine.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
