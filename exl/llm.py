@@ -133,6 +133,7 @@ class LLM:
         self.folder, self.tokenizer, self.defaults = folder, tokenizer, defaults
         self.config, self.quant, self.plan = engine.config, engine.quant, engine.plan
         self._engine: Engine | None = engine
+        engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
         self._turn = _Turn()
 
     @property
