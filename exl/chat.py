@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from exl.errors import ConfigError
 from exl.llm import LLM, Completion, TextIterator
 from exl.replace_file import replace_file
+from exl.user_text import read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -276,9 +277,7 @@ def _read(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
         return ConfigError(f"{path}: not a saved chat: found {str(found)[:60]!r}, expected {expected}")
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        data = json.loads(read_text(path, str(path)))
     except (ValueError, RecursionError) as error:
         raise wrong(error, "JSON") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exl.errors import ConfigError, UnsupportedModelError
+from exl.user_text import decode_utf8
 
 _MAX_SIZE = 1 << 24  # far above any dimension of a real model; a product of two stays far below 64 bits
 MAX_JSON_BYTES = 16 << 20
@@ -35,7 +36,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def parse_json(raw: bytes | bytearray, source: str) -> dict[str, Any]:
     """Like :func:`read_json`, from a file's bytes; ``source`` is its name in error messages."""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(decode_utf8(raw))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

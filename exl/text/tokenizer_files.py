@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import AddedToken
 from exl.checkpoint.config import read_json
 from exl.errors import CheckpointError, ConfigError
 from exl.text.chat_template import ChatTemplate
+from exl.user_text import read_text
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -74,7 +76,7 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except Exception as error:  # the library raises no type of its own
         raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
     # Training may have left such settings in the file; they would cut off prompts.
@@ -173,17 +175,10 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any], names: Mappin
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return ChatTemplate({name: _read_text(path) for name, path in files.items()}, names, str(folder))
+        return ChatTemplate({name: read_text(path, str(path)) for name, path in files.items()}, names, str(folder))
     if settings.get("chat_template"):
         return ChatTemplate(settings["chat_template"], names, f"{folder / _SETTINGS}: chat_template")
     path = folder / "chat_template.json"
     if path.is_file() and (template := read_json(path).get("chat_template")):
         return ChatTemplate(template, names, f"{path}: chat_template")
     return None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None

@@ -233,7 +233,7 @@ def test_template_files_come_before_settings_and_those_before_the_legacy_file(tm
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     assert (rendered(), rendered(tools=TOOLS)) == ("file <s>", "tools")
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=r"chat_template\.jinja: cannot be read"):
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: not UTF-8"):
         rendered()
 
 
