@@ -197,7 +197,7 @@ def _rope_config(rope: _Reader, config: _Reader, max_position: int) -> RopeConfi
     low = rope.number("low_freq_factor", None if kind == "llama3" else 1.0)
     high = rope.number("high_freq_factor", None if kind == "llama3" else 4.0)
     if low == high:
-        raise rope.error("high_freq_factor", f"a number other than low_freq_factor, {low:g}")
+        raise rope.error("high_freq_factor", f"a number other than low_freq_factor, {low!r}")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     if theta == 1.0 and kind == "yarn":
         raise rope.error("rope_theta", "a number other than 1, whose logarithm yarn divides by")
