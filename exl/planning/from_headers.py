@@ -26,7 +26,7 @@ from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.plan import MemoryPlan, PlanInput
-from exl.units import format_bytes, parse_bytes
+from exl.units import format_apart, parse_budget
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
@@ -74,7 +74,10 @@ class EngineOptions:
             if (value is None and name in ("context", "resident_layers")) or (name == "context" and value == "auto"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
-                raise ConfigError(f"{name}: found {value!r}, expected a whole number, {low} or more")
+                raise ConfigError(
+                    f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
+                    + (" or 'auto'" if name == "context" else "")
+                )
         if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
             raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
         if self.prefill_window < self.prefill_chunk:
@@ -82,7 +85,7 @@ class EngineOptions:
                 f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
             )
         if self.ram is not None:
-            parse_bytes(self.ram, "ram")
+            parse_budget(self.ram, "ram")
 
     @property
     def on_gpu(self) -> bool:
@@ -95,11 +98,11 @@ class EngineOptions:
         if self.vram is None:
             return ()
         sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
-        return tuple(parse_bytes(size, "vram") for size in sizes)
+        return tuple(parse_budget(size, "vram") for size in sizes)
 
     @property
     def budget(self) -> int | None:
-        return None if self.ram is None else parse_bytes(self.ram, "ram")
+        return None if self.ram is None else parse_budget(self.ram, "ram")
 
 
 @dataclass(frozen=True)
@@ -266,10 +269,11 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         if _fits(files, dataclasses.replace(options, **change), target, resident=False):
             hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))
     short = [device for device, budget in plan.budgets.items() if plan.device_bytes(device) > budget]
+    pairs = [format_apart(plan.device_bytes(device), plan.budgets[device]) for device in short]
     needs = " and ".join(
-        format_bytes(plan.device_bytes(device)) + ("" if device == "cpu" else f" of {device}") for device in short
+        need + ("" if device == "cpu" else f" of {device}") for device, (need, _) in zip(short, pairs, strict=True)
     )
-    given = " and ".join(format_bytes(plan.budgets[device]) for device in short)
+    given = " and ".join(budget for _, budget in pairs)
     return (
         f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}. "
         f"Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"

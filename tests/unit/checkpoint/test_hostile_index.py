@@ -60,8 +60,10 @@ def test_right_indices_load_whatever_else_they_say(folder):
     ):
         write_index(folder, index)
         assert_loads(folder)
-        write_index(folder, json.dumps(index, indent=4) + "\n")
-        assert_loads(folder)
+        text = json.dumps(index, indent=4) + "\n"
+        for saved in (text, text.replace("\n", "\r\n"), "\ufeff" + text):
+            write_index(folder, saved)
+            assert_loads(folder)
 
 
 # --- shards that a name leads to -------------------------------------------------------------------------------------
