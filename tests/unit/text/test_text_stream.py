@@ -242,7 +242,7 @@ def test_special_tokens_are_left_out_unless_asked_for():
 
 def test_bad_stop_strings_are_refused():
     tokenizer = Tokenizer.from_folder(STORIES)
-    for stop in ("abc", [""], [b"a"], [None]):
+    for stop in (5, [""], [b"a"], [None]):
         with pytest.raises(ConfigError, match="stop: found "):
             TextStream(tokenizer, [], stop)
     assert TextStream(tokenizer, [], SamplingParams(stop=("a",)).stop).stopped is None
