@@ -179,7 +179,7 @@ def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
     if not len(memory):
         yield
         return
-    address, num_bytes = memory.ctypes.data, len(memory)
+    address, num_bytes, process = memory.ctypes.data, len(memory), os.getpid()
     error = runtime.register(address, num_bytes)
     if error:
         runtime.clear()
@@ -187,7 +187,8 @@ def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
     try:
         yield
     finally:
-        error = runtime.unregister(address)
+        # Not in a process that was forked meanwhile, where a collected generator comes here, too.
+        error = runtime.unregister(address) if os.getpid() == process else 0
         if error:
             runtime.clear()
             logger.warning("pinned memory: %d bytes stay locked (%s)", num_bytes, runtime.text(error))
