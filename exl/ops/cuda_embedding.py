@@ -21,7 +21,7 @@ class RowStaging:
 
     def __init__(self, backend: Backend, rows: torch.Tensor, stack: ExitStack) -> None:
         """``rows``: [rows of a window, C] on the device. ``stack`` gives the buffers of the host back."""
-        self._upload = Upload(backend, rows, "rows of the embedding", stack)
+        self._upload = Upload(backend, rows.view(-1), "rows of the embedding", stack)
 
     def send(self, batches: Sequence[ForwardBatch], table: TableRows) -> list[ForwardBatch]:
         """Queues the copy; the batches with places instead of token ids. Their ids have been checked: they are known to
