@@ -63,7 +63,9 @@ def random_weights(layouts: Sequence[LayerLayout], ops: Ops, plan: MemoryPlan, s
     with ExitStack() as stack:
         placement = plan.placement
         in_host = placement.on_tier(Tier.PINNED)
-        memory = DeviceWeights(layouts, placement.resident, in_host, plan.num_buffers, ops.device, stack)
+        memory = DeviceWeights(
+            layouts, placement.resident, in_host, plan.num_buffers, ops.device, stack, placement.embed
+        )
         filled: torch.Tensor | None = None  # a pinned layer: random numbers are slow on the host
         for i in memory.in_memory:
             blob = memory.view(i)

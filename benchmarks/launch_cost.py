@@ -143,7 +143,8 @@ def _weights(files: ModelFiles, ops: Ops, plan: MemoryPlan) -> ModelWeights:
     found = files.manifest.layouts(ops.target)
     layouts = (found.embed, *found.layers, found.head)
     with ExitStack() as stack:
-        memory = DeviceWeights(layouts, plan.placement.resident, (), plan.num_buffers, ops.device, stack)
+        placement = plan.placement
+        memory = DeviceWeights(layouts, placement.resident, (), plan.num_buffers, ops.device, stack, placement.embed)
         last = len(layouts) - 1
         return ModelWeights(
             embed=view_segments(found.embed, memory.view(0), "embed")[0],

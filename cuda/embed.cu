@@ -1,6 +1,6 @@
 // embed: rows of the embedding -> the f32 residual and the sums of squares that the first norm needs.
 //
-//   table      f16 or bf16 (EXL_BF16) [vocab_size, C]
+//   table      f16 or bf16 (EXL_BF16) [vocab_size, C], in the device's memory or in page-locked memory of the host
 //   ids        i32 [num_tokens]; -1 - i means samples[i]
 //   samples    i32 [num_samples], the token ids that the previous step sampled, or null if no id is negative. They stay
 //              on the device, so that the host need not wait for them
@@ -8,11 +8,14 @@
 //   sumsq      f32 [num_tokens, ceil(C / 16)]: sums of squares of 16 channels each, added in the order of epilogue.cuh
 //   permuted   f32 [num_tokens, C], a second copy with channel n at channel_map[n] (i32 [C]), or null
 //
-// A thread has 16 channels; C is a multiple of 8. Block: 128 threads; grid: (ceil(C / 2048), num_tokens). No shared memory.
+// A thread has 8 channels, which are one load of 16 bytes; a warp reads 512 consecutive bytes, because over the bus
+// short requests cost most. Two neighbours share a tile of 16 channels, and the first of them adds its squares. C is a
+// multiple of 8. Block: 128 threads; grid: (ceil(C / 1024), num_tokens). No shared memory.
 // Macros: EXL_BF16. Architectures: all. Tests: tests/kernels/test_small_kernels.py
 #include <exl/half.cuh>
 
-constexpr int kTile = 16;
+constexpr int kTile = 16, kChannels = 8;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 EXL_DEVICE float widened(u32 pair, int second) {
   if (EXL_BF16) return __uint_as_float(second ? pair & 0xffff0000u : pair << 16);
@@ -24,38 +27,44 @@ EXL_KERNEL(embed, 128, 4)
  float* permuted, const i32* __restrict__ channel_map, int C, int vocab_size, int num_samples) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  const int tile = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), num_tiles = (C + kTile - 1) / kTile;
+  const int channel = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
   const int token = static_cast<int>(blockIdx.y);
-  if (tile >= num_tiles) return;
   int id = ids[token];
   if (id < 0) id = -1 - id < num_samples ? samples[-1 - id] : -1;
   const bool known = id >= 0 && id < vocab_size;
-  const u16* row = static_cast<const u16*>(table) + static_cast<size_t>(known ? id : 0) * C;
-  float v[kTile];
+  uint4 bits = make_uint4(0, 0, 0, 0);
+  if (known && channel < C) {
+    const u16* row = static_cast<const u16*>(table) + static_cast<size_t>(id) * C;
+    bits = *reinterpret_cast<const uint4*>(row + channel);
+  }
+  const u32 pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+  float v[kChannels], square[kChannels];
   EXL_UNROLL
-  for (int half_tile = 0; half_tile < 2; ++half_tile) {   // C is a multiple of 8
-    const int channel = tile * kTile + half_tile * 8;
-    uint4 bits = make_uint4(0, 0, 0, 0);
-    if (known && channel < C) bits = *reinterpret_cast<const uint4*>(row + channel);
-    const u32 pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+  for (int i = 0; i < kChannels / 2; ++i) {
+    // All lanes take part in the exchange, also those beyond the last channel.
+    const u32 next = __shfl_down_sync(kAllLanes, pairs[i], 1);
     EXL_UNROLL
-    for (int i = 0; i < 8; ++i) v[half_tile * 8 + i] = widened(pairs[i / 2], i % 2);
-    if (channel < C) {
-      float* out = h + static_cast<size_t>(token) * C + channel;
-      EXL_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        out[i] = v[half_tile * 8 + i];
-        if (permuted != nullptr) permuted[static_cast<size_t>(token) * C + channel_map[channel + i]] = v[half_tile * 8 + i];
-      }
+    for (int j = 0; j < 2; ++j) {
+      const float mine = widened(pairs[i], j), second = widened(next, j);
+      v[2 * i + j] = mine;
+      square[2 * i + j] = fmaf(second, second, mine * mine);
     }
   }
-  float square[8];
-  EXL_UNROLL
-  for (int g = 0; g < 8; ++g) square[g] = fmaf(v[g + 8], v[g + 8], v[g] * v[g]);
-  EXL_UNROLL
-  for (int d = 1; d < 8; d *= 2) {   // the same tree as the shuffles over lanes in epilogue.cuh
+  if (channel >= C) return;
+  const size_t at = static_cast<size_t>(token) * C + channel;
+  float4* out = reinterpret_cast<float4*>(h + at);
+  out[0] = make_float4(v[0], v[1], v[2], v[3]);
+  out[1] = make_float4(v[4], v[5], v[6], v[7]);
+  if (permuted != nullptr) {
     EXL_UNROLL
-    for (int g = 0; g < 8; g += 2 * d) square[g] += square[g + d];
+    for (int i = 0; i < kChannels; ++i) permuted[at - channel + channel_map[channel + i]] = v[i];
   }
-  sumsq[static_cast<size_t>(token) * num_tiles + tile] = square[0];
+  if (channel % kTile != 0) return;
+  EXL_UNROLL
+  for (int d = 1; d < kChannels; d *= 2) {   // the same tree as the shuffles over lanes in epilogue.cuh
+    EXL_UNROLL
+    for (int g = 0; g < kChannels; g += 2 * d) square[g] += square[g + d];
+  }
+  const int num_tiles = (C + kTile - 1) / kTile;
+  sumsq[static_cast<size_t>(token) * num_tiles + channel / kTile] = square[0];
 }

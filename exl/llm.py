@@ -349,6 +349,7 @@ def load(
     prefill_window: int = 4096,
     resident_layers: int | None = None,
     head: str | int = "file",
+    embed: str = "auto",
     packed_folder: str | Path | None = None,
     revision: str | None = None,
     token: Token = None,
@@ -364,8 +365,9 @@ def load(
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
     ``max_sequences``: the number of contexts that the cache has room for. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
-    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. More on all of these:
-    ``docs/memory.md``.
+    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
+    leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
+    disk. More on all of these: ``docs/memory.md``.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

@@ -20,7 +20,9 @@ CONTEXT, KV_CACHE = 4096, "q8"
 def table() -> str:
     """One row per model: the memory with all layers in VRAM, and the layers that each card holds."""
     lines = [
-        "| 4 bits, groups of 128 | all in VRAM | " + " | ".join(card.replace("GB", " GB") for card in CARDS) + " |",
+        "| 4 bits, groups of 128 | all layers in VRAM | "
+        + " | ".join(card.replace("GB", " GB") for card in CARDS)
+        + " |",
         "| --- " * (2 + len(CARDS)) + "|",
     ]
     with tempfile.TemporaryDirectory() as folder:

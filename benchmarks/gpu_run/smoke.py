@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from exl.kernels.spec import KernelSpec
 from exl.layout.arch import arch_limits
 from exl.memory.device import pinned
 from exl.memory.host import HostBuffer
+from exl.memory.mapped import mapped
 from exl.weights.device_stream import TorchCopyEngine
 
 KERNELS = Path(__file__).resolve().parents[2] / "tests" / "host" / "kernels"
@@ -128,6 +130,21 @@ class Checks:
                 said = same(y, self.expected(source.to(self.device), w, 0))
             self._synchronize()
             return f"{said}; {buffer.num_bytes} bytes"
+
+    def graph_that_reads_mapped_memory(self) -> str:
+        """A kernel reads page-locked memory of the host over the bus, where an embedding is; nothing is copied."""
+        with ExitStack() as stack:
+            host, on_device = mapped(2 * N, "smoke test", self.device, stack)
+            source, x, y = host.view(torch.float16), on_device.view(torch.float16), self.inputs()[2]
+            self.scale(x, y)
+            replay = self._capture(lambda: self.scale(x, y))
+            for _ in range(ROUNDS):
+                source.copy_(torch.randn(N).half())
+                y.fill_(float("nan"))
+                replay()
+                said = same(y, source.float() * 2)
+            address = "the host's address" if x.data_ptr() == source.data_ptr() else "another address than the host's"
+            return f"{said}, at {address}"
 
     def eager_wait_after_a_capture(self) -> str:
         """Streamed layers can wait for copies eagerly after a graph with such copies was captured."""
@@ -257,6 +274,7 @@ CHECKS: tuple[Callable[[Checks], str], ...] = (
     Checks.graph_of_dependent_nodes,
     Checks.graph_with_a_dependent_node_first,
     Checks.graph_with_a_copy_from_registered_memory,
+    Checks.graph_that_reads_mapped_memory,
     Checks.eager_wait_after_a_capture,
     Checks.product_with_an_f32_result,
     Checks.eager_wait_for_a_captured_event,

@@ -33,16 +33,19 @@ class BlockFile:
     Thread-safe: where there are no positional reads (Windows) threads take turns. All errors are ``OSError``.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        """Takes over ``descriptor``."""
+    def __init__(self, descriptor: int, *, keeps_cached: bool = False) -> None:
+        """Takes over ``descriptor``. ``keeps_cached``: what is read may stay in the cache of the system. Then neither
+        buffers, offsets nor sizes need any alignment."""
         self.descriptor = descriptor
         self.direct = False
+        self._keeps_cached = keeps_cached
         self._position = threading.Lock()  # of the file, where it is one for all
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> BlockFile:
+    def open(cls, path: str | os.PathLike[str], *, keeps_cached: bool = False) -> BlockFile:
         """For reading."""
-        return cls(os.open(path, os.O_RDONLY | _O_BINARY | getattr(os, "O_CLOEXEC", 0)))
+        flags = os.O_RDONLY | _O_BINARY | getattr(os, "O_CLOEXEC", 0)
+        return cls(os.open(path, flags), keeps_cached=keeps_cached)
 
     def try_direct(self) -> bool:
         """From here on past the cache, if the system can."""
@@ -95,7 +98,7 @@ class BlockFile:
             if count == 0:
                 raise EOFError(f"ended at byte {offset + done}")
             done += count
-        if not self.direct:
+        if not self.direct and not self._keeps_cached:
             self._drop_cached(offset, done)
 
     def _read_some(self, view: memoryview, offset: int) -> int:

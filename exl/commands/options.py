@@ -27,6 +27,12 @@ Ram = Annotated[
 ]
 Context = Annotated[str | None, typer.Option(help="Tokens for prompt and answer together, or auto: as many as fit.")]
 KVCacheType = Annotated[str, typer.Option(help="Type of the KV cache: f32, f16, q8, k8v4 or q4.")]
+Embed = Annotated[
+    str,
+    typer.Option(
+        help="With a GPU, where the embedding is: auto (pinned RAM, if it is not also the head), device or disk."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class LoadOptions:
     ram: Ram = None
     context: Context = None
     kv_cache: KVCacheType = "f16"
+    embed: Embed = "auto"
     revision: Revision = None
     token: Token = None
 
@@ -55,6 +62,7 @@ class LoadOptions:
             "ram": self.ram,
             "context": context if self.context is None else parse_context(self.context),
             "kv_cache": self.kv_cache,
+            "embed": self.embed,
         }
 
     @property

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.options import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
+from exl.commands.options import Context, Debug, Embed, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
 
 
 def plan(
@@ -18,6 +18,7 @@ def plan(
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
+    embed: Embed = "auto",
     max_sequences: Annotated[int, typer.Option(help="The cache has room for this many contexts.")] = 1,
     prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
     prefill_window: Annotated[
@@ -47,6 +48,7 @@ def plan(
         ram=ram,
         context=parse_context(context),
         kv_cache=kv_cache,
+        embed=embed,
         max_sequences=max_sequences,
         prefill_chunk=prefill_chunk,
         prefill_window=prefill_window,

@@ -98,6 +98,7 @@ def load_engine(
                 resident=placement.resident if placement.num_streamed else None,
                 in_host=placement.on_tier(Tier.PINNED),
                 num_buffers=plan.num_buffers,
+                embed=placement.embed,
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
             return load_weights(files, ops, places, progress)
@@ -199,16 +200,17 @@ def _make_ops(
 ) -> Ops:
     if backend is None:
         return TorchOps(model.target, model.kv_layout, model.limits)
-    embed = model.embed.linears["embed"][0].spec
+    embed = model.embed.linears["embed"][0]
+    rows_of = embed if plan.placement.embed is Tier.DISK else None
     ops = CudaOps(
         backend,
         model.target,
         model.kv_layout,
         model.limits,
-        arena_layout(model.limits, model.target, (*model.layers, model.head)),
+        arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of),
         files.config.rope,
         plan.num_pages,
-        act_dtype=torch.bfloat16 if embed.dtype == "bf16" else torch.float16,
+        act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,
         dependent=dependent,
     )
     stack.callback(ops.close)

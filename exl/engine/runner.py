@@ -53,6 +53,7 @@ class Runner:
         self.decoder, self.kv, self.limits = decoder, kv, limits
         self.weights: WeightSource = weights.source
         self._embed, self._final_norm, self._head = weights.embed, weights.final_norm, weights.head
+        self._embed_rows = weights.embed_rows
 
         buffer = decoder.ops.buffer
         self._residual = buffer("residual")
@@ -95,7 +96,7 @@ class Runner:
         decoder, ops = self.decoder, self.decoder.ops
         bucket = min(1 << (batch.num_rows - 1).bit_length(), self.limits.max_sequences, len(self._logits))
         padded = padded_step(batch, max(bucket, batch.num_rows))
-        ops.stage((padded,))
+        ops.stage((padded,), self._embed_rows)
         h = self._residual[: padded.num_rows]
 
         def step() -> None:
@@ -109,7 +110,7 @@ class Runner:
 
     def _run_layers(self, chunks: Sequence[ForwardBatch], tell: _Teller | None) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops
-        ops.stage(chunks)
+        ops.stage(chunks, self._embed_rows)
         rows: list[torch.Tensor] = []
         start = 0
         for i, batch in enumerate(chunks):

@@ -13,7 +13,7 @@ from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
 from exl.layout.tiles import ROWS
 
-NUM_THREADS = 128
+NUM_THREADS, CHANNELS = 128, 8  # of a block; of a thread
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, num_samples: int) -> None:
@@ -38,6 +38,7 @@ def embed(
 ) -> None:
     """h f32 [T, C] = rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
 
+    The table may be memory of the host that the device reads over the bus (``exl.memory.device.mapped``).
     A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``channel_map`` as for ``Output.residual``. An
     invalid id gives zeros: ``check_ids`` checks them while they are still on the host. Raises ``KernelError``.
     """
@@ -50,7 +51,7 @@ def embed(
         raise KernelError(f"ids: expected [T] with at least one token, found {getattr(ids, 'shape', type(ids))}")
     num_tokens, num_tiles = len(ids), -(-C // ROWS)
     check_tensor("ids", ids, (torch.int32,), (num_tokens,), device)
-    check_tensor("h", h, (torch.float32,), (num_tokens, C), device)
+    check_tensor("h", h, (torch.float32,), (num_tokens, C), device, 16)
     check_tensor("sumsq", sumsq, (torch.float32,), (num_tokens, num_tiles), device)
     if samples is not None:
         check_tensor("samples", samples, (torch.int32,), (samples.numel(),), device)
@@ -62,7 +63,8 @@ def embed(
     args = [ptr(table), ptr(ids), ptr(samples), ptr(h), ptr(sumsq), ptr(permuted), ptr(channel_map)]
     args += [i32(C), i32(vocab_size), i32(0 if samples is None else samples.numel())]
     function = backend.load(_spec(table.dtype == torch.bfloat16, backend.arch))
-    launch(function, (-(-num_tiles // NUM_THREADS), num_tokens), (NUM_THREADS,), args, dependent=dependent)
+    grid = -(-C // (NUM_THREADS * CHANNELS)), num_tokens
+    launch(function, grid, (NUM_THREADS,), args, dependent=dependent)
 
 
 def _spec(bf16: bool, arch: int) -> KernelSpec:

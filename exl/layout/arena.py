@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from exl.layout import attention, samples
 from exl.layout.fields import Field, FieldPacker, align_up
-from exl.layout.layers import DENSE_STEP, LayerLayout, tile_layout
+from exl.layout.layers import DENSE_STEP, LayerLayout, LinearLayout, tile_layout
 from exl.layout.linear_config import MIN_ARCH, crossover_tokens, scratch_shapes
 from exl.layout.panels import panel_scratch_shapes
 from exl.layout.specs import Target
@@ -39,6 +39,7 @@ class ArenaLayout:
     - ``shared`` bytes: what linears of 9 to 64 tokens hand over, or a dequantized panel and its product, or what decode
       attention hands over: never two of them at once
     - ``linear arrived``, ``attention arrived`` i32: counters, zero between launches
+    - ``embedding rows`` 16 bits [window rows, C]: only if the embedding is on the disk; a window's rows, each once
     - ``sampling tables`` u8: what the rows of a step ask for; ``sampling <name>``: what its blocks hand over
     """
 
@@ -54,12 +55,20 @@ class ArenaLayout:
         tables = self.fields["tables"].num_bytes + self.fields["sampling tables"].num_bytes
         return 2 * (tables + self.fields["sampling arrived"].num_bytes)  # one counter per row: as large as the samples
 
+    @property
+    def row_upload_bytes(self) -> int:
+        """The same for rows of an embedding on the disk."""
+        return 2 * self.fields["embedding rows"].num_bytes if "embedding rows" in self.fields else 0
+
     def bytes_of(self, *names: str) -> int:
         return sum(align_up(self.fields[name].num_bytes, ARENA_ALIGN) for name in names if name in self.fields)
 
 
-def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayout]) -> ArenaLayout:
-    """``layers``: all of them, with the head among them. Pure."""
+def arena_layout(
+    limits: StepLimits, target: Target, layers: Sequence[LayerLayout], rows_of: LinearLayout | None = None
+) -> ArenaLayout:
+    """``layers``: all of them, with the head among them. ``rows_of``: an embedding on the disk, whose rows come to the
+    device window by window. Pure."""
     specs = {segment.spec for layer in layers for segments in layer.linears.values() for segment in segments}
     tiles = {tile_layout(spec) for spec in specs if spec.quantized}
     few = FieldPacker(ARENA_ALIGN)
@@ -92,6 +101,10 @@ def arena_layout(limits: StepLimits, target: Target, layers: Sequence[LayerLayou
     step.add("logits", "f32", (limits.max_logit_rows, limits.vocab_size))
     step.add("samples", "i32", (limits.max_logit_rows,))
     step.add("tables", "i32", (table_words(limits),))
+    if rows_of is not None:
+        table = rows_of.fields["weight"]
+        vocab_size, width = table.shape
+        step.add("embedding rows", table.dtype, (min(limits.window_rows, vocab_size), width))
     max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
     step.add("normed", "f16", (limits.max_rows * max_k,))
     if any(len(layer.linears.get("gate_up", ())) > 1 for layer in layers):

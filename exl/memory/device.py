@@ -57,11 +57,14 @@ def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 class Runtime(Protocol):
-    """The functions of the CUDA runtime that page-locking needs. Errors are ``cudaError_t``, 0 is success."""
+    """The functions of CUDA that page-locking needs. Errors are ``cudaError_t``, 0 is success."""
 
     def register(self, address: int, num_bytes: int) -> int: ...
 
     def unregister(self, address: int) -> int: ...
+
+    def device_address(self, address: int) -> tuple[int, int]:
+        """An error, and where the device sees registered memory that the host has at ``address``."""
 
     def text(self, error: int) -> str: ...
 
@@ -83,6 +86,16 @@ class TorchRuntime:
         with torch.cuda.device(self._device):
             return int(torch.cuda.cudart().cudaHostUnregister(address))
 
+    def device_address(self, address: int) -> tuple[int, int]:
+        """By the driver's library, which is always there; torch's binding lacks the runtime's function. Both number
+        their errors alike. The thread has the device's context, because it has registered the memory."""
+        found = ctypes.c_uint64()
+        with torch.cuda.device(self._device):
+            error = _driver().cuMemHostGetDevicePointer_v2(
+                ctypes.byref(found), ctypes.c_void_p(address), ctypes.c_uint(0)
+            )
+        return int(error), found.value
+
     def text(self, error: int) -> str:
         runtime = torch.cuda.cudart()
         return f"{runtime.cudaGetErrorString(runtime.cudaError(error))}, cudaError_t {error}"
@@ -95,6 +108,10 @@ class TorchRuntime:
         # Linked into torch, perhaps: the check behind each of its kernels reads the last error, and so clears it.
         with suppress(RuntimeError):
             torch.ones(1, device=self._device)
+
+
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def _loaded_runtime() -> ctypes.CDLL | None:
@@ -162,7 +179,7 @@ def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
     if not len(memory):
         yield
         return
-    address, num_bytes = memory.ctypes.data, len(memory)
+    address, num_bytes, process = memory.ctypes.data, len(memory), os.getpid()
     error = runtime.register(address, num_bytes)
     if error:
         runtime.clear()
@@ -170,7 +187,8 @@ def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
     try:
         yield
     finally:
-        error = runtime.unregister(address)
+        # Not in a process that was forked meanwhile, where a collected generator comes here, too.
+        error = runtime.unregister(address) if os.getpid() == process else 0
         if error:
             runtime.clear()
             logger.warning("pinned memory: %d bytes stay locked (%s)", num_bytes, runtime.text(error))

@@ -118,6 +118,15 @@ def view_segments(layout: LayerLayout, blob: torch.Tensor, name: str) -> Segment
     )
 
 
+class TableRows(Protocol):
+    """A table on the disk of which single rows are read."""
+
+    row_bytes: int
+
+    def read(self, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """Rows, one after another, into ``out``, u8 [len(rows) * row_bytes]. Raises ``CheckpointError``."""
+
+
 class Samples(Protocol):
     """Sampled tokens, on their way to the host."""
 
@@ -138,7 +147,8 @@ class Ops(Protocol):
 
     def buffer(self, name: str) -> torch.Tensor:
         """A step's buffer, zeroed, whose address never changes: ``residual`` f32 [window rows, C]; ``qkv``, ``attn``,
-        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]."""
+        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]. On a GPU whose model has its embedding on
+        the disk, also ``embedding rows`` [rows of a window, C]."""
 
     # load
     def pack(
@@ -154,8 +164,11 @@ class Ops(Protocol):
         """
 
     # step
-    def stage(self, batches: Sequence[ForwardBatch]) -> None:
-        """The only host-to-device copy of a pass; outside any graph. Selects the first batch. () releases all."""
+    def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
+        """The only host-to-device copies of a pass; outside any graph. Selects the first batch. () releases all.
+
+        ``rows``: an embedding on the disk. The rows of the batches' tokens are read and copied, too, to the buffer that
+        ``embed`` takes for its table; so the host must know all tokens, and the backend does not run ahead."""
 
     def select(self, batch_idx: int) -> None: ...
 

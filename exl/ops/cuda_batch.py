@@ -152,11 +152,15 @@ class Staging:
         self._serials: dict[tuple[BatchShape, int, int], int] = {}
         self._next_serial = itertools.count()
 
-    def fill(self, batches: Sequence[ForwardBatch], num_samples: int) -> list[DeviceBatch]:
-        """Checks the batches and queues the copy. Raises ``KernelError`` that names what is wrong."""
+    def check(self, batches: Sequence[ForwardBatch], num_samples: int) -> list[BatchShape]:
+        """Raises ``KernelError`` that names what is wrong."""
         shapes = [BatchShape.of(batch, self._limits) for batch in batches]
         for batch, shape in zip(batches, shapes, strict=True):
             self._check(batch, shape, num_samples)
+        return shapes
+
+    def fill(self, batches: Sequence[ForwardBatch], shapes: Sequence[BatchShape]) -> list[DeviceBatch]:
+        """Queues the copy of batches that were checked, with the shapes that ``check`` returned."""
         words, at = self._upload.buffer().view(np.int32), 0
         for batch in batches:
             for array in self._arrays(batch):

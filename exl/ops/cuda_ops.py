@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
+from exl.errors import KernelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
@@ -44,8 +45,9 @@ from exl.layout.pages import PageLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
-from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments
+from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments, TableRows
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
+from exl.ops.cuda_embedding import RowStaging
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
 
 MAX_BINDINGS = 8192  # remembered: one per layer and operation
@@ -53,8 +55,6 @@ MAX_BINDINGS = 8192  # remembered: one per layer and operation
 
 class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
-
-    runs_ahead = True
 
     def __init__(
         self,
@@ -101,6 +101,10 @@ class CudaOps:
         self._programs = Programs(backend)
         self._bound: dict[tuple[int, ...], tuple[Sequence, Bindings]] = {}
         fields = {name: self._view(field) for name, field in arena.fields.items()}
+        self._row_staging = None
+        if "embedding rows" in fields:
+            self._row_staging = RowStaging(backend, fields["embedding rows"], self._owned)
+        self.runs_ahead = self._row_staging is None  # rows from the disk are read by the host, which must know the ids
         self._sampler = Sampler(self._programs, limits, fields, self._owned)
         self._weights: dict[int, tuple[Linear, TiledWeight | DenseWeight]] = {}
         self._staged: list[DeviceBatch] = []
@@ -134,9 +138,20 @@ class CudaOps:
 
     # step
 
-    def stage(self, batches: Sequence[ForwardBatch]) -> None:
-        self._staged = self._staging.fill(batches, len(self._samples)) if batches else []
-        self._now = self._staged[0] if self._staged else None
+    def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
+        self._staged, self._now = [], None
+        if not batches:
+            return
+        if (rows is None) != self.runs_ahead:
+            raise KernelError(
+                f"rows: {'found none' if rows is None else 'found some'}, but the buffers of a step are made for an "
+                f"embedding that is {'in memory' if self.runs_ahead else 'on the disk'}"
+            )
+        shapes = self._staging.check(batches, len(self._samples) if self.runs_ahead else 0)
+        if rows is not None:
+            batches = self._row_staging.send(batches, rows)
+        self._staged = self._staging.fill(batches, shapes)
+        self._now = self._staged[0]
 
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]

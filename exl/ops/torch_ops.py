@@ -18,7 +18,7 @@ from exl.layout.specs import Target
 from exl.layout.steps import StepLimits, scratch_bytes
 from exl.memory.host import host_tensor
 from exl.ops import torch_attention
-from exl.ops.base import AttentionSpec, Linear, Norm, Segments
+from exl.ops.base import AttentionSpec, Linear, Norm, Segments, TableRows
 from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack
 from exl.sampling import sample
 
@@ -89,7 +89,9 @@ class TorchOps:
 
     # step
 
-    def stage(self, batches: Sequence[ForwardBatch]) -> None:
+    def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
+        if rows is not None:
+            raise ValueError("an embedding on the disk: the CPU has it in RAM")
         self._staged = [torch_attention.StagedBatch(batch, self._resolve(batch.token_ids)) for batch in batches]
         self._now = self._staged[0] if self._staged else None
 

@@ -1,7 +1,8 @@
 """The memory plan of one or several GPUs and of the RAM: a pure function, like ``cpu.py``; no GPU is queried.
 
 Layers are placed on the GPUs in order. Those that fit on no GPU are streamed to the last one: from pinned RAM, and
-those beyond ``ram`` from the disk. Their part of the KV cache is on the last GPU too.
+those beyond ``ram`` from the disk. Their part of the KV cache is on the last GPU too. An embedding that is not also the
+head stays in pinned RAM, where the first GPU reads a step's rows.
 """
 
 from __future__ import annotations
@@ -56,6 +57,32 @@ def segment_bytes(num_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """What is planned for."""
+
+    model: PlanInput
+    embed: Tier
+    arena: ArenaLayout
+    ram: int | None
+    max_pinned: int | None
+
+    @classmethod
+    def of(cls, model: PlanInput, embed: Tier, ram: int | None, max_pinned: int | None) -> _Asked:
+        rows_of = model.embed.linears["embed"][0] if embed is Tier.DISK else None
+        arena = arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of)
+        return cls(model, embed, arena, ram, max_pinned)
+
+    def excess(self, plan: MemoryPlan) -> int:
+        """Bytes beyond budgets; for an embedding in pinned RAM, locked bytes beyond what may be locked, too. Without
+        it the locked bytes are those that no plan can do without."""
+        over = [plan.device_bytes(device) - budget for device, budget in plan.budgets.items()]
+        if self.embed is Tier.PINNED and self.max_pinned is not None:
+            locked = sum(line.num_bytes for line in plan.lines if line.device == HOST and line.exact)
+            over.append(locked - self.max_pinned)
+        return sum(max(0, num_bytes) for num_bytes in over)
+
+
+@dataclass(frozen=True)
 class _Share:
     """What one GPU holds."""
 
@@ -74,67 +101,81 @@ def plan_devices(
     num_buffers: int = 2,
     max_resident: int | None = None,
     max_pinned: int | None = None,
+    embed: str = "auto",
 ) -> MemoryPlan:
     """``vram``: bytes of each GPU, in the order in which layers are given to them; no more GPUs are used than the
-    layers need. ``ram``: bytes of host memory, pinned layers included; None: no limit. ``max_pinned``: bytes
+    layers need. ``ram``: bytes of host memory, pinned memory included; None: no limit. ``max_pinned``: bytes
     that the system lets be page-locked; layers beyond are on the disk. The i-th streamed layer has buffer i modulo
-    ``num_buffers``. The plan may not fit: check ``fits``."""
-    num_layers = len(model.layers)
+    ``num_buffers``. ``embed``: where the embedding is, see ``embed_tiers``; of several places the one with which the
+    fewest layers are on the disk, then the one with which the fewest are streamed. The plan may not fit: check
+    ``fits``."""
+    best: tuple[tuple[int, int, int], MemoryPlan] | None = None
+    for tier in embed_tiers(model, embed):
+        asked = _Asked.of(model, tier, ram, max_pinned)
+        plan = _most_resident(asked, vram, num_buffers, max_resident)
+        order = asked.excess(plan), len(plan.placement.on_tier(Tier.DISK)), plan.placement.num_streamed
+        if best is None and order[:2] == (0, 0):
+            return plan  # the first place takes the least VRAM: no other keeps more layers
+        if best is None or order < best[0]:
+            best = order, plan
+    return best[1]
+
+
+def embed_tiers(model: PlanInput, embed: str) -> tuple[Tier, ...]:
+    """Where the embedding may be, first choice first. One that is also the head stays on the GPU, which reads all of it
+    for every token."""
+    if embed == "device" or not model.head.linears:
+        return (Tier.DEVICE,)
+    return (Tier.DISK,) if embed == "disk" else (Tier.PINNED, Tier.DEVICE, Tier.DISK)
+
+
+def _most_resident(asked: _Asked, vram: Sequence[int], num_buffers: int, max_resident: int | None) -> MemoryPlan:
+    """The plan that keeps the most layers on the GPUs."""
+    num_layers = len(asked.model.layers)
     most = num_layers if max_resident is None else min(max_resident, num_layers)
-    arena = arena_layout(model.limits, model.target, (*model.layers, model.head))
     plan = None
     for num_resident in range(most, -1, -1):
         if num_resident and num_buffers > 1 and (num_layers - num_resident) % num_buffers == 1:
             continue  # the last layer of a step and the first of the next would have the same buffer: each step a stall
         for num_devices in range(1, len(vram) + 1):
-            plan = _split_over(model, vram[:num_devices], ram, num_resident, num_buffers, arena, max_pinned)
+            plan = _split_over(asked, vram[:num_devices], num_resident, num_buffers)
             if plan.fits:
                 return plan
     return plan
 
 
-def _split_over(
-    model: PlanInput,
-    vram: Sequence[int],
-    ram: int | None,
-    num_resident: int,
-    num_buffers: int,
-    arena: ArenaLayout,
-    max_pinned: int | None,
-) -> MemoryPlan:
+def _split_over(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffers: int) -> MemoryPlan:
+    model = asked.model
     num_layers = len(model.layers)
-    num_pages = model.num_pages
     num_buffers = min(num_buffers, num_layers - num_resident)
-    shares = list(_shares(model, vram, num_resident, num_pages, num_buffers, arena))
-    lines = [line for share in shares for line in _device_lines(model, share, num_pages, num_buffers, arena)]
-    pinned, host_lines = _host_lines(model, num_resident, num_buffers, ram, arena, max_pinned)
+    shares = list(_shares(asked, vram, num_resident, num_buffers))
+    lines = [line for share in shares for line in _device_lines(asked, share, num_buffers)]
+    pinned, host_lines = _host_lines(asked, num_resident, num_buffers)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
     placed += [(Tier.PINNED if i < pinned else Tier.DISK, last) for i in range(num_layers - num_resident)]
     budgets = {share.name: vram[i] for i, share in enumerate(shares)}
-    if ram is not None:
-        budgets[HOST] = ram
+    if asked.ram is not None:
+        budgets[HOST] = asked.ram
     return MemoryPlan(
         (*lines, *host_lines),
-        Placement(tuple(placed)),
+        Placement(tuple(placed), asked.embed),
         model.limits.max_context,
-        num_pages,
+        model.num_pages,
         num_buffers,
         budgets,
     )
 
 
-def _shares(
-    model: PlanInput, vram: Sequence[int], num_resident: int, num_pages: int, num_buffers: int, arena: ArenaLayout
-) -> Iterator[_Share]:
+def _shares(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffers: int) -> Iterator[_Share]:
     """Each GPU takes as many layers as fit, the last one the rest."""
-    num_layers, start = len(model.layers), 0
+    num_layers, start = len(asked.model.layers), 0
     for i, budget in enumerate(vram):
         name, is_last = f"cuda:{i}", i == len(vram) - 1
         stop = num_resident if is_last else start
         while not is_last and stop < num_resident:
             larger = _Share(name, range(start, stop + 1), range(0), i == 0, False)
-            if sum(line.num_bytes for line in _device_lines(model, larger, num_pages, num_buffers, arena)) > budget:
+            if sum(line.num_bytes for line in _device_lines(asked, larger, num_buffers)) > budget:
                 break
             stop += 1
         streamed = range(num_resident, num_layers) if is_last else range(0)
@@ -142,23 +183,24 @@ def _shares(
         start = stop
 
 
-def _device_lines(
-    model: PlanInput, share: _Share, num_pages: int, num_buffers: int, arena: ArenaLayout
-) -> list[PlanLine]:
-    limits, name = model.limits, share.name
+def _device_lines(asked: _Asked, share: _Share, num_buffers: int) -> list[PlanLine]:
+    model, arena, name = asked.model, asked.arena, share.name
+    limits, num_pages = model.limits, model.num_pages
     resident = sum(model.layers[i].num_bytes for i in share.layers)
-    embed = model.embed.num_bytes if share.is_first else 0
+    embed = model.embed.num_bytes if share.is_first and asked.embed is Tier.DEVICE else 0
     head = model.head.num_bytes if share.is_last else 0
     buffer_bytes = num_buffers * max((model.layers[i].num_bytes for i in share.streamed), default=0)
     num_cached = len(share.layers) + len(share.streamed)
     cache = num_cached * model.kv_layout.layer_bytes(num_pages)
     logits = arena.bytes_of("logits", "samples") if share.is_last else 0
+    rows = arena.bytes_of("embedding rows") if share.is_first else 0
     residual, activations = arena.bytes_of("residual"), arena.bytes_of("qkv", "attn", "mlp")
-    scratch = arena.num_bytes - arena.bytes_of("logits", "samples") - residual - activations
-    slab = residual + activations + logits + scratch
+    scratch = arena.num_bytes - arena.bytes_of("logits", "samples", "embedding rows") - residual - activations
+    slab = residual + activations + logits + rows + scratch
     rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, buffer_bytes, cache, slab))
     lines = [
         PlanLine("embedding", name, embed, True),
+        PlanLine("embedding rows", name, rows, True, f"of {limits.window_rows} tokens"),
         PlanLine("resident layers", name, resident, True, f"{len(share.layers)} of {len(model.layers)}"),
         PlanLine("stream buffers", name, buffer_bytes, True, f"{num_buffers} for {len(share.streamed)} layers"),
         PlanLine("head and final norm", name, head, True),
@@ -177,13 +219,14 @@ def _device_lines(
     return [line for line in lines if line.num_bytes]
 
 
-def _host_lines(
-    model: PlanInput, num_resident: int, num_buffers: int, ram: int | None, arena: ArenaLayout, max_pinned: int | None
-) -> tuple[int, list[PlanLine]]:
+def _host_lines(asked: _Asked, num_resident: int, num_buffers: int) -> tuple[int, list[PlanLine]]:
     """How many of the streamed layers are pinned, counted from the first; and the lines of host memory."""
+    model, arena, max_pinned = asked.model, asked.arena, asked.max_pinned
     sizes = [layer.num_bytes for layer in model.layers[num_resident:]]
+    embed = model.embed.num_bytes
+    pinned_embed = embed if asked.embed is Tier.PINNED else 0
     unpinned = [
-        model.embed.num_bytes,
+        embed - pinned_embed,
         model.head.num_bytes,
         *(layer.num_bytes for layer in model.layers[:num_resident]),
     ]
@@ -195,6 +238,8 @@ def _host_lines(
         loading = align_up(loading_bytes(model) + staging, BLOB_ALIGN)
         limited = f", {format_bytes(max_pinned)} may be pinned" if pinned < most else ""
         found = [
+            PlanLine("embedding", HOST, pinned_embed, True, "pinned, the GPU reads its rows"),
+            PlanLine("embedding rows", HOST, arena.row_upload_bytes, True, "from the disk: a step waits for its ids"),
             PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}{limited}"),
             PlanLine("pinned read buffers", HOST, read_bytes, True, f"for {on_disk} layers on the disk"),
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
@@ -210,9 +255,9 @@ def _host_lines(
         return limit is None or sum(line.num_bytes for line in found if line.exact or not exact) <= limit
 
     most = len(sizes)
-    while most and not fits(most, ram, exact=False):
+    while most and not fits(most, asked.ram, exact=False):
         most -= 1
     pinned = most
-    while pinned and not (fits(pinned, ram, exact=False) and fits(pinned, max_pinned, exact=True)):
+    while pinned and not (fits(pinned, asked.ram, exact=False) and fits(pinned, max_pinned, exact=True)):
         pinned -= 1
     return pinned, lines(pinned)

@@ -31,6 +31,7 @@ from exl.units import format_apart, parse_budget
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
 _MAX_TOKENS = 1 << 30
+EMBED = ("auto", "device", "disk")
 _MIN_ARCH, _MAX_ARCH = 60, 1000  # the kernels need at least 60
 
 
@@ -49,6 +50,7 @@ class EngineOptions:
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
     resident_layers: int | None = None  # at most this many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
+    embed: str = "auto"  # on a GPU: or "device", "disk": see docs/memory.md
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
 
     @classmethod
@@ -80,6 +82,8 @@ class EngineOptions:
                 )
         if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
             raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
+        if self.embed not in EMBED:
+            raise ConfigError(f"embed: found {self.embed!r}, expected one of {', '.join(EMBED)}")
         if self.prefill_window < self.prefill_chunk:
             raise ConfigError(
                 f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
@@ -169,6 +173,7 @@ def plan(
     prefill_window: int = 4096,
     resident_layers: int | None = None,
     head: str | int = "file",
+    embed: str = "auto",
     revision: str | None = None,
     token: Token = None,
 ) -> MemoryPlan:
@@ -215,14 +220,20 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
     )
     if target.kind == "cuda":
         _check_pages(files, options)
+        _check_embed(files, options, model)
         plan = plan_devices(
             model,
             options.vram_bytes,
             options.budget,
             max_resident=options.resident_layers,
             max_pinned=pinned_limit(),
+            embed=options.embed,
         )
     else:
+        if options.embed != "auto":
+            raise ConfigError(
+                f"embed: found {options.embed!r}, which is for a GPU; a CPU has the embedding in RAM: expected 'auto'"
+            )
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
     return plan, model
 
@@ -235,6 +246,15 @@ def _check_pages(files: ModelFiles, options: EngineOptions) -> None:
         raise ConfigError(
             f"{files.folder}: found a head size of {files.config.head_dim}, a GPU takes multiples of {HEAD_DIM_STEP} "
             f"up to {MAX_HEAD_DIM}; the CPU takes this one"
+        )
+
+
+def _check_embed(files: ModelFiles, options: EngineOptions, model: PlanInput) -> None:
+    """Raises ``ConfigError`` if an embedding that is also the head is to leave the GPU."""
+    if options.embed == "disk" and not model.head.linears:
+        raise ConfigError(
+            f"embed: found 'disk', but the embedding of {files.folder} is also its head, which a GPU reads for every "
+            "token: expected 'auto' or 'device', or head=8 or 4, which gives the head its own copy"
         )
 
 
@@ -265,6 +285,8 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         {"prefill_chunk": 64, "prefill_window": 64},
     ]
     changes += [changes[1] | changes[2], {"context": min(context, 512)} | changes[1] | changes[2]]
+    if options.embed == "device":
+        changes.insert(0, {"embed": "auto"})
     for change in changes:
         if _fits(files, dataclasses.replace(options, **change), target, resident=False):
             hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))

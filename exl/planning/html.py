@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # the buffers of a step are green, the memory of libraries is grey and red.
 COLORS = {
     "embedding": "#7fb2f0",
+    "embedding rows": "#7fb2f0",
     "resident layers": "#3f78e0",
     "pinned layers": "#3f78e0",
     "stream buffers": "#8a6fe8",

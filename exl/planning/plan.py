@@ -30,9 +30,11 @@ class Tier(enum.Enum):
 
 @dataclass(frozen=True)
 class Placement:
-    """``layers[i]``: the tier of layer i, and the device that computes it."""
+    """``layers[i]``: the tier of layer i, and the device that computes it. ``embed``: the tier of the embedding; pinned
+    means that a GPU reads its rows over the bus, disk that the host reads them before each step."""
 
     layers: tuple[tuple[Tier, str], ...]
+    embed: Tier = Tier.DEVICE
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -101,6 +103,7 @@ class MemoryPlan:
             "budgets": dict(self.budgets),
             "fits": self.fits,
             "context": self.context,
+            "embedding": self.placement.embed.value,
             "layers": {tier.value: sum(t is tier for t, _ in self.placement.layers) for tier in Tier},
         }
 

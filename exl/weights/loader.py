@@ -22,10 +22,11 @@ from exl.formats.load import load_part
 from exl.formats.tensors import read_vector
 from exl.layout.layers import LayerLayout, packs_in_order
 from exl.memory.host import trim_heap
-from exl.ops.base import Linear, Ops, view_field, view_segments
+from exl.ops.base import Linear, Ops, TableRows, view_field, view_segments
 from exl.planning.from_headers import ModelFiles
+from exl.planning.plan import Tier
 from exl.progress import Progress
-from exl.weights.packed import PackedFile, PackedWriter
+from exl.weights.packed import PackedFile, PackedRows, PackedWriter
 from exl.weights.packed_store import default_packed_folder, packed_key, packed_path, source_name
 from exl.weights.placement import DeviceWeights, HostWeights, WeightMemory
 from exl.weights.read_ahead import LayerReadAhead
@@ -40,12 +41,13 @@ _READ_THREADS = 2  # one waits for the disk while the other compares checksums
 class ModelWeights:
     """Weights ready to run. ``close`` gives their memory back; nothing of them may be used afterwards."""
 
-    embed: Linear
+    embed: Linear  # the table, or if it is on the disk the rows that ``Ops.stage`` has copied
     final_norm: torch.Tensor  # [C] f32
     head: Linear
     source: WeightSource
     slabs: Mapping[str, int]  # bytes by purpose
     _owned: ExitStack
+    embed_rows: TableRows | None = None  # of an embedding on the disk
 
     def close(self) -> None:
         """Ends the stream's thread, too. May be called again."""
@@ -59,6 +61,7 @@ class WeightPlaces:
     resident: Collection[int] | None = None  # None: all
     in_host: Collection[int] = ()  # streamed from pinned memory to the GPU; the rest from the packed file
     num_buffers: int = 2
+    embed: Tier = Tier.DEVICE  # of the embedding, on a GPU
     packed_folder: Path | None = None  # of the packed file; None: the user's cache
 
 
@@ -66,7 +69,7 @@ def load_weights(
     files: ModelFiles, ops: Ops, places: WeightPlaces | None = None, progress: Progress | None = None
 ) -> ModelWeights:
     """Puts the weights where ``places`` (default: all resident) says. The packed file is written first if there is
-    none. If no layer is read from it later no packed file is written, and one is read only if the folder is given.
+    none. If nothing is read from it later no packed file is written, and one is read only if the folder is given.
 
     ``progress`` is told in bytes of packed weights. An error, Ctrl-C included, leaves nothing behind. Raises
     ``CheckpointError`` for what only the data can show to be wrong, ``MemoryBudgetError`` if the system has no
@@ -75,13 +78,13 @@ def load_weights(
     places = WeightPlaces() if places is None else places
     layers, in_host = range(files.config.num_layers), places.in_host
     resident = frozenset(layers if places.resident is None else places.resident)
-    from_disk = any(i not in resident and i not in in_host for i in layers)
+    from_disk = places.embed is Tier.DISK or any(i not in resident and i not in in_host for i in layers)
     layouts = files.manifest.layouts(ops.target)
     blobs = (layouts.embed, *layouts.layers, layouts.head)
     with ExitStack() as stack:
         memory: WeightMemory
         if ops.target.kind == "cuda":
-            memory = DeviceWeights(blobs, resident, in_host, places.num_buffers, ops.device, stack)
+            memory = DeviceWeights(blobs, resident, in_host, places.num_buffers, ops.device, stack, places.embed)
         else:
             memory = HostWeights(blobs, resident, places.num_buffers, stack)
         loader = _Loader(files, ops, memory, progress or (lambda done, total: None))
@@ -132,10 +135,12 @@ class _Loader:
         return None
 
     def _read_blobs(self, packed: PackedFile) -> None:
-        """Reads the blobs that stay in memory. One thread waits for the disk while the other compares checksums; for a
-        GPU a single thread reads them one by one through staging."""
+        """Reads the blobs that stay in memory, and the embedding in any case. One thread waits for the disk while the
+        other compares checksums; for a GPU a single thread reads them one by one through staging."""
         stopped = threading.Event()
-        total, done = sum(self.sizes[i] for i in self.memory.in_memory), 0
+        # Single rows have no checksum: an embedding that stays on the disk is compared as a whole, once.
+        wanted = sorted({0, *self.memory.in_memory})
+        total, done = sum(self.sizes[i] for i in wanted), 0
         threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
 
         def read(blob_idx: int) -> int:
@@ -145,7 +150,7 @@ class _Loader:
 
         with ThreadPoolExecutor(threads, "exl packed reader") as executor:
             try:
-                jobs = [executor.submit(read, i) for i in self.memory.in_memory]
+                jobs = [executor.submit(read, i) for i in wanted]
                 for job in as_completed(jobs):
                     done += job.result()
                     self.progress(done, total)
@@ -230,7 +235,14 @@ class _Loader:
 
     def _assemble(self, packed: PackedFile | None, stack: ExitStack) -> ModelWeights:
         layouts, memory, last = self.layouts, self.memory, len(self.sizes) - 1
-        embed = view_segments(layouts.embed, memory.view(0), "embed")[0]
+        rows = None
+        if 0 in memory.in_memory:
+            embed = view_segments(layouts.embed, memory.view(0), "embed")[0]
+        else:
+            (linear,) = layouts.embed.linears["embed"]
+            embed = Linear(linear, {"weight": self.ops.buffer("embedding rows")})
+            rows = self._rows_of_embedding(packed)
+            stack.callback(rows.close)
         head = memory.view(last)
         return ModelWeights(
             embed=embed,
@@ -238,5 +250,11 @@ class _Loader:
             head=view_segments(layouts.head, head, "head")[0] if layouts.head.linears else embed,
             source=memory.source(packed),
             slabs=memory.slabs,
+            embed_rows=rows,
             _owned=stack.pop_all(),
         )
+
+    def _rows_of_embedding(self, packed: PackedFile) -> PackedRows:
+        table = self.layouts.embed.linear_fields("embed", 0)["weight"]
+        num_rows = table.shape[0]
+        return packed.rows(0, table.offset, table.num_bytes // num_rows, num_rows)

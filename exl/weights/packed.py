@@ -203,8 +203,52 @@ class PackedFile:
             f"{self.path}: packed weights are damaged: blob {blob_idx} does not have its checksum; {remedy}"
         )
 
+    def rows(self, blob_idx: int, offset: int, row_bytes: int, num_rows: int) -> PackedRows:
+        """The rows of a table that begins at ``offset`` in a blob, by a descriptor of their own, which the caller
+        closes. Raises ``CheckpointError`` if the file's name has been given to another file."""
+        start = self._offsets[blob_idx] + offset
+        if start + row_bytes * num_rows > self._offsets[blob_idx] + self.header.sizes[blob_idx]:
+            raise ValueError(f"{num_rows} rows of {row_bytes} bytes from {offset} on are not in blob {blob_idx}")
+        try:
+            file = BlockFile.open(self.path, keeps_cached=True)
+            if not os.path.samestat(os.fstat(file.descriptor), os.fstat(self._file.descriptor)):
+                file.close()
+                raise OSError(errno.ESTALE, "another file has its name now, load the model again")
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: packed weights cannot be read: {error.strerror or error}") from error
+        return PackedRows(self.path, file, start, row_bytes, num_rows)
+
     def close(self) -> None:
         """Not while another thread reads."""
+        self._file.close()
+
+
+class PackedRows:
+    """A table in a packed file of which single rows are read. Unlike layers, which are all read again and again, rows
+    go through the page cache: the common ones stay there as long as the system has room."""
+
+    def __init__(self, path: Path, file: BlockFile, start: int, row_bytes: int, num_rows: int) -> None:
+        """Takes over ``file``; the table begins at byte ``start``."""
+        self.path, self.row_bytes, self.num_rows = path, row_bytes, num_rows
+        self._file, self._start = file, start
+
+    def read(self, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """Rows, one after another, into ``out``, u8 [len(rows) * row_bytes]. Raises ``CheckpointError`` that names the
+        file if they cannot be read."""
+        if len(out) != len(rows) * self.row_bytes:
+            raise ValueError(f"a buffer of {len(out)} bytes for {len(rows)} rows of {self.row_bytes}")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_rows:
+            raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} of a table of {self.num_rows}")
+        view = memoryview(out)
+        try:
+            for i, row in enumerate(rows.tolist()):
+                at = i * self.row_bytes
+                self._file.read_into(view[at : at + self.row_bytes], self._start + row * self.row_bytes)
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self.path}: rows of the embedding cannot be read: {reason}") from error
+
+    def close(self) -> None:
         self._file.close()
 
 

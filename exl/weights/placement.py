@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from exl.errors import KernelError, MemoryBudgetError
 from exl.layout.layers import LayerLayout
 from exl.memory.device import device_tensor, pinned
 from exl.memory.host import HostBuffer
+from exl.memory.mapped import mapped
 from exl.ops.base import LayerWeights
+from exl.planning.plan import Tier
 from exl.weights.device_stream import (
     DeviceStream,
     DiskLayers,
@@ -33,7 +36,7 @@ from exl.weights.stream import LayerStream, ResidentWeights, WeightSource
 class WeightMemory(Protocol):
     """All memory of a model's weights, allocated when it is made."""
 
-    in_memory: Sequence[int]  # blobs that stay in memory; the others are streamed from the packed file
+    in_memory: Sequence[int]  # blobs that stay in memory; of the others the packed file is read while the model runs
     slabs: Mapping[str, int]  # bytes by purpose
     reading: ExitStack  # closes the buffers of a reader and the packed file, until ``source`` hands them to the reader
 
@@ -45,7 +48,8 @@ class WeightMemory(Protocol):
         """The blob is complete: it is copied to its final place."""
 
     def view(self, blob_idx: int) -> torch.Tensor:
-        """A blob of ``in_memory`` where it stays: on the device, or pinned."""
+        """A blob of ``in_memory`` where it stays: on the device, or in pinned memory; the embedding there as the device
+        sees it."""
 
     def source(self, packed: PackedFile | None) -> WeightSource:
         """The layers, by their turn. ``packed`` is among what ``reading`` closes: from here on its reader closes it, or
@@ -124,20 +128,24 @@ class DeviceWeights:
         num_buffers: int,
         device: torch.device,
         stack: ExitStack,
+        embed: Tier = Tier.DEVICE,
     ) -> None:
         """``in_host``: layers that are pinned in host memory; those that are neither resident nor there are read from
-        the packed file each time."""
+        the packed file each time. ``embed``: the tier of the embedding."""
         self._layouts, self._device, self._stack = layouts, device, stack
         self._resident, streamed = _split(layouts, resident)
         self._in_host = [i for i in streamed if i in in_host]
         self._on_disk = [i for i in streamed if i not in in_host]
         sizes = [layout.num_bytes for layout in layouts]
         self._buffer_bytes = max((sizes[1 + i] for i in streamed), default=0)
-        on_device = [0, *(1 + i for i in self._resident), len(sizes) - 1]
+        on_device = [*(1 + i for i in self._resident), len(sizes) - 1]
+        if embed is Tier.DEVICE:
+            on_device.insert(0, 0)
         pinned_bytes = [sizes[1 + i] for i in self._in_host]
         self.slabs = {
             "weights": sum(sizes[i] for i in on_device),
             "stream buffers": num_buffers * self._buffer_bytes,
+            "pinned embedding": sizes[0] if embed is Tier.PINNED else 0,
             "pinned layers": sum(pinned_bytes),
             "pinned read buffers": num_buffers * max((sizes[1 + i] for i in self._on_disk), default=0),
         }
@@ -151,6 +159,9 @@ class DeviceWeights:
         memory = self._pinned("pinned layers", pinned_bytes, self._pinned_memory).array
         host = torch.from_numpy(memory).split(pinned_bytes) if pinned_bytes else ()
         self._host_blobs = {1 + i: piece for i, piece in zip(self._in_host, host, strict=True)}
+        self._mapped: dict[int, torch.Tensor] = {}  # blobs in host memory, as the device sees them
+        if embed is Tier.PINNED:
+            self._host_blobs[0], self._mapped[0] = self._mapped_embedding(sizes[0])
         self.in_memory = sorted((*self._blobs, *self._host_blobs))
         through = [i for i in range(len(sizes)) if i not in self._host_blobs]
         self._staging: HostBuffer | None = HostBuffer(max(sizes[i] for i in through), "staging")
@@ -161,6 +172,14 @@ class DeviceWeights:
         if self._device.type != "cuda":
             return buffer
         return stack.enter_context(pinned(buffer, self._device, pieces=pieces))
+
+    def _mapped_embedding(self, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return mapped(num_bytes, "embedding", self._device, self._stack)
+        except (KernelError, MemoryBudgetError) as error:
+            raise MemoryBudgetError(
+                f"{error}: embed='device' puts the embedding into VRAM, embed='disk' reads its rows from the disk"
+            ) from error
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._host_blobs:
@@ -173,7 +192,10 @@ class DeviceWeights:
             self._blobs[blob_idx].copy_(staged)  # waits: staging is free again
 
     def view(self, blob_idx: int) -> torch.Tensor:
-        return self._blobs[blob_idx] if blob_idx in self._blobs else self._host_blobs[blob_idx]
+        for where in (self._blobs, self._mapped):
+            if blob_idx in where:
+                return where[blob_idx]
+        return self._host_blobs[blob_idx]
 
     def source(self, packed: PackedFile | None) -> WeightSource:
         self._staging.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from exl.kernels.launch import Backend
 from exl.kernels.linear_io import NormedInput
 from exl.kernels.rms_norm import rms_norm
 from exl.kernels.silu_mul import silu_mul
+from exl.memory.mapped import mapped
 
 HALVES = (torch.float16, torch.bfloat16)
 TYPES = (*HALVES, torch.float32)
@@ -55,6 +58,24 @@ def test_rows_of_the_table(backend: Backend, C: int, dtype: torch.dtype) -> None
     assert torch.equal(permuted[:, order.long()], h)
     # 16 squares added in f32: at most 15 roundings.
     np.testing.assert_allclose(f64(sumsq), tile_sumsq(f64(expected)), rtol=16 * 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_of_a_table_in_the_hosts_memory(backend: Backend, dtype: torch.dtype) -> None:
+    """What a device reads over the bus has the same bits as what is in its memory."""
+    table = draw(np.random.default_rng(6), 50, 1032, dtype=dtype)
+    ids = torch.tensor([3, 49, 3, 0], dtype=torch.int32, device=backend.device)
+    found = []
+    with ExitStack() as stack:
+        host, on_device = mapped(table.nbytes, "test", backend.device, stack)
+        host.copy_(table.view(-1).view(torch.uint8))
+        for one in (table.to(backend.device), on_device.view(dtype).view(table.shape)):
+            h, sumsq = nan(4, 1032, device=backend.device), nan(4, 65, device=backend.device)
+            embed(backend, one, ids, h, sumsq)
+            found.append((h.cpu(), sumsq.cpu()))
+        assert torch.equal(found[0][0], table[[3, 49, 3, 0]].float())
+        assert all(map(torch.equal, *found))
+        del on_device, one
 
 
 def test_an_id_that_is_none_gives_zeros_and_reads_nothing(backend: Backend) -> None:
@@ -172,6 +193,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         ("C a multiple of 8", lambda: embed(nobody, table[:, :12], ids, h, sumsq)),
         ("ids is torch.int64", lambda: embed(nobody, table, ids.long(), h, sumsq)),
         (r"h has shape \(3, 16\)", lambda: embed(nobody, table, ids, torch.zeros(3, 16), sumsq)),
+        ("h starts at address", lambda: embed(nobody, table, ids, torch.zeros(33)[1:].view(2, 16), sumsq)),
         ("sumsq has shape", lambda: embed(nobody, table, ids, h, torch.zeros(2, 2))),
         ("go together", lambda: embed(nobody, table, ids, h, sumsq, permuted=h.clone())),
         ("expected a contiguous tensor", lambda: embed(nobody, torch.zeros(16, 10).half().T[:, :16], ids, h, sumsq)),

@@ -240,7 +240,7 @@ def budget(folder: Path, backend, num_resident: int) -> int:
 
 @pytest.mark.parametrize("tier", [Tier.PINNED, Tier.DISK])
 def test_streamed_layers_give_the_same_bits(backend, four_bit, tmp_path, tier):
-    options = {"resident_layers": 1 if tier is Tier.DISK else 2, "packed_folder": tmp_path}
+    options = {"resident_layers": 1 if tier is Tier.DISK else 2, "packed_folder": tmp_path, "embed": "device"}
     if tier is Tier.DISK:
         whole = load(four_bit, backend, **options).plan.device_bytes("ram")
         options["ram"] = whole - 1000
@@ -354,6 +354,8 @@ def test_exact_lines_are_what_is_alive(backend, four_bit):
     before = live_bytes()
     engine = load(four_bit, backend)
     lines = [line for line in engine.plan.lines if line.exact and line.device == "cuda:0"]
+    lines += [line for line in engine.plan.lines if line.purpose == "embedding"]  # a tensor of the GPU, in RAM
+    assert len(lines) == len({(line.device, line.purpose) for line in lines})
     lines = [line for line in lines if line.purpose != "rounding to segments"]
     assert live_bytes() - before == sum(line.num_bytes for line in lines)
     assert len(tokens(engine)) == 64

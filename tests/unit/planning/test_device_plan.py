@@ -57,7 +57,8 @@ def test_a_7b_by_hand(seven):
     norms = 32 * 2 * 4096 * 4
     lines = lines_of(found, "cuda:0")
     assert lines["resident layers"] == weights // 2 + weights // 128 * 2 + norms
-    assert lines["embedding"] == 32000 * 4096 * 2
+    assert "embedding" not in lines
+    assert lines_of(found, HOST)["embedding"] == 32000 * 4096 * 2
     assert lines["head and final norm"] == 32000 * 4096 * 2 + 4096 * 4
     # 9,216 bytes per head and page of 64 tokens, at q4 and 128 channels.
     assert lines["KV cache"] == 32 * 32 * (4096 // 64) * 9216
@@ -126,7 +127,7 @@ def test_what_may_not_be_pinned_is_on_the_disk(seven, monkeypatch, limit):
     found = seven(vram="3700MB")
     assert found.fits
     assert len(found.placement.resident) == len(unlimited.placement.resident)
-    locked = sum(n for purpose, n in lines_of(found, HOST).items() if purpose.startswith("pinned"))
+    locked = sum(line.num_bytes for line in found.lines if line.device == HOST and line.exact)
     pinned_layers = len(found.placement.on_tier(Tier.PINNED))
     (note,) = [line.note for line in found.lines if line.purpose == "pinned layers"] or [""]
     if limit == 100 * GB:
@@ -144,12 +145,13 @@ def test_what_may_not_be_pinned_is_on_the_disk(seven, monkeypatch, limit):
 
 
 def test_one_layer_more_would_not_fit(seven):
-    """The plan uses its budget: one more resident layer would exceed it."""
+    """The plan uses its budget: one more resident layer would exceed it, or two if an odd number cannot be streamed."""
     found = seven(vram="3GB", context=512)
     assert 0 < found.placement.num_streamed < 32
     resident = 32 - found.placement.num_streamed
+    more = 1 + (found.placement.num_streamed - 1) % 2
     layer = lines_of(found, "cuda:0")["resident layers"] // resident
-    assert found.device_bytes("cuda:0") <= 3 * GB < found.device_bytes("cuda:0") + layer
+    assert found.device_bytes("cuda:0") <= 3 * GB < found.device_bytes("cuda:0") + more * layer
 
 
 def test_gpus_are_filled_in_order(seven):

@@ -17,7 +17,8 @@ OWN = {"load": {"model", "revision", "token", "progress"}, "plan": {"model", "ar
 MISSING = {"load": set(), "plan": {"device", "packed_folder"}}
 CHANGED = {
     "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
-    "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "packed_folder": "somewhere",
+    "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "embed": "disk",
+    "packed_folder": "somewhere",
 }  # fmt: skip
 
 
