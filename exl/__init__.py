@@ -25,7 +25,7 @@ from exl.errors import (
 if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.llm import LLM, Completion, TextIterator, load
-    from exl.planning.from_headers import plan
+    from exl.planning.ask import plan
     from exl.planning.plan import MemoryPlan
     from exl.sampling import SamplingParams
     from exl.text.logprobs import TokenLogprob
@@ -41,7 +41,7 @@ _HOMES = {
     "TextIterator": "exl.llm",
     "TokenLogprob": "exl.text.logprobs",
     "load": "exl.llm",
-    "plan": "exl.planning.from_headers",
+    "plan": "exl.planning.ask",
 }
 
 __all__ = [

@@ -27,3 +27,9 @@ def format_bytes(num_bytes: int) -> str:
         if abs(num_bytes) >= _UNITS[unit]:
             return f"{num_bytes / _UNITS[unit]:.2f} {unit}"
     return f"{num_bytes} B"
+
+
+def short_bytes(num_bytes: int) -> str:
+    """As ``format_bytes``, without zeros at the end: ``short_bytes(6_000_000_000) == "6 GB"``."""
+    number, unit = format_bytes(num_bytes).split()
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"

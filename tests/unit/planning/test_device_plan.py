@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import exl
 import exl.engine.build
-from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.synthetic import write_headers
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.layout.layers import linear_layout, tile_layout
 from exl.layout.specs import LinearSpec, MatrixSpec, Target
@@ -24,6 +24,7 @@ from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_byt
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.html import COLORS
 from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
+from exl.planning.shapes import SHAPES, ModelShape
 from exl.units import format_bytes
 from tests.command_line import run_exl
 
@@ -35,7 +36,7 @@ GB = 10**9
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("headers")
     for name, num_shards in (("7b", 1), ("70b", 15)):
-        write_headers(root / name, SHAPES[name], num_shards=num_shards)
+        write_headers(root / name, SHAPES[f"llama-2-{name}"], num_shards=num_shards)
     return {name: root / name for name in ("7b", "70b")}
 
 
@@ -202,7 +203,7 @@ def test_f32_pages_are_the_cpus(seven):
 
 @pytest.mark.parametrize(("head_dim", "taken"), [(36, False), (40, True), (256, True), (264, False)])
 def test_head_sizes_that_no_kernel_reads_are_named(tmp_path, head_dim, taken):
-    write_headers(tmp_path, (256, 512, 2, 32, 32, head_dim, 320))
+    write_headers(tmp_path, ModelShape("llama", 256, 512, 2, 32, 32, head_dim, 320, 4096))
     exl.plan(tmp_path)  # the CPU takes all
     expected = nullcontext() if taken else pytest.raises(ConfigError, match=f"head size of {head_dim}, a GPU takes")
     with expected:
