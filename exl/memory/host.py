@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _LARGE_BYTES = 4 << 20  # buffers from this size on use pages of 2 MiB, if the system has them
 
 
@@ -133,9 +134,9 @@ def _meminfo_bytes(field: str) -> int | None:
 
 def _container_limit() -> int | None:
     """Of control groups, version 2 and 1."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for path in _LIMITS:
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            return int(Path(path).read_text())
+            return int(path.read_text())
     return None
 
 

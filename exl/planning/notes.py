@@ -50,21 +50,21 @@ def _several_gpus(plan: MemoryPlan) -> Note | None:
 
 
 def _rounded_head(model: PlanInput, manifest: ModelManifest) -> Note | None:
-    """What ``head=8`` would gain, if the head is dense."""
+    """What ``head=8`` would gain, if the head is dense. A GPU's kernels multiply codes as they read them. A CPU writes
+    panels of f32 first, which takes longer than the bytes save: there it gains memory only."""
     rounded = manifest.with_head_bits(_ROUNDED_BITS).head
-    if rounded is manifest.head or rounded == manifest.head:
+    if rounded == manifest.head:
         return None
     try:
         layout = layer_layout(rounded, model.target)
     except UnsupportedModelError:
         return None
-    saved = head_bytes(model) - read_bytes(layout)
-    share = saved / model_bytes_a_token(model, 0)
+    read = head_bytes(model) - read_bytes(layout)
+    share = read / model_bytes_a_token(model, 0)
+    kept = model.head.num_bytes - layout.num_bytes  # negative where the embedding is the head, and stays
     if share < _WORTH_SAYING:
         return None
-    memory = layout.num_bytes - model.head.num_bytes
-    place = "VRAM" if model.target.kind == "cuda" else "RAM"
-    told = f"head=8 would save {format_bytes(saved)}, {100 * share:.0f} % of a token's bytes"
-    if memory > 0:  # the embedding is the head, and stays
-        return Note("advice", f"{told}, for {format_bytes(memory)} more of {place}")
-    return Note("advice", told)
+    if model.target.kind == "cpu":
+        return Note("advice", f"head=8 would save {format_bytes(kept)} of RAM") if kept > 0 else None
+    cost = f", for {format_bytes(-kept)} more of VRAM" if kept < 0 else ""
+    return Note("advice", f"head=8 would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{cost}")
