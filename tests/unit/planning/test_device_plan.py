@@ -164,6 +164,15 @@ def test_gpus_are_filled_in_order(seven):
     assert {name for _, name in seven(vram=["8GB", "8GB"], context=512).placement.layers} == {"cuda:0"}
 
 
+def test_a_tied_head_is_a_copy_on_the_last_gpu():
+    """The first GPU has the embedding, the last one the head: the same weights, on both."""
+    table = 151936 * 2048 * 2
+    one, two = (exl.plan(shape="qwen2.5-3b", vram=vram, context=512) for vram in ("8GB", ["2GB", "8GB"]))
+    assert [lines_of(one, "cuda:0")[name] for name in ("embedding", "head and final norm")] == [table, 2048 * 4]
+    assert lines_of(two, "cuda:0")["embedding"] == table
+    assert lines_of(two, "cuda:1")["head and final norm"] == table + 2048 * 4
+
+
 def test_the_largest_context_that_fits_without_streaming(seven):
     found = seven(vram="6GB", context="auto")
     assert found.fits
