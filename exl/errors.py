@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 _TORCH_ADVICE = "CUDA kernel errors might be asynchronously"  # three lines of it follow each error of torch's
 
 
@@ -57,3 +60,11 @@ def with_causes(error: BaseException) -> str:
 
 class ExlWarning(UserWarning):
     """Something was wrong and exl went on with what is most likely meant."""
+
+
+def warn_user(text: str) -> None:
+    """Warns at the line of the program that called exl, however deep inside exl this is."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "exl":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, ExlWarning, stacklevel=level)

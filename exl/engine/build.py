@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from exl.checkpoint.config import GenerationDefaults, ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.generator import Generator
 from exl.engine.runner import Runner
-from exl.errors import ConfigError, ExlWarning, KernelError, MemoryBudgetError, NoGpuError
+from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError, warn_user
 from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
@@ -126,7 +125,7 @@ def build_engine(
     with ExitStack() as stack:
         plan, model = plan_model(files, options, target)
         for text in plan.warnings:
-            warnings.warn(text, ExlWarning, stacklevel=2)
+            warn_user(text)
         if backend is not None:
             _check_device(plan, backend)
         ops = _make_ops(files, plan, model, backend, dependent, stack)

@@ -155,8 +155,9 @@ def test_a_context_beyond_the_models_own_warns(tmp_path):
     assert exl.plan(context=600).warnings == (text,)
     assert f"\nwarning: {text}\n" in run_exl("plan", "--context", "600").stdout
     assert json.loads(run_exl("plan", "--context", "600", "--json").stdout)["warnings"] == [text]
-    with pytest.warns(ExlWarning, match=re.escape(text)):
+    with pytest.warns(ExlWarning, match=re.escape(text)) as caught:
         exl.load(context=600, device="cpu").close()
+    assert [warning.filename for warning in caught] == [__file__]  # the line that called exl, not one inside of it
     with warnings.catch_warnings():
         warnings.simplefilter("error", ExlWarning)
         exl.load(context=512, device="cpu").close()
