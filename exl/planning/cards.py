@@ -1,7 +1,8 @@
 """NVIDIA cards by name: memory, bandwidth, architecture and link, as their data sheets say.
 
 Sources: NVIDIA's product pages and data sheets of each card, and the Compute Capability table of the CUDA
-documentation. Bandwidths are peaks, which no program reaches.
+documentation; those of GeForce cards agree with a second public table. Bandwidths are peaks, which no program reaches.
+Of a laptop's GPU the link is the chip's; what a laptop connects may be half of it.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def _cards() -> list[Card]:
             ("RTX 3050", 8, 224, x8),
             ("RTX 3060", 8, 240, x16),
             ("RTX 3060", 12, 360, x16),
-            ("RTX 3060 Ti", 8, 448, x16),
+            ("RTX 3060 Ti", 8, 448, x16, "GDDR6"),
+            ("RTX 3060 Ti", 8, 608, x16, "GDDR6X"),
             ("RTX 3070", 8, 448, x16),
             ("RTX 3070 Ti", 8, 608, x16),
             ("RTX 3080", 10, 760, x16),
@@ -186,6 +188,7 @@ def _cards() -> list[Card]:
             ("RTX 4080", 16, 717, x16),
             ("RTX 4080 Super", 16, 736, x16),
             ("RTX 4090", 24, 1008, x16),
+            ("RTX 4090 D", 24, 1008, x16),
             ("RTX 4050 Laptop", 6, 192, x8),
             ("RTX 4060 Laptop", 8, 256, x8),
             ("RTX 4070 Laptop", 8, 256, x8),
@@ -221,6 +224,8 @@ def _cards() -> list[Card]:
             ("RTX 5070 Ti", 16, 896, x16),
             ("RTX 5080", 16, 960, x16),
             ("RTX 5090", 32, 1792, x16),
+            ("RTX 5060 Laptop", 8, 384, x8),
+            ("RTX 5070 Laptop", 8, 384, x8),
             ("RTX 5070 Ti Laptop", 12, 672, x16),
             ("RTX 5080 Laptop", 16, 896, x16),
             ("RTX 5090 Laptop", 24, 896, x16),
@@ -231,7 +236,15 @@ def _cards() -> list[Card]:
 
 
 CARDS: tuple[Card, ...] = tuple(_cards())
-_VARIANTS = {"sxm": "SXM", "hbm3": "SXM", "pcie": "PCIe", "nvl": "NVL", "gddr5": "GDDR5", "gddr6": "GDDR6"}
+_VARIANTS = {
+    "sxm": "SXM",
+    "hbm3": "SXM",
+    "pcie": "PCIe",
+    "nvl": "NVL",
+    "gddr5": "GDDR5",
+    "gddr6": "GDDR6",
+    "gddr6x": "GDDR6X",
+}
 # Words that names have in one place and lack in another.
 _LEFT_OUT = re.compile(r"\b(nvidia|geforce|tesla|quadro|graphics|gpu|card|generation)\b|\((r|tm)\)")
 
@@ -246,7 +259,7 @@ def find_card(name: str) -> Card:
     PCIe"``. Raises ``ConfigError`` for a name that is no card's, with the nearest, or that is several cards'."""
     text = name.lower() if isinstance(name, str) else ""
     size = re.search(r"\b(\d+)[\s-]*gi?b\b", text)
-    variant = re.search(r"\b(sxm|hbm3|pcie|nvl|gddr[56])[2-5x]?\b", text)
+    variant = re.search(r"\b(sxm|hbm3|pcie|nvl|gddr6x|gddr[56])[2-5]?\b", text)
     rest = text
     for match in (size, variant):
         rest = rest if match is None else rest.replace(match[0], " ", 1)

@@ -20,6 +20,7 @@ from exl.errors import ConfigError
 from exl.units import format_bytes, parse_bytes, short_bytes
 
 _LEAST_SPEED = 10**6  # less is a number whose unit was forgotten
+_FEW = 1e-4  # of a token's bytes: a row of the embedding, whose link's speed need not be known
 CPU = "cpu"
 
 
@@ -65,11 +66,11 @@ class TokenBytes:
 
     def unknown(self, speeds: Speeds) -> list[str]:
         """The options that would have to be given for a bound."""
-        on_gpu = self.on_gpu
+        on_gpu, few = self.on_gpu, _FEW * sum(self.memory.values())
         missing = {
             "vram_speed" if on_gpu else "ram_speed": any(speeds.memory(device) is None for device in self.memory),
-            "pcie": self.pcie > 0 and self.last_gpu not in speeds.pcie,
-            "disk": self.disk > 0 and speeds.disk is None,
+            "pcie": self.pcie > few and self.last_gpu not in speeds.pcie,
+            "disk": self.disk > few and speeds.disk is None,
         }
         return [name for name, is_missing in missing.items() if is_missing]
 
@@ -80,11 +81,11 @@ class TokenBytes:
         arithmetic = sum(num_bytes / speeds.memory(device) for device, num_bytes in self.memory.items())
         ahead = sum(num_bytes / speeds.memory(device) for device, num_bytes in self.ahead.items())
         times = [arithmetic]
-        if self.pcie:
+        if self.last_gpu in speeds.pcie:
             pcie = speeds.pcie[self.last_gpu]
             pcie = pcie if speeds.ram is None else min(pcie, speeds.ram)  # copies read RAM
             times += [self.pcie / pcie, ahead + self.pcie_late / pcie]
-        if self.disk:
+        if speeds.disk is not None:
             times += [self.disk / speeds.disk, ahead + self.disk_late / speeds.disk]
         return max(times)
 
@@ -119,11 +120,12 @@ def _how(token: TokenBytes, speeds: Speeds) -> str:
     for device in token.memory:
         name = "RAM" if device == CPU else device if several else "VRAM"
         figures.append(f"{name} {_speed(speeds.memory(device))}{sheet['vram']}")
-    if token.pcie:
+    if token.pcie and token.last_gpu in speeds.pcie:
         figures.append(f"PCIe {_speed(speeds.pcie[token.last_gpu])}{sheet['pcie']}")
-    if token.disk:
+    if token.disk and speeds.disk is not None:
         figures.append(f"disk {_speed(speeds.disk)}")
-    moved = [name for name, found in (("copies over PCIe", token.pcie), ("reads from the disk", token.disk)) if found]
+    late = (("copies over PCIe", token.pcie_late), ("reads from the disk", token.disk_late))
+    moved = [name for name, num_bytes in late if num_bytes]
     beside = f"; {_joined(moved)} run beside the arithmetic, as far ahead as buffers reach" if moved else ""
     return f"a bound, not measured, from {_joined(figures)}{beside}"
 

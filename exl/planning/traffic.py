@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from exl.batch import PAGE_SIZE
 from exl.layout.layers import LayerLayout
-from exl.planning.devices import HOST
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.planning.speed import CPU, TokenBytes
 
@@ -21,8 +20,11 @@ def token_bytes(model: PlanInput, plan: MemoryPlan, depth: int) -> TokenBytes:
         num_bytes = read_bytes(model.layers[i]) + cache_bytes(model, i, depth)
         memory[device] += num_bytes
         ahead[device] += num_bytes if tier is Tier.DEVICE else 0
-    # A line of the plan says where the table is. Of it, one row is read.
-    table = next((line.device for line in plan.lines if "embedding" in line.purpose and line.num_bytes), None)
+    # A line of the plan says where the table is: of it, one row is read. Without a line it is on the disk.
+    tables = [
+        line.device for line in plan.lines if line.num_bytes and line.purpose in ("embedding", "pinned embedding")
+    ]
+    table = tables[0] if tables else None
     once = {list(memory)[-1]: head_bytes(model)}
     row = embedding_row_bytes(model)
     if table in memory:
@@ -31,7 +33,9 @@ def token_bytes(model: PlanInput, plan: MemoryPlan, depth: int) -> TokenBytes:
         memory[device] += num_bytes
         ahead[device] += num_bytes
     copied, late, read, read_late = _moved(model, plan)
-    return TokenBytes(depth, memory, ahead, copied + (row if table == HOST else 0), late, read, read_late)
+    copied += 0 if table in memory else row
+    read += row if table is None else 0
+    return TokenBytes(depth, memory, ahead, copied, late, read, read_late)
 
 
 def _moved(model: PlanInput, plan: MemoryPlan) -> tuple[int, int, int, int]:

@@ -68,6 +68,8 @@ def test_the_table_of_cards_is_in_order():
         ("NVIDIA H100 NVL", "H100 94GB NVL"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada 48GB"),
         ("L40s", "L40S 48GB"),
+        ("RTX 3060 Ti GDDR6X", "RTX 3060 Ti 8GB GDDR6X"),
+        ("RTX 3060 Ti 8GB GDDR6", "RTX 3060 Ti 8GB GDDR6"),
     ],
 )
 def test_cards_are_found_as_people_and_drivers_write_them(written, expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,7 +91,11 @@ def test_the_table_in_pinned_memory_gives_a_row_over_the_bus():
     others = [line for line in plan.lines if line.purpose != "embedding"]
     there = MemoryPlan((*others, *moved), plan.placement, plan.context, plan.num_pages, plan.num_buffers)
     engine_model = input_of("llama-2-7b", "8GB")
-    assert token_bytes(engine_model, there, 0).links() == {"vram": 32 * LAYER + HEAD, "pcie": ROW}
+    moved_row = token_bytes(engine_model, there, 0)
+    assert moved_row.links() == {"vram": 32 * LAYER + HEAD, "pcie": ROW}
+    assert moved_row.unknown(Speeds(vram={"cuda:0": GB})) == []  # so few bytes need no figure
+    on_disk = token_bytes(engine_model, replace(there, lines=tuple(others)), 0)
+    assert on_disk.links() == {"vram": 32 * LAYER + HEAD, "pcie": ROW, "disk": ROW}
     assert token_bytes(engine_model, plan, 0).links() == plan.tokens[0].links()
 
 
@@ -157,7 +162,9 @@ def test_copies_are_those_that_a_stream_makes(num_streamed, num_resident, num_bu
         config=SimpleNamespace(windows=[None] * num_layers),
         kv_layout=SimpleNamespace(layer_bytes=lambda num_pages: 0),
     )
-    assert token_bytes(model, plan, 0).pcie == moved
+    (table,) = model.embed.linears["embed"]
+    row = table.fields["weight"].num_bytes // table.spec.N
+    assert token_bytes(model, plan, 0).pcie - row == moved  # this plan has no line for an embedding
 
 
 @pytest.mark.parametrize("num_resident", range(5))
