@@ -158,6 +158,8 @@ def test_a_context_beyond_the_models_own_warns(tmp_path):
     with pytest.warns(ExlWarning, match=re.escape(text)) as caught:
         exl.load(context=600, device="cpu").close()
     assert [warning.filename for warning in caught] == [__file__]  # the line that called exl, not one inside of it
+    done = run_exl("generate", "Once", "--context", "600", "--max-tokens", "2", "--device", "cpu")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, f"exl: warning: {text}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ExlWarning)
         exl.load(context=512, device="cpu").close()
