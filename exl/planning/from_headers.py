@@ -13,7 +13,7 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig, read_json
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
-from exl.errors import ConfigError, MemoryBudgetError
+from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
@@ -179,11 +179,24 @@ def plan_model(
     depths = (0, plan.context) if depth is None else (_checked_depth(depth, plan.context),)
     plan = dataclasses.replace(
         plan,
-        notes=plan_notes(model, plan, files.manifest),
+        notes=plan_notes(model, plan, _with_rounded_head(files, options, target)),
         tokens=tuple(token_bytes(model, plan, depth) for depth in depths),
         speeds=speeds or Speeds(),
     )
     return plan, model
+
+
+def _with_rounded_head(
+    files: ModelFiles, options: EngineOptions, target: Target
+) -> tuple[MemoryPlan, PlanInput] | None:
+    """The same with ``head=8``; None if the head is not dense, or cannot be rounded on this device."""
+    manifest = files.manifest.with_head_bits(8)
+    if manifest.head == files.manifest.head:
+        return None
+    try:
+        return _attempt(dataclasses.replace(files, manifest=manifest), options, target)
+    except UnsupportedModelError:
+        return None
 
 
 def _checked_depth(depth: int, context: int) -> int:

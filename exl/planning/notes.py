@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from exl.errors import UnsupportedModelError
-from exl.layout.layers import layer_layout
 from exl.memory.host import system_ram
-from exl.models.manifest import ModelManifest
 from exl.planning.plan import MemoryPlan, PlanInput
-from exl.planning.traffic import head_bytes, model_bytes_a_token, read_bytes
+from exl.planning.traffic import head_bytes, model_bytes_a_token
 from exl.planning.verdict import Note
 from exl.units import format_bytes
 
-_ROUNDED_BITS = 8
 _WORTH_SAYING = 0.01  # of a token's bytes
 _OWN_SCALING = "dynamic"  # a kind of RoPE that is made for lengths beyond max_position_embeddings
 
 
-def plan_notes(model: PlanInput, plan: MemoryPlan, manifest: ModelManifest) -> tuple[Note, ...]:
-    found = [_beyond_ram(plan), _beyond_context(model, plan), _several_gpus(plan), _rounded_head(model, manifest)]
+def plan_notes(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> tuple[Note, ...]:
+    """``rounded``: the plan of the same model with ``head=8``; None if its head is not dense."""
+    found = [_beyond_ram(plan), _beyond_context(model, plan), _several_gpus(plan), _rounded_head(model, plan, rounded)]
     return tuple(note for note in found if note is not None)
 
 
@@ -49,22 +46,30 @@ def _several_gpus(plan: MemoryPlan) -> Note | None:
     return Note("warning", f"a plan for {used} GPUs: this version of exl computes on one") if used > 1 else None
 
 
-def _rounded_head(model: PlanInput, manifest: ModelManifest) -> Note | None:
-    """What ``head=8`` would gain, if the head is dense. A GPU's kernels multiply codes as they read them. A CPU writes
-    panels of f32 first, which takes longer than the bytes save: there it gains memory only."""
-    rounded = manifest.with_head_bits(_ROUNDED_BITS).head
-    if rounded == manifest.head:
+def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> Note | None:
+    """What ``head=8`` would gain, if the head is dense: the difference of the two plans. A GPU's kernels multiply codes
+    as they read them. A CPU writes panels of f32 first, which takes longer than the bytes save: there memory is all
+    that it gains."""
+    if rounded is None or not rounded[0].fits:
         return None
-    try:
-        layout = layer_layout(rounded, model.target)
-    except UnsupportedModelError:
-        return None
-    read = head_bytes(model) - read_bytes(layout)
+    other, of_other = rounded
+    read = head_bytes(model) - head_bytes(of_other)
     share = read / model_bytes_a_token(model, 0)
-    kept = model.head.num_bytes - layout.num_bytes  # negative where the embedding is the head, and stays
-    if share < _WORTH_SAYING:
+    more_layers = len(other.placement.resident) - len(plan.placement.resident)
+    if share < _WORTH_SAYING or more_layers < 0:
         return None
-    if model.target.kind == "cpu":
-        return Note("advice", f"head=8 would save {format_bytes(kept)} of RAM") if kept > 0 else None
-    cost = f", for {format_bytes(-kept)} more of VRAM" if kept < 0 else ""
-    return Note("advice", f"head=8 would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{cost}")
+    on_gpu = model.target.kind == "cuda"
+    place = "VRAM" if on_gpu else "RAM"
+    layers = f"keep {more_layers} more layer{'s' if more_layers > 1 else ''} in {place}"
+    grows = _exact_bytes(other, on_gpu) - _exact_bytes(plan, on_gpu)
+    if not on_gpu:
+        text = layers if more_layers else f"save {format_bytes(-grows)} of RAM" if grows < 0 else ""
+        return Note("advice", f"head=8 would {text}") if text else None
+    # More memory without more layers: the embedding is the head, and stays.
+    rest = f" and {layers}" if more_layers else f", for {format_bytes(grows)} more of VRAM" if grows > 0 else ""
+    return Note("advice", f"head=8 would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{rest}")
+
+
+def _exact_bytes(plan: MemoryPlan, on_gpu: bool) -> int:
+    """Of all GPUs, or of the RAM."""
+    return sum(line.num_bytes for line in plan.lines if line.exact and line.device.startswith("cuda") == on_gpu)

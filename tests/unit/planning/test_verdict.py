@@ -201,6 +201,16 @@ def test_on_the_cpu_a_rounded_head_gains_memory_alone():
     assert advice(shape="llama-3.2-1b") == []
 
 
+@pytest.mark.parametrize(("options", "place"), [({"vram": "4100MB"}, "VRAM"), ({"ram": "3400MB"}, "RAM")])
+def test_a_rounded_head_may_make_room_for_layers(options, place):
+    plain, rounded = (
+        len(exl.plan(shape="llama-2-7b", context=512, head=head, **options).placement.resident) for head in ("file", 8)
+    )
+    assert plain < rounded < 32
+    (text,) = advice(shape="llama-2-7b", context=512, **options)
+    assert text.endswith(f"keep {rounded - plain} more layer{'s' if rounded - plain > 1 else ''} in {place}")
+
+
 def test_a_small_share_is_not_worth_a_line():
     assert advice(shape="llama-2-70b", vram="48GB") == []
 
