@@ -14,6 +14,7 @@ from exl.checkpoint.config import ModelConfig, read_json
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
+from exl.formats.settle_quant import settle_quant
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
@@ -156,6 +157,7 @@ def model_files(
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
     config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
+    quant = settle_quant(checkpoint, quant)
     manifest = read_manifest(checkpoint, config, quant)
     if head != "file":
         manifest = manifest.with_head_bits(int(head))
