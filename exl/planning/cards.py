@@ -1,7 +1,7 @@
 """NVIDIA cards by name: memory, bandwidth, architecture and link, as their data sheets say.
 
 Sources: NVIDIA's product pages and data sheets of each card, and the Compute Capability table of the CUDA
-documentation; those of GeForce cards agree with a second public table. Bandwidths are peaks, which no program reaches.
+documentation; those of RTX 30, 40 and 50 agree with a second public table. Bandwidths are peaks, which no program reaches.
 Of a laptop's GPU the link is the chip's; what a laptop connects may be half of it.
 """
 

@@ -48,8 +48,8 @@ def _several_gpus(plan: MemoryPlan) -> Note | None:
 
 def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> Note | None:
     """What ``head=8`` would gain, if the head is dense: the difference of the two plans. A GPU's kernels multiply codes
-    as they read them. A CPU writes panels of f32 first, which takes longer than the bytes save: there memory is all
-    that it gains."""
+    as they read them. A CPU writes panels of f32 first, and no gain in speed has been measured there: memory is all
+    that is told."""
     if rounded is None or not rounded[0].fits:
         return None
     other, of_other = rounded
