@@ -1,8 +1,8 @@
 """NVIDIA cards by name: memory, bandwidth, architecture and link, as their data sheets say.
 
-Sources: NVIDIA's product pages and data sheets of each card, and the Compute Capability table of the CUDA
-documentation; those of RTX 30, 40 and 50 agree with a second public table. Bandwidths are peaks, which no program reaches.
-Of a laptop's GPU the link is the chip's; what a laptop connects may be half of it.
+The figures are those that NVIDIA publishes for each card; bandwidths of RTX 30, 40 and 50 were compared with a second
+public table. Bandwidths are peaks, which no program reaches. Of a laptop's GPU the link is the chip's; what a laptop
+connects may be half of it.
 """
 
 from __future__ import annotations
