@@ -30,20 +30,24 @@ from benchmarks import report
 from benchmarks.kernels import int4pack_us
 from benchmarks.machine import Machine, rate, share
 from benchmarks.report import Measurement, Section
-from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.synthetic import write_headers
 from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.bench import bytes_a_token
 from exl.engine.build import Engine, build_engine
 from exl.errors import MemoryBudgetError
 from exl.kernels.launch import Backend
 from exl.layout.layers import LayerLayout
 from exl.ops.base import Ops, view_field, view_segments
+from exl.planning import shapes
 from exl.planning.from_headers import EngineOptions, open_model
 from exl.planning.plan import MemoryPlan, Tier
+from exl.planning.shapes import ModelShape
+from exl.planning.traffic import model_bytes_a_token
 from exl.weights.loader import ModelWeights
 from exl.weights.placement import DeviceWeights
 
+SHAPES: dict[str, ModelShape] = dict(shapes.SHAPES)  # a dry run adds a small one
+MODELS = ["tinyllama-1.1b", "llama-2-7b", "llama-2-13b"]  # measured if nothing else is asked for
 DEPTHS, BATCHES = (0, 4096, 32768), (1, 4, 16)
 KINDS = ("f16", "q8", "k8v4", "q4")
 REPEATS = 20
@@ -106,14 +110,14 @@ def fill_random(blob: torch.Tensor, layout: LayerLayout) -> None:
 @contextmanager
 def synthetic_engine(
     backend: Backend,
-    shape: tuple[int, ...],
+    shape: ModelShape,
     *,
     dependent: bool = True,
     graphs: bool = True,
     streams: bool = False,
     **options,
 ) -> Iterator[Engine]:
-    """A Llama of this shape; ``options`` are those of ``EngineOptions``. Raises ``MemoryBudgetError``."""
+    """A model of this shape; ``options`` are those of ``EngineOptions``. Raises ``MemoryBudgetError``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "headers"
         write_headers(folder, shape)
@@ -186,8 +190,8 @@ def forward(engine: Engine, batches: Sequence[ForwardBatch]) -> None:
 
 def step_bytes_read(engine: Engine, depth: int, num_sequences: int) -> int:
     """Bytes that a step reads: the weights once, and each sequence's cache."""
-    weights = bytes_a_token(engine.model, 0)
-    return weights + num_sequences * (bytes_a_token(engine.model, depth + 1) - weights)
+    weights = model_bytes_a_token(engine.model, 0)
+    return weights + num_sequences * (model_bytes_a_token(engine.model, depth + 1) - weights)
 
 
 def decode_row(machine: Machine, name: str, kind: str, depth: int, num_sequences: int) -> str:
@@ -207,7 +211,7 @@ def decode_row(machine: Machine, name: str, kind: str, depth: int, num_sequences
 
 def host_line(machine: Machine, name: str, graphs: bool) -> str:
     """Host time of a decode step, and the gain by dependent launches."""
-    backend, batch, times = machine.backend, step_batch(0, 1, SHAPES[name][-1]), {}
+    backend, batch, times = machine.backend, step_batch(0, 1, SHAPES[name].vocab_size), {}
     for dependent in (False, True):
         options = {"context": PAGE_SIZE, "dependent": dependent, "graphs": graphs}
         with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), **options) as engine:
@@ -251,14 +255,14 @@ def prefill_line(machine: Machine, name: str) -> str:
     return f"{speed}, {cublas / found:.0%} of the speed of f16 cuBLAS for the linears alone; {memory}"
 
 
-def linears_us(shape: tuple[int, ...], num_tokens: int, device: torch.device, timer: Timer) -> float:
+def linears_us(shape: ModelShape, num_tokens: int, device: torch.device, timer: Timer) -> float:
     """Time of all layers' linears in f16 by cuBLAS, for one chunk."""
     total = 0.0
     for K, N in linear_shapes(shape):
         matrix = torch.randn(N, K, device=device, dtype=torch.float16)
         x = torch.randn(num_tokens, K, device=device, dtype=torch.float16)
         total += timer.median_us(lambda m=matrix, x=x: torch.nn.functional.linear(x, m))
-    return shape[2] * total
+    return shape.num_layers * total
 
 
 def peer_line(machine: Machine, name: str) -> str:
@@ -269,23 +273,24 @@ def peer_line(machine: Machine, name: str) -> str:
     found = [int4pack_us(K, N, 1, machine.device, machine.timer()) for K, N in linear_shapes(SHAPES[name])]
     if None in found:
         return f"- {name}: torch has no 4-bit kernel here"
-    linears = SHAPES[name][2] * sum(found) / 1e6
+    linears = SHAPES[name].num_layers * sum(found) / 1e6
     return (
         f"- {name}: torch's `_weight_int4pack_mm` for all linears of a step, one by one: {linears * 1e3:.2f} ms; "
         f"exl's whole step {seconds * 1e3:.2f} ms ({linears / seconds:.2f} times)"
     )
 
 
-def linear_shapes(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    hidden, inter, _, heads, kv_heads, head_dim, _ = shape
-    width = heads * head_dim
-    return [(hidden, width + 2 * kv_heads * head_dim), (width, hidden), (hidden, 2 * inter), (inter, hidden)]
+def linear_shapes(shape: ModelShape) -> list[tuple[int, int]]:
+    """Of a layer's launches: inputs, outputs."""
+    hidden, inter = shape.hidden_size, shape.intermediate_size
+    width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return [(hidden, width + 2 * kv_width), (width, hidden), (hidden, 2 * inter), (inter, hidden)]
 
 
 def stream_line(machine: Machine, name: str) -> str:
     """A model with VRAM for half of its weights: the rate of bytes over the bus in a step, against a plain copy."""
     shape, backend = SHAPES[name], machine.backend
-    resident = shape[2] // 2
+    resident = shape.num_layers // 2
     reset_peak(backend)
     options = {"vram": free_vram(backend), "context": PAGE_SIZE, "resident_layers": resident}
     with synthetic_engine(backend, shape, streams=True, **options) as engine:
@@ -418,7 +423,7 @@ def models_report(machine: Machine, arguments: argparse.Namespace) -> tuple[str,
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["1.1b", "7b", "13b"], help="shapes to measure")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=MODELS, help="shapes to measure")
     parser.add_argument("--kv-caches", nargs="+", choices=KINDS, default=list(KINDS), help="types of the cache")
 
 

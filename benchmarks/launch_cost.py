@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.end_to_end import forward, step_batch
-from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.synthetic import write_headers
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.engine.build import Engine, build_engine
 from exl.errors import KernelError
@@ -38,6 +38,7 @@ from exl.models.manifest import BlobSpec
 from exl.ops.base import Ops, view_field, view_segments
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model
 from exl.planning.plan import MemoryPlan
+from exl.planning.shapes import SHAPES, ModelShape
 from exl.weights.loader import ModelWeights
 from exl.weights.placement import DeviceWeights
 
@@ -102,7 +103,7 @@ def prompt(num_rows: int) -> ForwardBatch:
 
 
 @contextmanager
-def model(shape: tuple[int, ...], act_order: bool) -> Iterator[tuple[Engine, NoDevice]]:
+def model(shape: ModelShape, act_order: bool) -> Iterator[tuple[Engine, NoDevice]]:
     """A model of 4 bits in groups of 128; with ``act_order`` all linears of a layer are sorted by group."""
     with tempfile.TemporaryDirectory() as name:
         driver = Driver(str(_library(Path(name))))
@@ -210,7 +211,7 @@ def report(shape: str) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     args = parser.parse_args()
     torch.set_num_threads(1)  # on a busy machine, threads that wait for each other would measure other processes
     for line in report(args.shape):

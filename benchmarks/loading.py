@@ -1,6 +1,6 @@
 """Loading against a plain read of the same files, and its peak memory beyond what stays allocated.
 
-python -m benchmarks.loading [--shape 1.1b] [--layers 44] [--rounds 3] [--write NAME]
+python -m benchmarks.loading [--shape tinyllama-1.1b] [--layers 44] [--rounds 3] [--write NAME]
 
 Each round measures these in turn, each time with the files dropped from the page cache (mincore must confirm it):
 

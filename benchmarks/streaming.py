@@ -1,6 +1,6 @@
 """Streamed layers against their two lower bounds: the disk's time for the same bytes, and the arithmetic's time.
 
-python -m benchmarks.streaming [--shape 1.1b] [--layers 44] [--rounds 5] [--write NAME]
+python -m benchmarks.streaming [--shape tinyllama-1.1b] [--layers 44] [--rounds 5] [--write NAME]
 
 A model of random 4-bit weights (more than 1 GB by default) is loaded twice, all resident and all streamed. Each round
 measures in turn: a plain read of the streamed bytes, a pass with resident layers, a pass with streamed layers. The

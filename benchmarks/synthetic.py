@@ -1,6 +1,6 @@
 """Writes random GPTQ checkpoints in the shapes of real models: speed and memory do not depend on the weights' values.
 
-python benchmarks/synthetic.py 1.1b path/to/folder
+python -m benchmarks.synthetic tinyllama-1.1b path/to/folder
 """
 
 from __future__ import annotations
@@ -8,30 +8,23 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from exl.checkpoint.writer import safetensors_header, write_safetensors
+from exl.planning.shapes import SHAPES, ModelShape, TensorEntry
 
 ROOT = Path(__file__).parents[1]
 
-# hidden, intermediate, layers, heads, kv heads, head size, vocabulary
-SHAPES = {
-    "1.1b": (2048, 5632, 22, 32, 4, 64, 32000),  # TinyLlama
-    "7b": (4096, 11008, 32, 32, 32, 128, 32000),  # Llama 2
-    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama 3
-    "13b": (5120, 13824, 40, 40, 40, 128, 32000),  # Llama 2
-    "70b": (8192, 28672, 80, 64, 8, 128, 32000),  # Llama 2
-}
-
 
 def write_model(
-    folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, seed: int = 0, tokenizer: Path
+    folder: Path, shape: ModelShape, *, bits: int = 4, group_size: int = 128, seed: int = 0, tokenizer: Path
 ) -> None:
-    """Writes a Llama with random codes, different in each layer; untied head, f16 embedding and head."""
-    entries = _entries(shape, bits, group_size)
+    """Writes a model with random codes, different in each layer; f16 embedding and head."""
+    entries = shape.tensors(bits, group_size)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", entries, _random_data(entries, bits, seed))
     _write_config(folder, shape, bits, group_size)
@@ -40,10 +33,10 @@ def write_model(
 
 
 def write_headers(
-    folder: Path, shape: tuple[int, ...], *, bits: int = 4, group_size: int = 128, num_shards: int = 1
+    folder: Path, shape: ModelShape, *, bits: int = 4, group_size: int = 128, num_shards: int = 1
 ) -> None:
     """Writes as much of the model as a plan reads: headers and index are real, the weights are a hole in the file."""
-    entries = _entries(shape, bits, group_size)
+    entries = shape.tensors(bits, group_size)
     folder.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for i in range(num_shards):
@@ -59,56 +52,11 @@ def write_headers(
     _write_config(folder, shape, bits, group_size)
 
 
-def _entries(shape: tuple[int, ...], bits: int, group_size: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    hidden, inter, layers, heads, kv_heads, head_dim, vocab = shape
-    linears = {
-        "self_attn.q_proj": (hidden, heads * head_dim),
-        "self_attn.k_proj": (hidden, kv_heads * head_dim),
-        "self_attn.v_proj": (hidden, kv_heads * head_dim),
-        "self_attn.o_proj": (heads * head_dim, hidden),
-        "mlp.gate_proj": (hidden, inter),
-        "mlp.up_proj": (hidden, inter),
-        "mlp.down_proj": (inter, hidden),
-    }
-    entries: list[tuple[str, str, tuple[int, ...]]] = [("model.embed_tokens.weight", "f16", (vocab, hidden))]
-    for i in range(layers):
-        prefix = f"model.layers.{i}."
-        entries += [(f"{prefix}{norm}.weight", "f16", (hidden,)) for norm in _NORMS]
-        for name, (K, N) in linears.items():
-            entries += [
-                (f"{prefix}{name}.qweight", "i32", (K * bits // 32, N)),
-                (f"{prefix}{name}.qzeros", "i32", (K // group_size, N * bits // 32)),
-                (f"{prefix}{name}.scales", "f16", (K // group_size, N)),
-            ]
-    return [*entries, ("model.norm.weight", "f16", (hidden,)), ("lm_head.weight", "f16", (vocab, hidden))]
+def _write_config(folder: Path, shape: ModelShape, bits: int, group_size: int) -> None:
+    (folder / "config.json").write_text(json.dumps(shape.config(bits, group_size), indent=1))
 
 
-def _write_config(folder: Path, shape: tuple[int, ...], bits: int, group_size: int) -> None:
-    hidden, inter, layers, heads, kv_heads, head_dim, vocab = shape
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inter,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True},
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-
-
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def _random_data(entries, bits: int, seed: int) -> Iterator[bytes]:
+def _random_data(entries: Sequence[TensorEntry], bits: int, seed: int) -> Iterator[bytes]:
     # Symmetric v1 zeros store 2^(bits-1) - 1 in every field.
     zero_word = sum((2 ** (bits - 1) - 1) << shift for shift in range(0, 32, bits)) & 0xFFFFFFFF
     for i, (name, _, shape) in enumerate(entries):
@@ -131,7 +79,7 @@ Measure = Callable[[Path, Path, int], list[str]]  # model, packed folder, rounds
 def run_on_synthetic(module: str, doc: str | None, rounds: int, measure: Measure) -> None:
     """The command line of a benchmark: measures a random model, prints the lines and can write them to a file."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b")
     parser.add_argument("--layers", type=int, default=44, help="number of layers, instead of the shape's (default: 44)")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument(
@@ -139,10 +87,10 @@ def run_on_synthetic(module: str, doc: str | None, rounds: int, measure: Measure
     )
     parser.add_argument("--write", metavar="NAME", help="write the report to benchmarks/results/NAME.txt, too")
     args = parser.parse_args()
-    hidden, inter, _, *rest = SHAPES[args.shape]
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         model = Path(name) / "model"
-        write_model(model, (hidden, inter, args.layers, *rest), tokenizer=ROOT / "tests" / "data" / "stories260K")
+        shape = replace(SHAPES[args.shape], num_layers=args.layers)
+        write_model(model, shape, tokenizer=ROOT / "tests" / "data" / "stories260K")
         lines = [f"python -m {module} --shape {args.shape} --layers {args.layers} --rounds {args.rounds}"]
         lines += measure(model, Path(name) / "packed", args.rounds)
     print("\n".join(lines))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.completion import Completion, TextIterator
     from exl.llm import LLM, load
-    from exl.planning.from_headers import plan
+    from exl.planning.ask import plan
     from exl.planning.plan import MemoryPlan
     from exl.request_options import PromptProgress
     from exl.sampling_params import SamplingParams
@@ -45,7 +45,7 @@ _HOMES = {
     "TextIterator": "exl.completion",
     "TokenLogprob": "exl.text.logprobs",
     "load": "exl.llm",
-    "plan": "exl.planning.from_headers",
+    "plan": "exl.planning.ask",
 }
 
 __all__ = [

@@ -19,12 +19,13 @@ import torch
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, choose_device, load_engine
 from exl.errors import ConfigError
-from exl.layout.layers import LayerLayout
 from exl.memory.host import trim_heap
 from exl.planning.from_headers import EngineOptions
-from exl.planning.plan import MemoryPlan, PlanInput
+from exl.planning.plan import MemoryPlan
+from exl.planning.traffic import model_bytes_a_token
 from exl.progress import Progress
 from exl.sampling import SamplingParams
+from exl.units import format_bytes
 
 ROOF_BYTES = 1 << 28  # the roof is measured on this many, far more than the caches hold
 GPU_ROOF_BYTES = 1 << 30
@@ -56,7 +57,20 @@ class BenchResult:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What was measured, as llama-bench's rows name it, so that rows of several runs can stand in one table."""
+
+    model: str
+    size: int  # bytes of all weights as they are packed
+    bits: str  # "4"; of a model that is not quantized its type: "f16"
+    device: str  # "cpu", or the GPU's name
+    threads: int  # of torch
+    cache: str  # type of the KV cache
+
+
+@dataclass(frozen=True)
 class BenchReport:
+    subject: Subject
     plan: MemoryPlan
     results: tuple[BenchResult, ...]
     roof: float  # bytes per second of a read-only pass over memory, with the same threads, in the same run
@@ -78,17 +92,19 @@ def run_bench(
     depth: int = 0,
     repeats: int = 5,
     progress: Progress | None = None,
+    name: str | None = None,
 ) -> BenchReport:
     """Loads the model and measures it; 0 tokens leave a test out. ``options.context`` must hold depth and tokens; None
-    is exactly that many. Raises ``ConfigError``, and what loading raises."""
-    for name, value, least in (
+    is exactly that many. ``name``: what rows call the model; None: the folder's name. Raises ``ConfigError``, and what
+    loading raises."""
+    for option, value, least in (
         ("pp", num_prompt, 0),
         ("tg", num_generated, 0),
         ("depth", depth, 0),
         ("repeats", repeats, 1),
     ):
         if value < least:
-            raise ConfigError(f"{name}: found {value}, expected {least} or more")
+            raise ConfigError(f"{option}: found {value}, expected {least} or more")
     needed = depth + max(num_prompt, num_generated + 2)
     if options.context is None:
         options = EngineOptions(**{**vars(options), "context": needed})
@@ -106,18 +122,39 @@ def run_bench(
         if num_prompt:
             tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt), None))
         if num_generated:
-            num_bytes = bytes_a_token(engine.model, depth + num_generated // 2)
+            num_bytes = model_bytes_a_token(engine.model, depth + num_generated // 2)
             tests.append(
                 (f"tg{num_generated}{at}", num_generated, lambda: _generate(engine, depth, num_generated), num_bytes)
             )
         results = []
-        for name, count, run, num_bytes in tests:
+        for test, count, run, num_bytes in tests:
             run()
-            results.append(BenchResult(name, count, tuple(run() for _ in range(repeats)), num_bytes))
+            results.append(BenchResult(test, count, tuple(run() for _ in range(repeats)), num_bytes))
         peak = None if before is None else _peak(engine) - before
-        return BenchReport(engine.plan, tuple(results), roof, peak, engine.decode_steps)
+        subject = _subject(engine, model_name(None, folder) if name is None else name)
+        return BenchReport(subject, engine.plan, tuple(results), roof, peak, engine.decode_steps)
     finally:
         engine.close()
+
+
+def model_name(model: str | None, folder: Path) -> str:
+    """What rows call a model: a repository's id, else the name of its folder or file."""
+    is_repository = model is not None and not Path(model).expanduser().exists()
+    return model if is_repository else folder.resolve().stem if folder.is_file() else folder.resolve().name
+
+
+def _subject(engine: Engine, name: str) -> Subject:
+    model = engine.model
+    (table,) = model.embed.linears["embed"]
+    on_gpu = engine.device.type == "cuda"
+    return Subject(
+        model=name,
+        size=sum(blob.num_bytes for blob in (model.embed, *model.layers, model.head)),
+        bits=table.spec.dtype if engine.quant is None else str(engine.quant.bits),
+        device=torch.cuda.get_device_name(engine.device) if on_gpu else engine.device.type,
+        threads=torch.get_num_threads(),
+        cache=model.kv_layout.kind,
+    )
 
 
 def _prompt(engine: Engine, depth: int, count: int) -> float:
@@ -154,27 +191,6 @@ def _generate(engine: Engine, depth: int, count: int) -> float:
 def _ids(engine: Engine, count: int) -> list[int]:
     """Tokens without meaning, each different from its neighbours."""
     return [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(count)]
-
-
-def bytes_a_token(model: PlanInput, context: int) -> int:
-    """Bytes of layers and head that decoding reads, and of K and V of ``context`` tokens."""
-    head = model.head if model.head.linears else model.embed
-    return sum(map(_read_bytes, model.layers)) + _read_bytes(head) + _cache_bytes(model, context)
-
-
-def _read_bytes(layout: LayerLayout) -> int:
-    """int4pack: decoding reads codes and the bf16 pairs of scale and zero; prompts the exact scales and zeros."""
-    total = sum(field.num_bytes for name, field in layout.fields.items() if "." not in name)
-    for segments in layout.linears.values():
-        for linear in segments:
-            unread = ("scales", "zeros") if linear.kind == "int4pack" else ()
-            total += sum(field.num_bytes for name, field in linear.fields.items() if name not in unread)
-    return total
-
-
-def _cache_bytes(model: PlanInput, context: int) -> int:
-    page = model.kv_layout.slab_bytes(1)
-    return page * context // 64
 
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:
@@ -241,12 +257,13 @@ def _status_bytes(field: str) -> int:
 
 
 def rows_of(report: BenchReport) -> list[dict[str, object]]:
-    """One row per test, for tables and files."""
+    """One row per test, for tables and files; each says what it measured."""
     rows = []
     for result in report.results:
         share = report.share_of_roof(result)
         rows.append(
             {
+                **vars(report.subject),
                 "test": result.name,
                 "tokens_per_second": round(result.mean, 2),
                 "deviation": round(result.deviation, 2),
@@ -258,10 +275,14 @@ def rows_of(report: BenchReport) -> list[dict[str, object]]:
 
 
 def markdown(rows: Sequence[dict[str, object]]) -> str:
-    """The same as a Markdown table."""
-    lines = ["| test | tokens/s | share of the roof |", "| --- | ---: | ---: |"]
+    """The same as a Markdown table, with llama-bench's columns."""
+    lines = [
+        "| model | size | bits | device | threads | cache | test | t/s |",
+        "| --- | ---: | ---: | --- | ---: | --- | ---: | ---: |",
+    ]
     for row in rows:
-        share = row["share_of_roof"]
+        cells = [str(row["model"]).replace("|", "\\|"), format_bytes(row["size"])]
+        cells += [str(row[name]) for name in ("bits", "device", "threads", "cache", "test")]
         speed = f"{row['tokens_per_second']:.2f} ± {row['deviation']:.2f}"
-        lines.append(f"| {row['test']} | {speed} | {'' if share is None else f'{100 * share:.1f} %'} |")
+        lines.append(f"| {' | '.join([*cells, speed])} |")
     return "\n".join(lines)

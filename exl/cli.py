@@ -18,7 +18,7 @@ from exl.commands.info import info
 from exl.commands.packed import packed_app
 from exl.commands.plan import plan
 from exl.commands.quantize import quantize
-from exl.errors import ExlError
+from exl.errors import ExlError, one_line_warnings
 
 app = typer.Typer(
     name="exl",
@@ -39,7 +39,8 @@ def main() -> None:
     if sys.platform == "win32":
         _pipe_utf8()
     try:
-        code = app(standalone_mode=False)
+        with one_line_warnings(say):
+            code = app(standalone_mode=False)
     except ExlError as error:
         code = _fail(error)
     except KeyboardInterrupt:

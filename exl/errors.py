@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
 _TORCH_ADVICE = "CUDA kernel errors might be asynchronously"  # three lines of it follow each error of torch's
 
 
@@ -57,3 +63,37 @@ def with_causes(error: BaseException) -> str:
 
 class ExlWarning(UserWarning):
     """Something was wrong and exl went on with what is most likely meant."""
+
+
+def warn_user(text: str) -> None:
+    """Warns at the line of the program that called exl, however deep inside exl this is."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "exl":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, ExlWarning, stacklevel=level)
+
+
+@contextmanager
+def one_line_warnings(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, an ``ExlWarning`` is one line for ``say``, without Python's place and line of code: for a command, whose
+    user did not write the code."""
+    earlier = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, ExlWarning):
+            say(f"exl: warning: {message}")
+        else:
+            earlier(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = earlier

@@ -68,3 +68,9 @@ def format_apart(*sizes: int) -> list[str]:
         if len(set(shown)) == len(set(sizes)):
             break
     return shown
+
+
+def short_bytes(num_bytes: int) -> str:
+    """As ``format_bytes``, without zeros at the end: ``short_bytes(6_000_000_000) == "6 GB"``."""
+    number, unit = format_bytes(num_bytes).split()
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"

@@ -15,28 +15,37 @@ from benchmarks.attention import Shape, attention_section
 from benchmarks.gpu_run.worker import Place, Worker, read_records
 from benchmarks.machine import Machine, gpu_machine, host_machine
 from benchmarks.report import Section
+from exl.planning.shapes import ModelShape
 
 
 def gpu_sections(machine: Machine) -> tuple[Section, ...]:
     """Sections by priority. A section that has used its seconds waits until the others have used theirs."""
-    decode, model = end_to_end.decode_section, ("7b",)
+    decode, model = end_to_end.decode_section, ("llama-2-7b",)
     return (
         decode(machine, model, ("f16",), (0, 4096), (1, 4, 16), seconds=45),
         end_to_end.prompt_section(machine, model, seconds=15),
-        end_to_end.stream_section(machine, "13b", seconds=25),
+        end_to_end.stream_section(machine, "llama-2-13b", seconds=25),
         kernels.linear_section(machine, ("7B",), 4, (1, 16, 4, 64, 8), seconds=25),
         kernels.roofs_section(machine, seconds=10),
         end_to_end.host_section(machine, model, seconds=20),
         decode(machine, model, ("q8", "k8v4", "q4"), (4096, 0), (1, 16, 4), 25, "Decoding, quantized caches"),
         attention_section(machine, depths=(4096, 32768), batches=(1, 16), seconds=20),
         end_to_end.peer_section(machine, model, seconds=15),
-        decode(machine, ("1.1b", "8b", "13b"), ("f16",), (0, 4096), (1, 16), 60, "Decoding, other shapes"),
+        decode(
+            machine,
+            ("tinyllama-1.1b", "llama-3-8b", "llama-2-13b"),
+            ("f16",),
+            (0, 4096),
+            (1, 16),
+            60,
+            "Decoding, other shapes",
+        ),
     )
 
 
 def dry_sections(machine: Machine) -> tuple[Section, ...]:
     """The same on the host shim, with small shapes."""
-    end_to_end.SHAPES["tiny"] = (128, 256, 2, 4, 2, 32, 128)
+    end_to_end.SHAPES["tiny"] = ModelShape("llama", 128, 256, 2, 4, 2, 32, 128, 4096)
     end_to_end.PROMPT = 70
     kernels.MODELS["tiny"] = (("o", 128, 128),)
     sections = (

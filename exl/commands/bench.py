@@ -32,16 +32,18 @@ def bench(
     """
     if output not in ("table", "csv", "json"):
         raise ConfigError(f"output: found {output!r}, expected table, csv or json")
-    from exl.bench import markdown, rows_of, run_bench
+    from exl.bench import markdown, model_name, rows_of, run_bench
     from exl.checkpoint.hub import find_model
     from exl.planning.from_headers import EngineOptions
     from exl.units import format_bytes
 
-    report = run_bench(find_model(model, **loading.source), EngineOptions(**loading.engine()), pp, tg, depth, repeats)
+    folder, options = find_model(model, **loading.source), EngineOptions(**loading.engine())
+    report = run_bench(folder, options, pp, tg, depth, repeats, name=model_name(model, folder))
     rows = rows_of(report)
+    advice = [note.text for note in report.plan.notes if note.kind == "advice"]
     if output == "json":
         facts = {"roof_bytes_per_second": report.roof, "peak_bytes": report.peak_bytes}
-        facts["decode_steps"] = report.decode_steps
+        facts |= {"decode_steps": report.decode_steps, "advice": advice}
         print(json.dumps({"results": rows, "planned_bytes": report.plan.num_bytes, **facts}))
     elif output == "csv":
         writer = csv.DictWriter(sys.stdout, rows[0] if rows else ["test"], lineterminator="\n")
@@ -51,6 +53,14 @@ def bench(
         print(markdown(rows))
         peak = "unknown on this system" if report.peak_bytes is None else format_bytes(report.peak_bytes)
         say(f"memory: {peak} of {format_bytes(report.plan.num_bytes)} planned")
-        say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory")
+        say(f"roof: {report.roof / 1e9:.1f} GB/s, a read-only pass over memory{_shares(rows)}")
         if report.decode_steps is not None:
             say(f"decode steps: {report.decode_steps}")
+        for text in advice:
+            say(text)
+
+
+def _shares(rows: list[dict[str, object]]) -> str:
+    """What of the roof each test reaches, where that is known."""
+    found = [f"{row['test']} reaches {100 * row['share_of_roof']:.1f} %" for row in rows if row["share_of_roof"]]
+    return f"; {', '.join(found)}" if found else ""

@@ -1,24 +1,81 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from exl.commands.options import Context, Debug, Embed, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
+from exl.commands.options import (
+    Context,
+    Debug,
+    Embed,
+    KVCacheType,
+    Ram,
+    Revision,
+    Token,
+    parse_context,
+    parse_vram,
+    shared_options,
+)
+from exl.errors import ConfigError
 
 
-def plan(
-    model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+@dataclass(frozen=True)
+class ShapeOptions:
+    """A model that is not there."""
+
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a model, the shape of a well-known one: llama-2-70b, qwen3-8b.")
+    ] = None
+    bits: Annotated[int | None, typer.Option(help="With --shape: 2, 3, 4 or 8; 16 is dense. Default: 4.")] = None
+    group_size: Annotated[int | None, typer.Option(help="With --shape: inputs that share a scale. Default: 128.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """A machine that may be another one."""
+
+    gpu: Annotated[
+        str | None, typer.Option(help='A card by name, which need not be here: "RTX 3060 12GB"; several: with commas.')
+    ] = None
     vram: Annotated[
         str | None,
         typer.Option(help="VRAM of a GPU, which need not be in this machine: 24GB; of several: 10GB,24GB."),
-    ] = None,
-    arch: Annotated[int, typer.Option(help="With --vram: compute capability, 86 for 8.6.")] = 86,
+    ] = None
+    arch: Annotated[
+        str | None, typer.Option(help="With --vram: compute capability as 8.6, 86 or sm_86. Default: 8.6.")
+    ] = None
+    vram_speed: Annotated[
+        str | None, typer.Option(help="Bandwidth of the VRAM in bytes a second: 360GB; of several GPUs: with commas.")
+    ] = None
+    pcie: Annotated[str | None, typer.Option(help='Speed of the link to the GPU: 12GB, or as "3.0 x8".')] = None
+    disk: Annotated[str | None, typer.Option(help="Speed at which the disk is read: 3.5GB.")] = None
+    ram_speed: Annotated[str | None, typer.Option(help="Bandwidth of the RAM: 40GB.")] = None
+
+    def keywords(self) -> dict[str, object]:
+        """Of ``exl.plan``."""
+        several = {"vram": self.vram, "vram_speed": self.vram_speed, "pcie": self.pcie}
+        given = {name: parse_vram(text) for name, text in several.items()}
+        return {**given, "gpu": self.gpu, "arch": self.arch, "disk": self.disk, "ram_speed": self.ram_speed}
+
+
+@shared_options
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+    *,
+    of_shape: ShapeOptions,
+    machine: MachineOptions,
     ram: Ram = None,
     context: Context = None,
     kv_cache: KVCacheType = "f16",
     embed: Embed = "auto",
+    head: Annotated[str, typer.Option(help="Round a dense head to 8 or 4 bits; file keeps it.")] = "file",
+    depth: Annotated[
+        int | None, typer.Option(help="Tokens in the cache for which speed is told. Default: none, and all.")
+    ] = None,
     max_sequences: Annotated[int, typer.Option(help="The cache has room for this many contexts.")] = 1,
     prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
     prefill_window: Annotated[
@@ -29,26 +86,28 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show where every byte of a model would go, from its headers alone.
+    """Show whether a model fits and where every byte of it would go, from its headers alone.
 
     A Hugging Face repository is not downloaded for that.
 
     exl plan path/to/model --ram 8GB --context auto
 
-    exl plan owner/name --vram 12GB --context 8192
+    exl plan owner/name --gpu "RTX 3060 12GB" --context 8192
 
-    exl plan path/to/model --vram 24GB --kv-cache q8
+    exl plan --shape llama-2-70b --vram 24GB --ram 32GB --kv-cache q8
     """
-    from exl.planning.from_headers import plan as make_plan
+    from exl.planning.ask import plan as make_plan
 
     found = make_plan(
         model,
-        vram=parse_vram(vram),
-        arch=arch,
+        **vars(of_shape),
+        **machine.keywords(),
         ram=ram,
         context=parse_context(context),
         kv_cache=kv_cache,
         embed=embed,
+        head=_parse_head(head),
+        depth=depth,
         max_sequences=max_sequences,
         prefill_chunk=prefill_chunk,
         prefill_window=prefill_window,
@@ -56,3 +115,9 @@ def plan(
         token=token,
     )
     print(json.dumps(found.to_json()) if as_json else found.table())
+
+
+def _parse_head(text: str) -> str | int:
+    if text not in ("file", "8", "4"):
+        raise ConfigError(f"head: found {text!r}, expected file, 8 or 4")
+    return text if text == "file" else int(text)

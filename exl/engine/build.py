@@ -17,7 +17,7 @@ from exl.checkpoint.config import GenerationDefaults, ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.generator import Generator
 from exl.engine.runner import Runner
-from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError
+from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError, warn_user
 from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
@@ -125,6 +125,8 @@ def build_engine(
         target = cpu_target() if cpu is None else cpu
     with ExitStack() as stack:
         plan, model = plan_model(files, options, target)
+        for text in plan.warnings:
+            warn_user(text)
         if backend is not None:
             _check_device(plan, backend)
         ops = _make_ops(files, plan, model, backend, dependent, stack)

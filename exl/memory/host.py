@@ -10,18 +10,20 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exl.errors import MemoryBudgetError
-from exl.memory.virtual import VirtualPages, total_ram
+from exl.memory.virtual import VirtualPages, available_ram, total_ram
 
 if TYPE_CHECKING:
     import torch
 
 
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _LARGE_BYTES = 4 << 20  # buffers from this size on use pages of 2 MiB, if the system has them
 
 
@@ -103,6 +105,38 @@ def pinned_limit() -> int | None:
         return None if total is None else total // 2
     if "microsoft" in platform.release().lower():  # WSL
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return None
+
+
+def system_ram() -> tuple[int | None, int | None]:
+    """Bytes of RAM that this machine has, and that are available now; None: the system does not tell. A container's
+    limit counts as what it has."""
+    if sys.platform == "win32":
+        return total_ram(), available_ram()
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None, None
+    available = _meminfo_bytes("MemAvailable")
+    limit = _container_limit()
+    if limit is not None and limit < total:
+        return limit, None if available is None else min(available, limit)
+    return total, available
+
+
+def _meminfo_bytes(field: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _container_limit() -> int | None:
+    """Of control groups, version 2 and 1."""
+    for path in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            return int(path.read_text())
     return None
 
 

@@ -71,6 +71,17 @@ class _MemoryStatus(ctypes.Structure):
 
 def total_ram(kernel32: Any = None) -> int | None:
     """Bytes of RAM; None if the system does not tell."""
+    status = _memory_status(kernel32)
+    return None if status is None else status.total
+
+
+def available_ram(kernel32: Any = None) -> int | None:
+    """Bytes of RAM that no program uses; None if the system does not tell."""
+    status = _memory_status(kernel32)
+    return None if status is None else status.free
+
+
+def _memory_status(kernel32: Any) -> _MemoryStatus | None:
     kernel32 = ctypes.WinDLL("kernel32", use_last_error=True) if kernel32 is None else kernel32
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    return status.total if kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+    return status if kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None

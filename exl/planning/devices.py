@@ -189,6 +189,8 @@ def _device_lines(asked: _Asked, share: _Share, num_buffers: int) -> list[PlanLi
     resident = sum(model.layers[i].num_bytes for i in share.layers)
     embed = model.embed.num_bytes if share.is_first and asked.embed is Tier.DEVICE else 0
     head = model.head.num_bytes if share.is_last else 0
+    if share.is_last and not share.is_first and not model.head.linears:
+        head += model.embed.num_bytes  # the embedding is the head, too, and on another GPU
     buffer_bytes = num_buffers * max((model.layers[i].num_bytes for i in share.streamed), default=0)
     num_cached = len(share.layers) + len(share.streamed)
     cache = num_cached * model.kv_layout.layer_bytes(num_pages)

@@ -1,4 +1,4 @@
-"""A model's folder and what was asked -> the memory plan. Headers only: no weights are read, no torch is imported."""
+"""A model's headers, options and a machine -> the memory plan. No weights are read, no torch is imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from pathlib import Path
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig, read_json
-from exl.checkpoint.hub import find_headers
-from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
-from exl.errors import ConfigError, MemoryBudgetError
+from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.formats.settle_quant import settle_quant
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
@@ -25,14 +23,16 @@ from exl.memory.host import pinned_limit
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
+from exl.planning.notes import plan_notes
 from exl.planning.plan import MemoryPlan, PlanInput
-from exl.units import format_apart, parse_budget
+from exl.planning.speed import Speeds
+from exl.planning.traffic import token_bytes
+from exl.units import format_apart, format_bytes, parse_budget
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
 _MAX_TOKENS = 1 << 30
 EMBED = ("auto", "device", "disk")
-_MIN_ARCH, _MAX_ARCH = 60, 1000  # the kernels need at least 60
 
 
 @dataclass(frozen=True)
@@ -152,54 +152,66 @@ def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterato
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        config = ModelConfig.from_dict(config_json, str(where))
-        quant = settle_quant(checkpoint, quant)
-        manifest = read_manifest(checkpoint, config, quant)
-        if head != "file":
-            manifest = manifest.with_head_bits(int(head))
-        yield ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head)
 
 
-def plan(
-    model: str | Path | None = None,
-    *,
-    vram: int | str | Sequence[int | str] | None = None,
-    arch: int = 86,
-    ram: int | str | None = None,
-    context: int | str | None = None,
-    kv_cache: str = "f16",
-    max_sequences: int = 1,
-    prefill_chunk: int = 512,
-    prefill_window: int = 4096,
-    resident_layers: int | None = None,
+def model_files(
+    checkpoint: Checkpoint,
+    config_json: Mapping[str, object],
+    quant: QuantConfig | None,
+    tokenizer_bytes: int = 0,
     head: str | int = "file",
-    embed: str = "auto",
-    revision: str | None = None,
-    token: Token = None,
-) -> MemoryPlan:
-    """Where every byte of a model would go, from its headers alone: no weights are read, nothing is allocated.
-
-    A Hugging Face repository that is not in the cache is not downloaded: its configuration, headers and ``g_idx`` are
-    fetched by range requests. Options as in ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86 is
-    8.6), which need not be in this machine; without it the plan is for the CPU. Raises as ``exl.load`` does.
-    """
-    options = EngineOptions.from_arguments(locals())
-    if isinstance(arch, bool) or not isinstance(arch, int) or not _MIN_ARCH <= arch < _MAX_ARCH:
-        raise ConfigError(f"arch: found {arch!r}, expected a compute capability, {_MIN_ARCH} or higher: 86 is 8.6")
-    # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
-    target = Target("cuda", arch=arch) if options.on_gpu else Target("cpu", int4pack="split64")
-    with open_model(find_headers(model, revision=revision, token=token), options.head) as files:
-        return plan_model(files, options, target)[0]
+) -> ModelFiles:
+    """Checks the headers against the configuration. Raises ``ExlError``."""
+    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
+    quant = settle_quant(checkpoint, quant)
+    manifest = read_manifest(checkpoint, config, quant)
+    if head != "file":
+        manifest = manifest.with_head_bits(int(head))
+    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
 
 
-def plan_model(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
-    """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit."""
+def plan_model(
+    files: ModelFiles,
+    options: EngineOptions,
+    target: Target,
+    speeds: Speeds | None = None,
+    depth: int | None = None,
+) -> tuple[MemoryPlan, PlanInput]:
+    """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit. ``depth``:
+    tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
     if options.context == "auto":
         options = dataclasses.replace(options, context=_largest_context(files, options, target))
     plan, model = _attempt(files, options, target)
     if not plan.fits:
         raise MemoryBudgetError(_explain(files, options, target, plan))
+    depths = (0, plan.context) if depth is None else (_checked_depth(depth, plan.context),)
+    plan = dataclasses.replace(
+        plan,
+        notes=plan_notes(model, plan, _with_rounded_head(files, options, target)),
+        tokens=tuple(token_bytes(model, plan, depth) for depth in depths),
+        speeds=speeds or Speeds(),
+    )
     return plan, model
+
+
+def _with_rounded_head(
+    files: ModelFiles, options: EngineOptions, target: Target
+) -> tuple[MemoryPlan, PlanInput] | None:
+    """The same with ``head=8``; None if the head is not dense, or cannot be rounded on this device."""
+    manifest = files.manifest.with_head_bits(8)
+    if manifest.head == files.manifest.head:
+        return None
+    try:
+        return _attempt(dataclasses.replace(files, manifest=manifest), options, target)
+    except UnsupportedModelError:
+        return None
+
+
+def _checked_depth(depth: int, context: int) -> int:
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= context:
+        raise ConfigError(f"depth: found {depth!r}, expected a number of tokens from 0 to the context, {context}")
+    return depth
 
 
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
@@ -296,8 +308,9 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         need + ("" if device == "cpu" else f" of {device}") for device, (need, _) in zip(short, pairs, strict=True)
     )
     given = " and ".join(budget for _, budget in pairs)
+    missing = " and ".join(format_bytes(plan.device_bytes(device) - plan.budgets[device]) for device in short)
     return (
-        f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}. "
+        f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}: {missing} too little. "
         f"Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"
     )
 

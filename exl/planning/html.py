@@ -1,4 +1,4 @@
-"""A memory plan as HTML, for notebooks and the demo: a bar per memory, and a list of its parts.
+"""A memory plan as HTML, for notebooks and the demo: the verdict, a bar per memory, and a list of its parts.
 
 Styles are inline, and text and background colours come from the page: it works in light and dark without a style sheet.
 """
@@ -39,19 +39,43 @@ COLORS = {
 }
 _OTHER_COLOR = "#8d99a6"
 _STRIPES = "repeating-linear-gradient(135deg, rgba(255, 255, 255, 0.45) 0 3px, transparent 3px 7px)"
-_RED = "#e5484d"
+_RED, _AMBER = "#e5484d", "#f2a33a"
 _NUMBER = "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums"
-_CELL = "border: 0; padding: 2px 0; background: none; vertical-align: baseline; text-align: left"
+_CELL = "color: inherit; border: 0; padding: 2px 0; background: none; vertical-align: baseline; text-align: left"
 
 
 def plan_html(plan: MemoryPlan) -> str:
-    """Each memory's bar is scaled to its budget, or to its sum if it has none; hatched parts are bounds."""
+    """The verdict first. Each memory's bar is scaled to its budget, or to its sum if it has none; hatched parts are
+    bounds. Then what a token reads, and notes."""
     memories = "".join(_memory(plan, device) for device in plan.devices)
     return (
-        f'<div class="exl-plan" style="max-width: 44em; line-height: 1.35">{memories}'
+        '<div class="exl-plan" style="max-width: 44em; line-height: 1.35; margin: 0 0 1em">'
+        f"{_verdict(plan)}{memories}"
         f'<div style="opacity: 0.65; font-size: 85%">{_swatch(_OTHER_COLOR, True)} exact &ensp;'
-        f"{_swatch(_OTHER_COLOR, False)} at most &ensp; context {plan.context} tokens</div></div>"
+        f"{_swatch(_OTHER_COLOR, False)} at most &ensp; context {plan.context} tokens</div>{_lines(plan)}</div>"
     )
+
+
+def _verdict(plan: MemoryPlan) -> str:
+    color = "" if plan.fits else f"; color: {_RED}"
+    warnings = "".join(
+        f'<div style="margin: 2px 0 0; padding: 0 0 0 0.6em; border-left: 3px solid {_AMBER}">warning: '
+        f"{html.escape(text)}</div>"
+        for text in plan.warnings
+    )
+    return (
+        f'<div class="exl-verdict" style="margin: 0 0 0.7em"><b style="font-size: 108%{color}">'
+        f"{html.escape(plan.verdict)}</b>{warnings}</div>"
+    )
+
+
+def _lines(plan: MemoryPlan) -> str:
+    """What a token reads, the bound of the speed, and other notes."""
+    speed = "".join(f'<div class="exl-speed">{html.escape(line)}</div>' for line in plan.speed_lines)
+    notes = "".join(
+        f'<div style="opacity: 0.75">{html.escape(note.text)}</div>' for note in plan.notes if note.kind != "warning"
+    )
+    return f'<div style="margin: 0.7em 0 0; font-size: 92%">{speed}{notes}</div>' if speed or notes else ""
 
 
 def _memory(plan: MemoryPlan, device: str) -> str:
@@ -73,7 +97,8 @@ def _memory(plan: MemoryPlan, device: str) -> str:
         f"<b>{name}</b><span>{sums}</span></div>"
         f'<div role="img" aria-label="{name}: parts of {_size(total, exact)}" style="display: flex; height: 20px; '
         f'{edge}border-radius: 6px; overflow: hidden; background: rgba(128, 128, 128, 0.22)">{parts}</div>'
-        '<table style="width: 100%; border-collapse: collapse; border: 0; margin: 6px 0 0; font-size: 92%">'
+        '<table style="width: 100%; border-collapse: collapse; border: 0; margin: 6px 0 0; font-size: 92%; '
+        'color: inherit">'
         f"{rows}</table></div>"
     )
 

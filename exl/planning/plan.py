@@ -17,6 +17,8 @@ from exl.layout.layers import LayerLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.planning.html import plan_html
+from exl.planning.speed import Speeds, TokenBytes, speed_lines, tokens_json
+from exl.planning.verdict import Note, verdict
 from exl.units import format_bytes
 
 
@@ -68,6 +70,28 @@ class MemoryPlan:
     num_pages: int
     num_buffers: int  # 0: nothing is streamed
     budgets: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+    tokens: tuple[TokenBytes, ...] = ()  # what one token reads, at some depths of the cache
+    speeds: Speeds = field(default_factory=Speeds)
+
+    @property
+    def verdict(self) -> str:
+        """``"22 of 32 layers in VRAM, 10 streamed from RAM; needs 5.93 of 6 GB of VRAM and 2.1 GB of RAM"``."""
+        return verdict(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(note.text for note in self.notes if note.kind == "warning")
+
+    @property
+    def speed_lines(self) -> list[str]:
+        """What one token reads, and the bound of the speed if the links' speeds are known."""
+        return speed_lines(self.tokens, self.speeds)
+
+    @property
+    def layer_counts(self) -> dict[str, int]:
+        """Layers by tier: resident, pinned, disk."""
+        return {tier.value: len(self.placement.on_tier(tier)) for tier in Tier}
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -96,6 +120,10 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, object]:
         return {
+            "verdict": self.verdict,
+            "warnings": list(self.warnings),
+            "notes": [vars(note) for note in self.notes],
+            "tokens": tokens_json(self.tokens, self.speeds),
             "lines": [vars(line) for line in self.lines],
             "num_bytes": self.num_bytes,
             "exact_bytes": self.exact_bytes,
@@ -104,11 +132,21 @@ class MemoryPlan:
             "fits": self.fits,
             "context": self.context,
             "embedding": self.placement.embed.value,
-            "layers": {tier.value: sum(t is tier for t, _ in self.placement.layers) for tier in Tier},
+            "layers": self.layer_counts,
         }
 
+    def summary(self) -> str:
+        """The verdict, warnings, what a token reads and the bound of the speed, then other notes: a line each."""
+        warnings = [f"warning: {text}" for text in self.warnings]
+        others = [note.text for note in self.notes if note.kind != "warning"]
+        return "\n".join([self.verdict, *warnings, *self.speed_lines, *others])
+
     def table(self) -> str:
-        """One row per line, bounds marked by <=; after each memory's lines, their sum and the budget."""
+        """The summary, then one row per line, bounds marked by <=; after each memory's lines, their sum and the
+        budget."""
+        return f"{self.summary()}\n\n{self._rows()}"
+
+    def _rows(self) -> str:
         rows: list[tuple[str, str, str, str]] = []
         for device in self.devices:
             lines = [line for line in self.lines if line.device == device]
@@ -128,13 +166,8 @@ class MemoryPlan:
         return self.table()
 
     def __repr__(self) -> str:
-        """A summary of each memory; ``print`` shows the table."""
-        memories = [f"{device} {_at_most(self.device_bytes(device), False)}" for device in self.devices]
-        resident, layers = len(self.placement.resident), len(self.placement.layers)
-        state = "" if self.fits else ", does not fit"
-        return (
-            f"MemoryPlan({', '.join(memories)}, {resident} of {layers} layers resident, {self.context} tokens{state})"
-        )
+        """The verdict; ``print`` shows the table."""
+        return f"MemoryPlan({self.verdict}; {self.context} tokens)"
 
     def _repr_html_(self) -> str:
         """A bar per memory, divided in proportion, and a list of its parts."""

@@ -26,11 +26,12 @@ class _Function:
 
 class FakeKernel32:
     """kernel32's memory calls by Linux's: decommitted memory may not be touched and takes no RAM. ``sizes``: reserved
-    bytes by address. ``total_ram``: the RAM that the machine reports."""
+    bytes by address. ``total_ram``: the RAM that the machine reports; half of it is
+    available."""
 
     def __init__(self, total_ram: int = 16 << 30) -> None:
         self.sizes: dict[int, int] = {}
-        self.total_ram = total_ram
+        self.total_ram, self.available_ram = total_ram, total_ram // 2
         self.VirtualAlloc, self.VirtualFree = _Function(self._allocate), _Function(self._free)
         self.GlobalMemoryStatusEx = _Function(self._status)
         self._c = ctypes.CDLL(None, use_errno=True)
@@ -66,7 +67,7 @@ class FakeKernel32:
     def _status(self, status) -> int:
         structure = ctypes.cast(status, ctypes.POINTER(ctypes.c_uint64))
         assert ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] == 64
-        structure[1] = self.total_ram
+        structure[1], structure[2] = self.total_ram, self.available_ram
         return 1
 
 

@@ -11,9 +11,10 @@ import torch
 from benchmarks import end_to_end as benchmark
 from benchmarks.machine import CountingBackend, Machine
 from exl.batch import is_step
+from exl.planning.shapes import ModelShape
 from tests.host.backends import make_backend
 
-TINY = (128, 256, 2, 4, 2, 32, 128)
+TINY = ModelShape("llama", 128, 256, 2, 4, 2, 32, 128, 4096)
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks import launch_cost
 from benchmarks.end_to_end import step_batch
+from exl.planning.shapes import ModelShape
 
-SMALL = (128, 256, 3, 4, 2, 32, 1000)  # as benchmarks.synthetic.SHAPES: three layers
+SMALL = ModelShape("llama", 128, 256, 3, 4, 2, 32, 1000, 4096)  # three layers
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="cc is not installed")

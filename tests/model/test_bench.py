@@ -9,9 +9,10 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+import torch
 
 import exl.bench
-from exl.bench import BenchReport, BenchResult, read_bandwidth, rows_of, run_bench
+from exl.bench import BenchReport, BenchResult, Subject, markdown, model_name, read_bandwidth, rows_of, run_bench
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.commands.bench import bench
 from exl.errors import ConfigError, KernelError
@@ -19,6 +20,8 @@ from exl.planning.from_headers import EngineOptions
 from tests.command_line import run_exl
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend
+
+SUBJECT = Subject("a|b", 4 * 10**9, "4", "cpu", 8, "q8")
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -53,9 +56,36 @@ def test_mean_deviation_and_share():
     assert result.mean == pytest.approx(17.5 / 3)
     assert result.deviation == pytest.approx(3.818813, rel=1e-5)
     assert BenchResult("tg1", 1, (1.0,)).deviation == 0
-    report = BenchReport(None, (result,), roof=1000.0, peak_bytes=None)
+    report = BenchReport(SUBJECT, None, (result,), roof=1000.0, peak_bytes=None)
     assert report.share_of_roof(result) == pytest.approx(100 * 17.5 / 3 / 1000)
     assert rows_of(report)[0]["share_of_roof"] == round(100 * 17.5 / 3 / 1000, 3)
+
+
+def test_rows_can_be_pasted():
+    """llama-bench's columns, in one line of Markdown; a row of a file has them too."""
+    rows = rows_of(BenchReport(SUBJECT, None, (BenchResult("tg10", 10, (1.0, 2.0)),), roof=1.0, peak_bytes=None))
+    assert markdown(rows).splitlines() == [
+        "| model | size | bits | device | threads | cache | test | t/s |",
+        "| --- | ---: | ---: | --- | ---: | --- | ---: | ---: |",
+        "| a\\|b | 4.00 GB | 4 | cpu | 8 | q8 | tg10 | 7.50 ± 3.54 |",
+    ]
+    assert list(rows[0])[:7] == ["model", "size", "bits", "device", "threads", "cache", "test"]
+
+
+def test_a_row_says_what_was_measured(report):
+    row = rows_of(report)[0]
+    assert {name: row[name] for name in ("model", "bits", "device", "cache")} == {
+        "model": BUNDLED_MODEL.name, "bits": "4", "device": "cpu", "cache": "f16"
+    }  # fmt: skip
+    assert row["threads"] == torch.get_num_threads()
+    lines = {line.purpose: line.num_bytes for line in report.plan.lines}
+    assert row["size"] == sum(lines[name] for name in ("embedding", "resident layers", "head and final norm"))
+
+
+def test_models_are_named_as_they_were_asked_for(tmp_path):
+    assert model_name(None, BUNDLED_MODEL) == model_name(str(BUNDLED_MODEL), BUNDLED_MODEL) == BUNDLED_MODEL.name
+    assert model_name(str(BUNDLED_MODEL / "model.safetensors"), BUNDLED_MODEL / "model.safetensors") == "model"
+    assert model_name("owner/name", tmp_path / "snapshots" / "0123abc") == "owner/name"
 
 
 def test_peak_is_within_the_plan(report):
@@ -71,7 +101,7 @@ def test_the_roof_is_a_bandwidth():
 def test_output_for_people_and_programs():
     small = ("--pp", "20", "--tg", "4", "--repeats", "2")
     table = run(*small)
-    assert table.stdout.splitlines()[0].startswith("| test ")
+    assert table.stdout.splitlines()[0].startswith("| model | size | bits | ")
     assert "planned" in table.stderr
     rows = list(csv.DictReader(io.StringIO(run(*small, "--output", "csv").stdout)))
     assert [row["test"] for row in rows] == ["pp20", "tg4"]

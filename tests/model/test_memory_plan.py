@@ -70,6 +70,7 @@ def frozen():
     gc.unfreeze()
 
 
+@pytest.mark.filterwarnings("ignore:a context of:exl.errors.ExlWarning")  # beyond a small model's own
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(OPTIONS)
 def test_exact_lines_are_what_is_alive(folders, frozen, asked):

@@ -62,15 +62,20 @@ def test_options(function, options, message):
     assert "secr" not in str(caught.value)
 
 
-@pytest.mark.parametrize("arch", ["banana", 3, -1, 8.6, True])
+BAD_ARCHS = ["banana", "", 3, -1, True, 8, 0.5, 5.2, "5.2", "8.65", 8.65, "sm_", "sm_50", "a86", 1000, float("nan"), ()]
+
+
+@pytest.mark.parametrize("arch", BAD_ARCHS)
 def test_architectures(arch):
-    assert_refused(exl.plan, exl.ConfigError, rf"^arch: found {arch!r}, expected a compute capability", arch=arch)
+    message = rf"^arch: found {re.escape(repr(arch))}, expected a compute capability of 6\.0 or higher, such as 8\.6"
+    assert_refused(exl.plan, exl.ConfigError, message, arch=arch, vram="8GB")
 
 
 def test_a_budget_that_is_too_small_names_the_memory_and_its_budget():
-    message = r"needs 23\.\d+ MB with every layer streamed, the budget is 1\.00 KB\. Would fit: ram='"
+    needs, fit = "with every layer streamed, the budget is", r"MB too little\. Would fit:"
+    message = rf"needs 23\.\d+ MB {needs} 1\.00 KB: 23\.\d+ {fit} ram='"
     assert_refused(exl.plan, exl.MemoryBudgetError, message, ram=1000)
-    message = r"needs \d+\.\d+ MB of cuda:0 with every layer streamed, the budget is 100\.00 MB\. Would fit: vram='"
+    message = rf"needs \d+\.\d+ MB of cuda:0 {needs} 100\.00 MB: \d+\.\d+ {fit} vram='"
     assert_refused(exl.plan, exl.MemoryBudgetError, message, vram="100MB")
 
 
@@ -136,8 +141,11 @@ def test_a_message_that_is_no_unicode_is_not_saved_in_part(llm, tmp_path):
         (["no such model"], r"no such model: no such folder here, and not a Hugging Face repository id \(owner/name\)"),
         (["--ram", "banana"], r"ram: found 'banana', expected a size such as '6GB', .*"),
         (["--vram", "8GB,banana"], r"vram: found 'banana', expected a size .*"),
-        (["--vram", "8GB", "--arch", "3"], r"arch: found 3, expected a compute capability, .*"),
-        (["--vram", "100MB"], r".*: needs .* the budget is 100\.00 MB\. Would fit: vram='.*"),
+        (["--vram", "8GB", "--arch", "3"], r"arch: found '3', expected a compute capability of 6\.0 or higher, .*"),
+        (["--vram", "100MB"], r".*: needs .* the budget is 100\.00 MB: .* too little\. Would fit: vram='.*"),
+        (["--gpu", "RTX 3060"], r"gpu: found 'RTX 3060', which is RTX 3060 8GB or RTX 3060 12GB: say which"),
+        (["--shape", "llama-2-8b"], r"shape: found 'llama-2-8b'; did you mean .*llama-2-7b.*\?"),
+        (["--arch", "89"], r"arch: found '89' in a plan for the CPU; expected vram= or gpu= with it"),
         (["--context", "banana"], r"context: found 'banana', expected a number of tokens or auto"),
     ],
     ids=" ".join,

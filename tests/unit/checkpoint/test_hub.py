@@ -17,10 +17,11 @@ from huggingface_hub.utils import close_session
 from safetensors.numpy import load_file, save_file
 
 import exl
-from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.synthetic import write_headers
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ExlWarning
+from exl.planning.shapes import SHAPES
 from tests.unit.checkpoint.hub_server import COMMIT, Hub
 
 ORG = "somebody"
@@ -79,7 +80,7 @@ def as_text(plan: exl.MemoryPlan) -> str:
 
 def test_a_7b_in_shards_is_planned_from_its_headers(hub, tmp_path):
     folder = tmp_path / "7b"
-    write_headers(folder, SHAPES["7b"], num_shards=3)
+    write_headers(folder, SHAPES["llama-2-7b"], num_shards=3)
     (folder / "tokenizer.json").write_bytes(b" " * 1_800_000)
     hub.repos[f"{ORG}/7b"] = folder
     plan = exl.plan(f"{ORG}/7b", vram="8GB", kv_cache="q8")
@@ -248,7 +249,7 @@ def test_a_repository_without_config(hub, tmp_path):
 )
 def test_answers_that_are_not_what_was_asked_for(hub, tmp_path, fault, message):
     folder = tmp_path / "large"
-    write_headers(folder, SHAPES["1.1b"])
+    write_headers(folder, SHAPES["tinyllama-1.1b"])
     hub.repos[f"{ORG}/large"] = folder
     hub.fault = fault
     with pytest.raises(exl.CheckpointError, match=rf"^somebody/large/model\.safetensors.*{message}") as caught:

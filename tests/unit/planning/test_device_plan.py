@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import exl
 import exl.engine.build
-from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.synthetic import write_headers
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.layout.layers import linear_layout, tile_layout
 from exl.layout.specs import LinearSpec, MatrixSpec, Target
@@ -24,6 +24,7 @@ from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_byt
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.html import COLORS
 from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
+from exl.planning.shapes import SHAPES, ModelShape
 from exl.units import format_bytes
 from tests.command_line import run_exl
 
@@ -35,7 +36,7 @@ GB = 10**9
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("headers")
     for name, num_shards in (("7b", 1), ("70b", 15)):
-        write_headers(root / name, SHAPES[name], num_shards=num_shards)
+        write_headers(root / name, SHAPES[f"llama-2-{name}"], num_shards=num_shards)
     return {name: root / name for name in ("7b", "70b")}
 
 
@@ -165,6 +166,15 @@ def test_gpus_are_filled_in_order(seven):
     assert {name for _, name in seven(vram=["8GB", "8GB"], context=512).placement.layers} == {"cuda:0"}
 
 
+def test_a_tied_head_is_a_copy_on_the_last_gpu():
+    """The first GPU has the embedding, the last one the head: the same weights, on both."""
+    table = 151936 * 2048 * 2
+    one, two = (exl.plan(shape="qwen2.5-3b", vram=vram, context=512) for vram in ("8GB", ["2GB", "8GB"]))
+    assert [lines_of(one, "cuda:0")[name] for name in ("embedding", "head and final norm")] == [table, 2048 * 4]
+    assert lines_of(two, "cuda:0")["embedding"] == table
+    assert lines_of(two, "cuda:1")["head and final norm"] == table + 2048 * 4
+
+
 def test_the_largest_context_that_fits_without_streaming(seven):
     found = seven(vram="6GB", context="auto")
     assert found.fits
@@ -204,7 +214,7 @@ def test_f32_pages_are_the_cpus(seven):
 
 @pytest.mark.parametrize(("head_dim", "taken"), [(36, False), (40, True), (256, True), (264, False)])
 def test_head_sizes_that_no_kernel_reads_are_named(tmp_path, head_dim, taken):
-    write_headers(tmp_path, (256, 512, 2, 32, 32, head_dim, 320))
+    write_headers(tmp_path, ModelShape("llama", 256, 512, 2, 32, 32, head_dim, 320, 4096))
     exl.plan(tmp_path)  # the CPU takes all
     expected = nullcontext() if taken else pytest.raises(ConfigError, match=f"head size of {head_dim}, a GPU takes")
     with expected:

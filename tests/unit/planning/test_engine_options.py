@@ -9,11 +9,13 @@ import pytest
 
 import exl
 from exl import llm
-from exl.planning import from_headers
+from exl.planning import ask
 from exl.planning.from_headers import EngineOptions
 
 # Of each function: arguments that are no options of an engine, and options that it does not have.
-OWN = {"load": {"model", "revision", "token", "progress"}, "plan": {"model", "arch", "revision", "token"}}
+PLANNED = {"model", "shape", "bits", "group_size", "gpu", "arch", "depth", "revision", "token"}
+PLANNED |= {"vram_speed", "pcie", "disk", "ram_speed"}
+OWN = {"load": {"model", "revision", "token", "progress"}, "plan": PLANNED}
 MISSING = {"load": set(), "plan": {"device", "packed_folder"}}
 CHANGED = {
     "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
@@ -32,11 +34,11 @@ def options_of(monkeypatch, function: str, **arguments) -> EngineOptions:
     def load_engine(folder, options, tell):
         raise Reached(options)
 
-    def plan_model(files, options, target):
+    def plan_model(files, options, target, speeds, depth):
         raise Reached(options)
 
     monkeypatch.setattr(llm, "load_engine", load_engine)
-    monkeypatch.setattr(from_headers, "plan_model", plan_model)
+    monkeypatch.setattr(ask, "plan_model", plan_model)
     with pytest.raises(Reached) as reached:
         getattr(exl, function)(**arguments)
     return reached.value.args[0]
