@@ -65,8 +65,11 @@ def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan,
     if not on_gpu:
         text = layers if more_layers else f"save {format_bytes(-grows)} of RAM" if grows < 0 else ""
         return Note("advice", f"head=8 would {text}") if text else None
-    # More memory without more layers: the embedding is the head, and stays.
-    rest = f" and {layers}" if more_layers else f", for {format_bytes(grows)} more of VRAM" if grows > 0 else ""
+    # More memory without more layers: the embedding is the head; it stays beside the new one, or moves to RAM.
+    more_ram = _exact_bytes(other, False) - _exact_bytes(plan, False)
+    more = ((0 if more_layers else grows, "VRAM"), (more_ram, "RAM"))
+    costs = [f"{format_bytes(num_bytes)} more of {memory}" for num_bytes, memory in more if num_bytes > 0]
+    rest = (f" and {layers}" if more_layers else "") + (f", for {' and '.join(costs)}" if costs else "")
     return Note("advice", f"head=8 would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{rest}")
 
 

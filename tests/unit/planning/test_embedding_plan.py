@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl
-from benchmarks.synthetic import SHAPES, write_headers
+from benchmarks.synthetic import write_headers
 from exl.errors import ConfigError, ExlError, MemoryBudgetError
 from exl.layout.specs import Target
 from exl.planning.devices import HOST
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.plan import MemoryPlan, Tier
+from exl.planning.shapes import SHAPES, ModelShape
 from tests.command_line import run_exl
 
 GB = 10**9
@@ -27,7 +28,7 @@ TIED = Path(__file__).parents[2] / "data" / "stories260K"  # its embedding is al
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("headers") / "7b"
-    write_headers(path, SHAPES["7b"])
+    write_headers(path, SHAPES["llama-2-7b"])
     return path
 
 
@@ -63,7 +64,7 @@ def test_every_place_by_hand(seven):
 
 def test_rows_on_the_gpu_are_at_most_the_table(tmp_path):
     """A vocabulary smaller than a window has no more rows than tokens."""
-    write_headers(tmp_path, (256, 512, 2, 4, 4, 64, 320))
+    write_headers(tmp_path, ModelShape("llama", 256, 512, 2, 4, 4, 64, 320, 512))
     plan = exl.plan(tmp_path, vram="8GB", embed="disk")
     assert lines_of(plan)["cuda:0", "embedding rows"] == 320 * 256 * 2
 

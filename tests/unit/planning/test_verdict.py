@@ -189,8 +189,14 @@ def test_what_a_rounded_head_would_gain():
 
 
 def test_a_tied_head_gains_bytes_for_memory():
-    (text,) = advice(shape="llama-3.2-1b", vram="8GB")
-    assert re.fullmatch(r"head=8 would save [\d.]+ MB, 2\d % of a token's bytes, for [\d.]+ MB more of VRAM", text)
+    table = 128256 * 2048 * 2
+    rounded = table // 2 * (1 + 3 / 128)
+    for embed, memory, more in (("auto", "RAM", table), ("device", "VRAM", rounded)):
+        (text,) = advice(shape="llama-3.2-1b", vram="8GB", embed=embed)
+        costs = re.fullmatch(
+            rf"head=8 would save [\d.]+ MB, 2\d % of a token's bytes, for ([\d.]+) MB more of {memory}", text
+        )
+        assert float(costs[1]) == pytest.approx(more / 1e6, rel=0.2)
 
 
 def test_on_the_cpu_a_rounded_head_gains_memory_alone():
