@@ -382,7 +382,11 @@ def load(
     with shown_progress(progress, "loading") as tell:
         engine = load_engine(folder, options, tell)
     folder = folder if folder.is_dir() else folder.parent
-    defaults = GenerationDefaults.from_folder(folder)
-    bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id
-    tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
-    return LLM._of(folder, engine, tokenizer, defaults)
+    try:
+        defaults = GenerationDefaults.from_folder(folder)
+        bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id
+        tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
+        return LLM._of(folder, engine, tokenizer, defaults)
+    except BaseException:
+        engine.close()
+        raise

@@ -7,7 +7,8 @@ tags, which mark the assistant's text and render as nothing.
 A template comes with a checkpoint and is not trusted: it runs in Jinja's immutable sandbox, on copies that hold plain
 data only. Bounded: a ``range`` (Jinja: 100,000 items), the length of the output, the depth of recursion. Not bounded:
 the time that nested loops take, and the size of a single value that an expression makes (``'a' * 10 ** 10``). So a
-hostile template can use up processor time and memory, but it reaches no file, no module and no Python attribute.
+hostile template can use up processor time and memory, but it reaches no file, no module and no Python attribute. The
+template of a model is rendered when the model is loaded, too: ``end_tokens.py`` asks it what ends an answer.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from exl.user_text import read_text
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SETTINGS = "tokenizer_config.json"
 _OLDER = "special_tokens_map.json"
 
@@ -79,13 +83,29 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
         )
     refuse_lfs_pointer(path)
     try:
-        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises no type of its own
-        raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{path}: not a tokenizer: {_why(raw, error)}") from None
     # Training may have left such settings in the file; they would cut off prompts.
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _why(raw: bytes, error: Exception) -> str:
+    """Why the library cannot read a tokenizer.json, in the library's words unless they are obscure."""
+    if raw.startswith(_LFS_POINTER):
+        return "found the pointer that Git LFS leaves in its place; git lfs pull fetches the file"
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+        kind = json.loads(raw)["model"]["type"]
+        if isinstance(kind, str) and kind not in _MODELS:
+            return f"found a model of type {kind[:40]!r}, expected {', '.join(_MODELS)}"
+    said = " ".join(str(error).split()).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+    return f"{said[:200]} (tokenizers {tokenizers.__version__})"
 
 
 def _add_described(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], path: Path) -> None:
@@ -177,8 +197,11 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any], names: Mappin
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
-    if files:
-        return ChatTemplate({name: read_text(path, str(path)) for name, path in files.items()}, names, str(folder))
+    templates = {name: read_text(path, str(path)) for name, path in files.items()}
+    templates = {name: template for name, template in templates.items() if template.strip()}
+    if templates:
+        alone = list(templates) == ["default"]
+        return ChatTemplate(templates, names, str(files["default"]) if alone else f"{folder}: chat template")
     if settings.get("chat_template"):
         return ChatTemplate(settings["chat_template"], names, f"{folder / _SETTINGS}: chat_template")
     path = folder / "chat_template.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl
-from exl.engine.build import load_engine
-from exl.errors import ConfigError, MemoryBudgetError
+from exl.engine.build import Engine, load_engine
+from exl.errors import CheckpointError, ConfigError, MemoryBudgetError
 from exl.layout.kv import KV_BITS
 from exl.layout.specs import Target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
@@ -161,6 +162,17 @@ def test_bad_sizes(text):
 
 def test_formatted_sizes():
     assert [format_bytes(n) for n in (5, 2_500, 1_234_000_000)] == ["5 B", "2.50 KB", "1.23 GB"]
+
+
+def test_a_tokenizer_that_cannot_be_read_closes_what_was_loaded(tmp_path, monkeypatch):
+    shutil.copytree(STORIES, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    closed = []
+    close = Engine.close
+    monkeypatch.setattr(Engine, "close", lambda engine: closed.append(close(engine)))
+    with pytest.raises(CheckpointError, match="not a tokenizer"):
+        exl.load(tmp_path / "model")
+    assert closed == [None]
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_allocated():

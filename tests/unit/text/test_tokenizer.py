@@ -225,8 +225,31 @@ def test_a_missing_tokenizer_json_is_named_with_the_way_to_make_one(tmp_path):
 @pytest.mark.parametrize("damage", ["", "{", "{}", "[1]", "\x00\xff", '{"version": "1.0", "model": {"type": "Odd"}}'])
 def test_a_damaged_tokenizer_json_is_named(tmp_path, damage):
     (tmp_path / "tokenizer.json").write_bytes(damage.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer: \S"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer: \S") as caught:
         Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "Odd" not in damage or "found a model of type 'Odd', expected BPE, Unigram" in str(caught.value)
+
+
+def test_a_pointer_in_place_of_the_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="not a tokenizer: found the pointer that Git LFS leaves"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_broken_template_file_is_named(tmp_path):
+    messages = [{"role": "user", "content": "a"}]
+    folder = write_folder(tmp_path, sentencepiece())
+    (folder / "chat_template.jinja").write_text("a\n{% if")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: line 2: unexpected"):
+        Tokenizer.from_folder(folder).encode_chat(messages)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ 1 / 0 }}")
+    with pytest.raises(ConfigError, match=r": chat template 'rag': ZeroDivisionError"):
+        Tokenizer.from_folder(folder).encode_chat(messages, template="rag")
+    for path in (folder / "chat_template.jinja", folder / "additional_chat_templates" / "rag.jinja"):
+        path.write_text(" \n")
+    assert Tokenizer.from_folder(folder).chat_template is None  # nothing is no template
 
 
 @pytest.mark.parametrize("where", range(40, 19_000, 1_700))
