@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import load_with_progress
-from exl.commands.options import Debug, DrawOptions, LoadOptions, Model, shared_options
+from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, shared_options
+from exl.commands.standard_streams import read_argument
 
 
 @shared_options
 def chat(
-    model: Model = None,
+    which: ModelName,
     system: Annotated[str | None, typer.Option(help="What the model should know before the conversation.")] = None,
     load: Annotated[Path | None, typer.Option(help="A conversation that /save wrote.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens per answer.")] = 512,
@@ -20,26 +21,20 @@ def chat(
     loading: LoadOptions,
     debug: Debug = False,
 ) -> None:
-    """Talk with a model. /help shows the commands.
+    """Talk with a model. /? shows the commands.
 
-    exl chat --model path/to/model --system "You are brief."
+    exl chat path/to/model --system "You are brief."
 
     echo "Tell me a story." | exl chat
     """
     from exl.chat import Chat
-    from exl.commands.chat_session import ChatSession
-    from exl.commands.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
+    from exl.commands.chat_session import other_model
+    from exl.commands.terminal import run_chat
 
-    with load_with_progress(model, loading) as llm:
-        found = llm.chat(system) if load is None else Chat.load(llm, load)
+    system = None if system is None else read_argument(system, "--system")
+    with load_with_progress(which.name, loading) as llm:
+        chat = llm.chat(system) if load is None else Chat.load(llm, load)
         if load is not None and system is not None:
-            found.system = system
-        say = say_dim if is_terminal() else say_to_stderr
-        session = ChatSession(llm, found, write, say, {"max_tokens": max_tokens, **drawing.asked()})
-        if found.notice is not None:
-            say(found.notice)
-        if is_terminal():
-            say("/help shows the commands; Alt-Enter begins a new line; Ctrl-C stops an answer; Ctrl-D leaves")
-            run_terminal(session)
-        else:
-            run_piped(session)
+            chat.system = system
+        settings = {"max_tokens": max_tokens, **drawing.asked()}
+        run_chat(llm, chat, settings, None if load is None else other_model(str(load), llm))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from exl.chat import Chat
+from exl.commands.chat_input import QUOTES, parse_command, unquoted
+from exl.commands.standard_streams import OutputError, ReaderGone
 from exl.errors import ConfigError, ExlError
 from exl.llm import LLM, Completion, TextIterator
 from exl.sampling import SamplingParams
@@ -25,6 +29,10 @@ SETTINGS: dict[str, type] = {
 }
 
 
+ALIASES = {"bye": "quit", "exit": "quit", "clear": "reset", "regen": "retry", "?": "help"}
+FILE_COMMANDS = ("save", "load")  # what follows is the name of a file
+
+
 @dataclass
 class ChatSession:
     """A chat with commands. ``write`` gets answers piece by piece; ``say`` gets everything else, line by line."""
@@ -37,22 +45,38 @@ class ChatSession:
     last: Completion | None = None
 
     def handle(self, line: str) -> bool:
-        """Handles a message or a command. Returns False if the user wants to leave. Reports errors and continues."""
+        """Handles a message or a command. Returns False if the user wants to leave. Reports errors and continues.
+
+        A message may stand between triple quotes, and then may begin with a slash.
+        """
         try:
-            if not line.startswith("/"):
-                if line.strip():
-                    self._answer(lambda: self.chat.stream(line, **self.settings))
-                return True
-            name, _, rest = line[1:].strip().partition(" ")
-            if name in ("quit", "exit"):
-                return False
-            command = self._commands().get(name)
+            message = unquoted(line)
+            command = None if message is not None else parse_command(line)
             if command is None:
-                raise ConfigError(f"/{name}: no such command: /help shows them")
-            command[1](rest.strip())
+                text = line if message is None else message
+                if text.strip():
+                    self._answer(lambda: self.chat.stream(text, **self.settings))
+                return True
+            name, rest = command
+            name = ALIASES.get(name, name)
+            if name == "quit":
+                return False
+            known = self._commands().get(name)
+            if known is None:
+                raise ConfigError(
+                    f"/{name}: no such command: /help shows them; a message that begins with / goes between {QUOTES}"
+                )
+            known[1](rest)
+        except (OutputError, ReaderGone):  # nobody can be told
+            raise
         except ExlError as error:
             self.say(f"error: {str(error).splitlines()[0]}")
         return True
+
+    def commands(self) -> dict[str, str]:
+        """Names of commands, without the slash, and what each does."""
+        texts = {name: text for name, (text, _) in self._commands().items()}
+        return texts | {alias: f"as /{name}" for alias, name in ALIASES.items()}
 
     def status(self) -> str:
         """Speed of the last answer, context and memory, on one line."""
@@ -80,13 +104,11 @@ class ChatSession:
         }
 
     def _answer(self, begin: Callable[[], TextIterator]) -> None:
-        stream = begin()
         self.last = None
-        with _interrupts() as interrupted:
+        with closing(begin()) as stream, _interrupts() as interrupted:
             for piece in stream:
                 self.write(piece)
                 if interrupted():
-                    stream.close()
                     break
             else:
                 self.last = stream.completion
@@ -110,6 +132,11 @@ class ChatSession:
     def _load(self, path: str) -> None:
         self.chat = Chat.load(self.llm, _wanted("load", path))
         self.say(f"{len(self.chat.messages)} messages from {path}")
+        self._say_if(other_model(path, self.llm))
+
+    def _say_if(self, line: str | None) -> None:
+        if line is not None:
+            self.say(line)
 
     def _set_system(self, text: str) -> None:
         if text:
@@ -136,7 +163,26 @@ class ChatSession:
 
     def _help(self) -> None:
         for name, (text, _) in self._commands().items():
-            self.say(f"/{name:<7} {text}")
+            others = [f"/{alias}" for alias, meant in ALIASES.items() if meant == name]
+            self.say(f"/{name:<7} {text}" + (f" ({', '.join(others)})" if others else ""))
+        self.say(f"{QUOTES:<8} begins and ends a message of several lines, or one that begins with /")
+
+
+def describe_model(llm: LLM) -> str:
+    """Which model runs, where, in how much memory: one line for the start of a chat."""
+    quant = llm.quant
+    kind = "dense" if quant is None else f"{quant.bits}-bit"
+    memory = format_bytes(llm.plan.num_bytes)
+    where = " and ".join(llm.plan.devices)
+    return f"{llm.folder.name} | {kind} {llm.config.family} | {where} | memory {memory} | context {llm.context}"
+
+
+def other_model(path: str, llm: LLM) -> str | None:
+    """What to say of a saved chat that another model wrote; None: this one did."""
+    name = json.loads(Path(path).expanduser().read_text(encoding="utf-8")).get("model")
+    if not isinstance(name, str) or name == llm.folder.name:
+        return None
+    return f"{path} was written with {name}: {llm.folder.name} goes on with its messages"
 
 
 def _wanted(command: str, path: str) -> str:

@@ -5,11 +5,23 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.options import Context, Debug, KVCacheType, Ram, Revision, Token, parse_context, parse_vram
+from exl.commands.options import (
+    Context,
+    Debug,
+    KVCacheType,
+    ModelName,
+    Ram,
+    Revision,
+    Token,
+    parse_context,
+    parse_vram,
+    shared_options,
+)
 
 
+@shared_options
 def plan(
-    model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+    which: ModelName,
     vram: Annotated[
         str | None,
         typer.Option(help="VRAM of a GPU, which need not be in this machine: 24GB; of several: 10GB,24GB."),
@@ -41,7 +53,7 @@ def plan(
     from exl.planning.from_headers import plan as make_plan
 
     found = make_plan(
-        model,
+        which.name,
         vram=parse_vram(vram),
         arch=arch,
         ram=ram,

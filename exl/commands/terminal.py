@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from exl.commands.chat_session import ChatSession
+from exl.commands import common
+from exl.commands.chat_input import QUOTES, is_open, join_quoted
+from exl.commands.chat_session import FILE_COMMANDS, SETTINGS, ChatSession, describe_model
+from exl.commands.standard_streams import input_lines
+from exl.commands.word_wrap import WordWrap, terminal_columns
 from exl.user_cache import user_cache_folder
+
+if TYPE_CHECKING:
+    from exl.chat import Chat
+    from exl.llm import LLM
+
+HINT = (
+    f"/? shows the commands; {QUOTES} begins and ends a message of several lines; Ctrl-C stops an answer; Ctrl-D leaves"
+)
 
 
 def is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return common.is_terminal(sys.stdin) and common.is_terminal(sys.stdout)
+
+
+def run_chat(llm: LLM, chat: Chat, settings: dict[str, Any], *notices: str | None) -> None:
+    """Talks until the user leaves, in a terminal or a pipe. ``notices``: what to say at the start."""
+    terminal = is_terminal()
+    say = say_dim if terminal else common.say
+    session = ChatSession(llm, chat, WordWrap(write, columns).write if terminal else write, say, settings)
+    for line in (describe_model(llm), chat.notice, *notices, HINT if terminal else None):
+        if line is not None:
+            say(line)
+    if terminal:
+        run_terminal(session)
+    else:
+        run_piped(session)
 
 
 def run_piped(session: ChatSession) -> None:
     """Reads one message or command per line from standard input; writes answers to standard output."""
-    for line in sys.stdin:
-        if not session.handle(line.rstrip("\n")):
+    for line in join_quoted(input_lines("messages, one on each line")):
+        if not session.handle(line):
             return
 
 
 def run_terminal(session: ChatSession) -> None:
-    """Reads lines with history and line editing until /quit or Ctrl-D. Ctrl-C clears the line."""
+    """Reads lines with history, line editing and completion until /bye or Ctrl-D. Ctrl-C clears the line."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import FormattedText
 
-    prompt = PromptSession(history=_history(), key_bindings=_keys(), multiline=True)
+    prompt = PromptSession(
+        history=_history(),
+        key_bindings=_keys(),
+        multiline=True,
+        completer=_completer(session),
+        complete_while_typing=False,
+    )
     while True:
         try:
             line = prompt.prompt(FormattedText([("bold", "> ")]), prompt_continuation="  ")
@@ -40,7 +74,7 @@ def run_terminal(session: ChatSession) -> None:
 
 
 def _keys():
-    """Enter sends; Alt-Enter, and Enter after a backslash, begin a new line."""
+    """Enter sends, unless triple quotes are open; Alt-Enter, and Enter after a backslash, begin a new line."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -51,6 +85,8 @@ def _keys():
         if buffer.document.char_before_cursor == "\\":
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
+        elif is_open(buffer.text):
+            buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
 
@@ -59,6 +95,31 @@ def _keys():
         event.current_buffer.insert_text("\n")
 
     return keys
+
+
+def _completer(session: ChatSession):
+    """The Tab key: commands, then the names of settings or of files, as the command takes them."""
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    files = PathCompleter(expanduser=True)
+
+    class LineCompleter(Completer):
+        def get_completions(self, document, complete_event) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            command, space, rest = text.partition(" ")
+            if not text.startswith("/") or "\n" in text:
+                return
+            if not space:
+                for name, explained in session.commands().items():
+                    if name.startswith(text[1:]):
+                        yield Completion(name, 1 - len(text), display_meta=explained)
+            elif command == "/set" and " " not in rest:
+                yield from (Completion(name + " ", -len(rest), name) for name in SETTINGS if name.startswith(rest))
+            elif command[1:] in FILE_COMMANDS:
+                yield from files.get_completions(Document(rest), complete_event)
+
+    return LineCompleter()
 
 
 def _history():
@@ -81,13 +142,14 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def columns() -> int:
+    """The present width of the terminal."""
+    return terminal_columns(sys.stdout)
+
+
 def say_dim(line: str) -> None:
     """Prints a line that is not an answer, dimmed, in a terminal."""
     from rich.console import Console
     from rich.text import Text
 
-    Console(highlight=False).print(Text(line, style="dim"), soft_wrap=True)
-
-
-def say_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    Console(highlight=False).print(Text(line, style="dim"))
