@@ -28,7 +28,7 @@ def main() -> None:
     if args.temperature is not None:
         settings["temperature"] = args.temperature
     with exl.load(args.model, ram=args.ram, kv_cache=args.kv_cache) as llm:
-        run_chat(llm, llm.chat(args.system), settings)
+        run_chat(llm, llm.chat(args.system, overflow="drop-oldest"), settings)
 
 
 if __name__ == "__main__":

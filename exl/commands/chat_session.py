@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -12,23 +13,15 @@ from typing import Any
 
 from exl.chat import Chat
 from exl.commands.chat_input import QUOTES, parse_command, unquoted
+from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import OutputError, ReaderGone
+from exl.completion import Completion, TextIterator
 from exl.errors import ConfigError, ExlError
-from exl.llm import LLM, Completion, TextIterator
-from exl.sampling import SamplingParams
+from exl.llm import LLM
+from exl.sampling_params import OPTIONS, SamplingParams
 from exl.units import format_bytes
 
-SETTINGS: dict[str, type] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "max_tokens": int,
-    "seed": int,
-}
-
-
+SETTINGS: dict[str, type] = {name: option.kind for name, option in OPTIONS.items()} | {"stop": str}
 ALIASES = {"bye": "quit", "exit": "quit", "clear": "reset", "regen": "retry", "?": "help"}
 FILE_COMMANDS = ("save", "load")  # what follows is the name of a file
 
@@ -42,7 +35,10 @@ class ChatSession:
     write: Callable[[str], None]
     say: Callable[[str], None]
     settings: dict[str, Any] = field(default_factory=dict)  # keys: those of SETTINGS
+    overflow: str = "error"  # of chats that /load makes
+    interactive: bool = False  # whether Ctrl-C stops only the answer, and a long prompt shows how far it has come
     last: Completion | None = None
+    told_forgotten: bool = False  # that the model is not shown all messages
 
     def handle(self, line: str) -> bool:
         """Handles a message or a command. Returns False if the user wants to leave. Reports errors and continues.
@@ -55,7 +51,7 @@ class ChatSession:
             if command is None:
                 text = line if message is None else message
                 if text.strip():
-                    self._answer(lambda: self.chat.stream(text, **self.settings))
+                    self._answer(lambda options: self.chat.stream(text, **options))
                 return True
             name, rest = command
             name = ALIASES.get(name, name)
@@ -87,6 +83,8 @@ class ChatSession:
             parts.append(f"first after {done.prompt_seconds * 1e3:.0f} ms")
         parts.append(f"context {self.chat.num_tokens} of {self.llm.context}")
         parts.append(f"memory {format_bytes(self.llm.plan.num_bytes)}")
+        if self.last is not None and self.last.limit == "max_tokens":
+            parts.append("cut off by max_tokens: /continue goes on")
         return " | ".join(parts)
 
     def _commands(self) -> dict[str, tuple[str, Callable[[str], None]]]:
@@ -94,6 +92,7 @@ class ChatSession:
             "reset": ("remove all messages", lambda rest: self._reset()),
             "undo": ("remove your last message and its answer", lambda rest: self._undo()),
             "retry": ("another answer to your last message", lambda rest: self._retry()),
+            "continue": ("go on with an answer that was cut off", lambda rest: self._continue()),
             "save": ("FILE: write the conversation", self._save),
             "load": ("FILE: continue a saved conversation", self._load),
             "system": ("[TEXT]: show or change the system prompt", self._set_system),
@@ -103,34 +102,61 @@ class ChatSession:
             "quit": ("leave, as Ctrl-D does", lambda rest: None),
         }
 
-    def _answer(self, begin: Callable[[], TextIterator]) -> None:
+    def _answer(self, begin: Callable[[dict[str, Any]], TextIterator]) -> None:
         self.last = None
-        with closing(begin()) as stream, _interrupts() as interrupted:
-            for piece in stream:
-                self.write(piece)
+        with _interrupts(self.interactive) as interrupted:
+
+            def check() -> None:
                 if interrupted():
-                    break
-            else:
-                self.last = stream.completion
+                    raise _Stopped
+
+            with PromptStatus(check) as status:
+                options = self.settings | ({"prompt_progress": status.update} if self.interactive else {})
+                try:
+                    with closing(begin(options)) as stream:
+                        for piece in stream:
+                            status.clear()
+                            self.write(piece)
+                            if interrupted():
+                                break
+                        else:
+                            self.last = stream.completion
+                except _Stopped:  # before the first piece: the conversation is as it was
+                    pass
         self.write("\n")
         self.say(("stopped | " if self.last is None else "") + self.status())
+        self._say_what_was_forgotten()
+
+    def _say_what_was_forgotten(self) -> None:
+        if self.chat.num_forgotten and not self.told_forgotten:
+            self.told_forgotten = True
+            self.say(
+                f"the context is full: the model is not shown the oldest {self.chat.num_forgotten} messages any more, "
+                "and further ones as the conversation goes on; /save still writes all"
+            )
 
     def _reset(self) -> None:
         self.chat.reset()
+        self.told_forgotten = False
         self.say("all messages removed")
 
     def _undo(self) -> None:
         self.say(f"removed: {self.chat.undo()}")
 
     def _retry(self) -> None:
-        self._answer(lambda: self.chat.stream_retry(**self.settings))
+        self._answer(lambda options: self.chat.stream_retry(**options))
+
+    def _continue(self) -> None:
+        self._answer(lambda options: self.chat.stream_continue(**options))
 
     def _save(self, path: str) -> None:
-        self.chat.save(_wanted("save", path))
+        self.chat.save(_file_name(_wanted("save", path)))
         self.say(f"{len(self.chat.messages)} messages written to {path}")
 
     def _load(self, path: str) -> None:
-        self.chat = Chat.load(self.llm, _wanted("load", path))
+        path = _file_name(_wanted("load", path))
+        self.chat = Chat.load(self.llm, path, overflow=self.overflow)
+        self.told_forgotten = False
         self.say(f"{len(self.chat.messages)} messages from {path}")
         self._say_if(other_model(path, self.llm))
 
@@ -191,7 +217,12 @@ def _wanted(command: str, path: str) -> str:
     return path
 
 
-def _parsed(name: str, text: str) -> float | int:
+def _file_name(text: str) -> str:
+    """A name as the system takes it: what was typed is text, the locale's encoding may lack it."""
+    return os.fsdecode(text.encode("utf-8", "surrogatepass"))
+
+
+def _parsed(name: str, text: str) -> float | int | str:
     kind = SETTINGS[name]
     try:
         return kind(text)
@@ -200,10 +231,17 @@ def _parsed(name: str, text: str) -> float | int:
         raise ConfigError(f"/set {name}: found {text!r}, expected {expected} or none") from None
 
 
+class _Stopped(Exception):
+    """Ctrl-C was pressed while the prompt was computed."""
+
+
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
+def _interrupts(wanted: bool) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether Ctrl-C was pressed. The first press is only recorded, so that the answer so
-    far is kept; the second raises ``KeyboardInterrupt``."""
+    far is kept; the second raises ``KeyboardInterrupt``, as the first does if this is not ``wanted``."""
+    if not wanted:
+        yield lambda: False
+        return
     count = 0
 
     def note(signum: int, frame: object) -> None:

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from exl.commands.common import load_with_progress, say
-from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, ModelOption, shared_options
-from exl.commands.standard_streams import print_json, read_argument, read_input
+from exl.commands.common import is_terminal, load_with_progress, say
+from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, ModelOption, Stop, shared_options
+from exl.commands.prompt_status import PromptStatus
+from exl.commands.standard_streams import print_json, read_argument, read_input, write
+from exl.commands.word_wrap import WordWrap, columns, dimmed
 from exl.errors import ConfigError
 
 
@@ -26,7 +28,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 256,
     *,
     drawing: DrawOptions,
-    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")] = None,
+    stop: Stop = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     loading: LoadOptions,
     debug: Debug = False,
@@ -42,10 +44,22 @@ def generate(
     model, prompt = model_and_prompt(first, second, model_option)
     text = read_input("the prompt") if prompt == "-" else read_argument(prompt, "PROMPT")
     stops = [read_argument(item, "--stop") for item in stop or ()]
-    with load_with_progress(model, loading) as llm:
-        stream = llm.stream(text, max_tokens, stop=stops, **drawing.asked())
+    with load_with_progress(model, loading) as llm, PromptStatus() as status:
+        stream = llm.stream(text, max_tokens, stop=stops, prompt_progress=status.update, **drawing.asked())
         with closing(stream):
-            done = _take(stream) if as_json else _show(stream, text)
+            show = None if as_json else _Continuation(text)
+            try:
+                for piece in stream:
+                    status.clear()
+                    if show is not None:
+                        show.write(piece)
+            except KeyboardInterrupt:
+                if is_terminal(sys.stdout):
+                    write("\n")  # the shell's prompt begins on a line of its own
+                raise
+            done = stream.completion
+            if show is not None:
+                show.end()
     if as_json:
         print_json(_completion_json(text, done))
         return
@@ -71,19 +85,27 @@ def _is_model_folder(text: str) -> bool:
         return False
 
 
-def _show(stream, prompt: str):
-    for piece in stream:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return stream.completion
+class _Continuation:
+    """Text on standard output. A terminal gets it word-wrapped, after the prompt, which is dimmed; a pipe as it is."""
 
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+        self._wrap = WordWrap(write, columns) if is_terminal(sys.stdout) else None
 
-def _take(stream):
-    for _ in stream:
-        pass
-    return stream.completion
+    def write(self, piece: str) -> None:
+        if self._wrap is None:
+            write(piece)
+            return
+        # Not before the first piece: while a long prompt is computed, the line belongs to its progress.
+        if self._prompt:
+            with dimmed():
+                self._wrap.write(self._prompt)
+            self._prompt = ""
+        self._wrap.write(piece)
+
+    def end(self) -> None:
+        self.write("")
+        write("\n")
 
 
 def _completion_json(prompt: str, done) -> dict[str, object]:

@@ -205,6 +205,12 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def write(text: str) -> None:
+    """Writes a piece of an answer to standard output, unbuffered."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_json(value: object) -> None:
     """One line of JSON on standard output; characters that its encoding lacks are escaped."""
     text = json.dumps(value, ensure_ascii=False)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from exl.commands import common
 from exl.commands.chat_input import QUOTES, is_open, join_quoted
 from exl.commands.chat_session import FILE_COMMANDS, SETTINGS, ChatSession, describe_model
-from exl.commands.standard_streams import input_lines
-from exl.commands.word_wrap import WordWrap, terminal_columns
+from exl.commands.standard_streams import input_lines, write
+from exl.commands.word_wrap import WordWrap, columns
 from exl.user_cache import user_cache_folder
 
 if TYPE_CHECKING:
@@ -26,11 +26,18 @@ def is_terminal() -> bool:
     return common.is_terminal(sys.stdin) and common.is_terminal(sys.stdout)
 
 
-def run_chat(llm: LLM, chat: Chat, settings: dict[str, Any], *notices: str | None) -> None:
-    """Talks until the user leaves, in a terminal or a pipe. ``notices``: what to say at the start."""
+def run_chat(
+    llm: LLM, chat: Chat, settings: dict[str, Any], *notices: str | None, overflow: str = "drop-oldest"
+) -> None:
+    """Talks until the user leaves, in a terminal or a pipe.
+
+    ``settings``: options of each request. ``notices``: what to say at the start. ``overflow``: of chats that /load
+    makes.
+    """
     terminal = is_terminal()
     say = say_dim if terminal else common.say
-    session = ChatSession(llm, chat, WordWrap(write, columns).write if terminal else write, say, settings)
+    show = WordWrap(write, columns).write if terminal else write
+    session = ChatSession(llm, chat, show, say, settings, overflow, interactive=terminal)
     for line in (describe_model(llm), chat.notice, *notices, HINT if terminal else None):
         if line is not None:
             say(line)
@@ -134,17 +141,6 @@ def _history():
     except OSError:
         return InMemoryHistory()
     return FileHistory(str(path))
-
-
-def write(text: str) -> None:
-    """Writes a piece of an answer to standard output, unbuffered."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def columns() -> int:
-    """The present width of the terminal."""
-    return terminal_columns(sys.stdout)
 
 
 def say_dim(line: str) -> None:

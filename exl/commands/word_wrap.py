@@ -7,7 +7,9 @@ with backspaces, which every terminal understands, and written again on the next
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unicodedata import category
 
 from wcwidth import iter_graphemes, wcswidth
@@ -117,3 +119,22 @@ def terminal_columns(stream: object) -> int:
         return os.get_terminal_size(stream.fileno()).columns or _DEFAULT_COLUMNS  # type: ignore[attr-defined]
     except (OSError, ValueError, AttributeError):
         return _DEFAULT_COLUMNS
+
+
+def columns() -> int:
+    """The present width of the terminal on standard output."""
+    return terminal_columns(sys.stdout)
+
+
+@contextmanager
+def dimmed() -> Iterator[None]:
+    """What is written to standard output inside is dimmed, if the terminal can do that."""
+    from rich.console import Console
+
+    console = Console()
+    able = console.color_system is not None and not console.legacy_windows
+    sys.stdout.write("\x1b[2m" if able else "")
+    try:
+        yield
+    finally:
+        sys.stdout.write("\x1b[22m" if able else "")
