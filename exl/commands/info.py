@@ -7,14 +7,18 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import is_terminal
-from exl.commands.options import Debug, ModelName, Revision, Token, shared_options
+from exl.commands.options import Debug, ModelName, ModelOption, Revision, Token, shared_options
 from exl.commands.standard_streams import print_json
 from exl.commands.word_wrap import terminal_columns
 
 
 @shared_options
 def info(
-    which: ModelName,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Folder or Hugging Face repository; without one: this machine."),
+    ] = None,
+    model_option: ModelOption = None,
     revision: Revision = None,
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
@@ -28,7 +32,7 @@ def info(
 
     exl info path/to/model
     """
-    model, numbers = which.name, {}
+    model, numbers = ModelName(model, model_option).name, {}
     if model is None:
         from exl.commands.system_info import describe_system
 

@@ -156,8 +156,8 @@ def read_input(what: str) -> str:
     """All of standard input, without the newline at its end. Raises ``ConfigError``; ``what``: what it should hold."""
     raw = _read(what, lambda stream: (stream.buffer if hasattr(stream, "buffer") else stream).read())
     text = _decoded(raw) if isinstance(raw, bytes) else raw
-    text = text.removeprefix("\ufeff")  # PowerShell writes a byte order mark
-    return text.removesuffix("\n").removesuffix("\r")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")  # as Windows' shells write text
+    return text.removesuffix("\n")
 
 
 def input_lines(what: str) -> Iterator[str]:

@@ -36,7 +36,7 @@ def run_chat(
     """
     terminal = is_terminal()
     say = say_dim if terminal else common.say
-    show = WordWrap(write, columns).write if terminal else write
+    show = WordWrap(write, columns).write if common.is_terminal(sys.stdout) else write
     session = ChatSession(llm, chat, show, say, settings, overflow, interactive=terminal)
     for line in (describe_model(llm), chat.notice, *notices, HINT if terminal else None):
         if line is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -185,7 +186,7 @@ def test_text_of_an_8_bit_locale_is_kept():
 
 @pytest.mark.parametrize(
     ("typed", "prompt"),
-    [(b"\xef\xbb\xbfOne day\r\n", "One day"), (b"a\n\n", "a\n"), (b"a\r\nb", "a\r\nb"), (b"", "")],
+    [(b"\xef\xbb\xbfOne day\r\n", "One day"), (b"a\n\n", "a\n"), (b"a\r\nb", "a\nb"), (b"", "")],
 )
 def test_a_prompt_from_a_pipe(model, typed, prompt):
     made = model("x")
@@ -296,6 +297,26 @@ def test_pipes_and_full_disks_of_the_system(buffered):
             assert done.returncode == 1
             (line,) = [line for line in done.stderr.decode().splitlines() if "error" in line]
             assert line == "exl: error: standard output: cannot be written: No space left on device"
+
+
+def test_ctrl_c_ends_a_process_with_130():
+    """While it answers the lines of a pipe, which are more than it can answer before the signal comes."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "exl.cli", "chat", "--max-tokens", "200"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ONE_THREAD,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background run ignores it
+    )
+    child.stdin.write(b"Tell me a story.\n" * 500)
+    child.stdin.flush()
+    assert child.stdout.read(1)
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Traceback" not in told
+    assert b"error" not in told
 
 
 def test_ctrl_c_is_quiet(model):
