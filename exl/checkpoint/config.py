@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exl.checkpoint.lfs import lfs_pointer
 from exl.errors import ConfigError, UnsupportedModelError
 
 _MAX_SIZE = 1 << 24  # far above any dimension of a real model; a product of two stays far below 64 bits
@@ -34,6 +35,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def parse_json(raw: bytes | bytearray, source: str) -> dict[str, Any]:
     """Like :func:`read_json`, from a file's bytes; ``source`` is its name in error messages."""
+    if (pointer := lfs_pointer(raw)) is not None:
+        raise ConfigError(f"{source}: {pointer}")
     try:
         value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -19,6 +19,8 @@ BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "stories"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _WANTED_FOR_TEXT = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
+# The same weights in Mistral's own format, adapters, and what macOS leaves: nothing that is ever opened.
+_UNWANTED = ["consolidated*.safetensors", "*/consolidated*.safetensors", "adapter_model*.safetensors", "._*", "*/._*"]
 _NOT_HERE = "no such folder here"
 
 
@@ -40,7 +42,8 @@ def find_model(
 
     bars = {"tqdm_class": _no_bar()} if quiet or sys.stderr is None else {}  # tqdm fails without standard error
     with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
-        return Path(snapshot_download(str(model), revision=revision, token=token, allow_patterns=_WANTED, **bars))
+        patterns = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
+        return Path(snapshot_download(str(model), revision=revision, token=token, **patterns, **bars))
 
 
 def find_headers(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path | RemoteFolder:

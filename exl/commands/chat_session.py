@@ -190,8 +190,8 @@ class ChatSession:
     def _help(self) -> None:
         for name, (text, _) in self._commands().items():
             others = [f"/{alias}" for alias, meant in ALIASES.items() if meant == name]
-            self.say(f"/{name:<7} {text}" + (f" ({', '.join(others)})" if others else ""))
-        self.say(f"{QUOTES:<8} begins and ends a message of several lines, or one that begins with /")
+            self.say(f"/{name:<9} {text}" + (f" ({', '.join(others)})" if others else ""))
+        self.say(f"{QUOTES:<10} begins and ends a message of several lines, or one that begins with /")
 
 
 def describe_model(llm: LLM) -> str:

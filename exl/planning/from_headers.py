@@ -16,6 +16,7 @@ from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.formats.settle_quant import settle_quant
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
@@ -145,6 +146,7 @@ def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterato
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
         config = ModelConfig.from_dict(config_json, str(where))
+        quant = settle_quant(checkpoint, quant)
         manifest = read_manifest(checkpoint, config, quant)
         if head != "file":
             manifest = manifest.with_head_bits(int(head))

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from exl.checkpoint.config import read_json
+from exl.checkpoint.lfs import refuse_lfs_pointer
 from exl.errors import CheckpointError, ConfigError
 from exl.text.chat_template import ChatTemplate
 
@@ -65,10 +66,12 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
         others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
         if not others:
             raise CheckpointError(f"{path}: not found; a model folder needs it beside the weights")
+        refuse_lfs_pointer(folder / others[0])
         raise CheckpointError(
             f"{path}: not found, only {others[0]}, which exl does not read; convert it once with transformers:"
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
+    refuse_lfs_pointer(path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no type of its own

@@ -16,7 +16,7 @@ import pytest
 
 from exl.cli import main
 from exl.commands import generate as generate_module
-from exl.commands.standard_streams import read_argument, standard_streams
+from exl.commands.standard_streams import input_lines, read_argument, standard_streams
 from exl.errors import ConfigError
 from tests.command_line import run_exl
 
@@ -151,11 +151,21 @@ def test_file_names_that_are_no_text_are_written_as_they_are():
 # ---- text that comes in
 
 
-def test_a_prompt_is_read_as_utf8_in_any_locale():
-    for command in ("generate Grüße", "generate - <<< Grüße"):
-        done = shell(f"{EXL} {command} --json --max-tokens 1", **C_LOCALE)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["prompt"] == "Grüße"
+def test_an_argument_is_read_as_utf8_in_any_locale():
+    done = shell(f"{EXL} generate Grüße --json --max-tokens 1", **C_LOCALE)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt"] == "Grüße"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_standard_input_is_read_as_utf8_in_any_locale(model, encoding):
+    made = model("x")
+    stdin = io.TextIOWrapper(io.BytesIO("Grüße 😀\n".encode()), encoding=encoding)
+    assert run_with(io.StringIO(), "generate", "-", stdin=stdin)[0] == 0
+    assert made.prompts == ["Grüße 😀"]
+    stdin = io.TextIOWrapper(io.BytesIO("Grüße 😀\n".encode()), encoding=encoding)
+    with patch.object(sys, "stdin", stdin), standard_streams():
+        assert list(input_lines("lines")) == ["Grüße 😀"]
 
 
 def test_bytes_that_are_no_text_are_one_error(model):
@@ -282,21 +292,24 @@ def test_pipes_and_full_disks_of_the_system(buffered):
     """With models that are really closed, and with what Python itself does when it ends."""
     env = {"PYTHONUNBUFFERED": buffered}
     chat = f"printf 'Hello\\nWhy?\\n' | {EXL} chat --temperature 0"
-    for command, expected in (
-        (f"{EXL} generate -m {STORIES} --max-tokens 300 --temperature 0 | head -c 5", b"Once "),
-        (f"{chat} | head -c 1", None),
-        (f"{EXL} plan | true", b""),
-    ):
+    generate = f"{EXL} generate -m {STORIES} --max-tokens 300 --temperature 0"
+    for command, expected in ((f"{generate} | head -c 5", b"Once "), (f"{EXL} plan | true", b"")):
         done = shell(command, **env)
         assert done.returncode == 0, done
-        assert expected in (None, done.stdout)
+        assert done.stdout == expected
         assert not any(word in done.stderr for word in (b"Traceback", b"rror", b"unfinished", b"Broken")), done.stderr
     if Path("/dev/full").exists():
-        for command in (f"{EXL} generate --max-tokens 300", chat, f"{EXL} plan"):
+        for command in (generate if buffered else chat, f"{EXL} plan"):
             done = shell(f"{command} >/dev/full", **env)
             assert done.returncode == 1
             (line,) = [line for line in done.stderr.decode().splitlines() if "error" in line]
             assert line == "exl: error: standard output: cannot be written: No space left on device"
+
+
+def test_a_chat_whose_reader_goes():
+    done = shell(f"printf 'Hello\\nWhy?\\nWhat?\\n' | {EXL} chat --temperature 0 --max-tokens 100 | head -c 1")
+    assert done.returncode == 0
+    assert b"rror" not in done.stderr
 
 
 def test_ctrl_c_ends_a_process_with_130():
