@@ -33,6 +33,7 @@ setup(
         "typer>=0.12",
         "rich>=13",
         "prompt_toolkit>=3.0.40",
+        "wcwidth>=0.3",
     ],
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],

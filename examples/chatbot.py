@@ -10,8 +10,8 @@ import argparse
 import sys
 
 import exl
-from exl.commands.chat_session import ChatSession
-from exl.commands.terminal import is_terminal, run_piped, run_terminal, say_dim, say_to_stderr, write
+from exl.commands.standard_streams import standard_streams
+from exl.commands.terminal import run_chat
 
 
 def main() -> None:
@@ -24,22 +24,16 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512, help="at most this many per answer (default: 512)")
     args = parser.parse_args()
 
+    settings = {"max_tokens": args.max_tokens}
+    if args.temperature is not None:
+        settings["temperature"] = args.temperature
     with exl.load(args.model, ram=args.ram, kv_cache=args.kv_cache) as llm:
-        chat = llm.chat(args.system)
-        settings = {"max_tokens": args.max_tokens}
-        if args.temperature is not None:
-            settings["temperature"] = args.temperature
-        say = say_dim if is_terminal() else say_to_stderr
-        say(chat.notice or llm.folder.name)
-        session = ChatSession(llm, chat, write, say, settings)
-        if is_terminal():
-            run_terminal(session)
-        else:
-            run_piped(session)
+        run_chat(llm, llm.chat(args.system, overflow="drop-oldest"), settings)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        with standard_streams():
+            main()
     except exl.ExlError as error:
         sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -6,9 +6,11 @@ torch is imported by the commands that need it, not by the command line itself: 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import exl
 from exl.commands.bench import bench
 from exl.commands.chat import chat
 from exl.commands.common import say
@@ -18,60 +20,92 @@ from exl.commands.info import info
 from exl.commands.packed import packed_app
 from exl.commands.plan import plan
 from exl.commands.quantize import quantize
+from exl.commands.standard_streams import ReaderGone, standard_streams
+from exl.commands.usage import explain_usage, help_text, judge_numbers
 from exl.errors import ExlError, one_line_warnings
+
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 app = typer.Typer(
     name="exl",
-    help="Runs GPTQ-quantized language models in the least memory.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    # The boxes of the other modes leave half of 80 columns to the text.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, plan, quantize, bench, info):
-    app.command()(command)
-app.command("eval")(evaluate)
+for name, command in (
+    ("generate", generate),
+    ("chat", chat),
+    ("info", info),
+    ("plan", plan),
+    ("quantize", quantize),
+    ("eval", evaluate),
+    ("bench", bench),
+):
+    short, text = help_text(command)
+    app.command(name, help=text, short_help=short)(judge_numbers(command))
 app.add_typer(packed_app, name="packed")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"exl {exl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show exl's version and exit.")
+    ] = False,
+) -> None:
+    """Run GPTQ-quantized language models in the least memory."""
 
 
 def main() -> None:
     """Entry point. Errors that a user can cause are one line and exit code 1; ``--debug`` shows where."""
-    if sys.platform == "win32":
-        _pipe_utf8()
+    try:
+        with standard_streams():
+            code = _run()
+    except ExlError as error:  # standard output could not be flushed
+        code = _fail(error)
+    except ReaderGone:
+        code = 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    raise SystemExit(code)
+
+
+def _run() -> int:
     try:
         with one_line_warnings(say):
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False, prog_name="exl")
+    except (KeyboardInterrupt, ReaderGone):
+        raise
     except ExlError as error:
-        code = _fail(error)
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        # The reader has gone (exl generate | head). Python would complain once more when it flushes at exit.
-        sys.stdout = None  # type: ignore[assignment]
-        code = 0
+        return _fail(error)
     except Exception as error:
-        # Usage errors: the class has moved between typer's releases, its method has not.
-        if not hasattr(error, "format_message"):
-            if type(error).__name__ in ("Abort", "Exit"):
-                raise SystemExit(getattr(error, "exit_code", 1)) from None
-            code = _fail(error)
-        else:
-            code = _fail(error, error.format_message())
-    raise SystemExit(code if isinstance(code, int) else 0)
-
-
-def _pipe_utf8() -> None:
-    """Windows' pipes and files have a code page by default, which lacks most of what a model writes."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if stream is not None and not stream.isatty():
-            stream.reconfigure(encoding="utf-8", errors="replace")
+        # typer's classes have moved between its releases, their names have not.
+        name = type(error).__name__
+        if name == "NoArgsIsHelpError":  # bare `exl`: the help is the answer
+            if str(error).strip():
+                print(error)
+            return 0
+        if name == "Abort":  # how some releases report Ctrl-C
+            return INTERRUPTED
+        if name == "Exit":
+            return getattr(error, "exit_code", 1)
+        return _fail(error, explain_usage(error) if hasattr(error, "format_message") else None)
+    return code if isinstance(code, int) else 0
 
 
 def _fail(error: Exception, message: str | None = None) -> int:
     if "--debug" in sys.argv[1:]:
         import traceback
 
-        traceback.print_exception(error)
+        traceback.print_exception(error, file=sys.stderr)
     text = str(error) if message is None else message
     if not isinstance(error, ExlError) and message is None:
         text = f"{type(error).__name__}: {text}"

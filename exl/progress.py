@@ -34,7 +34,7 @@ def shown_progress(progress: bool | Progress | None, title: str) -> Iterator[Pro
         yield progress
         return
     in_notebook = _in_notebook()
-    if progress is False or (progress is None and not in_notebook and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not in_notebook and not _on_terminal()):
         yield None
         return
     bar = NotebookBar(title) if in_notebook else TerminalBar(title)
@@ -51,20 +51,31 @@ def _in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+def _on_terminal() -> bool:
+    """Whether standard error is a terminal; services and windowed programs have none at all, or a closed one."""
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed
+        return False
+
+
 class TerminalBar:
-    """A bar on standard error. When done, it disappears from a terminal, and stays if stderr is a file."""
+    """A bar on standard error. When done, it disappears from a terminal, and stays if stderr is a file. If it cannot be
+    written, loading goes on without it."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._began = time.monotonic()
         self._bar: Any = None
+        self._failed = False
 
     def update(self, done: int, total: int) -> None:
-        if self._bar is None:
-            if time.monotonic() - self._began < _DELAY:
-                return
-            self._start()
-        self._bar.update(self._task, completed=done, total=total)
+        if self._failed or (self._bar is None and time.monotonic() - self._began < _DELAY):
+            return
+        with self._tolerant():
+            if self._bar is None:
+                self._start()
+            self._bar.update(self._task, completed=done, total=total)
 
     def _start(self) -> None:
         from rich import progress
@@ -77,13 +88,21 @@ class TerminalBar:
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
         )
-        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=sys.stderr.isatty())
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=_on_terminal())
         self._task = self._bar.add_task(self._title, total=None)
         self._bar.start()
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._tolerant():
+                self._bar.stop()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: standard error was closed meanwhile
+            self._failed = True
 
 
 class NotebookBar:

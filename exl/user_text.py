@@ -79,7 +79,7 @@ def _wrong(error: UnicodeDecodeError) -> str:
     for mark, name in _OTHER_MARKS.items():
         if error.object.startswith(mark):
             return f"not UTF-8: found the byte order mark of {name}; save the text as UTF-8"
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x}: {error.reason}"
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}: {error.reason}"
 
 
 def _unreadable(source: str, error: OSError | ValueError) -> ConfigError:

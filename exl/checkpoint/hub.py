@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "stories"
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_WANTED_FOR_TEXT = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
 # The same weights in Mistral's own format, adapters, and what macOS leaves: nothing that is ever opened.
 _UNWANTED = ["consolidated*.safetensors", "*/consolidated*.safetensors", "adapter_model*.safetensors", "._*", "*/._*"]
 _NOT_HERE = "no such folder here"
@@ -37,13 +39,8 @@ def find_model(
     _check_access(revision, token)
     # Imported here because importing it takes longer than starting exl's command line.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
 
-    class NoBar(tqdm):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})
-
-    bars = {"tqdm_class": NoBar} if quiet else {}
+    bars = {"tqdm_class": _no_bar()} if quiet or sys.stderr is None else {}  # tqdm fails without standard error
     with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
         patterns = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
         return Path(snapshot_download(str(model), revision=revision, token=token, **patterns, **bars))
@@ -69,6 +66,32 @@ def find_headers(model: str | Path | None, *, revision: str | None = None, token
         raise CheckpointError(f"{model}: the hub names no commit or no files")
     sizes = {file.rfilename: file.size for file in found.siblings if "/" not in file.rfilename}
     return RemoteFolder(str(model), found.sha, sizes, token)
+
+
+def find_small_files(folder: RemoteFolder) -> Path:
+    """A repository's configuration and tokenizer, downloaded without its weights. Raises ``CheckpointError``."""
+    from huggingface_hub import snapshot_download
+
+    with explain_hub_errors(folder.repo_id, folder.commit):
+        return Path(
+            snapshot_download(
+                folder.repo_id,
+                revision=folder.commit,
+                token=folder.token,
+                allow_patterns=_WANTED_FOR_TEXT,
+                tqdm_class=_no_bar(),
+            )
+        )
+
+
+def _no_bar() -> type:
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    return NoBar
 
 
 def _local_path(model: str | Path | None) -> Path | None:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import say
-from exl.commands.options import Debug, LoadOptions, Model, shared_options
+from exl.commands.options import Debug, LoadOptions, ModelName, shared_options
 from exl.errors import ConfigError
 
 
 @shared_options
 def bench(
-    model: Model = None,
+    which: ModelName,
     pp: Annotated[int, typer.Option("--pp", help="Tokens in the prompt; 0: no prompt test.")] = 512,
     tg: Annotated[int, typer.Option("--tg", help="Tokens to generate; 0: no generation test.")] = 128,
     depth: Annotated[int, typer.Option(help="Tokens that are already in the cache.")] = 0,
@@ -26,9 +26,9 @@ def bench(
 ) -> None:
     """Measure the speed of prompts and of generation.
 
-    exl bench --model path/to/model
+    exl bench path/to/model
 
-    exl bench --model path/to/model --pp 0 --tg 64 --depth 1024 --output json
+    exl bench path/to/model --pp 0 --tg 64 --depth 1024 --output json
     """
     if output not in ("table", "csv", "json"):
         raise ConfigError(f"output: found {output!r}, expected table, csv or json")
@@ -37,8 +37,8 @@ def bench(
     from exl.planning.from_headers import EngineOptions
     from exl.units import format_bytes
 
-    folder, options = find_model(model, **loading.source), EngineOptions(**loading.engine())
-    report = run_bench(folder, options, pp, tg, depth, repeats, name=model_name(model, folder))
+    folder, options = find_model(which.name, **loading.source), EngineOptions(**loading.engine())
+    report = run_bench(folder, options, pp, tg, depth, repeats, name=model_name(which.name, folder))
     rows = rows_of(report)
     advice = [note.text for note in report.plan.notes if note.kind == "advice"]
     if output == "json":

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from exl.chat import Chat
+from exl.commands.chat_input import QUOTES, parse_command, unquoted
+from exl.commands.prompt_status import PromptStatus
+from exl.commands.standard_streams import OutputError, ReaderGone
 from exl.completion import Completion, TextIterator
 from exl.errors import ConfigError, ExlError
 from exl.llm import LLM
 from exl.sampling_params import OPTIONS, SamplingParams
 from exl.units import format_bytes
 
-SETTINGS: dict[str, type] = {name: option.kind for name, option in OPTIONS.items()}
+SETTINGS: dict[str, type] = {name: option.kind for name, option in OPTIONS.items()} | {"stop": str}
+ALIASES = {"bye": "quit", "exit": "quit", "clear": "reset", "regen": "retry", "?": "help"}
+FILE_COMMANDS = ("save", "load")  # what follows is the name of a file
 
 
 @dataclass
@@ -27,25 +35,44 @@ class ChatSession:
     write: Callable[[str], None]
     say: Callable[[str], None]
     settings: dict[str, Any] = field(default_factory=dict)  # keys: those of SETTINGS
+    overflow: str = "error"  # of chats that /load makes
+    interactive: bool = False  # whether Ctrl-C stops only the answer, and a long prompt shows how far it has come
     last: Completion | None = None
+    told_forgotten: bool = False  # that the model is not shown all messages
 
     def handle(self, line: str) -> bool:
-        """Handles a message or a command. Returns False if the user wants to leave. Reports errors and continues."""
+        """Handles a message or a command. Returns False if the user wants to leave. Reports errors and continues.
+
+        A message may stand between triple quotes, and then may begin with a slash.
+        """
         try:
-            if not line.startswith("/"):
-                if line.strip():
-                    self._answer(lambda: self.chat.stream(line, **self.settings))
-                return True
-            name, _, rest = line[1:].strip().partition(" ")
-            if name in ("quit", "exit"):
-                return False
-            command = self._commands().get(name)
+            message = unquoted(line)
+            command = None if message is not None else parse_command(line)
             if command is None:
-                raise ConfigError(f"/{name}: no such command: /help shows them")
-            command[1](rest.strip())
+                text = line if message is None else message
+                if text.strip():
+                    self._answer(lambda options: self.chat.stream(text, **options))
+                return True
+            name, rest = command
+            name = ALIASES.get(name, name)
+            if name == "quit":
+                return False
+            known = self._commands().get(name)
+            if known is None:
+                raise ConfigError(
+                    f"/{name}: no such command: /help shows them; a message that begins with / goes between {QUOTES}"
+                )
+            known[1](rest)
+        except (OutputError, ReaderGone):  # nobody can be told
+            raise
         except ExlError as error:
             self.say(f"error: {str(error).splitlines()[0]}")
         return True
+
+    def commands(self) -> dict[str, str]:
+        """Names of commands, without the slash, and what each does."""
+        texts = {name: text for name, (text, _) in self._commands().items()}
+        return texts | {alias: f"as /{name}" for alias, name in ALIASES.items()}
 
     def status(self) -> str:
         """Speed of the last answer, context and memory, on one line."""
@@ -56,6 +83,8 @@ class ChatSession:
             parts.append(f"first after {done.prompt_seconds * 1e3:.0f} ms")
         parts.append(f"context {self.chat.num_tokens} of {self.llm.context}")
         parts.append(f"memory {format_bytes(self.llm.plan.num_bytes)}")
+        if self.last is not None and self.last.limit == "max_tokens":
+            parts.append("cut off by max_tokens: /continue goes on")
         return " | ".join(parts)
 
     def _commands(self) -> dict[str, tuple[str, Callable[[str], None]]]:
@@ -63,6 +92,7 @@ class ChatSession:
             "reset": ("remove all messages", lambda rest: self._reset()),
             "undo": ("remove your last message and its answer", lambda rest: self._undo()),
             "retry": ("another answer to your last message", lambda rest: self._retry()),
+            "continue": ("go on with an answer that was cut off", lambda rest: self._continue()),
             "save": ("FILE: write the conversation", self._save),
             "load": ("FILE: continue a saved conversation", self._load),
             "system": ("[TEXT]: show or change the system prompt", self._set_system),
@@ -72,37 +102,67 @@ class ChatSession:
             "quit": ("leave, as Ctrl-D does", lambda rest: None),
         }
 
-    def _answer(self, begin: Callable[[], TextIterator]) -> None:
-        stream = begin()
+    def _answer(self, begin: Callable[[dict[str, Any]], TextIterator]) -> None:
         self.last = None
-        with _interrupts() as interrupted:
-            for piece in stream:
-                self.write(piece)
+        with _interrupts(self.interactive) as interrupted:
+
+            def check() -> None:
                 if interrupted():
-                    stream.close()
-                    break
-            else:
-                self.last = stream.completion
+                    raise _Stopped
+
+            with PromptStatus(check) as status:
+                options = self.settings | ({"prompt_progress": status.update} if self.interactive else {})
+                try:
+                    with closing(begin(options)) as stream:
+                        for piece in stream:
+                            status.clear()
+                            self.write(piece)
+                            if interrupted():
+                                break
+                        else:
+                            self.last = stream.completion
+                except _Stopped:  # before the first piece: the conversation is as it was
+                    pass
         self.write("\n")
         self.say(("stopped | " if self.last is None else "") + self.status())
+        self._say_what_was_forgotten()
+
+    def _say_what_was_forgotten(self) -> None:
+        if self.chat.num_forgotten and not self.told_forgotten:
+            self.told_forgotten = True
+            self.say(
+                f"the context is full: the model is not shown the oldest {self.chat.num_forgotten} messages any more, "
+                "and further ones as the conversation goes on; /save still writes all"
+            )
 
     def _reset(self) -> None:
         self.chat.reset()
+        self.told_forgotten = False
         self.say("all messages removed")
 
     def _undo(self) -> None:
         self.say(f"removed: {self.chat.undo()}")
 
     def _retry(self) -> None:
-        self._answer(lambda: self.chat.stream_retry(**self.settings))
+        self._answer(lambda options: self.chat.stream_retry(**options))
+
+    def _continue(self) -> None:
+        self._answer(lambda options: self.chat.stream_continue(**options))
 
     def _save(self, path: str) -> None:
-        self.chat.save(_wanted("save", path))
+        self.chat.save(_file_name(_wanted("save", path)))
         self.say(f"{len(self.chat.messages)} messages written to {path}")
 
     def _load(self, path: str) -> None:
-        self.chat = Chat.load(self.llm, _wanted("load", path))
+        path = _file_name(_wanted("load", path))
+        self.chat = Chat.load(self.llm, path, overflow=self.overflow)
+        self.told_forgotten = False
         self.say(f"{len(self.chat.messages)} messages from {path}")
+        self._say_if(other_model(path, self.llm))
+
+    def _say_if(self, line: str | None) -> None:
+        if line is not None:
+            self.say(line)
 
     def _set_system(self, text: str) -> None:
         if text:
@@ -129,7 +189,26 @@ class ChatSession:
 
     def _help(self) -> None:
         for name, (text, _) in self._commands().items():
-            self.say(f"/{name:<7} {text}")
+            others = [f"/{alias}" for alias, meant in ALIASES.items() if meant == name]
+            self.say(f"/{name:<9} {text}" + (f" ({', '.join(others)})" if others else ""))
+        self.say(f"{QUOTES:<10} begins and ends a message of several lines, or one that begins with /")
+
+
+def describe_model(llm: LLM) -> str:
+    """Which model runs, where, in how much memory: one line for the start of a chat."""
+    quant = llm.quant
+    kind = "dense" if quant is None else f"{quant.bits}-bit"
+    memory = format_bytes(llm.plan.num_bytes)
+    where = " and ".join(llm.plan.devices)
+    return f"{llm.folder.name} | {kind} {llm.config.family} | {where} | memory {memory} | context {llm.context}"
+
+
+def other_model(path: str, llm: LLM) -> str | None:
+    """What to say of a saved chat that another model wrote; None: this one did."""
+    name = json.loads(Path(path).expanduser().read_text(encoding="utf-8")).get("model")
+    if not isinstance(name, str) or name == llm.folder.name:
+        return None
+    return f"{path} was written with {name}: {llm.folder.name} goes on with its messages"
 
 
 def _wanted(command: str, path: str) -> str:
@@ -138,7 +217,12 @@ def _wanted(command: str, path: str) -> str:
     return path
 
 
-def _parsed(name: str, text: str) -> float | int:
+def _file_name(text: str) -> str:
+    """A name as the system takes it: what was typed is text, the locale's encoding may lack it."""
+    return os.fsdecode(text.encode("utf-8", "surrogatepass"))
+
+
+def _parsed(name: str, text: str) -> float | int | str:
     kind = SETTINGS[name]
     try:
         return kind(text)
@@ -147,10 +231,17 @@ def _parsed(name: str, text: str) -> float | int:
         raise ConfigError(f"/set {name}: found {text!r}, expected {expected} or none") from None
 
 
+class _Stopped(Exception):
+    """Ctrl-C was pressed while the prompt was computed."""
+
+
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
+def _interrupts(wanted: bool) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether Ctrl-C was pressed. The first press is only recorded, so that the answer so
-    far is kept; the second raises ``KeyboardInterrupt``."""
+    far is kept; the second raises ``KeyboardInterrupt``, as the first does if this is not ``wanted``."""
+    if not wanted:
+        yield lambda: False
+        return
     count = 0
 
     def note(signum: int, frame: object) -> None:

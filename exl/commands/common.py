@@ -19,4 +19,14 @@ def load_with_progress(model: str | None, options: LoadOptions, context: int | N
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    """Prints a line to standard error; to nowhere if there is none, where ``print`` would take standard output."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr)
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a standard stream is there, open, and a terminal."""
+    try:
+        return stream is not None and stream.isatty()  # type: ignore[attr-defined]
+    except ValueError:  # closed
+        return False

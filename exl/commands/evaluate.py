@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import load_with_progress
-from exl.commands.options import Debug, LoadOptions, shared_options
+from exl.commands.options import Debug, LoadOptions, ModelName, shared_options
 
 
 @shared_options
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hugging Face repository.")],
+    which: ModelName,
     text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
     against: Annotated[str | None, typer.Option(help="A reference model: KL divergence and agreement with it.")] = None,
     documents: Annotated[
@@ -36,7 +36,7 @@ def evaluate(
     from exl.evaluate import read_documents
 
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(load_with_progress(model, loading, window))
+        llm = stack.enter_context(load_with_progress(which.name, loading, window))
         ids = read_documents(text, llm.tokenizer, documents, window)
         reference = None
         if against is not None:

@@ -17,34 +17,60 @@ from exl.errors import ConfigError
 from exl.sampling_params import OPTIONS
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder or Hugging Face repository; default: the one in exl.")
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="MODEL", help="The model, in the place of the argument.")
 ]
-Revision = Annotated[str | None, typer.Option(help="A repository's branch, tag or commit.")]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="A repository's branch, tag or commit.")]
 Token = Annotated[str | None, typer.Option(help="For a private or gated repository; by default the one saved by hf.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given more than once.")]
 Ram = Annotated[
-    str | None, typer.Option(help="How much RAM exl may use: 6GB, 512MiB. Layers that do not fit are streamed.")
+    str | None,
+    typer.Option(metavar="SIZE", help="How much RAM exl may use: 6GB, 512MiB. Layers that do not fit are streamed."),
 ]
-Context = Annotated[str | None, typer.Option(help="Tokens for prompt and answer together, or auto: as many as fit.")]
-KVCacheType = Annotated[str, typer.Option(help="Type of the KV cache: f32, f16, q8, k8v4 or q4.")]
+Context = Annotated[
+    str | None, typer.Option(metavar="N", help="Tokens for prompt and answer together, or auto: as many as fit.")
+]
+KVCacheType = Annotated[str, typer.Option(metavar="TYPE", help="Type of the KV cache: f32, f16, q8, k8v4 or q4.")]
 Embed = Annotated[
     str,
     typer.Option(
-        help="With a GPU, where the embedding is: auto (pinned RAM, if it is not also the head), device or disk."
+        metavar="PLACE",
+        help="With a GPU, where the embedding is: auto (pinned RAM, if it is not also the head), device or disk.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """Which model: as an argument, or as an option."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Folder or Hugging Face repository; default: the model in exl."),
+    ] = None
+    model_option: ModelOption = None
+
+    @property
+    def name(self) -> str | None:
+        """None: the model that ships with exl. Raises ``ConfigError`` if both were given."""
+        if self.model is not None and self.model_option is not None:
+            raise ConfigError(
+                f"model: found {self.model!r} as an argument and {self.model_option!r} after --model, expected one"
+            )
+        return self.model_option if self.model is None else self.model
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """How a model is loaded."""
 
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto"
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto (a GPU if there is one), cpu or cuda.")] = "auto"
     vram: Annotated[
         str | None,
         typer.Option(
+            metavar="SIZE",
             help="How much VRAM exl may use: 8GB. Layers that do not fit are streamed from RAM. "
-            "Default: all that is free."
+            "Default: all that is free.",
         ),
     ] = None
     ram: Ram = None

@@ -11,6 +11,7 @@ from exl.commands.options import (
     Debug,
     Embed,
     KVCacheType,
+    ModelName,
     Ram,
     Revision,
     Token,
@@ -64,7 +65,7 @@ class MachineOptions:
 
 @shared_options
 def plan(
-    model: Annotated[str | None, typer.Argument(help="Folder or repository; default: the one in exl.")] = None,
+    which: ModelName,
     *,
     of_shape: ShapeOptions,
     machine: MachineOptions,
@@ -99,7 +100,7 @@ def plan(
     from exl.planning.ask import plan as make_plan
 
     found = make_plan(
-        model,
+        which.name,
         **vars(of_shape),
         **machine.keywords(),
         ram=ram,

@@ -3,29 +3,69 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from exl.commands.chat_session import ChatSession
+from exl.commands import common
+from exl.commands.chat_input import QUOTES, is_open, join_quoted
+from exl.commands.chat_session import FILE_COMMANDS, SETTINGS, ChatSession, describe_model
+from exl.commands.standard_streams import input_lines, write
+from exl.commands.word_wrap import WordWrap, columns
 from exl.user_cache import user_cache_folder
-from exl.user_text import decoded_lines
+
+if TYPE_CHECKING:
+    from exl.chat import Chat
+    from exl.llm import LLM
+
+HINT = (
+    f"/? shows the commands; {QUOTES} begins and ends a message of several lines; Ctrl-C stops an answer; Ctrl-D leaves"
+)
 
 
 def is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return common.is_terminal(sys.stdin) and common.is_terminal(sys.stdout)
+
+
+def run_chat(
+    llm: LLM, chat: Chat, settings: dict[str, Any], *notices: str | None, overflow: str = "drop-oldest"
+) -> None:
+    """Talks until the user leaves, in a terminal or a pipe.
+
+    ``settings``: options of each request. ``notices``: what to say at the start. ``overflow``: of chats that /load
+    makes.
+    """
+    terminal = is_terminal()
+    say = say_dim if terminal else common.say
+    show = WordWrap(write, columns).write if common.is_terminal(sys.stdout) else write
+    session = ChatSession(llm, chat, show, say, settings, overflow, interactive=terminal)
+    for line in (describe_model(llm), chat.notice, *notices, HINT if terminal else None):
+        if line is not None:
+            say(line)
+    if terminal:
+        run_terminal(session)
+    else:
+        run_piped(session)
 
 
 def run_piped(session: ChatSession) -> None:
     """Reads one message or command per line from standard input; writes answers to standard output."""
-    for line in decoded_lines(sys.stdin.buffer, "standard input"):
+    for line in join_quoted(input_lines("messages, one on each line")):
         if not session.handle(line):
             return
 
 
 def run_terminal(session: ChatSession) -> None:
-    """Reads lines with history and line editing until /quit or Ctrl-D. Ctrl-C clears the line."""
+    """Reads lines with history, line editing and completion until /bye or Ctrl-D. Ctrl-C clears the line."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import FormattedText
 
-    prompt = PromptSession(history=_history(), key_bindings=_keys(), multiline=True)
+    prompt = PromptSession(
+        history=_history(),
+        key_bindings=_keys(),
+        multiline=True,
+        completer=_completer(session),
+        complete_while_typing=False,
+    )
     while True:
         try:
             line = prompt.prompt(FormattedText([("bold", "> ")]), prompt_continuation="  ")
@@ -41,7 +81,7 @@ def run_terminal(session: ChatSession) -> None:
 
 
 def _keys():
-    """Enter sends; Alt-Enter, and Enter after a backslash, begin a new line."""
+    """Enter sends, unless triple quotes are open; Alt-Enter, and Enter after a backslash, begin a new line."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -52,6 +92,8 @@ def _keys():
         if buffer.document.char_before_cursor == "\\":
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
+        elif is_open(buffer.text):
+            buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
 
@@ -60,6 +102,31 @@ def _keys():
         event.current_buffer.insert_text("\n")
 
     return keys
+
+
+def _completer(session: ChatSession):
+    """The Tab key: commands, then the names of settings or of files, as the command takes them."""
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    files = PathCompleter(expanduser=True)
+
+    class LineCompleter(Completer):
+        def get_completions(self, document, complete_event) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            command, space, rest = text.partition(" ")
+            if not text.startswith("/") or "\n" in text:
+                return
+            if not space:
+                for name, explained in session.commands().items():
+                    if name.startswith(text[1:]):
+                        yield Completion(name, 1 - len(text), display_meta=explained)
+            elif command == "/set" and " " not in rest:
+                yield from (Completion(name + " ", -len(rest), name) for name in SETTINGS if name.startswith(rest))
+            elif command[1:] in FILE_COMMANDS:
+                yield from files.get_completions(Document(rest), complete_event)
+
+    return LineCompleter()
 
 
 def _history():
@@ -76,19 +143,9 @@ def _history():
     return FileHistory(str(path))
 
 
-def write(text: str) -> None:
-    """Writes a piece of an answer to standard output, unbuffered."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def say_dim(line: str) -> None:
     """Prints a line that is not an answer, dimmed, in a terminal."""
     from rich.console import Console
     from rich.text import Text
 
-    Console(highlight=False).print(Text(line, style="dim"), soft_wrap=True)
-
-
-def say_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    Console(highlight=False).print(Text(line, style="dim"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +41,13 @@ def test_a_message_and_its_answer(session):
     assert text.endswith("\n")
     assert text.strip() == session.chat.messages[-1]["content"]
     assert re.fullmatch(
-        r"\d+ tokens, [\d.]+ tokens/s \| first after \d+ ms \| context \d+ of 512 \| memory [\d.]+ MB", session.said[-1]
+        r"8 tokens, [\d.]+ tokens/s \| first after \d+ ms \| context \d+ of 512 \| memory [\d.]+ MB"
+        r" \| cut off by max_tokens: /continue goes on",
+        session.said[-1],
     )
+    session.handle("/continue")
+    assert "".join(session.written).replace("\n", "").strip() == session.chat.messages[-1]["content"]
+    assert len(session.chat.messages) == 2
 
 
 def test_commands(session, tmp_path):
@@ -72,17 +79,19 @@ def test_commands(session, tmp_path):
     assert any("KV cache" in line for line in session.said)
     session.said.clear()
     session.handle("/help")
-    shown = {line.split()[0] for line in session.said}
-    assert shown == {
-        f"/{name}" for name in ["reset", "undo", "retry", "save", "load", "system", "set", "stats", "help", "quit"]
-    }
+    shown = [line.split()[0] for line in session.said]
+    names = ["reset", "undo", "retry", "continue", "save", "load", "system", "set", "stats", "help", "quit"]
+    assert shown == [*(f"/{name}" for name in names), '"""']
     assert session.handle("/quit") is False
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/nothing", ["/nothing", "/help"]),
+        ("/nothing", ["/nothing", "/help", '"""']),
+        ("/nothing at all", ["/nothing", "/help"]),
+        ("/", ["/:", "/help"]),
+        ("/continue", ["continue", "no answer"]),
         ("/undo", ["undo", "no message"]),
         ("/retry", ["retry", "no message"]),
         ("/save", ["/save", "name of a file"]),
@@ -100,6 +109,132 @@ def test_what_goes_wrong_is_one_line(session, line, words):
     assert session.said[0].startswith("error: ")
     assert all(word in session.said[0] for word in words)
     assert (session.chat.messages, session.settings) == before
+
+
+def test_other_names_of_commands(session):
+    session.handle("Hello.")
+    first = session.chat.messages
+    session.handle("/set temperature 1.5")
+    session.handle("/set seed 7")
+    session.handle("/regen")
+    assert session.chat.messages[0] == first[0]
+    assert session.chat.messages != first
+    session.handle("/clear")
+    assert session.chat.messages == []
+    session.handle("/?")
+    assert any(line.startswith("/retry") and "/regen" in line for line in session.said)
+    for name in ("/bye", "/exit", "/quit", "/quit now"):
+        assert session.handle(name) is False
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/usr/share/dict has words.", "/usr/share/dict has words."),
+        ("/etc/passwd", "/etc/passwd"),
+        ("// is a comment", "// is a comment"),
+        ('"""/help"""', "/help"),
+        ('"""\nTwo\n\nlines.\n"""', "Two\n\nlines."),
+    ],
+)
+def test_lines_that_are_messages(session, line, message):
+    session.handle(line)
+    assert session.chat.messages[0] == {"role": "user", "content": message}
+    assert len(session.chat.messages) == 2
+
+
+def test_every_option_can_be_set(session):
+    values = {
+        "temperature": "0.5", "top_k": "5", "top_p": "0.5", "min_p": "0.1", "repetition_penalty": "1.1", "seed": "3",
+        "max_tokens": "4", "stop": "the end",
+    }  # fmt: skip
+    assert values.keys() == SETTINGS.keys()
+    for name, value in values.items():
+        session.handle(f"/set {name} {value}")
+        assert f"{name} {value}" in session.said[-1]
+    session.handle("Hello.")
+    assert session.last.num_tokens <= 4
+    for name in values:
+        session.handle(f"/set {name} none")
+    assert session.settings == {}
+
+
+def test_a_stop_text(session):
+    session.handle("/set max_tokens 60")
+    session.handle("Hello.")
+    whole = session.chat.messages[-1]["content"]
+    word = whole.split()[3]
+    session.handle(f"/set stop {word}")
+    session.handle("/retry")
+    assert session.chat.messages[-1]["content"] == whole[: whole.index(word)].strip()
+    assert session.last.finish_reason == "stop"
+
+
+def test_a_chat_of_another_model_says_so(session, tmp_path):
+    path = tmp_path / "chat.json"
+    session.handle("Hello.")
+    session.handle(f"/save {path}")
+    session.handle(f"/load {path}")
+    assert session.said[-1] == f"2 messages from {path}"
+    path.write_text(path.read_text().replace('"stories"', '"another-7b"'))
+    session.handle(f"/load {path}")
+    assert session.said[-1] == f"{path} was written with another-7b: stories goes on with its messages"
+    told = run_exl("chat", "--load", path, "--max-tokens", "3", stdin="Why?\n").stderr
+    assert "was written with another-7b" in told
+
+
+def test_old_turns_are_dropped_and_that_is_said_once(llm):
+    said = []
+    chat = llm.chat(overflow="drop-oldest")
+    session = ChatSession(llm, chat, lambda piece: None, said.append, {"max_tokens": 60})
+    for i in range(12):
+        session.handle(f"Tell me more about number {i} please.")
+    assert chat.num_forgotten > 2
+    assert len(chat.messages) == 24
+    assert not any(line.startswith("error") for line in said)
+    assert len([line for line in said if "context is full" in line]) == 1
+
+
+def test_overflow_is_an_option():
+    lines = "Tell me a long story about a dog and a cat.\n" * 9
+    args = ["chat", "--context", "128", "--max-tokens", "40", "--temperature", "0"]
+    dropping, refusing = run_exl(*args, stdin=lines), run_exl(*args, "--overflow", "error", stdin=lines)
+    assert dropping.stderr.count("the context is full: the model is not shown the oldest") == 1
+    assert "error" not in dropping.stderr
+    assert "error: context: " in refusing.stderr
+    wrong = run_exl("chat", "--overflow", "banana")
+    assert (wrong.returncode, "overflow: found 'banana'" in wrong.stderr) == (1, True)
+
+
+def test_the_model_is_named_at_the_start():
+    told = run_exl("chat", "--context", "64").stderr.splitlines()[0]
+    assert re.fullmatch(r"stories \| 4-bit llama \| cpu \| memory [\d.]+ MB \| context 64", told)
+
+
+def test_ctrl_c_while_a_prompt_is_read(llm):
+    """The conversation is as it was, the model is free for the next message."""
+    said = []
+    session = ChatSession(llm, llm.chat(), lambda piece: None, said.append, {"max_tokens": 8}, interactive=True)
+    session.handle("Hello.")
+    before, begin = session.chat.messages, session.chat.stream
+
+    def interrupted(text, prompt_progress, **options):
+        def report(progress):
+            os.kill(os.getpid(), signal.SIGINT)
+            prompt_progress(progress)
+
+        return begin(text, prompt_progress=report, **options)
+
+    session.chat.stream = interrupted
+    session.handle("A long message.")
+    assert said[-1].startswith("stopped | context")
+    assert session.chat.messages == before
+    session.chat.stream = begin
+    session.handle("Another.")
+    assert len(session.chat.messages) == 4
+    piped = ChatSession(llm, llm.chat(), lambda piece: os.kill(os.getpid(), signal.SIGINT), said.append, {})
+    with pytest.raises(KeyboardInterrupt):
+        piped.handle("Hello.")
 
 
 def test_an_empty_line_is_nothing(session):
@@ -135,6 +270,15 @@ def test_bad_options_are_one_line(args, words):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words)
+
+
+def test_a_message_of_several_lines_in_a_pipe():
+    done = run_exl("chat", "--max-tokens", "4", stdin='"""One\n/two\nthree."""\nWhy?\n')
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 2
+    unfinished = run_exl("chat", stdin='"""One\ntwo\n')
+    assert unfinished.returncode == 1
+    assert 'found """ without an end' in unfinished.stderr
 
 
 # ---- in a pseudo-terminal -------------------------------------------------------------------------------------------
@@ -225,3 +369,79 @@ def test_a_message_of_two_lines(terminal, tmp_path):
     terminal.send(f"/save {path}\r")
     terminal.expect("messages written")
     assert "One\\ntwo." in path.read_text()
+
+
+def test_triple_quotes_in_a_terminal(terminal, tmp_path):
+    terminal.send('"""One\r/two\rthree."""\r')
+    terminal.expect(STATUS)
+    path = tmp_path / "three.json"
+    terminal.send(f"/save {path}\r")
+    terminal.expect("messages written")
+    assert "One\\n/two\\nthree." in path.read_text()
+
+
+def test_the_tab_key_completes(terminal, tmp_path):
+    (tmp_path / "saved-conversation.json").write_text("x")
+    for typed, completed, rest, answer in (
+        ("/und\t", "/und.*?o", "", "undo: found no message"),
+        ("/set repe\t", "tition_penalty", "1.5", "repetition_penalty 1.5"),
+        (f"/load {tmp_path}/saved-c\t", "onversation.json", "", "saved-conversation.json: not a saved chat"),
+    ):
+        terminal.send(typed)
+        terminal.expect(completed)  # the completion comes from a task of its own: Enter would be quicker
+        terminal.send(rest + "\r")
+        terminal.expect(answer)
+        terminal.expect(PROMPT)
+
+
+def test_answers_are_wrapped_at_the_present_width(terminal, tmp_path):
+    terminal.send("/set max_tokens 60\r")
+    terminal.expect("max_tokens 60")
+    for width in (60, 44):
+        terminal.setwinsize(40, width)
+        terminal.send("Tell me a story.\r")
+        terminal.expect("goes on")  # the end of the status line
+        answer = terminal.before.rpartition("\x1b[?2004l")[2].partition("\x1b")[0]
+        lines = answer.strip().split("\r\n")
+        path = tmp_path / f"{width}.json"
+        terminal.send(f"/save {path}\r")
+        terminal.expect("written")
+        said = json.loads(path.read_text())["messages"][-1]["content"]
+        shown = [played(line) for line in lines]
+        assert "".join(" ".join(shown).split()) == "".join(said.split())
+        assert width - 16 < max(map(len, shown)) < width
+        assert all(len(line) < width for line in shown)
+
+
+def played(line: str) -> str:
+    """What stands on a terminal's line after backspaces."""
+    cells = []
+    at = 0
+    for character in line:
+        if character == "\b":
+            at -= 1
+        else:
+            cells[at:] = [character, *cells[at + 1 :]]
+            at += 1
+    return "".join(cells).rstrip()
+
+
+def test_generate_shows_the_prompt_dim_in_a_terminal():
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "exl.cli", "generate", "Once upon a time", "--max-tokens", "30", "--temperature", "0"],
+        env={**os.environ, "TERM": "xterm"},
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(40, 40),
+    )
+    child.expect(EOF)
+    child.close()
+    assert child.exitstatus == 0
+    shown, rest = child.before.split("\x1b[22m")
+    assert shown == "\x1b[2mOnce upon a time"
+    piped = run_exl("generate", "Once upon a time", "--max-tokens", "30", "--temperature", "0").stdout
+    *lines, status = ("Once upon a time" + rest).strip().split("\r\n")
+    assert "30 tokens" in status
+    assert "".join("".join(map(played, lines)).split()) == "".join(("Once upon a time" + piped).split())
+    assert all(len(played(line)) < 40 for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -149,3 +150,35 @@ def test_where_nobody_watches_a_bar_is_shown_when_asked_for():
     assert (child.returncode, out) == (0, b"")
     shown = r"done None\ndone False\nloading .*[\d.]+/[\d.]+ kB .*\ndone True\n"
     assert re.fullmatch(shown, told.decode()), told
+
+
+class Broken(io.StringIO):
+    """A standard error that fails from the second write on, as when a terminal is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.writes = 0
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.writes += 1
+        if self.writes > 1:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+@pytest.mark.parametrize("stream", [lambda: None, closed, Broken], ids=["none", "closed", "broken"])
+def test_a_load_does_not_need_standard_error(wanted, stream, monkeypatch):
+    monkeypatch.setattr(progress, "_DELAY", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream())
+    with exl.load(progress=wanted) as llm:
+        assert llm.generate("Once", max_tokens=1).num_tokens == 1
