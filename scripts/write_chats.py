@@ -19,7 +19,7 @@ import transformers
 
 from scripts.fetch_smollm2 import fetch
 
-MAX_TOKENS, BATCH, TEMPERATURE, SEED = 256, 32, 0.7, 1
+MAX_TOKENS, BATCH, TEMPERATURE, SEED = 160, 32, 0.7, 1
 Messages = list[dict[str, str]]
 
 

@@ -15,14 +15,18 @@ from exl.checkpoint.config import ModelConfig
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import ModulePlan
 
-_FLOP = 1e-5  # in microseconds: 100 GFLOP/s in f32
-_FLOP_F64 = 4e-5  # factorizations run at a lower rate, too
-_ELEMENT = 1e-3  # one pass over one f32 in memory
-_INPUT = 150.0  # the calls that round one input of a linear
+# In microseconds, as measured on one core at layers of SmolLM2-135M.
+_FLOP = 1e-5  # 100 GFLOP/s in f32
+_FLOP_F64 = 5.5e-5  # factorizations run at a lower rate, too
+_ELEMENT = 1e-3  # one pass over one f32 of activations, which come from memory
+_WEIGHT = 1.75e-4  # one pass over one weight: groups and rows stay in the processor's caches
+_INPUT = 80.0  # the calls that round one input of a linear
+_READ = 7e-3  # one weight, from the file to f32
 _BYTE = 1e-3  # written to disk
+_TENSOR = 500.0  # opened, read and written
 _FIT_PASSES = 420  # of the grid's search over the weights: 41 spans and 3 refits of about 9 passes each
 _UPDATE_PASSES = 140  # errors passed on to the rest of their block of 128 inputs
-_ROUND_PASSES = 30  # round to nearest, and packing
+_ROUND_PASSES = 100  # round to nearest, and packing
 
 
 @dataclass(frozen=True)
@@ -43,31 +47,45 @@ class Effort:
                 break
             before += self._multiply(earlier, T) + (self._attend(chunk) if earlier == "qkv" else 0.0)
         hessian = _FLOP * T * K * (K + 1024) + _ELEMENT * K * K  # blocks of its lower triangle
-        if not self.options.match_dense:
+        if not self._follows_dense:
             return round(before + hessian)
         # Both streams compute their outputs, and the drift is summed.
         return round(2 * (before + self._multiply(name, T)) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
+
+    def read(self) -> int:
+        """A layer's weights, once for each stream."""
+        return round(_READ * sum(map(self._num_weights, self.layer)) * (2 if self._follows_dense else 1))
 
     def solve(self, name: str) -> int:
         """One linear's rounding and packing."""
         K, N = self._shape(name)
         if self.options.method == "rtn":
-            return round(_ELEMENT * _ROUND_PASSES * K * N)
+            return round(_WEIGHT * _ROUND_PASSES * K * N)
         factor = _FLOP_F64 * (4 / 3) * K**3
-        products = _FLOP * K * K * N * (5 if self.options.match_dense else 1)
-        return round(_INPUT * K + factor + products + _ELEMENT * (_FIT_PASSES + _UPDATE_PASSES + _ROUND_PASSES) * K * N)
+        products = _FLOP * K * K * N * (5 if self._follows_dense else 1)
+        passes = _FIT_PASSES + _UPDATE_PASSES + _ROUND_PASSES
+        return round(_INPUT * K + factor + products + _WEIGHT * passes * K * N)
 
     def outputs(self, chunk: ForwardBatch) -> int:
         """The chunk through the whole quantized layer."""
         return round(sum(self._multiply(name, chunk.num_rows) for name in self.layer) + self._attend(chunk))
 
     def write(self, num_bytes: int) -> int:
-        return round(_BYTE * num_bytes)
+        """A tensor of the output."""
+        return round(_TENSOR + _BYTE * num_bytes)
 
-    def whole_layer(self, chunks: Sequence[ForwardBatch]) -> int:
-        """All steps of one layer."""
+    def whole_layer(self, chunks: Sequence[ForwardBatch], is_last: bool) -> int:
+        """All steps of one layer. Nothing reads the last layer's outputs, so they are not computed."""
         work = sum(self.solve(name) + sum(self.capture(name, chunk) for chunk in chunks) for name in self.layer)
-        return work + sum(map(self.outputs, chunks))
+        return self.read() + work + (0 if is_last else sum(map(self.outputs, chunks)))
+
+    @property
+    def _follows_dense(self) -> bool:
+        return self.options.method == "gptq" and self.options.match_dense
+
+    def _num_weights(self, name: str) -> int:
+        K, N = self._shape(name)
+        return K * N
 
     def _shape(self, name: str) -> tuple[int, int]:
         modules = self.layer[name]
@@ -79,4 +97,4 @@ class Effort:
 
     def _attend(self, chunk: ForwardBatch) -> float:
         pairs = sum(int(length) ** 2 for length in chunk.context_len)  # each token with every other of its sequence
-        return _FLOP * 4 * pairs * self.config.attn_width + _ELEMENT * 4 * pairs * self.config.num_heads
+        return _FLOP * 4 * pairs * self.config.attn_width + _ELEMENT * 3 * pairs * self.config.num_heads

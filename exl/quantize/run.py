@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,17 @@ class _Run:
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
         self.effort = Effort(self.config, options, self.plan.layers[0])
-        self._layer_work = self.effort.whole_layer(self.layers.chunks)
-        self._total = self.config.num_layers * self._layer_work + sum(map(self._write_work, self._entries()))
+        num_layers = self.config.num_layers
+        layers = [self.effort.whole_layer(self.layers.chunks, i + 1 == num_layers) for i in range(num_layers)]
+        self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last
+        self._total = self._done_before[-1] + sum(map(self._write_work, self._entries()))
 
     def run(self) -> QuantizeResult:
         work = WorkFolder.open(self.dst, self._request(), self.streams)
         num_layers = self.config.num_layers
         finished = work.num_finished(num_layers)
         self._check_space(work)
-        self._step("resuming" if finished else "starting", finished * self._layer_work)
+        self._step("resuming" if finished else "starting", self._done_before[finished])
         if self.sequences and finished < num_layers and not work.has_hidden(finished):
             self._write_hidden(work, 0, {stream: self.layers.embed() for stream in self.streams})
         for layer_idx in range(finished, num_layers):
@@ -181,6 +184,7 @@ class _Run:
     def _quantize_layer(self, work: WorkFolder, layer_idx: int) -> None:
         weights = self.layers.read_layer(layer_idx)
         dense = self.layers.read_layer(layer_idx) if "dense" in self.streams else None
+        self._step(self._at(layer_idx, "read"), self.effort.read())
         tensors: dict[str, np.ndarray] = {}
         is_last = layer_idx + 1 == self.config.num_layers
         with ExitStack() as stack:
@@ -196,8 +200,6 @@ class _Run:
             write_safetensors(work.layer_path(layer_idx), entries, (tensors[name] for name, _, _ in entries))
         if self.sequences and not is_last:
             self._write_hidden(work, layer_idx + 1, {"hidden": self._outputs(work, layer_idx, weights)})
-        else:  # nothing reads the last layer's outputs
-            self._step(self._at(layer_idx, "done"), sum(map(self.effort.outputs, self.layers.chunks)))
 
     def _listen(
         self,
