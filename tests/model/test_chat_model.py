@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, where `make chat-model` has put it: a real model with a tokenizer and a chat template of its own.
+"""SmolLM2-135M-Instruct, where `make chat-model` has put it: a real model with its own tokenizer and chat template.
 
 Against transformers, which reads the same GGUF file by itself. Skipped where the model is not at hand.
 """
@@ -99,7 +99,7 @@ def test_the_quantized_model_answers_and_stays_near_the_dense_one(smollm2, smoll
         documents = read_documents(CHATS, llm.tokenizer, window=128)[:6]
         found = evaluate(llm, documents, dense)
     assert "Paris" in answer.text
-    assert answer.stop_reason == "eos"
+    assert answer.finish_reason == "stop"
     assert found.against.kl_mean < 0.2
     assert found.against.top1_agreement > 0.75
 
