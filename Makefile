@@ -3,11 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo kernels-demo test whole matrix browser lint notebook clean
+.PHONY: demo chat chat-model kernels-demo test whole matrix browser lint notebook clean
 
 # Runs the model that ships with exl.
 demo: .venv/installed
 	@$(BIN)/exl generate "Once upon a time" --max-tokens 200 --temperature 0
+
+# Talks with SmolLM2-135M-Instruct: fetched (93 MB) and quantized the first time, some minutes; kept in the user's cache.
+chat: .venv/installed-chat-model
+	@$(BIN)/python -m scripts.chat_model
+
+# The same model without the chat: tests, the demo and the notebook use it where it is at hand.
+chat-model: .venv/installed-chat-model
+	@$(BIN)/python -m scripts.chat_model --make-only
 
 # `make test` runs a sample of the largest groups of cases, which differs for each commit: docs/testing.md.
 SAMPLE := $(shell git rev-parse --short HEAD 2> /dev/null || echo none)
@@ -47,6 +55,10 @@ notebook: .venv/installed-test
 .venv/installed: .venv/bin/python setup.py constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-chat-model: .venv/installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[chat-model]'
 	touch $@
 
 .venv/installed-test: .venv/installed

@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+CHAT_MODEL = ["gguf>=0.17", "filelock>=3.12"]  # what `make chat` fetches its model with
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
 
 # The kernel sources are in `cuda/`, where readers look for them, and are installed as the package `exl._cuda`. `cuda/`
@@ -42,8 +43,10 @@ setup(
         "demo": ["gradio>=6"],
         # Runs the demo in the system's Chromium; downloads no browser.
         "browser": ["playwright>=1.50"],
+        "chat-model": CHAT_MODEL,
         "notebook": NOTEBOOK,
         "test": [
+            *CHAT_MODEL,
             *NOTEBOOK,
             "pytest>=8",
             "pytest-xdist>=3.5",

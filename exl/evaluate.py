@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from exl.errors import ConfigError
 from exl.llm import LLM
+from exl.text.chats import read_chats, resolve_documents
 from exl.text.tokenizer import Tokenizer
 from exl.user_text import read_text
 
@@ -45,30 +46,38 @@ class Evaluation:
 
 
 def read_documents(
-    path: str | Path, tokenizer: Tokenizer, documents: str = "lines", window: int = WINDOW
+    path: str | Path, tokenizer: Tokenizer, documents: str = "auto", window: int = WINDOW
 ) -> list[list[int]]:
     """Token ids of a UTF-8 text, each document with the tokenizer's BOS and at most ``window`` tokens.
 
     ``documents``: "lines", each line is a document, stripped of white space and truncated to ``window`` tokens;
-    "whole", the file is cut into consecutive windows, each with its own BOS. Documents of fewer than 8 tokens are
-    skipped. Raises ``ConfigError``.
+    "whole", the file is cut into consecutive windows, each with its own BOS; "chats", each line is a chat
+    (``exl/text/chats.py``), rendered by the model's template and truncated; "auto", chats if the file is a ``.jsonl``,
+    else lines. Documents of fewer than 8 tokens are skipped. Raises ``ConfigError``.
     """
-    if documents not in ("lines", "whole"):
-        raise ConfigError(f"documents: found {documents!r}, expected 'lines' or 'whole'")
+    if documents not in ("auto", "lines", "whole", "chats"):
+        raise ConfigError(f"documents: found {documents!r}, expected 'auto', 'lines', 'whole' or 'chats'")
+    documents = resolve_documents(documents, path)
     if window < MIN_TOKENS:
         raise ConfigError(f"window: found {window}, expected {MIN_TOKENS} tokens or more")
-    text = read_text(path, f"text: {path}")
-    if documents == "lines":
-        found = [tokenizer.encode(line.strip())[:window] for line in text.split("\n")]
+    if documents == "chats":
+        found = [ids[:window] for ids in read_chats(path, tokenizer, "text")]
     else:
-        prefix = tokenizer.encode("")
-        ids = tokenizer.encode(text.strip())[len(prefix) :]
-        step = window - len(prefix)
-        found = [[*prefix, *ids[start : start + step]] for start in range(0, len(ids), step)]
+        found = _read_text(Path(path), tokenizer, documents, window)
     found = [ids for ids in found if len(ids) >= MIN_TOKENS]
     if not found:
         raise ConfigError(f"text: {path}: found no document of {MIN_TOKENS} tokens or more")
     return found
+
+
+def _read_text(path: Path, tokenizer: Tokenizer, documents: str, window: int) -> list[list[int]]:
+    text = read_text(path, f"text: {path}")
+    if documents == "lines":
+        return [tokenizer.encode(line.strip())[:window] for line in text.split("\n")]
+    prefix = tokenizer.encode("")
+    ids = tokenizer.encode(text.strip())[len(prefix) :]
+    step = window - len(prefix)
+    return [[*prefix, *ids[start : start + step]] for start in range(0, len(ids), step)]
 
 
 def evaluate(llm: LLM, documents: Iterable[Sequence[int]], against: LLM | None = None) -> Evaluation:

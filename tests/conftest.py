@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exl.user_cache import chat_model_folder
 from tests.host import backends
 
 # One thread, also in processes that tests start: matrices are tiny, and on a busy machine a second thread makes every
@@ -24,8 +25,41 @@ ASAN_ONE_IN = 4  # a sample runs one case in this many under AddressSanitizer
 
 # Packages that only tests import. If one is missing, only the test modules that need it are skipped.
 TEST_ONLY = frozenset(
-    {"gradio", "hypothesis", "ipykernel", "matplotlib", "nbclient", "nbformat", "pexpect", "playwright", "transformers"}
+    {
+        "gguf",
+        "gradio",
+        "hypothesis",
+        "ipykernel",
+        "matplotlib",
+        "nbclient",
+        "nbformat",
+        "pexpect",
+        "playwright",
+        "transformers",
+    }
 )
+
+# Looked up now, because tests change the environment that says where the user's cache is.
+CHAT_MODELS = {dense: chat_model_folder(dense) for dense in (True, False)}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, dense."""
+    return _chat_model(dense=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_quantized() -> Path:
+    """The folder of SmolLM2-135M-Instruct as `make chat` quantizes it."""
+    return _chat_model(dense=False)
+
+
+def _chat_model(dense: bool) -> Path:
+    folder = CHAT_MODELS[dense]
+    if folder is None:
+        pytest.skip("SmolLM2 is not at hand: make chat-model")
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,11 +15,15 @@ from exl.commands.options import Debug, LoadOptions, ModelName, shared_options
 @shared_options
 def evaluate(
     which: ModelName,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
+    text: Annotated[Path, typer.Option(help='UTF-8 text to predict, or chats: {"messages": [...]} in lines of JSON.')],
     against: Annotated[str | None, typer.Option(help="A reference model: KL divergence and agreement with it.")] = None,
     documents: Annotated[
-        str, typer.Option(help="lines: each line is a document; whole: the file is cut into windows.")
-    ] = "lines",
+        str,
+        typer.Option(
+            help="lines: each line is a document; whole: the file is cut into windows; chats: each line is a chat, "
+            "rendered by the model's template; auto: chats in a .jsonl file, else lines."
+        ),
+    ] = "auto",
     window: Annotated[int, typer.Option(help="At most this many tokens per document.")] = 512,
     *,
     loading: LoadOptions,  # its revision applies to the model, not to the reference

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exl.commands.common import say
-from exl.commands.options import Debug
+from exl.commands.common import WorkBar, say
+from exl.commands.options import Debug, Revision, Token
 
 
 def quantize(
-    src: Annotated[Path, typer.Argument(help="Folder of a dense model.")],
+    src: Annotated[str, typer.Argument(help="Folder of a dense model, or its Hugging Face repository.")],
     dst: Annotated[Path, typer.Argument(help="Folder to create. An interrupted run is resumed.")],
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: all of them.")] = 128,
@@ -24,27 +25,33 @@ def quantize(
         bool,
         typer.Option("--sym/--asym", help="One fixed zero in the middle, or one zero per group and output."),
     ] = False,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text like what the model will read.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text like what the model will read, or a .jsonl file of chats."),
+    ] = None,
     documents: Annotated[
         str,
         typer.Option(
-            help="lines: each line starts a sequence; packed: lines fill sequences; whole: the file is one document."
+            help="lines: each line starts a sequence; packed: lines fill sequences; whole: the file is one document; "
+            "chats: each line is a chat, rendered by the model's template; auto: chats in a .jsonl file, else lines."
         ),
-    ] = "lines",
+    ] = "auto",
     num_samples: Annotated[int, typer.Option(help="About this many full sequences of text are used.")] = 128,
     seq_len: Annotated[int | None, typer.Option(help="At most this many tokens per sequence.")] = None,
     damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration text.")] = "gptq",
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
+    revision: Revision = None,
+    token: Token = None,
     debug: Debug = False,
 ) -> None:
     """Make a GPTQ model from a dense one, a layer at a time.
 
     exl quantize path/to/dense path/to/output --bits 4 --group-size 128 --calibration text.txt
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    exl quantize owner/name path/to/output --calibration chats.jsonl
+    """
+    from exl.checkpoint.hub import find_model
     from exl.quantize.options import QuantizeOptions
     from exl.quantize.run import quantize as run
 
@@ -62,17 +69,22 @@ def quantize(
         method=method,
         checkpoint_format=checkpoint_format,
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("quantizing", total=None)
-        done = run(
-            src, dst, options, lambda at, total, what: bar.update(task, completed=at, total=total, description=what)
-        )
+    with WorkBar("quantizing") as bar:
+        done = run(find_model(src, revision=revision, token=token), dst, options, bar.update)
     resumed = f", {done.num_resumed_layers} layers were already done" if done.num_resumed_layers else ""
     say(f"{done.folder}: {done.num_bytes} bytes of weights, {done.num_calibration_tokens} tokens of text{resumed}")
+    if (command := run_command(done.folder)) is not None:
+        say(f"run it: {command}")
+
+
+def run_command(folder: Path) -> str | None:
+    """The command that runs a model: a chat if it has a chat template; None if it has no tokenizer."""
+    from exl.errors import ExlError
+    from exl.text.tokenizer import Tokenizer
+
+    try:
+        template = Tokenizer.from_folder(folder).chat_template
+    except ExlError:
+        return None
+    command = ["exl", "generate", "Once upon a time", "-m"] if template is None else ["exl", "chat", "-m"]
+    return shlex.join([*command, str(folder)])

@@ -10,6 +10,7 @@ import numpy as np
 
 from exl.batch import I32, PAGE_SIZE, ForwardBatch
 from exl.errors import ConfigError
+from exl.text.chats import read_chats, resolve_documents
 from exl.text.tokenizer import Tokenizer
 from exl.user_text import read_lines, read_text
 
@@ -20,15 +21,20 @@ def read_calibration(
     """Token ids from the start of the file: at most ``seq_len`` per sequence, about ``num_samples * seq_len`` in all.
 
     ``documents``: "lines", every line is a document and starts a new sequence; "packed", every line is a document, and
-    documents fill sequences one after another; "whole", the file is one document. A document that is longer than a
-    sequence continues in the next one. Every document and every sequence begins with the tokenizer's prefix (usually
-    BOS), as in inference. Lines are read only until there are enough tokens. Raises ``ConfigError`` if the file cannot
-    be read or is too short.
+    documents fill sequences one after another; "whole", the file is one document; "chats", every line is a chat
+    (``exl/text/chats.py``) and starts a new sequence; "auto", chats if the file is a ``.jsonl``, else lines. A document
+    that is longer than a sequence continues in the next one. Every document and every sequence begins with the
+    tokenizer's prefix (usually BOS), as in inference; chats begin as their template renders them. Lines are read only
+    until there are enough tokens. Raises ``ConfigError`` if the file cannot be read or is too short.
     """
-    prefix = tokenizer.encode("")
+    documents = resolve_documents(documents, path)
+    prefix = [] if documents == "chats" else tokenizer.encode("")
     if len(prefix) >= seq_len:
         raise ConfigError(f"seq_len: found {seq_len}, expected more than the {len(prefix)} tokens before every text")
-    encoded = (tokenizer.encode(text) for text in _read_documents(Path(path), documents == "whole"))
+    if documents == "chats":
+        encoded = read_chats(path, tokenizer, "calibration")
+    else:
+        encoded = (tokenizer.encode(text) for text in _read_documents(Path(path), documents == "whole"))
     sequences: list[list[int]] = []
     num_tokens = 0
     for sequence in _cut(encoded, prefix, seq_len, pack=documents == "packed"):

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from exl.checkpoint.quant_config import SUPPORTED_BITS
 from exl.errors import ConfigError
+from exl.text.chats import DOCUMENTS
 
 _CHOICES = {
     "method": ("gptq", "rtn"),
     "checkpoint_format": ("gptq", "gptq_v2"),
-    "documents": ("lines", "packed", "whole"),
+    "documents": DOCUMENTS,
 }
 
 
@@ -27,7 +28,7 @@ class QuantizeOptions:
     match_dense: bool = True  # GPTQ's target is the dense model's outputs at this place; takes twice the time
     sym: bool = False  # one fixed zero, 2^(bits - 1)
     calibration: str | os.PathLike[str] | None = None  # path of UTF-8 text; GPTQ needs it
-    documents: str = "lines"  # one per line: "lines", a sequence each, or "packed" into full sequences; "whole": one
+    documents: str = "auto"  # what the text holds, as read_calibration explains: lines, packed, whole, chats
     num_samples: int = 128  # num_samples * seq_len is about the number of tokens taken from the text
     seq_len: int | None = None  # at most this many tokens per sequence; None: 2048, or the model's maximum if less
     damp: float = 0.01  # added to the Hessian's diagonal, relative to its mean

@@ -62,9 +62,9 @@ def write_checkpoint(
     plan: QuantizePlan,
     options: QuantizeOptions,
     config_json: dict[str, Any],
-    progress: Callable[[], None],
+    progress: Callable[[Entry], None],
 ) -> int:
-    """Writes the output and returns the bytes of its weights.
+    """Writes the output and returns the bytes of its weights. ``progress`` is called for each tensor written.
 
     Files are moved to ``dst`` after all are written, ``config.json`` last: until then no loader takes the folder for a
     model. A run that is killed while writing leaves its incomplete files in the work folder.
@@ -113,15 +113,15 @@ def _cut_shards(entries: list[tuple[Entry, int | None]], max_bytes: int) -> list
 
 
 def _read_tensors(
-    shard: list[tuple[Entry, int | None]], checkpoint: Checkpoint, work: WorkFolder, progress: Callable[[], None]
+    shard: list[tuple[Entry, int | None]], checkpoint: Checkpoint, work: WorkFolder, progress: Callable[[Entry], None]
 ) -> Iterator[Any]:
-    for (name, _, _), layer_idx in shard:
+    for entry, layer_idx in shard:
         if layer_idx is None:
-            yield checkpoint.read(name)
+            yield checkpoint.read(entry[0])
         else:
             with Checkpoint.open(work.layer_path(layer_idx)) as layer:
-                yield layer.read(name)
-        progress()
+                yield layer.read(entry[0])
+        progress(entry)
 
 
 def quantization_config(options: QuantizeOptions) -> dict[str, Any]:

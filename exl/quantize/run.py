@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,19 @@ from exl.formats.tensors import read_float
 from exl.models.manifest import read_manifest
 from exl.ops.base import LayerWeights
 from exl.quantize.calibration import read_calibration
+from exl.quantize.effort import Effort
 from exl.quantize.gptq import Hessian, QuantizedWeight, gptq, round_to_nearest
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.pack import gptq_tensors
-from exl.quantize.plan import ModulePlan, QuantizePlan, make_plan
+from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
 from exl.quantize.work import WorkFolder, read_rows, write_atomically
 from exl.text.tokenizer import Tokenizer
 from exl.units import format_apart
 
-Progress = Callable[[int, int, str], None]  # steps done, total steps, what is being done
+Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py``), what is being done
 
 _LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer computes them
 _DEFAULT_SEQ_LEN = 2048
@@ -66,7 +68,7 @@ def quantize(
 
     Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
     the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
-    on disk. Raises ``ExlError``.
+    on disk. ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
     """
     src, dst = Path(src), Path(dst)
     try:
@@ -92,30 +94,39 @@ class _Run:
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
-        # Per linear, one step per chunk to capture its inputs and one to solve it; then one per chunk for the outputs.
-        self._layer_steps = len(_LINEARS) * (len(self.layers.chunks) + 1) + len(self.layers.chunks)
-        self._total = self.config.num_layers * self._layer_steps + len(self._tensors)
+        self.effort = Effort(self.config, options, self.plan.layers[0])
+        num_layers = self.config.num_layers
+        layers = [self.effort.whole_layer(self.layers.chunks, i + 1 == num_layers) for i in range(num_layers)]
+        self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last
+        self._total = self._done_before[-1] + sum(map(self._write_work, self._entries()))
 
     def run(self) -> QuantizeResult:
         work = WorkFolder.open(self.dst, self._request(), self.streams)
         num_layers = self.config.num_layers
         finished = work.num_finished(num_layers)
         self._check_space(work)
-        self._step("resuming" if finished else "starting", finished * self._layer_steps)
+        self._step("resuming" if finished else "starting", self._done_before[finished])
         if self.sequences and finished < num_layers and not work.has_hidden(finished):
             self._write_hidden(work, 0, {stream: self.layers.embed() for stream in self.streams})
         for layer_idx in range(finished, num_layers):
             for older in range(layer_idx):
                 work.drop_hidden(older)
             self._quantize_layer(work, layer_idx)
-        write = lambda: self._step("writing")  # noqa: E731
+        write = lambda entry: self._step("writing", self._write_work(entry))  # noqa: E731
         num_bytes = write_checkpoint(self.dst, work, self.checkpoint, self.plan, self.options, self.config_json, write)
         work.remove()
         num_tokens = sum(map(len, self.sequences))
         return QuantizeResult(self.dst, num_bytes, num_tokens, finished)
 
-    def _step(self, what: str, count: int = 1) -> None:
-        self._done += count
+    def _entries(self) -> Iterator[Entry]:
+        return (entry for entry, _ in self._tensors)
+
+    def _write_work(self, entry: Entry) -> int:
+        return self.effort.write(entry_bytes(entry))
+
+    def _step(self, what: str, work: int) -> None:
+        """Reports that ``work`` more is done."""
+        self._done += work
         if self._progress is not None:
             self._progress(self._done, self._total, what)
 
@@ -160,7 +171,7 @@ class _Run:
     def _check_space(self, work: WorkFolder) -> None:
         """Raises ``ExlError`` now if the disk will be full later: a run may take hours."""
         hidden = 2 * len(self.streams) * sum(map(len, self.sequences)) * self.config.hidden_size * 4
-        weights = 2 * sum(entry_bytes(entry) for entry, _ in self._tensors)
+        weights = 2 * sum(map(entry_bytes, self._entries()))
         there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
         needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
         if free < needed:
@@ -169,9 +180,13 @@ class _Run:
 
     # Layers
 
+    def _at(self, layer_idx: int, what: str) -> str:
+        return f"layer {layer_idx + 1} of {self.config.num_layers}: {what}"
+
     def _quantize_layer(self, work: WorkFolder, layer_idx: int) -> None:
         weights = self.layers.read_layer(layer_idx)
         dense = self.layers.read_layer(layer_idx) if "dense" in self.streams else None
+        self._step(self._at(layer_idx, "read"), self.effort.read())
         tensors: dict[str, np.ndarray] = {}
         is_last = layer_idx + 1 == self.config.num_layers
         with ExitStack() as stack:
@@ -182,13 +197,11 @@ class _Run:
             for name in _LINEARS:
                 hessian = self._listen(work, layer_idx, name, weights, dense, write_dense if name == "down" else None)
                 tensors |= self._quantize_linear(layer_idx, name, weights, hessian)
-                self._step(f"layer {layer_idx + 1} of {self.config.num_layers}: {name}")
+                self._step(self._at(layer_idx, name), self.effort.solve(name))
             entries = self.plan.layer_entries(layer_idx)
             write_safetensors(work.layer_path(layer_idx), entries, (tensors[name] for name, _, _ in entries))
         if self.sequences and not is_last:
             self._write_hidden(work, layer_idx + 1, {"hidden": self._outputs(work, layer_idx, weights)})
-        else:
-            self._step(f"layer {layer_idx + 1} of {self.config.num_layers}", len(self.layers.chunks))
 
     def _listen(
         self,
@@ -218,7 +231,7 @@ class _Run:
             x, output = self.layers.listen(layer_idx, weights, name, chunk, h, output=target is not None)
             hessian.add(x, None if target is None else target.sub_(output))
             start = stop
-            self._step(f"layer {layer_idx + 1} of {self.config.num_layers}: {name}")
+            self._step(self._at(layer_idx, name), self.effort.capture(name, chunk))
         return hessian
 
     def _quantize_linear(
@@ -285,7 +298,7 @@ class _Run:
             h = read_rows(work.hidden_path("hidden", layer_idx), start, start + chunk.num_rows, self.config.hidden_size)
             self.layers.run(layer_idx, weights, chunk, h)
             start += chunk.num_rows
-            self._step(f"layer {layer_idx + 1} of {self.config.num_layers}: outputs")
+            self._step(self._at(layer_idx, "outputs"), self.effort.outputs(chunk))
             yield h
 
     def _write_hidden(self, work: WorkFolder, layer_idx: int, streams: dict[str, Any]) -> None:

@@ -1,0 +1,100 @@
+"""How much work each step of a run is, so that progress tells the time that is left.
+
+A step's work is an estimate of its time on a processor of round figures: matrix products by their arithmetic, passes
+over elements by their number, and what Python adds per call. A faster processor is faster at all of them, so the
+shares of the steps hold roughly on any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from exl.batch import ForwardBatch
+from exl.checkpoint.config import ModelConfig
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.plan import ModulePlan
+
+# In microseconds, as measured on one core at layers of SmolLM2-135M.
+_FLOP = 1e-5  # 100 GFLOP/s in f32
+_FLOP_F64 = 5.5e-5  # factorizations run at a lower rate, too
+_ELEMENT = 1e-3  # one pass over one f32 of activations, which come from memory
+_WEIGHT = 1.75e-4  # one pass over one weight: groups and rows stay in the processor's caches
+_INPUT = 80.0  # the calls that round one input of a linear
+_READ = 7e-3  # one weight, from the file to f32
+_BYTE = 1e-3  # written to disk
+_TENSOR = 500.0  # opened, read and written
+_FIT_PASSES = 420  # of the grid's search over the weights: 41 spans and 3 refits of about 9 passes each
+_UPDATE_PASSES = 140  # errors passed on to the rest of their block of 128 inputs
+_ROUND_PASSES = 100  # round to nearest, and packing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Work in microseconds, as whole numbers. ``layer``: the modules of one layer as in ``QuantizePlan.layers``; all
+    layers have the same shapes."""
+
+    config: ModelConfig
+    options: QuantizeOptions
+    layer: Mapping[str, Sequence[ModulePlan]]
+
+    def capture(self, name: str, chunk: ForwardBatch) -> int:
+        """The chunk through the layer up to the linear ``name``, and its rows' part of the Hessian."""
+        T, (K, N) = chunk.num_rows, self._shape(name)
+        before = 0.0
+        for earlier in self.layer:
+            if earlier == name:
+                break
+            before += self._multiply(earlier, T) + (self._attend(chunk) if earlier == "qkv" else 0.0)
+        hessian = _FLOP * T * K * (K + 1024) + _ELEMENT * K * K  # blocks of its lower triangle
+        if not self._follows_dense:
+            return round(before + hessian)
+        # Both streams compute their outputs, and the drift is summed.
+        return round(2 * (before + self._multiply(name, T)) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
+
+    def read(self) -> int:
+        """A layer's weights, once for each stream."""
+        return round(_READ * sum(map(self._num_weights, self.layer)) * (2 if self._follows_dense else 1))
+
+    def solve(self, name: str) -> int:
+        """One linear's rounding and packing."""
+        K, N = self._shape(name)
+        if self.options.method == "rtn":
+            return round(_WEIGHT * _ROUND_PASSES * K * N)
+        factor = _FLOP_F64 * (4 / 3) * K**3
+        products = _FLOP * K * K * N * (5 if self._follows_dense else 1)
+        passes = _FIT_PASSES + _UPDATE_PASSES + _ROUND_PASSES
+        return round(_INPUT * K + factor + products + _WEIGHT * passes * K * N)
+
+    def outputs(self, chunk: ForwardBatch) -> int:
+        """The chunk through the whole quantized layer."""
+        return round(sum(self._multiply(name, chunk.num_rows) for name in self.layer) + self._attend(chunk))
+
+    def write(self, num_bytes: int) -> int:
+        """A tensor of the output."""
+        return round(_TENSOR + _BYTE * num_bytes)
+
+    def whole_layer(self, chunks: Sequence[ForwardBatch], is_last: bool) -> int:
+        """All steps of one layer. Nothing reads the last layer's outputs, so they are not computed."""
+        work = sum(self.solve(name) + sum(self.capture(name, chunk) for chunk in chunks) for name in self.layer)
+        return self.read() + work + (0 if is_last else sum(map(self.outputs, chunks)))
+
+    @property
+    def _follows_dense(self) -> bool:
+        return self.options.method == "gptq" and self.options.match_dense
+
+    def _num_weights(self, name: str) -> int:
+        K, N = self._shape(name)
+        return K * N
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        modules = self.layer[name]
+        return modules[0].K, sum(module.N for module in modules)
+
+    def _multiply(self, name: str, num_rows: int) -> float:
+        K, N = self._shape(name)
+        return _FLOP * 2 * num_rows * K * N + _ELEMENT * 4 * num_rows * (K + N)
+
+    def _attend(self, chunk: ForwardBatch) -> float:
+        pairs = sum(int(length) ** 2 for length in chunk.context_len)  # each token with every other of its sequence
+        return _FLOP * 4 * pairs * self.config.attn_width + _ELEMENT * 3 * pairs * self.config.num_heads

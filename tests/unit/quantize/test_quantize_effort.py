@@ -1,0 +1,135 @@
+"""The time left while a model is quantized: against a machine whose every operation takes a known time."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from exl.commands.common import WorkBar
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
+
+DATA = Path(__file__).parents[2] / "data"
+SOURCE = DATA / "stories2M"
+GPTQ = {"group_size": 64, "calibration": DATA / "calibration" / "stories2M.txt", "num_samples": 8, "seq_len": 256}
+OPTIONS = [QuantizeOptions(**GPTQ), QuantizeOptions(**GPTQ, match_dense=False)]
+
+
+class FakeMachine(TorchDispatchMode):
+    """Counts what torch is asked for: 3 us per operation and 0.5 us per view, 0.15 ns per element that is written, or
+    0.8 ns if the result is too large for a cache, 10 ps per operation of a product, 50 ps in a factorization."""
+
+    seconds = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        packet, name = func._overloadpacket, str(func._overloadpacket)
+        self.seconds += 0.5e-6 if func.is_view else 3e-6
+        if "scaled_dot_product" in name:
+            (_, heads, queries, _), keys = args[0].shape, args[1].shape[-2]
+            self.seconds += 2e-9 * heads * queries * keys  # the softmax
+        if packet in flop_registry:
+            self.seconds += 10e-12 * flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif "cholesky" in name or "triangular" in name:
+            self.seconds += 50e-12 * args[0].shape[-1] ** 3 * (1 if "triangular" in name else 1 / 3)
+        elif not func.is_view:
+            outputs = out if isinstance(out, tuple | list) else (out,)
+            numels = [o.numel() for o in outputs if isinstance(o, torch.Tensor)]
+            self.seconds += sum(numel * (0.15e-9 if numel < 1 << 17 else 0.8e-9) for numel in numels)
+        return out
+
+
+@pytest.fixture
+def bar():
+    """The bar's own machine and clock."""
+    machine = FakeMachine()
+    return machine, WorkBar("quantizing", clock=lambda: machine.seconds, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["match_dense", "plain"])
+def test_the_time_left_does_not_jump(tmp_path, bar, options):
+    machine, shown = bar
+    seen: list[tuple[float, float]] = []  # the time, and the time that was said to be left
+
+    def note(done: int, total: int, what: str) -> None:
+        shown.update(done, total, what)
+        assert 0 <= done <= total
+        if shown.seconds_left is not None:
+            seen.append((machine.seconds, shown.seconds_left))
+
+    with machine:
+        quantize(SOURCE, tmp_path / "out", options, note)
+    end = machine.seconds
+    assert seen[-1][1] == 0  # the work adds up
+    counted = [(end - now, left) for now, left in seen if 0.2 * end < now < 0.95 * end]
+    assert len(counted) > 20
+    for true, left in counted:
+        assert 0.6 < left / true < 1.6
+    for (now, left), (later, next_left) in pairwise(seen):
+        if now > 0.1 * end:
+            assert next_left - left < 0.1 * end, (now, later)  # it does not grow by much from one step to the next
+
+
+def test_steps_of_every_kind_have_their_share(tmp_path, bar):
+    machine, _ = bar
+    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    last = [0.0, 0]
+
+    def note(done: int, total: int, what: str) -> None:
+        kind = what.rpartition(": ")[2]
+        spent[kind][0] += (done - last[1]) / total
+        spent[kind][1] += machine.seconds - last[0]
+        last[:] = machine.seconds, done
+
+    with machine:
+        quantize(SOURCE, tmp_path / "out", OPTIONS[0], note)
+    assert set(spent) == {"starting", "read", "qkv", "o", "gate_up", "down", "outputs", "writing"}
+    for kind in ("qkv", "o", "gate_up", "down", "outputs"):
+        said, took = spent[kind]
+        assert 0.5 < said / (took / machine.seconds) < 2, kind
+
+
+def test_a_resumed_run_does_not_count_what_was_done_before(tmp_path, bar):
+    """Done in no time, it would promise an end in seconds, and the first real step would take the promise back."""
+    machine, shown = bar
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what.startswith("layer 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(SOURCE, tmp_path / "out", OPTIONS[0], stop)
+    seen = []
+
+    def note(done: int, total: int, what: str) -> None:
+        shown.update(done, total, what)
+        seen.append((machine.seconds, shown.seconds_left, done / total))
+
+    with machine:
+        quantize(SOURCE, tmp_path / "out", OPTIONS[0], note)
+    assert seen[0][1] is None
+    assert 0.4 < seen[0][2] < 0.6  # two of four layers
+    for now, left, _ in seen[5:-1]:
+        if now < 0.9 * machine.seconds:
+            assert 0.5 < left / (machine.seconds - now) < 2
+
+
+def test_the_bar_shows_share_and_time():
+    output = io.StringIO()
+    now = 10.0
+    with WorkBar("quantizing", clock=lambda: now, console=Console(file=output, force_terminal=True, width=100)) as bar:
+        bar.update(500, 1000, "resuming")
+        now = 70.0
+        bar.update(510, 1000, "layer 3 of 5: qkv")
+        assert bar.seconds_left == 60 * 490 / 10
+    assert "layer 3 of 5: qkv" in output.getvalue()
+    assert "51%" in output.getvalue()
+    assert "49:00 left" in output.getvalue()
