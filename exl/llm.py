@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from exl import forks
 from exl.checkpoint.config import GenerationDefaults
 from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
@@ -114,6 +115,15 @@ class _Turn:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owner: int | None = None
+        forks.register(self)
+
+    def before_fork(self) -> None:
+        pass
+
+    def after_fork(self, in_child: bool) -> None:
+        """The thread that had the turn may not exist in the child."""
+        if in_child:
+            self._lock, self._owner = threading.Lock(), None
 
     def __enter__(self) -> None:
         if self._owner == threading.get_ident():
@@ -122,8 +132,9 @@ class _Turn:
         self._owner = threading.get_ident()
 
     def __exit__(self, *exc_info: object) -> None:
-        self._owner = None
-        self._lock.release()
+        if self._owner == threading.get_ident():  # not in a fork that was made meanwhile
+            self._owner = None
+            self._lock.release()
 
 
 class LLM:
@@ -290,6 +301,7 @@ class LLM:
     def _open_generator(self) -> Generator:
         if self._engine is None:
             raise ExlError(f"{self.folder.name}: the model is closed")
+        self._engine.generator.guard.check()
         return self._engine.generator
 
     def _params(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from exl import forks
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.checkpoint.config import GenerationDefaults, ModelConfig
@@ -68,7 +69,9 @@ class Engine:
 
     def close(self) -> None:
         """Frees the weights' memory and ends the thread that reads layers. Nothing may be run afterwards. A GPU's
-        memory goes with the last reference to the engine."""
+        memory goes with the last reference to the engine, or with the process in a fork that cannot use it."""
+        if self.generator.guard.lost_gpu:
+            return
         try:
             self.synchronize()  # copies in flight still read the pages that are freed next
         finally:
@@ -142,6 +145,8 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
     ``ConfigError`` if a GPU was asked for and there is none that exl can use."""
     if options.device == "cpu":
         return options, None
+    if forks.lost_gpu():
+        raise forks.gpu_error()
     try:
         backend = open_backend()
         free, _ = free_bytes(backend.device)  # also starts cuBLAS, for which a GPU that others fill has no room

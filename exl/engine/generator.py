@@ -12,6 +12,7 @@ from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.page_pool import PagePool
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.forks import ForkGuard
 from exl.ops.base import Samples
 from exl.ops.rope import depends_on_length
 from exl.sampling import SamplingParams, likeliest, sampling_batch
@@ -46,6 +47,7 @@ class Generator:
         self.runner, self.pool, self.context = runner, pool, context
         self.eos_ids = frozenset(eos_ids)
         self.max_decode_prompt = max_decode_prompt
+        self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
 
     def stream(
         self,
@@ -125,6 +127,7 @@ class Generator:
             yield GeneratedToken(token_id, self._reason(token_id, is_last=True), sequence.num_reused)
 
     def _read(self, drawn: Samples, seen: set[int] | None) -> int:
+        self.guard.check()
         (token_id,) = drawn.token_ids()
         if seen is not None:
             seen.add(token_id)
@@ -138,7 +141,9 @@ class Generator:
         self._check_ids(ids)
         sequence = self.begin(len(ids))
         try:
-            yield from self.runner.forward(self._batches(sequence, ids, every=True))
+            for chunk in self.runner.forward(self._batches(sequence, ids, every=True)):
+                yield chunk
+                self.guard.check()
         finally:
             self.end(sequence)
 
@@ -147,6 +152,7 @@ class Generator:
 
         Raises ``MemoryBudgetError`` if there are not enough pages.
         """
+        self.guard.begin()
         match = self.pool.find(known_ids)
         try:
             fresh = self.pool.allocate(-(-num_tokens // PAGE_SIZE) - len(match.pages))
@@ -154,6 +160,7 @@ class Generator:
             self.pool.release(match.pages)
             if match.copy_from is not None:
                 self.pool.release([match.copy_from])
+            self.guard.end()
             raise
         if match.copy_from is not None:
             self.runner.kv.copy_pages([match.copy_from], fresh[:1])
@@ -167,6 +174,7 @@ class Generator:
         return logits
 
     def _forward(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
+        self.guard.check()
         logits = None
         for logits in self.runner.forward(self._batches(sequence, ids, every=False)):  # noqa: B007
             pass
@@ -178,6 +186,7 @@ class Generator:
             self.pool.remember(sequence.token_ids, sequence.pages)
         self.pool.release(sequence.pages)
         sequence.pages = []
+        self.guard.end()
 
     def _reusable(self, num_tokens: int) -> bool:
         """Beyond the model's maximum, "dynamic" RoPE depends on the length of the whole text: K of a prefix differs."""
