@@ -162,7 +162,8 @@ def _end_openmp_threads() -> bool:
     if not _MAPS.exists():  # not Linux
         return True
     paths = {line.split(maxsplit=5)[5] for line in _MAPS.read_text().splitlines() if "libgomp" in line}
-    return all([_pause(path.strip()) for path in paths])
+    paused = [_pause(path.strip()) for path in paths]  # each of them, also after one that fails
+    return all(paused)
 
 
 def _pause(path: str) -> bool:

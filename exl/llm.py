@@ -421,6 +421,7 @@ def load(
     resident_layers: int | None = None,
     head: str | int = "file",
     packed_folder: str | Path | None = None,
+    threads: int | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -436,7 +437,8 @@ def load(
     ``max_sequences``: the number of contexts that the cache has room for. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. More on all of these:
-    ``docs/memory.md``.
+    ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by default all that the process may
+    use; fewer do while other processes use the processors, which changes no result (``docs/cpu.md``).
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

@@ -27,6 +27,10 @@ Ram = Annotated[
 Context = Annotated[str | None, typer.Option(help="Tokens for prompt and answer together, or auto: as many as fit.")]
 KVCacheType = Annotated[str, typer.Option(help="Type of the KV cache: f32, f16, q8, k8v4 or q4.")]
 
+Threads = Annotated[
+    int | None, typer.Option(help="At most so many threads compute on the CPU. Default: all that exl may use.")
+]
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -43,6 +47,7 @@ class LoadOptions:
     ram: Ram = None
     context: Context = None
     kv_cache: KVCacheType = "f16"
+    threads: Threads = None
     revision: Revision = None
     token: Token = None
 
@@ -54,6 +59,7 @@ class LoadOptions:
             "ram": self.ram,
             "context": context if self.context is None else parse_context(self.context),
             "kv_cache": self.kv_cache,
+            "threads": self.threads,
         }
 
     @property

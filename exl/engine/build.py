@@ -34,6 +34,7 @@ from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
+from exl.threads import Threads, thread_limit, using
 from exl.units import format_bytes
 from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
@@ -103,7 +104,8 @@ def load_engine(
                 num_buffers=plan.num_buffers,
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
-            return load_weights(files, ops, places, progress)
+            with using(thread_limit(options.threads)):
+                return load_weights(files, ops, places, progress)
 
         return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
 
@@ -129,7 +131,7 @@ def build_engine(
         plan, model = plan_model(files, options, target)
         if backend is not None:
             _check_device(plan, backend)
-        ops = _make_ops(files, plan, model, backend, dependent, stack)
+        ops = _make_ops(files, plan, model, backend, dependent, stack, options.threads)
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
@@ -199,9 +201,10 @@ def _make_ops(
     backend: Backend | None,
     dependent: bool,
     stack: ExitStack,
+    threads: int | None,
 ) -> Ops:
     if backend is None:
-        return TorchOps(model.target, model.kv_layout, model.limits)
+        return TorchOps(model.target, model.kv_layout, model.limits, Threads(thread_limit(threads)))
     embed = model.embed.linears["embed"][0].spec
     ops = CudaOps(
         backend,

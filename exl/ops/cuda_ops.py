@@ -55,6 +55,7 @@ class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
 
     runs_ahead = True
+    threads = None
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.plan import MemoryPlan, PlanInput
+from exl.threads import check_threads
 from exl.units import format_bytes, parse_bytes
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
@@ -49,6 +50,7 @@ class EngineOptions:
     resident_layers: int | None = None  # at most this many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
+    threads: int | None = None  # of the CPU, at most; None: all that the process may use
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -82,6 +84,7 @@ class EngineOptions:
             )
         if self.ram is not None:
             parse_bytes(self.ram, "ram")
+        check_threads(self.threads)
 
     @property
     def on_gpu(self) -> bool:

@@ -80,7 +80,8 @@ def test_a_child_of_a_process_that_uses_a_gpu_gets_an_error(scenario):
 
 def test_forks_while_layers_are_read_disturb_nobody():
     result = run("streamed_while_reading")
-    assert result["all"] and result["odd"] == []
+    assert result["all"]
+    assert result["odd"] == []
     assert result["child"] == result["before"] == result["parent"]
 
 
