@@ -25,6 +25,7 @@ from exl.planning.from_headers import EngineOptions
 from exl.planning.plan import MemoryPlan, PlanInput
 from exl.progress import Progress
 from exl.sampling import SamplingParams
+from exl.threads import thread_limit
 
 ROOF_BYTES = 1 << 28  # the roof is measured on this many, far more than the caches hold
 GPU_ROOF_BYTES = 1 << 30
@@ -62,6 +63,7 @@ class BenchReport:
     roof: float  # bytes per second of a read-only pass over memory, with the same threads, in the same run
     # Resident memory above that before loading, None if the system does not tell; on a GPU what torch has reserved.
     peak_bytes: int | None
+    threads: int = 1  # of the CPU, at most; fewer compute while others use the processors
     decode_steps: str | None = None  # how they ran on a GPU: replayed as graphs, or launched one by one and why
 
     def share_of_roof(self, result: BenchResult) -> float | None:
@@ -115,7 +117,8 @@ def run_bench(
             run()
             results.append(BenchResult(name, count, tuple(run() for _ in range(repeats)), num_bytes))
         peak = None if before is None else _peak(engine) - before
-        return BenchReport(engine.plan, tuple(results), roof, peak, engine.decode_steps)
+        threads = thread_limit(options.threads)
+        return BenchReport(engine.plan, tuple(results), roof, peak, threads, engine.decode_steps)
     finally:
         engine.close()
 
@@ -251,6 +254,7 @@ def rows_of(report: BenchReport) -> list[dict[str, object]]:
                 "tokens_per_second": round(result.mean, 2),
                 "deviation": round(result.deviation, 2),
                 "repeats": len(result.seconds),
+                "threads": report.threads,
                 "share_of_roof": None if share is None else round(share, 3),
             }
         )

@@ -116,6 +116,11 @@ def thread_limit(threads: int | None = None) -> int:
     return min(torch.get_num_threads(), usable_processors()) if threads is None else threads
 
 
+def describe_threads() -> str:
+    limit, usable, there = thread_limit(), usable_processors(), os.cpu_count() or 1
+    return f"{limit} threads at most; {usable} of {there} processors may be used"
+
+
 # --- the choice --------------------------------------------------------------------------------------------------
 
 

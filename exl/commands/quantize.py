@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import say
-from exl.commands.options import Debug
+from exl.commands.options import Debug, Threads
 
 
 def quantize(
@@ -36,6 +36,7 @@ def quantize(
     damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration text.")] = "gptq",
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
+    threads: Threads = None,
     debug: Debug = False,
 ) -> None:
     """Make a GPTQ model from a dense one, a layer at a time.
@@ -72,7 +73,11 @@ def quantize(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("quantizing", total=None)
         done = run(
-            src, dst, options, lambda at, total, what: bar.update(task, completed=at, total=total, description=what)
+            src,
+            dst,
+            options,
+            lambda at, total, what: bar.update(task, completed=at, total=total, description=what),
+            threads,
         )
     resumed = f", {done.num_resumed_layers} layers were already done" if done.num_resumed_layers else ""
     say(f"{done.folder}: {done.num_bytes} bytes of weights, {done.num_calibration_tokens} tokens of text{resumed}")

@@ -11,6 +11,8 @@ import torch
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, load_engine
 from exl.planning.from_headers import EngineOptions
+from exl.quantize import run as run_module
+from exl.quantize.options import QuantizeOptions
 from exl.sampling import SamplingParams
 from exl.threads import Threads, using
 
@@ -74,3 +76,20 @@ def test_bits_do_not_depend_on_the_number_of_threads(folder, options):
             assert [name for name in expected if found[name] != expected[name]] == [], f"{count} threads"
     finally:
         engine.close()
+
+
+def test_a_quantized_file_does_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
+    """Cholesky factors and products run with all threads; what is many small operations with those that are fastest."""
+    calibration = tmp_path / "text.txt"
+    calibration.write_text("Once upon a time there was a dog that liked to run in the park with a red ball.\n" * 6)
+    written = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(run_module, "Threads", lambda limit, count=count: FixedThreads(count))
+        for static_groups in (True, False):
+            options = QuantizeOptions(
+                group_size=32, calibration=calibration, num_samples=3, seq_len=64, static_groups=static_groups
+            )
+            out = tmp_path / f"{count} {static_groups}"
+            run_module.quantize(DATA / "stories260K", out, options)
+            written.append((static_groups, (out / "model.safetensors").read_bytes()))
+    assert len(set(written)) == 2
