@@ -78,9 +78,16 @@ def test_one_thread_leaves_nothing_to_choose():
 def test_threads_are_set_inside_the_block_only_even_if_it_fails():
     before = torch.get_num_threads()
     many = Threads(before + 1)
-    with pytest.raises(ZeroDivisionError), many.measured("work", 1):
-        assert torch.get_num_threads() == before + 1
-        raise ZeroDivisionError
+    seen = []
+
+    def fail() -> None:
+        with many.measured("work", 1):
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [before + 1]
     assert torch.get_num_threads() == before
     with using(before + 2), many.all():
         assert torch.get_num_threads() == before + 1
