@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import exl.forks  # noqa: F401  registers its hooks: forked children can use what their parent loaded
 from exl.errors import (
     CheckpointError,
     ConfigError,

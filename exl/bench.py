@@ -25,6 +25,7 @@ from exl.planning.plan import MemoryPlan
 from exl.planning.traffic import model_bytes_a_token
 from exl.progress import Progress
 from exl.sampling import SamplingParams
+from exl.threads import thread_limit
 from exl.units import format_bytes
 
 ROOF_BYTES = 1 << 28  # the roof is measured on this many, far more than the caches hold
@@ -64,7 +65,7 @@ class Subject:
     size: int  # bytes of all weights as they are packed
     bits: str  # "4"; of a model that is not quantized its type: "f16"
     device: str  # "cpu", or the GPU's name
-    threads: int  # of torch
+    threads: int  # of the CPU, at most; fewer compute while others use the processors
     cache: str  # type of the KV cache
 
 
@@ -131,7 +132,8 @@ def run_bench(
             run()
             results.append(BenchResult(test, count, tuple(run() for _ in range(repeats)), num_bytes))
         peak = None if before is None else _peak(engine) - before
-        subject = _subject(engine, model_name(None, folder) if name is None else name)
+        shown = model_name(None, folder) if name is None else name
+        subject = _subject(engine, shown, thread_limit(options.threads))
         return BenchReport(subject, engine.plan, tuple(results), roof, peak, engine.decode_steps)
     finally:
         engine.close()
@@ -143,7 +145,7 @@ def model_name(model: str | None, folder: Path) -> str:
     return model if is_repository else folder.resolve().stem if folder.is_file() else folder.resolve().name
 
 
-def _subject(engine: Engine, name: str) -> Subject:
+def _subject(engine: Engine, name: str, threads: int) -> Subject:
     model = engine.model
     (table,) = model.embed.linears["embed"]
     on_gpu = engine.device.type == "cuda"
@@ -152,7 +154,7 @@ def _subject(engine: Engine, name: str) -> Subject:
         size=sum(blob.num_bytes for blob in (model.embed, *model.layers, model.head)),
         bits=table.spec.dtype if engine.quant is None else str(engine.quant.bits),
         device=torch.cuda.get_device_name(engine.device) if on_gpu else engine.device.type,
-        threads=torch.get_num_threads(),
+        threads=threads,
         cache=model.kv_layout.kind,
     )
 

@@ -259,6 +259,7 @@ class LLM:
     def _open_generator(self) -> TokenGenerator:
         if self._engine is None:
             raise ExlError(f"{self.folder.name}: the model is closed")
+        self._engine.generator.guard.check()
         return self._engine.generator
 
     def _begin(self, prompt: Prompt, request: Request) -> TextIterator:
@@ -351,6 +352,7 @@ def load(
     head: str | int = "file",
     embed: str = "auto",
     packed_folder: str | Path | None = None,
+    threads: int | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -367,7 +369,9 @@ def load(
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
-    disk. More on all of these: ``docs/memory.md``.
+    disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
+    default all that the process may use; fewer do while other processes use the processors, which changes no result
+    (``docs/cpu.md``).
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

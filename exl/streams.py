@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from exl import forks
 from exl.errors import ExlError
 
 T = TypeVar("T")
@@ -142,11 +143,26 @@ class Turn:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holder: Ticket | None = None
+        forks.register(self)
+
+    def before_fork(self) -> None:
+        pass
+
+    def after_fork(self, in_child: bool) -> None:
+        """The thread that had the turn may not exist in the child."""
+        if in_child:
+            self._lock, self._holder = threading.Lock(), None
+
+    def _give_back(self, lock: threading.Lock) -> None:
+        if lock is self._lock:  # not in a fork that was made meanwhile
+            self._holder = None
+            lock.release()
 
     @contextlib.contextmanager
     def take(self, ticket: Ticket) -> Iterator[None]:
         """Waits for the turn and keeps it. Raises ``ExlError`` if it would never come."""
-        while not self._lock.acquire(timeout=_LOOK):
+        lock = self._lock
+        while not lock.acquire(timeout=_LOOK):
             self._check_holder()
             if not ticket.goes_on():
                 raise ExlError("the stream was closed while it waited for another request of this model")
@@ -154,20 +170,20 @@ class Turn:
             ticket.thread, self._holder = threading.current_thread(), ticket
             yield
         finally:
-            self._holder = None
-            self._lock.release()
+            self._give_back(lock)
 
     @contextlib.contextmanager
     def take_over(self, reason: str) -> Iterator[None]:
         """Takes the turn from whoever has it: its stream is ended, after the item that it may be computing."""
-        while not self._lock.acquire(blocking=False):
+        lock = self._lock
+        while not lock.acquire(blocking=False):
             holder = self._holder
             if holder is not None:
                 self._end(holder, reason)
         try:
             yield
         finally:
-            self._lock.release()
+            self._give_back(lock)
 
     def _end(self, holder: Ticket, reason: str) -> None:
         holder.ended_by = reason

@@ -60,6 +60,11 @@ class ModelName:
         return self.model_option if self.model is None else self.model
 
 
+Threads = Annotated[
+    int | None, typer.Option(help="At most so many threads compute on the CPU. Default: all that exl may use.")
+]
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How a model is loaded."""
@@ -77,6 +82,7 @@ class LoadOptions:
     context: Context = None
     kv_cache: KVCacheType = "f16"
     embed: Embed = "auto"
+    threads: Threads = None
     revision: Revision = None
     token: Token = None
 
@@ -89,6 +95,7 @@ class LoadOptions:
             "context": context if self.context is None else parse_context(self.context),
             "kv_cache": self.kv_cache,
             "embed": self.embed,
+            "threads": self.threads,
         }
 
     @property

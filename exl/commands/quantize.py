@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import WorkBar, say
-from exl.commands.options import Debug, Revision, Token
+from exl.commands.options import Debug, Revision, Threads, Token
 
 
 def quantize(
@@ -41,6 +41,7 @@ def quantize(
     damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration text.")] = "gptq",
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
+    threads: Threads = None,
     revision: Revision = None,
     token: Token = None,
     debug: Debug = False,
@@ -70,7 +71,7 @@ def quantize(
         checkpoint_format=checkpoint_format,
     )
     with WorkBar("quantizing") as bar:
-        done = run(find_model(src, revision=revision, token=token), dst, options, bar.update)
+        done = run(find_model(src, revision=revision, token=token), dst, options, bar.update, threads)
     resumed = f", {done.num_resumed_layers} layers were already done" if done.num_resumed_layers else ""
     say(f"{done.folder}: {done.num_bytes} bytes of weights, {done.num_calibration_tokens} tokens of text{resumed}")
     if (command := run_command(done.folder)) is not None:

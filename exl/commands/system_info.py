@@ -16,13 +16,14 @@ def describe_system() -> dict[str, str]:
     import torch
 
     from exl.ops.torch_linear import probe_int4pack
+    from exl.threads import describe_threads
 
     int4pack = probe_int4pack()
     facts = {
         "exl": exl.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {describe_threads()}",
         "4-bit cpu kernel": f"torch int4pack, {int4pack}" if int4pack else "none: 4-bit weights run through f32 panels",
         "gpu": _describe_gpu(torch),
         "cupy": _versions(CUPY_WHEELS),

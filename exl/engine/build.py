@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from exl import forks
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.checkpoint.config import GenerationDefaults, ModelConfig
@@ -33,6 +34,7 @@ from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
+from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart, format_bytes
 from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
@@ -68,7 +70,9 @@ class Engine:
 
     def close(self) -> None:
         """Frees the weights' memory and ends the thread that reads layers. Nothing may be run afterwards. A GPU's
-        memory goes with the last reference to the engine."""
+        memory goes with the last reference to the engine, or with the process in a fork that cannot use it."""
+        if self.generator.guard.lost_gpu:
+            return
         try:
             self.synchronize()  # copies in flight still read the pages that are freed next
         finally:
@@ -101,7 +105,8 @@ def load_engine(
                 embed=placement.embed,
                 packed_folder=None if options.packed_folder is None else Path(options.packed_folder).expanduser(),
             )
-            return load_weights(files, ops, places, progress)
+            with using(thread_limit(options.threads)):
+                return load_weights(files, ops, places, progress)
 
         return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
 
@@ -129,7 +134,7 @@ def build_engine(
             warn_user(text)
         if backend is not None:
             _check_device(plan, backend)
-        ops = _make_ops(files, plan, model, backend, dependent, stack)
+        ops = _make_ops(files, plan, model, backend, dependent, stack, options.threads)
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
@@ -146,6 +151,8 @@ def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None
     ``ConfigError`` if a GPU was asked for and there is none that exl can use."""
     if options.device == "cpu":
         return options, None
+    if forks.lost_gpu():
+        raise forks.gpu_error()
     try:
         backend = open_backend()
         free, _ = free_bytes(backend.device)  # also starts cuBLAS, for which a GPU that others fill has no room
@@ -199,9 +206,10 @@ def _make_ops(
     backend: Backend | None,
     dependent: bool,
     stack: ExitStack,
+    threads: int | None,
 ) -> Ops:
     if backend is None:
-        return TorchOps(model.target, model.kv_layout, model.limits)
+        return TorchOps(model.target, model.kv_layout, model.limits, Threads(thread_limit(threads)))
     embed = model.embed.linears["embed"][0]
     rows_of = embed if plan.placement.embed is Tier.DISK else None
     ops = CudaOps(

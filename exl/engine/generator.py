@@ -12,6 +12,7 @@ from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.page_pool import PagePool
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.forks import ForkGuard
 from exl.ops.base import Samples
 from exl.ops.rope import depends_on_length
 from exl.request_options import PromptProgress
@@ -48,6 +49,7 @@ class Generator:
         self.runner, self.pool, self.context = runner, pool, context
         self.eos_ids = frozenset(eos_ids)
         self.max_decode_prompt = max_decode_prompt
+        self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
 
     def stream(
         self,
@@ -129,6 +131,7 @@ class Generator:
             yield GeneratedToken(token_id, self._reason(token_id, is_last=True), sequence.num_reused)
 
     def _read(self, drawn: Samples, seen: set[int] | None) -> int:
+        self.guard.check()
         (token_id,) = drawn.token_ids()
         if seen is not None:
             seen.add(token_id)
@@ -142,7 +145,9 @@ class Generator:
         self._check_ids(ids)
         sequence = self.begin(len(ids))
         try:
-            yield from self.runner.forward(self._batches(sequence, ids, every=True))
+            for chunk in self.runner.forward(self._batches(sequence, ids, every=True)):
+                yield chunk
+                self.guard.check()
         finally:
             self.end(sequence)
 
@@ -151,6 +156,7 @@ class Generator:
 
         Raises ``MemoryBudgetError`` if there are not enough pages.
         """
+        self.guard.begin()
         match = self.pool.find(known_ids)
         num_pages = -(-num_tokens // PAGE_SIZE)
         pages, num_reused = list(match.pages), match.num_tokens
@@ -171,6 +177,7 @@ class Generator:
             pages += self.pool.allocate(num_pages - len(pages))
         except MemoryBudgetError:
             self.pool.release(held)
+            self.guard.end()
             raise
         return CachedSequence(pages, list(known_ids[:num_reused]), num_reused)
 
@@ -185,6 +192,7 @@ class Generator:
     def _forward(
         self, sequence: CachedSequence, ids: Sequence[int], progress: Callable[[PromptProgress], None] | None = None
     ) -> torch.Tensor:
+        self.guard.check()
         logits = None
         for logits in self.runner.forward(self._batches(sequence, ids, every=False), progress):  # noqa: B007
             pass
@@ -196,6 +204,7 @@ class Generator:
             self.pool.remember(sequence.token_ids, sequence.pages)
         self.pool.release(sequence.pages)
         sequence.pages = []
+        self.guard.end()
 
     def _reusable(self, num_tokens: int) -> bool:
         """Beyond the model's maximum, "dynamic" RoPE depends on the length of the whole text: K of a prefix differs."""

@@ -7,6 +7,7 @@ decode step is a window of one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -16,8 +17,11 @@ from exl.engine.step_graph import StepGraphs
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.request_options import PromptProgress
+from exl.threads import layer_kind
 from exl.weights.loader import ModelWeights
 from exl.weights.stream import ResidentWeights, WeightSource
+
+_NOTHING = nullcontext()
 
 
 class _Teller:
@@ -87,7 +91,9 @@ class Runner:
                 rows = self._run_layers(chunks, tell)
                 for i, h in enumerate(rows):
                     ops.select(i)
-                    yield self.decoder.head(self._final_norm, self._head, h, self._logits)
+                    with self._like(h.shape[0]):
+                        logits = self.decoder.head(self._final_norm, self._head, h, self._logits)
+                    yield logits
         finally:
             ops.stage(())
 
@@ -132,10 +138,20 @@ class Runner:
                 ops.fence()
             for i, h in enumerate(rows):
                 ops.select(i)
-                decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
+                with self._measured(h.shape[0]):
+                    decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
             self.weights.release(layer_idx)
             if tell is not None:
                 tell.layer_done(layer_idx)
+
+    def _measured(self, num_rows: int) -> AbstractContextManager[None]:
+        """Around one layer: with as many threads as are fastest on the CPU for so many rows."""
+        threads = self.decoder.ops.threads
+        return _NOTHING if threads is None else threads.measured(layer_kind(num_rows), num_rows)
+
+    def _like(self, num_rows: int) -> AbstractContextManager[None]:
+        threads = self.decoder.ops.threads
+        return _NOTHING if threads is None else threads.like(layer_kind(num_rows))
 
     def _prefill_windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
         """The batches in groups that fit into the buffers of one prefill window."""

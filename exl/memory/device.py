@@ -184,11 +184,12 @@ def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
     if error:
         runtime.clear()
         raise MemoryBudgetError(f"pinned memory: the driver does not lock {num_bytes} bytes ({runtime.text(error)})")
+    process = os.getpid()
     try:
         yield
     finally:
-        # Not in a process that was forked meanwhile, where a collected generator comes here, too.
-        error = runtime.unregister(address) if os.getpid() == process else 0
+        forked = os.getpid() != process  # then neither the device nor the memory is there
+        error = 0 if forked else runtime.unregister(address)
         if error:
             runtime.clear()
             logger.warning("pinned memory: %d bytes stay locked (%s)", num_bytes, runtime.text(error))

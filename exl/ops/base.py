@@ -24,6 +24,7 @@ from exl.layout.fields import Field
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.layers import LayerLayout, LinearLayout
 from exl.layout.specs import Target
+from exl.threads import Threads
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,
@@ -141,6 +142,7 @@ class Ops(Protocol):
     act_dtype: torch.dtype
     target: Target
     backend: Backend | None  # compiles and launches kernels; None: the backend has no kernels of its own
+    threads: Threads | None  # how many of the CPU's compute; None: a GPU computes
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
     runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout

@@ -56,6 +56,8 @@ MAX_BINDINGS = 8192  # remembered: one per layer and operation
 class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
 
+    threads = None
+
     def __init__(
         self,
         backend: Backend,

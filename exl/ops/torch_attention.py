@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from exl.cache.kv import KVCache
 from exl.ops.base import AttentionSpec, Norm
 from exl.ops.rope_tables import rope_tables
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
+from exl.threads import Threads
 
 _QUERY_BLOCK = 128  # rows that share a mask: bounds the mask to 128 x context, and skips keys that no row sees
 
@@ -36,9 +39,19 @@ class StagedBatch:
 
 
 def attend(
-    qkv: torch.Tensor, spec: AttentionSpec, staged: StagedBatch, layer_idx: int, kv: KVCache, out: torch.Tensor
+    qkv: torch.Tensor,
+    spec: AttentionSpec,
+    staged: StagedBatch,
+    layer_idx: int,
+    kv: KVCache,
+    out: torch.Tensor,
+    threads: Threads,
 ) -> None:
-    """See ``Ops.attend``. Decode rows attend one at a time, so that no bit of a row depends on other rows."""
+    """See ``Ops.attend``. Decode rows attend one at a time, so that no bit of a row depends on other rows.
+
+    In f32, products inside torch's fused kernel differ in bits between one thread and several, so that their number is
+    always the same; in f16 they do not.
+    """
     batch = staged.batch
     T, H, Hkv, D = batch.num_rows, spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads = qkv.view(T, H + 2 * Hkv, D)
@@ -67,7 +80,9 @@ def attend(
             low = 0 if spec.window is None else max(0, seen - (last - first) - spec.window + 1)
             k_run = _read(pages.k, pages.k_scales, batch.page_table[b], low, seen, D)
             v_run = _read(pages.v, pages.v_scales, batch.page_table[b], low, seen, D)
-            attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
+            fixed = k_run.dtype == torch.float32 or spec.softcap is not None
+            with threads.all() if fixed else nullcontext():
+                attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
     if kv.layout.quantized:
         hadamard(attended, size)  # its own inverse
 

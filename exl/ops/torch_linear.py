@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.layers import LinearLayout
@@ -23,6 +24,7 @@ from exl.layout.steps import PACK_COLUMNS, PANEL_ELEMENTS
 from exl.ops.base import Linear, view_field
 
 _DECODE_PANEL_ELEMENTS = 1 << 18  # 1 MB, multiplied while still in cache; a quarter faster than 4 MB
+_ROW_TILE = 16  # rows of a product that are shared out among threads as one
 _PACK_WORDS = 1 << 18  # words repacked per step, so that intermediates stay in cache
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
 _INT4_ZERO = 8  # the code that means 0 to torch's kernel
@@ -264,12 +266,17 @@ def _decode(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) -> 
 
 
 def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) -> None:
-    if w.layout.kind == "int4pack":
-        for start, stop, panel in _int4_panels(w, scratch):
-            torch.mm(x, panel, out=out[:, start:stop])
-        return
-    for start, stop, panel in _row_panels(w, scratch, PANEL_ELEMENTS):
-        torch.mm(x, panel.T, out=out[:, start:stop])
+    """In multiples of 16 rows; the last ones are padded. MKL gives each thread some of the rows, and sums those of a
+    share that is no multiple of its tile in another order: bits would depend on the number of threads."""
+    whole = len(x) // _ROW_TILE * _ROW_TILE
+    last = F.pad(x[whole:], (0, 0, 0, _ROW_TILE - (len(x) - whole))) if whole < len(x) else None
+    by_rows = w.layout.kind != "int4pack"
+    for start, stop, panel in _row_panels(w, scratch, PANEL_ELEMENTS) if by_rows else _int4_panels(w, scratch):
+        panel = panel.T if by_rows else panel
+        if whole:
+            torch.mm(x[:whole], panel, out=out[:whole, start:stop])
+        if last is not None:
+            out[whole:, start:stop] = torch.mm(last, panel)[: len(x) - whole]
 
 
 def _row_panels(w: Linear, scratch: Scratch, elements: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,9 @@ from exl.ops import torch_attention
 from exl.ops.base import AttentionSpec, Linear, Norm, Segments, TableRows
 from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack
 from exl.sampling import sample
+from exl.threads import DECODE, Threads, thread_limit
+
+_GRAIN_SIZE = 32768  # at::internal::GRAIN_SIZE
 
 
 def cpu_target() -> Target:
@@ -47,8 +51,10 @@ class TorchOps:
     dependent = False
     runs_ahead = False
 
-    def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits) -> None:
+    def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits, threads: Threads | None = None) -> None:
+        """``threads``: None is as many as ``exl.threads.thread_limit`` says."""
         self.target = target
+        self.threads = Threads(thread_limit()) if threads is None else threads
         self.kv_layout = kv_layout
         self.limits = limits
         sizes = scratch_bytes(limits, target)
@@ -139,13 +145,20 @@ class TorchOps:
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out)
+        torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out, self.threads)
 
     def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
         self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
-        torch.mul(F.silu(both[:, :width]), both[:, width:], out=out)
+        with self._split(T * width):
+            gate = F.silu(both[:, :width])
+        torch.mul(gate, both[:, width:], out=out)
+
+    def _split(self, num_elements: int) -> AbstractContextManager[None]:
+        """Around a function of many elements. torch's vectors and the last few elements of a share round differently,
+        so that bits depend on where shares end; up to its grain size there is one share."""
+        return nullcontext() if num_elements <= _GRAIN_SIZE else self.threads.all()
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
         y = self._fused[: h.numel()].view(h.shape)
@@ -163,10 +176,14 @@ class TorchOps:
         x = self._input(h.index_select(0, rows), norm)
         self._multiply(x, (head,), out, num_decode_rows)
         if softcap is not None:
-            out.div_(softcap).tanh_().mul_(softcap)
+            out.div_(softcap)
+            with self._split(out.numel()):
+                out.tanh_()
+            out.mul_(softcap)
         return out
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
-        ids = sample(logits, params)
+        with self.threads.like(DECODE):
+            ids = sample(logits, params)
         self._samples[: len(ids)].copy_(ids)
         return TokenIds(ids.tolist())

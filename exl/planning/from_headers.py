@@ -27,6 +27,7 @@ from exl.planning.notes import plan_notes
 from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
+from exl.threads import check_threads
 from exl.units import format_apart, format_bytes, parse_budget
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
@@ -52,6 +53,7 @@ class EngineOptions:
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
     embed: str = "auto"  # on a GPU: or "device", "disk": see docs/memory.md
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
+    threads: int | None = None  # of the CPU, at most; None: all that the process may use
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -90,6 +92,7 @@ class EngineOptions:
             )
         if self.ram is not None:
             parse_budget(self.ram, "ram")
+        check_threads(self.threads)
 
     @property
     def on_gpu(self) -> bool:

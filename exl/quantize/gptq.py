@@ -12,6 +12,7 @@ import torch
 
 from exl.errors import ExlError
 from exl.quantize.grid import Grid
+from exl.threads import Threads
 
 _BLOCK = 128  # inputs per block: their updates to later blocks are applied together, as one matrix product
 _MAX_DAMP = 1.0
@@ -86,6 +87,7 @@ def gptq(
     static_groups: bool = False,
     damp: float = 0.01,
     drift: torch.Tensor | None = None,
+    threads: Threads | None = None,
 ) -> QuantizedWeight:
     """W [K, N], H f64 [K, K] -> codes that keep the change of ``x W`` small over the rows x of H. W is f32 or f64, and
     the rounding works in that type.
@@ -99,9 +101,13 @@ def gptq(
     With ``drift`` (:class:`Hessian`) the target is W + (H + damp)^-1 drift instead of W: a least-squares correction of
     the error that the outputs already have. The same idea as GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695).
 
+    ``threads``: how many compute what is many small operations; None: as many as torch is set to. Products and factors
+    always run with torch's own number, because their bits depend on it.
+
     Overwrites H, so that at most three matrices of its size are alive at once. Raises ``ExlError`` if H is not finite.
     """
     K = weight.shape[0]
+    threads = Threads(torch.get_num_threads()) if threads is None else threads
     order = torch.arange(K)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -113,15 +119,20 @@ def gptq(
     back = torch.argsort(order)
     if act_order and static_groups:
         grouped = weight[back].view(K // group_size, group_size, -1)
-        scales, zeros = map(torch.stack, zip(*(grid.fit(group) for group in grouped), strict=True))
+        scales, zeros = map(torch.stack, zip(*(_fit(grid, group, threads) for group in grouped), strict=True))
         g_idx = order // group_size
-        codes = _solve(weight, U, grid, g_idx, scales, zeros, 0)
+        codes = _solve(weight, U, grid, g_idx, scales, zeros, 0, threads)
     else:
         scales = weight.new_empty(K // group_size, weight.shape[1])
         zeros = torch.empty_like(scales)
         g_idx = torch.arange(K) // group_size
-        codes = _solve(weight, U, grid, g_idx, scales, zeros, group_size)
+        codes = _solve(weight, U, grid, g_idx, scales, zeros, group_size, threads)
     return _result(codes[back], scales, zeros, g_idx[back])
+
+
+def _fit(grid: Grid, group: torch.Tensor, threads: Threads) -> tuple[torch.Tensor, torch.Tensor]:
+    with threads.measured(f"fit {group.shape[1]}", 1):
+        return grid.fit(group)
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -156,6 +167,7 @@ def _solve(
     scales: torch.Tensor,
     zeros: torch.Tensor,
     group_size: int,
+    threads: Threads,
 ) -> torch.Tensor:
     """Codes [K, N] in the order of ``weight``, which it overwrites. If ``group_size`` is above 0, each group's grid is
     fitted when its first input is reached, and written to ``scales`` and ``zeros``."""
@@ -163,14 +175,15 @@ def _solve(
     groups = g_idx.tolist()
     for start, stop in _blocks(len(weight), group_size):
         errors = torch.empty_like(weight[start:stop])
-        for i in range(start, stop):
-            g = groups[i]
-            if group_size and i % group_size == 0:
-                scales[g], zeros[g] = grid.fit(weight[i : i + group_size])
-            codes[i] = grid.codes(weight[i], scales[g], zeros[g])
-            error = (weight[i] - (codes[i] - zeros[g]) * scales[g]) / U[i, i]
-            weight[i + 1 : stop] -= torch.outer(U[i, i + 1 : stop], error)
-            errors[i - start] = error
+        with threads.measured(f"solve {weight.shape[1]}", stop - start):
+            for i in range(start, stop):
+                g = groups[i]
+                if group_size and i % group_size == 0:
+                    scales[g], zeros[g] = grid.fit(weight[i : i + group_size])
+                codes[i] = grid.codes(weight[i], scales[g], zeros[g])
+                error = (weight[i] - (codes[i] - zeros[g]) * scales[g]) / U[i, i]
+                weight[i + 1 : stop] -= torch.outer(U[i, i + 1 : stop], error)
+                errors[i - start] = error
         weight[stop:] -= U[start:stop, stop:].T @ errors
     return codes
 

@@ -25,6 +25,7 @@ from exl.models.manifest import ModelManifest
 from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.quantize.calibration import make_chunks, num_pages
+from exl.threads import Threads, layer_kind
 
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
@@ -75,7 +76,14 @@ class LayerPass:
     """Runs the sequences chunk by chunk. Peak memory: one chunk's activations. The caller holds weights and hidden
     states."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, manifest: ModelManifest, sequences: Sequence[I32]):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        manifest: ModelManifest,
+        sequences: Sequence[I32],
+        threads: Threads | None = None,
+    ) -> None:
         self.checkpoint, self.config, self.manifest = checkpoint, config, manifest
         max_rows = max(_CHUNK_ROWS, max((len(sequence) for sequence in sequences), default=0))
         self.chunks = make_chunks(sequences, max_rows)
@@ -93,7 +101,7 @@ class LayerPass:
             head_dim=config.head_dim,
         )
         kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _CapturingOps(cpu_target(), kv_layout, limits)
+        self._ops = _CapturingOps(cpu_target(), kv_layout, limits, threads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
         self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
@@ -149,7 +157,8 @@ class LayerPass:
         """Runs the chunk's hidden states h [T, C] through the layer, in place."""
         self._ops.target_linear = None
         self._ops.stage([chunk])
-        self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
+        with self._ops.threads.measured(layer_kind(len(h)), len(h)):
+            self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
 
     def listen(
         self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
@@ -163,9 +172,11 @@ class LayerPass:
         self._ops.with_output = output
         self._ops.stage([chunk])
         try:
-            self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
-        except _Captured as captured:
-            return captured.x, captured.output
+            with self._ops.threads.measured(f"{layer_kind(len(h))} to {name}, {output}", len(h)):
+                try:
+                    self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
+                except _Captured as captured:
+                    return captured.x, captured.output
         finally:
             self._ops.target_linear = None
         raise AssertionError(f"layer {layer_idx} has no linear {name}")

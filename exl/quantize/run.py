@@ -37,6 +37,7 @@ from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
 from exl.quantize.work import WorkFolder, read_rows, write_atomically
 from exl.text.tokenizer import Tokenizer
+from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart
 
 Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py``), what is being done
@@ -59,6 +60,7 @@ def quantize(
     dst: str | os.PathLike[str],
     options: QuantizeOptions,
     progress: Progress | None = None,
+    threads: int | None = None,
 ) -> QuantizeResult:
     """Quantizes the linears of the dense model in ``src`` into the new folder ``dst``.
 
@@ -66,21 +68,33 @@ def quantize(
     zeros, which changes no result. To resume an interrupted run, make the same call again: finished layers are in
     ``dst/.partial``, and a resumed run writes the same bytes as an uninterrupted one.
 
+    ``threads``: at most so many compute, by default all that the process may use; a run that is resumed with another
+    number may differ in its last bits.
+
     Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
     the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
     on disk. ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
     """
     src, dst = Path(src), Path(dst)
+    limit = thread_limit(threads)
     try:
         with ExitStack() as stack:
-            return _Run(stack.enter_context(Checkpoint.open(src)), dst, options, progress).run()
+            stack.enter_context(using(limit))
+            return _Run(stack.enter_context(Checkpoint.open(src)), dst, options, progress, Threads(limit)).run()
     except OSError as error:
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
 
 
 class _Run:
-    def __init__(self, checkpoint: Checkpoint, dst: Path, options: QuantizeOptions, progress: Progress | None) -> None:
-        self.checkpoint, self.dst, self.options = checkpoint, dst, options
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dst: Path,
+        options: QuantizeOptions,
+        progress: Progress | None,
+        threads: Threads,
+    ) -> None:
+        self.checkpoint, self.dst, self.options, self.threads = checkpoint, dst, options, threads
         folder = checkpoint.folder
         self.config_json = read_json(folder / "config.json")
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
@@ -90,7 +104,7 @@ class _Run:
         self.plan: QuantizePlan = make_plan(manifest, self.config, options)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
-        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences)
+        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, threads)
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
@@ -276,6 +290,7 @@ class _Run:
             static_groups=self.options.static_groups,
             damp=self.options.damp,
             drift=drift,
+            threads=self.threads,
         )
 
     def _read_bias(self, module: ModulePlan) -> np.ndarray | None:

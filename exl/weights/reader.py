@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from exl import forks
 from exl.errors import CheckpointError, ExlError
 from exl.weights.packed import PackedFile
 
 _CLOSE_SECONDS = 10.0  # how long ``close`` waits for a read to return
+_FORK_SECONDS = 5.0  # how long a fork of the process waits for that
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class BufferReader:
 
     The next layer to read depends only on the order, the position in it and the buffers' contents: the buffers should
     hold the next layers in order. So a new order needs no special case: layers it can use stay, others are overwritten.
+
+    When the process forks, reading pauses: a direct read into memory that is being forked could end in the other
+    process's copy (open(2), NOTES). The child starts a thread of its own when it first needs one.
     """
 
     def __init__(
@@ -65,11 +70,18 @@ class BufferReader:
         self._failure: tuple[int, CheckpointError] | None = None
         self._closed = False
         self._reading = False
+        self._forking = False
         self._changed = threading.Condition()
         self._owned = ExitStack()
-        self._thread = threading.Thread(target=self._run, name="exl layer reader", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # None: a forked process that has not read yet
+        self._start_thread()
         self._owned = owned.pop_all()
+        forks.register(self)
+
+    def _start_thread(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="exl layer reader", daemon=True)
+            self._thread.start()
 
     # Called by the consumer
 
@@ -79,6 +91,7 @@ class BufferReader:
                 buffer.num_users = 0  # an interrupted pass may have left users
             self._failure = None
             self._order, self._next = order, 0
+            self._start_thread()
             self._changed.notify_all()
 
     def acquire(self, layer_idx: int) -> int:
@@ -118,8 +131,8 @@ class BufferReader:
                     raise CheckpointError(str(error)) from error
             if self._closed:
                 raise ExlError("the weights are closed")
-            if not self._thread.is_alive():
-                raise ExlError("the thread that reads layers is gone: a process that was forked cannot use the model")
+            if self._thread is None or not self._thread.is_alive():
+                raise ExlError("the thread that reads layers has ended")
             self._changed.wait(1.0)
         waited = time.perf_counter() - began
         self.stats = replace(
@@ -150,13 +163,29 @@ class BufferReader:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._thread is None:  # forked: nobody else closes what this process has
+            self._owned.close()
+            return True
         if self._thread is threading.current_thread():  # garbage was collected during a read
             return False
         self._thread.join(_CLOSE_SECONDS)
-        if self._thread.is_alive():
-            return False
-        self._owned.close()  # only a forked process still has something to close: the thread has not run there
-        return True
+        return not self._thread.is_alive()
+
+    # Called by the thread that forks the process
+
+    def before_fork(self) -> None:
+        """Keeps the lock until ``after_fork``, so that the child finds everything in order."""
+        self._changed.acquire()
+        self._forking = True
+        self._changed.wait_for(lambda: not self._reading, _FORK_SECONDS)
+
+    def after_fork(self, in_child: bool) -> None:
+        self._forking = False
+        if in_child:  # what a read that hangs has written so far is not counted as a layer
+            self._changed, self._thread, self._reading = threading.Condition(), None, False
+            return
+        self._changed.notify_all()
+        self._changed.release()
 
     # State; the caller holds the lock
 
@@ -204,7 +233,7 @@ class BufferReader:
                 while choice is None:
                     if self._closed:
                         return
-                    choice = self._choose() if self._failure is None else None
+                    choice = self._choose() if self._failure is None and not self._forking else None
                     if choice is None:
                         self._changed.wait()
                 layer_idx, buffer_idx = choice
@@ -232,7 +261,9 @@ class BufferReader:
     def _read(self, layer_idx: int, buffer_idx: int) -> bool:
         def is_wanted() -> bool:
             with self._changed:
-                return not self._closed and layer_idx in self._upcoming()[: len(self.buffers)]
+                if self._closed or self._forking:
+                    return False
+                return layer_idx in self._upcoming()[: len(self.buffers)]
 
         out = self.buffers[buffer_idx].array[: self.sizes[layer_idx]]
         return self.packed.read_blob(self._blob_indices[layer_idx], out, is_wanted)

@@ -9,7 +9,6 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-import torch
 
 import exl.bench
 from exl.bench import BenchReport, BenchResult, Subject, markdown, model_name, read_bandwidth, rows_of, run_bench
@@ -17,6 +16,7 @@ from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.commands.bench import bench
 from exl.errors import ConfigError, KernelError
 from exl.planning.from_headers import EngineOptions
+from exl.threads import thread_limit
 from tests.command_line import run_exl
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend
@@ -77,7 +77,7 @@ def test_a_row_says_what_was_measured(report):
     assert {name: row[name] for name in ("model", "bits", "device", "cache")} == {
         "model": BUNDLED_MODEL.name, "bits": "4", "device": "cpu", "cache": "f16"
     }  # fmt: skip
-    assert row["threads"] == torch.get_num_threads()
+    assert row["threads"] == thread_limit()
     lines = {line.purpose: line.num_bytes for line in report.plan.lines}
     assert row["size"] == sum(lines[name] for name in ("embedding", "resident layers", "head and final norm"))
 
