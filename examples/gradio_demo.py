@@ -47,12 +47,12 @@ class Page:
                 self.status = gr.HTML(elem_id="status")
                 gr.HTML(render.theme_toggle())
             with gr.Row(elem_id="layout"):
-                with gr.Column(scale=8, min_width=320, elem_id="main"), gr.Tabs() as self.tabs:
+                with gr.Column(scale=9, min_width=320, elem_id="main"), gr.Tabs() as self.tabs:
                     with gr.Tab("Chat", elem_id="chat-tab", id="chat"):
                         self.chat = ChatTab(self.sessions)
                     with gr.Tab("Completion", id="completion"):
                         self.completion = CompletionTab(self.sessions)
-                with gr.Column(scale=3, min_width=320, elem_id="side"), gr.Tabs():
+                with gr.Column(scale=4, min_width=320, elem_id="side"), gr.Tabs():
                     with gr.Tab("Sampling"):
                         self.build_sampling()
                     with gr.Tab("Model & memory"):
@@ -99,16 +99,22 @@ class Page:
             failed = ""
         except Exception as error:
             failed = one_line(error)
-        llm = self.worker.llm
+        with session.following() as me:
+            yield self.opened(request, failed, max_tokens)
+            yield from self.model.on_change(request, *typed)
+            if session.conversation.busy:
+                yield from self.chat.follow(session, session.conversation, me)
+
+    def opened(self, request: gr.Request, failed: str, max_tokens: int | None) -> Update:
+        """The whole page. A model without a chat template opens on the completion, which is what it was trained for."""
+        session, llm = self.sessions.of(request.session_hash), self.worker.llm
         base = llm is not None and llm.chat().is_transcript and not session.messages
         shown, model = self.chat.shown(session), self.of_model(request, max_tokens)
         chatbot = gr.Chatbot(shown[self.chat.chatbot], **self.chat.for_model(llm))
-        yield {
+        return {
             **model, **shown, self.chat.chatbot: chatbot, self.system: session.conversation.system or "",
             self.chat.notice: render.notice(failed), self.tabs: gr.Tabs(selected="completion" if base else "chat"),
         }  # fmt: skip
-        yield from self.model.on_change(request, *typed)
-        yield from self.chat.follow(session, session.conversation)
 
     def of_model(self, request: gr.Request, max_tokens: int | None) -> Update:
         """What depends on the loaded model, which another tab may have changed; empty if it is shown already."""

@@ -14,9 +14,9 @@ from exl.chat import read_saved
 from exl.errors import ConfigError
 
 from . import render
-from .conversation import Answer, Conversation, Reading
+from .conversation import UNKNOWN, Answer, Conversation, Reading
 from .markdown import LATEX_DELIMITERS, shown_answer, shown_message, typed
-from .session import Session, Sessions
+from .session import Follower, Session, Sessions
 from .settings import sampling_options
 from .worker import Job, Waiting, one_line
 
@@ -46,11 +46,8 @@ class ChatTab:
         self.sessions = sessions
         with gr.Row(elem_id="chat-row"):
             with gr.Column(scale=0, min_width=210, elem_id="book-column"):
-                self.book = gr.HTML(elem_id="book", html_template="<nav></nav>", js_on_load=SCRIPT)
-                self.shelf = gr.HTML(elem_id="shelf", html_template="<i></i>", js_on_load=SCRIPT)
-                self.upload = gr.UploadButton(
-                    "Import", file_types=[".json"], type="binary", size="sm", elem_id="import", visible="hidden"
-                )
+                self.book = gr.HTML(elem_id="book", html_template="<nav></nav>", js_on_load=SCRIPT, apply_default_css=False)
+                self.shelf = gr.HTML(elem_id="shelf", html_template="<nav></nav>", js_on_load=SCRIPT)
             with gr.Column(scale=1, min_width=280, elem_id="chat-column"):
                 self.chatbot = gr.Chatbot(
                     elem_id="chatbot", show_label=False, buttons=["copy"], layout="bubble", allow_tags=False,
@@ -82,7 +79,6 @@ class ChatTab:
         self.go_on.click(self.on_continue, asked, shown, **FREE)
         self.undo.click(self.on_undo, None, shown, **FREE)
         self.book.select(self.on_book, None, shown, **FREE)
-        self.upload.upload(self.on_import, [self.upload], shown, **FREE)
         self.outputs = shown
 
     # ---- events
@@ -117,25 +113,16 @@ class ChatTab:
         return {**self.shown(session), self.message: text}
 
     def on_book(self, request: gr.Request, event: gr.EventData) -> Iterator[Update]:
-        """Something was chosen in the list: ``drop`` is the id of a deleted conversation, ``open`` the record of one
-        to show, or None for a new one."""
+        """Something was chosen in the list. ``drop``: the id of a deleted conversation; ``open``: the record of one to
+        show, or None for a new one; ``file`` and ``text``: the name and the content of a file to import."""
         session, asked = self.session(request), event._data
         try:
             if "drop" in asked:
                 session.drop(asked["drop"])
-            if "open" in asked:
+            if "file" in asked:
+                session.open({"chat": read_file(asked["file"], asked["text"]), "cut": UNKNOWN})
+            elif "open" in asked:
                 session.open(asked["open"])
-        except Exception as error:
-            yield {self.notice: render.notice(one_line(error))}
-            return
-        yield from self.show(session)
-
-    def on_import(self, request: gr.Request, data: bytes) -> Iterator[Update]:
-        session = self.session(request)
-        try:
-            saved = read_file(data)
-            read_saved(saved, "import")
-            session.open({"chat": saved})
         except Exception as error:
             yield {self.notice: render.notice(one_line(error))}
             return
@@ -155,14 +142,22 @@ class ChatTab:
         except Exception as error:
             yield {self.notice: render.notice(one_line(error)), self.chatbot: shown_messages(session.messages)}
             return
-        first = self.shown(session)
-        yield first if job is None or text is None else {**first, self.message: gr.Textbox("", submit_btn=False, stop_btn=True)}
-        yield from self.follow(session, session.conversation, text)
+        with session.following() as me:
+            shown, conversation = self.shown(session), session.conversation
+            if text is not None:
+                busy = conversation.busy
+                shown[self.message] = gr.Textbox("", submit_btn=not busy, stop_btn=busy)
+            yield shown
+            if job is not None:
+                yield from self.follow(session, conversation, me, text)
 
     def show(self, session: Session) -> Iterator[Update]:
         """A conversation that was opened, with its answer in progress."""
-        yield {**self.shown(session), self.system: session.conversation.system or ""}
-        yield from self.follow(session, session.conversation)
+        with session.following() as me:
+            conversation = session.conversation
+            yield {**self.shown(session), self.system: conversation.system or ""}
+            if conversation.busy:
+                yield from self.follow(session, conversation, me)
 
     def shown(self, session: Session) -> Update:
         """The whole of the session's conversation."""
@@ -179,17 +174,13 @@ class ChatTab:
             self.undo: gr.Button(interactive=not busy and not nothing),
         }
 
-    def follow(self, session: Session, conversation: Conversation, text: str | None = None) -> Iterator[Update]:
-        """Updates the page while an answer is generated, and after it. If there is no answer, ``text`` goes back into
-        the field. Ends if the page shows another conversation, or if another event follows this one."""
-        job = conversation.job
-        if job is None or job.is_done:
-            return
-        me = session.follower = object()
-        last = Answer("")
-        for state in job.watch():
-            if session.follower is not me:
-                return
+    def follow(
+        self, session: Session, conversation: Conversation, me: Follower, text: str | None = None
+    ) -> Iterator[Update]:
+        """Updates the page while an answer is generated, and after it, unless the page shows another conversation by
+        then. If there is no answer, ``text`` goes back into the field."""
+        job, last = conversation.job, Answer("")
+        for state in job.watch(until=me.asked_to_end):
             if isinstance(state, Waiting):
                 yield {self.stats: render.waiting(state.ahead)}
             elif isinstance(state, Reading):
@@ -201,9 +192,9 @@ class ChatTab:
                     self.stats: render.answering(state),
                     self.book: self.kept(conversation),
                 }
-        if session.follower is me:
-            conversation.sent = conversation.version
+        if not me.asked_to_end.is_set():
             yield self.ended(session, job, last, text)
+            conversation.sent = conversation.version
 
     def ended(self, session: Session, job: Job, last: Answer, text: str | None) -> Update:
         conversation, failed = session.conversation, job.failure or ""
@@ -264,8 +255,13 @@ def text_of(content: Any) -> str:
     return content or ""
 
 
-def read_file(data: bytes) -> Any:
+def read_file(name: str, text: str | None) -> Any:
+    """The saved chat in a file; ``text``: None if the file is too large. Raises ``ConfigError`` for anything else."""
+    if text is None:
+        raise ConfigError(f"{name}: not a saved chat: found more than 20 MB")
     try:
-        return json.loads(data.decode("utf-8"))
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"import: not a saved chat: found {str(error)[:60]!r}, expected JSON") from None
+        raise ConfigError(f"{name}: not a saved chat: found {str(error)[:60]!r}, expected JSON") from None
+    read_saved(data, name)
+    return data

@@ -16,7 +16,8 @@ from exl.errors import ConfigError
 from .worker import Job, Worker
 
 Message = dict[str, Any]
-STOPPED, EDITED = "stopped", "edited"  # why an answer may go on, beside the values of ``Completion.limit``
+# Why an answer may go on, beside the values of ``Completion.limit``. A file does not say whether its last answer ended.
+STOPPED, EDITED, UNKNOWN = "stopped", "edited", "unknown"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Conversation:
         saved = {} if saved is None else saved
         self.id: str = str(saved.get("id") or secrets.token_hex(8))
         self.system: str | None = None
-        self.cut: str | None = saved.get("cut")  # why the last answer may go on: STOPPED, EDITED, a limit; None: ended
+        self.cut: str | None = saved.get("cut")  # why the last answer may go on; None: it has ended
         self.job: Job | None = None
         self.told_forgotten = False
         self.sent: Any = None  # the version that the browser has

@@ -108,10 +108,19 @@ if (element.closest("#book")) {
   spread();
   const count = make("summary", "", "");
   const rows = make("ul", "exl-rows", "");
+  const file = make("input", "", "");
+  Object.assign(file, { type: "file", accept: ".json,application/json" });
+  file.addEventListener("change", async () => {
+    const [chosen] = file.files;
+    if (!chosen) return;
+    const text = chosen.size > 20e6 ? null : await chosen.text();
+    file.value = "";  // so that the same file can be chosen again
+    trigger("select", { file: chosen.name, text });
+  });
   const head = make("div", "exl-book-head", "");
   head.append(
     make("button", "exl-new", "New chat", () => { open(null); document.querySelector("#message textarea")?.focus(); }),
-    make("button", "exl-import", "Import", () => document.querySelector("#import input[type=file], input#import")?.click()),
+    make("button", "exl-import", "Import", () => file.click()),
   );
   fold.append(count, rows);
   list.setAttribute("aria-label", "Conversations");

@@ -69,9 +69,9 @@ def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0) ->
         f"{done.num_tokens} tokens",
         f"first after {done.prompt_seconds * 1e3:.0f} ms",
         f"context {num_tokens} of {context}",
-        f"seed {done.seed}",
     ]
-    return f'<div class="exl-stats">{"".join(f"<span>{part}</span>" for part in parts)}</div>'
+    spans = "".join(f"<span>{part}</span>" for part in parts)
+    return f'<div class="exl-stats">{spans}<span title="{done.seed}">seed {done.seed}</span></div>'
 
 
 def answering(answer: Answer) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any
 
 import exl
@@ -13,17 +13,25 @@ from exl.errors import ConfigError
 from .conversation import EDITED, Answer, Conversation, Message, follow, reader
 from .worker import Job, Worker
 
-__all__ = ["GRACE", "Answer", "Session", "Sessions"]
+__all__ = ["GRACE", "Answer", "Follower", "Session", "Sessions"]
 
 # A tab that is reloaded is back within this time, and finds its conversations and its answer in progress.
 GRACE = 10.0  # seconds
+
+
+class Follower:
+    """The event that updates the page while an answer is generated."""
+
+    def __init__(self) -> None:
+        self.asked_to_end = threading.Event()
+        self.has_ended = threading.Event()
 
 
 class Session:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.job: Job | None = None  # a completion, or the loading of a model
-        self.follower: object = None  # the event that updates the page while an answer is generated
+        self.follower: Follower | None = None
         self.seen: Any = None  # the model and status that the page shows
         self.asked: Any = None  # the form's values when Plan or Load was pressed; None after a change
         self.conversation = Conversation()  # that the page shows
@@ -121,6 +129,20 @@ class Session:
         for conversation in [self.conversation, *self.conversations.values()]:
             if conversation.job is not None:
                 conversation.job.stop()
+
+    @contextmanager
+    def following(self) -> Iterator[Follower]:
+        """Of a tab's events one at a time updates the page: waits until the one before has ended, so that nothing of
+        it reaches the page later."""
+        before, self.follower = self.follower, Follower()
+        if before is not None:
+            before.asked_to_end.set()
+            before.has_ended.wait(1.0)  # longer only if its page is gone
+        me = self.follower
+        try:
+            yield me
+        finally:
+            me.has_ended.set()
 
     def come_back(self) -> None:
         """The page was loaded again: what it was sent before may not have reached it."""

@@ -10,6 +10,8 @@ from urllib.parse import urlparse
 import pytest
 import torch
 
+import exl
+
 ROOT = Path(__file__).parents[2]
 SECONDS_A_TOKEN = 0.02  # slow enough for a person, or a test, to press Stop
 
@@ -51,12 +53,21 @@ def run(worker, work) -> None:
     assert job.failure is None, job.failure
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """The same model by itself."""
+    with exl.load() as llm:
+        yield llm
+
+
 @pytest.fixture(scope="session")
-def browser(chromium):
+def browser():
     from playwright.sync_api import sync_playwright
 
+    from tests.browser.steps import CHROMIUM
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -94,8 +105,8 @@ def slow(monkeypatch):
 
     plain = Generator.extend
 
-    def extend(self, sequence, ids):
+    def extend(self, *asked):
         time.sleep(SECONDS_A_TOKEN)
-        return plain(self, sequence, ids)
+        return plain(self, *asked)
 
     monkeypatch.setattr(Generator, "extend", extend)
