@@ -24,10 +24,12 @@ from exl.errors import (
 
 if TYPE_CHECKING:
     from exl.chat import Chat
-    from exl.llm import LLM, Completion, TextIterator, load
+    from exl.completion import Completion, TextIterator
+    from exl.llm import LLM, load
     from exl.planning.from_headers import plan
     from exl.planning.plan import MemoryPlan
-    from exl.sampling import SamplingParams
+    from exl.request_options import PromptProgress
+    from exl.sampling_params import SamplingParams
     from exl.text.logprobs import TokenLogprob
 
 __version__ = "0.1.0"
@@ -35,10 +37,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chat": "exl.chat",
     "LLM": "exl.llm",
-    "Completion": "exl.llm",
+    "Completion": "exl.completion",
     "MemoryPlan": "exl.planning.plan",
-    "SamplingParams": "exl.sampling",
-    "TextIterator": "exl.llm",
+    "PromptProgress": "exl.request_options",
+    "SamplingParams": "exl.sampling_params",
+    "TextIterator": "exl.completion",
     "TokenLogprob": "exl.text.logprobs",
     "load": "exl.llm",
     "plan": "exl.planning.from_headers",
@@ -54,6 +57,7 @@ __all__ = [
     "KernelError",
     "MemoryBudgetError",
     "MemoryPlan",
+    "PromptProgress",
     "SamplingParams",
     "TextIterator",
     "TokenLogprob",
@@ -72,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted([*__all__, "__version__"])

@@ -5,36 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
+from exl.checkpoint.header import shown
+from exl.completion import Completion, TextIterator
 from exl.errors import ConfigError
-from exl.llm import LLM, Completion, TextIterator
+from exl.keywords import explain_foreign_keywords
+from exl.llm import LLM
 from exl.replace_file import replace_file
+from exl.request_options import Request, RequestOptions
+from exl.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 FORMAT, VERSION = "exl chat", 1
+_MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
+_LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context, if it wants that much
+_EXAMPLE = '[{"role": "user", "content": "Hello"}]'
 _TRANSCRIPT_STOP = "\nUser:"
 _NOTICE = (
     "this model has no chat template: it was not trained to talk, and is shown a transcript of User and Assistant to "
     "continue"
 )
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Keywords of ``LLM.stream``, which checks them."""
-
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
-    stop: str | Sequence[str]
-    top_logprobs: int | None
 
 
 class Chat:
@@ -51,16 +47,25 @@ class Chat:
         llm: LLM,
         system: str | None = None,
         *,
-        tools: Sequence[Mapping] | None = None,
-        variables: Mapping | None = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        overflow: str = "error",
     ) -> None:
-        """``tools`` and ``variables`` are passed to the chat template. Raises ``ConfigError`` if there are tools but
-        the model has no chat template."""
-        self._llm, self._system = llm, _checked_system(system)
+        """``messages``: earlier turns; the first may be the system prompt. ``tools`` and ``variables`` are passed to
+        the chat template. ``overflow``: what happens when the context is full. "error": ``ConfigError``. "drop-oldest":
+        the model is not shown the oldest turns any more (``num_forgotten``), until half of the context is free.
+
+        Raises ``ConfigError`` for messages that are none, and if there are tools but the model has no chat template.
+        """
+        self._llm = llm
         self._tools, self._variables = tools, variables
-        self._messages: list[dict[str, Any]] = []
+        self._overflow = _checked_overflow(overflow)
+        self._system, self._messages = _split_system(_checked_system(system), messages)
+        self._forgotten = 0
         self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: render all messages
         self._plain_ids: list[int] = []  # the template's rendering of the last answer's prompt
+        self._raw_answer = ""  # the last answer with the white space around it
         if self.is_transcript and tools:
             raise ConfigError(f"tools: {llm.folder.name} has no chat template to show them with")
 
@@ -91,55 +96,106 @@ class Chat:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of the conversation so far."""
-        return len(self._run_ids or (self._render(self._messages, to_answer=False) if self._messages else ()))
+        """Number of tokens of the conversation so far, as the model is shown it."""
+        shown = self._messages[self._forgotten :]
+        return len(self._run_ids or (self._render(shown, to_answer=False) if shown else ()))
 
-    def send(self, text: str | None, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
-        """Answers a message; None: answers the messages that ``add`` appended. Keywords as for ``LLM.generate``.
+    @property
+    def num_forgotten(self) -> int:
+        """How many of ``messages``, the oldest, the model is not shown any more; see ``overflow``."""
+        return self._forgotten
 
-        Raises ``ConfigError`` for an empty message or a full context; the conversation then stays unchanged.
+    @explain_foreign_keywords(RequestOptions)
+    def send(
+        self, text: str | None, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> Completion:
+        """Answers a message; None: answers the messages that are there. Options as for ``LLM.generate``.
+
+        ``max_tokens`` is by default 512 or half of what is left of the context, whichever is less. Raises
+        ``ConfigError`` for an empty message or a full context; the conversation then stays unchanged.
         """
-        return _exhaust(self.stream(text, max_tokens, **options))
+        return _exhaust(self.stream(text, params, **options))
 
-    def stream(self, text: str | None, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
+    @explain_foreign_keywords(RequestOptions)
+    def stream(
+        self, text: str | None, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> TextIterator:
         """Like ``send``, but yields pieces. If it is closed early, the text so far is kept as the answer."""
         messages = self._messages
         if text is not None:
             messages = [*messages, {"role": "user", "content": _checked(text)}]
         if not messages:
             raise ConfigError("message: found none, expected a text to answer")
-        return self._answer(messages, max_tokens, options)
+        if messages[-1]["role"] == "assistant":
+            raise ConfigError("message: found an answer as the last message, expected one to answer")
+        return self._answer(messages, params, options)
 
-    def _answer(self, messages: list[dict[str, Any]], max_tokens: int, options: SamplingOptions) -> TextIterator:
-        ids, plain = self._prompt(messages)
-        context = self._llm.context
-        if len(ids) >= context:
-            raise ConfigError(
-                f"context: the conversation takes {len(ids)} tokens and the context holds {context}: undo a turn, "
-                "start a new chat, or load the model with a larger context"
-            )
-        stop = options.pop("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    def _answer(
+        self, messages: list[dict[str, Any]], params: SamplingParams | int | None, options: RequestOptions
+    ) -> TextIterator:
+        wanted = params.max_tokens if isinstance(params, SamplingParams) else params or options.get("max_tokens")
+        forgotten, ids, plain = self._fitting(messages, wanted)
+        keep = _Kept(messages, ids, plain, forgotten)
+        return self._stream(keep, params, options)
+
+    def _stream(self, keep: _Kept, params: SamplingParams | int | None, options: RequestOptions) -> TextIterator:
+        left = self._llm.context - len(keep.ids)
+        request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(_MAX_ANSWER, left // 2)))
         if self.is_transcript:
-            stop = (*stop, _TRANSCRIPT_STOP)
-        answer = self._llm.stream(ids, max_tokens, reuse_prefix=True, stop=stop, **options)
-        return TextIterator(self._keep(answer, messages, ids, plain), answer._logprobs)
+            stop = (*(request.params.stop or ()), _TRANSCRIPT_STOP)
+            request = replace(request, params=replace(request.params, stop=stop))
+        if "reuse_prefix" not in options:
+            request = replace(request, reuse_prefix=True)
+        answer = self._llm._begin(keep.ids, request)
+        return TextIterator(self._keep(answer, keep), answer._ticket, answer._logprobs)
 
     def undo(self) -> str:
         """Removes the last user message and all messages after it. Returns that message's text."""
         last = self._last_of_user("undo")
         text = self._messages[last]["content"]
         del self._messages[last:]
-        self._run_ids = []
+        self._run_ids, self._forgotten = [], min(self._forgotten, last)
         return text
 
-    def retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> Completion:
+    @explain_foreign_keywords(RequestOptions)
+    def retry(self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]) -> Completion:
         """Answers the last user message again, with a new random seed unless one is given."""
-        return _exhaust(self.stream_retry(max_tokens, **options))
+        return _exhaust(self.stream_retry(params, **options))
 
-    def stream_retry(self, max_tokens: int = 512, **options: Unpack[SamplingOptions]) -> TextIterator:
+    @explain_foreign_keywords(RequestOptions)
+    def stream_retry(
+        self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> TextIterator:
         """Like ``retry``, but yields pieces. If it is closed before the first piece, the old answer is kept."""
-        return self._answer(self._messages[: self._last_of_user("retry") + 1], max_tokens, options)
+        return self._answer(self._messages[: self._last_of_user("retry") + 1], params, options)
+
+    @explain_foreign_keywords(RequestOptions)
+    def continue_answer(
+        self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> Completion:
+        """Goes on with the last answer where it ended, for one that was cut off. The completion has the new part."""
+        return _exhaust(self.stream_continue(params, **options))
+
+    @explain_foreign_keywords(RequestOptions)
+    def stream_continue(
+        self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> TextIterator:
+        """Like ``continue_answer``, but yields pieces."""
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            raise ConfigError("continue: found no answer as the last message")
+        before, answer = self._messages[:-1], self._messages[-1]["content"]
+        raw = self._raw_answer if self._raw_answer.strip() == answer else answer
+        shown = before[self._forgotten :]
+        if self._run_ids:
+            ids, plain = self._run_ids, self._plain_ids
+        elif self.is_transcript:
+            plain = self._render(shown, to_answer=True)
+            ids = self._llm.encode(f"{_transcript(self._system, shown, True)} {answer}")
+        else:
+            plain = self._render(shown, to_answer=True)
+            ids = [*plain, *self._llm.tokenizer.encode(answer, bos=False)]
+        self._check_room(ids)
+        return self._stream(_Kept(before, ids, plain, self._forgotten, raw), params, options)
 
     def add(self, role: str, content: str, *, name: str | None = None, tool_call_id: str | None = None) -> None:
         """Appends a message without answering it: a tool's result, or turns of an earlier conversation."""
@@ -149,41 +205,62 @@ class Chat:
 
     def reset(self) -> None:
         """Removes all messages; keeps the system prompt."""
-        self._messages, self._run_ids = [], []
+        self._messages, self._run_ids, self._forgotten = [], [], 0
 
     # ---- files
 
     def save(self, path: str | Path) -> None:
         """Writes the conversation as JSON, atomically. Raises ``ConfigError`` if the file cannot be written."""
         path = Path(path).expanduser()
-        data = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self._llm.folder.name,
-            "system": self._system,
-            "messages": self._messages,
-        }
         part = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
-            part.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             replace_file(part, path)
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte; a message with lone surrogates
             with contextlib.suppress(OSError, ValueError):
                 part.unlink()
             raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
+    def to_json(self) -> dict[str, Any]:
+        """The conversation as ``save`` writes it."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self._llm.folder.name,
+            "system": self._system,
+            "messages": self.messages,
+        }
+
     @classmethod
+    @explain_foreign_keywords
     def load(
         cls,
         llm: LLM,
         path: str | Path,
         *,
-        tools: Sequence[Mapping] | None = None,
-        variables: Mapping | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        overflow: str = "error",
     ) -> Chat:
         """Loads a conversation that ``save`` wrote, for any model. Raises ``ConfigError`` for any other file."""
-        system, messages = _read(Path(path).expanduser())
-        chat = cls(llm, system, tools=tools, variables=variables)
+        path = Path(path).expanduser()
+        return cls.from_json(llm, _read(path), source=str(path), tools=tools, variables=variables, overflow=overflow)
+
+    @classmethod
+    @explain_foreign_keywords
+    def from_json(
+        cls,
+        llm: LLM,
+        data: Any,
+        *,
+        source: str = "chat",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        overflow: str = "error",
+    ) -> Chat:
+        """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
+        system, messages = _parts(data, source)
+        chat = cls(llm, system, tools=tools, variables=variables, overflow=overflow)
         chat._messages = messages
         return chat
 
@@ -199,9 +276,7 @@ class Chat:
                 return i
         raise ConfigError(f"{asked}: found no message of the user")
 
-    def _keep(
-        self, answer: TextIterator, messages: list[dict[str, Any]], ids: list[int], plain: list[int]
-    ) -> Iterator[str | Completion]:
+    def _keep(self, answer: TextIterator, keep: _Kept) -> Generator[str | Completion, None, None]:
         pieces: list[str] = []
         done = None
         try:
@@ -212,25 +287,56 @@ class Chat:
         finally:
             answer.close()
             if pieces or done is not None:
-                self._messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+                self._raw_answer = keep.begun + "".join(pieces)
+                said = {"role": "assistant", "content": self._raw_answer.strip()}
+                self._messages, self._forgotten = [*keep.messages, said], keep.forgotten
                 # The tokens of a stop string belong to no turn: render again; the cache still has the tokens before.
                 whole = done is not None and self._llm.tokenizer.decode(done.token_ids).strip() == done.text.strip()
-                self._run_ids = [*ids, *done.token_ids] if whole else []
-                self._plain_ids = plain
+                self._run_ids = [*keep.ids, *done.token_ids] if whole else []
+                self._plain_ids = keep.plain
         yield done
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    def _fitting(self, messages: list[dict[str, Any]], wanted: object) -> tuple[int, list[int], list[int]]:
+        """How many of the oldest messages to leave out so that the others leave room for an answer; the ids to run; and
+        the ids that the template renders from the messages' text. ``wanted``: tokens of the answer; None: the default.
+        """
+        forgotten = min(self._forgotten, len(messages) - 1)
+        ids, plain = self._prompt(messages, forgotten)
+        context = self._llm.context
+        room = context // _LEAST_ROOM
+        if isinstance(wanted, int) and not isinstance(wanted, bool):
+            room = min(room, max(wanted, 1))
+        if self._overflow == "drop-oldest" and context - len(ids) < room:
+            for begin in [i for i, m in enumerate(messages) if m["role"] == "user" and i > forgotten]:
+                forgotten = begin
+                ids, plain = self._prompt(messages, forgotten)
+                if len(ids) <= context // 2:
+                    break
+        self._check_room(ids)
+        return forgotten, ids, plain
+
+    def _check_room(self, ids: Sequence[int]) -> None:
+        context = self._llm.context
+        if len(ids) >= context:
+            raise ConfigError(
+                f"context: the conversation takes {len(ids)} tokens and the context holds {context}: undo a turn, "
+                "start a new chat, or load the model with a larger context"
+            )
+
+    def _prompt(self, messages: list[dict[str, Any]], forgotten: int) -> tuple[list[int], list[int]]:
         """The ids to run, and the ids that the template renders from the messages' text."""
-        plain = self._render(messages, to_answer=True)
-        return self._extended(messages, plain) or plain, plain
+        plain = self._render(messages[forgotten:], to_answer=True)
+        run = self._extended(messages, plain) if forgotten == self._forgotten else None
+        return run or plain, plain
 
     def _extended(self, messages: list[dict[str, Any]], plain: list[int]) -> list[int] | None:
         """The ids that were run + the template's end of that answer + the new turn. None if the template's rendering of
         the whole conversation does not begin with its rendering of the earlier part, or decodes to another text."""
         if not self._run_ids or messages[:-1] != self._messages:
             return None
-        done = self._render(self._messages, to_answer=False)
-        silent = self._render([*self._messages[:-1], {"role": "assistant", "content": ""}], to_answer=False)
+        shown = self._messages[self._forgotten :]
+        done = self._render(shown, to_answer=False)
+        silent = self._render([*shown[:-1], {"role": "assistant", "content": ""}], to_answer=False)
         if plain[: len(done)] != done or silent[: len(self._plain_ids)] != self._plain_ids:
             return None
         ids = [*self._run_ids, *silent[len(self._plain_ids) :], *plain[len(done) :]]
@@ -247,9 +353,20 @@ class Chat:
         )
 
 
-def _transcript(system: str | None, messages: Sequence[Mapping], to_answer: bool) -> str:
+@dataclass(frozen=True)
+class _Kept:
+    """What a conversation becomes if an answer is kept."""
+
+    messages: list[dict[str, Any]]  # before the answer
+    ids: list[int]  # the prompt as it is run
+    plain: list[int]  # the prompt as the template renders it from the messages' text
+    forgotten: int
+    begun: str = ""  # the part of the answer that is in the prompt
+
+
+def _transcript(system: str | None, messages: Sequence[Mapping[str, Any]], to_answer: bool) -> str:
     lines = [] if system is None else [system]
-    lines += [f"{message['role'].capitalize()}: {message['content']}".rstrip() for message in messages]
+    lines += [f"{message['role'].capitalize()}: {message.get('content') or ''}".rstrip() for message in messages]
     return "\n".join([*lines, "Assistant:"] if to_answer else lines)
 
 
@@ -271,27 +388,54 @@ def _checked_system(text: str | None) -> str | None:
     return text
 
 
-def _read(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
-    def wrong(found: object, expected: str) -> ConfigError:
-        return ConfigError(f"{path}: not a saved chat: found {str(found)[:60]!r}, expected {expected}")
+def _checked_overflow(value: str) -> str:
+    if value not in ("error", "drop-oldest"):
+        raise ConfigError(f"overflow: found {value!r}, expected 'error' or 'drop-oldest'")
+    return value
 
+
+def _split_system(system: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[dict[str, Any]]]:
+    """The system prompt, and the messages without it. Raises ``ConfigError`` for what is no list of messages."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ConfigError(f"messages: found {shown(messages)}, expected a list such as {_EXAMPLE}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigError(f"messages[{i}]: found {shown(message)}, expected an object such as {_EXAMPLE[1:-1]}")
+    copies = [dict(message) for message in messages]
+    if not copies or copies[0]["role"] != "system":
+        return system, copies
+    if system is not None:
+        raise ConfigError("system: given twice, as an argument and as the first message")
+    return _checked_system(copies[0].get("content")), copies[1:]
+
+
+def _read(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise wrong(error, "JSON") from None
+        raise _wrong(str(path), error, "JSON") from None
+
+
+def _wrong(source: str, found: object, expected: str) -> ConfigError:
+    return ConfigError(f"{source}: not a saved chat: found {str(found)[:60]!r}, expected {expected}")
+
+
+def _parts(data: Any, source: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """The system prompt and the messages of a saved chat. Raises ``ConfigError`` for anything else."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise wrong(data.get("format") if isinstance(data, dict) else data, f'"format": "{FORMAT}"')
+        raise _wrong(source, data.get("format") if isinstance(data, dict) else data, f'"format": "{FORMAT}"')
     if data.get("version") != VERSION:
-        raise wrong(data.get("version"), f"version {VERSION}")
+        raise _wrong(source, data.get("version"), f"version {VERSION}")
     system, messages = data.get("system"), data.get("messages")
     if system is not None and not isinstance(system, str):
-        raise wrong(system, "a system prompt that is text or null")
+        raise _wrong(source, system, "a system prompt that is text or null")
     if not isinstance(messages, list):
-        raise wrong(messages, "a list of messages")
+        raise _wrong(source, messages, "a list of messages")
     for message in messages:
-        texts = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
-        if not texts or not {"role", "content"} <= message.keys():
-            raise wrong(message, "messages with a role and a content")
+        found = isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        # A call of tools has no content; some templates take a list of parts.
+        if not found or not isinstance(message["content"], str | list | None):
+            raise _wrong(source, message, "messages with a role and a content")
     return system, messages

@@ -5,45 +5,126 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
-_OURS = {
-    "ctx_size": "context",
-    "do_sample": "temperature (0 is greedy)",
-    "gpu_memory_utilization": 'vram (a size such as "6GB")',
-    "logprobs": "top_logprobs",
-    "load_in_4bit": "a GPTQ checkpoint (exl quantize makes one)",
-    "load_in_8bit": "a GPTQ checkpoint (exl quantize makes one)",
-    "max_length": "max_tokens",
-    "max_model_len": "context",
-    "max_new_tokens": "max_tokens",
-    "max_seq_len": "context",
-    "model_path": "model",
-    "n_ctx": "context",
-    "n_gpu_layers": "resident_layers",
-    "n_predict": "max_tokens",
-    "num_ctx": "context",
-    "num_predict": "max_tokens",
-    "repeat_penalty": "repetition_penalty",
-    "stop_sequences": "stop",
-    "temp": "temperature",
+_GPTQ = "the weights' width is the file's own: load a GPTQ checkpoint (exl quantize makes one)"
+_ONE_GPU = "exl computes on one GPU; vram= limits what it takes of it"
+
+# Another library's keyword -> exl's keyword, and what to know about it. A hint without a keyword always counts.
+_HINTS: dict[str, tuple[str | None, str]] = {
+    "batch_size": (None, "give a list of prompts"),
+    "best_of": (None, "one call gives one completion: call it with several seeds"),
+    "cache_dir": (None, "downloads are kept in huggingface_hub's cache"),
+    "cache_mode": ("kv_cache", ""),
+    "cache_type_k": ("kv_cache", ""),
+    "ctx_size": ("context", ""),
+    "device_map": ("device", 'device, "cuda" or "cpu"; what does not fit into vram= is streamed'),
+    "do_sample": ("temperature", "temperature (0 is greedy)"),
+    "dtype": (None, "weights keep the file's type; kv_cache= chooses the cache's"),
+    "eos_token_id": ("stop", "stop, with texts; end-of-sequence tokens come from the model's files"),
+    "frequency_penalty": ("repetition_penalty", "exl has no frequency_penalty; the nearest is repetition_penalty"),
+    "generation_config": ("params", "params, a SamplingParams"),
+    "gpu_memory_utilization": ("vram", 'vram (a size such as "6GB")'),
+    "gpu_split": ("vram", 'vram (a size such as "6GB")'),
+    "history": (None, "chat(messages=...) takes earlier turns"),
+    "input_ids": ("prompt", "prompt, which may be token ids"),
+    "inputs": ("prompt", ""),
+    "load_in_4bit": (None, _GPTQ),
+    "load_in_8bit": (None, _GPTQ),
+    "logprobs": ("top_logprobs", ""),
+    "low_vram": ("vram", 'vram (a size such as "6GB")'),
+    "max_completion_tokens": ("max_tokens", ""),
+    "max_length": ("max_tokens", ""),
+    "max_memory": ("vram", 'vram (a size such as "6GB"), and ram'),
+    "max_model_len": ("context", ""),
+    "max_new_tokens": ("max_tokens", ""),
+    "max_num_seqs": ("max_sequences", ""),
+    "max_seq_len": ("context", ""),
+    "max_sequence_length": ("context", ""),
+    "messages": (None, "LLM.complete_chat(messages) answers messages; LLM.chat(messages=...) goes on with them"),
+    "min_new_tokens": (None, "exl has no minimum length"),
+    "model_name": ("model", ""),
+    "model_path": ("model", ""),
+    "n": (None, "one call gives one completion: call it with several seeds"),
+    "n_batch": ("prefill_chunk", ""),
+    "n_ctx": ("context", ""),
+    "n_gpu_layers": ("resident_layers", ""),
+    "n_predict": ("max_tokens", ""),
+    "n_threads": ("threads", ""),
+    "num_beams": (None, "exl has no beam search"),
+    "num_ctx": ("context", ""),
+    "num_predict": ("max_tokens", ""),
+    "num_return_sequences": (None, "one call gives one completion: call it with several seeds"),
+    "num_threads": ("threads", ""),
+    "path": ("model", ""),
+    "pretrained_model_name_or_path": ("model", ""),
+    "prompts": ("prompt", "prompt, which may be a list"),
+    "quantization": (None, _GPTQ),
+    "repeat_penalty": ("repetition_penalty", ""),
+    "sampling_params": ("params", "params, a SamplingParams"),
+    "seq_len": ("context", ""),
+    "stop_sequences": ("stop", ""),
+    "stop_strings": ("stop", ""),
+    "stop_token_ids": ("stop", "stop, with texts; end-of-sequence tokens come from the model's files"),
+    "stop_words": ("stop", ""),
+    "stream": (None, "LLM.stream, LLM.stream_chat and Chat.stream give the text in pieces"),
+    "system_prompt": ("system", ""),
+    "temp": ("temperature", ""),
+    "tensor_parallel_size": (None, _ONE_GPU),
+    "tensor_split": (None, _ONE_GPU),
+    "tokenizer": (None, "the tokenizer is read from the model's folder"),
+    "torch_dtype": (None, "weights keep the file's type; kv_cache= chooses the cache's"),
+    "trust_remote_code": (None, "exl never runs code of a repository"),
+    "use_cache": ("reuse_prefix", "the cache is always used; reuse_prefix= keeps it between requests"),
 }
 
-F = TypeVar("F", bound=Callable)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def explain_foreign_keywords(function: F) -> F:
-    """A decorator: an unknown keyword raises ``TypeError`` that gives exl's own name for it, if there is one."""
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]
+@overload
+def explain_foreign_keywords(function: F) -> F: ...
+
+
+@overload
+def explain_foreign_keywords(function: type) -> Callable[[F], F]: ...
+
+
+def explain_foreign_keywords(function: Any) -> Any:
+    """A decorator: an unknown keyword raises ``TypeError`` that gives exl's own name for it, if there is one.
+
+    ``@explain_foreign_keywords(Options)`` is for a function that takes the keys of the ``TypedDict`` ``Options`` as
+    ``**options``: they are checked, and shown in the function's signature.
+    """
+    if isinstance(function, type):
+        return functools.partial(_explaining, options=function)
+    return _explaining(function, options=None)
+
+
+def _explaining(function: Callable[..., Any], options: type | None) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if options is not None:
+        shown += [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=getattr(hint, "__forward_arg__", hint)
+            )
+            for name, hint in options.__annotations__.items()
+        ]
+    known = [p.name for p in shown if p.name not in ("self", "cls")]
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in known:
-                ours = _OURS.get(name)
-                accepted = ours is not None and ours.split()[0] in (*known, "a")
-                hint = f"exl calls it {ours}" if accepted else f"it takes {', '.join(known)}"
-                raise TypeError(f"{function.__name__}() has no keyword {name!r}: {hint}")
+                raise TypeError(f"{function.__name__}() has no keyword {name!r}: {_hint(name, known)}")
         return function(*args, **kwargs)
 
-    return wrapper  # type: ignore[return-value]
+    wrapper.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _hint(name: str, known: list[str]) -> str:
+    ours, text = _HINTS.get(name, ("", ""))
+    if ours is None:
+        return text
+    return f"exl calls it {text or ours}" if ours in known else f"it takes {', '.join(known)}"

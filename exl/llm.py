@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import html
-import secrets
-import threading
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -18,122 +15,54 @@ from exl.checkpoint.config import GenerationDefaults
 from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
+from exl.completion import Completion, TextIterator
 from exl.engine.build import Engine, load_engine
-from exl.engine.generator import Generator
+from exl.engine.generator import Generator as TokenGenerator
 from exl.errors import ConfigError, ExlError
 from exl.keywords import explain_foreign_keywords
 from exl.memory.device import release_cached
 from exl.planning.from_headers import EngineOptions
 from exl.progress import Progress, shown_progress
-from exl.sampling import SamplingParams
+from exl.request_options import Request, RequestOptions
+from exl.sampling_params import SamplingParams
+from exl.streams import Stream, Ticket, Turn
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
 from exl.text.text_stream import TextStream
 from exl.text.tokenizer import Tokenizer
 from exl.units import format_bytes
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from exl.chat import Chat
+    from exl.checkpoint.config import ModelConfig
+    from exl.checkpoint.quant_config import QuantConfig
+    from exl.planning.plan import MemoryPlan
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The continuation of a prompt."""
-
-    text: str
-    token_ids: tuple[int, ...]  # without the end-of-sequence id; with the tokens of a stop string
-    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
-    num_prompt_tokens: int
-    num_reused_tokens: int  # prompt tokens taken from the cache instead of computed
-    seed: int  # the seed that was used: the same request with it gives the same text on the same machine
-    prompt_seconds: float  # until the first token
-    decode_seconds: float  # from the first token to the last
-    logprobs: tuple[TokenLogprob, ...] | None = None  # one per entry of token_ids; None unless top_logprobs was given
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed after the first token; 0 if there is no second token."""
-        return (self.num_tokens - 1) / self.decode_seconds if self.num_tokens > 1 and self.decode_seconds else 0.0
-
-    def __repr__(self) -> str:
-        return (
-            f"Completion({self.text!r}, {self.num_prompt_tokens}+{self.num_tokens} tokens, "
-            f"{self.finish_reason}, {self.tokens_per_second:.1f} tokens/s)"
-        )
-
-    def _repr_html_(self) -> str:
-        return (
-            f'<div style="white-space: pre-wrap">{html.escape(self.text)}</div>'
-            f'<div style="opacity: 0.6; font-size: 85%">{self.num_prompt_tokens} + {self.num_tokens} tokens, '
-            f"{html.escape(self.finish_reason)}, first after {self.prompt_seconds * 1e3:.0f} ms, "
-            f"then {self.tokens_per_second:.1f} tokens/s</div>"
-        )
-
-
-class TextIterator:
-    """Pieces of text as they become final; ``completion`` once it is exhausted. ``close()`` stops early."""
-
-    def __init__(self, pieces: Iterator[str | Completion], logprobs: Sequence[TokenLogprob] | None = None) -> None:
-        self._pieces, self._logprobs = pieces, logprobs
-        self._completion: Completion | None = None
-
-    def __iter__(self) -> TextIterator:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        if isinstance(piece, Completion):
-            self._completion = piece
-            raise StopIteration
-        return piece
-
-    @property
-    def completion(self) -> Completion:
-        """Available after the last piece; before that, raises ``ExlError``."""
-        if self._completion is None:
-            raise ExlError("this stream has not ended: take its pieces first, then ask for its completion")
-        return self._completion
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """One per token so far, also if its text is not final yet; None unless ``top_logprobs`` was given."""
-        return None if self._logprobs is None else tuple(self._logprobs)
-
-    def close(self) -> None:
-        self._pieces.close()
-
-
-class _Turn:
-    """Allows one request at a time. Another thread waits; the same thread would deadlock, so it gets an error."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
-            raise ExlError("another stream of this model is unfinished in this thread: exhaust it or close() it first")
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._owner = None
-        self._lock.release()
 
 
 class LLM:
     """A loaded model, made by ``exl.load``; a context manager. Thread-safe: requests run one after another."""
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
-        self.folder, self.tokenizer, self.defaults = folder, tokenizer, defaults
-        self.config, self.quant, self.plan = engine.config, engine.quant, engine.plan
-        self._engine: Engine | None = engine
-        self._turn = _Turn()
+    folder: Path
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults  # of generation_config.json
+    config: ModelConfig
+    quant: QuantConfig | None
+    plan: MemoryPlan
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        shown_args = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        raise TypeError(f"LLM() makes no model: exl.load({shown_args}) loads one and returns an LLM")
+
+    @classmethod
+    def _of(cls, folder: Path, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> LLM:
+        llm = cls.__new__(cls)
+        llm.folder, llm.tokenizer, llm.defaults = folder, tokenizer, defaults
+        llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
+        llm._engine, llm._turn = engine, Turn()
+        return llm
 
     @property
     def context(self) -> int:
@@ -146,63 +75,51 @@ class LLM:
         on a CPU."""
         return self._open_generator().runner.decode_steps
 
-    @explain_foreign_keywords
+    @overload
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        params: SamplingParams | int | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Completion]: ...
+
+    @explain_foreign_keywords(RequestOptions)
     def generate(
         self,
         prompt: Prompt | Sequence[str],
-        max_tokens: int = 256,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        reuse_prefix: bool = False,
-        top_logprobs: int | None = None,
+        params: SamplingParams | int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Completion | list[Completion]:
         """Continues a prompt: a text, or token ids, which are used as they are. A list of texts returns a list.
 
-        Text gets the model's BOS; special tokens in it are plain text. A sampling parameter that is None is taken from
-        the model's generation_config; if that has none, decoding is greedy and filters and penalty are off.
+        Text gets the model's BOS; special tokens in it are plain text. ``params``: a number of tokens (by default 256),
+        or a ``SamplingParams``. ``options``: see ``exl.request_options.RequestOptions``; a sampling option that is left
+        out is taken from ``params``, else from the model's generation_config; if that has none, decoding is greedy.
         ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster, but
         results are equal only up to rounding, not bit for bit. ``top_logprobs=5`` fills ``Completion.logprobs``: each
         token's log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and
         filters; 0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
         the context.
         """
-        params = self._params(
-            max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
-        )
+        request = Request.of(params, options, self.defaults)
         if isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
-            return [self._complete(item, params, reuse_prefix, top_logprobs) for item in prompt]
-        return self._complete(prompt, params, reuse_prefix, top_logprobs)
+            return [self._complete(item, request) for item in prompt]
+        return self._complete(prompt, request)
 
-    @explain_foreign_keywords
+    @explain_foreign_keywords(RequestOptions)
     def stream(
-        self,
-        prompt: Prompt,
-        max_tokens: int = 256,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        reuse_prefix: bool = False,
-        top_logprobs: int | None = None,
+        self, prompt: Prompt, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
         """Like ``generate``, but yields pieces: whole characters, and never text that a stop string cuts off.
 
         With ``top_logprobs``, the iterator's ``logprobs`` has one entry per token so far.
         """
-        params = self._params(
-            max_tokens, temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop
-        )
-        return self._begin(prompt, params, reuse_prefix, top_logprobs)
+        return self._begin(prompt, Request.of(params, options, self.defaults))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids, with the model's BOS once; ids are returned as they are. Raises ``ConfigError``."""
@@ -223,28 +140,66 @@ class LLM:
 
     def chat_prompt(
         self,
-        messages: Sequence[Mapping],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping] | None = None,
-        variables: Mapping | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Messages -> token ids by the model's chat template; special tokens inside messages are plain text."""
         return self.tokenizer.encode_chat(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
         )
 
+    @explain_foreign_keywords
     def chat(
         self,
         system: str | None = None,
         *,
-        tools: Sequence[Mapping] | None = None,
-        variables: Mapping | None = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        overflow: str = "error",
     ) -> Chat:
-        """Starts a conversation whose earlier turns are not computed again; see ``exl.chat.Chat``."""
+        """Starts a conversation, or goes on with one, whose earlier turns are not computed again.
+
+        ``messages``: earlier turns, ``{"role": "user", "content": "Hello"}``; the first may be the system prompt.
+        ``send(None)`` answers the last one. ``overflow``: what happens when the context is full: "error", or
+        "drop-oldest". More: ``exl.chat.Chat``.
+        """
         from exl.chat import Chat  # imported late: a Chat is built on this module
 
-        return Chat(self, system, tools=tools, variables=variables)
+        return Chat(self, system, messages=messages, tools=tools, variables=variables, overflow=overflow)
+
+    @explain_foreign_keywords(RequestOptions)
+    def complete_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Completion:
+        """Answers the last of ``messages`` once, without keeping the conversation; options as for ``generate``."""
+        stream = self.stream_chat(messages, params, tools=tools, variables=variables, **options)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    @explain_foreign_keywords(RequestOptions)
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> TextIterator:
+        """Like ``complete_chat``, but yields pieces."""
+        options.setdefault("reuse_prefix", False)  # a Chat's own default is True
+        return self.chat(messages=messages, tools=tools, variables=variables).stream(None, params, **options)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits after every token of ``ids``: f32 [T, V], computed in chunks."""
@@ -255,23 +210,34 @@ class LLM:
             start += len(chunk)
         return out
 
-    def iter_logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+    def iter_logits(self, ids: Sequence[int]) -> Stream[torch.Tensor]:
         """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk."""
-        generator = self._open_generator()
-        with self._turn:
-            for chunk in generator.logits(ids):
-                yield chunk.cpu()
+        ticket = Ticket()
+        return Stream(self._logit_chunks(ids, ticket), ticket)
+
+    def _logit_chunks(self, ids: Sequence[int], ticket: Ticket) -> Generator[torch.Tensor, None, None]:
+        self._open_generator()
+        with self._turn.take(ticket), contextlib.closing(self._open_generator().logits(ids)) as chunks:
+            for chunk in chunks:
+                with self._turn.paused(ticket):
+                    yield chunk.cpu()
+                if not ticket.goes_on():
+                    return
 
     def close(self) -> None:
-        """Frees the memory. Requests to the model after that raise ``ExlError``."""
-        if self._engine is not None:
-            with self._turn:
-                engine, self._engine = self._engine, None
-                if engine is not None:
-                    device = engine.device
-                    engine.close()
-                    del engine
-                    release_cached(device)
+        """Frees the memory. Requests to the model after that raise ``ExlError``.
+
+        Unfinished streams end: one that another thread is computing after its token, the others at once.
+        """
+        if self._engine is None:
+            return
+        with self._turn.take_over(f"{self.folder.name}: the model was closed"):
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                device = engine.device
+                engine.close()
+                del engine
+                release_cached(device)
 
     def __enter__(self) -> LLM:
         return self
@@ -287,77 +253,44 @@ class LLM:
             state += f", decode steps {graphs.describe()}"
         return f"LLM({self.folder.name}, {self.config.family}, {bits}, {state})"
 
-    def _open_generator(self) -> Generator:
+    def _open_generator(self) -> TokenGenerator:
         if self._engine is None:
             raise ExlError(f"{self.folder.name}: the model is closed")
         return self._engine.generator
 
-    def _params(
-        self,
-        max_tokens: int,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        *,
-        repetition_penalty: float | None,
-        seed: int | None,
-        stop: str | Sequence[str],
-    ) -> SamplingParams:
-        asked = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        chosen = {}
-        for name, value in asked.items():
-            value = getattr(self.defaults, name) if value is None else value
-            if value is not None:
-                chosen[name] = value
-        seed = secrets.randbits(63) if seed is None else seed
-        if not isinstance(stop, Sequence):
-            raise ConfigError(f"stop: found {stop!r}, expected a text or a list of texts")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        return SamplingParams(max_tokens=max_tokens, seed=seed, stop=stop, **{"temperature": 0.0, **chosen})
+    def _begin(self, prompt: Prompt, request: Request) -> TextIterator:
+        check_top_logprobs(request.top_logprobs, self.config.vocab_size)
+        logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
+        ticket = Ticket()
+        return TextIterator(self._pieces_of(self.encode(prompt), request, logprobs, ticket), ticket, logprobs)
 
-    def _begin(
-        self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool, top_logprobs: int | None
-    ) -> TextIterator:
-        check_top_logprobs(top_logprobs, self.config.vocab_size)
-        logprobs: list[TokenLogprob] | None = None if top_logprobs is None else []
-        return TextIterator(
-            self._pieces_of(self.encode(prompt), params, reuse_prefix, top_logprobs, logprobs), logprobs
-        )
-
-    def _complete(
-        self, prompt: Prompt, params: SamplingParams, reuse_prefix: bool, top_logprobs: int | None
-    ) -> Completion:
-        pieces = self._begin(prompt, params, reuse_prefix, top_logprobs)
+    def _complete(self, prompt: Prompt, request: Request) -> Completion:
+        pieces = self._begin(prompt, request)
         for _ in pieces:
             pass
         return pieces.completion
 
     def _pieces_of(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        reuse_prefix: bool,
-        top_logprobs: int | None,
-        logprobs: list[TokenLogprob] | None,
-    ) -> Iterator[str | Completion]:
+        self, prompt_ids: list[int], request: Request, logprobs: list[TokenLogprob] | None, ticket: Ticket
+    ) -> Generator[str | Completion, None, None]:
         """Yields pieces, then the ``Completion``. Appends to ``logprobs`` token by token."""
-        generator = self._open_generator()
-        with self._turn:
-            text = TextStream(self.tokenizer, prompt_ids, params.stop)
+        self._open_generator()  # a closed model says so at once
+        with self._turn.take(ticket):
+            generator = self._open_generator()
+            text = TextStream(self.tokenizer, prompt_ids, request.params.stop)
             pieces: list[str] = []
             token_ids: list[int] = []
             reason = "length"
             began = first = last = time.perf_counter()
             num_reused = 0
-            tokens = generator.stream(prompt_ids, params, reuse_prefix=reuse_prefix, top_logprobs=top_logprobs)
-            try:
+            asked = generator.stream(
+                prompt_ids,
+                request.params,
+                reuse_prefix=request.reuse_prefix,
+                top_logprobs=request.top_logprobs,
+                prompt_progress=request.prompt_progress,
+            )
+            with contextlib.closing(asked) as tokens:
                 for token in tokens:
                     last = time.perf_counter()
                     num_reused = token.num_reused
@@ -371,26 +304,31 @@ class LLM:
                     piece = text.push(token.token_id)
                     if piece:
                         pieces.append(piece)
-                        yield piece
+                        with self._turn.paused(ticket):
+                            yield piece
                     if text.stopped is not None:
                         reason = "stop"
                         break
-            finally:
-                tokens.close()
+                    if not ticket.goes_on():
+                        return
             piece = text.finish()
             if piece:
                 pieces.append(piece)
-                yield piece
+                with self._turn.paused(ticket):
+                    yield piece
+            ticket.goes_on()
+            limit = "max_tokens" if len(token_ids) == request.params.max_tokens else "context"
         yield Completion(
             text="".join(pieces),
             token_ids=tuple(token_ids),
             finish_reason=reason,
             num_prompt_tokens=len(prompt_ids),
             num_reused_tokens=num_reused,
-            seed=params.seed,
+            seed=request.params.seed,
             prompt_seconds=first - began,
             decode_seconds=last - first,
             logprobs=None if logprobs is None else tuple(logprobs),
+            limit=limit if reason == "length" else None,
         )
 
 
@@ -442,4 +380,4 @@ def load(
     defaults = GenerationDefaults.from_folder(folder)
     bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id
     tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
-    return LLM(folder, engine, tokenizer, defaults)
+    return LLM._of(folder, engine, tokenizer, defaults)

@@ -1,4 +1,4 @@
-"""From logits to token ids: the sampling parameters of a request, and the CPU implementation of sampling.
+"""From logits to token ids: the CPU implementation of sampling.
 
 A row's draw depends only on its logits, its parameters, its seed and its step, not on the other rows of its batch.
 """
@@ -6,7 +6,6 @@ A row's draw depends only on its logits, its parameters, its seed and its step, 
 from __future__ import annotations
 
 import math
-import numbers
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,82 +15,18 @@ import numpy as np
 
 from exl.batch import SamplingBatch
 from exl.errors import ConfigError, ExlError, KernelError
+from exl.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_TEMPERATURE = 100.0
-_MIN_PENALTY, _MAX_PENALTY = 0.01, 100.0
-_MAX_INT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
-_MAX_STOPS = 64
-_MAX_STOP_CHARS = 1024
 # This many of the likeliest tokens are sorted first: nearly every draw is among them, and sorting 128,000 logits would
 # take longer than all the rest of sampling.
 _FIRST_SORTED = 1024
 _SORT_GROWTH = 16
 
 _entropy = random.SystemRandom()
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a request turns logits into text. The defaults leave the model's distribution unchanged.
-
-    Order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Raises ``ConfigError`` for a value of
-    the wrong type or outside its range.
-    """
-
-    temperature: float = 1.0  # 0 to 100; 0 takes the likeliest token and ignores top_k, top_p, min_p and seed
-    top_k: int = 0  # keeps the k likeliest tokens, and all ties with the k-th; 0 is off
-    top_p: float = 1.0  # above 0, to 1; keeps the fewest likeliest tokens whose total probability reaches it; 1 is off
-    min_p: float = 0.0  # 0 to 1; keeps tokens at least this many times as likely as the likeliest; 0 is off
-    repetition_penalty: float = 1.0  # 0.01 to 100; divides positive, multiplies negative logits of seen tokens
-    seed: int | None = None  # 0 to 2**64-1; None draws from the system's entropy: not repeatable
-    max_tokens: int = 256  # at most this many new tokens; 0: none
-    stop: tuple[str, ...] = ()  # the text ends before the first of these strings to occur
-
-    def __post_init__(self) -> None:
-        self._check_number("temperature", 0.0, _MAX_TEMPERATURE)
-        self._check_number("top_p", 0.0, 1.0, above=True)
-        self._check_number("min_p", 0.0, 1.0)
-        self._check_number("repetition_penalty", _MIN_PENALTY, _MAX_PENALTY)
-        self._check_integer("top_k", _MAX_INT)
-        self._check_integer("max_tokens", _MAX_INT)
-        if self.seed is not None:
-            self._check_integer("seed", _MAX_SEED)
-        object.__setattr__(self, "stop", checked_stop(self.stop))
-
-    def _check_number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
-        value = getattr(self, name)
-        expected = f"a number {'above' if above else 'from'} {low:g}{',' if above else ''} to {high:g}"
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ConfigError(f"{name}: found {value!r} ({type(value).__name__}), expected {expected}")
-        if not low <= value <= high or (above and value == low):  # a NaN fails the first comparison
-            raise ConfigError(f"{name}: found {value!r}, expected {expected}")
-        object.__setattr__(self, name, float(value))
-
-    def _check_integer(self, name: str, high: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise ConfigError(f"{name}: found {value!r} ({type(value).__name__}), expected an integer from 0 to {high}")
-        if not 0 <= value <= high:
-            raise ConfigError(f"{name}: found {value!r}, expected an integer from 0 to {high}")
-        object.__setattr__(self, name, int(value))
-
-
-def checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings as ``SamplingParams`` keeps them. Raises ``ConfigError`` unless ``stop`` is a valid sequence."""
-    if isinstance(stop, str) or not isinstance(stop, Sequence):
-        raise ConfigError(f"stop: found {stop!r} ({type(stop).__name__}), expected a tuple of strings")
-    if len(stop) > _MAX_STOPS:
-        raise ConfigError(f"stop: found {len(stop)} strings, expected at most {_MAX_STOPS}")
-    for text in stop:
-        if not isinstance(text, str):
-            raise ConfigError(f"stop: found {text!r} ({type(text).__name__}), expected strings only")
-        if not 1 <= len(text) <= _MAX_STOP_CHARS:
-            raise ConfigError(f"stop: found a string of {len(text)} characters, expected from 1 to {_MAX_STOP_CHARS}")
-    return tuple(stop)
 
 
 def uniform(seed: int, step: int) -> float:

@@ -58,7 +58,7 @@ def load(backend: Backend | None) -> LLM:
     defaults = GenerationDefaults.from_folder(BUNDLED_MODEL)
     bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id
     tokenizer = Tokenizer.from_folder(BUNDLED_MODEL, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
-    return LLM(BUNDLED_MODEL, engine, tokenizer, defaults)
+    return LLM._of(BUNDLED_MODEL, engine, tokenizer, defaults)
 
 
 def through_kernels(prompt: str, num_tokens: int) -> Completion:

@@ -150,6 +150,17 @@ class PagePool:
             return PrefixMatch((*pages, best.page), num_tokens)
         return PrefixMatch(tuple(pages), num_tokens, copy_from=best.page)
 
+    def claim(self, page: int) -> bool:
+        """Makes a page that ``find`` gave as ``copy_from`` the caller's own: no prompt finds it any more, nor the pages
+        after it. False, and nothing is changed, if somebody else holds it too."""
+        if self._in_use[page] > 1:
+            return False
+        node = self._nodes[page]
+        while node.children:  # nobody holds them, since a holder of a page also holds its parents
+            self._forget(self._leaf(next(iter(node.children.values())).page))
+        self._forget_node(node)
+        return True
+
     def _leaf(self, page: int) -> _Node:
         """A leaf below ``page``, or the page itself: children are evicted before their parent, because without it
         they could not be found. The leaf is evictable too, since a holder of a page also holds its parents."""

@@ -14,7 +14,10 @@ def chat(
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="What the model should know before the conversation.")] = None,
     load: Annotated[Path | None, typer.Option(help="A conversation that /save wrote.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="At most this many tokens per answer.")] = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most this many tokens per answer; default: 512, or half of what the context has left."),
+    ] = None,
     *,
     drawing: DrawOptions,
     loading: LoadOptions,
@@ -34,8 +37,9 @@ def chat(
         found = llm.chat(system) if load is None else Chat.load(llm, load)
         if load is not None and system is not None:
             found.system = system
+        settings = {**({} if max_tokens is None else {"max_tokens": max_tokens}), **drawing.asked()}
         say = say_dim if is_terminal() else say_to_stderr
-        session = ChatSession(llm, found, write, say, {"max_tokens": max_tokens, **drawing.asked()})
+        session = ChatSession(llm, found, write, say, settings)
         if found.notice is not None:
             say(found.notice)
         if is_terminal():

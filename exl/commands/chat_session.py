@@ -9,20 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exl.chat import Chat
+from exl.completion import Completion, TextIterator
 from exl.errors import ConfigError, ExlError
-from exl.llm import LLM, Completion, TextIterator
-from exl.sampling import SamplingParams
+from exl.llm import LLM
+from exl.sampling_params import OPTIONS, SamplingParams
 from exl.units import format_bytes
 
-SETTINGS: dict[str, type] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "max_tokens": int,
-    "seed": int,
-}
+SETTINGS: dict[str, type] = {name: option.kind for name, option in OPTIONS.items()}
 
 
 @dataclass

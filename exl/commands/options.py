@@ -9,11 +9,12 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
 from exl.errors import ConfigError
+from exl.sampling_params import OPTIONS
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[
@@ -62,28 +63,22 @@ class LoadOptions:
         return {"revision": self.revision, "token": self.token}
 
 
-@dataclass(frozen=True)
-class DrawOptions:
-    """How tokens are sampled; None: the model's generation_config decides."""
+def _draw_options() -> type:
+    options = [
+        (name, Annotated[Optional[option.kind], typer.Option(help=option.help)], None)  # noqa: UP045
+        for name, option in OPTIONS.items()
+        if name != "max_tokens"  # for which each command has a default of its own
+    ]
 
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own, else greedy.")] = (
-        None
-    )
-    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens; 0 is off.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Only the most likely tokens whose probabilities sum to p.")] = (
-        None
-    )
-    min_p: Annotated[float | None, typer.Option(help="Only tokens at least p times as likely as the top-1 token.")] = (
-        None
-    )
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: tokens that occurred before become less likely.")
-    ] = None
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text, on the same machine.")] = None
-
-    def asked(self) -> dict[str, float | int]:
+    def asked(self: Any) -> dict[str, float | int]:
         """The options that the user gave, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    return dataclasses.make_dataclass("DrawOptions", options, frozen=True, namespace={"asked": asked})
+
+
+# How tokens are sampled; None: the model's generation_config decides.
+DrawOptions = _draw_options()
 
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,9 @@ from exl.engine.runner import Runner
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.ops.base import Samples
 from exl.ops.rope import depends_on_length
-from exl.sampling import SamplingParams, likeliest, sampling_batch
+from exl.request_options import PromptProgress
+from exl.sampling import likeliest, sampling_batch
+from exl.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Generator:
         *,
         reuse_prefix: bool = False,
         top_logprobs: int | None = None,
+        prompt_progress: Callable[[PromptProgress], None] | None = None,
     ) -> Iterator[GeneratedToken]:
         """Yields tokens as they are made; the last one carries the reason to stop.
 
         ``top_logprobs``: tokens come with their log-probability and those of this many likeliest, as in ``ranked``:
         natural logarithms of the softmax of the plain logits, without penalty, temperature and filters.
+        ``prompt_progress`` is called after each layer of a prefill window.
 
         ``reuse_prefix`` takes the part of the prompt that is in the cache instead of computing it again. Results are
         equal up to rounding, not bit for bit: the cached rows were computed in other chunks.
@@ -74,7 +78,8 @@ class Generator:
         reused = prompt_ids[:-1] if reuse_prefix and self._reusable(len(prompt_ids) + num_new) else ()
         sequence = self.begin(len(prompt_ids) + num_new - 1, reused)
         try:
-            yield from self._generate(sequence, prompt_ids, params, num_new, top_logprobs)
+            logits = self.extend(sequence, prompt_ids[sequence.num_cached :], prompt_progress)
+            yield from self._generate(sequence, prompt_ids, params, num_new, top_logprobs, logits)
         finally:
             self.end(sequence)
 
@@ -85,22 +90,21 @@ class Generator:
         params: SamplingParams,
         num_new: int,
         top_logprobs: int | None,
+        logits: torch.Tensor,
     ) -> Iterator[GeneratedToken]:
-        """On a device that runs ahead, step n + 1 is launched before the host reads token n: the device takes it from
-        its own samples and never waits for the host."""
+        """``logits``: after the prompt. On a device that runs ahead, step n + 1 is launched before the host reads token
+        n: the device takes it from its own samples and never waits for the host."""
         ops = self.runner.decoder.ops
         ahead = ops.runs_ahead and top_logprobs is None
         seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
         drawn: Samples | None = None  # of the previous step, not read yet
         token_id: int | None = None  # its token, once it has been read
         for step in range(num_new):
-            if step == 0:
-                logits = self.extend(sequence, prompt_ids[sequence.num_cached :])
-            elif ahead:
+            if step > 0 and ahead:
                 logits = self._forward(sequence, (-1,))
                 token_id = self._read(drawn, seen)
                 sequence.token_ids.append(token_id)
-            else:
+            elif step > 0:
                 logits = self.extend(sequence, (token_id,))
             if ahead and token_id in self.eos_ids:
                 yield GeneratedToken(token_id, "stop", sequence.num_reused)
@@ -148,27 +152,41 @@ class Generator:
         Raises ``MemoryBudgetError`` if there are not enough pages.
         """
         match = self.pool.find(known_ids)
+        num_pages = -(-num_tokens // PAGE_SIZE)
+        pages, num_reused = list(match.pages), match.num_tokens
+        held = list(match.pages)
         try:
-            fresh = self.pool.allocate(-(-num_tokens // PAGE_SIZE) - len(match.pages))
-        except MemoryBudgetError:
-            self.pool.release(match.pages)
             if match.copy_from is not None:
-                self.pool.release([match.copy_from])
+                held.append(match.copy_from)
+                if num_pages - len(pages) <= self.pool.num_free:
+                    pages += self.pool.allocate(num_pages - len(pages))
+                    self.runner.kv.copy_pages([match.copy_from], [pages[len(match.pages)]])
+                    self.pool.release([match.copy_from])
+                # The page to copy from is the one that lacks: it is written in place, or left to its other holders.
+                elif self.pool.claim(match.copy_from):
+                    pages.append(match.copy_from)
+                else:
+                    self.pool.release([held.pop()])
+                    num_reused = len(pages) * PAGE_SIZE
+            pages += self.pool.allocate(num_pages - len(pages))
+        except MemoryBudgetError:
+            self.pool.release(held)
             raise
-        if match.copy_from is not None:
-            self.runner.kv.copy_pages([match.copy_from], fresh[:1])
-            self.pool.release([match.copy_from])
-        return CachedSequence([*match.pages, *fresh], list(known_ids[: match.num_tokens]), match.num_tokens)
+        return CachedSequence(pages, list(known_ids[:num_reused]), num_reused)
 
-    def extend(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
+    def extend(
+        self, sequence: CachedSequence, ids: Sequence[int], progress: Callable[[PromptProgress], None] | None = None
+    ) -> torch.Tensor:
         """Runs new tokens of a sequence; logits after the last one, f32 [1, V], valid until the next call."""
-        logits = self._forward(sequence, ids)
+        logits = self._forward(sequence, ids, progress)
         sequence.token_ids.extend(ids)  # only now: an interrupted run must not be found as a prefix
         return logits
 
-    def _forward(self, sequence: CachedSequence, ids: Sequence[int]) -> torch.Tensor:
+    def _forward(
+        self, sequence: CachedSequence, ids: Sequence[int], progress: Callable[[PromptProgress], None] | None = None
+    ) -> torch.Tensor:
         logits = None
-        for logits in self.runner.forward(self._batches(sequence, ids, every=False)):  # noqa: B007
+        for logits in self.runner.forward(self._batches(sequence, ids, every=False), progress):  # noqa: B007
             pass
         return logits
 

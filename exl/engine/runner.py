@@ -6,7 +6,7 @@ decode step is a window of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,8 +15,29 @@ from exl.cache.kv import KVCache
 from exl.engine.step_graph import StepGraphs
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
+from exl.request_options import PromptProgress
 from exl.weights.loader import ModelWeights
 from exl.weights.stream import ResidentWeights, WeightSource
+
+
+class _Teller:
+    """Calls a prompt's ``progress`` with what its windows have come to."""
+
+    def __init__(
+        self, progress: Callable[[PromptProgress], None], batches: Sequence[ForwardBatch], num_layers: int
+    ) -> None:
+        self._progress, self._num_layers = progress, num_layers
+        self._total = sum(batch.num_rows for batch in batches)
+        self._before = self._window = 0  # tokens of earlier windows, and of the present one
+
+    def begin(self, chunks: Sequence[ForwardBatch]) -> None:
+        self._before += self._window
+        self._window = sum(batch.num_rows for batch in chunks)
+
+    def layer_done(self, layer_idx: int) -> None:
+        layers = layer_idx + 1
+        tokens = self._before + self._window * layers // self._num_layers
+        self._progress(PromptProgress(tokens, self._total, layers, self._num_layers))
 
 
 class Runner:
@@ -46,18 +67,23 @@ class Runner:
             return None
         return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
 
-    def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
+    def forward(
+        self, batches: Sequence[ForwardBatch], progress: Callable[[PromptProgress], None] | None = None
+    ) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
         a view that is valid until the next is asked for. To be exhausted: a batch runs when its prefill
-        window's turn comes.
+        window's turn comes. ``progress`` is called after each layer of a window.
         """
         ops = self.decoder.ops
+        tell = None if progress is None else _Teller(progress, batches, self.decoder.config.num_layers)
         try:
             for chunks in self._prefill_windows(batches):
                 if self.graphs is not None and len(chunks) == 1 and is_step(chunks[0]):
                     yield self._step(self.graphs, chunks[0])
                     continue
-                rows = self._run_layers(chunks)
+                if tell is not None:
+                    tell.begin(chunks)
+                rows = self._run_layers(chunks, tell)
                 for i, h in enumerate(rows):
                     ops.select(i)
                     yield self.decoder.head(self._final_norm, self._head, h, self._logits)
@@ -81,7 +107,7 @@ class Runner:
         graphs.run(ops.step_key, step)
         return self._logits[: batch.num_rows]
 
-    def _run_layers(self, chunks: Sequence[ForwardBatch]) -> list[torch.Tensor]:
+    def _run_layers(self, chunks: Sequence[ForwardBatch], tell: _Teller | None) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops
         ops.stage(chunks)
         rows: list[torch.Tensor] = []
@@ -91,10 +117,10 @@ class Runner:
             start += batch.num_rows
             ops.select(i)
             decoder.embed(self._embed, rows[i])
-        self._through_layers(rows)
+        self._through_layers(rows, tell)
         return rows
 
-    def _through_layers(self, rows: Sequence[torch.Tensor]) -> None:
+    def _through_layers(self, rows: Sequence[torch.Tensor], tell: _Teller | None = None) -> None:
         decoder, ops = self.decoder, self.decoder.ops
         order = range(decoder.config.num_layers)
         buffers = [self._buffers.rows(h.shape[0]) for h in rows]
@@ -107,6 +133,8 @@ class Runner:
                 ops.select(i)
                 decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
             self.weights.release(layer_idx)
+            if tell is not None:
+                tell.layer_done(layer_idx)
 
     def _prefill_windows(self, batches: Sequence[ForwardBatch]) -> Iterator[list[ForwardBatch]]:
         """The batches in groups that fit into the buffers of one prefill window."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exl.sampling import checked_stop
+from exl.sampling_params import checked_stop
 from exl.text.tokenizer import Tokenizer
 
 

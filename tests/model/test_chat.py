@@ -45,9 +45,9 @@ def computed(monkeypatch):
 
     counts, plain = [], Runner.forward
 
-    def forward(self, batches):
+    def forward(self, batches, *rest):
         counts.append(sum(batch.num_rows for batch in batches))
-        return plain(self, batches)
+        return plain(self, batches, *rest)
 
     monkeypatch.setattr(Runner, "forward", forward)
     return counts

@@ -167,7 +167,7 @@ def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
     recorder.capture = refuse
     engine = load(folder, recorder)
     assert tokens(engine, replace(GREEDY, max_tokens=6)) == tokens(load(folder, backend), replace(GREEDY, max_tokens=6))
-    llm = LLM(folder, engine, None, GenerationDefaults())
+    llm = LLM._of(folder, engine, None, GenerationDefaults())
     assert "decode steps launched one by one: a graph could not be captured" in repr(llm)
     assert llm.decode_steps == engine.decode_steps
     assert "launched one by one: a graph could not be captured (RuntimeError: operation not permitted" in caplog.text

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2] / "exl"
 # A wing is a folder of exl/; modules of exl/ itself stand here by themselves. Nothing imports from its own rung, other
 # than from its own folder, or from a rung above. Words of the first rung are shared by all, and by each other.
 LADDER = (
-    ("errors", "units", "keywords", "batch", "sampling", "progress", "user_cache", "replace_file"),
+    (
+        *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options"),
+        *("streams", "progress", "user_cache", "replace_file"),
+    ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text"),
     ("kernels",),
@@ -26,6 +29,7 @@ LADDER = (
     ("planning", "quantize"),
     ("weights",),
     ("engine",),
+    ("completion",),
     ("llm", "bench"),
     ("chat", "evaluate"),
     ("commands",),

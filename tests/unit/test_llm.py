@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import threading
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
 import exl
+from exl.request_options import RequestOptions
+from exl.sampling_params import OPTIONS
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260K"
 
@@ -161,6 +165,128 @@ def test_other_libraries_keywords(llm):
         exl.load(STORIES, gpu_memory_utilization=0.9)
     with pytest.raises(TypeError, match="it takes model, device"):
         exl.load(STORIES, speed="high")
+    for name, words in {
+        "n": "one call gives one completion: call it with several seeds",
+        "stop_token_ids": "exl calls it stop, with texts",
+        "stream": "LLM.stream, LLM.stream_chat",
+        "messages": r"LLM.complete_chat\(messages\)",
+        "sampling_params": "exl calls it params",
+    }.items():
+        with pytest.raises(TypeError, match=rf"generate\(\) has no keyword '{name}': {words}"):
+            llm.generate("One day", **{name: 1})
+    for name, words in {
+        "device_map": "exl calls it device",
+        "tensor_parallel_size": "exl computes on one GPU",
+        "trust_remote_code": "exl never runs code",
+    }.items():
+        with pytest.raises(TypeError, match=rf"load\(\) has no keyword '{name}': {words}"):
+            exl.load(STORIES, **{name: 1})
+    for call in (llm.chat().send, llm.chat().stream, llm.complete_chat, llm.stream_chat):
+        with pytest.raises(TypeError, match="has no keyword 'max_new_tokens': exl calls it max_tokens"):
+            call("One day", max_new_tokens=5)
+    for call in (llm.chat().retry, llm.chat().continue_answer):
+        with pytest.raises(TypeError, match="has no keyword 'temp': exl calls it temperature"):
+            call(temp=0)
+
+
+def test_signatures_show_the_options():
+    for function in (exl.LLM.generate, exl.LLM.stream_chat, exl.Chat.send):
+        shown = inspect.signature(function).parameters
+        assert {"temperature", "stop", "prompt_progress", "params"} <= shown.keys()
+        assert shown["temperature"].annotation == "float | None"
+
+
+def test_the_constructor_says_how_a_model_is_loaded():
+    with pytest.raises(TypeError, match=r"exl.load\('path/to/model', device='cpu'\) loads one"):
+        exl.LLM("path/to/model", device="cpu")
+
+
+def test_only_public_names_are_listed():
+    assert dir(exl) == sorted([*exl.__all__, "__version__"])
+
+
+def test_the_table_of_options_is_whole():
+    """What a new sampler must be entered in: SamplingParams, and the keywords that type checkers know."""
+    options = get_type_hints(RequestOptions)
+    params = get_type_hints(exl.SamplingParams)
+    assert set(OPTIONS) | {"stop"} == set(params)
+    for name, option in OPTIONS.items():
+        assert options[name] == (option.kind | None), name
+        assert params[name] in (option.kind, option.kind | None), name
+        assert option.help.endswith("."), name
+
+
+def test_sampling_params_stand_for_options(llm):
+    asked = {"temperature": 0.9, "top_k": 40, "seed": 3, "max_tokens": 20, "stop": ("zzz",)}
+    params = exl.SamplingParams(**asked)
+    expected = llm.generate("One day", **asked).text
+    assert llm.generate("One day", params).text == expected
+    assert "".join(llm.stream("One day", params)) == expected
+    assert llm.generate("One day", params=params).text == expected
+    assert llm.generate(["One day"], params)[0].text == expected
+    assert llm.generate("One day", params, max_tokens=5).num_tokens == 5  # an option counts more
+    assert llm.generate("One day", exl.SamplingParams(max_tokens=3)).seed is not None
+    with pytest.raises(TypeError, match="max_tokens: given twice"):
+        llm.generate("One day", 5, max_tokens=6)
+    with pytest.raises(exl.ConfigError, match="max_tokens: found 'five'"):
+        llm.generate("One day", "five")
+
+
+def test_params_are_used_as_they_are_not_mixed_with_the_models_defaults(tmp_path):
+    folder = copy_model(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "eos_token_id": 2}))
+    with exl.load(folder) as llm:
+        params = exl.SamplingParams(max_tokens=20, seed=5)  # its top_k is 0: off
+        assert (
+            llm.generate("One", params).text == llm.generate("One", max_tokens=20, seed=5, top_k=0, temperature=1).text
+        )
+        assert llm.generate("One", params).text != llm.generate("One", max_tokens=20, seed=5, temperature=1).text
+
+
+def test_stop_takes_nothing_a_text_or_texts(llm):
+    free = llm.generate("One day", 40)
+    assert llm.generate("One day", 40, stop=None).text == free.text
+    word = free.text.split()[4]
+    for stop in (word, [word], (word,)):
+        assert llm.generate("One day", 40, stop=stop).text == free.text[: free.text.index(word)]
+    for stop in (5, b"x", [5], {"a": 1}):
+        with pytest.raises(exl.ConfigError, match="stop: found"):
+            llm.generate("One day", 40, stop=stop)
+
+
+def test_which_limit_cut_a_text_off(llm):
+    assert llm.generate("One day", 5).limit == "max_tokens"
+    assert llm.generate("One day", stop="a").limit is None
+    with exl.load(STORIES, context=16) as small:
+        done = small.generate("One day", 100)
+        assert (done.finish_reason, done.limit) == ("length", "context")
+
+
+def test_prompt_progress(llm):
+    told = []
+    with exl.load(STORIES, prefill_chunk=8, prefill_window=16) as small:
+        ids = small.encode("One day") * 10
+        small.generate(ids, 3, prompt_progress=told.append)
+        assert [p.total for p in told] == [len(ids)] * len(told)
+        assert [p.tokens for p in told] == sorted(p.tokens for p in told)
+        assert (told[-1].tokens, told[-1].layer) == (len(ids), told[-1].num_layers)
+        windows = -(-len(ids) // 16)
+        assert len(told) == windows * small.config.num_layers
+        told.clear()
+        done = small.generate([*ids, *ids], 1, reuse_prefix=True, prompt_progress=told.append)
+        assert told[-1].total == 2 * len(ids) - done.num_reused_tokens < 2 * len(ids)
+
+        def broken(progress) -> None:
+            raise RuntimeError("the caller's own")
+
+        with pytest.raises(RuntimeError, match="the caller's own"):
+            small.generate(ids, 3, prompt_progress=broken)
+        assert small.generate(ids, 3).num_tokens == 3
+    for value in (True, "x"):
+        with pytest.raises(exl.ConfigError, match="prompt_progress: found"):
+            llm.generate("One", 3, prompt_progress=value)
+    with pytest.raises(exl.ConfigError, match="reuse_prefix: found 'no'"):
+        llm.generate("One", 3, reuse_prefix="no")
 
 
 def test_unfinished_stream_in_the_same_thread_is_an_error_not_a_hang(llm):

@@ -55,12 +55,12 @@ from exl.sampling import SamplingParams, probabilities, sample, sampling_batch, 
         ({"max_tokens": -1}, "max_tokens: found -1"),
         ({"max_tokens": None}, r"max_tokens: found None \(NoneType\)"),
         ({"max_tokens": False}, r"max_tokens: found False \(bool\)"),
-        ({"stop": "abc"}, r"stop: found 'abc' \(str\), expected a tuple of strings"),
+        ({"stop": 5}, r"stop: found 5 \(int\), expected a text or a list of texts"),
+        ({"stop": b"abc"}, r"stop: found b'abc' \(bytes\), expected a text or a list of texts"),
         ({"stop": ("a", "")}, "stop: found a string of 0 characters, expected from 1 to 1024"),
         ({"stop": ("a" * 1025,)}, "stop: found a string of 1025 characters"),
         ({"stop": ("a", b"b")}, r"stop: found b'b' \(bytes\)"),
         ({"stop": ("a",) * 65}, "stop: found 65 strings, expected at most 64"),
-        ({"stop": None}, r"stop: found None \(NoneType\)"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(values, said):
@@ -73,6 +73,8 @@ def test_parameters_at_their_borders_are_taken_and_normalized():
         temperature=0, top_p=1, min_p=1, top_k=np.int64(3), seed=2**64 - 1, max_tokens=0, stop=["a", "a" * 1024]
     )
     assert params.stop == ("a", "a" * 1024)
+    assert SamplingParams(stop="abc").stop == ("abc",)
+    assert SamplingParams(stop=None).stop == ()
     assert isinstance(params.temperature, float)
     assert type(params.top_k) is int
     assert hash(params) == hash(replace(params))

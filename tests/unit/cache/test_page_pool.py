@@ -209,3 +209,25 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_a_page_to_copy_from_can_be_claimed_by_its_only_holder():
+    pool = PagePool(4)
+    ids = list(range(4 * PAGE_SIZE))
+    pages = pool.allocate(4)
+    pool.remember(ids, pages)
+    pool.release(pages)
+    asked = [*ids[: PAGE_SIZE + 5], 9999]
+    match = pool.find(asked)
+    assert (match.pages, match.copy_from, match.num_tokens) == ((pages[0],), pages[1], PAGE_SIZE + 5)
+    assert pool.num_free == 2
+    other = pool.find(asked)
+    assert not pool.claim(other.copy_from)
+    pool.release([other.copy_from])
+    pool.release(other.pages)
+    assert pool.claim(match.copy_from)
+    assert pool.num_free == 2
+    assert pool.find(ids).pages == (pages[0],)  # the claimed page and those after it are in the tree no more
+    pool.release([pages[0]])
+    assert sorted(pool.allocate(2)) == sorted(pages[2:])
+    pool.release([*match.pages, match.copy_from])
