@@ -33,7 +33,9 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", 
 MONO_FONTS = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
 MAX_TOKENS = 256
 # Whatever Markdown a model writes, the page shows no picture from elsewhere.
-POLICY = """<meta http-equiv="Content-Security-Policy" content="img-src 'self' data: blob:; media-src 'self' data: blob:">"""
+POLICY = (
+    """<meta http-equiv="Content-Security-Policy" content="img-src 'self' data: blob:; media-src 'self' data: blob:">"""
+)
 
 
 class Page:

@@ -46,7 +46,9 @@ class ChatTab:
         self.sessions = sessions
         with gr.Row(elem_id="chat-row"):
             with gr.Column(scale=0, min_width=210, elem_id="book-column"):
-                self.book = gr.HTML(elem_id="book", html_template="<nav></nav>", js_on_load=SCRIPT, apply_default_css=False)
+                self.book = gr.HTML(
+                    elem_id="book", html_template="<nav></nav>", js_on_load=SCRIPT, apply_default_css=False
+                )
                 self.shelf = gr.HTML(elem_id="shelf", html_template="<nav></nav>", js_on_load=SCRIPT)
             with gr.Column(scale=1, min_width=280, elem_id="chat-column"):
                 self.chatbot = gr.Chatbot(
@@ -251,7 +253,9 @@ def shown_messages(messages: list[dict[str, Any]], busy: bool = False) -> list[d
 def text_of(content: Any) -> str:
     """The text of a message's content, which may be a list of parts, or None for a call of tools."""
     if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+        return "\n".join(
+            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
     return content or ""
 
 

@@ -100,9 +100,7 @@ class Conversation:
         self.check_idle("edit")
         self._messages, self.cut = messages, cut
 
-    def _run(
-        self, job: Job, llm: exl.LLM, turn: list[Message], system: str | None, options: Mapping[str, Any]
-    ) -> None:
+    def _run(self, job: Job, llm: exl.LLM, turn: list[Message], system: str | None, options: Mapping[str, Any]) -> None:
         goes_on = is_answer(turn[-1])
         chat = self._chat_with(llm, system, turn if goes_on else turn[:-1])
         options = {**options, "prompt_progress": reader(job)}

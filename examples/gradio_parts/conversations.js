@@ -14,6 +14,7 @@ const titleOf = (kept) => {
   const first = kept.chat.messages.find((message) => message.role === "user")?.content;
   return kept.title || (typeof first === "string" && first.trim().slice(0, 80)) || "A conversation";
 };
+const sayFull = (full) => document.querySelector("#book nav")?.classList.toggle("exl-storage-full", full);
 const keep = (kept) => {
   if (!kept.chat.messages.length && !read(CHAT + kept.id)) return;
   const before = read(CHAT + kept.id);
@@ -21,8 +22,8 @@ const keep = (kept) => {
   const updated = same ? before.updated : Date.now();
   try {
     localStorage.setItem(CHAT + kept.id, JSON.stringify({ ...before, ...kept, updated }));
-    document.body.classList.remove("exl-storage-full");
-  } catch { document.body.classList.add("exl-storage-full"); }
+    sayFull(false);
+  } catch { sayFull(true); }
 };
 const current = () => window.exl.current;
 

@@ -64,7 +64,7 @@ def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0) ->
     if done is None:
         return '<div class="exl-stats">stopped</div>'
     parts = [
-        *([f'<em>{_LIMITS[done.limit]}</em>'] if done.limit is not None else []),
+        *([f"<em>{_LIMITS[done.limit]}</em>"] if done.limit is not None else []),
         f"<b>{done.tokens_per_second:.1f} tokens/s</b>",
         f"{done.num_tokens} tokens",
         f"first after {done.prompt_seconds * 1e3:.0f} ms",
@@ -122,6 +122,8 @@ def legend() -> str:
 
 
 def _attributes(record: exl.TokenLogprob) -> str:
-    rows = [[visible(other.text), other.probability, other.token_id == record.token_id] for other in with_itself(record)]
+    rows = [
+        [visible(other.text), other.probability, other.token_id == record.token_id] for other in with_itself(record)
+    ]
     data = html.escape(json.dumps(rows, ensure_ascii=False), quote=True)
     return f'class="exl-token p{level(record.probability)}" tabindex="-1" data-top="{data}"'

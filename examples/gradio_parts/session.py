@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
-import exl
 from exl.errors import ConfigError
 
 from .conversation import EDITED, Answer, Conversation, Message, follow, reader

@@ -69,12 +69,13 @@ class Job:
         self._worker.withdraw(self)
 
     def watch(self, every: float = 0.05, until: threading.Event | None = None) -> Iterator[Any]:
-        """Yields ``Waiting`` while other jobs come first, then the newest state, at most one per ``every`` seconds. Ends
-        with the job, or when ``until`` is set."""
+        """Yields ``Waiting`` while other jobs come first, then the newest state, at most one per ``every`` seconds.
+        Ends with the job, or when ``until`` is set."""
         shown, seen = None, 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._version != seen or self._done, timeout=0.25)
+                if self._version == seen and not self._done:
+                    self._changed.wait(timeout=0.25)
                 state = self._state if self._version != seen else None
                 seen, done = self._version, self._done
             if until is not None and until.is_set():

@@ -43,8 +43,14 @@ def set_sampling(page, **values) -> None:
         field(page, name.replace("_", "-")).press("Tab")
 
 
+def forget_stats(page) -> None:
+    """Takes away what was told of an answer before, so that ``wait_for_end`` waits for the next."""
+    page.evaluate("document.querySelector('#chat-stats .exl-stats')?.remove()")
+
+
 def send(page, text: str) -> None:
     open_tab(page, "Chat")
+    forget_stats(page)
     field(page, "message").fill(text)
     field(page, "message").press("Enter")
 
@@ -66,5 +72,3 @@ def seen_while(page, locator, stats: str) -> list[str]:
             texts.append(text)
         page.wait_for_timeout(40)
     return texts
-
-

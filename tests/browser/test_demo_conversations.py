@@ -7,7 +7,18 @@ import json
 import pytest
 
 import exl
-from tests.browser.steps import LONG, MARKS, answers, expect, field, open_tab, send, set_sampling, wait_for_end
+from tests.browser.steps import (
+    LONG,
+    MARKS,
+    answers,
+    expect,
+    field,
+    forget_stats,
+    open_tab,
+    send,
+    set_sampling,
+    wait_for_end,
+)
 
 pytestmark = MARKS
 
@@ -137,7 +148,7 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(open_page, slow, 
     expect(answers(page)).to_have_count(0)
     expected = words(alone.chat().send("Tell me about a dog.", 60, temperature=0).text)
     page.wait_for_function(
-        "Object.values(localStorage).some(kept => kept.includes('\"cut\":\"max_tokens\"'))", timeout=LONG
+        'Object.values(localStorage).some(kept => kept.includes(\'"cut":"max_tokens"\'))', timeout=LONG
     )
     expect(answers(page)).to_have_count(0)
     (kept,) = stored(page)
@@ -152,7 +163,7 @@ def test_an_edited_message_is_answered_anew(story, alone):
     send(page, "And a cat?")
     wait_for_end(page)
     expect(answers(page)).to_have_count(2)
-    page.locator("#chatbot .message-row.user-row, #chatbot .user-row").first.hover()
+    forget_stats(page)
     page.get_by_role("button", name="Edit").first.click()
     page.locator("#chatbot textarea").fill("Tell me about a bird.")
     page.get_by_role("button", name="Submit").click()
@@ -241,7 +252,9 @@ def test_what_a_user_types_stays_text(story):
 def test_formulas_are_shown(story):
     page = story
     page.get_by_role("button", name="Edit").last.click()
-    page.locator("#chatbot textarea").fill(r"$a^2$, \(b^2\), $$c^2$$, \[d^2\], `$e^2$`; it costs $5 and then $6 <b>x</b>")
+    page.locator("#chatbot textarea").fill(
+        r"$a^2$, \(b^2\), $$c^2$$, \[d^2\], `$e^2$`; it costs $5 and then $6 <b>x</b>"
+    )
     page.get_by_role("button", name="Submit").click()
     expect(page.locator("#chatbot .bot.message .katex")).to_have_count(4, timeout=LONG)
     expect(page.locator("#chatbot .bot.message code")).to_have_text("$e^2$")

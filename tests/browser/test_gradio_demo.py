@@ -15,7 +15,18 @@ import pytest
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.units import format_bytes
-from tests.browser.steps import LONG, MARKS, answers, expect, field, open_tab, seen_while, send, set_sampling, wait_for_end
+from tests.browser.steps import (
+    LONG,
+    MARKS,
+    answers,
+    expect,
+    field,
+    open_tab,
+    seen_while,
+    send,
+    set_sampling,
+    wait_for_end,
+)
 
 ROOT = Path(__file__).parents[2]
 pytestmark = MARKS
