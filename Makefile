@@ -30,6 +30,7 @@ browser: .venv/installed-browser
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy tests/typing
 
 # Runs the bundled model through the CUDA sources, compiled by g++ for this CPU, and compares its text with torch's.
 kernels-demo: .venv/installed

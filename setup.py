@@ -49,6 +49,7 @@ setup(
             "hypothesis>=6.100",
             "transformers>=4.57",
             "ruff>=0.6",
+            "mypy>=1.11",
             "pexpect>=4.9",
             # Only compiler and disassembler: tests compile kernels without a GPU and without CuPy.
             # Users may have NVRTC of CUDA 12 or 13, so tests use both; they install into different folders.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from exl.checkpoint.header import shown
 from exl.completion import Completion, TextIterator
 from exl.errors import ConfigError
-from exl.keywords import explain_foreign_keywords
+from exl.keywords import explain_foreign_keywords, explain_options
 from exl.llm import LLM
 from exl.replace_file import replace_file
 from exl.request_options import Request, RequestOptions
@@ -105,7 +105,7 @@ class Chat:
         """How many of ``messages``, the oldest, the model is not shown any more; see ``overflow``."""
         return self._forgotten
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def send(
         self, text: str | None, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> Completion:
@@ -116,7 +116,7 @@ class Chat:
         """
         return _exhaust(self.stream(text, params, **options))
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def stream(
         self, text: str | None, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
@@ -157,26 +157,26 @@ class Chat:
         self._run_ids, self._forgotten = [], min(self._forgotten, last)
         return text
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def retry(self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]) -> Completion:
         """Answers the last user message again, with a new random seed unless one is given."""
         return _exhaust(self.stream_retry(params, **options))
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def stream_retry(
         self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
         """Like ``retry``, but yields pieces. If it is closed before the first piece, the old answer is kept."""
         return self._answer(self._messages[: self._last_of_user("retry") + 1], params, options)
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def continue_answer(
         self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> Completion:
         """Goes on with the last answer where it ended, for one that was cut off. The completion has the new part."""
         return _exhaust(self.stream_continue(params, **options))
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def stream_continue(
         self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:

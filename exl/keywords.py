@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 _GPTQ = "the weights' width is the file's own: load a GPTQ checkpoint (exl quantize makes one)"
 _ONE_GPU = "exl computes on one GPU; vram= limits what it takes of it"
@@ -81,35 +81,23 @@ _HINTS: dict[str, tuple[str | None, str]] = {
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@overload
-def explain_foreign_keywords(function: F) -> F: ...
+def explain_foreign_keywords(function: F) -> F:
+    """A decorator: an unknown keyword raises ``TypeError`` that gives exl's own name for it, if there is one."""
+    return _explaining(function, ())
 
 
-@overload
-def explain_foreign_keywords(function: type) -> Callable[[F], F]: ...
+def explain_options(options: type) -> Callable[[F], F]:
+    """``explain_foreign_keywords`` for a function that takes the keys of the ``TypedDict`` ``options`` as keywords of
+    its ``**options``: they are checked, and shown in the function's signature."""
+    return functools.partial(_explaining, options=options.__annotations__.items())
 
 
-def explain_foreign_keywords(function: Any) -> Any:
-    """A decorator: an unknown keyword raises ``TypeError`` that gives exl's own name for it, if there is one.
-
-    ``@explain_foreign_keywords(Options)`` is for a function that takes the keys of the ``TypedDict`` ``Options`` as
-    ``**options``: they are checked, and shown in the function's signature.
-    """
-    if isinstance(function, type):
-        return functools.partial(_explaining, options=function)
-    return _explaining(function, options=None)
-
-
-def _explaining(function: Callable[..., Any], options: type | None) -> Callable[..., Any]:
+def _explaining(function: Any, options: Iterable[tuple[str, Any]]) -> Any:
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    if options is not None:
-        shown += [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=getattr(hint, "__forward_arg__", hint)
-            )
-            for name, hint in options.__annotations__.items()
-        ]
+    for name, hint in options:
+        hint = getattr(hint, "__forward_arg__", hint)
+        shown.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
     known = [p.name for p in shown if p.name not in ("self", "cls")]
 
     @functools.wraps(function)

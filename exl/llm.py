@@ -19,7 +19,7 @@ from exl.completion import Completion, TextIterator
 from exl.engine.build import Engine, load_engine
 from exl.engine.generator import Generator as TokenGenerator
 from exl.errors import ConfigError, ExlError
-from exl.keywords import explain_foreign_keywords
+from exl.keywords import explain_foreign_keywords, explain_options
 from exl.memory.device import release_cached
 from exl.planning.from_headers import EngineOptions
 from exl.progress import Progress, shown_progress
@@ -51,6 +51,8 @@ class LLM:
     config: ModelConfig
     quant: QuantConfig | None
     plan: MemoryPlan
+    _engine: Engine | None
+    _turn: Turn
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         shown_args = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
@@ -88,7 +90,7 @@ class LLM:
         **options: Unpack[RequestOptions],
     ) -> list[Completion]: ...
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def generate(
         self,
         prompt: Prompt | Sequence[str],
@@ -111,7 +113,7 @@ class LLM:
             return [self._complete(item, request) for item in prompt]
         return self._complete(prompt, request)
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def stream(
         self, prompt: Prompt, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
@@ -171,7 +173,7 @@ class LLM:
 
         return Chat(self, system, messages=messages, tools=tools, variables=variables, overflow=overflow)
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def complete_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -187,7 +189,7 @@ class LLM:
             pass
         return stream.completion
 
-    @explain_foreign_keywords(RequestOptions)
+    @explain_options(RequestOptions)
     def stream_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -152,3 +152,9 @@ def test_the_check_itself_sees_imports():
     assert "errors" in imports(ROOT / "checkpoint" / "config.py")
     assert "ops.base" in imports(ROOT / "weights" / "loader.py")
     assert rung("ops.torch_ops") > rung("kernels.launch") > rung("layout.tiles")
+
+
+def test_nothing_warns_when_it_is_imported():
+    modules = [f"exl.{module_name(path)}" for path in MODULES if path.name != "__main__.py"]
+    code = f"import importlib, exl\nfor name in {modules}: importlib.import_module(name)\nexl.load().close()"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
