@@ -60,7 +60,7 @@ class ChatTab:
                 self.stats = gr.HTML(elem_id="chat-stats", elem_classes="exl-optional")
                 self.message = gr.Textbox(
                     elem_id="message", show_label=False, label="Message", lines=1, max_lines=6, submit_btn=True,
-                    placeholder="A message: Enter sends, Shift+Enter breaks the line", autofocus=True,
+                    placeholder="A message (Shift+Enter: a new line)", autofocus=True,
                 )  # fmt: skip
                 with gr.Row(elem_classes="exl-actions"):
                     self.go_on = gr.Button("Continue", size="sm", min_width=72, elem_id="continue", interactive=False)
