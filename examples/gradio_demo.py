@@ -26,6 +26,7 @@ from gradio_parts.worker import Worker, one_line
 
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.sampling_params import OPTIONS
 from exl.user_cache import chat_model_folder
 
 PARTS = Path(__file__).parent / "gradio_parts"
@@ -65,15 +66,15 @@ class Page:
         self.system = gr.Textbox(
             elem_id="system", label="System prompt", lines=2, max_lines=6, placeholder="What the model should know"
         )
-        self.max_tokens = gr.Slider(1, 4096, MAX_TOKENS, step=1, label="Max tokens", elem_id="max-tokens")
-        self.temperature = gr.Slider(
-            0, 2, 0.8, step=0.05, label="Temperature (0: the likeliest)", elem_id="temperature"
+        self.max_tokens = slider("max_tokens", "Max tokens", 1, 4096, MAX_TOKENS, 1)
+        self.temperature = slider("temperature", "Temperature", 0, 2, 0.8, 0.05)
+        self.top_k = slider("top_k", "Top-k", 0, 200, 0, 1)
+        self.top_p = slider("top_p", "Top-p", 0.01, 1, 0.95, 0.01)
+        self.min_p = slider("min_p", "Min-p", 0, 1, 0, 0.01)
+        self.penalty = slider("repetition_penalty", "Repetition penalty", 0.5, 2, 1, 0.05)
+        self.seed = gr.Textbox(
+            elem_id="seed", label="Seed", info=OPTIONS["seed"].help, placeholder="another each time", max_lines=1
         )
-        self.top_k = gr.Slider(0, 200, 0, step=1, label="Top-k (0: off)", elem_id="top-k")
-        self.top_p = gr.Slider(0.01, 1, 0.95, step=0.01, label="Top-p (1: off)", elem_id="top-p")
-        self.min_p = gr.Slider(0, 1, 0, step=0.01, label="Min-p (0: off)", elem_id="min-p")
-        self.penalty = gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty (1: off)", elem_id="penalty")
-        self.seed = gr.Textbox(elem_id="seed", label="Seed", placeholder="another each time")
         self.sampling = [
             self.temperature, self.top_k, self.top_p, self.min_p, self.penalty, self.max_tokens, self.seed,
         ]  # fmt: skip
@@ -141,6 +142,12 @@ class Page:
 
     def on_close(self, request: gr.Request) -> None:
         self.sessions.leave(request.session_hash)
+
+
+def slider(name: str, label: str, low: float, high: float, value: float, step: float) -> gr.Slider:
+    """For one of ``exl``'s sampling options, with its help."""
+    elem_id = name.replace("_", "-")
+    return gr.Slider(low, high, value, step=step, label=label, info=OPTIONS[name].help, elem_id=elem_id)
 
 
 def talking_model() -> str | None:

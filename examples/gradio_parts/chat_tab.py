@@ -66,12 +66,14 @@ class ChatTab:
                     self.go_on = gr.Button("Continue", size="sm", min_width=72, elem_id="continue", interactive=False)
                     self.retry = gr.Button("Retry", size="sm", min_width=72, elem_id="retry", interactive=False)
                     self.undo = gr.Button("Undo", size="sm", min_width=72, elem_id="undo", interactive=False)
+                    self.seed = gr.HTML(elem_id="chat-seed")  # beside the buttons: with the stats it is too long
 
     def connect(self, system: gr.Textbox, sampling: list[gr.blocks.Block]) -> None:
         self.system = system
         asked = [system, *sampling]
         shown = [
-            self.chatbot, self.message, self.stats, self.notice, self.book, self.go_on, self.retry, self.undo, system,
+            self.chatbot, self.message, self.stats, self.notice, self.book, self.go_on, self.retry, self.undo,
+            self.seed, system,
         ]  # fmt: skip
         self.message.submit(self.on_send, [self.message, *asked], shown, **FREE)
         self.message.stop(self.on_stop, None, None, **FREE)
@@ -169,6 +171,7 @@ class ChatTab:
             self.chatbot: shown_messages(conversation.messages, busy),
             self.message: gr.Textbox(submit_btn=not busy, stop_btn=busy),
             self.stats: "",
+            self.seed: "",
             self.notice: "",
             self.book: self.kept(conversation),
             self.go_on: gr.Button(interactive=conversation.can_continue),
@@ -207,6 +210,7 @@ class ChatTab:
         shown = {
             **self.shown(session),
             self.stats: "" if failed else render.stats(last.done, last.num_tokens, last.context),
+            self.seed: "" if failed else render.seed(last.done),
             self.notice: told,
         }
         if text is not None and not last.text and last.done is None:

@@ -30,16 +30,16 @@ class CompletionTab:
             BEGINNINGS["stories"][0], elem_id="prompt", label="Prompt", lines=3, max_lines=10,
             placeholder="The beginning of a text: Ctrl+Enter completes it",
         )  # fmt: skip
-        self.beginnings = gr.Dataset(
-            components=[self.prompt], samples=[[text] for text in BEGINNINGS["stories"]], show_label=False,
-            elem_id="beginnings", layout="gallery",
-        )  # fmt: skip
         with gr.Row(elem_classes="exl-actions"):
-            self.stats = gr.HTML(elem_id="completion-stats")
+            self.beginnings = gr.Dataset(
+                components=[self.prompt], samples=[[text] for text in BEGINNINGS["stories"]], show_label=False,
+                elem_id="beginnings", layout="gallery",
+            )  # fmt: skip
             self.stop = gr.Button(
                 "Stop", variant="stop", size="sm", min_width=110, visible=False, elem_id="stop-completion"
             )
             self.complete = gr.Button("Complete", variant="primary", size="sm", min_width=110, elem_id="complete")
+        self.stats = gr.HTML(elem_id="completion-stats", elem_classes="exl-optional")
         self.notice = gr.HTML(elem_id="completion-notice", elem_classes="exl-optional")
         self.tokens = gr.HTML(elem_id="tokens")
         gr.HTML(render.legend())
@@ -74,7 +74,7 @@ class CompletionTab:
                 last = state
                 yield {self.tokens: render.tokens(prompt, last.logprobs), self.stats: render.answering(last)}
         yield {
-            self.stats: "" if job.failure else render.stats(last.done, last.num_tokens, last.context),
+            self.stats: "" if job.failure else render.stats(last.done, last.num_tokens, last.context, with_seed=True),
             self.notice: render.notice(job.failure or ""),
             self.complete: gr.Button(visible=True), self.stop: gr.Button(visible=False),
         }  # fmt: skip

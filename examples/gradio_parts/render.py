@@ -59,19 +59,23 @@ def waiting(ahead: int) -> str:
 _LIMITS = {"max_tokens": "cut off by max tokens", "context": "cut off: the context is full"}
 
 
-def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0) -> str:
-    """Speed and seed of an answer; None: says that it was stopped."""
+def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0, *, with_seed: bool = False) -> str:
+    """Speed and size of an answer; None: says that it was stopped."""
     if done is None:
-        return '<div class="exl-stats">stopped</div>'
+        return '<div class="exl-stats"><span>stopped</span></div>'
     parts = [
         *([f"<em>{_LIMITS[done.limit]}</em>"] if done.limit is not None else []),
         f"<b>{done.tokens_per_second:.1f} tokens/s</b>",
         f"{done.num_tokens} tokens",
         f"first after {done.prompt_seconds * 1e3:.0f} ms",
         f"context {num_tokens} of {context}",
+        *([f"seed {done.seed}"] if with_seed else []),
     ]
-    spans = "".join(f"<span>{part}</span>" for part in parts)
-    return f'<div class="exl-stats">{spans}<span title="{done.seed}">seed {done.seed}</span></div>'
+    return f'<div class="exl-stats">{"".join(f"<span>{part}</span>" for part in parts)}</div>'
+
+
+def seed(done: exl.Completion | None) -> str:
+    return "" if done is None else f'<div class="exl-stats"><span>seed {done.seed}</span></div>'
 
 
 def answering(answer: Answer) -> str:

@@ -175,5 +175,13 @@ def test_a_long_seed_does_not_wrap_the_line(open_page):
     send(page, "Hello.")
     wait_for_end(page)
     expect(page.locator("#chat-stats")).to_contain_text("cut off by max tokens")
-    assert page.locator("#chat-stats .exl-stats").bounding_box()["height"] < 24
-    expect(page.locator("#chat-stats [title='9223372036854775807']")).to_be_visible()
+    open_tab(page, "Completion")
+    page.locator("#complete").click()
+    wait_for_end(page, "#completion-stats")
+    for tab, places in (("Completion", ["#completion-stats"]), ("Chat", ["#chat-stats", "#chat-seed"])):
+        open_tab(page, tab)
+        for place in places:
+            line = page.locator(f"{place} .exl-stats")
+            assert line.bounding_box()["height"] < 24, place
+            assert line.evaluate("e => e.scrollWidth - e.clientWidth") <= 0, place  # and nothing is cut
+        expect(page.locator(f"{places[-1]} .exl-stats")).to_contain_text("seed 9223372036854775807")
