@@ -159,7 +159,8 @@ class ChatTab:
         """A conversation that was opened, with its answer in progress."""
         with session.following() as me:
             conversation = session.conversation
-            yield {**self.shown(session), self.system: conversation.system or ""}
+            # A new conversation begins with the system prompt that is there.
+            yield self.shown(session) | ({self.system: conversation.system or ""} if conversation.messages else {})
             if conversation.busy:
                 yield from self.follow(session, conversation, me)
 

@@ -59,6 +59,7 @@ class ModelTab:
     def on_change(self, request: gr.Request, *typed: Any) -> Iterator[Update]:
         """Updates the plan when the form changes, unless Plan or Load was pressed for these values: they show more."""
         session = self.sessions.of(request.session_hash)
+        yield {self.planned: gr.skip()}  # to Gradio, an event that yields nothing empties what it might have changed
         if session.asked == typed:
             return
         session.asked = None

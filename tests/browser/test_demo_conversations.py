@@ -210,6 +210,11 @@ def test_files_are_those_of_chat_save(story, alone, tmp_path):
     expect(answers(page)).to_have_text(["A boy."])
     assert asked(page) == ["Who is <b>Tim</b>?"]
     expect(field(page, "system")).to_have_value("Be kind.")
+    page.locator("#book .exl-new").click()
+    expect(answers(page)).to_have_count(0)
+    expect(field(page, "system")).to_have_value("Be kind.")  # as it was typed
+    titles(page).get_by_text("Tell me about a dog.").click()
+    expect(field(page, "system")).to_have_value("")
     expect(titles(page)).to_have_text(["Who is <b>Tim</b>?", "Tell me about a dog."])
 
 
@@ -261,6 +266,15 @@ def test_formulas_are_shown(story):
     expect(page.locator("#chatbot .bot.message code")).to_have_text("$e^2$")
     shown = answers(page).last.inner_text().replace("\u2060", "")
     assert "it costs $5 and then $6 <b>x</b>" in shown
+
+
+def test_no_picture_from_elsewhere_is_shown(story):
+    page = story  # whose requests to other hosts are errors
+    page.get_by_role("button", name="Edit").last.click()
+    page.locator("#chatbot textarea").fill("![a picture](http://192.0.2.1/x.png) that is all")
+    page.get_by_role("button", name="Submit").click()
+    expect(page.locator("#chatbot .bot.message img")).to_have_count(1, timeout=LONG)
+    assert page.locator("#chatbot .bot.message img").evaluate("e => e.naturalWidth") == 0
 
 
 def test_a_starter_begins_a_conversation(open_page):
