@@ -18,6 +18,7 @@ from exl.llm import LLM
 from exl.replace_file import replace_file
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
+from exl.user_text import read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -411,9 +412,7 @@ def _split_system(system: str | None, messages: Sequence[Mapping[str, Any]]) -> 
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return json.loads(read_text(path, str(path)))
     except (ValueError, RecursionError) as error:
         raise _wrong(str(path), error, "JSON") from None
 

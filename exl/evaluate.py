@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from exl.errors import ConfigError
 from exl.llm import LLM
 from exl.text.tokenizer import Tokenizer
+from exl.user_text import read_text
 
 MIN_TOKENS = 8  # shorter documents are skipped
 WINDOW = 512
@@ -56,14 +57,9 @@ def read_documents(
         raise ConfigError(f"documents: found {documents!r}, expected 'lines' or 'whole'")
     if window < MIN_TOKENS:
         raise ConfigError(f"window: found {window}, expected {MIN_TOKENS} tokens or more")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"text: {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"text: {path}: not UTF-8: {error}") from None
+    text = read_text(path, f"text: {path}")
     if documents == "lines":
-        found = [tokenizer.encode(line.strip())[:window] for line in text.splitlines()]
+        found = [tokenizer.encode(line.strip())[:window] for line in text.split("\n")]
     else:
         prefix = tokenizer.encode("")
         ids = tokenizer.encode(text.strip())[len(prefix) :]

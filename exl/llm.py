@@ -63,6 +63,7 @@ class LLM:
         llm = cls.__new__(cls)
         llm.folder, llm.tokenizer, llm.defaults = folder, tokenizer, defaults
         llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
+        engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
         llm._engine, llm._turn = engine, Turn()
         return llm
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exl.checkpoint.lfs import lfs_pointer
 from exl.errors import ConfigError, UnsupportedModelError
+from exl.sampling import SamplingParams
+from exl.user_text import decode_utf8
+
+logger = logging.getLogger(__name__)
 
 _MAX_SIZE = 1 << 24  # far above any dimension of a real model; a product of two stays far below 64 bits
 MAX_JSON_BYTES = 16 << 20
@@ -34,8 +41,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def parse_json(raw: bytes | bytearray, source: str) -> dict[str, Any]:
     """Like :func:`read_json`, from a file's bytes; ``source`` is its name in error messages."""
+    if (pointer := lfs_pointer(raw)) is not None:
+        raise ConfigError(f"{source}: {pointer}")
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(decode_utf8(raw))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -110,6 +119,18 @@ class _Reader:
             raise self.error(key, "a token id or a list of them")
         return tuple(i for i in ids if i >= 0)
 
+    def sampling(self, key: str) -> float | int | None:
+        """A parameter of ``SamplingParams``, in its range. A top_k of -1 is off, as in vLLM."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if key == "top_k" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = 0 if value == -1 else int(value) if math.isfinite(value) and value == int(value) else value
+        try:
+            return getattr(SamplingParams(**{key: value}), key)
+        except ConfigError as error:
+            raise self.error(key, str(error).rpartition(", expected ")[2]) from None
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -133,12 +154,40 @@ class RopeConfig:
 
 
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
-    """Reads ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (earlier versions)."""
+    """Reads ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (earlier versions).
+
+    transformers 5 also nests parameters by the types of a model's layers: ``{"full_attention": {...}, ...}``. The
+    decoder has one RoPE for all layers, so those that the layers use must be equal.
+    """
     key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
     rope = _Reader(config.object(key), f"{config.source}: {key}")
+    types = config.values.get("layer_types")
+    types = list(dict.fromkeys(map(str, types))) if isinstance(types, list) else []
+    nested = [name for name in rope.values if name in (*_LAYER_TYPES, *types)]
+    if not nested:
+        return _rope_config(rope, config, max_position)
+    used = [name for name in types if name in (*_LAYER_TYPES, *nested)] or nested
+    found = {}
+    for name in used:
+        if not isinstance(rope.values.get(name), dict):
+            raise rope.error(name, "an object: the RoPE of these layers")
+        found[name] = _rope_config(_Reader(rope.values[name], f"{rope.source}: {name}"), config, max_position)
+    first, *others = found
+    for other in others:
+        ours, theirs = asdict(found[first]), asdict(found[other])
+        if differ := [field for field in ours if ours[field] != theirs[field]]:
+            raise UnsupportedModelError(
+                f"{rope.source}: {first} and {other} differ in {differ[0]}: found {ours[differ[0]]!r} and "
+                f"{theirs[differ[0]]!r}; exl has models with one RoPE for all layers"
+            )
+    return found[first]
+
+
+def _rope_config(rope: _Reader, config: _Reader, max_position: int) -> RopeConfig:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in _ROPE_KINDS:
         raise UnsupportedModelError(
@@ -151,7 +200,7 @@ def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
     low = rope.number("low_freq_factor", None if kind == "llama3" else 1.0)
     high = rope.number("high_freq_factor", None if kind == "llama3" else 4.0)
     if low == high:
-        raise rope.error("high_freq_factor", f"a number other than low_freq_factor, {low:g}")
+        raise rope.error("high_freq_factor", f"a number other than low_freq_factor, {low!r}")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     if theta == 1.0 and kind == "yarn":
         raise rope.error("rope_theta", "a number other than 1, whose logarithm yarn divides by")
@@ -319,7 +368,11 @@ def _read_windows(read: _Reader, family: _Family, num_layers: int) -> tuple[int 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The values of ``generation_config.json``. None: absent; exl's own default applies."""
+    """The values of ``generation_config.json``. None: absent; exl's own default applies.
+
+    A value that exl cannot honour is ignored as if it were absent, with one warning: the file only says what happens
+    if a request says nothing, so it must not keep a model from loading.
+    """
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -331,23 +384,31 @@ class GenerationDefaults:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> GenerationDefaults:
-        """All values are None if the folder has no such file."""
+        """All values are None if the folder has no such file. Raises ``ConfigError`` if it is not a JSON object."""
         path = Path(folder) / "generation_config.json"
         if not path.exists():
             return cls()
         read = _Reader(read_json(path), str(path))
+        bos_ids, eos_ids = (_valid(read.token_ids, key) or () for key in ("bos_token_id", "eos_token_id"))
+        # Without do_sample, decoding is greedy, whatever temperature the file gives; with it, the default temperature
+        # is 1 (as in transformers).
+        chosen = {"repetition_penalty": _valid(read.sampling, "repetition_penalty")}
+        if _valid(read.flag, "do_sample", False):
+            chosen |= {name: _valid(read.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            chosen["temperature"] = 1.0 if chosen["temperature"] is None else chosen["temperature"]
+        return cls(bos_id=next(iter(bos_ids), None), eos_ids=eos_ids, **chosen)
 
-        def optional(key: str, *, above: bool = False) -> float | None:
-            return read.number(key, above=above) if read.has(key) else None
 
-        # Without do_sample, decoding is greedy, whatever temperature the file gives (as in transformers).
-        samples = read.flag("do_sample", False)
-        return cls(
-            bos_id=next(iter(read.token_ids("bos_token_id")), None),
-            eos_ids=read.token_ids("eos_token_id"),
-            temperature=optional("temperature") if samples else None,
-            top_k=read.integer("top_k", low=0) if samples and read.has("top_k") else None,
-            top_p=optional("top_p", above=True) if samples else None,
-            min_p=optional("min_p") if samples else None,
-            repetition_penalty=optional("repetition_penalty", above=True),
-        )
+def _valid(read: Callable[..., Any], key: str, *default: Any) -> Any:
+    """A value of generation_config.json, or None with a warning that names file, key and value."""
+    try:
+        return read(key, *default)
+    except ConfigError as error:
+        _warn_once(f"{error}; it is ignored")
+        return None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Once per process: a file is read for several purposes."""
+    logger.warning("%s", text)

@@ -13,6 +13,7 @@ anything was refused.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import reprlib
@@ -250,7 +251,8 @@ def parse_index(raw: bytes | bytearray, file: str) -> dict[str, str]:
 
     Only names are checked, not the targets of links: in a hub cache, files are links out of the folder.
     """
-    weight_map = _scan_document(raw, _scan_index_entry, file).get("weight_map")
+    document = raw.removeprefix(codecs.BOM_UTF8)  # an editor's mark of the encoding
+    weight_map = _scan_document(document, _scan_index_entry, file).get("weight_map")
     if not weight_map:
         raise CheckpointError(f"{file}: no tensors in weight_map, expected {{tensor: shard}}")
     for shard in dict.fromkeys(weight_map.values()):

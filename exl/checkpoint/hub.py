@@ -17,6 +17,8 @@ BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "stories"
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# The same weights in Mistral's own format, adapters, and what macOS leaves: nothing that is ever opened.
+_UNWANTED = ["consolidated*.safetensors", "*/consolidated*.safetensors", "adapter_model*.safetensors", "._*", "*/._*"]
 _NOT_HERE = "no such folder here"
 
 
@@ -43,7 +45,8 @@ def find_model(
 
     bars = {"tqdm_class": NoBar} if quiet else {}
     with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
-        return Path(snapshot_download(str(model), revision=revision, token=token, allow_patterns=_WANTED, **bars))
+        patterns = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
+        return Path(snapshot_download(str(model), revision=revision, token=token, **patterns, **bars))
 
 
 def find_headers(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path | RemoteFolder:

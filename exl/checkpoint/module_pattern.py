@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from exl.errors import ConfigError
@@ -44,7 +44,8 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 class ModulePattern:
     """A parsed pattern. ``literal``: a text that every match contains. ``exact``: the only match, or None."""
 
-    tree: Any
+    text: str
+    tree: Any = field(compare=False, repr=False)
     literal: str
     exact: str | None
 
@@ -67,7 +68,7 @@ class ModulePattern:
             else:
                 runs.append("")
         closed = items[-1:] == [(ops.AT, ops.AT_END)] and all(op is ops.LITERAL for op, _ in _without_start(items)[:-1])
-        return cls(tree, max(runs, key=len), "".join(runs) if closed else None)
+        return cls(text, tree, max(runs, key=len), "".join(runs) if closed else None)
 
 
 def _without_start(items: list[Any]) -> list[Any]:

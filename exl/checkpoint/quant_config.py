@@ -21,6 +21,9 @@ from exl.errors import ConfigError, UnsupportedModelError
 SUPPORTED_BITS = (2, 3, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
 _FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's order; then config.json's quantization_config
+_IN_CONFIG = "config.json: quantization_config"
+_BITS_KEYS, _GROUP_KEYS = ("bits", "w_bit", "wbits"), ("group_size", "q_group_size")
+DECIDING = ("bits", "group_size", "rules", "checkpoint_format", "sym")  # fields in which files must not disagree
 _MAX_STEPS = 100_000  # limit for all patterns on one module; one pattern takes about 50
 _MAX_GROUP_SIZE = 1 << 24
 
@@ -56,12 +59,13 @@ class QuantConfig:
     bits: int  # 2, 3, 4 or 8
     group_size: int  # inputs that share a scale; -1: all
     desc_act: bool = False  # what the file claims; g_idx tells what was done
-    sym: bool = True
+    sym: bool = True  # AutoGPTQ's and GPTQModel's default
     checkpoint_format: str = "gptq"  # "gptq" stores zero - 1, "gptq_v2" stores zero
     lm_head: bool = False  # whether the head is quantized
     source: str = "quantize_config.json"  # file, for error messages
     rules: tuple[ModuleRule, ...] = field(default=(), repr=False)  # in the order in which they are tried
     method: str = "gptq"
+    others: tuple[QuantConfig, ...] = field(default=(), repr=False)  # other files of the folder, if they disagree
 
     def for_module(self, name: str) -> QuantConfig | None:
         """Parameters of one module, such as ``"model.layers.0.mlp.up_proj"``; None: the file says that it is dense.
@@ -75,7 +79,7 @@ class QuantConfig:
             raise ConfigError(f"{self.source}: dynamic: {error}") from None
         if rule is None:
             is_head = name == "lm_head" or name.endswith(".lm_head")
-            return replace(self, rules=()) if self.lm_head or not is_head else None
+            return replace(self, rules=(), others=()) if self.lm_head or not is_head else None
         if rule.excluded:
             return None
         return replace(
@@ -85,12 +89,15 @@ class QuantConfig:
             desc_act=self.desc_act if rule.desc_act is None else rule.desc_act,
             sym=self.sym if rule.sym is None else rule.sym,
             rules=(),
+            others=(),
         )
 
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:
     """None: the checkpoint is not quantized. ``config_json``: the content of the folder's ``config.json``.
 
+    Where several files describe the quantization, a value that one of them leaves out is taken from the others. If they
+    disagree, ``others`` has what the other files say: ``exl.formats.settle_quant`` finds out which is true.
     Raises ``ConfigError``, which names file and key, for invalid values; ``UnsupportedModelError``, which names the
     method or format, for a quantization that exl does not have.
     """
@@ -106,40 +113,76 @@ def find_quant_config(
     read: Callable[[str], Mapping[str, Any] | None], config_json: Mapping[str, Any]
 ) -> QuantConfig | None:
     """Like :func:`read_quant_config`; ``read`` returns a file's JSON object by name, None if there is no such file."""
-    for name in _FILES:
-        values = read(name)
-        if values is not None:
-            return parse_quant_config(values, name)
-    values = config_json.get("quantization_config")
-    if values is None:
+    found = [(name, values) for name in _FILES if (values := read(name)) is not None]
+    in_config = config_json.get("quantization_config")
+    if in_config is not None:
+        if not isinstance(in_config, Mapping):
+            raise ConfigError(f"{_IN_CONFIG}: found {shown(in_config)}, expected an object")
+        found.append((_IN_CONFIG, in_config))
+    if not found:
         return None
-    source = "config.json: quantization_config"
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: found {shown(values)}, expected an object")
-    return parse_quant_config(values, source)
+    stated = _read_files(found)
+    defaults = {key: value for _, values in reversed(stated) for key, value in values.items()}
+    first, *others = (_make(source, defaults | values) for source, values in stated)
+    return replace(first, others=tuple(other for other in others if not _agree(first, other)))
+
+
+def _read_files(found: list[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """What each file says. One that exl does not read is an error, also beside others that it does."""
+    stated: list[tuple[str, dict[str, Any]]] = []
+    problems: list[ConfigError | UnsupportedModelError] = []
+    for source, values in found:
+        try:
+            stated.append((source, _read_fields(values, source)))
+        except (ConfigError, UnsupportedModelError) as error:
+            problems.append(error)
+    if problems and stated:
+        raise type(problems[0])(
+            f"{problems[0]}; {stated[0][0]} beside it describes a GPTQ checkpoint: correct the file that is wrong, "
+            "or delete it"
+        )
+    if problems:
+        raise problems[0]
+    return stated
 
 
 def parse_quant_config(values: Mapping[str, Any], source: str) -> QuantConfig:
-    """Raises the errors of :func:`read_quant_config`."""
+    """One file's. Raises the errors of :func:`read_quant_config`."""
+    return _make(source, _read_fields(values, source))
+
+
+def _read_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What a file says of ``QuantConfig``'s fields; one that it leaves out, or that is null, is missing."""
     _refuse_other_methods(values, source)
-    checkpoint_format = _read_format(values, source, "gptq")
-    return QuantConfig(
-        bits=_read_bits(_first(values, source, "bits", "w_bit", "wbits"), f"{source}: bits"),
-        group_size=_read_group_size(_first(values, source, "group_size", "q_group_size"), f"{source}: group_size"),
-        desc_act=_read_flag(values, "desc_act", source, False),
-        sym=_read_flag(values, "sym", source, True),  # AutoGPTQ's and GPTQModel's default
-        checkpoint_format=checkpoint_format,
-        lm_head=_read_flag(values, "lm_head", source, False),
-        source=source,
-        rules=_read_rules(values.get("dynamic"), source, checkpoint_format),
-    )
+    bits, group_size = (_first(values, source, *keys) for keys in (_BITS_KEYS, _GROUP_KEYS))
+    checkpoint_format = _read_format(values, source, None)
+    fields = {
+        "bits": None if bits is None else _read_bits(bits, f"{source}: bits"),
+        "group_size": None if group_size is None else _read_group_size(group_size, f"{source}: group_size"),
+        "checkpoint_format": checkpoint_format,
+        "rules": _read_rules(values.get("dynamic"), source, checkpoint_format or "gptq"),
+    }
+    fields |= {key: _read_flag(values, key, source, None) for key in ("desc_act", "sym", "lm_head")}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _make(source: str, fields: Mapping[str, Any]) -> QuantConfig:
+    for key in ("bits", "group_size"):
+        if key not in fields:
+            raise ConfigError(f"{source}: found no {key}, which a GPTQ checkpoint needs")
+    return QuantConfig(source=source, **fields)
+
+
+def _agree(one: QuantConfig, other: QuantConfig) -> bool:
+    """In all that decides how weights are read. ``desc_act`` and ``lm_head`` do not: tensors always decide there."""
+    return all(getattr(one, key) == getattr(other, key) for key in DECIDING)
 
 
 def _first(values: Mapping[str, Any], source: str, *keys: str) -> Any:
-    """The value under any of its names. Raises ``ConfigError`` if two names have different values, or none has any."""
+    """The value under any of its names; None if none has any. ``ConfigError`` if two names have different values."""
     found = {key: values[key] for key in keys if values.get(key) is not None}
     if not found:
-        raise ConfigError(f"{source}: found no {keys[0]}, which a GPTQ checkpoint needs")
+        return None
     first, *others = found.values()
     if any(other != first for other in others):
         raise ConfigError(f"{source}: found {shown(found)}, expected names of one thing to agree")
@@ -178,7 +221,7 @@ def _read_text(values: Mapping[str, Any], key: str, source: str) -> str | None:
     return None if value is None else value.lower()
 
 
-def _read_format(values: Mapping[str, Any], source: str, default: str) -> str:
+def _read_format(values: Mapping[str, Any], source: str, default: str | None) -> str | None:
     """Older files use ``checkpoint_format``, newer ones ``format``. If a file has both, they must agree."""
     formats = {key: _read_text(values, key, source) for key in ("checkpoint_format", "format")}
     found = {key: value for key, value in formats.items() if value is not None}
@@ -214,9 +257,9 @@ def _read_pack_dtype(values: Mapping[str, Any], source: str) -> None:
         raise UnsupportedModelError(f"{source}: pack_dtype: found {shown(pack_dtype)}, exl reads int32")
 
 
-def _read_rules(dynamic: Any, source: str, checkpoint_format: str) -> tuple[ModuleRule, ...]:
+def _read_rules(dynamic: Any, source: str, checkpoint_format: str) -> tuple[ModuleRule, ...] | None:
     if dynamic is None:
-        return ()
+        return None
     if not isinstance(dynamic, Mapping):
         raise ConfigError(f"{source}: dynamic: found {shown(dynamic)}, expected an object")
     rules = [

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import MAX_JSON_BYTES, parse_json
@@ -31,6 +31,7 @@ T, R = TypeVar("T"), TypeVar("R")
 class RemoteFolder:
     """A repository at one commit, made by ``exl.checkpoint.hub.find_headers``. A thread-safe ``FileSource``."""
 
+    is_remote: ClassVar[bool] = True
     repo_id: str
     commit: str
     sizes: Mapping[str, int | None]  # bytes of its top-level files by name; None: the hub does not tell
@@ -43,6 +44,9 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         return sorted(self.sizes)
+
+    def names_in(self, subfolder: str) -> list[str]:
+        return []  # the hub was asked for top-level files alone
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None if there is no such file. Raises the errors of ``exl.checkpoint.config.read_json``, and

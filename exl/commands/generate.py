@@ -8,7 +8,7 @@ import typer
 
 from exl.commands.common import load_with_progress, say
 from exl.commands.options import Debug, DrawOptions, LoadOptions, Model, shared_options
-from exl.errors import ConfigError
+from exl.user_text import decode_text
 
 
 @shared_options
@@ -63,7 +63,5 @@ def _completion_json(prompt: str, done) -> dict[str, object]:
 
 
 def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: not UTF-8: {error}") from None
+    """The prompt, without the one line end that echo and editors put behind it."""
+    return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")

@@ -6,6 +6,7 @@ import sys
 
 from exl.commands.chat_session import ChatSession
 from exl.user_cache import user_cache_folder
+from exl.user_text import decoded_lines
 
 
 def is_terminal() -> bool:
@@ -14,8 +15,8 @@ def is_terminal() -> bool:
 
 def run_piped(session: ChatSession) -> None:
     """Reads one message or command per line from standard input; writes answers to standard output."""
-    for line in sys.stdin:
-        if not session.handle(line.rstrip("\n")):
+    for line in decoded_lines(sys.stdin.buffer, "standard input"):
+        if not session.handle(line):
             return
 
 

@@ -33,7 +33,7 @@ from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
-from exl.units import format_bytes
+from exl.units import format_apart, format_bytes
 from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ def build_engine(
         weights = load(ops, plan)
         stack.callback(weights.close)
         runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
-        eos_ids = GenerationDefaults.from_folder(files.folder).eos_ids or files.config.eos_ids
+        # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
+        eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
         short = min(_decode_prompt(model, backend), model.limits.max_rows)
         generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
@@ -181,8 +182,9 @@ def _check_device(plan: MemoryPlan, backend: Backend) -> None:
     lines = [line for line in plan.lines if line.device != HOST and line.purpose not in STARTED_LINES]
     needed = sum(line.num_bytes for line in lines)
     if needed > free:
+        shown = format_apart(free, needed)
         raise MemoryBudgetError(
-            f"{backend.device} has {format_bytes(free)} of {format_bytes(total)} free, {format_bytes(needed)} are "
+            f"{backend.device} has {shown[0]} of {format_bytes(total)} free, {shown[1]} are "
             f"needed: a smaller vram= keeps layers in RAM.\n{plan.table()}"
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant_config import SUPPORTED_BITS, QuantConfig
 from exl.errors import CheckpointError, ExlWarning
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
@@ -57,7 +57,7 @@ class _Shape:
 
     @property
     def num_groups(self) -> int:
-        return -(-self.K // self.group_size)
+        return num_groups(self.K, self.group_size)
 
 
 def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSpec:
@@ -116,20 +116,59 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
     )
 
 
+def gptq_fits(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> bool:
+    """Whether a module's shapes and ``g_idx`` are those of the bits and the group size that ``quant`` says."""
+    try:
+        _read_shape(checkpoint, name, quant)
+        return True
+    except CheckpointError:
+        return False
+
+
+def stored_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int] | None:
+    """Bits, inputs and groups that a module's shapes show, whatever a configuration says; None: they contradict each
+    other. A row of qzeros has one zero for each of the N outputs, which qweight has too: that gives the bits."""
+    shapes = [checkpoint.tensors.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")]
+    if any(info is None or len(info.shape) != 2 or 0 in info.shape for info in shapes):
+        return None
+    (num_rows, N), (G, num_words), scales_shape = (info.shape for info in shapes)
+    bits, rest = divmod(num_words * 32, N)
+    if rest or bits not in SUPPORTED_BITS or num_rows % bits or scales_shape != (G, N):
+        return None
+    K, g_idx = num_rows * 32 // bits, checkpoint.tensors.get(f"{name}.g_idx")
+    return (bits, K, G) if g_idx is None or g_idx.shape == (K,) else None
+
+
+def _stored_sizes_shown(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> str:
+    """What the shapes show, if that is something else than ``quant`` says; for the end of a message."""
+    sizes = stored_sizes(checkpoint, name)
+    if sizes is None:
+        return ""
+    bits, K, G = sizes
+    if (bits, G) == (quant.bits, num_groups(K, quant.group_size)):
+        return ""
+    return f"; the shapes of all its tensors are those of {bits} bits and {K} inputs in {G} group{'s' * (G > 1)}"
+
+
+def num_groups(K: int, group_size: int) -> int:
+    return 1 if group_size == -1 else -(-K // group_size)
+
+
 def _read_shape(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> _Shape:
     qweight = require_tensor(checkpoint, f"{name}.qweight", ("i32",), 2)
     num_rows, N = qweight.shape
     K = num_rows * 32 // quant.bits
+    shown = _stored_sizes_shown(checkpoint, name, quant)
     if not K or not N or num_rows % quant.bits:
         raise CheckpointError(
             f"{qweight.file}: {qweight.name}: found shape {list(qweight.shape)}, expected [K / 32 * {quant.bits}, N] "
-            f"with K a multiple of {K_MULTIPLE} at {quant.bits} bits"
+            f"with K a multiple of {K_MULTIPLE} at {quant.bits} bits ({quant.source}){shown}"
         )
     scales = require_tensor(checkpoint, f"{name}.scales", FLOAT_DTYPES, 2)
     one_group = quant.group_size == -1 or quant.group_size >= K
     group_size = K if one_group else quant.group_size
-    G = -(-K // group_size)
-    reason = f"{K} inputs, group size {quant.group_size} and {quant.bits} bits ({quant.source})"
+    G = num_groups(K, group_size)
+    reason = f"{K} inputs, group size {quant.group_size} and {quant.bits} bits ({quant.source}){shown}"
     expect_shape(scales, (G, N), reason)
     qzeros = require_tensor(checkpoint, f"{name}.qzeros", ("i32",), 2)
     if N * quant.bits % 32 or (quant.bits == 3 and N % 32):
@@ -137,10 +176,10 @@ def _read_shape(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> _Shape
             f"{qweight.file}: {name}: {N} outputs, whose {quant.bits}-bit zeros do not fill whole words of qzeros"
         )
     expect_shape(qzeros, (G, N * quant.bits // 32), reason)
-    return _Shape(K, N, group_size, _read_order(checkpoint, name, K, group_size))
+    return _Shape(K, N, group_size, _read_order(checkpoint, name, K, group_size, quant.source))
 
 
-def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int) -> NDArray[np.int32] | None:
+def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int, source: str) -> NDArray[np.int32] | None:
     """The permutation that sorts the inputs by group; None where they are sorted already.
 
     ``g_idx`` decides, whatever ``desc_act`` says. All zero means that nobody filled it in.
@@ -167,7 +206,7 @@ def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int) -> N
         rest = "each" if K % group_size == 0 else f"each and {expected[-1]} in the last"
         raise CheckpointError(
             f"{info.file}: {info.name}: found {sizes[uneven[0]]} inputs in group {uneven[0]}, expected {group_size} "
-            f"in {rest}: the file is damaged"
+            f"in {rest}: the file is damaged, or {source} has another file's group_size"
         )
     return np.argsort(g_idx, kind="stable").astype(np.int32)
 
@@ -188,12 +227,11 @@ def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16] | NDA
 
 def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArray[np.uint8]:
     """True zeros u8 [G, N]. Unpacked first, adjusted then: arithmetic on whole words would borrow between codes."""
-    packed = checkpoint.read(f"{name}.qzeros")
-    stored = np.ascontiguousarray(unpack_codes(packed.T, quant.bits).T)
+    stored = _stored_zeros(checkpoint, name, quant.bits)
     checkpoint_format = quant.checkpoint_format
-    middle = 1 << (quant.bits - 1)  # the zero of symmetric codes: 8 at 4 bits
-    if quant.sym and stored.min() == stored.max() and stored[0, 0] in (middle - 1, middle):
-        checkpoint_format = "gptq" if stored[0, 0] == middle - 1 else "gptq_v2"
+    found = _format_of(stored, quant.bits) if quant.sym else None
+    if found is not None:
+        checkpoint_format = found
         if checkpoint_format != quant.checkpoint_format:
             warnings.warn(
                 f"{quant.source}: checkpoint_format: found {quant.checkpoint_format}, but symmetric {quant.bits}-bit "
@@ -204,6 +242,24 @@ def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArra
     if checkpoint_format == "gptq_v2":
         return stored
     return (stored + np.uint8(1)) & np.uint8((1 << quant.bits) - 1)  # 15 + 1 can only mean 0
+
+
+def _stored_zeros(checkpoint: Checkpoint, name: str, bits: int) -> NDArray[np.uint8]:
+    """As the file has them, u8 [G, N]."""
+    return np.ascontiguousarray(unpack_codes(checkpoint.read(f"{name}.qzeros").T, bits).T)
+
+
+def _format_of(stored: NDArray[np.uint8], bits: int) -> str | None:
+    """The ``checkpoint_format`` that symmetric zeros show: all are 2**(bits - 1), or one less in the first format."""
+    middle = 1 << (bits - 1)  # the zero of symmetric codes: 8 at 4 bits
+    if stored.min() != stored.max() or stored[0, 0] not in (middle - 1, middle):
+        return None
+    return "gptq" if stored[0, 0] == middle - 1 else "gptq_v2"
+
+
+def format_of_zeros(checkpoint: Checkpoint, name: str, bits: int) -> str | None:
+    """The ``checkpoint_format`` that a module's zeros show; None: they are not symmetric."""
+    return _format_of(_stored_zeros(checkpoint, name, bits), bits)
 
 
 def _read_bias(checkpoint: Checkpoint, name: str, N: int) -> NDArray | None:

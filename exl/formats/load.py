@@ -24,6 +24,8 @@ _FOREIGN_TENSORS: Mapping[str, str] = {
     "weight_scale": "FP8 or another scaled format",
     "weight_scale_inv": "FP8",
     "SCB": "bitsandbytes 8-bit",
+    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight"), "a LoRA adapter (peft)"),
+    **dict.fromkeys(("base_layer.weight", "base_layer.qweight"), "a model whose LoRA adapter is not merged (peft)"),
 }
 
 

@@ -45,8 +45,12 @@ def expect_shape(info: TensorInfo, shape: tuple[int, ...], reason: str) -> None:
 
 def read_float(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
     """f32, f16 or bf16 -> f32, exactly."""
-    values = checkpoint.read(name)
-    if checkpoint.info(name).dtype == "bf16":  # the upper half of an f32
+    return to_float(checkpoint.read(name), checkpoint.info(name).dtype)
+
+
+def to_float(values: NDArray, dtype: str) -> NDArray[np.float32]:
+    """What ``Checkpoint`` reads of a tensor of ``dtype`` f32, f16 or bf16 -> f32, exactly."""
+    if dtype == "bf16":  # the upper half of an f32
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
 

@@ -130,7 +130,7 @@ def _stored_scales(scales: NDArray, layout: TileLayout) -> NDArray:
         back = stored.astype(np.float32)
     wrong = back != wide
     if wrong.any():
-        raise KernelError(f"scale {wide[wrong][0]:g}: {layout.scale_dtype} does not hold it exactly")
+        raise KernelError(f"scale {float(wide[wrong][0])!r}: {layout.scale_dtype} does not hold it exactly")
     return stored
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
-from exl.errors import CheckpointError
+from exl.errors import CheckpointError, ExlWarning
 from exl.formats.load import matrix_spec
 from exl.formats.rounding import rounding_group
+from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target, fuse
+from exl.models.other_names import other_names
 from exl.models.registry import NAME_TABLES, NameTable
 
 
@@ -23,6 +26,11 @@ class ModelManifest:
     embed: BlobSpec
     layers: tuple[BlobSpec, ...]
     head: BlobSpec  # without a linear if the embedding is also the head
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is also the head: what config.json says, unless the file has a head that differs."""
+        return not self.head.linears
 
     def with_head_bits(self, bits: int) -> ModelManifest:
         """The manifest with a dense head that is rounded to ``bits`` on loading.
@@ -57,7 +65,12 @@ class ModelLayout:
 
 
 def read_manifest(checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig | None) -> ModelManifest:
-    """Reads only headers and ``g_idx``. Raises ``CheckpointError`` for a missing, unexpected or misshapen tensor."""
+    """Reads headers, ``g_idx`` and, if config.json says that the embedding is also the head but the file has a dense
+    head all the same, both of them (:func:`exl.formats.same_values.same_values`).
+
+    Raises ``CheckpointError`` for a missing, unexpected or misshapen tensor; warns (``ExlWarning``) of such a head if
+    it differs from the embedding, and is therefore used, and if a remote one is only assumed to be equal.
+    """
     return _ManifestReader(checkpoint, config, quant).read()
 
 
@@ -69,20 +82,63 @@ class _ManifestReader:
 
     def read(self) -> ModelManifest:
         config, names = self.config, self.names
-        embed = self._matrix(names.embed, config.hidden_size, config.vocab_size)
-        if embed.quantized:
-            raise CheckpointError(f"{names.embed}: found {embed.bits}-bit codes, expected a dense embedding")
+        if not any(self._has_module(name) for name in (names.embed, names.layers)):
+            raise other_names(self.checkpoint, names)
+        embed, head = self._embed_and_head()
         layers = tuple(self._layer(f"{names.layers}.{i}.") for i in range(config.num_layers))
         norms = (("final_norm", self._norm(names.final_norm, config.hidden_size)),)
-        head_linears: tuple[tuple[str, tuple[LinearSpec, ...]], ...] = ()
-        if config.tie_embeddings:
-            self.seen |= {name for name in self.checkpoint.tensors if name.startswith(names.head + ".")}
-        else:
-            head = self._matrix(names.head, config.hidden_size, config.vocab_size)
-            head_linears = (("head", (LinearSpec((head,)),)),)
+        head_linears = () if head is None else (("head", (LinearSpec((head,)),)),)
         self._refuse_unexpected()
         embed_spec = BlobSpec((), (("embed", (LinearSpec((embed,)),)),))
         return ModelManifest(names, embed_spec, layers, BlobSpec(norms, head_linears))
+
+    def _embed_and_head(self) -> tuple[MatrixSpec, MatrixSpec | None]:
+        """None: the embedding is also the head."""
+        names, shape = self.names, (self.config.hidden_size, self.config.vocab_size)
+        has_embed, has_head = (self._has_module(name) for name in (names.embed, names.head))
+        if self.config.tie_embeddings and has_head and not has_embed:  # one tensor under the other's name
+            return self._embed(names.head), None
+        embed = self._embed(names.embed)
+        if not self.config.tie_embeddings:
+            if not has_head:
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {names.head}.weight is missing, and tie_word_embeddings is not true in "
+                    "config.json, which would make the embedding the head, too"
+                )
+            return embed, self._matrix(names.head, *shape)
+        if not has_head:
+            return embed, None
+        head = self._matrix(names.head, *shape)
+        return embed, None if self._is_embedding(head, embed) else head
+
+    def _has_module(self, name: str) -> bool:
+        return any(tensor.startswith(name + ".") for tensor in self.checkpoint.tensors)
+
+    def _embed(self, name: str) -> MatrixSpec:
+        embed = self._matrix(name, self.config.hidden_size, self.config.vocab_size)
+        if embed.quantized:
+            raise CheckpointError(f"{name}: found {embed.bits}-bit codes, expected a dense embedding")
+        return embed
+
+    def _is_embedding(self, head: MatrixSpec, embed: MatrixSpec) -> bool:
+        """Whether a head that config.json says there is none of is a copy of the embedding."""
+        path, names = self.checkpoint.path, (f"{embed.name}.weight", f"{head.name}.weight")
+        if head.quantized or head.has_bias or not same_values(self.checkpoint, *names):
+            warnings.warn(
+                f"{path}: config.json: tie_word_embeddings: found true, but {head.name} differs from {embed.name}; "
+                "using both",
+                ExlWarning,
+                stacklevel=2,
+            )
+            return False
+        if self.checkpoint.is_remote:
+            warnings.warn(
+                f"{path}: planned as if {head.name} were a copy of {embed.name}, as config.json's "
+                "tie_word_embeddings says: the rows that were compared are equal",
+                ExlWarning,
+                stacklevel=2,
+            )
+        return True
 
     def _layer(self, prefix: str) -> BlobSpec:
         config, names = self.config, self.names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from exl.batch import PAGE_SIZE
 from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
 from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
@@ -41,7 +40,7 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
         PlanLine("head and final norm", device, model.head.num_bytes, True),
         PlanLine(
             "KV cache", device, model.kv_layout.slab_bytes(num_pages), True,
-            f"{model.kv_layout.kind}, {num_pages * PAGE_SIZE} tokens",
+            f"{model.kv_layout.kind}, {model.num_cache_tokens} tokens",
         ),
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from exl.batch import PAGE_SIZE
 from exl.layout.arena import ArenaLayout, arena_layout
 from exl.layout.fields import BLOB_ALIGN, align_up
 from exl.planning.cpu import loading_bytes
@@ -165,7 +164,7 @@ def _device_lines(
         PlanLine("head and final norm", name, head, True),
         PlanLine(
             "KV cache", name, cache, True,
-            f"{model.kv_layout.kind}, {num_pages * PAGE_SIZE} tokens, {num_cached} layers",
+            f"{model.kv_layout.kind}, {model.num_cache_tokens} tokens, {num_cached} layers",
         ),
         PlanLine("residual stream", name, residual, True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", name, activations, True, f"{limits.max_rows} rows"),

@@ -16,6 +16,7 @@ from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError
+from exl.formats.settle_quant import settle_quant
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
@@ -25,7 +26,7 @@ from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.plan import MemoryPlan, PlanInput
-from exl.units import format_bytes, parse_bytes
+from exl.units import format_apart, parse_budget
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
@@ -73,7 +74,10 @@ class EngineOptions:
             if (value is None and name in ("context", "resident_layers")) or (name == "context" and value == "auto"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
-                raise ConfigError(f"{name}: found {value!r}, expected a whole number, {low} or more")
+                raise ConfigError(
+                    f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
+                    + (" or 'auto'" if name == "context" else "")
+                )
         if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
             raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
         if self.prefill_window < self.prefill_chunk:
@@ -81,7 +85,7 @@ class EngineOptions:
                 f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
             )
         if self.ram is not None:
-            parse_bytes(self.ram, "ram")
+            parse_budget(self.ram, "ram")
 
     @property
     def on_gpu(self) -> bool:
@@ -94,11 +98,11 @@ class EngineOptions:
         if self.vram is None:
             return ()
         sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
-        return tuple(parse_bytes(size, "vram") for size in sizes)
+        return tuple(parse_budget(size, "vram") for size in sizes)
 
     @property
     def budget(self) -> int | None:
-        return None if self.ram is None else parse_bytes(self.ram, "ram")
+        return None if self.ram is None else parse_budget(self.ram, "ram")
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterato
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
         config = ModelConfig.from_dict(config_json, str(where))
+        quant = settle_quant(checkpoint, quant)
         manifest = read_manifest(checkpoint, config, quant)
         if head != "file":
             manifest = manifest.with_head_bits(int(head))
@@ -264,10 +269,11 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         if _fits(files, dataclasses.replace(options, **change), target, resident=False):
             hints.append(", ".join(f"{name}={value!r}" for name, value in change.items()))
     short = [device for device, budget in plan.budgets.items() if plan.device_bytes(device) > budget]
+    pairs = [format_apart(plan.device_bytes(device), plan.budgets[device]) for device in short]
     needs = " and ".join(
-        format_bytes(plan.device_bytes(device)) + ("" if device == "cpu" else f" of {device}") for device in short
+        need + ("" if device == "cpu" else f" of {device}") for device, (need, _) in zip(short, pairs, strict=True)
     )
-    given = " and ".join(format_bytes(plan.budgets[device]) for device in short)
+    given = " and ".join(budget for _, budget in pairs)
     return (
         f"{files.folder}: needs {needs} with every layer streamed, the budget is {given}. "
         f"Would fit: {'; or '.join(dict.fromkeys(hints))}.\n{plan.table()}"

@@ -161,3 +161,8 @@ class PlanInput:
     def num_pages(self) -> int:
         """Pages of the cache: whole pages for the context of each sequence."""
         return self.num_sequences * -(-self.limits.max_context // PAGE_SIZE)
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens that the cache was asked for; its pages may hold a few more."""
+        return self.num_sequences * self.limits.max_context

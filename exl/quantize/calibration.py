@@ -11,6 +11,7 @@ import numpy as np
 from exl.batch import I32, PAGE_SIZE, ForwardBatch
 from exl.errors import ConfigError
 from exl.text.tokenizer import Tokenizer
+from exl.user_text import read_lines, read_text
 
 
 def read_calibration(
@@ -59,15 +60,10 @@ def _cut(documents: Iterable[list[int]], prefix: Sequence[int], seq_len: int, pa
 
 
 def _read_documents(path: Path, whole: bool) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            for text in [file.read()] if whole else file:
-                if text.strip():
-                    yield text.strip()
-    except OSError as error:
-        raise ConfigError(f"calibration: {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"calibration: {path}: not UTF-8 text: {error}") from None
+    source = f"calibration: {path}"
+    for text in [read_text(path, source)] if whole else read_lines(path, source):
+        if text.strip():
+            yield text.strip()
 
 
 def make_chunks(sequences: Sequence[I32], max_rows: int) -> list[ForwardBatch]:

@@ -108,7 +108,7 @@ class LayerPass:
         layout = layer_layout(self.manifest.embed, self._ops.target)
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         start, stop = layout.linear_range("embed", 0)
-        matrix = load_matrix(self.checkpoint, self.manifest.names.embed, None)
+        matrix = load_matrix(self.checkpoint, layout.linears["embed"][0].spec.parts[0].name, None)
         self._ops.pack([matrix], layout.linears["embed"][0], blob[start:stop])
         table: Linear = view_segments(layout, blob, "embed")[0]
         for chunk in self.chunks:

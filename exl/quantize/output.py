@@ -36,7 +36,8 @@ def entry_bytes(entry: Entry) -> int:
 def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Entry, int | None]]:
     """Every tensor of the output, with the index of the layer whose file holds it; None: copied from the source.
 
-    In the source's order; a quantized module's tensors take the place of its weight.
+    In the source's order; a quantized module's tensors take the place of its weight. A head that is a copy of the
+    embedding is left out.
     """
     modules = {
         module.name: (module, i) for i, layer in enumerate(plan.layers) for parts in layer.values() for module in parts
@@ -44,6 +45,8 @@ def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Ent
     entries: list[tuple[Entry, int | None]] = []
     for name, info in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
+        if module == plan.unused:
+            continue
         if module not in modules:
             entries.append(((name, info.dtype, info.shape), None))
         elif part == "weight":
@@ -88,6 +91,8 @@ def write_checkpoint(
     quant_json = quantization_config(options)
     write_text(out / "quantize_config.json", json.dumps(quant_json, indent=1) + "\n")
     config_json = {**config_json, "intermediate_size": plan.intermediate_size, "quantization_config": quant_json}
+    if config_json.get("tie_word_embeddings") and not plan.tied:  # the source was wrong about its head
+        config_json["tie_word_embeddings"] = False
     write_text(out / "config.json", json.dumps(config_json, indent=1) + "\n")
     for path in sorted(out.iterdir(), key=lambda path: path.name == "config.json"):
         replace_file(path, dst / path.name)

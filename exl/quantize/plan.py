@@ -48,6 +48,8 @@ class QuantizePlan:
 
     intermediate_size: int  # in the output, padding included
     layers: tuple[Mapping[str, tuple[ModulePlan, ...]], ...]
+    tied: bool  # the embedding is also the head
+    unused: str | None  # module of the source that is left out: a head that is a copy of the embedding
 
     def layer_entries(self, layer_idx: int) -> list[Entry]:
         modules = [module for parts in self.layers[layer_idx].values() for module in parts]
@@ -87,7 +89,9 @@ def make_plan(manifest: ModelManifest, config: ModelConfig, options: QuantizeOpt
         }
         for layer in manifest.layers
     )
-    return QuantizePlan(intermediate, layers)
+    embed_name = dict(manifest.embed.linears)["embed"][0].parts[0].name
+    unused = manifest.names.head if manifest.tied and embed_name != manifest.names.head else None
+    return QuantizePlan(intermediate, layers, manifest.tied, unused)
 
 
 def _workable_groups(width: int, asked: int) -> str:

@@ -35,6 +35,7 @@ from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import ModulePlan, QuantizePlan, make_plan
 from exl.quantize.work import WorkFolder, read_rows, write_atomically
 from exl.text.tokenizer import Tokenizer
+from exl.units import format_apart
 
 Progress = Callable[[int, int, str], None]  # steps done, total steps, what is being done
 
@@ -163,7 +164,8 @@ class _Run:
         there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
         needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
         if free < needed:
-            raise ExlError(f"{self.dst}: {free / 1e9:.2f} GB free on this disk, quantizing needs {needed / 1e9:.2f}")
+            has, needs = format_apart(free, needed)
+            raise ExlError(f"{self.dst}: {has} free on this disk, quantizing needs {needs}")
 
     # Layers
 
@@ -270,7 +272,9 @@ class _Run:
         with np.errstate(over="ignore"):
             rounded = bias.astype(np.float16)
         if not np.isfinite(rounded).all():
-            raise CheckpointError(f"{module.name}.bias: found values up to {np.abs(bias).max():g}, f16 ends at 65504")
+            raise CheckpointError(
+                f"{module.name}.bias: found values up to {float(np.abs(bias).max())!r}, f16 ends at 65504"
+            )
         return rounded
 
     # Hidden states

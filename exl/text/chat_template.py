@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from exl.errors import ConfigError
+from exl.text.content_forms import ContentForms
 from exl.text.control_tokens import ControlTokens, Placeholders, RenderedPrompt
 
 _MAX_CHARS = 1 << 26
@@ -52,6 +53,7 @@ class ChatTemplate:
         self._templates = _named(templates, source)
         self._special_tokens = dict(special_tokens or {})
         self._compiled: dict[str, jinja2.Template] = {}
+        self._forms_by_name: dict[str, ContentForms] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,13 +63,8 @@ class ChatTemplate:
     def literal_text(self) -> str:
         """All text that the templates themselves can write: their literal text and strings, joined by NUL."""
         parts = []
-        for name, template in self._templates.items():
-            try:
-                tree = _environment().parse(template)
-            except (TemplateError, RecursionError) as error:
-                raise self._error(name, error) from None
-            parts += [node.data for node in tree.find_all(nodes.TemplateData)]
-            parts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        for name in self._templates:
+            parts += self._read(name, _literals)
         return "\0".join(parts)
 
     def render(
@@ -81,11 +78,11 @@ class ChatTemplate:
     ) -> str:
         """The prompt, as transformers renders it.
 
-        ``messages``: objects with a ``role`` and the other keys that the template reads, usually ``content``: a string
-        or a list of objects. ``tools``: JSON schemas of functions. ``variables``: further variables for the template,
-        such as ``enable_thinking``. ``name``: which template; by default ``tool_use`` if it exists and tools are given,
-        else ``default``. Raises ``ConfigError`` for malformed input, and with the template's own message if the
-        template itself raises.
+        ``messages``: objects with a ``role`` and the other keys that the template reads, usually ``content``: a string,
+        a list of parts, or None; it is brought into a form that the template takes (``content_forms.py``). ``tools``:
+        JSON schemas of functions. ``variables``: further variables for the template, such as ``enable_thinking``.
+        ``name``: which template; by default ``tool_use`` if it exists and tools are given, else ``default``. Raises
+        ``ConfigError`` for malformed input, and with the template's own message if the template itself raises.
         """
         values = _values(messages, tools, variables)
         return self._render(values, add_generation_prompt, name)
@@ -126,6 +123,9 @@ class ChatTemplate:
 
     def _render(self, values: Mapping[str, Any], add_generation_prompt: bool, name: str | None) -> str:
         name = self._choose(name, values["tools"])
+        forms = self._forms(name)
+        messages = [forms.fit(message, f"messages[{i}]") for i, message in enumerate(values["messages"])]
+        values = {**values, "messages": messages}
         pieces, length = [], 0
         try:
             template = self._compile(name)
@@ -154,6 +154,18 @@ class ChatTemplate:
             self._compiled[name] = _environment().from_string(self._templates[name])
         return self._compiled[name]
 
+    def _forms(self, name: str) -> ContentForms:
+        if name not in self._forms_by_name:
+            self._forms_by_name[name] = self._read(name, ContentForms.of)
+        return self._forms_by_name[name]
+
+    def _read(self, name: str, read: Callable[[nodes.Template], Any]) -> Any:
+        """What ``read`` finds in a template's syntax tree, which a hostile template can nest deeply."""
+        try:
+            return read(_environment().parse(self._templates[name]))
+        except (TemplateError, RecursionError) as error:
+            raise self._error(name, error) from None
+
     def _error(self, name: str, error: Exception) -> ConfigError:
         said = " ".join(str(error).split())[:500] or "no message"
         if isinstance(error, TemplateSyntaxError):
@@ -162,6 +174,11 @@ class ChatTemplate:
             said = f"{type(error).__name__}: {said}"
         which = "" if name == "default" else f" {name!r}"
         return ConfigError(f"{self.source}{which}: {said}")
+
+
+def _literals(tree: nodes.Template) -> list[str]:
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    return texts + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
 
 
 def _named(templates: Any, source: str) -> dict[str, str]:
@@ -203,12 +220,12 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
     plain = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
-        # Many templates write "None" for a key that is present with the value None.
-        message = _plain({key: value for key, value in message.items() if value is not None}, where)
-        role, content = message.get("role"), message.get("content", "")
+        # Many templates write "None" for a key that is present with the value None. Some ask whether a content is None.
+        message = _plain({key: value for key, value in message.items() if value is not None or key == "content"}, where)
+        role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise ConfigError(f"{where}: role: found {role!r}, expected a string such as 'user'")
-        if not isinstance(content, str) and not _is_list_of_objects(content):
+        if not isinstance(content, str | None) and not _is_list_of_objects(content):
             raise ConfigError(f"{where}: content: found {_kind(content)}, expected a string or a list of objects")
         plain.append(_with_reasoning(message))
     return plain

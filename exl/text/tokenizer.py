@@ -28,6 +28,7 @@ from tokenizers import AddedToken
 from exl.errors import ConfigError
 from exl.text.chat_template import ChatTemplate
 from exl.text.control_tokens import ControlTokens, RenderedPrompt
+from exl.text.end_tokens import customary_end_ids, turn_end_ids
 from exl.text.token_bytes import DecodingRules, TextDecoder
 from exl.text.tokenizer_files import TokenizerFiles, flagged
 
@@ -54,7 +55,8 @@ class Tokenizer:
         """Most callers want ``from_folder``. ``backend`` is not copied; the caller must not change it afterwards.
 
         ``names``: named special tokens, ``{"bos_token": "<s>", ...}``. ``prefix_ids``: tokens put before every text.
-        The named EOS is added to ``eos_ids``. ``source`` is the name that error messages use.
+        ``eos_ids``: the first of those that end an answer; see the property. ``source`` is the name that error
+        messages use.
         """
         self._backend = backend
         self.names = dict(names or {})
@@ -65,9 +67,8 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
         self._rules = DecodingRules.of(backend.decoder, source)
-        named_eos = backend.token_to_id(self.names.get("eos_token", ""))
         self.bos_id = bos_id
-        self.eos_ids = tuple(dict.fromkeys([*eos_ids, *(() if named_eos is None else (named_eos,))]))
+        self._given_eos_ids = tuple(eos_ids)
         self._token_of = lru_cache(maxsize=1 << 16)(backend.id_to_token)
         self._plain_copy: tokenizers.Tokenizer | None = None
 
@@ -75,9 +76,10 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path, *, bos_id: int | None = None, eos_ids: Sequence[int] = ()) -> Tokenizer:
         """Reads tokenizer.json and the tokenizer files beside it, if present, from a Hugging Face model folder.
 
-        ``bos_id``: used if the tokenizer's own files name no BOS. ``eos_ids``: added to those of the tokenizer's files.
-        Both come from the model's configuration. Raises ``CheckpointError`` for a missing or damaged tokenizer.json,
-        ``ConfigError`` for errors in the other files, ``UnsupportedModelError`` for a decoder that exl does not know.
+        ``bos_id``: used if the tokenizer's own files name no BOS. ``eos_ids``: joined with those of the tokenizer's
+        files. Both come from the model's configuration. Raises ``CheckpointError`` for a missing or damaged
+        tokenizer.json, ``ConfigError`` for errors in the other files, ``UnsupportedModelError`` for a decoder that exl
+        does not know.
         """
         files = TokenizerFiles.read(Path(folder))
         named_bos = files.names.get("bos_token")
@@ -90,7 +92,7 @@ class Tokenizer:
             names=files.names,
             prefix_ids=files.prefix_ids(bos_id),
             bos_id=bos_id,
-            eos_ids=eos_ids,
+            eos_ids=[*eos_ids, *files.eos_ids],
             chat_template=files.chat_template,
             source=files.source,
         )
@@ -99,6 +101,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The largest token id + 1. A model's matrices may have more rows, which no token uses."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer. Files disagree, and quantized copies often lack some, so each that any file
+        names counts: ``eos_token_id`` of config.json and generation_config.json, ``eos_token`` of tokenizer_config.json
+        and special_tokens_map.json, the special tokens of tokenizer.json with a customary name such as ``<|im_end|>``,
+        and the token that the chat template writes after an answer (``end_tokens.py``)."""
+        named = self._backend.token_to_id(self.names.get("eos_token", ""))
+        found = [*self._given_eos_ids, *(() if named is None else (named,)), *customary_end_ids(self._added)]
+        if self.chat_template is not None:
+            bos = self.names.get("bos_token") if self.bos_id is None else self._backend.id_to_token(self.bos_id)
+            found += turn_end_ids(self.chat_template, self._added, bos)
+        return tuple(dict.fromkeys(found))
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ import tokenizers
 from tokenizers import AddedToken
 
 from exl.checkpoint.config import read_json
+from exl.checkpoint.lfs import refuse_lfs_pointer
 from exl.errors import CheckpointError, ConfigError
 from exl.text.chat_template import ChatTemplate
+from exl.user_text import read_text
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SETTINGS = "tokenizer_config.json"
+_OLDER = "special_tokens_map.json"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class TokenizerFiles:
 
     backend: tokenizers.Tokenizer  # without truncation and padding; every special token is flagged
     names: Mapping[str, str]  # {"bos_token": "<s>", ...}; not all need be in the vocabulary
+    eos_ids: tuple[int, ...]  # of every file that names an EOS
     add_bos: bool | None  # None: only the post-processor decides
     chat_template: ChatTemplate | None
     source: str
@@ -34,16 +39,18 @@ class TokenizerFiles:
         """Raises ``CheckpointError`` for a missing or damaged tokenizer.json, ``ConfigError`` for the other files."""
         backend = _read_backend(folder)
         path = folder / _SETTINGS
-        settings = read_json(path) if path.is_file() else {}
-        if settings.get("added_tokens_decoder") is None and (folder / "special_tokens_map.json").is_file():
-            settings = settings | read_json(folder / "special_tokens_map.json")  # older files: this one decides
+        own = settings = read_json(path) if path.is_file() else {}
+        older = read_json(folder / _OLDER) if (folder / _OLDER).is_file() else {}
+        if settings.get("added_tokens_decoder") is None:
+            settings = settings | older  # without newer files, this one decides
         add_bos = settings.get("add_bos_token")
         if add_bos is not None and not isinstance(add_bos, bool):
             raise ConfigError(f"{path}: add_bos_token: found {add_bos!r}, expected true or false")
         _add_described(backend, settings, path)
         names = _flag_named(backend, settings, path)
+        eos_ids = _eos_ids(backend, (own, path), (older, folder / _OLDER))
         template = _read_chat_template(folder, settings, names)
-        return cls(backend, names, add_bos, template, str(folder / "tokenizer.json"))
+        return cls(backend, names, eos_ids, add_bos, template, str(folder / "tokenizer.json"))
 
     def prefix_ids(self, bos_id: int | None) -> tuple[int, ...]:
         """The tokens that are put before every text."""
@@ -65,12 +72,14 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
         others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).is_file()]
         if not others:
             raise CheckpointError(f"{path}: not found; a model folder needs it beside the weights")
+        refuse_lfs_pointer(folder / others[0])
         raise CheckpointError(
             f"{path}: not found, only {others[0]}, which exl does not read; convert it once with transformers:"
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
+    refuse_lfs_pointer(path)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except Exception as error:  # the library raises no type of its own
         raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
     # Training may have left such settings in the file; they would cut off prompts.
@@ -108,6 +117,22 @@ def _flag_named(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], path
         if backend.token_to_id(token.content) is not None:
             backend.add_special_tokens([flagged(added.get(token.content, token))])
     return names
+
+
+def _eos_ids(backend: tokenizers.Tokenizer, *files: tuple[Mapping[str, Any], Path]) -> tuple[int, ...]:
+    """The EOS of each file that names one and that the vocabulary has. It becomes special, if it is not yet."""
+    ids = []
+    for values, path in files:
+        entry = values.get("eos_token")
+        if not isinstance(entry, str | Mapping) or not entry:
+            continue
+        token = _added_token(entry, f"{path}: eos_token")
+        token_id = backend.token_to_id(token.content)
+        if token_id is not None:
+            known = backend.get_added_tokens_decoder().get(token_id, token)
+            backend.add_special_tokens([flagged(known)])
+            ids.append(token_id)
+    return tuple(ids)
 
 
 def _named(settings: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
@@ -153,17 +178,10 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any], names: Mappin
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return ChatTemplate({name: _read_text(path) for name, path in files.items()}, names, str(folder))
+        return ChatTemplate({name: read_text(path, str(path)) for name, path in files.items()}, names, str(folder))
     if settings.get("chat_template"):
         return ChatTemplate(settings["chat_template"], names, f"{folder / _SETTINGS}: chat_template")
     path = folder / "chat_template.json"
     if path.is_file() and (template := read_json(path).get("chat_template")):
         return ChatTemplate(template, names, f"{path}: chat_template")
     return None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None

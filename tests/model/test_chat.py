@@ -211,7 +211,7 @@ def test_saved_and_loaded(llm, tmp_path, computed):
     ("content", "words"),
     [
         (b"{", ["JSON"]),
-        (b"\xff\xfe", ["JSON"]),
+        (b"\xff\xfe", ["UTF-16", "UTF-8"]),
         (b"[" * 100_000, ["JSON"]),
         (b"[]", ['"format": "exl chat"']),
         (b'{"format": "other"}', ["other", "exl chat"]),

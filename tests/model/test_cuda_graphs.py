@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import KernelError
 from exl.llm import LLM
+from exl.text.tokenizer import Tokenizer
 from exl.weights import placement
 from tests.host.backends import make_backend
 from tests.host.recording import Launch, RecordedCopies, RecordingBackend
@@ -167,7 +169,7 @@ def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
     recorder.capture = refuse
     engine = load(folder, recorder)
     assert tokens(engine, replace(GREEDY, max_tokens=6)) == tokens(load(folder, backend), replace(GREEDY, max_tokens=6))
-    llm = LLM._of(folder, engine, None, GenerationDefaults())
+    llm = LLM._of(folder, engine, Tokenizer.from_folder(BUNDLED_MODEL), GenerationDefaults())
     assert "decode steps launched one by one: a graph could not be captured" in repr(llm)
     assert llm.decode_steps == engine.decode_steps
     assert "launched one by one: a graph could not be captured (RuntimeError: operation not permitted" in caplog.text

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import exl.checkpoint.checkpoint
+import exl.checkpoint.source
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.writer import write_safetensors
 from exl.errors import CheckpointError
@@ -226,8 +226,8 @@ def test_threads_read_one_file_at_once(opened, monkeypatch, positional):
             time.sleep(0.0005)  # gives another thread time to move the position
             return position
 
-    monkeypatch.setattr(exl.checkpoint.checkpoint, "_HAS_PREADV", positional)
-    monkeypatch.setattr(exl.checkpoint.checkpoint, "FileIO", Handle)
+    monkeypatch.setattr(exl.checkpoint.source, "_HAS_PREADV", positional)
+    monkeypatch.setattr(exl.checkpoint.source, "FileIO", Handle)
     tensors = opened[1]
     names = [name for name in tensors if tensors[name].numel()]
     with Checkpoint.open(opened[0].path) as checkpoint, ThreadPoolExecutor(4) as threads:
@@ -265,7 +265,7 @@ def test_errors_of_the_system_are_checkpoint_errors(opened, monkeypatch):
     def broken(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(exl.checkpoint.checkpoint._OpenFile, "_read_some", broken)
+    monkeypatch.setattr(exl.checkpoint.source.OpenFile, "_read_some", broken)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot read tensor 'big': Input/output error"):
         opened[0].read("big")
 
@@ -276,7 +276,7 @@ def test_a_file_without_permission(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(exl.checkpoint.checkpoint, "FileIO", refused)  # chmod would not stop root
+    monkeypatch.setattr(exl.checkpoint.source, "FileIO", refused)  # chmod would not stop root
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be opened in .*: Permission denied"):
         Checkpoint.open(tmp_path)
 
@@ -300,7 +300,7 @@ def test_handles_are_closed(tmp_path, monkeypatch):
         handles.append(FileIO(*args))
         return handles[-1]
 
-    monkeypatch.setattr(exl.checkpoint.checkpoint, "FileIO", recorded)
+    monkeypatch.setattr(exl.checkpoint.source, "FileIO", recorded)
     shard(tmp_path, random_tensors(), 3)
     with Checkpoint.open(tmp_path):
         assert sum(not handle.closed for handle in handles) == 3
@@ -319,7 +319,7 @@ def test_handles_are_closed(tmp_path, monkeypatch):
     ("files", "message"),
     [
         ([], r"found nothing, expected model\.safetensors or model\.safetensors\.index\.json with its shards$"),
-        (["config.json"], r"found no weights among 1 files, expected model\.safetensors"),
+        (["config.json"], r"found no weights among 1 file, expected model\.safetensors"),
         (["config.json", "pytorch_model.bin"], r"found only \.bin weights.*exl reads safetensors: .*save_pretrained"),
         (["model.pt"], r"found only \.pt weights.*torch\.load\(.*weights_only=True\)"),
         (["model-q4_0.gguf"], r"found only \.gguf weights.*llama\.cpp's format"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 import exl
 from benchmarks.synthetic import SHAPES, write_headers
+from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.errors import ExlWarning
 from tests.unit.checkpoint.hub_server import COMMIT, Hub
 
 ORG = "somebody"
@@ -116,6 +119,29 @@ def test_act_order_is_planned_as_it_is_loaded(hub, tmp_path):
     assert plan.num_bytes > exl.plan().num_bytes
 
 
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_head_beside_a_tied_embedding_is_planned_by_a_few_of_its_rows(hub, tmp_path, differs):
+    folder = tmp_path / "tied"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    embed = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embed * 2 if differs else embed.copy()
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    hub.repos[f"{ORG}/tied"] = folder
+    expected = r"lm_head differs from model\.embed_tokens" if differs else r"planned as if lm_head were a copy of"
+    with pytest.warns(ExlWarning, match=rf"^somebody/tied: .*{expected}"):
+        plan = exl.plan(f"{ORG}/tied")
+    with pytest.warns(ExlWarning) if differs else contextlib.nullcontext():
+        assert as_text(plan) == as_text(exl.plan(folder))
+    with Checkpoint.open(folder) as checkpoint:
+        infos = [checkpoint.info(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    rows = [(a, b) for a, b in hub.ranges["model.safetensors"] if any(i.start <= a < i.stop for i in infos)]
+    assert len(rows) == (2 if differs else 8)
+    assert {last - first + 1 for first, last in rows} == {embed[0].nbytes}
+
+
 def test_what_is_in_the_cache_is_planned_from_there(hub):
     with exl.load(f"{ORG}/stories") as llm:
         text = llm.generate("Once upon a time", max_tokens=8, temperature=0).text
@@ -189,7 +215,7 @@ def test_no_network(hub, monkeypatch, function):
 def test_a_repository_without_safetensors(hub, tmp_path):
     for name, message in {
         "pytorch_model.bin": r"^somebody/bin: found only \.bin weights, expected model\.safetensors",
-        "README.md": r"^somebody/bin: found no weights among 1 files, expected model\.safetensors",
+        "README.md": r"^somebody/bin: found no weights among 1 file, expected model\.safetensors",
     }.items():
         folder = tmp_path / name
         folder.mkdir()

@@ -78,6 +78,20 @@ def test_files_are_asked_in_autogptqs_order(tmp_path):
     assert (config.bits, config.source) == (8, "quantize_config.json")
 
 
+def test_what_files_say_differently_is_kept_and_what_they_say_alike_is_not(tmp_path):
+    """Also equal patterns: two parses of one regular expression are equal."""
+    rules = {"dynamic": {r"-:.*\.0\..*": {}, r"+:.*\.1\..*": {"bits": 8}}}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(BASE | rules | {"desc_act": True}))
+    config = read_quant_config(tmp_path, {"quantization_config": BASE | rules | {"lm_head": True}})
+    assert (config.others, config.lm_head, len(config.rules)) == ((), True, 2)
+    rules["dynamic"][r"+:.*\.1\..*"] = {"bits": 2}
+    config = read_quant_config(tmp_path, {"quantization_config": BASE | rules | {"sym": False}})
+    (other,) = config.others
+    assert (config.sym, other.sym, other.rules[1].bits, other.source) == (
+        False, False, 2, "config.json: quantization_config",
+    )  # fmt: skip
+
+
 def test_a_file_that_cannot_be_read_is_not_taken_for_absent(tmp_path):
     (tmp_path / "quantize_config.json").symlink_to(tmp_path / "gone.json")
     with pytest.raises(ConfigError, match=r"quantize_config\.json"):

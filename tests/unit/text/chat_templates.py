@@ -182,3 +182,55 @@ QWEN_3 = """{%- if messages[0].role == 'system' %}
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}"""
+
+# Of DeepSeek-R1 and the models distilled from it: an assistant's message calls tools if its content is None. Their
+# tokens are written with full-width bars.
+DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
+{%- set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='') %}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}
+{%- endfor %}
+{{- bos_token }}{{ ns.system_prompt }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {%- set ns.is_tool = false -%}
+        {{- '<|User|>' + message['content'] }}
+    {%- endif %}
+    {%- if message['role'] == 'assistant' and message['content'] is none %}
+        {%- set ns.is_tool = false -%}
+        {%- for tool in message['tool_calls'] %}
+            {%- set call = '<|tool▁call▁begin|>' + tool['type'] + '<|tool▁sep|>' + tool['function']['name'] + '\\n'
+                + '```json' + '\\n' + tool['function']['arguments'] + '\\n' + '```' + '<|tool▁call▁end|>' %}
+            {%- if not ns.is_first %}
+                {{- '<|Assistant|><|tool▁calls▁begin|>' + call }}
+                {%- set ns.is_first = true -%}
+            {%- else %}
+                {{- '\\n' + call }}
+                {{- '<|tool▁calls▁end|><|end▁of▁sentence|>' }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {%- if message['role'] == 'assistant' and message['content'] is not none %}
+        {%- if ns.is_tool %}
+            {{- '<|tool▁outputs▁end|>' + message['content'] + '<|end▁of▁sentence|>' }}
+            {%- set ns.is_tool = false -%}
+        {%- else %}
+            {%- set content = message['content'] %}
+            {%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
+            {{- '<|Assistant|>' + content + '<|end▁of▁sentence|>' }}
+        {%- endif %}
+    {%- endif %}
+    {%- if message['role'] == 'tool' %}
+        {%- set ns.is_tool = true -%}
+        {%- if ns.is_output_first %}
+            {{- '<|tool▁outputs▁begin|><|tool▁output▁begin|>' + message['content'] + '<|tool▁output▁end|>' }}
+            {%- set ns.is_output_first = false %}
+        {%- else %}
+            {{- '\\n<|tool▁output▁begin|>' + message['content'] + '<|tool▁output▁end|>' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor -%}
+{% if ns.is_tool %}{{ '<|tool▁outputs▁end|>' }}{% endif %}
+{%- if add_generation_prompt and not ns.is_tool %}{{ '<|Assistant|><think>\\n' }}{% endif %}""".replace(
+    "<|", "<\uff5c"
+).replace("|>", "\uff5c>")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl.errors import ConfigError
 from exl.text.chat_template import ChatTemplate
 from exl.text.tokenizer import Tokenizer
-from tests.unit.text.chat_templates import CHATML, LLAMA_2, LLAMA_3, MISTRAL, QWEN_3, QWEN_25
+from tests.unit.text.chat_templates import CHATML, DEEPSEEK_R1, LLAMA_2, LLAMA_3, MISTRAL, QWEN_3, QWEN_25
 from tests.unit.text.tokenizer_folders import byte_level, plain, sentencepiece, transformers_tokenizer, write_folder
 
 TOOLS = [
@@ -179,6 +180,87 @@ def test_a_key_without_a_value_is_no_key_as_in_transformers(model):
     assert render(template, messages) == expected
 
 
+# Forms of a message's content
+
+CALLING = [
+    {"role": "user", "content": "Weather in Zürich and Bern?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": json.dumps({"place": place})}}
+            for place in ("Zürich", "Bern")
+        ],
+    },
+    {"role": "tool", "content": "sunny"},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "<think>so</think>Sun, then rain.", "name": None},
+    {"role": "user", "content": "Thanks"},
+]
+TEXT_PARTS = [{"type": "text", "text": "Hello,"}, {"type": "text", "text": "who are you?"}]
+LOOP = "{% for part in message.content %}{{ part.type }}:{{ part['text'] }};{% endfor %}"
+READS_PARTS = {
+    "loop": "{% for message in messages %}" + LOOP + "{% endfor %}",
+    "loop unless a string": "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}|{% endfor %}{% endif %}{% endfor %}",
+    "variable": "{% for m in messages %}{% set all = m.content if m.content else [] %}{% set these = all %}"
+    "{% for part in these %}{{ part.text }}{% endfor %}{% endfor %}",
+    "macro": "{% macro show(parts, n) %}{% for part in parts %}{{ part.text }}{{ n }}{% endfor %}{% endmacro %}"
+    "{% for m in messages %}{{ show(m.content, 3) }}{% endfor %}",
+    "filters": "{% for m in messages %}{{ m.content | map(attribute='text') | join(' + ') }}{% endfor %}",
+    "index": "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}",
+}
+
+
+def as_written(template, messages, **variables):
+    """What transformers' renderer makes of messages as they are: ``apply_chat_template`` first drops keys whose value
+    is None, since version 5, and DeepSeek-R1's template then fails."""
+    rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
+    return rendered[0]
+
+
+@pytest.mark.parametrize("silent", [{"content": None}, {}], ids=["content None", "no content"])
+@pytest.mark.parametrize("num_messages", range(1, 7))
+def test_a_template_that_asks_for_none_gets_it(num_messages, silent):
+    names = {"bos_token": "<s>"}
+    expected = as_written(DEEPSEEK_R1, CALLING[:num_messages], **names)
+    calling = [silent | {k: v for k, v in m.items() if k != "content"} if "tool_calls" in m else m for m in CALLING]
+    assert ChatTemplate(DEEPSEEK_R1, names).render(calling[:num_messages]) == expected
+
+
+def test_a_content_that_is_compared_with_none_gets_it():
+    template = "{% for m in messages %}{{ 'silent' if m['content'] == none else m.content }};{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    assert render(template, messages) == as_written(template, messages) == "a;silent;"
+
+
+@pytest.mark.parametrize("template", READS_PARTS.values(), ids=READS_PARTS)
+def test_parts_reach_a_template_that_goes_through_them(template):
+    messages = [{"role": "user", "content": TEXT_PARTS}]
+    assert render(template, messages) == as_written(template, messages)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_are_one_text_to_a_template_that_does_not(model, name):
+    """transformers would fail, show the model Python's notation of a list (Llama 3), or leave it out (Qwen 3)."""
+    ours, theirs = model(name)
+    text = reference(theirs, [{"role": "user", "content": "Hello,\nwho are you?"}], {}, tokenize=False)
+    assert ours.chat_template.render([{"role": "user", "content": TEXT_PARTS}]) == text
+    assert ours.chat_template.render([{"role": "user", "content": tuple(TEXT_PARTS)}]) == text
+    for part in ({"type": "image", "image": "a.png"}, {"type": "text"}, {"type": 3, "text": "a"}):
+        with pytest.raises(
+            ConfigError, match=r"messages\[1\]: content: found a part '.*chat template takes texts only"
+        ):
+            ours.chat_template.render([*SHORT, {"role": "assistant", "content": [*TEXT_PARTS, part]}])
+
+
+def test_control_tokens_in_parts_are_plain_text(model):
+    ours, _ = model("chatml")
+    end = ours.token_to_id("<|im_end|>")
+    parts = [{"type": "text", "text": "a<|im_end|>"}, {"type": "text", "text": "<|im_end|>b"}]
+    assert ours.encode_chat([{"role": "user", "content": parts}]).count(end) == 2
+
+
 def test_the_time_is_now():
     assert abs(datetime.now() - datetime.fromisoformat(render("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}"))).days == 0
 
@@ -233,7 +315,7 @@ def test_template_files_come_before_settings_and_those_before_the_legacy_file(tm
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     assert (rendered(), rendered(tools=TOOLS)) == ("file <s>", "tools")
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=r"chat_template\.jinja: cannot be read"):
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: not UTF-8"):
         rendered()
 
 
@@ -290,6 +372,7 @@ def test_malformed_tools_and_variables_are_named():
         ("{% include 'x' %}", "no loader"),
         ("{{ [messages] | tojson(indent=[]) }}", "TypeError"),
         ("{{" + "(" * 500, "RecursionError: "),
+        ("{{ 1" + " + 1" * 5000 + " }}", "RecursionError: "),
     ],
 )
 def test_errors_of_a_template_are_one_line_with_its_words(template, said):
