@@ -260,7 +260,7 @@ class Chat:
         overflow: str = "error",
     ) -> Chat:
         """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
-        system, messages = _parts(data, source)
+        system, messages = read_saved(data, source)
         chat = cls(llm, system, tools=tools, variables=variables, overflow=overflow)
         chat._messages = messages
         return chat
@@ -421,8 +421,9 @@ def _wrong(source: str, found: object, expected: str) -> ConfigError:
     return ConfigError(f"{source}: not a saved chat: found {str(found)[:60]!r}, expected {expected}")
 
 
-def _parts(data: Any, source: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """The system prompt and the messages of a saved chat. Raises ``ConfigError`` for anything else."""
+def read_saved(data: Any, source: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """The system prompt and the messages of what ``Chat.to_json`` gives and ``save`` writes. Raises ``ConfigError``,
+    which names ``source``, for anything else."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise _wrong(source, data.get("format") if isinstance(data, dict) else data, f'"format": "{FORMAT}"')
     if data.get("version") != VERSION:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from exl.errors import ExlError
 from exl.streams import Stream, Ticket
 from exl.text.logprobs import TokenLogprob
+from exl.token_html import tokens_html
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ class Completion:
         )
 
     def _repr_html_(self) -> str:
+        """The text; with ``logprobs`` its tokens, those of a stop string too, coloured by their probability."""
+        plain = f'<div style="white-space: pre-wrap">{html.escape(self.text)}</div>'
+        limit = f" ({self.limit})" if self.limit is not None else ""
         return (
-            f'<div style="white-space: pre-wrap">{html.escape(self.text)}</div>'
+            f"{tokens_html(self.logprobs) if self.logprobs else plain}"
             f'<div style="opacity: 0.6; font-size: 85%">{self.num_prompt_tokens} + {self.num_tokens} tokens, '
-            f"{html.escape(self.finish_reason)}, first after {self.prompt_seconds * 1e3:.0f} ms, "
+            f"{html.escape(self.finish_reason + limit)}, first after {self.prompt_seconds * 1e3:.0f} ms, "
             f"then {self.tokens_per_second:.1f} tokens/s</div>"
         )
 
@@ -86,6 +90,11 @@ class TextIterator(Stream[str]):
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """One per token so far, also if its text is not final yet; None unless ``top_logprobs`` was given."""
         return None if self._logprobs is None else tuple(self._logprobs)
+
+    @property
+    def num_tokens(self) -> int:
+        """So far, also those whose text is not final yet."""
+        return self._ticket.num_tokens
 
     def __repr__(self) -> str:
         if self._completion is not None:

@@ -303,6 +303,7 @@ class LLM:
                         reason = "stop"
                         break
                     token_ids.append(token.token_id)
+                    ticket.num_tokens = len(token_ids)
                     if logprobs is not None:
                         logprobs.append(TokenLogprob.of(token.ranked, self.tokenizer))
                     piece = text.push(token.token_id)

@@ -29,6 +29,7 @@ class Ticket:
         self.stream: weakref.ref[Stream[Any]] | None = None  # what its user holds
         self.thread: threading.Thread | None = None  # which took the last item
         self.idle_since: float | None = None  # None: it is computing
+        self.num_tokens = 0  # that it has made so far
         self.closed = False  # its user has closed it while another thread was computing: to be seen after that item
         self.ended_by: str | None = None  # the model has ended it, and why
 

@@ -18,9 +18,8 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
 
 def execute(notebook: nbformat.NotebookNode, runtime: Path, timeout: int = 120) -> None:
-    """Runs every cell of ``notebook`` in place, in the folder of the examples and with this tree's exl.
-
-    ``runtime``: a folder for the kernel's own files. Raises ``nbclient.exceptions.CellExecutionError``.
+    """Runs every cell of ``notebook`` in place, with this tree's exl, but outside of the repository: in ``runtime``, a
+    folder where the kernel's own files are, too. Raises ``nbclient.exceptions.CellExecutionError``.
     """
     env = {
         **os.environ,
@@ -33,7 +32,7 @@ def execute(notebook: nbformat.NotebookNode, runtime: Path, timeout: int = 120) 
         notebook,
         timeout=timeout,
         kernel_name="python3",
-        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+        resources={"metadata": {"path": str(runtime)}},
         record_timing=False,
     )
     client.execute(env=env)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import codecs
 import html
 import json
 from collections.abc import Sequence
 
 import exl
 from exl.planning.devices import HOST
+from exl.token_html import level, level_names, token_spans, visible, with_itself
 from exl.units import format_bytes
 
+from .conversation import Answer, Reading
 from .settings import LoadSettings
-
-# Lowest probabilities of the classes p4 to p1; below them it is p0. page.css has their colours.
-EDGES = (0.8, 0.5, 0.2, 0.05)
 
 
 def brand() -> str:
@@ -58,27 +56,50 @@ def waiting(ahead: int) -> str:
     return notice(f"Waiting for the model: {others} before yours", "wait")
 
 
-def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0) -> str:
-    """Speed and seed of an answer; None: says that it was stopped."""
+_LIMITS = {"max_tokens": "cut off by max tokens", "context": "cut off: the context is full"}
+
+
+def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0, *, with_seed: bool = False) -> str:
+    """Speed and size of an answer; None: says that it was stopped."""
     if done is None:
-        return '<div class="exl-stats">stopped</div>'
-    speed = f"<span><b>{done.tokens_per_second:.1f} tokens/s</b></span>"
+        return '<div class="exl-stats"><span>stopped</span></div>'
     parts = [
+        *([f"<em>{_LIMITS[done.limit]}</em>"] if done.limit is not None else []),
+        f"<b>{done.tokens_per_second:.1f} tokens/s</b>",
         f"{done.num_tokens} tokens",
         f"first after {done.prompt_seconds * 1e3:.0f} ms",
         f"context {num_tokens} of {context}",
-        f"seed {done.seed}",
-        *(["cut off by max tokens or context"] if done.finish_reason == "length" else []),
+        *([f"seed {done.seed}"] if with_seed else []),
     ]
-    spans = "".join(f"<span>{html.escape(part)}</span>" for part in parts)
-    return f'<div class="exl-stats">{speed}{spans}</div>'
+    return f'<div class="exl-stats">{"".join(f"<span>{part}</span>" for part in parts)}</div>'
+
+
+def seed(done: exl.Completion | None) -> str:
+    return "" if done is None else f'<div class="exl-stats"><span>seed {done.seed}</span></div>'
+
+
+def answering(answer: Answer) -> str:
+    """How many tokens there are so far, and how fast they come."""
+    if answer.num_tokens < 2 or not answer.seconds:
+        return notice("Answering", "wait")
+    speed = (answer.num_tokens - 1) / answer.seconds
+    return notice(f"Answering: {answer.num_tokens} tokens, {speed:.1f} tokens/s", "wait")
+
+
+def reading(state: Reading) -> str:
+    """How far the model has read a prompt."""
+    return _bar("Reading the prompt", f"{state.tokens} of {state.total} tokens", state.tokens, state.total)
 
 
 def progress(name: str, done: int, total: int) -> str:
-    share = 100 * done / total if total else 0
     told = f"{format_bytes(done)} of {format_bytes(total)}" if total else "reading headers"
+    return _bar(f"Loading {name}", told, done, total)
+
+
+def _bar(title: str, told: str, done: int, total: int) -> str:
+    share = 100 * done / total if total else 0
     return (
-        f'<div class="exl-progress" role="status"><div>Loading {html.escape(name)}<span>{told}</span></div>'
+        f'<div class="exl-progress" role="status"><div>{html.escape(title)}<span>{html.escape(told)}</span></div>'
         f'<div class="exl-track"><div style="width: {share:.1f}%"></div></div></div>'
     )
 
@@ -91,39 +112,22 @@ def plan(title: str, found: exl.MemoryPlan | None, hint: str = "") -> str:
 
 def tokens(prompt: str, records: Sequence[exl.TokenLogprob]) -> str:
     """A prompt, and the tokens that continue it, coloured by probability. Each token carries its alternatives as JSON;
-    the page's script shows them as text."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    spans = [_token(record, utf8.decode(record.token_bytes)) for record in records]
-    return f'<div class="exl-tokens"><span class="exl-prompt">{html.escape(prompt)}</span>{"".join(spans)}</div>'
-
-
-def legend() -> str:
-    names = [f"below {EDGES[-1]:.0%}", *(f"{edge:.0%} and up" for edge in reversed(EDGES))]
-    keys = "".join(f'<span><i class="p{i}"></i>{name}</span>' for i, name in enumerate(names))
-    return f'<div class="exl-legend">{keys}<em>hover or tap a token for its alternatives</em></div>'
-
-
-def probability_class(probability: float) -> str:
-    """``probability_class(0.9) == "p4"``."""
-    return f"p{sum(probability >= edge for edge in EDGES)}"
-
-
-def _token(record: exl.TokenLogprob, text: str) -> str:
-    """``text``: the characters that the token completes. If it completes none, a dot is shown."""
-    rows = [[_visible(other.text), other.probability, other.token_id == record.token_id] for other in top(record)]
-    shown = html.escape(text or "·").replace("\n", '<span class="exl-newline">⏎</span>\n')
-    data = html.escape(json.dumps(rows, ensure_ascii=False), quote=True)
+    the page's script shows them as text, and lets the arrow keys move from token to token."""
+    spans = token_spans(records, _attributes)
     return (
-        f'<span class="exl-token {probability_class(record.probability)}" tabindex="0" data-top="{data}">{shown}</span>'
+        f'<div class="exl-tokens" role="group" aria-label="Tokens; the arrow keys move between them">'
+        f'<span class="exl-prompt">{html.escape(prompt)}</span>{spans}</div>'
     )
 
 
-def top(record: exl.TokenLogprob) -> tuple[exl.TokenLogprob, ...]:
-    """The alternatives, and the token itself if it is not among them."""
-    if any(other.token_id == record.token_id for other in record.alternatives):
-        return record.alternatives
-    return (*record.alternatives, record)
+def legend() -> str:
+    keys = "".join(f'<span><i class="p{i}"></i>{name}</span>' for i, name in enumerate(level_names()))
+    return f'<div class="exl-legend">{keys}<em>hover or tap a token for its alternatives</em></div>'
 
 
-def _visible(text: str) -> str:
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "no text"
+def _attributes(record: exl.TokenLogprob) -> str:
+    rows = [
+        [visible(other.text), other.probability, other.token_id == record.token_id] for other in with_itself(record)
+    ]
+    data = html.escape(json.dumps(rows, ensure_ascii=False), quote=True)
+    return f'class="exl-token p{level(record.probability)}" tabindex="-1" data-top="{data}"'

@@ -31,15 +31,21 @@ class Loading:
     total: int = 0
 
 
+class Stopped(Exception):
+    """Raised inside a job's work by a callback, when the job has been stopped. It is no failure."""
+
+
 class Job:
-    """A request in the queue. A new state replaces an unread one, so that a slow browser never delays the model."""
+    """A request in the queue. A new state replaces the one before, so that a slow browser never delays the model, and
+    any number of pages may watch, each from any time on."""
 
     def __init__(self, run: Callable[[Job], None], worker: Worker) -> None:
         self.stopped = False
         self.failure: str | None = None  # one line
         self._run, self._worker = run, worker
         self._changed = threading.Condition()
-        self._states: deque[Any] = deque(maxlen=1)
+        self._state: Any = None
+        self._version = 0  # number of states so far
         self._done = False
 
     @property
@@ -48,22 +54,32 @@ class Job:
 
     def tell(self, state: Any) -> None:
         with self._changed:
-            self._states.append(state)
+            self._state = state
+            self._version += 1
             self._changed.notify_all()
+
+    def check(self, *_: object) -> None:
+        """Raises ``Stopped`` if the job has been stopped."""
+        if self.stopped:
+            raise Stopped
 
     def stop(self) -> None:
         """Asks a running job to end; removes a waiting job from the queue."""
         self.stopped = True
         self._worker.withdraw(self)
 
-    def watch(self, every: float = 0.05) -> Iterator[Any]:
-        """Yields ``Waiting`` while other jobs come first, then the newest state, at most one per ``every`` seconds."""
-        shown = None
+    def watch(self, every: float = 0.05, until: threading.Event | None = None) -> Iterator[Any]:
+        """Yields ``Waiting`` while other jobs come first, then the newest state, at most one per ``every`` seconds.
+        Ends with the job, or when ``until`` is set."""
+        shown, seen = None, 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._states or self._done, timeout=0.25)
-                state = self._states.popleft() if self._states else None
-                done = self._done
+                if self._version == seen and not self._done:
+                    self._changed.wait(timeout=0.25)
+                state = self._state if self._version != seen else None
+                seen, done = self._version, self._done
+            if until is not None and until.is_set():
+                return
             ahead = self._worker.ahead(self)
             if state is None and ahead:
                 state = Waiting(ahead)
@@ -78,6 +94,8 @@ class Job:
         try:
             if not self.stopped:
                 self._run(self)
+        except Stopped:
+            pass
         except Exception as error:
             self.failure = one_line(error)
         finally:

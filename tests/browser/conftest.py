@@ -10,6 +10,8 @@ from urllib.parse import urlparse
 import pytest
 import torch
 
+import exl
+
 ROOT = Path(__file__).parents[2]
 SECONDS_A_TOKEN = 0.02  # slow enough for a person, or a test, to press Stop
 
@@ -51,12 +53,21 @@ def run(worker, work) -> None:
     assert job.failure is None, job.failure
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """The same model by itself."""
+    with exl.load() as llm:
+        yield llm
+
+
 @pytest.fixture(scope="session")
-def browser(chromium):
+def browser():
     from playwright.sync_api import sync_playwright
 
+    from tests.browser.steps import CHROMIUM
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -73,6 +84,7 @@ def open_page(server, browser, worker):
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: wrong.append(request.url) if is_foreign(request.url, url) else None)
+        page.on("requestfailed", lambda request: wrong.remove(request.url) if request.failure == "csp" else None)
         page.goto(url)
         page.locator("#status .exl-status").wait_for()
         return page
@@ -80,7 +92,7 @@ def open_page(server, browser, worker):
     yield open_page
     for context in contexts:
         context.close()
-    assert wrong == []  # errors of scripts, and requests to other hosts
+    assert wrong == []  # errors of scripts, and requests to other hosts that the page's own policy did not stop
 
 
 def is_foreign(requested: str, url: str) -> bool:
@@ -94,8 +106,8 @@ def slow(monkeypatch):
 
     plain = Generator.extend
 
-    def extend(self, sequence, ids):
+    def extend(self, *asked):
         time.sleep(SECONDS_A_TOKEN)
-        return plain(self, sequence, ids)
+        return plain(self, *asked)
 
     monkeypatch.setattr(Generator, "extend", extend)

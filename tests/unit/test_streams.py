@@ -123,6 +123,15 @@ def test_what_iterators_show(llm):
     assert repr(stream) == f"TextIterator(ended: {stream.completion!r})"
 
 
+def test_a_stream_counts_its_tokens(llm):
+    for stream in (llm.stream("One day", 9), llm.chat().stream("One day", 9)):
+        counts = [stream.num_tokens, *(stream.num_tokens for _ in stream)]
+        assert counts[0] == 0
+        assert counts == sorted(counts)
+        assert len(set(counts)) > 4
+        assert stream.num_tokens == stream.completion.num_tokens == 9
+
+
 def test_a_pool_thread_waits_for_a_stream_that_another_one_goes_on_with(llm):
     """A server's threads take a stream's pieces in turn: the thread that began one may be given another request."""
     expected = llm.generate("One day", 30).text

@@ -23,9 +23,10 @@ def parts():
     """The modules of examples/gradio_parts, as the demo imports them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
-        from gradio_parts import render, session, settings, worker
+        from gradio_parts import conversation, markdown, render, session, settings, worker
 
-        yield {"render": render, "session": session, "settings": settings, "worker": worker}
+        modules = (conversation, markdown, render, session, settings, worker)
+        yield {module.__name__.split(".")[-1]: module for module in modules}
 
 
 @pytest.fixture
@@ -134,15 +135,157 @@ def test_a_conversation_goes_on_with_another_model(parts, worker):
     assert session.messages == before
 
 
-def test_one_request_at_a_time_for_a_tab(parts, worker):
+def test_one_request_at_a_time_for_a_conversation_and_for_a_completion(parts, worker):
     gate = threading.Event()
     session = parts["session"].Session(worker)
-    job = session.submit(lambda job: gate.wait(10))
-    for call in (lambda: session.send("Hello.", "", {}), lambda: session.undo()):
+    first = worker.submit(lambda job: gate.wait(10))
+    jobs = [session.send("Hello.", "", {}), session.complete("Once", 1, {})]
+    options = ("", {})
+    for call in (
+        lambda: session.send("Hello.", *options),
+        lambda: session.retry(*options),
+        lambda: session.edit(0, "Bye.", *options),
+        lambda: session.undo(),
+        lambda: session.complete("Once", 1, {}),
+    ):
         with pytest.raises(ConfigError, match="still"):
             call()
+    session.open(None)
+    jobs.append(session.send("Another conversation.", *options))  # waits for its turn
+    session.stop_all()
     gate.set()
+    for job in (first, *jobs):
+        finish(job)
+
+
+def test_a_stopped_or_failed_answer_without_a_piece_changes_nothing(parts, worker):
+    session = parts["session"].Session(worker)
+    job = session.send("Hello.", "", {})  # no model is loaded
     finish(job)
+    assert "no model is loaded" in job.failure
+    assert session.messages == []
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(session.send("Hello.", "", {"max_tokens": 4}))
+    before, gate = session.messages, threading.Event()
+    worker.submit(lambda job: gate.wait(10))
+    for ask in (
+        lambda: session.send("Why?", "", {}),
+        lambda: session.retry("", {}),
+        lambda: session.edit(0, "Bye.", "", {}),
+        lambda: session.go_on("", {}),
+    ):
+        job = ask()
+        assert session.conversation.busy
+        session.stop_answer()
+        finish(job)
+        assert session.messages == before
+        assert session.conversation.cut == "max_tokens"
+    gate.set()
+
+
+def test_a_prompt_that_is_read_tells_how_far_it_is_and_can_be_stopped(parts, worker, monkeypatch):
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    session, told = parts["session"].Session(worker), []
+    plain = parts["worker"].Job.tell
+    monkeypatch.setattr(parts["worker"].Job, "tell", lambda job, state: (told.append(state), plain(job, state)))
+    finish(session.send("Hello.", "", {"max_tokens": 2}))
+    read = [state for state in told if isinstance(state, parts["conversation"].Reading)]
+    assert read[-1].tokens == read[-1].total == told[-1].done.num_prompt_tokens
+    assert len(read) == worker.llm.config.num_layers
+    monkeypatch.setattr(parts["worker"].Job, "tell", lambda job, state: (job.stop(), plain(job, state)))
+    before = session.messages
+    job = session.send("Why?", "", {"max_tokens": 2})
+    finish(job)
+    assert job.failure is None
+    assert session.messages == before
+    monkeypatch.undo()
+    assert finish(session.send("Why?", "", {"max_tokens": 2}))[-1].done.num_tokens == 2
+
+
+def test_edits_continuations_and_records(parts, worker):
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    session = parts["session"].Session(worker)
+    options = {"max_tokens": 4, "temperature": 0}
+    for text in ("One.", "Two."):
+        finish(session.send(text, "Be kind.", options))
+    first = session.messages[1]["content"]
+    finish(session.go_on("Be kind.", options))
+    record = json.loads(json.dumps(session.conversation.record()))
+    assert record["cut"] == "max_tokens"
+    chat = exl.Chat.from_json(worker.llm, record["chat"])
+    assert (chat.system, chat.messages) == ("Be kind.", session.messages)
+    assert session.edit(1, "Changed.", "Be kind.", options) is None
+    assert [m["content"] for m in session.messages[:3]] == ["One.", "Changed.", "Two."]
+    with pytest.raises(ConfigError, match="no longer there"):
+        session.edit(9, "x", "", options)
+    finish(session.edit(0, "One.", "Be kind.", options))
+    assert [m["content"] for m in session.messages] == ["One.", first]
+    with pytest.raises(ConfigError, match="found nothing"):
+        session.edit(0, " ", "", options)
+    finish(session.send("Three.", "", options))
+    session.conversation.cut = None  # its answer has ended
+    with pytest.raises(ConfigError, match="no answer that was cut off"):
+        session.go_on("", options)
+
+
+def test_a_conversation_of_the_browser_that_is_none(parts, worker):
+    session = parts["session"].Session(worker)
+    for wrong in ({"id": "a", "chat": {"format": "x"}}, {"id": "a", "chat": 7}):
+        with pytest.raises(ConfigError, match="conversation: not a saved chat"):
+            session.open(wrong)
+    assert session.messages == []
+
+
+def test_a_tab_that_comes_back_goes_on_and_one_that_does_not_is_stopped(parts, worker, monkeypatch):
+    monkeypatch.setattr(parts["session"], "GRACE", 0.2)
+    sessions, gate = parts["session"].Sessions(worker), threading.Event()
+    blocking = worker.submit(lambda job: gate.wait(10))
+    session, is_back = sessions.enter("key 1", "tab")
+    assert not is_back
+    job = session.send("Hello.", "", {})
+    sessions.leave("key 1")
+    assert sessions.enter("key 2", "tab") == (session, True)
+    assert sessions.enter("key 3", "tab") == (session, True)  # before the server noticed that it had gone
+    sessions.leave("key 2")
+    assert sessions.of("key 3") is session
+    assert sessions.enter("key 4", "another tab")[0] is not session
+    threading.Event().wait(0.4)
+    assert not job.stopped
+    sessions.leave("key 3")
+    finish(job)  # taken out of the queue
+    assert job.stopped
+    assert sessions.enter("key 5", "tab") == (sessions.of("key 5"), False)
+    gate.set()
+    finish(blocking)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a <b>c</b> & d &amp; 1 < 2", "a <|b>c<|/b> & d &|amp; 1 < 2"),
+        ("`<b>` <!-- x -->", "`<b>` <|!-- x -->"),
+        ("```html\n<b> $x$\n```\n<i>", "```html\n<b> $x$\n```\n<|i>"),
+        ("~~~\n<b>", "~~~\n<b>"),
+        ("$x^2$ and $y$.", r"\(x^2\) and \(y\)."),
+        ("$5 and $6, US$7 or 8$", "$5 and $6, US$7 or 8$"),
+        ("$$x$$ and $$a$$", "$$x$$ and $$a$$"),
+        (r"\(a<b\) \[c<d\] $e<f$", r"\(a<b\) \[c<d\] \(e<f\)"),
+    ],
+)
+def test_html_stays_text_and_formulas_are_found(parts, text, shown):
+    markdown = parts["markdown"]
+    assert markdown.shown_answer(text).replace("\u2060", "|") == shown
+    assert markdown.typed(markdown.shown_message(text)) == text
+    assert "$x$" not in text or "$x$" in markdown.shown_message(text)
+
+
+def test_several_watch_one_job(worker):
+    gate = threading.Event()
+    job = worker.submit(lambda job: (job.tell("first"), gate.wait(10), job.tell("last")))
+    one, other = job.watch(every=0), job.watch(every=0)
+    assert next(one) == next(other) == "first"
+    gate.set()
+    assert list(one) == list(other) == ["last"]
 
 
 @pytest.mark.parametrize(
@@ -228,12 +371,3 @@ def test_tokens_are_coloured_and_the_chosen_one_is_marked(parts):
     first, second = (json.loads(html.unescape(data)) for data in re.findall(r'data-top="([^"]*)"', found))
     assert [(row[0], row[2]) for row in first] == [("␣a", True), ("b", False)]
     assert [(row[0], row[2]) for row in second] == [("␣a", False), ("b", False), ("c", True)]
-    classes = [parts["render"].probability_class(p) for p in (1, 0.8, 0.79, 0.5, 0.2, 0.05, 0.049, 0)]
-    assert classes == ["p4", "p4", "p3", "p3", "p2", "p1", "p0", "p0"]
-
-
-def test_characters_of_several_tokens_come_out_whole(parts):
-    smile = "😀".encode()
-    records = [exl.TokenLogprob(i, smile[i : i + 1], -1.0) for i in range(4)] + [record("\n", 0.5)]
-    text = re.sub("<[^>]*>", "", parts["render"].tokens("", records))
-    assert text == "···😀⏎\n"

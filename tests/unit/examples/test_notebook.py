@@ -70,6 +70,8 @@ STORIES = {
         r"\n> Then his mom came\.\n.*\n  \(\d+ tokens in the prompt, \d+ of them not computed again\)\n"
     ),
 }
+# What the cell with the tag "at hand" prints, without the model that talks or with it.
+TALKS = r"there is no model here yet that talks: make chat-model\n|> What is [^\n]*\n.+\n\n> And what [^\n]*\n.+"
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -82,6 +84,10 @@ def assert_same(saved: nbformat.NotebookNode, now: nbformat.NotebookNode) -> Non
         for cell in (saved, now):
             (text,) = printed(cell)
             assert re.fullmatch(STORIES[saved.id], text, re.DOTALL), f"{saved.id}: {text}"
+    elif tag == "at hand":
+        for cell in (saved, now):
+            (text,) = printed(cell)
+            assert re.fullmatch(TALKS, text, re.DOTALL), f"{saved.id}: {text}"
     elif tag == "rounded":
         (before,), (after,) = printed(saved), printed(now)
         assert NUMBER.sub("#", before) == NUMBER.sub("#", after), saved.id
@@ -117,6 +123,18 @@ def test_outputs_are_committed_and_true(committed, executed):
     assert {saved.id for saved, _ in pairs if "story" in saved.metadata.get("tags", ())} == STORIES.keys()
     assert sum("image/png" in kinds(saved) for saved, _ in pairs) == 2
     assert sum(bool(printed(saved)) for saved, _ in pairs) >= 10
+
+
+def test_completions_are_shown_by_the_probability_of_their_tokens(executed):
+    cells = {cell.id: cell for cell in executed.cells}
+    (output,) = cells["tokens"].outputs
+    assert output.data["text/html"].count("title=") == 60
+
+
+def test_nothing_but_exl_is_needed(committed):
+    """It runs wherever exl is installed: no path into a clone."""
+    for cell in committed.cells:
+        assert not re.search(r"\.\./|sys\.path|benchmarks|Path\.cwd", cell.source), cell.id
 
 
 def test_what_is_shown_holds_no_paths_of_a_machine(committed):
