@@ -12,7 +12,7 @@ NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
 setup(
     name="exl-engine",
     version="0.1.0",
-    description="Runs GPTQ-quantized language models on the GPUs people own, in the least memory",
+    description="exl runs GPTQ-quantized language models from Python on the GPUs people own, in the least memory",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -39,7 +39,6 @@ setup(
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
-        "server": ["fastapi>=0.110", "uvicorn>=0.29"],
         "demo": ["gradio>=6"],
         # Runs the demo in the system's Chromium; downloads no browser.
         "browser": ["playwright>=1.50"],

@@ -30,10 +30,10 @@ from benchmarks.synthetic import write_model
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, load_engine
 from exl.planning.from_headers import EngineOptions
+from exl.planning.shapes import SHAPES
 from exl.threads import Threads, usable_processors, using
 
 ROOT = Path(__file__).parents[1]
-SMOLLM2 = (576, 1536, 30, 9, 3, 64, 49152)
 LOADS = (0, 1, 2)
 CONTEXT = 512
 MOST_STEPS = CONTEXT - 16
@@ -122,7 +122,7 @@ def main() -> None:
     before = machine()
     with tempfile.TemporaryDirectory() as name:
         model = Path(name)
-        write_model(model, SMOLLM2, group_size=64, tokenizer=ROOT / "tests" / "data" / "stories260K")
+        write_model(model, SHAPES["smollm2-135m"], group_size=64, tokenizer=ROOT / "tests" / "data" / "stories260K")
         rows = measure("SmolLM2-135M shapes, 4 bits", model, args.rounds, args.seconds)
         rows += measure("the model in exl", BUNDLED_MODEL, args.rounds, args.seconds)
     print(f"{before}; {usable_processors()} processors may be used")

@@ -1,4 +1,4 @@
-"""exl runs GPTQ-quantized language models on the GPUs people own.
+"""exl runs GPTQ-quantized language models from Python on the GPUs people own, in the least memory.
 
     import exl
 

@@ -61,7 +61,7 @@ def _common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show exl's version and exit.")
     ] = False,
 ) -> None:
-    """Run GPTQ-quantized language models in the least memory."""
+    """Run GPTQ-quantized language models on the GPUs people own, in the least memory."""
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def describe_model_files(model: str | None, revision: str | None = None, token: 
     with open_model(found) as files:
         facts = {"model": str(found.repo_id if isinstance(found, RemoteFolder) else found)} | _shape_facts(files)
     defaults = GenerationDefaults.from_folder(small)
-    tokenizer = Tokenizer.from_folder(small, eos_ids=defaults.eos_ids or files.config.eos_ids)
+    tokenizer = Tokenizer.from_folder(small, eos_ids=(*defaults.eos_ids, *files.config.eos_ids))
     return ModelFacts(facts | _text_facts(tokenizer, defaults), _numbers(files) | {"stop_ids": list(tokenizer.eos_ids)})
 
 

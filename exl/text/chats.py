@@ -12,6 +12,7 @@ from pathlib import Path
 from exl.checkpoint.header import shown
 from exl.errors import ConfigError
 from exl.text.tokenizer import Tokenizer
+from exl.user_text import read_lines
 
 DOCUMENTS = ("auto", "lines", "packed", "whole", "chats")
 
@@ -32,15 +33,9 @@ def read_chats(path: str | Path, tokenizer: Tokenizer, source: str) -> Iterator[
     """
     if tokenizer.chat_template is None:
         raise ConfigError(f"{source}: {path}: holds chats, and the model has no chat template to render them with")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _encode(line, tokenizer, f"{source}: {path}, line {number}")
-    except OSError as error:
-        raise ConfigError(f"{source}: {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: {path}: not UTF-8 text: {error}") from None
+    for number, line in enumerate(read_lines(path, f"{source}: {path}"), 1):
+        if line.strip():
+            yield _encode(line, tokenizer, f"{source}: {path}, line {number}")
 
 
 def _encode(line: str, tokenizer: Tokenizer, where: str) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 from scripts import memory_table
 from tests.unit.checkpoint.hub_server import Hub
@@ -174,3 +175,10 @@ KERNELS = ROOT / "docs" / "kernels.md"
 
 def test_the_memory_table_is_what_the_plan_says():
     assert memory_table.table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_package_and_distribution_say_the_same():
+    said = "exl runs GPTQ-quantized language models from Python on the GPUs people own, in the least memory"
+    assert exl.__doc__.startswith(f"{said}.\n")
+    assert f"# exl\n\n{said}.\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f'description="{said}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
