@@ -55,7 +55,7 @@ class LLM:
     _turn: Turn
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        shown_args = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        shown_args = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
         raise TypeError(f"LLM() makes no model: exl.load({shown_args}) loads one and returns an LLM")
 
     @classmethod

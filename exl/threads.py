@@ -218,12 +218,16 @@ class Threads:
     def _choice(self, kind: str) -> ThreadChoice:
         choice = self._choices.get(kind)
         if choice is None:
-            choice = self._choices[kind] = ThreadChoice(1 if lost_threads() else self.limit)
+            choice = self._choices[kind] = ThreadChoice(self.limit)
         return choice
 
     @contextmanager
     def measured(self, kind: str, units: float) -> Iterator[None]:
         """Runs the block with as many threads as are fastest for this kind now, and times it."""
+        if lost_threads():  # whatever was fastest before the fork
+            with using(1):
+                yield
+            return
         choice = self._choice(kind)
         with using(choice.now):
             began = time.perf_counter()
@@ -239,7 +243,7 @@ class Threads:
     @contextmanager
     def like(self, kind: str) -> Iterator[None]:
         """As many threads as that kind of work has settled on; not timed."""
-        with using(self._choice(kind).settled):
+        with using(1 if lost_threads() else self._choice(kind).settled):
             yield
 
 

@@ -53,7 +53,8 @@ def format_bytes(num_bytes: int, digits: int = 2) -> str:
     if abs(num_bytes) < 1000:
         return f"{num_bytes} B"
     # 999,999 bytes are 1.00 MB, not 1000.00 KB.
-    unit = next((unit for unit in ("TB", "GB", "MB") if round(abs(num_bytes) / _UNITS[unit], digits) >= 1), "KB")
+    smaller = {"TB": "GB", "GB": "MB", "MB": "KB"}
+    unit = next((unit for unit in smaller if round(abs(num_bytes) / _UNITS[smaller[unit]], digits) >= 1000), "KB")
     return f"{num_bytes / _UNITS[unit]:.{digits}f} {unit}"
 
 

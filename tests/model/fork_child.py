@@ -334,7 +334,7 @@ def on_gpu() -> dict:
     from tests.host.backends import make_backend
 
     engine = load_engine(DENSE, EngineOptions(context=64, vram="2GB"), backend=make_backend("plain"))
-    llm = exl.LLM(DENSE, engine, Tokenizer.from_folder(DENSE), GenerationDefaults.from_folder(DENSE))
+    llm = exl.LLM._of(DENSE, engine, Tokenizer.from_folder(DENSE), GenerationDefaults.from_folder(DENSE))
     before = text(llm)
 
     def use() -> list:

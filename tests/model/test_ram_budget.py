@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic import write_model
+from exl.planning.shapes import ModelShape
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT / "tests" / "data" / "stories260K"
@@ -24,7 +25,7 @@ def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large") / "model"
     if shutil.disk_usage(folder.parent).free < 4 * 10**9:
         pytest.skip("less than 4 GB free on this disk")
-    write_model(folder, (2048, 5632, request.param, 32, 4, 64, 512), tokenizer=STORIES)
+    write_model(folder, ModelShape("llama", 2048, 5632, request.param, 32, 4, 64, 512, 2048), tokenizer=STORIES)
     yield folder
     (folder / "model.safetensors").unlink()  # pytest keeps its temporary folders
 

@@ -66,7 +66,7 @@ def one_value_differs(tensors) -> torch.Tensor:
 
 
 def logits(folder: Path, **options) -> torch.Tensor:
-    engine = load_engine(folder, EngineOptions(kv_cache="f32", context=64, **options))
+    engine = load_engine(folder, EngineOptions(kv_cache="f32", context=48, **options))
     found = torch.cat([chunk.clone() for chunk in engine.generator.logits(IDS)])
     engine.close()
     return found
@@ -74,7 +74,7 @@ def logits(folder: Path, **options) -> torch.Tensor:
 
 def plan_of(folder: Path):
     with open_model(folder) as files:
-        return plan_model(files, EngineOptions(context=64), CPU)[0]
+        return plan_model(files, EngineOptions(context=48), CPU)[0]
 
 
 @pytest.mark.parametrize("make_head", [other_head, one_value_differs])
@@ -107,7 +107,7 @@ def test_what_is_in_memory_is_what_the_plan_counts(tied, tmp_path, differs):
     before = live_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExlWarning)
-        engine = load_engine(folder, EngineOptions(context=64))
+        engine = load_engine(folder, EngineOptions(context=48))
     assert live_bytes() - before == engine.plan.exact_bytes
     assert (engine.weights.head is engine.weights.embed) is not differs
     engine.close()

@@ -16,11 +16,11 @@ from exl.planning.from_headers import EngineOptions
 PLANNED = {"model", "shape", "bits", "group_size", "gpu", "arch", "depth", "revision", "token"}
 PLANNED |= {"vram_speed", "pcie", "disk", "ram_speed"}
 OWN = {"load": {"model", "revision", "token", "progress"}, "plan": PLANNED}
-MISSING = {"load": set(), "plan": {"device", "packed_folder"}}
+MISSING = {"load": set(), "plan": {"device", "packed_folder", "threads"}}
 CHANGED = {
     "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
     "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "embed": "disk",
-    "packed_folder": "somewhere",
+    "packed_folder": "somewhere", "threads": 1,
 }  # fmt: skip
 
 

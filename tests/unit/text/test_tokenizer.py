@@ -233,7 +233,7 @@ def test_a_damaged_tokenizer_json_is_named(tmp_path, damage):
 
 def test_a_pointer_in_place_of_the_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(CheckpointError, match="not a tokenizer: found the pointer that Git LFS leaves"):
+    with pytest.raises(CheckpointError, match="a Git LFS pointer instead of the file"):
         Tokenizer.from_folder(tmp_path)
 
 
