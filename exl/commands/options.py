@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional, get_type_hints
+from typing import Annotated, Any, Optional, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -122,9 +122,19 @@ def _draw_options() -> type:
 DrawOptions = _draw_options()
 
 
+def parameter_hints(command: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters' annotations. Up to Python 3.10, ``get_type_hints`` wraps one whose default is None in a further
+    ``Optional``, under which typer would not see what ``Annotated`` says."""
+    hints = get_type_hints(command, include_extras=True)
+    for name, hint in hints.items():
+        if get_origin(hint) is Union:
+            hints[name] = next((part for part in get_args(hint) if get_origin(part) is Annotated), hint)
+    return hints
+
+
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` in a form that typer accepts: each parameter that is a group becomes its fields, in order."""
-    hints = get_type_hints(command, include_extras=True)
+    hints = parameter_hints(command)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}
     for parameter in inspect.signature(command).parameters.values():

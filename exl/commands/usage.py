@@ -13,10 +13,11 @@ from copy import copy
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from typer.models import ArgumentInfo
 
+from exl.commands.options import parameter_hints
 from exl.errors import ConfigError
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT", Path: "PATH"}
@@ -27,7 +28,7 @@ def judge_numbers(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` for typer: numbers are read by exl, so that the error shows what was typed; and the help names what
     an option takes by a short word."""
     signature = inspect.signature(command)
-    hints = get_type_hints(command, include_extras=True)
+    hints = parameter_hints(command)
     parameters = []
     for parameter in signature.parameters.values():
         annotation = hints[parameter.name]

@@ -64,9 +64,14 @@ class TokenBytes:
         found = {"vram" if self.on_gpu else "ram": sum(self.memory.values()), "pcie": self.pcie, "disk": self.disk}
         return {name: num_bytes for name, num_bytes in found.items() if num_bytes}
 
+    @property
+    def few(self) -> float:
+        """So few bytes over a link, such as a row of the embedding, are not worth a word."""
+        return _FEW * sum(self.memory.values())
+
     def unknown(self, speeds: Speeds) -> list[str]:
         """The options that would have to be given for a bound."""
-        on_gpu, few = self.on_gpu, _FEW * sum(self.memory.values())
+        on_gpu, few = self.on_gpu, self.few
         missing = {
             "vram_speed" if on_gpu else "ram_speed": any(speeds.memory(device) is None for device in self.memory),
             "pcie": self.pcie > few and self.last_gpu not in speeds.pcie,
@@ -92,7 +97,13 @@ class TokenBytes:
     def describe(self) -> str:
         """``"3.30 GB of VRAM and 1.00 GB over PCIe"``."""
         names = {"vram": "of VRAM", "ram": "of RAM", "pcie": "over PCIe", "disk": "from the disk"}
-        return _joined([f"{format_bytes(num_bytes)} {names[link]}" for link, num_bytes in self.links().items()])
+        return _joined(
+            [
+                f"{format_bytes(num_bytes)} {names[link]}"
+                for link, num_bytes in self.links().items()
+                if num_bytes > self.few
+            ]
+        )
 
 
 def speed_lines(tokens: Sequence[TokenBytes], speeds: Speeds) -> list[str]:
@@ -120,9 +131,9 @@ def _how(token: TokenBytes, speeds: Speeds) -> str:
     for device in token.memory:
         name = "RAM" if device == CPU else device if several else "VRAM"
         figures.append(f"{name} {_speed(speeds.memory(device))}{sheet['vram']}")
-    if token.pcie and token.last_gpu in speeds.pcie:
+    if token.pcie > token.few and token.last_gpu in speeds.pcie:
         figures.append(f"PCIe {_speed(speeds.pcie[token.last_gpu])}{sheet['pcie']}")
-    if token.disk and speeds.disk is not None:
+    if token.disk > token.few and speeds.disk is not None:
         figures.append(f"disk {_speed(speeds.disk)}")
     late = (("copies over PCIe", token.pcie_late), ("reads from the disk", token.disk_late))
     moved = [name for name, num_bytes in late if num_bytes]

@@ -7,13 +7,16 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Annotated, Optional
 
 import pexpect
 import pytest
+import typer
 
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.cli import app
+from exl.commands.options import parameter_hints
 from tests.command_line import run_exl
 
 STORIES = str(Path(__file__).parents[2] / "data" / "stories260K")
@@ -25,6 +28,16 @@ def error_of(*args: str) -> str:
     assert (done.returncode, done.stdout) == (1, ""), args
     assert done.stderr.count("\n") == 1
     return done.stderr.removeprefix("exl: error: ").rstrip("\n")
+
+
+def test_hints_as_python_3_10_gives_them():
+    """It wraps an annotation in ``Optional`` if the parameter's default is None."""
+    argument = Annotated[str | None, typer.Argument(metavar="MODEL")]
+
+    def command(model=None, count=1, plain=None) -> None: ...
+
+    command.__annotations__ = {"model": Optional[argument], "count": Annotated[int, "n"], "plain": str | None}  # noqa: UP045
+    assert parameter_hints(command) == {"model": argument, "count": Annotated[int, "n"], "plain": str | None}
 
 
 # ---- models
