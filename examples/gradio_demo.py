@@ -44,6 +44,7 @@ class Page:
 
     def __init__(self, worker: Worker, models: list[str], first: LoadSettings) -> None:
         self.worker, self.sessions = worker, Sessions(worker)
+        self.talks = worker.llm is not None and not worker.llm.chat().is_transcript
         with gr.Blocks(title="exl", analytics_enabled=False, fill_width=True) as self.blocks:
             with gr.Row(elem_id="header"):
                 gr.HTML(render.brand())
@@ -67,7 +68,7 @@ class Page:
             elem_id="system", label="System prompt", lines=2, max_lines=6, placeholder="What the model should know"
         )
         self.max_tokens = slider("max_tokens", "Max tokens", 1, 4096, MAX_TOKENS, 1)
-        self.temperature = slider("temperature", "Temperature", 0, 2, 0.8, 0.05)
+        self.temperature = slider("temperature", "Temperature", 0, 2, 0.3 if self.talks else 0.8, 0.05)
         self.top_k = slider("top_k", "Top-k", 0, 200, 0, 1)
         self.top_p = slider("top_p", "Top-p", 0.01, 1, 0.95, 0.01)
         self.min_p = slider("min_p", "Min-p", 0, 1, 0, 0.01)

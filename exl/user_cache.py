@@ -24,7 +24,8 @@ def user_cache_folder(name: str) -> Path:
 # The chat model that `make chat` makes: scripts/fetch_smollm2.py and scripts/chat_model.py.
 CHAT_MODEL = "SmolLM2-135M-Instruct"
 DENSE_CHAT_MODEL = f"{CHAT_MODEL}-f16"
-QUANTIZED_CHAT_MODEL = f"{CHAT_MODEL}-GPTQ-4bit"  # the recipe's digest follows
+QUANTIZED_CHAT_MODEL = f"{CHAT_MODEL}-GPTQ-4bit"  # in a folder that is named by the recipe's digest
+RECIPE_FOLDER = "recipe-{digest}"
 
 
 def chat_model_folder(dense: bool = False) -> Path | None:
@@ -33,7 +34,7 @@ def chat_model_folder(dense: bool = False) -> Path | None:
     The model is quantized to 4 bits; with ``dense`` it is the f16 model that was quantized. Only looks: loads and
     fetches nothing. A folder that is not finished is not returned; of several recipes' folders the newest is.
     """
-    pattern = DENSE_CHAT_MODEL if dense else f"{QUANTIZED_CHAT_MODEL}-*"
+    pattern = DENSE_CHAT_MODEL if dense else f"{RECIPE_FOLDER.format(digest='*')}/{QUANTIZED_CHAT_MODEL}"
     # config.json is written last.
     found = list(user_cache_folder("models").glob(f"{pattern}/config.json"))
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
