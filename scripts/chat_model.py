@@ -4,7 +4,7 @@
     python -m scripts.chat_model --make-only   # prints the folder instead
 
 The quantized model is kept in the user's cache, in a folder that is named by a digest of everything that the model is
-made from: another recipe makes another folder. An interrupted run goes on where it was. A second start needs no network.
+made from, so another recipe makes another folder. An interrupted run goes on where it was; a second start is offline.
 """
 
 from __future__ import annotations
