@@ -92,20 +92,29 @@ class Stream(Generic[T]):
         item = asyncio.get_running_loop().run_in_executor(self._executor, self._next_or_end)
         try:
             found = await asyncio.shield(item)
+            if found is not _END:
+                return found  # type: ignore[return-value]
         except asyncio.CancelledError:
             item.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it any more
             self._ticket.closed = True  # seen after the item that the thread may be computing
             self._executor.submit(self.close)
-            self._executor.shutdown(wait=False)
+            self._end_executor()
             raise
-        if found is _END:
-            self._executor.shutdown(wait=False)
-            raise StopAsyncIteration
-        return found  # type: ignore[return-value]
+        except BaseException:
+            self._end_executor()
+            raise
+        self._end_executor()
+        raise StopAsyncIteration
 
     def _next_or_end(self) -> object:
         """A ``StopIteration`` cannot pass through a future."""
         return next(self, _END)
+
+    def _end_executor(self) -> None:
+        """Its thread ends after what it has been given."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False)
 
     async def aclose(self) -> None:
         """``close()``, after the item that is being computed."""
@@ -113,11 +122,8 @@ class Stream(Generic[T]):
         if self._executor is None:
             self.close()
             return
-        try:
-            closing = self._executor.submit(self.close)
-        except RuntimeError:  # the stream has ended, and its thread, too
-            return
-        self._executor.shutdown(wait=False)
+        closing = self._executor.submit(self.close)
+        self._end_executor()
         await asyncio.wrap_future(closing)
 
     async def __aenter__(self):

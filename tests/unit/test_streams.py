@@ -238,6 +238,9 @@ def test_an_async_stream_tells_errors_and_its_completion(llm):
         with pytest.raises(exl.ConfigError, match="context holds"):
             async for _ in llm.stream([1] * 10_000, 5):
                 pass
+        assert [piece async for piece in stream] == []  # as often as one asks
+        assert await anext(aiter(stream), "none") == "none"
+        await stream.aclose()
         return stream.completion
 
     assert asyncio.run(run()).text == llm.generate("One day", 5).text
