@@ -105,15 +105,21 @@ def test_the_quantized_model_answers_and_stays_near_the_dense_one(smollm2, smoll
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_make_chat_says_paris_in_a_terminal(smollm2_quantized):
+@pytest.mark.parametrize("program", ["exl chat, dense", "make chat"])
+def test_the_model_says_paris_in_a_terminal(program, request):
     pexpect = pytest.importorskip("pexpect")
+    if program == "make chat":
+        request.getfixturevalue("smollm2_quantized")  # or it would be made
+        command = ["-m", "scripts.chat_model"]
+    else:
+        command = ["-m", "exl.cli", "chat", str(request.getfixturevalue("smollm2"))]
     child = pexpect.spawn(
         sys.executable,
-        ["-m", "scripts.chat_model"],
+        command,
         cwd=ROOT,
         env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), "PROMPT_TOOLKIT_NO_CPR": "1"},
         encoding="utf-8",
-        timeout=120,
+        timeout=60,
         dimensions=(40, 120),
     )
     try:
@@ -122,6 +128,7 @@ def test_make_chat_says_paris_in_a_terminal(smollm2_quantized):
         child.send(f"{QUESTION}\r")
         child.expect("Paris")
         child.expect("tokens/s")
+        child.expect("1m>")
         child.sendeof()
         child.expect(pexpect.EOF)
     finally:
