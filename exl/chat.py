@@ -67,6 +67,7 @@ class Chat:
         self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: render all messages
         self._plain_ids: list[int] = []  # the template's rendering of the last answer's prompt
         self._raw_answer = ""  # the last answer with the white space around it
+        self._written_with: str | None = None
         if self.is_transcript and tools:
             raise ConfigError(f"tools: {llm.folder.name} has no chat template to show them with")
 
@@ -79,6 +80,11 @@ class Chat:
     def notice(self) -> str | None:
         """What a user should know before they talk to this model; None: nothing."""
         return f"{self._llm.folder.name}: {_NOTICE}" if self.is_transcript else None
+
+    @property
+    def written_with(self) -> str | None:
+        """The name of the model whose conversation was loaded; None: it was not loaded, or does not say."""
+        return self._written_with
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -141,12 +147,11 @@ class Chat:
 
     def _stream(self, keep: _Kept, params: SamplingParams | int | None, options: RequestOptions) -> TextIterator:
         left = self._llm.context - len(keep.ids)
+        options = {"reuse_prefix": True, **options}
         request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(_MAX_ANSWER, left // 2)))
         if self.is_transcript:
             stop = (*(request.params.stop or ()), _TRANSCRIPT_STOP)
             request = replace(request, params=replace(request.params, stop=stop))
-        if "reuse_prefix" not in options:
-            request = replace(request, reuse_prefix=True)
         answer = self._llm._begin(keep.ids, request)
         return TextIterator(self._keep(answer, keep), answer._ticket, answer._logprobs)
 
@@ -263,6 +268,8 @@ class Chat:
         system, messages = read_saved(data, source)
         chat = cls(llm, system, tools=tools, variables=variables, overflow=overflow)
         chat._messages = messages
+        written_with = data.get("model")
+        chat._written_with = written_with if isinstance(written_with, str) else None
         return chat
 
     def __repr__(self) -> str:

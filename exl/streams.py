@@ -20,6 +20,7 @@ T = TypeVar("T")
 # A request waits this long for a stream that nobody takes a piece of. Whoever forgot it is told, instead of hanging.
 PATIENCE = 60.0  # seconds
 _LOOK = 0.1  # seconds between two looks at the stream that has the turn
+_BRIEF = 0.001  # the same for whoever ends that stream
 
 
 class Ticket:
@@ -183,7 +184,7 @@ class Turn:
     def take_over(self, reason: str) -> Iterator[None]:
         """Takes the turn from whoever has it: its stream is ended, after the item that it may be computing."""
         lock = self._lock
-        while not lock.acquire(blocking=False):
+        while not lock.acquire(timeout=_BRIEF):
             holder = self._holder
             if holder is not None:
                 self._end(holder, reason)
@@ -199,7 +200,6 @@ class Turn:
                 raise ExlError(_OWN_CALLBACK)
         elif (stream := holder.stream and holder.stream()) is not None:
             stream.end(reason)
-        time.sleep(0.001)
 
     @contextlib.contextmanager
     def paused(self, ticket: Ticket) -> Iterator[None]:

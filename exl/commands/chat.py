@@ -50,4 +50,4 @@ def chat(
         settings = {**({} if max_tokens is None else {"max_tokens": max_tokens}), **drawing.asked()}
         if stops:
             settings["stop"] = stops
-        run_chat(llm, chat, settings, None if load is None else other_model(str(load), llm), overflow=overflow)
+        run_chat(llm, chat, settings, other_model(chat, str(load), llm), overflow=overflow)

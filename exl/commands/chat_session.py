@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from exl.chat import Chat
@@ -158,7 +156,7 @@ class ChatSession:
         self.chat = Chat.load(self.llm, path, overflow=self.overflow)
         self.told_forgotten = False
         self.say(f"{len(self.chat.messages)} messages from {path}")
-        self._say_if(other_model(path, self.llm))
+        self._say_if(other_model(self.chat, path, self.llm))
 
     def _say_if(self, line: str | None) -> None:
         if line is not None:
@@ -203,10 +201,10 @@ def describe_model(llm: LLM) -> str:
     return f"{llm.folder.name} | {kind} {llm.config.family} | {where} | memory {memory} | context {llm.context}"
 
 
-def other_model(path: str, llm: LLM) -> str | None:
-    """What to say of a saved chat that another model wrote; None: this one did."""
-    name = json.loads(Path(path).expanduser().read_text(encoding="utf-8")).get("model")
-    if not isinstance(name, str) or name == llm.folder.name:
+def other_model(chat: Chat, path: str, llm: LLM) -> str | None:
+    """What to say of a chat that was loaded from ``path`` if another model wrote it; else None."""
+    name = chat.written_with
+    if name is None or name == llm.folder.name:
         return None
     return f"{path} was written with {name}: {llm.folder.name} goes on with its messages"
 

@@ -181,6 +181,9 @@ def test_a_chat_of_another_model_says_so(session, tmp_path):
     assert session.said[-1] == f"{path} was written with another-7b: stories goes on with its messages"
     told = run_exl("chat", "--load", path, "--max-tokens", "3", stdin="Why?\n").stderr
     assert "was written with another-7b" in told
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as some editors save it
+    session.handle(f"/load {path}")
+    assert session.said[-1] == f"{path} was written with another-7b: stories goes on with its messages"
 
 
 def test_old_turns_are_dropped_and_that_is_said_once(llm):
