@@ -187,10 +187,8 @@ class ChatTab:
         then. If there is no answer, ``text`` goes back into the field."""
         job, last = conversation.job, Answer("")
         for state in job.watch(until=me.asked_to_end):
-            if isinstance(state, Waiting):
-                yield {self.stats: render.waiting(state.ahead)}
-            elif isinstance(state, Reading):
-                yield {self.stats: render.reading(state)}
+            if isinstance(state, Waiting | Reading):
+                yield {self.stats: render.before_answer(state)}
             else:
                 last = state
                 yield {

@@ -66,10 +66,8 @@ class CompletionTab:
         }  # fmt: skip
         last = Answer("")
         for state in job.watch():
-            if isinstance(state, Waiting):
-                yield {self.stats: render.waiting(state.ahead)}
-            elif isinstance(state, Reading):
-                yield {self.stats: render.reading(state)}
+            if isinstance(state, Waiting | Reading):
+                yield {self.stats: render.before_answer(state)}
             else:
                 last = state
                 yield {self.tokens: render.tokens(prompt, last.logprobs), self.stats: render.answering(last)}

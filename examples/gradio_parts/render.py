@@ -13,6 +13,7 @@ from exl.units import format_bytes
 
 from .conversation import Answer, Reading
 from .settings import LoadSettings
+from .worker import Waiting
 
 
 def brand() -> str:
@@ -86,8 +87,10 @@ def answering(answer: Answer) -> str:
     return notice(f"Answering: {answer.num_tokens} tokens, {speed:.1f} tokens/s", "wait")
 
 
-def reading(state: Reading) -> str:
-    """How far the model has read a prompt."""
+def before_answer(state: Waiting | Reading) -> str:
+    """What is told until the first token: who is before one, then how far the model has read the prompt."""
+    if isinstance(state, Waiting):
+        return waiting(state.ahead)
     return _bar("Reading the prompt", f"{state.tokens} of {state.total} tokens", state.tokens, state.total)
 
 
