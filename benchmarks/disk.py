@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from exl.checkpoint.block_file import BlockFile
-from exl.memory.host import HostBuffer
+from exl.memory.host import HostBuffer, proc_bytes
 
 
 def cached_share(path: Path) -> float:
@@ -75,10 +75,10 @@ def disk_bytes_read() -> int:
 
 def status_bytes(field: str) -> int:
     """``VmRSS``, or ``VmHWM``: the peak since ``reset_peak``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(field)
+    found = proc_bytes("self/status", field)
+    if found is None:
+        raise ValueError(field)
+    return found
 
 
 def reset_peak() -> None:

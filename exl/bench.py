@@ -19,7 +19,7 @@ import torch
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, choose_device, load_engine
 from exl.errors import ConfigError
-from exl.memory.host import trim_heap
+from exl.memory.host import proc_bytes, trim_heap
 from exl.planning.from_headers import EngineOptions
 from exl.planning.plan import MemoryPlan
 from exl.planning.traffic import model_bytes_a_token
@@ -252,10 +252,10 @@ def _reset_peak() -> int | None:
 
 
 def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError(f"/proc/self/status: found no {field}")
+    found = proc_bytes("self/status", field)
+    if found is None:
+        raise ConfigError(f"/proc/self/status: found no {field}")
+    return found
 
 
 def rows_of(report: BenchReport) -> list[dict[str, object]]:

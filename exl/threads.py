@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+from exl.control_groups import cpu_quota
 from exl.errors import ConfigError
 from exl.forks import lost_threads
 
@@ -35,8 +34,6 @@ _LOST_SECONDS = 0.004
 
 DECODE = "decode"  # the kind of work of layers that see one row
 
-_CGROUP = Path("/sys/fs/cgroup")
-
 
 # --- what the process may use ------------------------------------------------------------------------------------
 
@@ -47,50 +44,8 @@ def usable_processors() -> int:
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
-    quota = _cgroup_quota()
+    quota = cpu_quota()
     return count if quota is None else max(1, min(count, math.ceil(quota)))
-
-
-def _cgroup_quota() -> float | None:
-    """Processors' worth of time per period; None: no limit. Control groups v2, then v1; a parent's limit holds, too."""
-    if not sys.platform.startswith("linux"):
-        return None
-    found = [_quota_v2(folder) for folder in _group_folders("")]
-    found += [_quota_v1(folder) for folder in _group_folders("cpu")]
-    limits = [quota for quota in found if quota is not None]
-    return min(limits, default=None)
-
-
-def _group_folders(controller: str) -> list[Path]:
-    """This process's control group and its parents, as far as they are visible. ``controller`` "" is v2."""
-    base = _CGROUP / controller
-    folders = [base]
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return folders
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controller in controllers.split(","):
-            path = base / group.lstrip("/")
-            folders += [path, *(parent for parent in path.parents if base in parent.parents)]
-    return folders
-
-
-def _quota_v2(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return None if quota <= 0 else quota / period
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
 
 
 def check_threads(threads: object) -> None:
@@ -224,10 +179,6 @@ class Threads:
     @contextmanager
     def measured(self, kind: str, units: float) -> Iterator[None]:
         """Runs the block with as many threads as are fastest for this kind now, and times it."""
-        if lost_threads():  # whatever was fastest before the fork
-            with using(1):
-                yield
-            return
         choice = self._choice(kind)
         with using(choice.now):
             began = time.perf_counter()
@@ -237,21 +188,23 @@ class Threads:
     @contextmanager
     def all(self) -> Iterator[None]:
         """``limit`` threads: for operations whose bits depend on how they are split."""
-        with using(1 if lost_threads() else self.limit):
+        with using(self.limit):
             yield
 
     @contextmanager
     def like(self, kind: str) -> Iterator[None]:
         """As many threads as that kind of work has settled on; not timed."""
-        with using(1 if lost_threads() else self._choice(kind).settled):
+        with using(self._choice(kind).settled):
             yield
 
 
 @contextmanager
 def using(count: int) -> Iterator[None]:
-    """torch computes with ``count`` threads inside the block, with as many as before after it."""
+    """torch computes with ``count`` threads inside the block, with as many as before after it. In a fork that has lost
+    torch's threads one computes, whatever was fastest before."""
     import torch
 
+    count = 1 if lost_threads() else count
     before = torch.get_num_threads()
     if count == before:
         yield

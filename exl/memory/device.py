@@ -179,7 +179,7 @@ def _locked(memory: NDArray[np.uint8], runtime: Runtime) -> Iterator[None]:
     if not len(memory):
         yield
         return
-    address, num_bytes, process = memory.ctypes.data, len(memory), os.getpid()
+    address, num_bytes = memory.ctypes.data, len(memory)
     error = runtime.register(address, num_bytes)
     if error:
         runtime.clear()

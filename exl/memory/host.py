@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from exl.control_groups import memory_limit
 from exl.errors import MemoryBudgetError
 from exl.memory.virtual import VirtualPages, available_ram, total_ram
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _LARGE_BYTES = 4 << 20  # buffers from this size on use pages of 2 MiB, if the system has them
 
 
@@ -117,26 +117,20 @@ def system_ram() -> tuple[int | None, int | None]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return None, None
-    available = _meminfo_bytes("MemAvailable")
-    limit = _container_limit()
+    available = proc_bytes("meminfo", "MemAvailable")
+    limit = memory_limit()
     if limit is not None and limit < total:
         return limit, None if available is None else min(available, limit)
     return total, available
 
 
-def _meminfo_bytes(field: str) -> int | None:
+def proc_bytes(name: str, field: str) -> int | None:
+    """A size that Linux tells in a line of ``/proc/<name>``: ``proc_bytes("self/status", "VmRSS")``; None: it does not
+    tell it."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc", name).read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-    return None
-
-
-def _container_limit() -> int | None:
-    """Of control groups, version 2 and 1."""
-    for path in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            return int(path.read_text())
     return None
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2] / "exl"
 LADDER = (
     (
         *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options"),
-        *("streams", "progress", "user_cache", "user_text", "replace_file", "forks", "threads", "token_html"),
+        *("streams", "progress", "user_cache", "user_text", "replace_file", "forks", "threads", "control_groups"),
+        "token_html",
     ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text"),

@@ -133,8 +133,7 @@ def test_a_quota_of_the_control_group_limits_the_default(files, expected, tmp_pa
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n")
-    monkeypatch.setattr(threads, "_CGROUP", tmp_path)
-    monkeypatch.setattr(threads.sys, "platform", "linux")
+    monkeypatch.setattr("exl.control_groups._ROOT", tmp_path)
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert usable_processors() == expected

@@ -133,7 +133,7 @@ def test_a_container_has_what_it_may_use(monkeypatch, tmp_path, limit, total):
     plain, _ = system_ram()
     if plain is None:
         pytest.skip("this system does not tell its RAM")
-    monkeypatch.setattr("exl.memory.host._LIMITS", (tmp_path / "no file", tmp_path / "memory.max"))
+    monkeypatch.setattr("exl.control_groups._ROOT", tmp_path)
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     found, available = system_ram()
     assert found == total or (total is None and found >= plain)
