@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from exl.errors import ConfigError
@@ -37,6 +38,11 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         f"{name}: found {size!r}, expected a size such as '6GB', '512MiB' or a number of bytes"
         + (f"; did you mean '{meant}'?" if meant else "")
     )
+
+
+def one_each(given: int | str | Sequence[int | str]) -> tuple[int | str, ...]:
+    """What was given for each of several GPUs; a single value is one of one: ``one_each("6GB") == ("6GB",)``."""
+    return (given,) if isinstance(given, str) or not isinstance(given, Sequence) else tuple(given)
 
 
 def parse_budget(size: int | str, name: str) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import stat
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from exl.checkpoint.header import parse_index, shown
 from exl.checkpoint.lfs import lfs_pointer
 from exl.checkpoint.source import FileSource
-from exl.errors import CheckpointError, ExlWarning
+from exl.errors import CheckpointError, warn_user
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SINGLE, _INDEX = "model.safetensors", f"model{INDEX_SUFFIX}"
@@ -99,11 +98,7 @@ def choose_files(source: FileSource) -> ModelFileNames:
             raise CheckpointError(f"{source.path}: {name}: its download has not finished: {name}{_ARIA2} is beside it")
     adapter = next((name for name in visible if _ADAPTER.match(name)), None)
     if adapter is not None:
-        warnings.warn(
-            f"{source.path}: {adapter} is not applied, only {', '.join(chosen.names[:1])} is used: {_MERGE}",
-            ExlWarning,
-            stacklevel=3,
-        )
+        warn_user(f"{source.path}: {adapter} is not applied, only {', '.join(chosen.names[:1])} is used: {_MERGE}")
     return chosen
 
 
@@ -141,11 +136,9 @@ def _files_of_index(
         return ModelFileNames(shards, weight_map, index)
     whole = [name for name in weights if not _is_numbered(name)]
     if missing == shards and len(whole) == 1:
-        warnings.warn(
+        warn_user(
             f"{source.path}: {index} lists {_count(shards, 'shard')} ({_some(shards)}), none of which is there; "
-            f"going by {whole[0]}, which is",
-            ExlWarning,
-            stacklevel=5,
+            f"going by {whole[0]}, which is"
         )
         return ModelFileNames(whole)
     there = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]

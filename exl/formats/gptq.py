@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import SUPPORTED_BITS, QuantConfig
-from exl.errors import CheckpointError, ExlWarning
+from exl.errors import CheckpointError, warn_user
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
 from exl.layout.specs import MatrixSpec
@@ -233,11 +232,9 @@ def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArra
     if found is not None:
         checkpoint_format = found
         if checkpoint_format != quant.checkpoint_format:
-            warnings.warn(
+            warn_user(
                 f"{quant.source}: checkpoint_format: found {quant.checkpoint_format}, but symmetric {quant.bits}-bit "
-                f"zeros are stored as {stored[0, 0]}, which is {checkpoint_format}; going by the data",
-                ExlWarning,
-                stacklevel=3,
+                f"zeros are stored as {stored[0, 0]}, which is {checkpoint_format}; going by the data"
             )
     if checkpoint_format == "gptq_v2":
         return stored

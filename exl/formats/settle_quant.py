@@ -5,7 +5,6 @@ Shapes show bits and groups, ``g_idx`` how many inputs a group has, symmetric ze
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -13,7 +12,7 @@ from typing import Any
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import DECIDING, QuantConfig
-from exl.errors import ConfigError, ExlWarning
+from exl.errors import ConfigError, warn_user
 from exl.formats.gptq import format_of_zeros, gptq_fits, gptq_spec, stored_sizes
 
 _REMOTE_ZEROS = 4  # modules whose zeros are read if each takes a request over the network
@@ -37,11 +36,7 @@ def settle_quant(checkpoint: Checkpoint, quant: QuantConfig | None) -> QuantConf
     settled = _settle_zeros(checkpoint, modules, files, settled)
     differing = [key for key in DECIDING if len(_values(files, key)) > 1]
     found = "; ".join(f"{_stated(files, key)}, taking {_shown(key, getattr(settled, key))}" for key in differing)
-    warnings.warn(
-        f"{checkpoint.path}: files disagree about the quantization, going by the tensors: {found}",
-        ExlWarning,
-        stacklevel=2,
-    )
+    warn_user(f"{checkpoint.path}: files disagree about the quantization, going by the tensors: {found}")
     return settled
 
 

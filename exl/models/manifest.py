@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
-from exl.errors import CheckpointError, ExlWarning
+from exl.errors import CheckpointError, warn_user
 from exl.formats.load import matrix_spec
 from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
@@ -124,19 +123,15 @@ class _ManifestReader:
         """Whether a head that config.json says there is none of is a copy of the embedding."""
         path, names = self.checkpoint.path, (f"{embed.name}.weight", f"{head.name}.weight")
         if head.quantized or head.has_bias or not same_values(self.checkpoint, *names):
-            warnings.warn(
+            warn_user(
                 f"{path}: config.json: tie_word_embeddings: found true, but {head.name} differs from {embed.name}; "
-                "using both",
-                ExlWarning,
-                stacklevel=2,
+                "using both"
             )
             return False
         if self.checkpoint.is_remote:
-            warnings.warn(
+            warn_user(
                 f"{path}: planned as if {head.name} were a copy of {embed.name}, as config.json's "
-                "tie_word_embeddings says: the rows that were compared are equal",
-                ExlWarning,
-                stacklevel=2,
+                "tie_word_embeddings says: the rows that were compared are equal"
             )
         return True
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from exl.checkpoint.header import shown
 from exl.errors import ConfigError
+from exl.planning.verdict import joined
 from exl.units import format_bytes
 
 # Bytes per second of one PCIe lane in one direction: transfers a second * the code's payload share / 8.
@@ -232,7 +233,7 @@ def _cards() -> list[Card]:
             ("RTX PRO 6000 Blackwell", 96, 1792, x16),
         ],
     )
-    return found  # fmt: skip
+    return found
 
 
 CARDS: tuple[Card, ...] = tuple(_cards())
@@ -283,8 +284,7 @@ def _without_line(card: Card) -> str:
 
 
 def _listed(cards: Sequence[Card]) -> str:
-    names = [card.name for card in cards]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+    return joined([card.name for card in cards], "or")
 
 
 def _nearest(key: str) -> str:

@@ -28,7 +28,7 @@ from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
 from exl.threads import check_threads
-from exl.units import format_apart, format_bytes, parse_budget
+from exl.units import format_apart, format_bytes, one_each, parse_budget
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20
@@ -102,10 +102,7 @@ class EngineOptions:
     @property
     def vram_bytes(self) -> tuple[int, ...]:
         """Of each GPU; empty if no size was given."""
-        if self.vram is None:
-            return ()
-        sizes = list(self.vram) if isinstance(self.vram, Sequence) and not isinstance(self.vram, str) else [self.vram]
-        return tuple(parse_budget(size, "vram") for size in sizes)
+        return () if self.vram is None else tuple(parse_budget(size, "vram") for size in one_each(self.vram))
 
     @property
     def budget(self) -> int | None:

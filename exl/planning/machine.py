@@ -12,6 +12,7 @@ from exl.planning.cards import Card, describe_card, parse_cards, parse_link, pci
 from exl.planning.devices import started_bytes, usable_bytes
 from exl.planning.speed import Speeds, parse_speed
 from exl.planning.verdict import Note
+from exl.units import one_each
 
 _MIN_ARCH, _MAX_ARCH = 60, 199  # the kernels need at least 60; no GPU has more than two digits before the point
 _DEFAULT_ARCH = 86
@@ -49,7 +50,7 @@ def describe_machine(
     """A GPU if a card or a size is given, else the CPU. Raises ``ConfigError`` for what makes no sense together."""
     given_arch = None if arch is None else parse_arch(arch)
     cards = () if gpu is None else parse_cards(gpu)
-    sizes = _sizes(vram)
+    sizes = None if vram is None else one_each(vram)
     if cards and sizes is not None and len(sizes) != len(cards):
         raise ConfigError(f"vram: found {len(sizes)} sizes for {len(cards)} cards, expected one for each, or none")
     num_gpus = len(cards) or (0 if sizes is None else len(sizes))
@@ -62,12 +63,6 @@ def describe_machine(
         sizes = tuple(usable_bytes(card.visible_bytes - started_bytes(card.arch), card.arch, "linux") for card in cards)
         notes += tuple(Note("assumption", f"{describe_card(card)}, 512 MiB left free") for card in dict.fromkeys(cards))
     return Machine(Target("cuda", arch=found_arch), sizes, _speeds(cards, num_gpus, links), notes)
-
-
-def _sizes(vram: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
-    if vram is None:
-        return None
-    return (vram,) if isinstance(vram, str) or not isinstance(vram, Sequence) else tuple(vram)
 
 
 def _refuse_without_gpu(**options: object) -> None:
@@ -123,7 +118,7 @@ def _per_gpu(given: PerGpu | None, name: str, num_gpus: int, parse: Callable[[Sp
     """One for all GPUs, or one for each."""
     if given is None:
         return None
-    found = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    found = one_each(given)
     found = found * num_gpus if len(found) == 1 else found
     if len(found) != num_gpus:
         raise ConfigError(

@@ -17,6 +17,7 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import TensorInfo, shown
 from exl.checkpoint.quant_config import SUPPORTED_BITS
 from exl.errors import ConfigError
+from exl.formats.gptq import num_groups
 
 DENSE_BITS = 16  # an original checkpoint, not quantized
 _DTYPE_BYTES = {"f16": 2, "i32": 4}
@@ -121,11 +122,11 @@ class ModelShape:
 def _linear_tensors(name: str, K: int, N: int, bits: int, group_size: int) -> list[TensorEntry]:
     if bits == DENSE_BITS:
         return [(f"{name}.weight", "f16", (N, K))]
-    num_groups = -(-K // (K if group_size == -1 else group_size))
+    G = num_groups(K, group_size)
     return [
         (f"{name}.qweight", "i32", (K * bits // 32, N)),
-        (f"{name}.qzeros", "i32", (num_groups, N * bits // 32)),
-        (f"{name}.scales", "f16", (num_groups, N)),
+        (f"{name}.qzeros", "i32", (G, N * bits // 32)),
+        (f"{name}.scales", "f16", (G, N)),
     ]
 
 

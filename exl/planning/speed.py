@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from exl.errors import ConfigError
+from exl.planning.verdict import joined
 from exl.units import format_bytes, parse_bytes, short_bytes
 
 _LEAST_SPEED = 10**6  # less is a number whose unit was forgotten
@@ -97,7 +98,7 @@ class TokenBytes:
     def describe(self) -> str:
         """``"3.30 GB of VRAM and 1.00 GB over PCIe"``."""
         names = {"vram": "of VRAM", "ram": "of RAM", "pcie": "over PCIe", "disk": "from the disk"}
-        return _joined(
+        return joined(
             [
                 f"{format_bytes(num_bytes)} {names[link]}"
                 for link, num_bytes in self.links().items()
@@ -119,7 +120,7 @@ def speed_lines(tokens: Sequence[TokenBytes], speeds: Speeds) -> list[str]:
     if not unknown:
         lines.append(_how(tokens[0], speeds))
     elif speeds != Speeds():
-        lines.append(f"no bound of the speed without {_joined([f'{name}=' for name in unknown])}")
+        lines.append(f"no bound of the speed without {joined([f'{name}=' for name in unknown])}")
     return lines
 
 
@@ -137,8 +138,8 @@ def _how(token: TokenBytes, speeds: Speeds) -> str:
         figures.append(f"disk {_speed(speeds.disk)}")
     late = (("copies over PCIe", token.pcie_late), ("reads from the disk", token.disk_late))
     moved = [name for name, num_bytes in late if num_bytes]
-    beside = f"; {_joined(moved)} run beside the arithmetic, as far ahead as buffers reach" if moved else ""
-    return f"a bound, not measured, from {_joined(figures)}{beside}"
+    beside = f"; {joined(moved)} run beside the arithmetic, as far ahead as buffers reach" if moved else ""
+    return f"a bound, not measured, from {joined(figures)}{beside}"
 
 
 def tokens_json(tokens: Sequence[TokenBytes], speeds: Speeds) -> list[dict[str, object]]:
@@ -169,7 +170,3 @@ def _speed(num_bytes: int | None) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -20,21 +20,14 @@ def token_bytes(model: PlanInput, plan: MemoryPlan, depth: int) -> TokenBytes:
         num_bytes = read_bytes(model.layers[i]) + cache_bytes(model, i, depth)
         memory[device] += num_bytes
         ahead[device] += num_bytes if tier is Tier.DEVICE else 0
-    # A line of the plan says where the table is: of it, one row is read. Without a line it is on the disk.
-    tables = [
-        line.device for line in plan.lines if line.num_bytes and line.purpose in ("embedding", "pinned embedding")
-    ]
-    table = tables[0] if tables else None
-    once = {list(memory)[-1]: head_bytes(model)}
-    row = embedding_row_bytes(model)
-    if table in memory:
-        once[table] = once.get(table, 0) + row
-    for device, num_bytes in once.items():
+    first, last = layers[0][1], layers[-1][1]
+    row, embed = embedding_row_bytes(model), plan.placement.embed
+    for device, num_bytes in ((first, row if embed is Tier.DEVICE else 0), (last, head_bytes(model))):
         memory[device] += num_bytes
         ahead[device] += num_bytes
     copied, late, read, read_late = _moved(model, plan)
-    copied += 0 if table in memory else row
-    read += row if table is None else 0
+    copied += 0 if embed is Tier.DEVICE else row
+    read += row if embed is Tier.DISK else 0
     return TokenBytes(depth, memory, ahead, copied, late, read, read_late)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,11 @@ class Note:
 
     kind: str
     text: str
+
+
+def joined(parts: Sequence[str], word: str = "and") -> str:
+    """``joined(["a", "b", "c"]) == "a, b and c"``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
 
 
 def verdict(plan: MemoryPlan) -> str:
@@ -58,7 +64,7 @@ def _needs(plan: MemoryPlan) -> str:
         size = short_bytes(plan.device_bytes(device))
         size = size if budget is None else _of(plan.device_bytes(device), budget)
         parts.append(f"{size} of {_memory_name(plan, device)}" if on_gpu else size)
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return joined(parts)
 
 
 def _memory_name(plan: MemoryPlan, device: str) -> str:

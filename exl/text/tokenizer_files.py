@@ -22,7 +22,6 @@ from exl.user_text import read_text
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SETTINGS = "tokenizer_config.json"
 _OLDER = "special_tokens_map.json"
 
@@ -98,8 +97,6 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
 
 def _why(raw: bytes, error: Exception) -> str:
     """Why the library cannot read a tokenizer.json, in the library's words unless they are obscure."""
-    if raw.startswith(_LFS_POINTER):
-        return "found the pointer that Git LFS leaves in its place; git lfs pull fetches the file"
     with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
         kind = json.loads(raw)["model"]["type"]
         if isinstance(kind, str) and kind not in _MODELS:

@@ -16,9 +16,8 @@ from exl.engine.build import load_engine
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.ops.base import LayerWeights
-from exl.planning.devices import HOST
 from exl.planning.from_headers import EngineOptions
-from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
+from exl.planning.plan import MemoryPlan, Placement, Tier
 from exl.planning.speed import Speeds, TokenBytes
 from exl.planning.traffic import token_bytes
 from exl.weights.device_stream import DeviceStream, HostCopyEngine, PinnedLayers
@@ -86,19 +85,19 @@ def test_gpus_take_turns():
 
 
 def test_the_table_in_pinned_memory_gives_a_row_over_the_bus():
-    """Wherever a line says that the embedding is: no special case for who moves it."""
+    """Wherever the plan puts the embedding: no special case for who moves it."""
     plan = seven(vram="8GB", embed="device")
     assert plan.tokens[0].links() == {"vram": 32 * LAYER + HEAD + ROW}
-    moved = [PlanLine(f"pinned {x.purpose}", HOST, x.num_bytes, True) for x in plan.lines if x.purpose == "embedding"]
-    others = [line for line in plan.lines if line.purpose != "embedding"]
-    there = MemoryPlan((*others, *moved), plan.placement, plan.context, plan.num_pages, plan.num_buffers)
     engine_model = input_of("llama-2-7b", "8GB")
-    moved_row = token_bytes(engine_model, there, 0)
+
+    def reads(tier: Tier) -> TokenBytes:
+        return token_bytes(engine_model, replace(plan, placement=replace(plan.placement, embed=tier)), 0)
+
+    moved_row = reads(Tier.PINNED)
     assert moved_row.links() == {"vram": 32 * LAYER + HEAD, "pcie": ROW}
     assert moved_row.unknown(Speeds(vram={"cuda:0": GB})) == []  # so few bytes need no figure
-    on_disk = token_bytes(engine_model, replace(there, lines=tuple(others)), 0)
-    assert on_disk.links() == {"vram": 32 * LAYER + HEAD, "pcie": ROW, "disk": ROW}
-    assert token_bytes(engine_model, plan, 0).links() == plan.tokens[0].links()
+    assert reads(Tier.DISK).links() == {"vram": 32 * LAYER + HEAD, "pcie": ROW, "disk": ROW}
+    assert reads(Tier.DEVICE).links() == plan.tokens[0].links()
 
 
 def input_of(shape: str, vram: str):
@@ -156,7 +155,7 @@ def test_copies_are_those_that_a_stream_makes(num_streamed, num_resident, num_bu
     moved = run_passes(6) // 6
     stream.close()
     tiers = [(Tier.DEVICE if i in resident else Tier.PINNED, "cuda:0") for i in range(num_layers)]
-    plan = MemoryPlan((), Placement(tuple(tiers)), 64, 1, num_buffers)
+    plan = MemoryPlan((), Placement(tuple(tiers), Tier.PINNED), 64, 1, num_buffers)
     model = SimpleNamespace(
         layers=[TINY] * num_layers,
         head=SimpleNamespace(fields={}, linears={"head": ()}),
@@ -166,7 +165,7 @@ def test_copies_are_those_that_a_stream_makes(num_streamed, num_resident, num_bu
     )
     (table,) = model.embed.linears["embed"]
     row = table.fields["weight"].num_bytes // table.spec.N
-    assert token_bytes(model, plan, 0).pcie - row == moved  # this plan has no line for an embedding
+    assert token_bytes(model, plan, 0).pcie - row == moved
 
 
 @pytest.mark.parametrize("num_resident", range(5))
