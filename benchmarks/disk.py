@@ -14,6 +14,7 @@ import torch
 
 from exl.checkpoint.block_file import BlockFile
 from exl.memory.host import HostBuffer, proc_bytes
+from exl.weights.packed import read_header
 
 
 def cached_share(path: Path) -> float:
@@ -61,6 +62,21 @@ def plain_read_seconds(path: Path, ranges: Sequence[tuple[int, int]], *, direct:
             for start in range(0, num_bytes, PLAIN_BLOCK_BYTES):
                 file.read_into(view[: min(PLAIN_BLOCK_BYTES, num_bytes - start)], offset + start)
         return time.perf_counter() - began
+
+
+def layer_ranges(packed: Path) -> list[tuple[int, int]]:
+    """Offset and bytes of each layer in a packed file, which has the embedding before them and the head behind."""
+    with BlockFile.open(packed) as file:
+        header = read_header(file)
+    return list(zip(header.offsets, header.sizes, strict=True))[1:-1]
+
+
+def cold_read_seconds(path: Path, ranges: Sequence[tuple[int, int]]) -> float:
+    """A plain read past the page cache: directly, or after the file was dropped from it."""
+    direct = has_direct(path)
+    if not direct:
+        drop_cached(path)
+    return plain_read_seconds(path, ranges, direct=direct)
 
 
 def has_direct(path: Path) -> bool:

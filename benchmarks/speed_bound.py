@@ -15,17 +15,15 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.disk import drop_cached, has_direct, machine, plain_read_seconds
+from benchmarks.disk import cold_read_seconds, layer_ranges, machine
 from benchmarks.streaming import decode
 from benchmarks.synthetic import run_on_synthetic
 from exl.bench import read_bandwidth
-from exl.checkpoint.block_file import BlockFile
 from exl.engine.build import Engine, EngineOptions, load_engine
 from exl.ops.torch_ops import cpu_target
 from exl.planning.from_headers import open_model, plan_model
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
-from exl.weights.packed import read_header
 from exl.weights.packed_store import list_packed
 
 CONTEXT = 128
@@ -42,21 +40,10 @@ def budgets(folder: Path) -> list[int]:
 
 
 def streamed_ranges(packed_folder: Path, engine: Engine) -> tuple[Path, list[tuple[int, int]]]:
-    """The packed file, and where in it the streamed layers are: the embedding is before all layers."""
+    """The packed file, and where in it the streamed layers are."""
     (info,) = list_packed(packed_folder)
-    with BlockFile.open(info.path) as file:
-        header = read_header(file)
-    blobs = list(zip(header.offsets, header.sizes, strict=True))[1:-1]
     resident = set(engine.plan.placement.resident)
-    return info.path, [blob for i, blob in enumerate(blobs) if i not in resident]
-
-
-def disk_roof(path: Path, ranges: list[tuple[int, int]]) -> float:
-    """Bytes per second of a plain read."""
-    direct = has_direct(path)
-    if not direct:
-        drop_cached(path)
-    return sum(size for _, size in ranges) / plain_read_seconds(path, ranges, direct=direct)
+    return info.path, [layer for i, layer in enumerate(layer_ranges(info.path)) if i not in resident]
 
 
 def measure_one(folder: Path, packed_folder: Path, ram: int, rounds: int) -> list[str]:
@@ -70,14 +57,16 @@ def measure_one(folder: Path, packed_folder: Path, ram: int, rounds: int) -> lis
             memory = read_bandwidth("cpu")
             if num_streamed:
                 engine.weights.source.wait_until_idle()
-            disk = disk_roof(path, ranges) if path is not None else 0.0
+            disk = 0.0 if path is None else sum(size for _, size in ranges) / cold_read_seconds(path, ranges)
             found.append((memory, disk, 1 / decode(engine)))
-        memory, disk, speed = (statistics.median(values) for values in zip(*found, strict=True))
         token = token_bytes(engine.model, engine.plan, 0)
-        bound = 1 / token.seconds(Speeds(ram=int(memory), disk=int(disk) or None))
-        by_round = [
-            speed * token.seconds(Speeds(ram=int(memory), disk=int(disk) or None)) for memory, disk, speed in found
-        ]
+
+        def least_seconds(memory: float, disk: float) -> float:
+            return token.seconds(Speeds(ram=int(memory), disk=int(disk) or None))
+
+        by_round = [speed * least_seconds(memory, disk) for memory, disk, speed in found]
+        memory, disk, speed = (statistics.median(values) for values in zip(*found, strict=True))
+        bound = 1 / least_seconds(memory, disk)
         roofs = f"RAM {memory / 1e9:.2f} GB/s" + (f", disk {disk / 1e9:.2f} GB/s" if num_streamed else "")
         return [
             f"ram={ram}: {engine.plan.verdict}",

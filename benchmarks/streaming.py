@@ -17,11 +17,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.disk import cached_share, disk_bytes_read, drop_cached, has_direct, machine, plain_read_seconds
+from benchmarks.disk import (
+    cached_share,
+    disk_bytes_read,
+    drop_cached,
+    has_direct,
+    layer_ranges,
+    machine,
+    plain_read_seconds,
+)
 from benchmarks.synthetic import run_on_synthetic
-from exl.checkpoint.block_file import BlockFile
 from exl.engine.build import Engine, EngineOptions, load_engine
-from exl.weights.packed import read_header
 from exl.weights.packed_store import list_packed
 
 ROOT = Path(__file__).parents[1]
@@ -55,9 +61,7 @@ def decode(engine: Engine, num_tokens: int = 4) -> float:
 class Comparison:
     def __init__(self, resident: Engine, streamed: Engine, packed: Path) -> None:
         self.resident, self.streamed, self.packed = resident, streamed, packed
-        with BlockFile.open(packed) as file:
-            header = read_header(file)
-        self.ranges = list(zip(header.offsets, header.sizes, strict=True))[1:-1]  # without embedding and head
+        self.ranges = layer_ranges(packed)
         self.num_bytes = sum(size for _, size in self.ranges)
         self.direct = has_direct(packed)
 

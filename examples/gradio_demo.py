@@ -22,7 +22,7 @@ from gradio_parts.completion_tab import CompletionTab
 from gradio_parts.model_tab import ModelTab, known_models
 from gradio_parts.session import Sessions
 from gradio_parts.settings import LoadSettings, load_settings
-from gradio_parts.worker import Worker, one_line
+from gradio_parts.worker import Worker, one_line, talks
 
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
@@ -44,7 +44,6 @@ class Page:
 
     def __init__(self, worker: Worker, models: list[str], first: LoadSettings) -> None:
         self.worker, self.sessions = worker, Sessions(worker)
-        self.talks = worker.llm is not None and not worker.llm.chat().is_transcript
         with gr.Blocks(title="exl", analytics_enabled=False, fill_width=True) as self.blocks:
             with gr.Row(elem_id="header"):
                 gr.HTML(render.brand())
@@ -68,7 +67,7 @@ class Page:
             elem_id="system", label="System prompt", lines=2, max_lines=6, placeholder="What the model should know"
         )
         self.max_tokens = slider("max_tokens", "Max tokens", 1, 4096, MAX_TOKENS, 1)
-        self.temperature = slider("temperature", "Temperature", 0, 2, 0.3 if self.talks else 0.8, 0.05)
+        self.temperature = slider("temperature", "Temperature", 0, 2, 0.3 if talks(self.worker.llm) else 0.8, 0.05)
         self.top_k = slider("top_k", "Top-k", 0, 200, 0, 1)
         self.top_p = slider("top_p", "Top-p", 0.01, 1, 0.95, 0.01)
         self.min_p = slider("min_p", "Min-p", 0, 1, 0, 0.01)
@@ -84,13 +83,13 @@ class Page:
         self.chat.connect(self.system, self.sampling)
         self.completion.connect(self.sampling)
         self.model.connect(self.status)
-        state = [self.status, self.model.in_memory, self.chat.chatbot, self.completion.beginnings, self.max_tokens]
-        opening = [*self.chat.outputs, *state[:2], *state[3:], self.model.planned, self.tabs]
+        state = [self.status, self.model.in_memory, self.completion.beginnings, self.max_tokens]
+        opening = [*self.chat.outputs, *state, self.model.planned, self.tabs]
         self.blocks.load(
             self.on_open, [self.chat.book, self.max_tokens, *self.model.typed], opening,
             js="(kept, ...typed) => [window.exl.restore(), ...typed]", **FREE,
         )  # fmt: skip
-        gr.Timer(1.5).tick(self.on_tick, self.max_tokens, [*state, self.chat.shelf], **FREE)
+        gr.Timer(1.5).tick(self.on_tick, self.max_tokens, [*state, self.chat.chatbot, self.chat.shelf], **FREE)
         self.blocks.unload(self.on_close)
 
     def on_open(self, request: gr.Request, restored: str, max_tokens: int, *typed: Any) -> Iterator[Update]:
@@ -112,7 +111,7 @@ class Page:
     def opened(self, request: gr.Request, failed: str, max_tokens: int | None) -> Update:
         """The whole page. A model without a chat template opens on the completion, which is what it was trained for."""
         session, llm = self.sessions.of(request.session_hash), self.worker.llm
-        base = llm is not None and llm.chat().is_transcript and not session.messages
+        base = llm is not None and not talks(llm) and not session.messages
         shown, model = self.chat.shown(session), self.of_model(request, max_tokens)
         chatbot = gr.Chatbot(shown[self.chat.chatbot], **self.chat.for_model(llm))
         return {

@@ -18,12 +18,12 @@ from exl.llm import LLM
 from exl.replace_file import replace_file
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
+from exl.saved_chat import SavedChat, parse_saved
 from exl.user_text import read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FORMAT, VERSION = "exl chat", 1
 _MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
 _LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context, if it wants that much
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
@@ -229,13 +229,7 @@ class Chat:
 
     def to_json(self) -> dict[str, Any]:
         """The conversation as ``save`` writes it."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self._llm.folder.name,
-            "system": self._system,
-            "messages": self.messages,
-        }
+        return SavedChat(self._system, self.messages, self._llm.folder.name).to_json()
 
     @classmethod
     @explain_foreign_keywords
@@ -250,7 +244,8 @@ class Chat:
     ) -> Chat:
         """Loads a conversation that ``save`` wrote, for any model. Raises ``ConfigError`` for any other file."""
         path = Path(path).expanduser()
-        return cls.from_json(llm, _read(path), source=str(path), tools=tools, variables=variables, overflow=overflow)
+        data = parse_saved(read_text(path, str(path)), str(path))
+        return cls.from_json(llm, data, source=str(path), tools=tools, variables=variables, overflow=overflow)
 
     @classmethod
     @explain_foreign_keywords
@@ -265,11 +260,9 @@ class Chat:
         overflow: str = "error",
     ) -> Chat:
         """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
-        system, messages = read_saved(data, source)
-        chat = cls(llm, system, tools=tools, variables=variables, overflow=overflow)
-        chat._messages = messages
-        written_with = data.get("model")
-        chat._written_with = written_with if isinstance(written_with, str) else None
+        saved = SavedChat.from_json(data, source)
+        chat = cls(llm, saved.system, tools=tools, variables=variables, overflow=overflow)
+        chat._messages, chat._written_with = saved.messages, saved.model
         return chat
 
     def __repr__(self) -> str:
@@ -415,34 +408,3 @@ def _split_system(system: str | None, messages: Sequence[Mapping[str, Any]]) -> 
     if system is not None:
         raise ConfigError("system: given twice, as an argument and as the first message")
     return _checked_system(copies[0].get("content")), copies[1:]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path, str(path)))
-    except (ValueError, RecursionError) as error:
-        raise _wrong(str(path), error, "JSON") from None
-
-
-def _wrong(source: str, found: object, expected: str) -> ConfigError:
-    return ConfigError(f"{source}: not a saved chat: found {str(found)[:60]!r}, expected {expected}")
-
-
-def read_saved(data: Any, source: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """The system prompt and the messages of what ``Chat.to_json`` gives and ``save`` writes. Raises ``ConfigError``,
-    which names ``source``, for anything else."""
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise _wrong(source, data.get("format") if isinstance(data, dict) else data, f'"format": "{FORMAT}"')
-    if data.get("version") != VERSION:
-        raise _wrong(source, data.get("version"), f"version {VERSION}")
-    system, messages = data.get("system"), data.get("messages")
-    if system is not None and not isinstance(system, str):
-        raise _wrong(source, system, "a system prompt that is text or null")
-    if not isinstance(messages, list):
-        raise _wrong(source, messages, "a list of messages")
-    for message in messages:
-        found = isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        # A call of tools has no content; some templates take a list of parts.
-        if not found or not isinstance(message["content"], str | list | None):
-            raise _wrong(source, message, "messages with a role and a content")
-    return system, messages

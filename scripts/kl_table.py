@@ -2,7 +2,7 @@
 
     python -m scripts.kl_table FOLDER
 
-Quantizes each model into FOLDER, as `exl quantize` does by default, but with groups of 64, and measures it against the
+Quantizes each model into FOLDER, by the recipe of `make chat` but for bits and text, and measures it against the
 dense model, as `exl eval --against` does. What FOLDER has already is not made again, and an interrupted run goes on
 where it was. About 20 minutes on two idle cores for the four of SmolLM2; stories2M takes a minute.
 """
@@ -10,19 +10,20 @@ where it was. About 20 minutes on two idle cores for the four of SmolLM2; storie
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import exl
 from exl.commands.common import WorkBar
 from exl.evaluate import evaluate, read_documents
-from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
 from scripts.chat_model import CHATS, RECIPE
 from scripts.fetch_smollm2 import fetch
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
-BITS, GROUP_SIZE, WINDOW = (8, 4, 3, 2), 64, 512
+BITS, WINDOW = (8, 4, 3, 2), 512
+# Models compute in f32, with an f32 cache.
+LOADING = {"context": WINDOW, "kv_cache": "f32"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Subject:
     name: str
     dense: Path
     calibration: Path
-    num_samples: int  # of 512 tokens
+    num_samples: int
     text: Path  # that the model has not seen in calibration
 
 
@@ -47,31 +48,22 @@ def make(subject: Subject, bits: int, folder: Path) -> Path:
     """The quantized model's folder, made if it is not there."""
     made = folder / f"{subject.name}-{bits}bit"
     if not (made / "config.json").is_file():
-        options = QuantizeOptions(
-            bits=bits,
-            group_size=GROUP_SIZE,
-            calibration=subject.calibration,
-            seq_len=512,
-            num_samples=subject.num_samples,
-        )
+        options = replace(RECIPE, bits=bits, calibration=subject.calibration, num_samples=subject.num_samples)
         with WorkBar(made.name) as bar:
             quantize(subject.dense, made, options, bar.update)
     return made
 
 
-def row(subject: Subject, bits: int, folder: Path) -> str:
-    """One line of the table. Models compute in f32, with an f32 cache."""
-    options = {"context": WINDOW, "kv_cache": "f32"}
-    with exl.load(make(subject, bits, folder), **options) as llm, exl.load(subject.dense, **options) as dense:
+def row(subject: Subject, bits: int, folder: Path, dense: exl.LLM) -> str:
+    with exl.load(make(subject, bits, folder), **LOADING) as llm:
         found = evaluate(llm, read_documents(subject.text, llm.tokenizer, window=WINDOW), dense)
     other = found.against
     cells = [bits, f"{found.loss:.4f}", f"{other.kl_mean:.4f}", f"{other.kl_99th:.3f}", f"{other.top1_agreement:.1%}"]
     return f"| {subject.name} | " + " | ".join(map(str, cells)) + " |"
 
 
-def dense_row(subject: Subject) -> str:
-    with exl.load(subject.dense, context=WINDOW, kv_cache="f32") as dense:
-        found = evaluate(dense, read_documents(subject.text, dense.tokenizer, window=WINDOW))
+def dense_row(subject: Subject, dense: exl.LLM) -> str:
+    found = evaluate(dense, read_documents(subject.text, dense.tokenizer, window=WINDOW))
     return f"| {subject.name} | dense | {found.loss:.4f} | | | |"
 
 
@@ -82,9 +74,10 @@ def main() -> None:
     print("| model | bits | loss | KL | KL, 99th percentile | same top-1 token |")
     print("| --- " * 6 + "|")
     for subject in subjects():
-        print(dense_row(subject), flush=True)
-        for bits in BITS:
-            print(row(subject, bits, folder), flush=True)
+        with exl.load(subject.dense, **LOADING) as dense:
+            print(dense_row(subject, dense), flush=True)
+            for bits in BITS:
+                print(row(subject, bits, folder, dense), flush=True)
 
 
 if __name__ == "__main__":

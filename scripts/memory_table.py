@@ -1,6 +1,6 @@
 """The memory table of README.md: which models fit which cards, planned from their shapes, like `exl plan --shape`.
 
-python scripts/memory_table.py
+python -m scripts.memory_table
 """
 
 from __future__ import annotations

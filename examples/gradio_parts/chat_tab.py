@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 
 import exl
-from exl.chat import read_saved
 from exl.errors import ConfigError
+from exl.saved_chat import SavedChat, parse_saved
 
 from . import render
 from .conversation import UNKNOWN, Answer, Conversation, Reading
@@ -266,9 +266,6 @@ def read_file(name: str, text: str | None) -> Any:
     """The saved chat in a file; ``text``: None if the file is too large. Raises ``ConfigError`` for anything else."""
     if text is None:
         raise ConfigError(f"{name}: not a saved chat: found more than 20 MB")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: not a saved chat: found {str(error)[:60]!r}, expected JSON") from None
-    read_saved(data, name)
+    data = parse_saved(text, name)
+    SavedChat.from_json(data, name)
     return data

@@ -14,7 +14,7 @@ from .chat_tab import FREE, Update
 from .conversation import Answer, Reading
 from .session import Sessions
 from .settings import sampling_options
-from .worker import Waiting, one_line
+from .worker import Waiting, one_line, talks
 
 TOP_LOGPROBS = 5
 BEGINNINGS = {
@@ -80,5 +80,4 @@ class CompletionTab:
     @staticmethod
     def for_model(llm: exl.LLM | None) -> gr.Dataset:
         """Beginnings that fit the model."""
-        talks = llm is not None and llm.tokenizer.chat_template is not None
-        return gr.Dataset(samples=[[text] for text in BEGINNINGS["chat" if talks else "stories"]])
+        return gr.Dataset(samples=[[text] for text in BEGINNINGS["chat" if talks(llm) else "stories"]])

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import exl
-from exl.chat import FORMAT, VERSION, read_saved
 from exl.errors import ConfigError
+from exl.saved_chat import SavedChat
 
 from .worker import Job, Worker
 
@@ -57,8 +57,10 @@ class Conversation:
         self._turn: list[Message] = []  # the messages as they will be if the job ends as it is now
         self._chat: exl.Chat | None = None
         self._llm: exl.LLM | None = None  # the chat's model
+        self._model: str | None = None  # the name of the model that answered last
         if "chat" in saved:
-            self.system, self._messages = read_saved(saved["chat"], "conversation")
+            chat = SavedChat.from_json(saved["chat"], "conversation")
+            self.system, self._messages, self._model = chat.system, chat.messages, chat.model
 
     @property
     def busy(self) -> bool:
@@ -80,9 +82,8 @@ class Conversation:
 
     def record(self) -> dict[str, Any]:
         """For the browser. ``chat`` is what ``Chat.save`` writes, so that the browser can save it as a file."""
-        model = "" if self._llm is None else self._llm.folder.name
-        chat = {"format": FORMAT, "version": VERSION, "model": model, "system": self.system, "messages": self.messages}
-        return {"id": self.id, "cut": STOPPED if self.busy else self.cut, "chat": chat}
+        chat = SavedChat(self.system, self.messages, self._model)
+        return {"id": self.id, "cut": STOPPED if self.busy else self.cut, "chat": chat.to_json()}
 
     def check_idle(self, asked: str) -> None:
         if self.busy:
@@ -121,6 +122,7 @@ class Conversation:
         chat = self._chat
         if chat is None or self._llm is not llm or chat.messages != messages:
             self._chat, self._llm = llm.chat(system, messages=messages, overflow="drop-oldest"), llm
+            self._model = llm.folder.name
         elif chat.system != system:
             chat.system = system
         return self._chat

@@ -15,15 +15,18 @@ const titleOf = (kept) => {
   return kept.title || (typeof first === "string" && first.trim().slice(0, 80)) || "A conversation";
 };
 const sayFull = (full) => document.querySelector("#book nav")?.classList.toggle("exl-storage-full", full);
-const keep = (kept) => {
-  if (!kept.chat.messages.length && !read(CHAT + kept.id)) return;
-  const before = read(CHAT + kept.id);
-  const same = before && JSON.stringify(before.chat.messages) === JSON.stringify(kept.chat.messages);
-  const updated = same ? before.updated : Date.now();
+const put = (kept) => {
   try {
-    localStorage.setItem(CHAT + kept.id, JSON.stringify({ ...before, ...kept, updated }));
+    localStorage.setItem(CHAT + kept.id, JSON.stringify(kept));
     sayFull(false);
   } catch { sayFull(true); }
+};
+const keep = (kept) => {
+  const before = read(CHAT + kept.id);
+  if (!kept.chat.messages.length && !before) return;
+  const same = before && JSON.stringify(before.chat.messages) === JSON.stringify(kept.chat.messages);
+  const updated = same ? before.updated : Date.now();
+  put({ ...before, ...kept, updated });
 };
 const current = () => window.exl.current;
 
@@ -60,7 +63,7 @@ if (element.closest("#book")) {
       if (done) return;
       done = true;
       const now = read(CHAT + kept.id);
-      if (save && now) localStorage.setItem(CHAT + kept.id, JSON.stringify({ ...now, title: field.value.trim() }));
+      if (save && now) put({ ...now, title: field.value.trim() });
       window.exl.renaming = false;
       rendered = "";
       window.exl.render();

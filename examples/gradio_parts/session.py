@@ -9,10 +9,8 @@ from typing import Any
 
 from exl.errors import ConfigError
 
-from .conversation import EDITED, Answer, Conversation, Message, follow, reader
+from .conversation import EDITED, Conversation, Message, follow, reader
 from .worker import Job, Worker
-
-__all__ = ["GRACE", "Answer", "Follower", "Session", "Sessions"]
 
 # A tab that is reloaded is back within this time, and finds its conversations and its answer in progress.
 GRACE = 10.0  # seconds

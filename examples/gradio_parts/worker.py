@@ -31,6 +31,11 @@ class Loading:
     total: int = 0
 
 
+def talks(llm: exl.LLM | None) -> bool:
+    """Whether a model is loaded that was trained to talk."""
+    return llm is not None and llm.tokenizer.chat_template is not None
+
+
 class Stopped(Exception):
     """Raised inside a job's work by a callback, when the job has been stopped. It is no failure."""
 
@@ -58,7 +63,7 @@ class Job:
             self._version += 1
             self._changed.notify_all()
 
-    def check(self, *_: object) -> None:
+    def check(self) -> None:
         """Raises ``Stopped`` if the job has been stopped."""
         if self.stopped:
             raise Stopped

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2] / "exl"
 # than from its own folder, or from a rung above. Words of the first rung are shared by all, and by each other.
 LADDER = (
     (
-        *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options"),
+        *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options", "saved_chat"),
         *("streams", "progress", "user_cache", "user_text", "replace_file", "forks", "threads", "control_groups"),
         "token_html",
     ),

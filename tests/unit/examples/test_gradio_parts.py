@@ -228,6 +228,21 @@ def test_edits_continuations_and_records(parts, worker):
         session.go_on("", options)
 
 
+def test_an_imported_conversation_keeps_the_name_of_its_model_until_another_answers(parts, worker):
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    session = parts["session"].Session(worker)
+    messages = [{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}]
+    chat = {"format": "exl chat", "version": 1, "model": "Other", "system": None, "messages": messages}
+    session.open({"chat": chat})
+    assert session.conversation.record()["chat"] == chat
+    session.open({"chat": {name: value for name, value in chat.items() if name != "model"}})
+    saved = session.conversation.record()["chat"]
+    assert saved["messages"] == messages
+    assert exl.Chat.from_json(worker.llm, saved).written_with is None
+    finish(session.send("Three.", "", {"max_tokens": 2}))
+    assert session.conversation.record()["chat"]["model"] == worker.llm.folder.name
+
+
 def test_a_conversation_of_the_browser_that_is_none(parts, worker):
     session = parts["session"].Session(worker)
     for wrong in ({"id": "a", "chat": {"format": "x"}}, {"id": "a", "chat": 7}):
