@@ -51,7 +51,7 @@ notebook: .venv/installed-test
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# torch is installed first and pinned: otherwise it may bring gigabytes of CUDA libraries.
+# A torch that is in .venv already, such as a build for the CPU alone, stays if it is of the pinned version.
 .venv/installed: .venv/bin/python setup.py constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable .

@@ -34,6 +34,9 @@ class Nvrtc:
     """A ``Compiler``. Safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
+        # NVRTC opens this by its name alone, and that of CUDA 13.0 does not look in its own folder.
+        for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+            ctypes.CDLL(str(builtins))
         self._library = ctypes.CDLL(str(path))
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
