@@ -106,7 +106,8 @@ def test_the_plan_shows_the_context_that_was_typed(options):
     assert done.returncode == 0, done.stderr
     assert "99999999 tokens" in done.stdout
     assert "100000000" not in done.stdout
-    assert exl.plan(context=100, max_sequences=3).lines[4].note == "f16, 300 tokens"
+    plan = exl.plan(context=100, max_sequences=3)
+    assert "f16, 300 tokens" in [line.note for line in plan.lines]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_gated_repository_needs_the_token(hub, tmp_path, command):  # noqa: F8
     assert run_exl(command, "somebody/gated", *rest, "--token", "hf_secret").returncode == 0
 
 
-def test_a_revision_that_does_not_exist(hub, tmp_path):  # noqa: F811
+def test_an_empty_revision_is_refused(hub, tmp_path):  # noqa: F811
     hub.repos["somebody/dense"] = STORIES
     done = run_exl("quantize", "somebody/dense", tmp_path / "out", *RTN, "--revision", "")
     assert done.returncode == 1
