@@ -23,13 +23,26 @@ TEMPLATE = (
 @pytest.fixture
 def talking(worker, tmp_path):
     """The bundled model, loaded with a chat template and half of its context."""
-    sys_settings = sys.modules["gradio_parts.settings"]
+    load_settings = sys.modules["gradio_parts.settings"].load_settings
     folder = tmp_path / "talking"
     shutil.copytree(BUNDLED_MODEL, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
-    settings = sys_settings.load_settings(str(folder), "auto", "f16", "", "", "256", "stored")
+    settings = load_settings(str(folder), "auto", "f16", "", "", "256", "stored")
     run(worker, lambda job: worker.load(settings, job))
+
+
+@pytest.fixture
+def slow_reading(server, monkeypatch):
+    """The model takes half a second more for each part of a prompt that it reads."""
+    conversation = sys.modules["gradio_parts.conversation"]
+    plain = conversation.reader
+
+    def slow_reader(job):
+        read = plain(job)
+        return lambda progress: (time.sleep(0.5), read(progress))
+
+    monkeypatch.setattr(conversation, "reader", slow_reader)
 
 
 def test_a_base_model_opens_on_the_completion(open_page):
@@ -46,7 +59,7 @@ def test_a_model_that_talks_opens_on_the_chat_with_starters_of_its_kind(talking,
     expect(page.locator("#beginnings")).to_contain_text("The capital of France is")
 
 
-def test_max_tokens_end_at_the_context(open_page, worker, request):
+def test_max_tokens_end_at_the_context(open_page, request):
     page = open_page()
     expect(page.locator("#max-tokens input[type=range]")).to_have_attribute("max", "512")
     set_sampling(page, max_tokens=400)
@@ -128,15 +141,7 @@ def test_an_unknown_model_is_said_at_once(open_page, monkeypatch):
         expect(page.locator("#planned .exl-error")).to_contain_text(f"{wrong}: no such folder here", timeout=LONG)
 
 
-def test_a_long_prompt_shows_how_far_it_has_been_read(open_page, monkeypatch):
-    conversation = sys.modules["gradio_parts.conversation"]
-    plain = conversation.reader
-
-    def slow_reader(job):
-        read = plain(job)
-        return lambda progress: (read(progress), time.sleep(0.3))
-
-    monkeypatch.setattr(conversation, "reader", slow_reader)
+def test_a_long_prompt_shows_how_far_it_has_been_read(open_page, slow_reading):
     page = open_page()
     set_sampling(page, temperature=0, max_tokens=3)
     send(page, "The dog and the cat. " * 30)
@@ -147,15 +152,7 @@ def test_a_long_prompt_shows_how_far_it_has_been_read(open_page, monkeypatch):
     wait_for_end(page)
 
 
-def test_a_prompt_that_is_being_read_can_be_stopped(open_page, monkeypatch):
-    conversation = sys.modules["gradio_parts.conversation"]
-    plain = conversation.reader
-
-    def slow_reader(job):
-        read = plain(job)
-        return lambda progress: (time.sleep(0.5), read(progress))
-
-    monkeypatch.setattr(conversation, "reader", slow_reader)
+def test_a_prompt_that_is_being_read_can_be_stopped(open_page, slow_reading, monkeypatch):
     page = open_page()
     set_sampling(page, temperature=0, max_tokens=300)
     send(page, "The dog and the cat.")
@@ -163,7 +160,7 @@ def test_a_prompt_that_is_being_read_can_be_stopped(open_page, monkeypatch):
     page.locator("#message .stop-button").click()
     expect(page.locator("#chat-stats .exl-stats")).to_have_text("stopped", timeout=LONG)
     expect(field(page, "message")).to_have_value("The dog and the cat.")
-    monkeypatch.undo()
+    monkeypatch.undo()  # reads at its own pace again
     set_sampling(page, max_tokens=3)
     field(page, "message").press("Enter")  # the model is as good as new
     wait_for_end(page)

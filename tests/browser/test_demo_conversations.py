@@ -85,7 +85,7 @@ def test_a_reload_in_the_middle_of_an_answer_loses_nothing(open_page, slow, alon
     expect(page.locator(".exl-error")).to_have_count(0)
 
 
-def test_a_server_that_has_forgotten_the_tab_shows_it_as_far_as_it_came(open_page, slow, server, monkeypatch):
+def test_a_server_that_has_forgotten_the_tab_shows_it_as_far_as_it_came(open_page, slow):
     page = open_page()
     set_sampling(page, temperature=0, max_tokens=300)
     send(page, "Tell me about a dog.")

@@ -26,8 +26,7 @@ class _Function:
 
 class FakeKernel32:
     """kernel32's memory calls by Linux's: decommitted memory may not be touched and takes no RAM. ``sizes``: reserved
-    bytes by address. ``total_ram``: the RAM that the machine reports; half of it is
-    available."""
+    bytes by address. ``total_ram``: the RAM that the machine reports; half of it is available."""
 
     def __init__(self, total_ram: int = 16 << 30) -> None:
         self.sizes: dict[int, int] = {}

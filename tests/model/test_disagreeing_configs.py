@@ -17,11 +17,12 @@ from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.build import load_engine
 from exl.errors import CheckpointError, ConfigError, ExlWarning, UnsupportedModelError
 from exl.planning.from_headers import EngineOptions, open_model
+from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import prefill_logits
 from tests.model.test_quantized import make
 
 TOLERANCE = 2e-4
-IDS = torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(9)).tolist()
+IDS = some_ids(24)
 CONFIG, QUANTIZE, QUANT = "config.json", "quantize_config.json", "quant_config.json"
 SOURCES = {
     CONFIG: r"config\.json: quantization_config",
@@ -74,7 +75,9 @@ def with_configs(source: Path, folder: Path, said: dict[str, dict]) -> Path:
 
 def logits(folder: Path) -> torch.Tensor:
     engine = load_engine(folder, EngineOptions(kv_cache="f32", context=64))
-    return torch.cat([chunk.clone() for chunk in engine.generator.logits(IDS)])
+    found = all_logits(engine, IDS)
+    engine.close()
+    return found
 
 
 def quant_of(folder: Path) -> QuantConfig:
@@ -85,7 +88,7 @@ def quant_of(folder: Path) -> QuantConfig:
 PLACES = [(QUANTIZE, CONFIG), (CONFIG, QUANTIZE), (QUANT, CONFIG), (QUANTIZE, QUANT)]
 
 
-@pytest.mark.parametrize(("wrong", "right"), PLACES, ids=lambda name: name)
+@pytest.mark.parametrize(("wrong", "right"), PLACES)
 @pytest.mark.parametrize(
     ("model", "lie"),
     [
@@ -125,7 +128,7 @@ def test_the_tensors_decide(models, tmp_path, model, lie, wrong, right):
         assert getattr(quant, key) == stated[key]
 
 
-@pytest.mark.parametrize(("wrong", "right"), PLACES[:2], ids=lambda name: name)
+@pytest.mark.parametrize(("wrong", "right"), PLACES[:2])
 @pytest.mark.parametrize(
     ("model", "lie"), [("order", {"desc_act": False}), ("v1", {"desc_act": True}), ("v1", {"lm_head": True})], ids=str
 )
@@ -137,7 +140,7 @@ def test_what_the_tensors_always_decide_is_no_disagreement(models, tmp_path, mod
         assert (logits(folder) - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("one", "other"), PLACES[:2], ids=lambda name: name)
+@pytest.mark.parametrize(("one", "other"), PLACES[:2])
 @pytest.mark.parametrize("left_out", ["checkpoint_format", "sym", "dynamic", "bits", "group_size"])
 @pytest.mark.parametrize("model", ["v2", "dynamic"])
 def test_what_one_file_leaves_out_another_says(models, tmp_path, model, left_out, one, other):

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 import exl
 from exl.engine.build import Engine, load_engine
-from exl.errors import CheckpointError, ConfigError, MemoryBudgetError
+from exl.errors import CheckpointError, MemoryBudgetError
 from exl.layout.kv import KV_BITS
 from exl.layout.specs import Target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.plan import Tier
 from exl.sampling import SamplingParams
-from exl.units import format_bytes, parse_bytes
 from tests.command_line import run_exl
 from tests.model.hf_models import CASES, build, save
 from tests.model.test_quantized import make
@@ -144,24 +143,6 @@ def test_smaller_caches_are_smaller_by_their_bits(kind):
     line = {p.purpose: p.num_bytes for p in plan(STORIES, kv_cache=kind).lines}["KV cache"]
     per_token = {"q8": 136, "k8v4": 104, "q4": 72}[kind]  # K and V of head size 64, with their scales
     assert line == 4 * 2 * 512 * per_token
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("6GB", 6 * 10**9), ("6GiB", 6 << 30), ("1.5 gb", 1_500_000_000), ("512MiB", 512 << 20), (77, 77), ("77", 77)],
-)
-def test_sizes(text, expected):
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "6 GBit", "6XB", "0", 0, -5, True, 1.5, None])
-def test_bad_sizes(text):
-    with pytest.raises(ConfigError, match="ram: found"):
-        parse_bytes(text, "ram")
-
-
-def test_formatted_sizes():
-    assert [format_bytes(n) for n in (5, 2_500, 1_234_000_000)] == ["5 B", "2.50 KB", "1.23 GB"]
 
 
 def test_a_tokenizer_that_cannot_be_read_closes_what_was_loaded(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from exl.engine.build import load_engine
 from exl.ops.torch_linear import probe_int4pack
 from exl.planning.from_headers import EngineOptions
+from tests.model.cuda_engines import all_logits, some_ids, step_logits
 from tests.model.hf_models import decode_logits, prefill_logits
 from tests.reference.plain_packer import dequantize, pack_layer
 
@@ -100,22 +101,8 @@ def make(
     return model
 
 
-def _ids(count: int) -> list[int]:
-    return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(9)).tolist()
-
-
 def _engine(folder: Path):
     return load_engine(folder, EngineOptions(kv_cache="f32", context=128))
-
-
-def _prefill(engine, ids) -> torch.Tensor:
-    return torch.cat([chunk.clone() for chunk in engine.generator.logits(ids)])
-
-
-def _decode(engine, ids: list[int]) -> torch.Tensor:
-    """Runs every token as a decode row, also those of the prompt."""
-    sequence = engine.generator.begin(len(ids))
-    return torch.cat([engine.generator.extend(sequence, [token_id]).clone() for token_id in ids])
 
 
 CASES = [
@@ -134,16 +121,16 @@ CASES = [
 def test_f32_path_equals_transformers(bits, group_size, options, tmp_path):
     model = make(tmp_path, bits, group_size, **options)
     engine = _engine(tmp_path)
-    ids = _ids(70)
-    assert (_prefill(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
+    ids = some_ids(70)
+    assert (all_logits(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(("bits", "options"), [(2, {}), (3, {"order": "shared"}), (8, {})], ids=str)
 def test_decode_rows_of_other_widths_are_f32_too(bits, options, tmp_path):
     model = make(tmp_path, bits, 32, **options)
-    ids = _ids(40)
+    ids = some_ids(40)
     expected = torch.cat([decode_logits(model, ids, 1)])
-    assert (_decode(_engine(tmp_path), ids) - expected).abs().max() <= TOLERANCE
+    assert (step_logits(_engine(tmp_path), ids) - expected).abs().max() <= TOLERANCE
 
 
 def test_orders_fuse_only_where_they_agree(tmp_path):
@@ -168,9 +155,9 @@ def test_bf16_decode_stays_within_its_roundings(options, tmp_path):
     engine = _engine(tmp_path)
     layer = engine.generator.runner.weights.acquire(0)
     assert all(part.layout.kind == "int4pack" for part in (*layer.qkv, *layer.o, *layer.gate_up, *layer.down))
-    ids = _ids(40)
+    ids = some_ids(40)
     expected = decode_logits(model, ids, 1)
-    error = _decode(engine, ids) - expected
+    error = step_logits(engine, ids) - expected
     rms = expected.square().mean().sqrt()
     assert 1e-4 < error.square().mean().sqrt() / rms <= 0.013
     assert error.abs().max() / rms <= 4 * 0.013

@@ -151,17 +151,17 @@ def test_another_encoding_is_one_clear_error(tmp_path, tokenizer, encoding):
     shutil.copytree(STORIES, folder)
     (folder / "chat_template.jinja").write_bytes(encoded(TEMPLATE))
     (folder / "config.json").write_bytes(encoded("{}"))
-    chat = exl.load(STORIES)
-    for read in (
-        lambda: read_documents(path, tokenizer),
-        lambda: read_calibration(path, tokenizer, 4, 16, "lines"),
-        lambda: read_calibration(path, tokenizer, 4, 16, "whole"),
-        lambda: Tokenizer.from_folder(folder),
-        lambda: ModelConfig.from_folder(folder),
-        lambda: Chat.load(chat, path),
-    ):
-        with pytest.raises(ConfigError, match=rf"byte order mark of {name}; save the text as UTF-8"):
-            read()
+    with exl.load(STORIES) as llm:
+        for read in (
+            lambda: read_documents(path, tokenizer),
+            lambda: read_calibration(path, tokenizer, 4, 16, "lines"),
+            lambda: read_calibration(path, tokenizer, 4, 16, "whole"),
+            lambda: Tokenizer.from_folder(folder),
+            lambda: ModelConfig.from_folder(folder),
+            lambda: Chat.load(llm, path),
+        ):
+            with pytest.raises(ConfigError, match=rf"byte order mark of {name}; save the text as UTF-8"):
+                read()
     for command in ("generate", "chat"):
         args = ["-"] if command == "generate" else []
         done = run_exl(command, *args, "--model", STORIES, stdin=encoded(TEXT))

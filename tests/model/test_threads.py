@@ -23,7 +23,7 @@ IDS = torch.randint(3, 500, (150,), generator=torch.Generator().manual_seed(5)).
 
 
 class FixedThreads(Threads):
-    """``count`` of at most ``LIMIT`` threads for all work, as if that were the fastest."""
+    """``count`` threads for whatever may vary, as if that were fastest; ``LIMIT`` for what always takes all."""
 
     def __init__(self, count: int) -> None:
         super().__init__(LIMIT)

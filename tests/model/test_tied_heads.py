@@ -23,13 +23,14 @@ from exl.layout.specs import Target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
+from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import CASES, build, load_f32, prefill_logits, save
 from tests.model.test_memory_plan import live_bytes
 from tests.reference.plain_packer import dequantize, pack_layer
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 TOLERANCE = 2e-4  # as in test_against_transformers.py
-IDS = torch.randint(3, 96, (30,), generator=torch.Generator().manual_seed(5)).tolist()
+IDS = some_ids(30, seed=5)
 CPU = Target("cpu", int4pack="split64")
 DIFFERS = r"config\.json: tie_word_embeddings: found true, but lm_head differs from model\.embed_tokens"
 
@@ -67,7 +68,7 @@ def one_value_differs(tensors) -> torch.Tensor:
 
 def logits(folder: Path, **options) -> torch.Tensor:
     engine = load_engine(folder, EngineOptions(kv_cache="f32", context=48, **options))
-    found = torch.cat([chunk.clone() for chunk in engine.generator.logits(IDS)])
+    found = all_logits(engine, IDS)
     engine.close()
     return found
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import html
 import re
-from math import log
 
 import pytest
 
 import exl
 from exl import token_html
+from tests.unit.token_records import record
 
 HOSTILE = "</span><script>alert('1')</script>\" onmouseover=\"x"
-
-
-def record(text: str, probability: float, token_id: int = 1, alternatives=()) -> exl.TokenLogprob:
-    return exl.TokenLogprob(token_id, text.encode(), log(probability), tuple(alternatives))
 
 
 def test_levels():

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BLOCK = 1 << 16
+ORG = "somebody"  # who has the repositories of most tests
 
 
 @dataclass

@@ -19,8 +19,8 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import read_json
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import CheckpointError, ConfigError, ExlWarning
+from tests.unit.checkpoint.hub_server import ORG
 from tests.unit.checkpoint.test_checkpoint import shard
-from tests.unit.checkpoint.test_hub import ORG, hub  # noqa: F401 (a fixture)
 
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -343,7 +343,7 @@ def renamed(tmp_path: Path, rename) -> Path:
 # --- downloads -------------------------------------------------------------------------------------------------------
 
 
-def test_a_download_leaves_out_what_is_never_read(hub, tmp_path):  # noqa: F811
+def test_a_download_leaves_out_what_is_never_read(hub, tmp_path):
     folder = tmp_path / "mistral"
     shutil.copytree(BUNDLED_MODEL, folder)
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
@@ -360,7 +360,7 @@ def test_a_download_leaves_out_what_is_never_read(hub, tmp_path):  # noqa: F811
         pass
 
 
-def test_a_repository_of_the_makers_format_is_named_before_a_download(hub, tmp_path):  # noqa: F811
+def test_a_repository_of_the_makers_format_is_named_before_a_download(hub, tmp_path):
     folder = tmp_path / "native"
     folder.mkdir()
     for name in ("consolidated.safetensors", "params.json"):

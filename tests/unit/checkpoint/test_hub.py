@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.utils import close_session
 from safetensors.numpy import load_file, save_file
 
 import exl
@@ -22,28 +21,7 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ExlWarning
 from exl.planning.shapes import SHAPES
-from tests.unit.checkpoint.hub_server import COMMIT, Hub
-
-ORG = "somebody"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Serves the bundled model as ``somebody/stories``; huggingface_hub connects only to this server."""
-    with Hub({f"{ORG}/stories": BUNDLED_MODEL}) as hub:
-        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        for name, value in {
-            "ENDPOINT": hub.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": template,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        close_session()
-        yield hub
-        close_session()
+from tests.unit.checkpoint.hub_server import COMMIT, ORG, Hub
 
 
 def environment(hub: Hub, tmp_path: Path, **more: str) -> dict[str, str]:

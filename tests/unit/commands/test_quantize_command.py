@@ -11,7 +11,6 @@ import pytest
 
 from exl.commands.quantize import run_command
 from tests.command_line import run_exl
-from tests.unit.checkpoint.test_hub import hub  # noqa: F401 - a fixture
 
 DATA = Path(__file__).parents[2] / "data"
 STORIES = DATA / "stories260K"
@@ -19,7 +18,7 @@ TEXT = DATA / "tinystories-valid-30k.txt"
 RTN = ("--method", "rtn", "--group-size", "32")
 
 
-def test_a_repository_is_quantized_and_measured(hub, tmp_path):  # noqa: F811
+def test_a_repository_is_quantized_and_measured(hub, tmp_path):
     hub.repos["somebody/dense"] = STORIES
     out = tmp_path / "out"
     done = run_exl("quantize", "somebody/dense", out, *RTN, "--revision", "main")
@@ -38,7 +37,7 @@ def test_a_repository_is_quantized_and_measured(hub, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval"])
-def test_a_gated_repository_needs_the_token(hub, tmp_path, command):  # noqa: F811
+def test_a_gated_repository_needs_the_token(hub, tmp_path, command):
     hub.repos["somebody/gated"], hub.tokens["somebody/gated"] = STORIES, "hf_secret"
     rest = (tmp_path / "out", *RTN) if command == "quantize" else ("--text", TEXT, "--window", "8")
     refused = run_exl(command, "somebody/gated", *rest)
@@ -48,7 +47,7 @@ def test_a_gated_repository_needs_the_token(hub, tmp_path, command):  # noqa: F8
     assert run_exl(command, "somebody/gated", *rest, "--token", "hf_secret").returncode == 0
 
 
-def test_a_revision_that_does_not_exist(hub, tmp_path):  # noqa: F811
+def test_an_empty_revision_is_refused(hub, tmp_path):
     hub.repos["somebody/dense"] = STORIES
     done = run_exl("quantize", "somebody/dense", tmp_path / "out", *RTN, "--revision", "")
     assert done.returncode == 1

@@ -14,6 +14,7 @@ import pytest
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ConfigError
+from tests.unit.token_records import record
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,12 +43,6 @@ def finish(job) -> list:
 
 def settings_of(parts, model=BUNDLED_MODEL, kv_cache="f16"):
     return parts["settings"].load_settings(str(model), "auto", kv_cache, "", "", "", "stored")
-
-
-def record(text: str, probability: float, token_id: int = 1, alternatives=()) -> exl.TokenLogprob:
-    from math import log
-
-    return exl.TokenLogprob(token_id, text.encode(), log(probability), tuple(alternatives))
 
 
 def test_jobs_take_turns_in_order(worker):

@@ -107,10 +107,14 @@ def test_a_child_leaves_the_device_alone(runtime):
     _, on_device = mapped(8192, "embedding", GPU, stack, runtime)
     child = os.fork()
     if not child:
-        del on_device
-        gc.collect()
-        stack.close()
-        os._exit(len(runtime.calls))
+        code = 99  # for a child that raises an error: it must not go on as a second run of the tests
+        try:
+            del on_device
+            gc.collect()
+            stack.close()
+            code = len(runtime.calls)
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     stack.close()
 

@@ -21,7 +21,7 @@ from exl.layout.layers import linear_layout, tile_layout
 from exl.layout.specs import LinearSpec, MatrixSpec, Target
 from exl.layout.tiles import TileLayout
 from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_bytes, usable_bytes
-from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.from_headers import EngineOptions
 from exl.planning.html import COLORS
 from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
 from exl.planning.shapes import SHAPES, ModelShape
@@ -30,21 +30,6 @@ from tests.command_line import run_exl
 
 SM86 = Target("cuda", arch=86)
 GB = 10**9
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("headers")
-    for name, num_shards in (("7b", 1), ("70b", 15)):
-        write_headers(root / name, SHAPES[f"llama-2-{name}"], num_shards=num_shards)
-    return {name: root / name for name in ("7b", "70b")}
-
-
-@pytest.fixture(scope="module")
-def seven(folders):
-    """A function: options -> the plan of a 7B model."""
-    with open_model(folders["7b"]) as files:
-        yield lambda **options: plan_model(files, EngineOptions(**options), SM86)[0]
 
 
 def lines_of(found, device):
@@ -280,8 +265,9 @@ def test_a_group_that_no_kernel_takes_is_named():
     assert TileLayout(4, 192, 32, 192, True).num_groups == 2  # one group is allowed, and padded
 
 
-def test_the_command_prints_a_hypothetical_card(folders):
-    command = ["plan", folders["70b"], "--vram", "24GB,24GB", "--ram", "32GB"]
+def test_the_command_prints_a_hypothetical_card(tmp_path):
+    write_headers(tmp_path / "70b", SHAPES["llama-2-70b"], num_shards=15)
+    command = ["plan", tmp_path / "70b", "--vram", "24GB,24GB", "--ram", "32GB"]
     done = run_exl(*command, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -294,8 +280,8 @@ def test_the_command_prints_a_hypothetical_card(folders):
     assert table.count("fits") == 3
 
 
-def test_a_notebook_sees_a_bar_for_each_memory(folders):
-    found = exl.plan(folders["7b"], vram=["2GB", "8GB"], context=512)
+def test_a_notebook_sees_a_bar_for_each_memory(folder_7b):
+    found = exl.plan(folder_7b, vram=["2GB", "8GB"], context=512)
     html = found._repr_html_()
     parts = re.findall(r'class="exl-part" title="([^"]+)" style="width: ([\d.]+)%; (background: [^"]+)"', html)
     assert [title.split(":")[0] for title, _, _ in parts] == [line.purpose for line in found.lines]
@@ -312,9 +298,9 @@ def test_a_notebook_sees_a_bar_for_each_memory(folders):
     assert str(found) == found.table()
 
 
-def test_every_purpose_has_its_colour(folders):
-    plans = [exl.plan(ram="1GB", resident_layers=3), exl.plan(folders["7b"], vram="4GB", context=512)]
-    plans.append(exl.plan(folders["7b"], vram="2GB", ram="2GB", context=512))
+def test_every_purpose_has_its_colour(folder_7b):
+    plans = [exl.plan(ram="1GB", resident_layers=3), exl.plan(folder_7b, vram="4GB", context=512)]
+    plans.append(exl.plan(folder_7b, vram="2GB", ram="2GB", context=512))
     purposes = {line.purpose for plan in plans for line in plan.lines}
     assert {"pinned layers", "pinned read buffers", "stream buffers", "loading", "tokenizer"} <= purposes
     assert purposes <= COLORS.keys()
@@ -329,14 +315,14 @@ def test_a_bar_that_is_too_long_says_so_and_text_is_escaped():
     assert re.findall(r"width: ([\d.]+)%;", html)[:2] == ["75.000", "25.000"]  # shares of the sum: no part is cut off
 
 
-def test_the_function_and_the_command_agree(folders):
-    done = run_exl("plan", folders["7b"], "--vram", "6GB", "--kv-cache", "q4")
-    assert done.stdout == exl.plan(folders["7b"], vram="6GB", kv_cache="q4").table() + "\n"
+def test_the_function_and_the_command_agree(folder_7b):
+    done = run_exl("plan", folder_7b, "--vram", "6GB", "--kv-cache", "q4")
+    assert done.stdout == exl.plan(folder_7b, vram="6GB", kv_cache="q4").table() + "\n"
 
 
-def test_some_of_the_free_memory_is_left_alone(folders):
+def test_some_of_the_free_memory_is_left_alone(folder_7b):
     """512 MiB; 1 GiB on Windows. The context and cuBLAS already have their memory then, and the plan counts it."""
-    plan = exl.plan(folders["7b"], vram="24GB", arch=90)
+    plan = exl.plan(folder_7b, vram="24GB", arch=90)
     lines = [line.num_bytes for line in plan.lines if line.purpose in STARTED_LINES]
     assert len(lines) == 2
     assert sum(lines) == started_bytes(90) == (500 + 32) << 20
@@ -348,9 +334,9 @@ def test_some_of_the_free_memory_is_left_alone(folders):
         assert usable_bytes(100 << 20, 90, system) >= 1
 
 
-def test_a_plan_is_held_against_what_is_free_now(folders, monkeypatch):
+def test_a_plan_is_held_against_what_is_free_now(folder_7b, monkeypatch):
     """The check leaves out context and cuBLAS, because they are already allocated when free memory is read."""
-    plan = exl.plan(folders["7b"], vram="24GB", arch=89, context=1024)
+    plan = exl.plan(folder_7b, vram="24GB", arch=89, context=1024)
     gpu = SimpleNamespace(device=torch.device("cuda", 0), arch=89)
     needed = plan.device_bytes("cuda:0") - started_bytes(89)
     for free in (needed, needed - 1):

@@ -16,27 +16,13 @@ from exl.layout.specs import Target
 from exl.planning.devices import HOST
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.plan import MemoryPlan, Tier
-from exl.planning.shapes import SHAPES, ModelShape
+from exl.planning.shapes import ModelShape
 from tests.command_line import run_exl
 
 GB = 10**9
 TABLE = 32000 * 4096 * 2  # bytes of a 7B's embedding
 WINDOW_ROWS = 4096 * 4096 * 2  # 16-bit rows of a window of 4096 tokens
 TIED = Path(__file__).parents[2] / "data" / "stories260K"  # its embedding is also its head
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("headers") / "7b"
-    write_headers(path, SHAPES["llama-2-7b"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def seven(folder):
-    """A function: options -> the plan of a 7B model."""
-    with open_model(folder) as files:
-        yield lambda **options: plan_model(files, EngineOptions(**options), Target("cuda", arch=86))[0]
 
 
 def lines_of(plan: MemoryPlan) -> dict[tuple[str, str], int]:
@@ -97,20 +83,20 @@ def test_an_embedding_that_is_also_the_head_stays():
 
 
 @pytest.mark.parametrize("value", ["pinned", "gpu", "", None, True, 8])
-def test_other_values_are_refused(folder, value):
+def test_other_values_are_refused(folder_7b, value):
     with pytest.raises(ConfigError, match=r"embed: found .*, expected one of auto, device, disk") as caught:
-        exl.plan(folder, vram="8GB", embed=value)
+        exl.plan(folder_7b, vram="8GB", embed=value)
     assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["device", "disk"])
-def test_a_cpu_has_no_other_place(folder, value):
+def test_a_cpu_has_no_other_place(folder_7b, value):
     expected = f"embed: found '{value}', which is for a GPU; a CPU has the embedding in RAM: expected 'auto'"
     with pytest.raises(ConfigError, match=expected):
-        exl.plan(folder, embed=value)
+        exl.plan(folder_7b, embed=value)
     with pytest.raises(ConfigError, match=expected):
         exl.load(TIED, "cpu", embed=value)
-    plan = exl.plan(folder)
+    plan = exl.plan(folder_7b)
     assert lines_of(plan) == {("cpu", "embedding"): TABLE}
     assert plan.placement.embed is Tier.DEVICE
 
@@ -144,9 +130,9 @@ def test_what_may_not_be_locked_is_not_in_pinned_ram(seven, monkeypatch, limit, 
 
 @given(st.integers(20, 120), st.one_of(st.none(), st.integers(3, 60)), st.one_of(st.none(), st.integers(0, 40)))
 @settings(max_examples=40, deadline=None)
-def test_auto_is_never_worse_than_a_place_of_ones_choice(folder, vram, ram, limit):
+def test_auto_is_never_worse_than_a_place_of_ones_choice(folder_7b, vram, ram, limit):
     """It fits whenever one of them does, and reads and streams no more layers."""
-    with pytest.MonkeyPatch.context() as patch, open_model(folder) as files:
+    with pytest.MonkeyPatch.context() as patch, open_model(folder_7b) as files:
         locked = None if limit is None else limit * GB // 10
         patch.setattr("exl.planning.from_headers.pinned_limit", lambda: locked)
         found = {}
@@ -172,11 +158,11 @@ def test_what_does_not_fit_in_vram_says_that_it_need_not_be_there(seven):
     assert seven(vram=budget, context=512).fits
 
 
-def test_the_command_has_the_option(folder):
-    done = run_exl("plan", folder, "--vram", "8GB", "--embed", "device", "--json")
+def test_the_command_has_the_option(folder_7b):
+    done = run_exl("plan", folder_7b, "--vram", "8GB", "--embed", "device", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["embedding"] == "resident"
-    refused = run_exl("plan", folder, "--vram", "8GB", "--embed", "cpu")
+    refused = run_exl("plan", folder_7b, "--vram", "8GB", "--embed", "cpu")
     assert refused.returncode == 1
     assert "embed: found 'cpu', expected one of auto, device, disk" in refused.stderr
     for command in ("generate", "chat", "bench", "eval"):

@@ -16,7 +16,8 @@ from exl.engine.build import load_engine
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.ops.base import LayerWeights
-from exl.planning.from_headers import EngineOptions
+from exl.planning.ask import _open_shape
+from exl.planning.from_headers import EngineOptions, plan_model
 from exl.planning.plan import MemoryPlan, Placement, Tier
 from exl.planning.speed import Speeds, TokenBytes
 from exl.planning.traffic import token_bytes
@@ -101,9 +102,6 @@ def test_the_table_in_pinned_memory_gives_a_row_over_the_bus():
 
 
 def input_of(shape: str, vram: str):
-    from exl.planning.ask import _open_shape
-    from exl.planning.from_headers import plan_model
-
     with _open_shape(None, shape, None, None, "file") as files:
         return plan_model(files, EngineOptions(vram=vram), Target("cuda", arch=86))[1]
 

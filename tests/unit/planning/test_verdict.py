@@ -140,7 +140,7 @@ def test_a_container_has_what_it_may_use(monkeypatch, tmp_path, limit, total):
     assert available is None or available <= found
 
 
-def test_windows_tells_its_ram(monkeypatch):
+def test_windows_tells_its_ram():
     from exl.memory.virtual import available_ram, total_ram
     from tests.host.fake_windows import FakeKernel32
 
@@ -148,7 +148,7 @@ def test_windows_tells_its_ram(monkeypatch):
     assert (total_ram(kernel32), available_ram(kernel32)) == (32 << 30, 16 << 30)
 
 
-def test_a_context_beyond_the_models_own_warns(tmp_path):
+def test_a_context_beyond_the_models_own_warns():
     text = "a context of 600 tokens is longer than the model's own, 512 (max_position_embeddings): "
     text += "beyond it answers get worse"
     assert exl.plan(context=512).warnings == ()

@@ -6,6 +6,7 @@ import io
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -47,27 +48,40 @@ class FakeMachine(TorchDispatchMode):
         return out
 
 
-@pytest.fixture
-def bar():
-    """The bar's own machine and clock."""
-    machine = FakeMachine()
-    return machine, WorkBar("quantizing", clock=lambda: machine.seconds, console=Console(file=io.StringIO()))
+class Step(NamedTuple):
+    """What a run told of its progress, and when."""
+
+    now: float
+    left: float | None  # seconds, as the bar said
+    done: int
+    total: int
+    what: str
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["match_dense", "plain"])
-def test_the_time_left_does_not_jump(tmp_path, bar, options):
-    machine, shown = bar
-    seen: list[tuple[float, float]] = []  # the time, and the time that was said to be left
+def steps_of(out: Path, options: QuantizeOptions) -> tuple[list[Step], float]:
+    """What a run told of its progress, and its end, by a clock that begins with it."""
+    machine, steps = FakeMachine(), []
+    bar = WorkBar("quantizing", clock=lambda: machine.seconds, console=Console(file=io.StringIO()))
 
     def note(done: int, total: int, what: str) -> None:
-        shown.update(done, total, what)
-        assert 0 <= done <= total
-        if shown.seconds_left is not None:
-            seen.append((machine.seconds, shown.seconds_left))
+        bar.update(done, total, what)
+        steps.append(Step(machine.seconds, bar.seconds_left, done, total, what))
 
     with machine:
-        quantize(SOURCE, tmp_path / "out", options, note)
-    end = machine.seconds
+        quantize(SOURCE, out, options, note)
+    return steps, machine.seconds
+
+
+@pytest.fixture(scope="module", params=OPTIONS, ids=["match_dense", "plain"])
+def run(request, tmp_path_factory):
+    """What a run from the start told, and its end."""
+    return steps_of(tmp_path_factory.mktemp("quantized") / "out", request.param)
+
+
+def test_the_time_left_does_not_jump(run):
+    steps, end = run
+    assert all(0 <= step.done <= step.total for step in steps)
+    seen = [(step.now, step.left) for step in steps if step.left is not None]
     assert seen[-1][1] == 0  # the work adds up
     counted = [(end - now, left) for now, left in seen if 0.2 * end < now < 0.95 * end]
     assert len(counted) > 20
@@ -78,28 +92,22 @@ def test_the_time_left_does_not_jump(tmp_path, bar, options):
             assert next_left - left < 0.1 * end, (now, later)  # it does not grow by much from one step to the next
 
 
-def test_steps_of_every_kind_have_their_share(tmp_path, bar):
-    machine, _ = bar
+@pytest.mark.parametrize("run", OPTIONS[:1], indirect=True, ids=["match_dense"])
+def test_steps_of_every_kind_have_their_share(run):
+    steps, end = run
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    last = [0.0, 0]
-
-    def note(done: int, total: int, what: str) -> None:
-        kind = what.rpartition(": ")[2]
-        spent[kind][0] += (done - last[1]) / total
-        spent[kind][1] += machine.seconds - last[0]
-        last[:] = machine.seconds, done
-
-    with machine:
-        quantize(SOURCE, tmp_path / "out", OPTIONS[0], note)
+    for last, step in pairwise([Step(0.0, None, 0, 1, ""), *steps]):
+        kind = step.what.rpartition(": ")[2]
+        spent[kind][0] += (step.done - last.done) / step.total
+        spent[kind][1] += step.now - last.now
     assert set(spent) == {"starting", "read", "qkv", "o", "gate_up", "down", "outputs", "writing"}
     for kind in ("qkv", "o", "gate_up", "down", "outputs"):
         said, took = spent[kind]
-        assert 0.5 < said / (took / machine.seconds) < 2, kind
+        assert 0.5 < said / (took / end) < 2, kind
 
 
-def test_a_resumed_run_does_not_count_what_was_done_before(tmp_path, bar):
+def test_a_resumed_run_does_not_count_what_was_done_before(tmp_path):
     """Done in no time, it would promise an end in seconds, and the first real step would take the promise back."""
-    machine, shown = bar
 
     def stop(done: int, total: int, what: str) -> None:
         if what.startswith("layer 3"):
@@ -107,19 +115,12 @@ def test_a_resumed_run_does_not_count_what_was_done_before(tmp_path, bar):
 
     with pytest.raises(KeyboardInterrupt):
         quantize(SOURCE, tmp_path / "out", OPTIONS[0], stop)
-    seen = []
-
-    def note(done: int, total: int, what: str) -> None:
-        shown.update(done, total, what)
-        seen.append((machine.seconds, shown.seconds_left, done / total))
-
-    with machine:
-        quantize(SOURCE, tmp_path / "out", OPTIONS[0], note)
-    assert seen[0][1] is None
-    assert 0.4 < seen[0][2] < 0.6  # two of four layers
-    for now, left, _ in seen[5:-1]:
-        if now < 0.9 * machine.seconds:
-            assert 0.5 < left / (machine.seconds - now) < 2
+    steps, end = steps_of(tmp_path / "out", OPTIONS[0])
+    assert steps[0].left is None
+    assert 0.4 < steps[0].done / steps[0].total < 0.6  # two of four layers
+    for step in steps[5:-1]:
+        if step.now < 0.9 * end:
+            assert 0.5 < step.left / (end - step.now) < 2
 
 
 def test_the_bar_shows_share_and_time():

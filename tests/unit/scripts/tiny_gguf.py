@@ -14,6 +14,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from scripts import fetch_smollm2
 
+ROOT = Path(__file__).parents[3]
+TEXTS = [  # tokens are learnt from them, and they have much that a tokenizer can get wrong
+    (ROOT / "tests/data/tinystories-valid-30k.txt").read_text(encoding="utf-8")[:4000],
+    (ROOT / "scripts/fetch_smollm2.py").read_text(encoding="utf-8"),
+    "12345 3.14159 2026-11-26, x2y, ½ ² ٣٤٥ १२३ Ⅷ",
+    "👩‍👩‍👧‍👦 🇩🇪 🤖 e\u0301 é Ünïcödé 日本語 中文 한국어 العربية \ufeff\u200b\u00a0",
+    "  two  spaces\t\ttabs\n\n\nlines\r\nmore  \n it's we'll I'D they've",
+    "<|im_start|>user\nHi 42<|im_end|>\n<|im_start|>assistant\n",
+]
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 64, 4, 2, 96, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
 TEMPLATE = (

@@ -231,12 +231,6 @@ def test_a_damaged_tokenizer_json_is_named(tmp_path, damage):
     assert "Odd" not in damage or "found a model of type 'Odd', expected BPE, Unigram" in str(caught.value)
 
 
-def test_a_pointer_in_place_of_the_tokenizer_is_named(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(CheckpointError, match="a Git LFS pointer instead of the file"):
-        Tokenizer.from_folder(tmp_path)
-
-
 def test_a_broken_template_file_is_named(tmp_path):
     messages = [{"role": "user", "content": "a"}]
     folder = write_folder(tmp_path, sentencepiece())
