@@ -7,6 +7,7 @@ controllers, v1 a tree for each (https://docs.kernel.org/admin-guide/cgroup-v2.h
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -33,11 +34,13 @@ def memory_limit() -> int | None:
 
 def _group_folders(controller: str) -> list[Path]:
     """This process's control group and its parents, as far as they are visible. ``controller`` "" is v2."""
+    if not sys.platform.startswith("linux"):
+        return []
     base = _ROOT / controller
     folders = [base]
     try:
         lines = _MEMBERSHIPS.read_text().splitlines()
-    except OSError:  # not Linux
+    except OSError:
         return folders
     for line in lines:
         _, controllers, group = line.split(":", 2)

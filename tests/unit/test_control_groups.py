@@ -34,6 +34,7 @@ def test_the_least_of_its_own_and_its_parents(membership, files, quota, limit, t
         path.write_text(text + "\n")
     if membership is not None:
         (tmp_path / "membership").write_text(membership)
+    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(control_groups, "_ROOT", tmp_path / "groups")
     monkeypatch.setattr(control_groups, "_MEMBERSHIPS", tmp_path / "membership")
     assert cpu_quota() == quota

@@ -134,6 +134,7 @@ def test_a_quota_of_the_control_group_limits_the_default(files, expected, tmp_pa
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n")
     monkeypatch.setattr("exl.control_groups._ROOT", tmp_path)
+    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert usable_processors() == expected

@@ -67,6 +67,7 @@ def cuda(monkeypatch):
         cudaHostRegister=lambda *args: cuda.call("register", *args),
         cudaHostUnregister=lambda *args: cuda.call("unregister", *args),
     )
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for CUDA has loaded a real runtime
     monkeypatch.setattr(torch.cuda, "cudart", lambda: binding)
     monkeypatch.setattr(torch.cuda, "device", cuda.current)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)  # it does not check the last error
