@@ -5,7 +5,8 @@ other threads are gone, but locks that they held stay locked, and GNU OpenMP, wh
 still believes in its threads: the child's first parallel loop would wait for them for ever. ``import exl`` registers
 hooks that run at every fork of the process:
 
-- before it, the OpenMP threads of the thread that forks are ended; parent and child start new ones when they need them;
+- before it, the OpenMP threads of the thread that forks are ended; parent and child start new ones when they need them.
+  Then the fork waits until threads that are ending have ended: they hold locks of MKL's, with which torch multiplies;
 - objects that have locks or threads of their own are told (``register``): before, so that nothing is half done;
   afterwards, so that the child makes its own.
 
@@ -15,10 +16,12 @@ cases its ``ForkGuard`` raises an error that says what to do.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +30,8 @@ from exl.errors import ExlError
 
 _REMEDY = 'start workers with multiprocessing\'s "spawn" method, or load the model in the worker, after the fork'
 _MAPS = Path("/proc/self/maps")
+_TASKS = Path("/proc/self/task")
+_ENDING_SECONDS = 0.2  # how long a fork waits, at most, for threads that are ending
 _PAUSE_HARD = 2  # omp_pause_hard, OpenMP 5.0 section 3.2.44: threads may be ended, too
 
 
@@ -130,6 +135,8 @@ def _before() -> None:
     cuda = getattr(torch, "cuda", None)  # not there while torch is being imported
     state.uses_gpu = cuda is not None and cuda.is_initialized()
     state.paused = torch is None or _end_openmp_threads()
+    if torch is not None:
+        _wait_for_ending_threads()
 
 
 def _in_parent() -> None:
@@ -164,6 +171,31 @@ def _end_openmp_threads() -> bool:
     paths = {line.split(maxsplit=5)[5] for line in _MAPS.read_text().splitlines() if "libgomp" in line}
     paused = [_pause(path.strip()) for path in paths]  # each of them, also after one that fails
     return all(paused)
+
+
+def _wait_for_ending_threads() -> None:
+    """MKL tidies up when a thread that has multiplied ends, under a lock that it takes for every product: a child that
+    is forked meanwhile would wait for this lock for ever. Nothing tells which threads are ending. But they run, and
+    Python does not know them, or no longer, also after ``join``; idle threads of OpenMP's sleep. Those of another
+    thread that computes run, too, so the wait is short."""
+    until = time.monotonic() + _ENDING_SECONDS
+    while _an_unknown_thread_runs() and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def _an_unknown_thread_runs() -> bool:
+    known = {str(thread.native_id) for thread in threading.enumerate()} | {str(threading.get_native_id())}
+    with contextlib.suppress(OSError):  # not Linux
+        return any(_runs(task) for task in os.listdir(_TASKS) if task not in known)
+    return False
+
+
+def _runs(task: str) -> bool:
+    """Whether a thread runs, wants to, or waits for memory or a disk (proc(5), /proc/pid/stat)."""
+    try:
+        return (_TASKS / task / "stat").read_text().rpartition(")")[2].split()[0] in ("R", "D")
+    except OSError:  # it has ended
+        return False
 
 
 def _pause(path: str) -> bool:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import sys
+from pathlib import Path
 
 _COMMIT, _RESERVE, _DECOMMIT, _RELEASE = 0x1000, 0x2000, 0x4000, 0x8000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -96,6 +97,8 @@ def guard_open_files(monkeypatch) -> None:
 
     for name in ("replace", "rename", "unlink", "remove"):
         monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    # Python 3.10's pathlib has taken these functions when it was imported; later ones look them up.
+    monkeypatch.setattr(Path, "unlink", guarded(Path.unlink))
 
 
 def play_windows_files(monkeypatch) -> None:

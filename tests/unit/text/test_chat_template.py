@@ -7,6 +7,7 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -80,6 +81,10 @@ MODELS = {
         STORY_NAMES,
     ),
 }
+# The last version for Python 3.10 gives a template keys without a value, and knows ``reasoning`` by another name alone.
+_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+needs_its_messages = pytest.mark.skipif(_VERSION < (5, 21), reason=f"transformers {transformers.__version__}")
+
 CASES = [
     *((model, messages, {}) for model in MODELS for messages in (SHORT, LONG[1:])),
     *((model, LONG, {}) for model in ("chatml", "llama_2", "llama_3", "mistral", "qwen_25", "qwen_3")),
@@ -88,7 +93,8 @@ CASES = [
     *((model, LONG, {"tools": TOOLS}) for model in ("chatml", "mistral", "qwen_25")),
     *((model, TOOL_USE, {"tools": TOOLS}) for model in ("mistral", "qwen_25")),
     ("qwen_25", TOOL_USE, {"tools": []}),
-    *(("qwen_3", THINKING[:n], {}) for n in (1, 2, 3, 4)),
+    *(("qwen_3", THINKING[:n], {}) for n in (1, 2, 3)),
+    pytest.param("qwen_3", THINKING, {}, marks=needs_its_messages),
     ("qwen_3", SHORT, {"variables": {"enable_thinking": False}}),
 ]
 
@@ -172,6 +178,7 @@ def test_the_dialect_matches_transformers(model, template):
     assert template_.render(SHORT) == expected
 
 
+@needs_its_messages
 def test_a_key_without_a_value_is_no_key_as_in_transformers(model):
     _, theirs = model("llama_2")
     template = "{{ messages[0].name is defined }}{{ messages[0].deep }}{{ messages[0].content }}"
