@@ -35,6 +35,8 @@ setup(
         "rich>=13",
         "prompt_toolkit>=3.0.40",
         "wcwidth>=0.3",
+        # Compiles kernels for the CPU at run time. Names of intrinsics change between versions of LLVM.
+        "llvmlite>=0.47,<0.51",
     ],
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],

@@ -1,0 +1,108 @@
+"""Machine code on disk, found by a digest of all that it depends on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llvmlite import binding as llvm
+
+from exl import layout
+from exl.cpu_kernels.kernel import KernelSpec
+from exl.replace_file import replace_file
+from exl.user_cache import user_cache_folder
+
+logger = logging.getLogger(__name__)
+
+_MAGIC = b"exlobj01"  # then sha256 of the code, then the code
+_DIGEST_BYTES = hashlib.sha256().digest_size
+# Layouts that kernels take constants from.
+_LAYOUTS = ("columns.py", "cpu_pages.py", "fields.py", "kv.py")
+
+
+def default_object_folder() -> Path:
+    return user_cache_folder("cpu-kernels")
+
+
+@functools.cache
+def _sources() -> bytes:
+    """Digest of the code that writes kernels. Hashing their IR instead would mean building it at each start."""
+    own, layouts = Path(__file__).parent, Path(layout.__file__).parent
+    paths = [*sorted(own.glob("*.py")), *(layouts / name for name in _LAYOUTS)]
+    together = hashlib.sha256()
+    for path in paths:
+        if path.exists():
+            together.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return together.digest()
+
+
+def object_name(specs: Sequence[KernelSpec], isa: str) -> str:
+    parts = (isa, llvm.llvm_version_info, sorted(map(repr, specs)))
+    return hashlib.sha256(_sources() + repr(parts).encode()).hexdigest() + ".o"
+
+
+def cached_object(name: str, compile_: Callable[[], bytes], folder: Path | None = None) -> bytes:
+    """The code in ``folder`` (default: the user's cache), or compiled and put there. A folder that cannot be written,
+    or that others could write to, costs time at each start and no more."""
+    folder = default_object_folder() if folder is None else folder
+    trusted = _is_ours(folder)
+    if trusted:
+        data = _read(folder / name)
+        if data is not None:
+            return data
+    data = compile_()
+    if trusted:
+        _write(folder / name, data)
+    return data
+
+
+def _is_ours(folder: Path) -> bool:
+    """Makes the folder if need be. Code is run from it, so it must be a folder that only this user can write to."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        logger.info("CPU kernels: %s cannot be made (%s): compiling at each start", folder, error)
+        return False
+    if not hasattr(os, "getuid"):  # Windows: the user's own folder by its access list
+        return stat.S_ISDIR(found.st_mode)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        logger.warning(
+            "CPU kernels: %s: expected a folder of this user's that nobody else can write to: not used", folder
+        )
+        return False
+    return True
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
+            return None
+        data = path.read_bytes()
+    except OSError:
+        return None
+    code = data[len(_MAGIC) + _DIGEST_BYTES :]
+    if data[: len(_MAGIC)] != _MAGIC or hashlib.sha256(code).digest() != data[len(_MAGIC) : -len(code) or None]:
+        logger.warning("CPU kernels: %s is damaged, compiling again", path)
+        return None
+    return code
+
+
+def _write(path: Path, code: bytes) -> None:
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(code).digest() + code)
+            replace_file(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        logger.info("CPU kernels: %s cannot be written (%s): compiling at each start", path, error)
