@@ -125,7 +125,7 @@ def build_engine(
     ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, if the
     backend can."""
     if backend is not None:
-        target = Target("cuda", None, backend.arch, backend.num_multiprocessors)
+        target = Target("cuda", arch=backend.arch, num_multiprocessors=backend.num_multiprocessors)
     else:
         target = cpu_target() if cpu is None else cpu
     with ExitStack() as stack:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from exl.errors import KernelError, UnsupportedModelError
+from exl.layout.columns import ColumnLayout
 from exl.layout.fields import BLOB_ALIGN, FIELD_ALIGN, Field, FieldPacker, align_up
 from exl.layout.specs import BlobSpec, LinearSpec, Target
 from exl.layout.tiles import ROWS, TileLayout
@@ -29,7 +30,13 @@ class LinearLayout:
       scales_zeros bf16 [G, N, 2] for torch's decode kernel
     - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales [N, G], zeros u8 [N, G]
 
-    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. On a GPU:
+    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. For the CPU's own kernels:
+
+    - ``dense``: weight [N, K] in the file's type
+    - ``columns``: records u8 as ``exl/layout/columns.py`` says
+
+    Besides: bias f32 [N]; under act-order, and where groups do not fill whole records, source i32 [padded K]: the input
+    that each input of the records multiplies, -1 for none. On a GPU:
 
     - ``dense``: weight [N, K padded to eights with zeros], bf16 where the GPU's tensor cores take it, f16 otherwise
     - ``tiles``: codes i32, qparams u8 (scales and zeros) as ``exl/layout/tiles.py`` says
@@ -55,6 +62,12 @@ def _add_cpu_fields(pack: FieldPacker, spec: LinearSpec, target: Target) -> str:
     if not spec.quantized:
         kind = "dense"
         pack.add("weight", spec.dtype, (N, K))
+    elif target.compiled:
+        columns = column_layout(spec)
+        pack.add("records", "u8", (columns.num_bytes,))
+        if spec.order_key is not None or columns.padded:
+            pack.add("source", "i32", (columns.padded_K,))
+        kind = "columns"
     elif target.int4pack and _fits_int4pack(spec):
         kind = "int4pack"
         pack.add("codes", "u8", (N * K // 2,))
@@ -68,9 +81,14 @@ def _add_cpu_fields(pack: FieldPacker, spec: LinearSpec, target: Target) -> str:
         pack.add("zeros", "u8", (N, G))
     if spec.has_bias:
         pack.add("bias", "f32", (N,))
-    if spec.order_key is not None:
+    if spec.order_key is not None and not target.compiled:
         pack.add("order", "i32", (K,))
     return kind
+
+
+def column_layout(spec: LinearSpec) -> ColumnLayout:
+    """How the CPU's own kernels hold a quantized linear."""
+    return ColumnLayout(spec.bits, spec.K, spec.N, spec.group_size, spec.symmetric, spec.scale_dtype)
 
 
 def _fits_int4pack(spec: LinearSpec) -> bool:

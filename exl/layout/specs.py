@@ -12,6 +12,7 @@ class Target:
 
     kind: str  # "cpu" | "cuda"
     int4pack: str | None = None  # CPU: nibble order of torch's int4pack: "split64", "split32", "pairs32"; None: absent
+    compiled: bool = False  # CPU: weights lie as exl's own kernels take them, not as torch's do
     arch: int | None = None  # CUDA: compute capability, 86 for 8.6
     num_multiprocessors: int | None = None  # CUDA; None: a GPU that is not there, the largest of its architecture
 
