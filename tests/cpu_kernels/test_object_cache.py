@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_features_and_sets_fit_this_machine():
     """The list is the one that the kernel of the operating system tells."""
     if not sys.platform.startswith("linux") or not processor.usable_isas():
         pytest.skip("reads Linux's list of an x86 processor's features")
-    flags = next(line for line in open("/proc/cpuinfo") if line.startswith("flags")).split()
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
     for isa in processor.usable_isas():
         assert {name.replace("avx512vnni", "avx512_vnni").replace("avxvnni", "avx_vnni").replace("bmi", "bmi1")
                 .replace("bmi12", "bmi2") for name in processor.ISAS[isa]} <= set(flags)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -63,7 +64,7 @@ def chain(library: Library, num_stages: int, n: int, times: int = 1, repeats: bo
     expected = buffers[0].copy()
     for _ in range(num_stages):
         expected = expected + np.roll(expected, -1)
-    stages = [Stage(Mix(), n, (a, b, n, times)) for a, b in zip(buffers, buffers[1:], strict=False)]
+    stages = [Stage(Mix(), n, (a, b, n, times)) for a, b in itertools.pairwise(buffers)]
     return Program(library, stages, repeats=repeats), buffers, expected
 
 
