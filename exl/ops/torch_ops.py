@@ -179,7 +179,7 @@ class TorchOps:
         activation = _ACTIVATIONS.get(spec.activation)
         if activation is None:
             raise UnsupportedModelError(
-                f"activation of the gated MLP: found {spec.activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
+                f"activation of the gated MLP: found {spec.activation!r}, expected {' or '.join(_ACTIVATIONS)}"
             )
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
