@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ import transformers
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
+from exl.errors import UnsupportedModelError
+from exl.models import decoder
 from exl.models.manifest import read_manifest
+from exl.ops.base import Branch, Norm
 from exl.quantize.calibration import read_calibration
 from exl.quantize.gptq import gptq
 from exl.quantize.grid import Grid
@@ -42,8 +47,25 @@ def inputs_and_outputs(model, module: str, sequences) -> tuple[torch.Tensor, tor
     return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
 
 
+def granite_model(residual_multiplier: float) -> transformers.PreTrainedModel:
+    """The same weights in a decoder whose blocks are scaled before they join the residual stream."""
+    llama = dense_model(torch.float64)
+    values = llama.config.to_dict()
+    shared = {key: values[key] for key in transformers.GraniteConfig().to_dict().keys() & values.keys()}
+    shared |= {"model_type": "granite", "residual_multiplier": residual_multiplier}
+    head_dim = llama.config.hidden_size // llama.config.num_attention_heads
+    config = transformers.GraniteConfig(**shared, attention_multiplier=head_dim**-0.5)
+    model = transformers.GraniteForCausalLM(config).double().eval()
+    model.load_state_dict(llama.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("name", FIRST_OF)
-def test_it_hears_what_transformers_feeds(name):
+def test_it_hears_what_transformers_feeds(name, scale, monkeypatch):
+    if scale != 1.0:
+        monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=scale))
+    model = dense_model(torch.float64) if scale == 1.0 else granite_model(scale)
     sequences = calibration(40)  # ragged, and more than one chunk
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
@@ -52,19 +74,32 @@ def test_it_hears_what_transformers_feeds(name):
         heard, outputs = [], []
         for chunk, h in zip(layers.chunks, layers.embed(), strict=True):
             layers.run(0, layers.read_layer(0), chunk, h)
-            x, output = layers.listen(1, layers.read_layer(1), name, chunk, h, output=True)
-            heard.append(x.clone())
-            outputs.append(output.clone())
-    x, y = inputs_and_outputs(dense_model(torch.float64), f"model.layers.1.{FIRST_OF[name]}", sequences)
+            found = layers.listen(1, layers.read_layer(1), name, chunk, h, output=True)
+            heard.append(found.x.clone())
+            outputs.append(found.output.clone())
+            assert found.scale == (scale if name in ("o", "down") else 1.0)
+    x, y = inputs_and_outputs(model, f"model.layers.1.{FIRST_OF[name]}", sequences)
     # f32 against f64, through one and a half layers, values of about 1
     assert float((torch.cat(heard) - x).abs().max()) < 1e-4 * float(x.abs().max())
     output = torch.cat(outputs)
     if name == "down":  # the layer's output, which includes the residual
-        _, y = inputs_and_outputs(dense_model(torch.float64), "model.layers.1", sequences)
+        _, y = inputs_and_outputs(model, "model.layers.1", sequences)
     elif name == "o":
-        _, residual = inputs_and_outputs(dense_model(torch.float64), "model.layers.0", sequences)
-        y = y + residual
+        _, residual = inputs_and_outputs(model, "model.layers.0", sequences)
+        y = scale * y + residual
     assert float((output[:, : y.shape[1]] - y).abs().max()) < 1e-4 * float(y.abs().max())
+
+
+def test_outputs_of_a_normalised_block_are_refused(monkeypatch):
+    monkeypatch.setattr(decoder, "Branch", partial(Branch, post_norm=Norm(torch.ones(64), 1e-5)))
+    with Checkpoint.open(SOURCE) as checkpoint:
+        config = ModelConfig.from_folder(SOURCE)
+        layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), calibration(1))
+        (chunk,), (h,) = layers.chunks, layers.embed()
+        weights = layers.read_layer(0)
+        assert layers.listen(0, weights, "o", chunk, h.clone(), output=False).output is None
+        with pytest.raises(UnsupportedModelError, match=r"o_proj: found a norm of what it adds, expected none"):
+            layers.listen(0, weights, "o", chunk, h, output=True)
 
 
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"])

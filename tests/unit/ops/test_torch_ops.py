@@ -18,7 +18,7 @@ from tests.model.batches import batch_of
 
 T, C, INNER, V = 9, 40, 75, 52  # widths that torch's vectors do not divide
 EPS = 1e-5
-TOLERANCE = 2e-5  # f32 sums over 75 channels against f64, values of up to about 10
+TOLERANCE = 4e-6  # f32 sums over up to 75 channels against f64, results of up to about 10
 TARGET = Target("cpu")
 
 
