@@ -15,7 +15,7 @@ from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.formats.load import load_matrix
-from exl.formats.tensors import read_float, read_vector
+from exl.formats.tensors import read_float, read_norm
 from exl.layout.kv import KVLayout
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec
@@ -137,9 +137,9 @@ class LayerPass:
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         names = self.manifest.names
         prefix = f"{names.layers}.{layer_idx}."
-        for norm, _ in spec.norms:
-            vector = torch.from_numpy(read_vector(self.checkpoint, prefix + names.norms[norm]))
-            view_field(blob, layout.fields[norm]).copy_(vector)
+        for norm in layout.norms:
+            vector = torch.from_numpy(read_norm(self.checkpoint, prefix + names.norms[norm.name], norm))
+            view_field(blob, layout.fields[norm.name]).copy_(vector)
         weights = LayerWeights.view(layout, blob)
         for name, _ in linears:
             (linear,) = getattr(weights, name)
