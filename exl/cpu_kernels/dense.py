@@ -82,8 +82,8 @@ class DenseRows(KernelSpec):
     dtype: str
     tile: int
 
-    K_BLOCK = 512
-    TILES = 8  # of rows, for one conversion of the weights
+    K_BLOCK = 768
+    TILES = 12  # of rows, for one conversion of the weights
 
     @property
     def name(self) -> str:
@@ -98,7 +98,8 @@ class DenseRows(KernelSpec):
         with k.loop(M, step=rows) as row, k.loop(stop, start, _COLUMNS) as first:
             columns = _column_pointers(k, weight, first, stop, K, self.dtype)
             row_stop = k.smaller(M, k.add(row, rows))
-            with k.loop(self.TILES * tile_bytes, step=_LINE) as i:
+            cleared = k.smaller(rows, k.add(k.b.sub(row_stop, row), self.tile - 1))
+            with k.loop(k.mul(_COLUMNS * _LINE, cleared), step=_LINE) as i:
                 k.store(k.splat(0.0), sums, i, _LINE)
             with k.loop(K, step=self.K_BLOCK) as i:
                 self._widen(k, columns, i, wide)
