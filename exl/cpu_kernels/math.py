@@ -1,9 +1,9 @@
 """Functions of real numbers, by polynomials of our own: the same bits on every machine.
 
 Libraries' and LLVM's own functions differ between processors and versions, so no kernel uses them. Each function here
-is a fixed sequence of operations that IEEE 754 defines. None converts a float to an integer, which would be undefined for
-NaN: the number of halvings or quarter turns is read from the low bits of a sum with 1.5 * 2^(mantissa's bits), as in
-Cody and Waite, "Software Manual for the Elementary Functions" (1980). So NaN in is NaN out, in every function.
+is a fixed sequence of operations that IEEE 754 defines. None converts a float to an integer, which would be undefined
+for NaN: the number of halvings or quarter turns is read from the low bits of a sum with 1.5 * 2^(mantissa's bits), as
+in Cody and Waite, "Software Manual for the Elementary Functions" (1980). So NaN in is NaN out, in every function.
 
 Values are vectors of f32 or f64 with any number of lanes, as each function says. Errors are in units in the last place
 (ulps) of the result, the largest that tests may find.
