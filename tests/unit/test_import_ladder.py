@@ -24,7 +24,7 @@ LADDER = (
     ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text"),
-    ("kernels",),
+    ("kernels", "cpu_kernels"),
     ("ops",),
     ("models",),
     ("planning", "quantize"),
