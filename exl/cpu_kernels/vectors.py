@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from exl.cpu_kernels.ir import F16, I16, I32, I64, LANES, PTR, F, I, Kernel, vec
-from exl.cpu_kernels.quantize import ActivationForm, emit_values
+from exl.cpu_kernels.quantize import ActivationForm, emit_record
 
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -80,27 +80,29 @@ class Records:
 
     def emit(self, k: Kernel, stop: ir.Value, value: Callable[[Part], ir.Value], start: ir.Value | int = 0) -> None:
         """Records ``start`` to ``stop - 1`` of ``value(part)``."""
-        if self.listed is not None:
-            with k.loop(stop, start) as r:
-                self._one(k, r, value, self._by_list)
-            return
-        whole = k.smaller(stop, k.b.sdiv(self.width, I64(self.form.rows)))
-        with k.loop(whole, start) as r:
-            self._one(k, r, value, lambda k, first: Part(first))
-        begun = k.b.select(k.b.icmp_signed(">", k.n(start), whole), k.n(start), whole)
-        with k.loop(stop, begun) as r:  # at most one
-            self._one(k, r, value, lambda k, first: Part(first, k.b.sub(self.width, first)))
-
-    def _by_list(self, k: Kernel, first: ir.Value) -> Part:
-        return Part(listed=k.load(I, self.listed, k.mul(first, 4)))
-
-    def _one(
-        self, k: Kernel, r: ir.Value, value: Callable[[Part], ir.Value], part: Callable[[Kernel, ir.Value], Part]
-    ) -> None:
         rows = self.form.rows
-        firsts = [k.add(k.mul(r, rows), i) for i in range(0, rows, LANES)]
-        where = k.mul(self.form.num_bytes, k.add(k.mul(r, self.num_rows), self.row))
-        emit_values(k, [value(part(k, first)) for first in firsts], k.at(self.pointer, where), self.form)
+        inputs = k.memory(4 * rows)
+        with k.loop(stop, start) as r:
+            self._compute(k, k.mul(r, rows), value, inputs)
+            where = k.mul(self.form.num_bytes, k.add(k.mul(r, self.num_rows), self.row))
+            emit_record(k, inputs, k.at(self.pointer, where), self.form)
+
+    def _compute(self, k: Kernel, first: ir.Value, value: Callable[[Part], ir.Value], inputs: ir.Value) -> None:
+        """A record's f32, to ``inputs``: in a loop, as code for each vector would take long to compile."""
+        if self.listed is not None:
+            with k.loop(self.form.rows, step=LANES) as i:
+                listed = k.load(I, self.listed, k.mul(k.add(first, i), 4))
+                k.store(value(Part(listed=listed)), inputs, k.mul(i, 4))
+            return
+        count = k.smaller(self.form.rows, k.b.sub(self.width, first))
+        with k.b.if_then(k.b.icmp_signed("<", count, I64(self.form.rows))):
+            for i in range(0, self.form.rows, LANES):
+                k.store(k.splat(0.0), inputs, 4 * i)
+
+        def body(part: Part) -> None:
+            store_part(k, value(Part(k.add(first, part.first), part.count)), inputs, part)
+
+        each_part(k, count, body)
 
 
 def row_of(k: Kernel, pointer: ir.Value, row: ir.Value, stride: ir.Value) -> ir.Value:
