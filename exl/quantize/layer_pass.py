@@ -24,7 +24,8 @@ from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
 from exl.ops.base import PLAIN_BRANCH, Branch, LayerWeights, Linear, Segments, view_field, view_segments
-from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.ops.cpu_target import torch_target
+from exl.ops.torch_ops import TorchOps
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.threads import Threads, layer_kind
 
@@ -113,7 +114,7 @@ class LayerPass:
             head_dim=config.head_dim,
         )
         kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _CapturingOps(cpu_target(), kv_layout, limits, threads)
+        self._ops = _CapturingOps(torch_target(), kv_layout, limits, threads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
         self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
