@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
+from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
@@ -25,6 +26,7 @@ from exl.layout.layers import LinearLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.host import host_tensor
+from exl.ops import compiled_rows
 from exl.ops.base import (
     PLAIN_BRANCH,
     AttentionSpec,
@@ -37,13 +39,12 @@ from exl.ops.base import (
     Segments,
     TableRows,
 )
-from exl.ops import compiled_rows
 from exl.ops.compiled_attention import AttentionStages
 from exl.ops.compiled_batch import BatchTables
 from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
-from exl.ops.compiled_tape import ArenaMemory, Rows, SharedMemory, Tape
+from exl.ops.compiled_tape import ArenaMemory, NoMemory, Rows, SharedMemory, Tape
 from exl.ops.torch_ops import TokenIds
 from exl.sampling import sample
 from exl.threads import using
@@ -130,16 +131,29 @@ class CompiledOps:
         sets = tuple(self._record(step, arena) for arena in self._arenas)
         return lambda: self._steps.run(sets, self._now)
 
+    def kernels_of(self, step: Callable[[], None], batch: ForwardBatch) -> set[KernelSpec]:
+        """The kernels of all stages that ``step`` adds for a batch. None is run."""
+        tables = BatchTables(batch, batch.token_ids, self.limits)
+        tape, _ = self._taped(step, tables, Tape(NoMemory()))
+        return {stage.kernel for stage in tape.stages}
+
     def _record(self, step: Callable[[], None], arena: torch.Tensor) -> RecordedSet:
-        staged, before = self._staged, self._now
-        tables = before.copy()
-        self._tape, self._results, self._now, self._staged = Tape(ArenaMemory(arena)), [], tables, [tables]
+        tables = self._now.copy()
+        tape, results = self._taped(step, tables, Tape(ArenaMemory(arena)))
+        return RecordedSet(tape, Program(self.library, tape.stages, repeats=True), tables, results)
+
+    def _taped(
+        self, step: Callable[[], None], tables: BatchTables, tape: Tape
+    ) -> tuple[Tape, tuple[tuple[Rows, torch.Tensor], ...]]:
+        """The tape with the stages of ``step``, and where results are to be copied from, and to."""
+        before = self._staged, self._now
+        self._tape, self._results, self._staged, self._now = tape, [], [tables], tables
         try:
             step()
-            tape, results = self._tape, tuple(self._results)
+            return tape, tuple(self._results)
         finally:
-            self._tape, self._staged, self._now = None, staged, before
-        return RecordedSet(tape, Program(self.library, tape.stages, repeats=True), tables, results)
+            self._tape = None
+            self._staged, self._now = before
 
     @contextmanager
     def _stages(self) -> Iterator[Tape]:

@@ -106,6 +106,19 @@ class ArenaMemory:
         return self._arena.data_ptr() + start
 
 
+class NoMemory:
+    """For stages that are never run."""
+
+    def read(self, tensor: torch.Tensor) -> Rows:
+        return Rows.of(tensor)
+
+    def write(self, tensor: torch.Tensor) -> Rows:
+        return Rows.of(tensor)
+
+    def scratch(self, purpose: str, num_bytes: int) -> int:
+        return 0
+
+
 @dataclass
 class Tape:
     """Stages so far. ``changing``: those whose number of chunks the batch's tables say, by a key of theirs."""

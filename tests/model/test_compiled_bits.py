@@ -137,7 +137,7 @@ def test_dense_models_of_every_family(tmp_path, case):
 def test_sequences_in_one_batch_have_the_bits_that_they_have_alone(folder_of):
     folder = folder_of(3, 32, {"order": "shared"})
     lengths, pages = (5, 40, 64, 77), ([0], [1], [2], [3, 4])
-    with opened(folder, threads=2) as engine:
+    with opened(folder, threads=2, context=256) as engine:
         runner = engine.generator.runner
         alone = []
         for n, own in zip(lengths, pages, strict=True):
