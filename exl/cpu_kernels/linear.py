@@ -21,6 +21,7 @@ from exl.cpu_kernels.linear_codes import ByteSource, CodeForm, WordSource, code_
 from exl.cpu_kernels.linear_sums import Tile, integer_sums
 from exl.cpu_kernels.quantize import ActivationForm, form_of
 from exl.layout.columns import COLUMNS, ColumnLayout
+from exl.layout.fields import DTYPE_BYTES
 
 ROW_BLOCK = 128  # rows of a chunk of "panel"
 MOST_ROWS = 8  # of "rows"
@@ -95,8 +96,6 @@ class _Emitter:
         self.tiles = [Tile(rows, vectors, self.lanes, together) for rows, vectors in tiles]
         most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
         self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
-        self.scales = k.memory(4 * COLUMNS)  # f32 [64], of a record
-        self.zeros = k.memory(4 * COLUMNS)  # i32 [64]
         self.unpacks = spec.kind == "panel" and spec.bits * len(self.codes.weights) != 8
         self.bytes = k.memory(COLUMNS * spec.rows * len(self.codes.weights)) if self.unpacks else None
         self.ahead = self.layout.record_bytes * max(1, round(_AHEAD / self.layout.record_bytes))
@@ -131,9 +130,13 @@ class _Emitter:
 
     def _record(self, record: ir.Value, x: ir.Value, count: ir.Value) -> None:
         k = self.k
-        self._widen_scales(record)
         if self.unpacks:
             self._unpack(record)
+        if self.spec.kind == "row":  # without loops of one turn: LLVM would read the scales before them
+            (tile,) = self.tiles
+            for column in range(0, COLUMNS, tile.vectors * tile.lanes):
+                self._tile(record, x, I64(column), self.sums, tile)
+            return
         start = I64(0)
         for tile in self.tiles:
             stop = k.b.sub(count, k.b.srem(k.b.sub(count, start), I64(tile.rows)))
@@ -141,18 +144,6 @@ class _Emitter:
                 xs = k.at(x, k.mul(row, self.form.num_bytes))
                 self._tile(record, xs, column, k.at(self.sums, k.mul(row, 4 * COLUMNS)), tile)
             start = stop
-
-    def _widen_scales(self, record: ir.Value) -> None:
-        k, layout = self.k, self.layout
-        for column in range(0, COLUMNS, LANES):
-            scale_bytes = (layout.zeros_offset - layout.scales_offset) // COLUMNS
-            scales = k.widen(layout.scale_dtype, LANES, record, layout.scales_offset + scale_bytes * column)
-            k.store(scales, self.scales, 4 * column, 64)
-            if not layout.symmetric:
-                zeros = k.load(vec(I8, LANES), record, layout.zeros_offset + column)
-                k.store(k.b.zext(zeros, vec(I32, LANES)), self.zeros, 4 * column, 64)
-        for line in range(layout.scales_offset, layout.record_bytes, 64):
-            k.prefetch(record, line + self.ahead)
 
     def _unpack(self, record: ir.Value) -> None:
         """All codes of a record, as ``ByteSource`` takes them."""
@@ -176,22 +167,28 @@ class _Emitter:
         else:
             source = WordSource(self.codes, k.at(record, offset), self.ahead)
 
-        def start(row: int, v: int) -> ir.Value:
-            """- zero * X"""
-            total = k.load(I32, x, row * self.form.num_bytes + self.form.step_offset + 4)
-            if self.spec.symmetric:
-                return k.splat(b.mul(total, I32(-(1 << (self.spec.bits - 1)))), iv)
-            zeros = k.load(iv, self.zeros, k.add(offset, 4 * v * self.lanes))
-            return b.mul(zeros, k.splat(b.neg(total), iv))
-
-        found = integer_sums(k, source, x, self.form, tile, start)
+        found = integer_sums(k, source, x, self.form, tile)
         for v in range(tile.vectors):
-            scale = k.load(fv, self.scales, k.add(offset, 4 * v * self.lanes))
+            # Read behind the codes, as it lies: reads that jump confuse the processor's own prefetching.
+            scale, zeros = self._side(record, k.add(column, v * self.lanes))
             for row in range(tile.rows):
                 step = k.splat(k.load(F32, x, row * self.form.num_bytes + self.form.step_offset), fv)
+                total = k.splat(k.load(I32, x, row * self.form.num_bytes + self.form.step_offset + 4), iv)
+                value = b.sitofp(b.sub(found[row][v], b.mul(zeros, total)), fv)
                 where = k.at(sums, k.add(offset, 4 * (row * COLUMNS + v * self.lanes)))
-                y = k.fma(b.sitofp(found[row][v], fv), b.fmul(scale, step), k.load(fv, where))
-                k.store(y, where)
+                k.store(k.fma(value, b.fmul(scale, step), k.load(fv, where)), where)
+
+    def _side(self, record: ir.Value, column: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Scales f32 and zeros i32 of a vector of columns."""
+        k, layout = self.k, self.layout
+        scale_bytes = DTYPE_BYTES[layout.scale_dtype]
+        scales = k.at(record, k.add(layout.scales_offset, k.mul(column, scale_bytes)))
+        k.prefetch(scales, self.ahead)
+        scale = k.widen(layout.scale_dtype, self.lanes, scales)
+        if layout.symmetric:
+            return scale, k.splat(1 << (layout.bits - 1), vec(I32, self.lanes))
+        zeros = k.load(vec(I8, self.lanes), record, k.add(layout.zeros_offset, column))
+        return scale, k.b.zext(zeros, vec(I32, self.lanes))
 
     def _finish(self, block: ir.Value, first: ir.Value, row: ir.Value) -> None:
         """Bias and residual, and out: only columns that are there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -32,18 +31,15 @@ class Tile:
         return [list(range(parts))] if self.together else [[part] for part in range(parts)]
 
 
-Start = Callable[[int, int], ir.Value]  # of a row and a vector
-
-
 def integer_sums(
-    k: Kernel, source: WordSource | ByteSource, x: ir.Value, form: ActivationForm, tile: Tile, start: Start
+    k: Kernel, source: WordSource | ByteSource, x: ir.Value, form: ActivationForm, tile: Tile
 ) -> list[list[ir.Value]]:
-    """[rows][vectors] i32: ``start`` + the sum of code * q of a record. ``x``: the record of the tile's first row; the
-    others follow it. ``start`` is called where its value is needed, so that it takes no register before."""
+    """[rows][vectors] i32: the sum of code * q of a record. ``x``: the record of the tile's first row; the others follow
+    it."""
     add = _add_pairs if k.isa == "avx2" else _add_dots
     totals = None
     for parts in tile.passes(form.parts):
-        totals = add(k, source, x, form, tile, parts, totals, start)
+        totals = add(k, source, x, form, tile, parts, totals)
     return totals
 
 
@@ -57,7 +53,7 @@ def _value(k: Kernel, x: ir.Value, form: ActivationForm, row: int, part: int, st
     return k.splat(k.load(I32, x, row * form.num_bytes + part * form.rows + 4 * step), vec(I32, lanes))
 
 
-def _add_dots(k, source, x, form: ActivationForm, tile: Tile, parts, totals, start: Start):
+def _add_dots(k, source, x, form: ActivationForm, tile: Tile, parts, totals):
     """By dot products of four bytes that add to 32 bits."""
     vectors, planes = range(tile.vectors), range(len(source.form.weights))
     accumulators: dict[tuple[int, int, int, int], Var] = {}
@@ -66,8 +62,8 @@ def _add_dots(k, source, x, form: ActivationForm, tile: Tile, parts, totals, sta
             for row in range(tile.rows):
                 for v in vectors:
                     first = k.splat(0, vec(I32, tile.lanes))
-                    if _shift(form, part, plane) == 0:
-                        first = totals[row][v] if totals else start(row, v)
+                    if totals and _shift(form, part, plane) == 0:
+                        first = totals[row][v]
                     accumulators[part, plane, row, v] = k.var(first)
     inputs = max(16, source.form.inputs)
     with k.loop(form.rows, step=inputs) as i:
@@ -80,11 +76,11 @@ def _add_dots(k, source, x, form: ActivationForm, tile: Tile, parts, totals, sta
                         for v in vectors:
                             sum_ = accumulators[part, plane, row, v]
                             sum_.set(k.dot4(sum_.get(), codes[plane][v], value))
-    return [[_combined(k, form, accumulators, row, v, start) for v in vectors] for row in range(tile.rows)]
+    return [[_combined(k, form, accumulators, row, v) for v in vectors] for row in range(tile.rows)]
 
 
-def _combined(k, form, accumulators, row, v, start: Start) -> ir.Value:
-    """The sums of all parts and planes, each by its worth; with ``start``, if none of them began with it."""
+def _combined(k, form, accumulators, row, v) -> ir.Value:
+    """The sums of all parts and planes, each by its worth."""
     total = None
     for (part, plane, of_row, of_v), sum_ in accumulators.items():
         if (of_row, of_v) != (row, v):
@@ -93,17 +89,15 @@ def _combined(k, form, accumulators, row, v, start: Start) -> ir.Value:
         if shift:
             value = k.b.shl(value, k.splat(shift, value.type))
         total = value if total is None else k.b.add(total, value)
-    if all(_shift(form, part, plane) for part, plane, *_ in accumulators):
-        total = k.b.add(total, start(row, v))
     return total
 
 
-def _add_pairs(k, source, x, form: ActivationForm, tile: Tile, parts, totals, start: Start):
+def _add_pairs(k, source, x, form: ActivationForm, tile: Tile, parts, totals):
     """By products of bytes added in pairs to 16 bits, as many steps as those hold, and only then to 32: with AVX2 the
     step to 32 bits costs as much as the products. It also weighs parts and planes, so one accumulator takes all."""
     b, vectors, rows, planes = k.b, range(tile.vectors), range(tile.rows), range(len(source.form.weights))
-    sums = [[k.var(totals[row][v] if totals else start(row, v)) for v in vectors] for row in rows]
     halves, wide = vec(I16, 2 * tile.lanes), vec(I32, tile.lanes)
+    sums = [[k.var(totals[row][v] if totals else k.splat(0, wide)) for v in vectors] for row in rows]
     inputs = 4 * _MOST_STEPS if form.rows % (4 * _MOST_STEPS) == 0 else 16
     with k.loop(form.rows, step=inputs) as i:
         xi, pairs = k.at(x, i), {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from exl.cpu_kernels.dense import dense_kernel
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.linear import linear_kernel
-from exl.cpu_kernels.linear_f32 import GatherRows, linear_f32_kernel
+from exl.cpu_kernels.linear import MOST_ROWS, ROW_BLOCK
+from exl.cpu_kernels.linear import linear as integer_kernel
+from exl.cpu_kernels.linear_f32 import GatherRows
+from exl.cpu_kernels.linear_f32 import linear_f32 as f32_kernel
 from exl.cpu_kernels.quantize import QuantizeRows, form_of
-from exl.layout.columns import COLUMNS, ColumnLayout
+from exl.layout.columns import ColumnLayout
 from exl.layout.cpu_steps import ARITHMETIC, input_bytes
 from exl.layout.fields import DTYPE_BYTES
 from exl.layout.layers import column_layout
@@ -45,7 +47,7 @@ class LinearStages:
         spec = linear.layout.spec
         columns = self._share(spec.N, spec.K * DTYPE_BYTES[spec.dtype], 16)
         tape.add(
-            dense_kernel(spec.dtype, self._isa, x.num_rows),
+            dense_kernel(spec.dtype, x.num_rows, self._isa),
             -(-spec.N // columns),
             *(linear.fields["weight"], x.address, out.address, out.stride, spec.K, x.num_rows, spec.N, columns),
             *_end(linear, residual, scale),
@@ -56,12 +58,10 @@ class LinearStages:
         layout = column_layout(linear.layout.spec)
         parts = ARITHMETIC[self._arithmetic]
         inputs, stride = self._inputs(tape, x, linear, layout)
-        kernel: KernelSpec
-        if parts:
-            kernel, row_blocks = linear_kernel(layout, parts, self._isa, x.num_rows)
-        else:
-            kernel, row_blocks = linear_f32_kernel(layout, self._isa, x.num_rows)
-        blocks = 1 if row_blocks > 1 else self._share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
+        kind = "row" if x.num_rows == 1 else "rows" if parts and x.num_rows <= MOST_ROWS else "panel"
+        kernel: KernelSpec = integer_kernel(layout, parts, kind) if parts else f32_kernel(layout, kind)
+        row_blocks = -(-x.num_rows // ROW_BLOCK) if kind == "panel" else 1
+        blocks = 1 if kind == "panel" else self._share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
         tape.add(
             kernel,
             -(-layout.num_blocks // blocks) * row_blocks,
@@ -97,7 +97,8 @@ class LinearStages:
             return x.address, x.stride
 
         def gather(rows: int) -> None:
-            tape.add(GatherRows(), x.num_rows, *(x.address, rows, x.stride, layout.padded_K, x.num_rows, source))
+            sizes = (layout.padded_K, layout.padded_K, x.num_rows, None, layout.padded_K)
+            tape.add(GatherRows(), x.num_rows, x.address, source, rows, *sizes, *(None,) * 5, x.stride)
 
         return tape.made((x.address, "f32", where), "inputs", num_bytes, gather), layout.padded_K
 

@@ -87,7 +87,7 @@ class CompiledOps:
         self._shared = SharedMemory(scratch)
         self._arenas = [host_tensor([sizes.arena], torch.uint8, "recorded steps") for _ in range(2)]
         self._linears = LinearStages(arithmetic, library.isa, num_threads)
-        self._attention = AttentionStages(kv_layout, limits)
+        self._attention = AttentionStages(library, kv_layout)
         self._steps = StepRunner(self._pool)
         self._staged: list[BatchTables] = []
         self._now: BatchTables | None = None
@@ -133,7 +133,7 @@ class CompiledOps:
     def _record(self, step: Callable[[], None], arena: torch.Tensor) -> RecordedSet:
         staged, before = self._staged, self._now
         tables = before.copy()
-        self._tape, self._results, self._now = Tape(ArenaMemory(arena)), [], tables
+        self._tape, self._results, self._now, self._staged = Tape(ArenaMemory(arena)), [], tables, [tables]
         try:
             step()
             tape, results = self._tape, tuple(self._results)

@@ -30,7 +30,7 @@ class RecordedSet:
     def fill(self, tables: BatchTables) -> None:
         self.tables.fill(tables)
         for stage_idx, key, chunks in self.tape.changing:
-            self.program.set_chunks(stage_idx, chunks * tables.num_items(key))
+            self.program.set_chunks(stage_idx, chunks * self.tables.num_items(key))
 
     def copy_results(self) -> None:
         for rows, tensor in self.results:

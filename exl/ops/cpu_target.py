@@ -37,7 +37,6 @@ def why_not_compiled() -> str | None:
 def cpu_target() -> Target:
     """The target of this machine's CPU. Says once in the log, in one line, why it is not exl's own kernels'."""
     reason = why_not_compiled()
-    return torch_target()  # until exl/ops/compiled_ops.py is whole
     if reason is None:
         return COMPILED
     _say_once(reason)
