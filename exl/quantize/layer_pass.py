@@ -66,8 +66,8 @@ class _CapturingOps(TorchOps):
         is_target = w is self.target_linear
         if is_target and self.with_output and branch.post_norm is not None:
             raise UnsupportedModelError(
-                f"{w[0].layout.spec.parts[0].name}: found a norm of what it adds, expected none where quantized layers "
-                "are to follow the dense ones: no scale takes a difference of outputs back to the linear"
+                f"{w[0].layout.spec.parts[0].name}: found a norm of what it adds, expected none with match_dense: "
+                "behind a norm, a difference of outputs does not say what the linear lacks"
             )
         self._adds = True
         try:

@@ -16,7 +16,7 @@ from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.models import decoder
-from exl.ops.base import Branch, EmbedSpec, GatedMlp, LogitsSpec, Norm
+from exl.ops.base import AttentionSpec, Branch, EmbedSpec, GatedMlp, LogitsSpec, Norm
 from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams
 from exl.text.tokenizer import Tokenizer
@@ -166,6 +166,19 @@ def test_scaled_branches_and_capped_logits_as_through_torch(backend, monkeypatch
     for found, before in zip(logits(load(STORIES, backend)), plain, strict=True):
         assert (found - expected).abs().max() < bound(expected, 4)
         assert (before - expected).abs().max() > 50 * bound(expected, 4)
+
+
+def test_attention_of_other_angles_or_epsilons_is_named(backend, monkeypatch):
+    engine = load(STORIES, backend)
+    config = engine.generator.runner.decoder.config
+    engine.generator.runner.decoder.config = replace(config, rope=replace(config.rope, theta=123.0))
+    with pytest.raises(UnsupportedModelError, match=r"RoPE of layer 0: found .*theta=123\.0.*, expected .* on a GPU"):
+        all_logits(engine, PROMPT)
+    weight = torch.ones(config.head_dim)
+    norms = {"q_norm": Norm(weight, 1e-5), "k_norm": Norm(weight, 1e-6)}
+    monkeypatch.setattr(decoder, "AttentionSpec", lambda **values: AttentionSpec(**values | norms))
+    with pytest.raises(UnsupportedModelError, match=r"norms of q and k: found epsilons 1e-05 and 1e-06"):
+        all_logits(load(STORIES, backend), PROMPT)
 
 
 @pytest.mark.parametrize(
