@@ -24,25 +24,28 @@ from exl.layout.columns import COLUMNS, ColumnLayout
 from exl.layout.fields import DTYPE_BYTES
 
 ROW_BLOCK = 128  # rows of a chunk of "panel"
-MOST_ROWS = 8  # of "rows"
+MOST_ROWS = 32  # of "rows"
+_PANEL_FROM = {"avx512vnni": 33}  # rows from which "panel" is quicker; on other machines:
+_PANEL_FROM_ELSEWHERE = 17
 _AHEAD = 4096  # bytes that are asked for ahead, about
 
-# Of each kind: tiles (rows, vectors), largest first, that fit in the registers.
-_WIDE = {  # 32 registers of 16 lanes
-    ("row", 1): ((1, 4),),
-    ("row", 2): ((1, 4),),
-    ("rows", 1): ((4, 4), (2, 4), (1, 4)),
-    ("rows", 2): ((4, 2), (3, 2), (2, 4), (1, 4)),
-    ("panel", 1): ((6, 4), (4, 4), (2, 4), (1, 4)),
-    ("panel", 2): ((6, 4), (4, 4), (2, 4), (1, 4)),
-}
-_NARROW = {  # 16 registers of 8
-    ("row", 1): ((1, 4),),
-    ("row", 2): ((1, 2),),
-    ("rows", 1): ((2, 2), (1, 4)),
-    ("rows", 2): ((2, 2), (1, 2)),
-    ("panel", 1): ((4, 2), (1, 4)),
-    ("panel", 2): ((4, 2), (1, 4)),
+# Tiles (rows, vectors) by kind and parts, largest first: what fits in the registers, as measured where it could be.
+_TILES = {
+    "avx512vnni": {  # 32 registers of 16 lanes
+        "row": (((1, 4),), ((1, 4),)),
+        "rows": (((6, 4), (4, 4), (2, 4), (1, 4)), ((6, 2), (2, 4), (1, 4))),
+        "panel": (((4, 4), (2, 4), (1, 4)), ((4, 4), (2, 4), (1, 4))),
+    },
+    "avx2": {  # 16 of 8
+        "row": (((1, 8),), ((1, 8),)),
+        "rows": (((4, 2), (2, 2), (1, 4)), ((2, 2), (1, 4))),
+        "panel": (((4, 2), (1, 4)), ((2, 2), (1, 4))),
+    },
+    "avxvnni": {  # 16 of 8, a sum in each
+        "row": (((1, 4),), ((1, 4),)),
+        "rows": (((4, 2), (2, 2), (1, 4)), ((2, 2), (1, 4))),
+        "panel": (((4, 2), (1, 4)), ((4, 2), (1, 4))),
+    },
 }
 
 
@@ -50,8 +53,8 @@ _NARROW = {  # 16 registers of 8
 class Linear(KernelSpec):
     """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32". ``parts``: of the activations.
 
-    Kinds: "row": M = 1. "rows": M to 8; codes are taken out of words for each few rows. "panel": any M; chunks have 128
-    rows, for which the codes of a record are unpacked once, into the nearest cache.
+    Kinds: "row": M = 1. "rows": M to 32; codes are taken out of words for each few rows. "panel": any M; chunks have
+    128 rows, for which the codes of a record are unpacked once, into the nearest cache.
 
     Slots: 0 weight, 1 records of activations [R][M], 2 out f32, 3 stride of out in elements, 4 R, 5 M, 6 N, 7 blocks of
     64 columns, 8 bias f32 [N] or 0, 9 residual f32 or 0, 10 its stride in elements, 11 f32 scale of what is added to
@@ -85,14 +88,21 @@ def linear(layout: ColumnLayout, parts: int, kind: str) -> Linear:
     return Linear(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, parts, kind)
 
 
+def best_kind(isa: str, num_rows: int) -> str:
+    """The quickest kind for ``num_rows`` rows, of those that can."""
+    if num_rows == 1:
+        return "row"
+    return "rows" if num_rows < _PANEL_FROM.get(isa, _PANEL_FROM_ELSEWHERE) else "panel"
+
+
 class _Emitter:
     def __init__(self, spec: Linear, k: Kernel) -> None:
         self.k, self.spec, self.layout = k, spec, spec.layout
         self.form: ActivationForm = form_of(self.layout, spec.parts)
         self.codes: CodeForm = code_form(spec.bits, k.isa)
         self.lanes = {"avx512vnni": LANES, "neon": 4}.get(k.isa, 8)
-        tiles = (_WIDE if k.isa == "avx512vnni" else _NARROW)[spec.kind, spec.parts]
-        together = spec.kind != "panel"
+        tiles = _TILES.get(k.isa, _TILES["avxvnni"])[spec.kind][spec.parts - 1]
+        together = spec.kind != "panel" or k.isa == "avx2"
         self.tiles = [Tile(rows, vectors, self.lanes, together) for rows, vectors in tiles]
         most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
         self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
@@ -168,6 +178,7 @@ class _Emitter:
             source = WordSource(self.codes, k.at(record, offset), self.ahead)
 
         found = integer_sums(k, source, x, self.form, tile)
+        b.fence("seq_cst", "singlethread")  # no instruction: it holds LLVM back from reading scales before the codes
         for v in range(tile.vectors):
             # Read behind the codes, as it lies: reads that jump confuse the processor's own prefetching.
             scale, zeros = self._side(record, k.add(column, v * self.lanes))

@@ -34,8 +34,8 @@ class Tile:
 def integer_sums(
     k: Kernel, source: WordSource | ByteSource, x: ir.Value, form: ActivationForm, tile: Tile
 ) -> list[list[ir.Value]]:
-    """[rows][vectors] i32: the sum of code * q of a record. ``x``: the record of the tile's first row; the others follow
-    it."""
+    """[rows][vectors] i32: the sum of code * q of a record. ``x``: the record of the tile's first row, which the other
+    rows' follow."""
     add = _add_pairs if k.isa == "avx2" else _add_dots
     totals = None
     for parts in tile.passes(form.parts):
