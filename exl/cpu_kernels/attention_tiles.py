@@ -42,7 +42,8 @@ class Tiles:
     ) -> None:
         self.k, self.kind, self.head_dim = k, kind, head_dim
         self.stride = 4 * LANES * num_vectors(head_dim)  # bytes of a query, and of a sum
-        self._page_bytes = page_offsets(kind, head_dim).num_bytes
+        offsets = page_offsets(kind, head_dim)
+        self._page_bytes, self._v_codes = offsets.num_bytes, offsets.v_codes
         self._pages, self._table, self._num_kv = k.at(pages, k.mul(kv, self._page_bytes)), table, num_kv
         self._unit = PAGE_SIZE if head_dim <= 128 else PAGE_SIZE // 2  # tokens that are unpacked at once
         most = queries_of_a_block(head_dim)
@@ -83,27 +84,44 @@ class Tiles:
         _, high = self.visible(k.add(count, -1), start)
         low = b.and_(low, I64(-self._unit))
         with k.loop(high, low, self._unit) as first:
-            page, token = self._page(first)
-            if self._plain:
-                keys, stride = k.at(page, k.mul(token, 4)), 4 * PAGE_SIZE
-            else:
-                unpack_keys(k, self.kind, self.head_dim, page, token, self._unit, self._unpacked)
-                keys, stride = self._unpacked, 4 * self._unit
-            self._score(count, keys, stride, b.sub(first, start))
+            self._score(count, *self._keys(first, low, high), b.sub(first, start))
         with k.loop(count) as i:
             self._softmax(i, start, b.sub(low, start), b.sub(high, start), softcap)
         with k.loop(k.mul(count, self.stride), step=64) as at:
             k.store(k.splat(0.0), self.sums, at, 64)
         with k.loop(high, low, self._unit) as first:
-            page, token = self._page(first)
-            if self._plain:
-                values = k.at(page, k.add(page_offsets(self.kind, self.head_dim).v_codes, k.mul(token, self.stride)))
-            else:
-                values = self._unpacked
-                with k.loop(k.smaller(self._unit, b.sub(high, first))) as t:
-                    target = k.at(values, k.mul(t, self.stride))
-                    unpack_value(k, self.kind, self.head_dim, page, k.add(token, t), target)
-            self._sum(count, values, first, start)
+            self._sum(count, self._values(first, high), first, start)
+
+    def _keys(self, first: ir.Value, low: ir.Value, high: ir.Value) -> tuple[ir.Value, int]:
+        """K of the unit at token ``first``, f32 [D][unit], and bytes from line to line. Meanwhile the next page's K
+        comes from memory, or after the last page the first one's V."""
+        k = self.k
+        page, token = self._page(first)
+        if self._plain:
+            return k.at(page, k.mul(token, 4)), 4 * PAGE_SIZE
+        after, is_last = self._after(first, high)
+        ahead, _ = self._page(k.b.select(is_last, low, after))
+        ahead = k.at(ahead, k.b.select(is_last, I64(self._v_codes), I64(0)))
+        unpack_keys(k, self.kind, self.head_dim, page, token, self._unit, self._unpacked, ahead)
+        return self._unpacked, 4 * self._unit
+
+    def _values(self, first: ir.Value, high: ir.Value) -> ir.Value:
+        """V of the unit at token ``first``, f32 [unit][``stride`` bytes]; nothing from token ``high`` on."""
+        k = self.k
+        page, token = self._page(first)
+        if self._plain:
+            return k.at(page, k.add(self._v_codes, k.mul(token, self.stride)))
+        after, is_last = self._after(first, high)
+        ahead, _ = self._page(k.b.select(is_last, first, after))
+        with k.loop(k.smaller(self._unit, k.b.sub(high, first))) as t:
+            target = k.at(self._unpacked, k.mul(t, self.stride))
+            unpack_value(k, self.kind, self.head_dim, page, k.add(token, t), target, ahead)
+        return self._unpacked
+
+    def _after(self, first: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The first token of the next page, and whether that is ``high`` or beyond."""
+        after = self.k.add(self.k.b.or_(first, I64(PAGE_SIZE - 1)), 1)
+        return after, self.k.b.icmp_signed(">=", after, high)
 
     def _page(self, position: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(page of the kv head, token in it)."""
