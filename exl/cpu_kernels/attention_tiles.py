@@ -45,7 +45,7 @@ class Tiles:
         offsets = page_offsets(kind, head_dim)
         self._page_bytes, self._v_codes = offsets.num_bytes, offsets.v_codes
         self._pages, self._table, self._num_kv = k.at(pages, k.mul(kv, self._page_bytes)), table, num_kv
-        self._unit = PAGE_SIZE if head_dim <= 128 else PAGE_SIZE // 2  # tokens that are unpacked at once
+        self._unit = PAGE_SIZE if head_dim <= 64 else PAGE_SIZE // 2  # tokens that are unpacked at once
         most = queries_of_a_block(head_dim)
         self.queries, self.sums = k.memory(most * self.stride), k.memory(most * self.stride)
         self._scores, self._lows, self._highs = k.memory(4 * most * SPLIT), k.memory(8 * most), k.memory(8 * most)
