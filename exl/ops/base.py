@@ -40,7 +40,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 class Norm:
     """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
 
-    weight: torch.Tensor  # [C] f32
+    weight: torch.Tensor  # [C] f32, with what a family adds or multiplies already in it (``exl.layout.specs.NormSpec``)
     eps: float
 
 
@@ -72,6 +72,42 @@ class AttentionSpec:
     rope: RopeConfig
     q_norm: Norm | None  # over each head's channels, before RoPE
     k_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class EmbedSpec:
+    """How rows of the embedding become the residual stream: ``scale * row``."""
+
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """What a gated MLP computes between its linears: ``activation(gate) * up``.
+
+    ``activation``: "silu", x / (1 + exp(-x)), or "gelu_tanh", 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    """
+
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How the output y of a block joins the residual stream: ``h += scale * post_norm(y)``."""
+
+    scale: float = 1.0
+    post_norm: Norm | None = None
+
+
+PLAIN_BRANCH = Branch()  # h += y
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """What becomes of the head's products x: ``scale * x``, under a softcap ``softcap * tanh(scale * x / softcap)``."""
+
+    softcap: float | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +172,12 @@ class Samples(Protocol):
 
 
 class Ops(Protocol):
-    """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on."""
+    """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on.
+
+    What a family adds to an operation is a field of its spec: ``EmbedSpec``, ``AttentionSpec``, ``GatedMlp``,
+    ``Branch`` or ``LogitsSpec``. An operation raises ``UnsupportedModelError`` for what the backend has no kernel for;
+    it ignores no field.
+    """
 
     device: torch.device
     act_dtype: torch.dtype
@@ -182,8 +223,8 @@ class Ops(Protocol):
     def step_key(self) -> Hashable:
         """A key of the selected batch: batches with equal keys launch the same kernels with the same arguments."""
 
-    def embed(self, table: Linear, h: torch.Tensor) -> None:
-        """Token ids of the selected batch -> h [T, C] f32."""
+    def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
+        """Token ids of the selected batch -> h [T, C] f32: their rows of the table as ``spec`` says."""
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         """out [T, N] = norm(h) W + b."""
@@ -202,16 +243,24 @@ class Ops(Protocol):
         ``consumer``: the linear that reads ``out``. A backend may store ``out`` in the order of its act-order.
         """
 
-    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
-        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
-        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with ``consumer=w``."""
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with
+        ``consumer=w``."""
 
-    def logits(
-        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Rows ``logit_rows`` of h -> logits f32 [R, V], written to out[:R], which is returned."""
+    def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
+        """Rows ``logit_rows`` of h -> logits f32 [R, V], norm(h) W as ``spec`` says, written to out[:R], which is
+        returned."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         """Logits [R, V] -> R tokens, kept on the device until the next call: the next batch may refer to sample i as

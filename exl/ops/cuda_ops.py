@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
-from exl.errors import KernelError
+from exl.errors import KernelError, UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
@@ -45,7 +45,19 @@ from exl.layout.pages import PageLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
-from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments, TableRows
+from exl.ops.base import (
+    PLAIN_BRANCH,
+    TORCH_DTYPES,
+    AttentionSpec,
+    Branch,
+    EmbedSpec,
+    GatedMlp,
+    Linear,
+    LogitsSpec,
+    Norm,
+    Segments,
+    TableRows,
+)
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_embedding import RowStaging
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
@@ -196,7 +208,10 @@ class CudaOps:
     def step_key(self) -> BatchShape:
         return self._now.shape
 
-    def embed(self, table: Linear, h: torch.Tensor) -> None:
+    def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
+        if spec.scale != 1.0:
+            raise UnsupportedModelError(f"scale of the embedding: found {spec.scale:g}, expected 1 on a GPU")
+
         def record(backend: Backend) -> None:
             embed(
                 *(backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
@@ -276,7 +291,19 @@ class CudaOps:
             )
             attention_prefill(*(backend, self._pages, q, batch.prefill_tables, pages, out, params), **common)
 
-    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if spec.activation != "silu":
+            raise UnsupportedModelError(
+                f"activation of the gated MLP: found {spec.activation!r}, expected silu on a GPU"
+            )
         key = "gated_mlp", place(h), place(out), norm.eps
         self._run(
             key,
@@ -298,16 +325,17 @@ class CudaOps:
             *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
         )
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        if branch.post_norm is not None:
+            raise UnsupportedModelError("norm of a block's output: found one, expected none on a GPU")
+
         def record(backend: Backend) -> None:
             for linear in w:
-                self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
+                self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), branch.scale))
 
-        self._run(("add_projection", place(x), place(h), scale), self._bind(w), record)
+        self._run(("add_projection", place(x), place(h), branch.scale), self._bind(w), record)
 
-    def logits(
-        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
-    ) -> torch.Tensor:
+    def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         done = sum(stop - start for start, stop in self._now.shape.logit_runs)
         if head.layout.kind == "dense" and self.target.arch < MIN_ARCH:
             self._logits(self.backend, h, norm, head, out)  # cuBLAS is handed the weight: nothing to record
@@ -318,8 +346,10 @@ class CudaOps:
                 lambda backend: self._logits(backend, h, norm, head, out),
             )
         out = out[:done]
-        if softcap is not None:
-            out.div_(softcap).tanh_().mul_(softcap)
+        if spec.scale != 1.0:
+            out.mul_(spec.scale)
+        if spec.softcap is not None:
+            out.div_(spec.softcap).tanh_().mul_(spec.softcap)
         return out
 
     def _logits(self, backend: Backend, h: torch.Tensor, norm: Norm, head: Linear, out: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from exl.layout.specs import BlobSpec, LinearSpec
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments
+from exl.ops.base import PLAIN_BRANCH, Branch, LayerWeights, Linear, Segments, view_field, view_segments
 from exl.ops.torch_ops import TorchOps, cpu_target
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.threads import Threads, layer_kind
@@ -46,23 +46,23 @@ class _CapturingOps(TorchOps):
 
     target_linear: Segments | None = None
     with_output = False
-    _residual: torch.Tensor | None = None
+    _adds = False  # whether the linear's output is not yet what the layer goes on with
 
     def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
-        if w is not self.target_linear:
-            super()._multiply(x, w, out, num_decode_rows)
-            return
-        if not self.with_output:
+        if w is self.target_linear and not self.with_output:
             raise _Captured(x, None)
         super()._multiply(x, w, out, num_decode_rows)
-        raise _Captured(x, out if self._residual is None else out.add_(self._residual))
+        if w is self.target_linear and not self._adds:
+            raise _Captured(x, out)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
-        self._residual = h
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        self._adds = True
         try:
-            super().add_projection(x, w, h, scale)
+            super().add_projection(x, w, h, branch)
         finally:
-            self._residual = None
+            self._adds = False
+        if w is self.target_linear:
+            raise _Captured(x, h)
 
 
 class _OneLayerCache(KVCache):

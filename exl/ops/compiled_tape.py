@@ -1,0 +1,118 @@
+"""What the CPU's own kernels are to do, as a list of stages, and the memory between them.
+
+An operation adds its stages to a tape. Either they run at once, over buffers that every operation shares; or a whole
+step is recorded, to be run as one program that may repeat chunks. Such a program must never write what it reads, so
+each result of a recorded step has memory of its own: ``ArenaMemory`` gives a buffer that the decoder writes a new place
+at each write, and tells where it was written last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from exl.cpu_kernels.kernel import KernelSpec
+from exl.cpu_kernels.pool import Stage
+from exl.layout.fields import align_up
+
+ARENA_ALIGN = 64  # a cache line
+
+
+@dataclass(frozen=True)
+class Rows:
+    """f32 rows in memory."""
+
+    address: int
+    stride: int  # elements from row to row
+    num_rows: int
+    width: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Rows:
+        """A tensor f32 [T, width] whose rows are contiguous."""
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.shape[0], tensor.shape[1])
+
+    def columns(self, start: int, width: int) -> Rows:
+        return Rows(self.address + 4 * start, self.stride, self.num_rows, width)
+
+
+class Memory(Protocol):
+    """Where stages find and leave values."""
+
+    def read(self, tensor: torch.Tensor) -> Rows:
+        """Where the tensor's values are when the next stage runs."""
+
+    def write(self, tensor: torch.Tensor) -> Rows:
+        """Where the next stage is to write the tensor's new values. ``read`` what it reads first."""
+
+    def scratch(self, purpose: str, num_bytes: int) -> int:
+        """The address of memory for values that live from one stage to a later one of the same operation."""
+
+
+class SharedMemory:
+    """For stages that run at once: tensors are where they are, scratch is shared by all operations."""
+
+    def __init__(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """``buffers``: u8, by purpose."""
+        self._buffers = buffers
+
+    def read(self, tensor: torch.Tensor) -> Rows:
+        return Rows.of(tensor)
+
+    def write(self, tensor: torch.Tensor) -> Rows:
+        return Rows.of(tensor)
+
+    def scratch(self, purpose: str, num_bytes: int) -> int:
+        buffer = self._buffers[purpose]
+        if num_bytes > buffer.numel():
+            raise ValueError(f"{purpose}: {num_bytes} bytes, the buffer has {buffer.numel()}")
+        return buffer.data_ptr()
+
+
+class ArenaMemory:
+    """For a recorded step: every value has a place of its own."""
+
+    def __init__(self, arena: torch.Tensor) -> None:
+        """``arena``: u8."""
+        self._arena, self._used = arena, 0
+        self._places: dict[int, Rows] = {}
+
+    def read(self, tensor: torch.Tensor) -> Rows:
+        return self._places.get(tensor.data_ptr(), Rows.of(tensor))
+
+    def write(self, tensor: torch.Tensor) -> Rows:
+        num_rows, width = tensor.shape
+        rows = Rows(self.scratch("rows", 4 * num_rows * width), width, num_rows, width)
+        self._places[tensor.data_ptr()] = rows
+        return rows
+
+    def scratch(self, purpose: str, num_bytes: int) -> int:
+        start = self._used
+        self._used += align_up(num_bytes, ARENA_ALIGN)
+        if self._used > self._arena.numel():
+            raise ValueError(f"{purpose}: a recorded step needs more than the arena's {self._arena.numel()} bytes")
+        return self._arena.data_ptr() + start
+
+
+@dataclass
+class Tape:
+    """Stages so far. ``changing``: those whose number of chunks the batch's tables say, by a key of theirs."""
+
+    memory: Memory
+    stages: list[Stage] = field(default_factory=list)
+    changing: list[tuple[int, object, int]] = field(default_factory=list)  # stage, key, chunks for each item
+    # Activations that stages have brought into the form that a linear takes, by where they came from and the form.
+    forms: dict[object, int] = field(default_factory=dict)
+
+    def add(self, kernel: KernelSpec, num_chunks: int, *args: object) -> None:
+        self.stages.append(Stage(kernel, num_chunks, args))
+
+    def add_changing(
+        self, kernel: KernelSpec, key: object, num_items: int, most_items: int, chunks: int, *args: object
+    ) -> None:
+        """A stage of ``chunks`` for each of the items that the batch's tables have under ``key``."""
+        self.changing.append((len(self.stages), key, chunks))
+        self.stages.append(Stage(kernel, num_items * chunks, args, most_items * chunks))
