@@ -8,7 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from exl.batch import PAGE_SIZE
-from exl.cpu_kernels.heads import load_exact, num_vectors, runs, store_exact
+from exl.cpu_kernels.heads import load_exact, runs, store_exact
 from exl.cpu_kernels.ir import F16, F32, I8, I32, I64, LANES, F, I, Kernel, vec
 from exl.layout.kv import KV_BITS, KV_GROUP, page_offsets
 
@@ -80,11 +80,6 @@ def unpack_value(
             put(_codes(k, codes, k.splat(4 * half, I)), half * head_dim // 2 + first, count)
 
 
-def value_stride(head_dim: int) -> int:
-    """Elements of a token in what ``unpack_value`` writes."""
-    return LANES * num_vectors(head_dim)
-
-
 def _codes(k: Kernel, bytes_: ir.Value, shift: ir.Value | None) -> ir.Value:
     """Signed codes as f32: bytes, or with ``shift`` (i32 lanes, 0 or 4) halves of bytes, minus 8."""
     if shift is None:
@@ -97,4 +92,4 @@ def _prefetch(k: Kernel, start: ir.Value, line: ir.Value, num_bytes: int) -> Non
     """Line number ``line`` of ``num_bytes`` bytes each."""
     at = k.mul(line, num_bytes)
     for offset in range(0, num_bytes, 64):
-        k.prefetch(start, k.add(at, offset))
+        k.prefetch(start, k.add(at, offset), cache=2)
