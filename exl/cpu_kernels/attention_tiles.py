@@ -18,7 +18,7 @@ from exl.batch import PAGE_SIZE
 from exl.cpu_kernels.heads import hadamard, load_exact, num_vectors, runs
 from exl.cpu_kernels.ir import F32, I32, I64, LANES, F, I, Kernel, Var, vec
 from exl.cpu_kernels.math import exp, tanh
-from exl.cpu_kernels.unpack_kv import unpack_keys, unpack_value, value_stride
+from exl.cpu_kernels.unpack_kv import unpack_keys, unpack_value
 from exl.layout.kv import KV_BITS, page_offsets
 
 SPLIT = 256  # tokens
@@ -42,15 +42,15 @@ class Tiles:
     ) -> None:
         self.k, self.kind, self.head_dim = k, kind, head_dim
         self.stride = 4 * LANES * num_vectors(head_dim)  # bytes of a query, and of a sum
-        self._page_bytes = page_offsets(kind, head_dim).num_bytes
+        offsets = page_offsets(kind, head_dim)
+        self._page_bytes, self._v_codes = offsets.num_bytes, offsets.v_codes
         self._pages, self._table, self._num_kv = k.at(pages, k.mul(kv, self._page_bytes)), table, num_kv
-        self._unit = PAGE_SIZE if head_dim <= 128 else PAGE_SIZE // 2  # tokens that are unpacked at once
+        self._unit = PAGE_SIZE if head_dim <= 64 else PAGE_SIZE // 2  # tokens that are unpacked at once
         most = queries_of_a_block(head_dim)
         self.queries, self.sums = k.memory(most * self.stride), k.memory(most * self.stride)
         self._scores, self._lows, self._highs = k.memory(4 * most * SPLIT), k.memory(8 * most), k.memory(8 * most)
         self.maxima, self.totals = k.memory(4 * most), k.memory(4 * most)
-        self._plain = KV_BITS[kind][0] == 32 and head_dim % LANES == 0  # pages are what they are unpacked to
-        self._unpacked = None if self._plain else k.memory(4 * self._unit * value_stride(head_dim))
+        self._unpacked = k.memory(self._unit * self.stride)
 
     def load_query(self, i: ir.Value, source: ir.Value, scale: ir.Value, position: ir.Value, window: ir.Value) -> None:
         """Query ``i`` of the block: f32 [D] at ``source``, which sees ``window`` tokens up to ``position`` (i64).
@@ -83,27 +83,40 @@ class Tiles:
         _, high = self.visible(k.add(count, -1), start)
         low = b.and_(low, I64(-self._unit))
         with k.loop(high, low, self._unit) as first:
-            page, token = self._page(first)
-            if self._plain:
-                keys, stride = k.at(page, k.mul(token, 4)), 4 * PAGE_SIZE
-            else:
-                unpack_keys(k, self.kind, self.head_dim, page, token, self._unit, self._unpacked)
-                keys, stride = self._unpacked, 4 * self._unit
-            self._score(count, keys, stride, b.sub(first, start))
+            self._unpack_keys(first, low, high)
+            self._score(count, b.sub(first, start))
         with k.loop(count) as i:
             self._softmax(i, start, b.sub(low, start), b.sub(high, start), softcap)
         with k.loop(k.mul(count, self.stride), step=64) as at:
             k.store(k.splat(0.0), self.sums, at, 64)
         with k.loop(high, low, self._unit) as first:
-            page, token = self._page(first)
-            if self._plain:
-                values = k.at(page, k.add(page_offsets(self.kind, self.head_dim).v_codes, k.mul(token, self.stride)))
-            else:
-                values = self._unpacked
-                with k.loop(k.smaller(self._unit, b.sub(high, first))) as t:
-                    target = k.at(values, k.mul(t, self.stride))
-                    unpack_value(k, self.kind, self.head_dim, page, k.add(token, t), target)
-            self._sum(count, values, first, start)
+            self._unpack_values(first, high)
+            self._sum(count, first, start)
+
+    def _unpack_keys(self, first: ir.Value, low: ir.Value, high: ir.Value) -> None:
+        """K of the unit at token ``first`` -> f32 [D][unit]. Meanwhile the next page's K comes from memory; after the
+        last page it is the first one's V."""
+        k = self.k
+        page, token = self._page(first)
+        after, is_last = self._after(first, high)
+        ahead, _ = self._page(k.b.select(is_last, low, after))
+        ahead = k.at(ahead, k.b.select(is_last, I64(self._v_codes), I64(0)))
+        unpack_keys(k, self.kind, self.head_dim, page, token, self._unit, self._unpacked, ahead)
+
+    def _unpack_values(self, first: ir.Value, high: ir.Value) -> None:
+        """V of the unit at token ``first`` -> f32 [unit][``stride`` bytes], without tokens from ``high`` on."""
+        k = self.k
+        page, token = self._page(first)
+        after, is_last = self._after(first, high)
+        ahead, _ = self._page(k.b.select(is_last, first, after))
+        with k.loop(k.smaller(self._unit, k.b.sub(high, first))) as t:
+            target = k.at(self._unpacked, k.mul(t, self.stride))
+            unpack_value(k, self.kind, self.head_dim, page, k.add(token, t), target, ahead)
+
+    def _after(self, first: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The first token of the next page, and whether that is ``high`` or beyond."""
+        after = self.k.add(self.k.b.or_(first, I64(PAGE_SIZE - 1)), 1)
+        return after, self.k.b.icmp_signed(">=", after, high)
 
     def _page(self, position: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(page of the kv head, token in it)."""
@@ -112,8 +125,8 @@ class Tiles:
         place = k.at(self._pages, k.mul(k.mul(page, self._num_kv), self._page_bytes))
         return place, k.b.and_(position, I64(PAGE_SIZE - 1))
 
-    def _score(self, count: ir.Value, keys: ir.Value, stride: int, column: ir.Value) -> None:
-        """``keys`` f32 [D][unit], lines ``stride`` bytes apart -> scores of all queries from ``column`` on."""
+    def _score(self, count: ir.Value, column: ir.Value) -> None:
+        """Of all queries and the unit's tokens, from ``column`` on."""
         k = self.k
         whole = k.b.and_(count, I64(-_TILE))
         for start, stop, rows in ((I64(0), whole, _TILE), (whole, count, 1)):
@@ -123,7 +136,7 @@ class Tiles:
                 queries = k.at(self.queries, k.mul(i, self.stride))
                 sums = [[k.var(k.splat(0.0)) for _ in range(vectors)] for _ in range(rows)]
                 with k.loop(self.head_dim) as channel:
-                    line = k.at(keys, k.add(k.mul(channel, stride), k.mul(part, 4 * LANES)))
+                    line = k.at(self._unpacked, k.add(k.mul(channel, 4 * self._unit), k.mul(part, 4 * LANES)))
                     lanes = [k.load(F, line, 64 * v) for v in range(vectors)]
                     for r in range(rows):
                         query = k.splat(k.load(F32, queries, k.add(k.mul(channel, 4), r * self.stride)))
@@ -167,9 +180,9 @@ class Tiles:
         k.store(m, self.maxima, k.mul(i, 4))
         k.store(k.total(total.get(), b.fadd), self.totals, k.mul(i, 4))
 
-    def _sum(self, count: ir.Value, values: ir.Value, first: ir.Value, start: ir.Value) -> None:
-        """``sums`` += weights times ``values``, those of the unit's tokens from ``first`` on. Queries that see the same
-        tokens of the unit go together, others one by one."""
+    def _sum(self, count: ir.Value, first: ir.Value, start: ir.Value) -> None:
+        """``sums`` += weights times values of the unit's tokens, from ``first`` on. Queries that see the same tokens of
+        the unit go together, others one by one."""
         k, b = self.k, self.k.b
         after = k.var(I64(0))
         with k.loop(count) as i, b.if_then(b.icmp_signed(">=", i, after.get())):
@@ -179,19 +192,19 @@ class Tiles:
             same = b.and_(same, b.icmp_signed("==", b.sub(last, i), I64(_TILE - 1)))
             with b.if_else(same) as (together, alone):
                 with together:
-                    self._sum_rows(_TILE, i, low, high, values, first, start)
+                    self._sum_rows(_TILE, i, low, high, first, start)
                     after.set(k.add(i, _TILE))
                 with alone:
-                    self._sum_rows(1, i, low, high, values, first, start)
+                    self._sum_rows(1, i, low, high, first, start)
 
     def _sum_rows(
-        self, rows: int, i: ir.Value, low: ir.Value, high: ir.Value, values: ir.Value, first: ir.Value, start: ir.Value
+        self, rows: int, i: ir.Value, low: ir.Value, high: ir.Value, first: ir.Value, start: ir.Value
     ) -> None:
         """``rows`` queries from ``i`` on, which all see the tokens [low, high)."""
         k, vectors = self.k, num_vectors(self.head_dim)
         width = min(vectors, self._accumulators // rows)
         weights = k.at(self._scores, k.mul(4, k.b.sub(k.mul(i, SPLIT), start)))
-        values = k.at(values, k.mul(self.stride, k.b.sub(I64(0), first)))
+        values = k.at(self._unpacked, k.mul(self.stride, k.b.sub(I64(0), first)))
         target = k.at(self.sums, k.mul(i, self.stride))
 
         def columns(at: ir.Value | int, width: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from exl.batch import PAGE_SIZE
-from exl.cpu_kernels.heads import load_exact, num_vectors, runs, store_exact
+from exl.cpu_kernels.heads import load_exact, runs, store_exact
 from exl.cpu_kernels.ir import F16, F32, I8, I32, I64, LANES, F, I, Kernel, vec
 from exl.layout.kv import KV_BITS, KV_GROUP, page_offsets
 
@@ -16,16 +16,17 @@ _FLOATS = {32: F32, 16: F16}
 
 
 def unpack_keys(
-    k: Kernel, kind: str, head_dim: int, page: ir.Value, first: ir.Value, count: int, out: ir.Value
+    k: Kernel, kind: str, head_dim: int, page: ir.Value, first: ir.Value, count: int, out: ir.Value, ahead: ir.Value
 ) -> None:
     """``count`` tokens (a multiple of 16) from ``first`` on, of a page of one kv head -> f32 [head_dim][count].
 
-    ``out`` is aligned to 64.
+    ``out`` is aligned to 64. ``ahead``: where the same bytes of the page lie that is read next.
     """
     bits, offsets = KV_BITS[kind][0], page_offsets(kind, head_dim)
     b, starts = k.b, range(0, count, LANES)
     if bits >= 16:
         with k.loop(head_dim) as channel:
+            _prefetch(k, ahead, channel, PAGE_SIZE * bits // 8)
             line = k.at(page, k.mul(bits // 8, k.add(k.mul(channel, PAGE_SIZE), first)))
             for start in starts:
                 value = k.widen(f"f{bits}", LANES, line, start * bits // 8)
@@ -36,6 +37,7 @@ def unpack_keys(
         scales = [b.fpext(k.load(vec(F16), line, 2 * start), F) for start in starts]
         begin = k.mul(group, KV_GROUP)
         with k.loop(k.smaller(k.add(begin, KV_GROUP), head_dim), begin) as channel:
+            _prefetch(k, ahead, channel, PAGE_SIZE * bits // 8)
             row, shift = channel, None
             if bits == 4:
                 upper = b.icmp_signed(">=", channel, I64(head_dim // 2))
@@ -47,9 +49,12 @@ def unpack_keys(
                 k.store(b.fmul(codes, scale), out, k.add(k.mul(channel, 4 * count), 4 * start), 64)
 
 
-def unpack_value(k: Kernel, kind: str, head_dim: int, page: ir.Value, token: ir.Value, out: ir.Value) -> None:
-    """One token's channels -> f32, whole vectors of 16; lanes beyond the head hold anything."""
+def unpack_value(
+    k: Kernel, kind: str, head_dim: int, page: ir.Value, token: ir.Value, out: ir.Value, ahead: ir.Value
+) -> None:
+    """One token's channels -> f32, whole vectors of 16; lanes beyond the head hold anything. ``ahead``: as for keys."""
     bits, offsets = KV_BITS[kind][1], page_offsets(kind, head_dim)
+    _prefetch(k, k.at(ahead, offsets.v_codes), token, head_dim * bits // 8)
     if bits >= 16:
         line = k.at(page, k.add(offsets.v_codes, k.mul(token, head_dim * bits // 8)))
         for first, count in runs(head_dim):
@@ -75,14 +80,16 @@ def unpack_value(k: Kernel, kind: str, head_dim: int, page: ir.Value, token: ir.
             put(_codes(k, codes, k.splat(4 * half, I)), half * head_dim // 2 + first, count)
 
 
-def value_stride(head_dim: int) -> int:
-    """Elements of a token in what ``unpack_value`` writes."""
-    return LANES * num_vectors(head_dim)
-
-
 def _codes(k: Kernel, bytes_: ir.Value, shift: ir.Value | None) -> ir.Value:
     """Signed codes as f32: bytes, or with ``shift`` (i32 lanes, 0 or 4) halves of bytes, minus 8."""
     if shift is None:
         return k.b.sitofp(k.b.sext(bytes_, I), F)
     nibbles = k.b.and_(k.b.lshr(k.b.zext(bytes_, I), shift), k.splat(15, I))
     return k.b.sitofp(k.b.sub(nibbles, k.splat(8, I)), F)
+
+
+def _prefetch(k: Kernel, start: ir.Value, line: ir.Value, num_bytes: int) -> None:
+    """Line number ``line`` of ``num_bytes`` bytes each."""
+    at = k.mul(line, num_bytes)
+    for offset in range(0, num_bytes, 64):
+        k.prefetch(start, k.add(at, offset), cache=2)
