@@ -7,7 +7,7 @@ buffer at a fixed address. Rows ``[0, num_decode_rows)`` of the selected batch r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -183,8 +183,9 @@ class Ops(Protocol):
     act_dtype: torch.dtype
     target: Target
     backend: Backend | None  # compiles and launches kernels; None: the backend has no kernels of its own
-    threads: Threads | None  # how many of the CPU's compute; None: a GPU computes
+    threads: Threads | None  # how many of torch's compute; None: torch does not
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
+    captures: bool  # whether ``capture`` does anything
     runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout
 
@@ -205,6 +206,13 @@ class Ops(Protocol):
 
         ``output_order`` i32 [F]: for gate and up, the order in which ``down`` wants its inputs (``packs_in_order``).
         """
+
+    def close(self) -> None:
+        """Gives back what the operations own besides memory; nothing may be run afterwards. May be called again."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        """``step`` calls operations on the selected batch. Returns what runs the same for any staged batch of the same
+        ``step_key``, at little cost; None: this device cannot."""
 
     # step
     def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:

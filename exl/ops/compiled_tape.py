@@ -8,11 +8,14 @@ at each write, and tells where it was written last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.pool import Stage
@@ -37,6 +40,12 @@ class Rows:
 
     def columns(self, start: int, width: int) -> Rows:
         return Rows(self.address + 4 * start, self.stride, self.num_rows, width)
+
+    def array(self) -> NDArray[np.float32]:
+        """A view [num_rows, width]; whoever owns the memory must outlive it."""
+        size = (self.num_rows - 1) * self.stride + self.width
+        flat = np.ctypeslib.as_array(ctypes.cast(self.address, ctypes.POINTER(ctypes.c_float)), (size,))
+        return np.lib.stride_tricks.as_strided(flat, (self.num_rows, self.width), (4 * self.stride, 4))
 
 
 class Memory(Protocol):
@@ -103,16 +112,35 @@ class Tape:
 
     memory: Memory
     stages: list[Stage] = field(default_factory=list)
-    changing: list[tuple[int, object, int]] = field(default_factory=list)  # stage, key, chunks for each item
-    # Activations that stages have brought into the form that a linear takes, by where they came from and the form.
-    forms: dict[object, int] = field(default_factory=dict)
+    changing: list[tuple[int, Hashable, int]] = field(default_factory=list)  # stage, key, chunks of an item
+    _made: dict[Hashable, int] = field(default_factory=dict)
 
-    def add(self, kernel: KernelSpec, num_chunks: int, *args: object) -> None:
-        self.stages.append(Stage(kernel, num_chunks, args))
+    def add(self, kernel: KernelSpec, num_chunks: int, *args: NDArray | torch.Tensor | int | float | None) -> None:
+        self.stages.append(Stage(kernel, num_chunks, tuple(map(_slot, args))))
 
     def add_changing(
-        self, kernel: KernelSpec, key: object, num_items: int, most_items: int, chunks: int, *args: object
+        self,
+        kernel: KernelSpec,
+        key: Hashable,
+        num_items: tuple[int, int],
+        chunks: int,
+        *args: NDArray | torch.Tensor | int | float | None,
     ) -> None:
-        """A stage of ``chunks`` for each of the items that the batch's tables have under ``key``."""
+        """A stage of ``chunks`` chunks for each of the items that the batch's tables have under ``key``: so many now,
+        and at most so many."""
+        now, most = num_items
         self.changing.append((len(self.stages), key, chunks))
-        self.stages.append(Stage(kernel, num_items * chunks, args, most_items * chunks))
+        self.stages.append(Stage(kernel, now * chunks, tuple(map(_slot, args)), most * chunks))
+
+    def made(self, key: Hashable, purpose: str, num_bytes: int, make: Callable[[int], None]) -> int:
+        """The address of what ``make``'s stages leave there. Made once for each key, as long as the memory stays."""
+        if key not in self._made:
+            if isinstance(self.memory, SharedMemory):
+                self._made.clear()  # in whose place this comes
+            self._made[key] = self.memory.scratch(purpose, num_bytes)
+            make(self._made[key])
+        return self._made[key]
+
+
+def _slot(value: NDArray | torch.Tensor | int | float | None) -> NDArray | int | float | None:
+    return value.numpy() if isinstance(value, torch.Tensor) else value

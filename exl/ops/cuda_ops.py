@@ -69,6 +69,7 @@ class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
 
     threads = None
+    captures = True
 
     def __init__(
         self,
@@ -126,6 +127,9 @@ class CudaOps:
 
     def close(self) -> None:
         self._owned.close()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        return self.backend.capture(step)
 
     def _view(self, field: Field, base: int = 0) -> torch.Tensor:
         raw = self._slab[base + field.offset : base + field.offset + field.num_bytes]

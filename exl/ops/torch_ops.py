@@ -33,7 +33,7 @@ from exl.ops.base import (
     Segments,
     TableRows,
 )
-from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack
+from exl.ops.torch_linear import Scratch, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
 
@@ -43,11 +43,6 @@ _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-
-
-def cpu_target() -> Target:
-    """The CPU target, with the int4pack order of this machine's torch."""
-    return Target("cpu", int4pack=probe_int4pack())
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ class TorchOps:
     act_dtype = torch.float32
     backend = None
     dependent = False
+    captures = False
     runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits, threads: Threads | None = None) -> None:
@@ -97,6 +93,12 @@ class TorchOps:
             "logits": (limits.max_logit_rows, limits.vocab_size),
         }[name]
         return host_tensor([rows, width], torch.float32, "activations")
+
+    def close(self) -> None:
+        pass
+
+    def capture(self, step: Callable[[], None]) -> None:
+        return None
 
     # load
 
@@ -179,7 +181,7 @@ class TorchOps:
         activation = _ACTIVATIONS.get(spec.activation)
         if activation is None:
             raise UnsupportedModelError(
-                f"activation of the gated MLP: found {spec.activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
+                f"activation of the gated MLP: found {spec.activation!r}, expected {' or '.join(_ACTIVATIONS)}"
             )
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)

@@ -260,8 +260,10 @@ def _arithmetic(options: EngineOptions, target: Target) -> str | None:
     if target.compiled:
         return options.arithmetic or DEFAULT_ARITHMETIC
     if options.arithmetic is not None:
-        where = "on a GPU there is one arithmetic" if target.kind == "cuda" else (
-            "they cannot run on this machine (`exl info` says why), and torch's have one arithmetic"
+        where = (
+            "on a GPU there is one arithmetic"
+            if target.kind == "cuda"
+            else ("they cannot run on this machine (`exl info` says why), and torch's have one arithmetic")
         )
         raise ConfigError(f"arithmetic: found {options.arithmetic!r}, which is for exl's own kernels on a CPU; {where}")
     return None

@@ -6,7 +6,7 @@ The forward pass is the decoder's own, over ``TorchOps``; none of it is repeated
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,8 +14,9 @@ from exl.batch import I32, ForwardBatch
 from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
+from exl.errors import UnsupportedModelError
 from exl.formats.load import load_matrix
-from exl.formats.tensors import read_float, read_vector
+from exl.formats.tensors import read_float, read_norm
 from exl.layout.kv import KVLayout
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec
@@ -23,46 +24,58 @@ from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
 from exl.ops.base import PLAIN_BRANCH, Branch, LayerWeights, Linear, Segments, view_field, view_segments
-from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.ops.cpu_target import torch_target
+from exl.ops.torch_ops import TorchOps
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.threads import Threads, layer_kind
 
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
 
-class _Captured(Exception):
-    """Carries the captured tensors out of a layer and skips the rest of the layer."""
+@dataclass(frozen=True)
+class Heard:
+    """What ``LayerPass.listen`` heard of a linear; valid until the next call."""
 
-    def __init__(self, x: torch.Tensor, output: torch.Tensor | None) -> None:
-        self.x = x
-        self.output = output
+    x: torch.Tensor  # [T, K], its inputs
+    output: torch.Tensor | None  # [T, N], with the residual if the linear adds to it: from "down" the layer's own
+    scale: float = 1.0  # a change of the linear's result changes ``output`` by ``scale`` times as much
+
+
+class _Captured(Exception):
+    """Carries what was heard out of a layer and skips the rest of the layer."""
+
+    def __init__(self, heard: Heard) -> None:
+        self.heard = heard
 
 
 class _CapturingOps(TorchOps):
-    """Stops at ``target_linear`` by raising ``_Captured`` with its input and, if asked, its output.
-
-    The output includes the residual, if the linear adds to one.
-    """
+    """Stops at ``target_linear`` by raising ``_Captured`` with its input and, if asked, its output."""
 
     target_linear: Segments | None = None
     with_output = False
-    _adds = False  # whether the linear's output is not yet what the layer goes on with
+    _adds = False  # whether the linear's result is still to be added to the residual
 
     def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
         if w is self.target_linear and not self.with_output:
-            raise _Captured(x, None)
+            raise _Captured(Heard(x, None))
         super()._multiply(x, w, out, num_decode_rows)
         if w is self.target_linear and not self._adds:
-            raise _Captured(x, out)
+            raise _Captured(Heard(x, out))
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        is_target = w is self.target_linear
+        if is_target and self.with_output and branch.post_norm is not None:
+            raise UnsupportedModelError(
+                f"{w[0].layout.spec.parts[0].name}: found a norm of what it adds, expected none where quantized layers "
+                "are to follow the dense ones: no scale takes a difference of outputs back to the linear"
+            )
         self._adds = True
         try:
             super().add_projection(x, w, h, branch)
         finally:
             self._adds = False
-        if w is self.target_linear:
-            raise _Captured(x, h)
+        if is_target:
+            raise _Captured(Heard(x, h, branch.scale))
 
 
 class _OneLayerCache(KVCache):
@@ -101,7 +114,7 @@ class LayerPass:
             head_dim=config.head_dim,
         )
         kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _CapturingOps(cpu_target(), kv_layout, limits, threads)
+        self._ops = _CapturingOps(torch_target(), kv_layout, limits, threads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
         self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
@@ -136,9 +149,9 @@ class LayerPass:
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         names = self.manifest.names
         prefix = f"{names.layers}.{layer_idx}."
-        for norm, _ in spec.norms:
-            vector = torch.from_numpy(read_vector(self.checkpoint, prefix + names.norms[norm]))
-            view_field(blob, layout.fields[norm]).copy_(vector)
+        for norm in layout.norms:
+            vector = torch.from_numpy(read_norm(self.checkpoint, prefix + names.norms[norm.name], norm))
+            view_field(blob, layout.fields[norm.name]).copy_(vector)
         weights = LayerWeights.view(layout, blob)
         for name, _ in linears:
             (linear,) = getattr(weights, name)
@@ -162,11 +175,10 @@ class LayerPass:
 
     def listen(
         self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs [T, K] of the linear ``name`` and, if ``output``, its outputs [T, N], else None.
+    ) -> Heard:
+        """Runs the chunk's hidden states h [T, C] up to the linear ``name``. Overwrites h.
 
-        Outputs include the residual that the linear adds to; those of "down" are thus the layer's outputs. Both are
-        valid until the next call. Overwrites h.
+        With ``output``, raises ``UnsupportedModelError`` if the linear's result is normalised before it is added.
         """
         self._ops.target_linear = getattr(weights, name)
         self._ops.with_output = output
@@ -176,7 +188,7 @@ class LayerPass:
                 try:
                     self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
                 except _Captured as captured:
-                    return captured.x, captured.output
+                    return captured.heard
         finally:
             self._ops.target_linear = None
         raise AssertionError(f"layer {layer_idx} has no linear {name}")

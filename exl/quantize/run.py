@@ -237,13 +237,13 @@ class _Run:
             target = None
             if dense is not None:
                 h = read_rows(work.hidden_path("dense", layer_idx), start, stop, self.config.hidden_size)
-                _, target = self.layers.listen(layer_idx, dense, name, chunk, h, output=True)
+                target = self.layers.listen(layer_idx, dense, name, chunk, h, output=True).output
                 if write_dense is not None:
                     write_dense(_as_bytes(target))
                 target = target.clone()
             h = read_rows(work.hidden_path("hidden", layer_idx), start, stop, self.config.hidden_size)
-            x, output = self.layers.listen(layer_idx, weights, name, chunk, h, output=target is not None)
-            hessian.add(x, None if target is None else target.sub_(output))
+            heard = self.layers.listen(layer_idx, weights, name, chunk, h, output=target is not None)
+            hessian.add(heard.x, None if target is None else target.sub_(heard.output).div_(heard.scale))
             start = stop
             self._step(self._at(layer_idx, name), self.effort.capture(name, chunk))
         return hessian
