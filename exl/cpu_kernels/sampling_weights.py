@@ -49,14 +49,16 @@ class Mass(KernelSpec):
         with k.loop(whole, step=_BLOCK) as i:
             self._add(k, [k.load(_X, x, k.mul(k.add(i, _LANES * j), 8)) for j in range(_SUMS)], cut, sums)
         with k.b.if_then(k.b.icmp_signed("<", whole, count)):
-            tail = k.memory(8 * _BLOCK)  # nothing is behind the end: e^-inf is 0
-            for j in range(_SUMS):
-                k.store(k.splat(float("-inf"), _X), tail, 8 * _LANES * j)
-            with k.loop(count, whole) as i:
-                k.store(k.load(F64, x, k.mul(i, 8)), tail, k.mul(k.b.sub(i, whole), 8))
-            self._add(k, [k.load(_X, tail, 8 * _LANES * j) for j in range(_SUMS)], cut, sums)
+            left = [k.b.sub(count, k.add(whole, _LANES * j)) for j in range(_SUMS)]
+            self._add(k, [self._first(k, n, x, k.mul(k.b.sub(count, n), 8)) for n in left], cut, sums)
         a, b, c, d = (total.get() for total in sums)
         k.store(k.total(k.b.fadd(k.b.fadd(a, c), k.b.fadd(b, d)), k.b.fadd), k.pointer(1))
+
+    def _first(self, k: Kernel, count: ir.Value, x: ir.Value, offset: ir.Value) -> ir.Value:
+        """The first ``count`` numbers, and behind them -inf, whose exponential is 0."""
+        lanes = vec(I64, _LANES)
+        there = k.b.icmp_signed("<", ir.Constant(lanes, list(range(_LANES))), k.splat(count, lanes))
+        return k.b.select(there, k.load_first(_X, count, x, offset), k.splat(float("-inf"), _X))
 
     def _add(self, k: Kernel, values: list[ir.Value], cut: ir.Value, sums: list) -> None:
         """Blocks with nothing to add, which are most of them under top-k, cost a comparison."""
