@@ -20,6 +20,7 @@ from exl.cache.kv import KVCache
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
+from exl.cpu_kernels.sampling_weights import CompiledMath
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.kv import DeviceKVLayout
 from exl.layout.layers import LinearLayout
@@ -89,6 +90,7 @@ class CompiledOps:
         self._arenas = [host_tensor([sizes.arena], torch.uint8, "recorded steps") for _ in range(2)]
         self._linears = LinearStages(arithmetic, library.isa, num_threads)
         self._attention = AttentionStages(library, kv_layout)
+        self._sampling = CompiledMath(library)
         self._steps = StepRunner(self._pool)
         self._staged: list[BatchTables] = []
         self._now: BatchTables | None = None
@@ -269,7 +271,7 @@ class CompiledOps:
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
         with using(1):  # torch's own threads would spin beside the pool's
-            ids = sample(logits, params)
+            ids = sample(logits, params, self._sampling)
         self._samples[: len(ids)].copy_(ids)
         return TokenIds(ids.tolist())
 
