@@ -23,9 +23,20 @@ from exl.cpu_kernels.kernel import KernelSpec
 from exl.layout.columns import COLUMNS, ColumnLayout
 
 ROW_BLOCK = 128  # rows of a chunk of "panel"
+MOST_ROWS = 8  # of "rows"
 _AHEAD = 4096  # bytes that are asked for ahead, about
 _LINE = 64
-_WIDE_TILES, _NARROW_TILES = ((6, 4), (2, 4), (1, 4)), ((3, 4), (1, 4))  # (rows, vectors) that fit in the registers
+# Of each kind: tiles (rows, vectors), largest first, that fit in the registers.
+_WIDE = {
+    "row": ((1, 4),),
+    "rows": ((4, 4), (3, 4), (2, 4), (1, 4)),
+    "panel": ((6, 4), (2, 4), (1, 4)),
+}
+_NARROW = {
+    "row": ((1, 4),),
+    "rows": ((4, 2), (3, 2), (2, 4), (1, 4)),
+    "panel": ((3, 4), (1, 4)),
+}
 _PLACES = {2: (0, 2), 3: (0, 8), 4: (0, 4), 8: (0, 8)}  # bits of a word from which codes are taken without a shift
 
 
@@ -33,8 +44,8 @@ _PLACES = {2: (0, 2), 3: (0, 8), 4: (0, 4), 8: (0, 8)}  # bits of a word from wh
 class LinearF32(KernelSpec):
     """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32".
 
-    Kinds: "row": M = 1, codes go from words to registers. "panel": any M; chunks have 128 rows, for which a record's
-    codes are unpacked once.
+    Kinds: "row": M = 1. "rows": M to 8; codes are taken out of words for each few rows. "panel": any M; chunks have 128
+    rows, for which a record's codes are unpacked once.
 
     Slots: see ``exl.cpu_kernels.dense``. Activations f32 [M] in the order of the records, zero where a record has no
     input (``GatherRows``). Chunk c: columns chunk c mod ceil(slot 7 / slot 12); "panel": of rows block
@@ -96,8 +107,9 @@ class _Emitter:
         self.k, self.spec, self.layout = k, spec, spec.layout
         self.lanes = LANES if wide_registers(k) else LANES // 2
         self.panel = spec.kind == "panel"
-        self.tiles = (_WIDE_TILES if wide_registers(k) else _NARROW_TILES) if self.panel else ((1, 4),)
-        self.sums = k.memory(4 * COLUMNS * (ROW_BLOCK if self.panel else 1))  # f32 [rows][64]: the results so far
+        self.tiles = (_WIDE if wide_registers(k) else _NARROW)[spec.kind]
+        most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
+        self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
         self.scales = k.memory(4 * COLUMNS)  # f32 [64], of a record
         self.offsets = [k.memory(4 * COLUMNS) for _ in _PLACES[spec.bits]]  # f32 [64], see _codes
         self.unpacked = k.memory(4 * COLUMNS * spec.rows) if self.panel else None  # f32 [inputs][64]: code - zero
@@ -107,7 +119,7 @@ class _Emitter:
         k, b = self.k, self.k.b
         blocks, per = k.size(7), k.size(12)
         chunks = b.sdiv(k.add(blocks, per, -1), per)
-        columns, first, count = k.chunk, I64(0), I64(1)
+        columns, first, count = k.chunk, I64(0), I64(1) if self.spec.kind == "row" else k.size(5)
         if self.panel:
             columns, first = b.srem(k.chunk, chunks), k.mul(b.sdiv(k.chunk, chunks), ROW_BLOCK)
             count = k.smaller(b.sub(k.size(5), first), ROW_BLOCK)
