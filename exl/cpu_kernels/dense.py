@@ -182,16 +182,31 @@ def chunk_columns(k: Kernel) -> tuple[ir.Value, ir.Value]:
 
 def finish(k: Kernel, y: ir.Value, row: ir.Value, column: ir.Value, count: ir.Value) -> None:
     """Bias, residual and scale, then stores: the first ``count`` lanes of ``y``, columns from ``column`` on."""
-    b, type_ = k.b, y.type
-    bias, residual, out = k.pointer(8), k.pointer(9), k.pointer(2)
-    offset = k.mul(4, column)
+    with k.b.if_else(k.b.icmp_signed(">=", count, k.n(y.type.count))) as (whole, some):
+        with whole:
+            _finish(k, y, row, column, None)
+        with some:
+            _finish(k, y, row, column, count)
+
+
+def _finish(k: Kernel, y: ir.Value, row: ir.Value, column: ir.Value, count: ir.Value | None) -> None:
+    """``count`` None: all lanes."""
+    b, offset = k.b, k.mul(4, column)
+
+    def load(pointer: ir.Value, offset: ir.Value) -> ir.Value:
+        return k.load(y.type, pointer, offset) if count is None else k.load_first(y.type, count, pointer, offset)
+
     result = k.var(y)
-    with b.if_then(b.icmp_unsigned("!=", bias, ir.Constant(bias.type, None))):
-        result.set(b.fadd(result.get(), k.load_first(type_, count, bias, offset)))
-    with b.if_then(b.icmp_unsigned("!=", residual, ir.Constant(residual.type, None))):
-        h = k.load_first(type_, count, residual, k.add(k.mul(4, k.mul(row, k.size(10))), offset))
-        result.set(k.fma(k.splat(k.number(11), type_), result.get(), h))
-    k.store_first(result.get(), count, out, k.add(k.mul(4, k.mul(row, k.size(3))), offset))
+    with b.if_then(b.icmp_signed("!=", k.size(8), k.n(0))):
+        result.set(b.fadd(result.get(), load(k.pointer(8), offset)))
+    with b.if_then(b.icmp_signed("!=", k.size(9), k.n(0))):
+        h = load(k.pointer(9), k.add(k.mul(4, k.mul(row, k.size(10))), offset))
+        result.set(k.fma(k.splat(k.number(11), y.type), result.get(), h))
+    place = k.add(k.mul(4, k.mul(row, k.size(3))), offset)
+    if count is None:
+        k.store(result.get(), k.pointer(2), place)
+    else:
+        k.store_first(result.get(), count, k.pointer(2), place)
 
 
 def totals(k: Kernel, vectors: Sequence[ir.Value]) -> ir.Value:

@@ -12,7 +12,7 @@ instruction set keeps to that order, and so gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -23,18 +23,70 @@ from exl.cpu_kernels.kernel import KernelSpec
 from exl.layout.columns import COLUMNS, ColumnLayout
 
 ROW_BLOCK = 128  # rows of a chunk of "panel"
+MOST_ROWS = 8  # of "rows"
 _AHEAD = 4096  # bytes that are asked for ahead, about
 _LINE = 64
-_WIDE_TILES, _NARROW_TILES = ((6, 4), (2, 4), (1, 4)), ((3, 4), (1, 4))  # (rows, vectors) that fit in the registers
-_PLACES = {2: (0, 2), 3: (0, 8), 4: (0, 4), 8: (0, 8)}  # bits of a word from which codes are taken without a shift
+# Of each kind: tiles (rows, vectors), largest first, that fit in the registers.
+_WIDE = {
+    "row": ((1, 4),),
+    "rows": ((4, 4), (3, 4), (2, 4), (1, 4)),
+    "panel": ((6, 4), (2, 4), (1, 4)),
+}
+_NARROW = {
+    "row": ((1, 4),),
+    "rows": ((4, 2), (3, 2), (2, 4), (1, 4)),
+    "panel": ((4, 2), (1, 4)),
+}
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """How codes are taken out of the words of ``inputs`` inputs: in ``steps`` loops, each of which makes a word that
+    has a code every ``pitch`` bits, of inputs that are ``stride`` apart. Two codes are used where they lie, then the
+    word is shifted."""
+
+    bits: int
+    words: int
+    inputs: int
+    steps: int
+    pitch: int
+    stride: int = 1
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return 0, self.pitch
+
+    def word(self, k: Kernel, words: ir.Value, step: ir.Value, type_: ir.Type) -> ir.Value:
+        """A step's word, of columns from ``words`` on."""
+        count = k.b.trunc(step, I32)
+        if self.bits != 3:
+            count = k.b.mul(count, I32(32 // self.steps))
+            return k.b.lshr(k.load(type_, words), k.splat(count, type_))
+        half, j = k.b.lshr(step, I64(2)), k.b.and_(count, I32(3))  # see exl.layout.columns, where ``half`` is a
+        low = k.b.lshr(k.load(type_, words, k.mul(4 * COLUMNS, half)), k.splat(k.b.shl(j, I32(1)), type_))
+        high = k.b.shl(k.b.lshr(k.load(type_, words, 8 * COLUMNS), k.splat(count, type_)), k.splat(2, type_))
+        return k.b.or_(k.b.and_(low, k.splat(0x03030303, type_)), k.b.and_(high, k.splat(0x04040404, type_)))
+
+    def first_input(self, k: Kernel, step: ir.Value) -> ir.Value:
+        if self.bits != 3:
+            return k.mul(self.inputs // self.steps, step)
+        return k.add(k.mul(16, k.b.lshr(step, I64(2))), k.b.and_(step, I64(3)))
+
+
+_CODES = {
+    2: _Codes(2, words=1, inputs=16, steps=2, pitch=2),
+    3: _Codes(3, words=3, inputs=32, steps=8, pitch=8, stride=4),
+    4: _Codes(4, words=1, inputs=8, steps=1, pitch=4),
+    8: _Codes(8, words=1, inputs=4, steps=1, pitch=8),
+}
 
 
 @dataclass(frozen=True)
 class LinearF32(KernelSpec):
     """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32".
 
-    Kinds: "row": M = 1, codes go from words to registers. "panel": any M; chunks have 128 rows, for which a record's
-    codes are unpacked once.
+    Kinds: "row": M = 1. "rows": M to 8; codes are taken out of words for each few rows. "panel": any M; chunks have 128
+    rows, for which a record's codes are unpacked once.
 
     Slots: see ``exl.cpu_kernels.dense``. Activations f32 [M] in the order of the records, zero where a record has no
     input (``GatherRows``). Chunk c: columns chunk c mod ceil(slot 7 / slot 12); "panel": of rows block
@@ -96,10 +148,11 @@ class _Emitter:
         self.k, self.spec, self.layout = k, spec, spec.layout
         self.lanes = LANES if wide_registers(k) else LANES // 2
         self.panel = spec.kind == "panel"
-        self.tiles = (_WIDE_TILES if wide_registers(k) else _NARROW_TILES) if self.panel else ((1, 4),)
-        self.sums = k.memory(4 * COLUMNS * (ROW_BLOCK if self.panel else 1))  # f32 [rows][64]: the results so far
+        self.tiles = (_WIDE if wide_registers(k) else _NARROW)[spec.kind]
+        most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
+        self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
         self.scales = k.memory(4 * COLUMNS)  # f32 [64], of a record
-        self.offsets = [k.memory(4 * COLUMNS) for _ in _PLACES[spec.bits]]  # f32 [64], see _codes
+        self.offsets = [k.memory(4 * COLUMNS) for _ in _CODES[spec.bits].places]  # f32 [64], see _codes
         self.unpacked = k.memory(4 * COLUMNS * spec.rows) if self.panel else None  # f32 [inputs][64]: code - zero
         self.ahead = self.layout.record_bytes * max(1, round(_AHEAD / self.layout.record_bytes))
 
@@ -107,7 +160,7 @@ class _Emitter:
         k, b = self.k, self.k.b
         blocks, per = k.size(7), k.size(12)
         chunks = b.sdiv(k.add(blocks, per, -1), per)
-        columns, first, count = k.chunk, I64(0), I64(1)
+        columns, first, count = k.chunk, I64(0), I64(1) if self.spec.kind == "row" else k.size(5)
         if self.panel:
             columns, first = b.srem(k.chunk, chunks), k.mul(b.sdiv(k.chunk, chunks), ROW_BLOCK)
             count = k.smaller(b.sub(k.size(5), first), ROW_BLOCK)
@@ -155,7 +208,7 @@ class _Emitter:
                 zeros = k.splat(float(1 << (layout.bits - 1)))
             else:
                 zeros = k.b.uitofp(k.load(vec(I8), record, layout.zeros_offset + column), F)
-            for place, offsets in zip(_PLACES[layout.bits], self.offsets, strict=True):
+            for place, offsets in zip(_CODES[layout.bits].places, self.offsets, strict=True):
                 k.store(k.b.fadd(zeros, k.splat(2.0 ** (23 - place))), offsets, 4 * column, _LINE)
         for line in range(layout.scales_offset, layout.record_bytes, _LINE):
             k.prefetch(record, line + self.ahead)
@@ -165,7 +218,7 @@ class _Emitter:
         k, type_ = self.k, vec(F32, self.lanes)
         chains = [[k.var(k.splat(0.0, type_)) for _ in range(vectors)] for _ in xs]
 
-        def add(i: ir.Value, weights: Iterator[ir.Value]) -> None:
+        def add(i: ir.Value, weights: Iterable[ir.Value]) -> None:
             values = [k.splat(k.load(F32, x, k.mul(4, i)), type_) for x in xs]
             for v, weight in enumerate(weights):
                 for r, value in enumerate(values):
@@ -203,7 +256,7 @@ class _Emitter:
     def _unpack(self, record: ir.Value) -> None:
         k = self.k
 
-        def store(i: ir.Value, weights: Iterator[ir.Value]) -> None:
+        def store(i: ir.Value, weights: Iterable[ir.Value]) -> None:
             for v, weight in enumerate(weights):
                 k.store(weight, self.unpacked, k.add(k.mul(4 * COLUMNS, i), 4 * LANES * v), _LINE)
 
@@ -215,56 +268,30 @@ class _Emitter:
         column: ir.Value,
         vectors: int,
         lanes: int,
-        use: Callable[[ir.Value, Iterator[ir.Value]], None],
+        use: Callable[[ir.Value, Iterable[ir.Value]], None],
     ) -> None:
         """Calls ``use`` with each input of a record, in the order of the chain, and its ``code - zero`` in columns
         from ``column`` on, ``vectors`` of ``lanes``."""
-        k, bits = self.k, self.spec.bits
-        num_words, inputs = (3, 32) if bits == 3 else (1, 32 // bits)
+        k, type_, codes = self.k, vec(F32, lanes), _CODES[self.spec.bits]
         offsets = [
-            [k.load(vec(F32, lanes), o, k.mul(4, k.add(column, v * lanes)), 4 * lanes) for v in range(vectors)]
+            [k.load(type_, o, k.mul(4, k.add(column, v * lanes)), 4 * lanes) for v in range(vectors)]
             for o in self.offsets
         ]
-        with k.loop(self.spec.rows // inputs) as step:
-            words = []
-            for word in range(num_words):
-                row = k.at(record, k.mul(4, k.add(k.mul(COLUMNS, k.add(k.mul(num_words, step), word)), column)))
-                words.append([k.load(vec(I32, lanes), row, 4 * lanes * v) for v in range(vectors)])
+        with k.loop(self.spec.rows // codes.inputs) as group:
+            row = k.at(record, k.mul(4, k.add(k.mul(COLUMNS * codes.words, group), column)))
+            for word in range(codes.words):
                 for line in range(0, 4 * lanes * vectors, _LINE):
-                    k.prefetch(row, line + self.ahead)
-            first = k.mul(inputs, step)
-            for i, place, shifted in _positions(k, bits, words):
-                bit = _PLACES[bits][place]
-                use(k.add(first, i), (_code(k, bits, bit, w, o) for w, o in zip(shifted, offsets[place], strict=True)))
-
-
-def _positions(k: Kernel, bits: int, words: Sequence[Sequence[ir.Value]]) -> Iterator[tuple[int, int, list[ir.Value]]]:
-    """Where the codes of ``words`` [words][vectors] lie: input, index in ``_PLACES``, vectors."""
-    if bits != 3:
-        for pair in range(0, 32 // bits, 2):
-            shifted = [_right(k, word, pair * bits) for word in words[0]]
-            yield pair, 0, shifted
-            yield pair + 1, 1, shifted
-        return
-    low_mask, high_mask = 0x03030303, 0x04040404
-    for a in range(2):
-        for j in range(4):
-            codes = []  # four inputs of a column, a byte each
-            for low, high in zip(words[a], words[2], strict=True):
-                low_bits = k.b.and_(_right(k, low, 2 * j), k.splat(low_mask, low.type))
-                high_bits = k.b.and_(_right(k, high, 4 * a + j - 2), k.splat(high_mask, low.type))
-                codes.append(k.b.or_(low_bits, high_bits))
-            for b in range(4):
-                if b == 2:
-                    codes = [_right(k, code, 16) for code in codes]
-                yield 16 * a + 4 * b + j, b % 2, codes
-
-
-def _right(k: Kernel, word: ir.Value, count: int) -> ir.Value:
-    """Shifted to the right; to the left, if ``count`` is negative."""
-    if count < 0:
-        return k.b.shl(word, k.splat(-count, word.type))
-    return k.b.lshr(word, k.splat(count, word.type)) if count else word
+                    k.prefetch(row, 4 * COLUMNS * word + line + self.ahead)
+            with k.loop(codes.steps) as step:
+                words = [codes.word(k, k.at(row, 4 * lanes * v), step, vec(I32, lanes)) for v in range(vectors)]
+                first = k.add(k.mul(codes.inputs, group), codes.first_input(k, step))
+                for i in range(codes.inputs // codes.steps):
+                    place = i % 2
+                    if i and not place:
+                        words = [k.b.lshr(word, k.splat(2 * codes.pitch, word.type)) for word in words]
+                    bit, zeros = codes.places[place], offsets[place]
+                    numbers = [_code(k, codes.bits, bit, *pair) for pair in zip(words, zeros, strict=True)]
+                    use(k.add(first, i * codes.stride), numbers)
 
 
 def _code(k: Kernel, bits: int, place: int, word: ir.Value, offset: ir.Value) -> ir.Value:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from exl.cpu_kernels.library import Library, slots
-from exl.cpu_kernels.linear_f32 import ROW_BLOCK, GatherRows, linear_f32
+from exl.cpu_kernels.linear_f32 import MOST_ROWS, ROW_BLOCK, GatherRows, linear_f32
 from exl.layout.columns import ColumnLayout
 from tests.cpu_kernels.guards import guarded_array
 from tests.cpu_kernels.packer import from_scale_dtype, pack_columns, to_scale_dtype
@@ -105,15 +105,16 @@ def test_a_row_has_the_same_bits_in_any_company(libraries: list[Library], layout
     assert np.isfinite(alone).all()
     for library in libraries:
         assert np.array_equal(linear(library, weight, x[:1], "row", blocks=3), alone)
-        for M in (1, 2, 6, 9, len(x)):
+        for M in (1, 2, 7, 9, len(x)):
             for place in {0, M - 1}:
                 rows = x[:M].copy()
                 rows[place] = x[0]
-                y = linear(library, weight, rows, "panel", blocks=1 + M % 3)
-                assert np.array_equal(y[place], alone[0]), (library.isa, M, place)
+                for kind in ("rows", "panel") if M <= MOST_ROWS else ("panel",):
+                    y = linear(library, weight, rows, kind, blocks=1 + M % 3)
+                    assert np.array_equal(y[place], alone[0]), (library.isa, kind, M, place)
 
 
-@pytest.mark.parametrize("kind", ["row", "panel"])
+@pytest.mark.parametrize("kind", ["row", "rows", "panel"])
 def test_bias_residual_and_scale(library: Library, kind: str) -> None:
     layout, M = LAYOUTS[3], 1 if kind == "row" else 4
     weight, x = random_weight(layout), random(3, M, layout.K)
@@ -143,7 +144,7 @@ def test_a_row_that_is_not_finite_is_seen_in_that_row_alone(library: Library, va
 @pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[3], LAYOUTS[6]], ids=str)
 def test_nothing_outside_is_touched(library: Library, layout: ColumnLayout, before: bool) -> None:
     weight = random_weight(layout)
-    for kind, M in (("row", 1), ("panel", 7)):
+    for kind, M in (("row", 1), ("rows", 7), ("panel", 7)):
         x, bias, residual = random(7, M, layout.padded_K), random(8, layout.N), random(9, M, layout.N)
         packed, *guarded = (guarded_array(a, before=before) for a in (weight.packed, x, bias, residual))
         out = guarded_array(np.zeros((M, layout.N), np.float32), before=before)
