@@ -38,7 +38,7 @@ from exl.weights.stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
-_READ_THREADS = 2  # one waits for the disk while the other compares checksums
+_READ_THREADS = 4  # some wait for the disk while others compare checksums
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class _Loader:
     # from the packed file
 
     def _key(self) -> bytes:
-        packer = f"torch {torch.__version__}"
+        # What exl's own packing depends on is in the layouts and their version; torch's kernels have orders of theirs.
+        packer = "exl" if self.ops.target.compiled else f"torch {torch.__version__}"
         return packed_key(self.checkpoint, self.quant, self.all_layouts, self.ops.target, packer)
 
     def _read_packed(self, folder: Path) -> PackedFile | None:
@@ -140,13 +141,17 @@ class _Loader:
         return None
 
     def _read_blobs(self, packed: PackedFile) -> None:
-        """Reads the blobs that stay in memory, and the embedding in any case. One thread waits for the disk while the
-        other compares checksums; for a GPU a single thread reads them one by one through staging."""
+        """Reads the blobs that stay in memory, and the embedding in any case. Some threads wait for the disk while
+        others compare checksums, the largest blobs first, so that all end together; for a GPU a single thread reads
+        them one by one through staging."""
         stopped = threading.Event()
         # Single rows have no checksum: an embedding that stays on the disk is compared as a whole, once.
         wanted = sorted({0, *self.memory.in_memory})
         total, done = sum(self.sizes[i] for i in wanted), 0
-        threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
+        threads = 1
+        if self.ops.target.kind == "cpu":
+            threads = _READ_THREADS
+            wanted.sort(key=lambda i: -self.sizes[i])
 
         def read(blob_idx: int) -> int:
             if packed.read_blob(blob_idx, self.memory.blob(blob_idx).numpy(), lambda: not stopped.is_set()):
