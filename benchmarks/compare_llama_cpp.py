@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
     }
     models: dict[str, str] = {}
     rows: dict[tuple[str, Case, int], Row] = {}
-    subjects = [prepare(name, args.folder.resolve(), args.head) for name in args.models]
+    subjects = [prepare(name, args.folder.resolve(), args.head, args.smollm2) for name in args.models]
     for subject in subjects:
         models[subject.name] = subject.about
         options = {"threads": threads, "context": plan.context, **dict(args.exl)}
@@ -154,6 +154,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--repeats", type=int, help="runs per measurement (default: 2; long prompts once)")
     found.add_argument("--threads", type=int, help="of both programs (default: all that the process may use)")
     found.add_argument("--head", choices=HEADS, default="q6_k", help="of the 1.1B's GGUF file (default: q6_k)")
+    found.add_argument(
+        "--smollm2", type=Path, metavar="FOLDER", help="in 4 bits, groups of 64 (default: scripts.chat_model's)"
+    )
     found.add_argument("--flash-attention", choices=("auto", "on", "off"), default="auto", help="llama.cpp's -fa")
     found.add_argument(
         "--exl", type=option, action="append", default=[], metavar="NAME=VALUE", help="another keyword of exl.load"
