@@ -1,4 +1,4 @@
-"""Runs calibration sequences through one layer at a time, and captures the inputs and outputs of its linears.
+"""Runs calibration sequences through one layer at a time, or a part of it, and captures the inputs of its linears.
 
 The forward pass is the decoder's own, over ``TorchOps``; none of it is repeated here.
 """
@@ -14,7 +14,6 @@ from exl.batch import I32, ForwardBatch
 from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
-from exl.errors import UnsupportedModelError
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_norm
 from exl.layout.kv import KVLayout
@@ -23,7 +22,18 @@ from exl.layout.specs import BlobSpec, LinearSpec
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import PLAIN_BRANCH, Branch, LayerWeights, Linear, Segments, view_field, view_segments
+from exl.ops.base import (
+    PLAIN_BRANCH,
+    AttentionSpec,
+    Branch,
+    GatedMlp,
+    LayerWeights,
+    Linear,
+    Norm,
+    Segments,
+    view_field,
+    view_segments,
+)
 from exl.ops.cpu_target import torch_target
 from exl.ops.torch_ops import TorchOps
 from exl.quantize.calibration import make_chunks, num_pages
@@ -33,49 +43,74 @@ _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chun
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What ``LayerPass.listen`` heard of a linear; valid until the next call."""
+class Passed:
+    """What ``LayerPass.run`` found where it stopped."""
 
-    x: torch.Tensor  # [T, K], its inputs
-    output: torch.Tensor | None  # [T, N], with the residual if the linear adds to it: from "down" the layer's own
-    scale: float = 1.0  # a change of the linear's result changes ``output`` by ``scale`` times as much
-
-
-class _Captured(Exception):
-    """Carries what was heard out of a layer and skips the rest of the layer."""
-
-    def __init__(self, heard: Heard) -> None:
-        self.heard = heard
+    x: torch.Tensor | None  # [T, K], inputs of the linear where it stopped; valid until the next call
+    branch: Branch | None  # how the last linear of the span that adds to the residual stream does so
 
 
-class _CapturingOps(TorchOps):
-    """Stops at ``target_linear`` by raising ``_Captured`` with its input and, if asked, its output."""
+class _Stopped(Exception):
+    """Skips the rest of a layer; ``x`` are the inputs of the linear where it stopped."""
 
-    target_linear: Segments | None = None
-    with_output = False
-    _adds = False  # whether the linear's result is still to be added to the residual
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
 
-    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
-        if w is self.target_linear and not self.with_output:
-            raise _Captured(Heard(x, None))
-        super()._multiply(x, w, out, num_decode_rows)
-        if w is self.target_linear and not self._adds:
-            raise _Captured(Heard(x, out))
+
+class _SpanOps(TorchOps):
+    """Leaves out a layer's operations before the one with the linear ``start``, and stops at the linear ``stop``."""
+
+    start: Segments | None = None
+    stop: Segments | None = None
+    branch: Branch | None = None
+
+    def _skips(self, w: Segments) -> bool:
+        if self.start is not None and w is not self.start:
+            return True
+        self.start = None
+        return False
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise _Stopped(self._input(h, norm))
+        super().project(h, norm, w, out)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if self.start is None:
+            super().attend(qkv, spec, layer_idx, kv, out, consumer)
+
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise _Stopped(self._input(h, norm))
+        super().gated_mlp(h, norm, w, spec, out, consumer)
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
-        is_target = w is self.target_linear
-        if is_target and self.with_output and branch.post_norm is not None:
-            raise UnsupportedModelError(
-                f"{w[0].layout.spec.parts[0].name}: found a norm of what it adds, expected none with match_dense: "
-                "behind a norm, a difference of outputs does not say what the linear lacks"
-            )
-        self._adds = True
-        try:
-            super().add_projection(x, w, h, branch)
-        finally:
-            self._adds = False
-        if is_target:
-            raise _Captured(Heard(x, h, branch.scale))
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise _Stopped(x)
+        super().add_projection(x, w, h, branch)
+        self.branch = branch
 
 
 class _OneLayerCache(KVCache):
@@ -114,7 +149,7 @@ class LayerPass:
             head_dim=config.head_dim,
         )
         kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _CapturingOps(torch_target(), kv_layout, limits, threads)
+        self._ops = _SpanOps(torch_target(), kv_layout, limits, threads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
         self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
@@ -166,29 +201,34 @@ class LayerPass:
         if f"{name}.bias" in self.checkpoint.tensors:
             linear.fields["bias"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.bias"))
 
-    def run(self, layer_idx: int, weights: LayerWeights, chunk: ForwardBatch, h: torch.Tensor) -> None:
-        """Runs the chunk's hidden states h [T, C] through the layer, in place."""
-        self._ops.target_linear = None
-        self._ops.stage([chunk])
-        with self._ops.threads.measured(layer_kind(len(h)), len(h)):
-            self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
+    def run(
+        self,
+        layer_idx: int,
+        weights: LayerWeights,
+        chunk: ForwardBatch,
+        h: torch.Tensor,
+        *,
+        start: str | None = None,
+        x: torch.Tensor | None = None,
+        stop: str | None = None,
+    ) -> Passed:
+        """Runs the chunk's hidden states h [T, C] through the layer, in place: from the linear ``start`` (None: the
+        first) to the linear ``stop``, which is not run (None: to the end).
 
-    def listen(
-        self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
-    ) -> Heard:
-        """Runs the chunk's hidden states h [T, C] up to the linear ``name``. Overwrites h.
-
-        With ``output``, raises ``UnsupportedModelError`` if the linear's result is normalised before it is added.
+        A span that starts at "gate_up" takes h as attention has left it; one that starts at "o" or "down" also takes
+        the inputs ``x`` [T, K] of that linear.
         """
-        self._ops.target_linear = getattr(weights, name)
-        self._ops.with_output = output
-        self._ops.stage([chunk])
-        try:
-            with self._ops.threads.measured(f"{layer_kind(len(h))} to {name}, {output}", len(h)):
-                try:
-                    self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
-                except _Captured as captured:
-                    return captured.heard
-        finally:
-            self._ops.target_linear = None
-        raise AssertionError(f"layer {layer_idx} has no linear {name}")
+        ops, buffers = self._ops, self._buffers.rows(len(h))
+        ops.start, ops.stop = (None if name is None else getattr(weights, name) for name in (start, stop))
+        ops.branch = None
+        if x is not None:
+            inputs = buffers.attn if start == "o" else buffers.mlp
+            if x.data_ptr() != inputs.data_ptr():
+                inputs.copy_(x)
+        ops.stage([chunk])
+        with ops.threads.measured(f"{layer_kind(len(h))} from {start} to {stop}", len(h)):
+            try:
+                self._decoder.layer(layer_idx, weights, buffers, h, self._kv)
+            except _Stopped as stopped:
+                return Passed(stopped.x, ops.branch)
+        return Passed(None, ops.branch)
