@@ -1,8 +1,9 @@
 """The operations on the CPU through exl's own kernels, compiled at run time.
 
-Each operation adds stages to a tape. As a rule they run at once. A decode step whose weights all stay in memory is
-recorded instead (``capture``): twice, over two sets of buffers that take turns, and each step is then one call. What a
-row's values are never depends on which of the two happens, on other rows, or on the number of threads.
+Each operation adds stages to a tape, which runs when it is told to (``launch``) or a result is asked for: a layer's
+stages are one call. A decode step whose weights all stay in memory is recorded instead (``capture``): twice, over two
+sets of buffers that take turns, and each step is then one call. What a row's values are never depends on which of the
+two happens, on other rows, or on the number of threads.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class CompiledOps:
         self._steps = StepRunner(self._pool)
         self._staged: list[BatchTables] = []
         self._now: BatchTables | None = None
+        self._pending = Tape(self._shared)
         self._tape: Tape | None = None  # of the step that is being recorded
         self._results: list[tuple[Rows, torch.Tensor]] = []
 
@@ -159,19 +161,26 @@ class CompiledOps:
 
     @contextmanager
     def _stages(self) -> Iterator[Tape]:
-        """The tape that an operation adds to. Unless a step is being recorded, the stages then run at once."""
+        """The tape that an operation adds to."""
         if self._tape is not None:
             yield self._tape
             return
-        tape = Tape(self._shared)
-        yield tape
-        self._pool.run(Program(self.library, tape.stages, repeats=False))
+        self._pending.forget()  # scratch is another operation's now
+        yield self._pending
+
+    def launch(self) -> None:
+        """Runs what was added since the last time."""
+        pending, self._pending = self._pending, Tape(self._shared)
+        if pending.stages:
+            self._steps.settle()  # whose late threads may still write to the cache
+            self._pool.run(Program(self.library, pending.stages, repeats=False))
 
     # step
 
     def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
         if rows is not None:
             raise ValueError("an embedding on the disk: the CPU has it in RAM")
+        self._pending = Tape(self._shared)  # of a pass that was interrupted
         self._staged = [BatchTables(batch, self._resolve(batch.token_ids), self.limits) for batch in batches]
         self._now = self._staged[0] if self._staged else None
 
@@ -187,6 +196,7 @@ class CompiledOps:
 
     def fence(self) -> None:
         if self._tape is None:
+            self.launch()
             self._steps.settle()
 
     @property
@@ -265,8 +275,10 @@ class CompiledOps:
             if spec != LogitsSpec():
                 plain, written = written, tape.memory.write(out)
                 compiled_rows.logits(tape, plain, spec, written)
-            if self._tape is not None:
-                self._results.append((written, out))
+        if self._tape is not None:
+            self._results.append((written, out))
+        else:
+            self.launch()
         return out
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:

@@ -154,6 +154,10 @@ class Tape:
             make(self._made[key])
         return self._made[key]
 
+    def forget(self) -> None:
+        """What was made is overwritten by what comes now."""
+        self._made.clear()
+
 
 def _slot(value: NDArray | torch.Tensor | int | float | None) -> NDArray | int | float | None:
     return value.numpy() if isinstance(value, torch.Tensor) else value

@@ -178,6 +178,9 @@ class CudaOps:
     def fence(self) -> None:
         self._fenced = True
 
+    def launch(self) -> None:
+        pass
+
     def _may_overlap(self) -> bool:
         """Whether the next launch may start before its predecessor has ended."""
         fenced, self._fenced = self._fenced, False
