@@ -46,7 +46,7 @@ from exl.ops.compiled_batch import BatchTables
 from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
-from exl.ops.compiled_tape import ArenaMemory, NoMemory, Rows, SharedMemory, Tape
+from exl.ops.compiled_tape import ArenaMemory, NoMemory, RecordForm, Records, Rows, SharedMemory, Tape
 from exl.ops.torch_ops import TokenIds
 from exl.sampling import sample
 from exl.threads import using
@@ -96,6 +96,7 @@ class CompiledOps:
         self._staged: list[BatchTables] = []
         self._now: BatchTables | None = None
         self._pending = Tape(self._shared)
+        self._products: dict[int, Records] = {}  # of gated MLPs, by the buffer that the decoder knows them by
         self._tape: Tape | None = None  # of the step that is being recorded
         self._results: list[tuple[Rows, torch.Tensor]] = []
 
@@ -180,7 +181,7 @@ class CompiledOps:
     def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
         if rows is not None:
             raise ValueError("an embedding on the disk: the CPU has it in RAM")
-        self._pending = Tape(self._shared)  # of a pass that was interrupted
+        self._pending, self._products = Tape(self._shared), {}  # also those of a pass that was interrupted
         self._staged = [BatchTables(batch, self._resolve(batch.token_ids), self.limits) for batch in batches]
         self._now = self._staged[0] if self._staged else None
 
@@ -209,15 +210,24 @@ class CompiledOps:
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         with self._stages() as tape:
-            x = tape.memory.read(h)
-            self._linears.multiply(tape, self._normed(tape, x, norm), w, tape.memory.write(out))
+            x = self._normed(tape, tape.memory.read(h), norm, w)
+            self._linears.multiply(tape, x, w, tape.memory.write(out))
 
-    def _normed(self, tape: Tape, x: Rows, norm: Norm | None) -> Rows:
+    def _normed(self, tape: Tape, x: Rows, norm: Norm | None, w: Segments) -> Rows | Records:
+        """x as ``w`` reads it: normalized, and at once in the form that all of ``w`` take."""
         if norm is None:
             return x
+        form = self._linears.record_form(w)
+        if form is not None:
+            records = self._records(tape, form, x.num_rows)
+            compiled_rows.norm_to_records(tape, x, norm, form, records)
+            return records
         normed = Rows(tape.memory.scratch("normed", 4 * x.num_rows * x.width), x.width, x.num_rows, x.width)
         compiled_rows.norm(tape, x, norm, normed)
         return normed
+
+    def _records(self, tape: Tape, form: RecordForm, num_rows: int) -> Records:
+        return Records(tape.memory.scratch("inputs", form.num_bytes(num_rows)), num_rows)
 
     def attend(
         self,
@@ -241,18 +251,24 @@ class CompiledOps:
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
+        compiled_rows.check_activation(spec)
         with self._stages() as tape:
             num_rows, width = out.shape
-            x = tape.memory.read(h)
             place = tape.memory.scratch("gate and up", 8 * num_rows * width)
             both = Rows(place, 2 * width, num_rows, 2 * width)
-            self._linears.multiply(tape, self._normed(tape, x, norm), w, both)
-            compiled_rows.gated(tape, both, spec, tape.memory.write(out))
+            x = self._normed(tape, tape.memory.read(h), norm, w)
+            self._linears.multiply(tape, x, w, both)
+            form = self._linears.record_form(consumer)
+            if form is None:
+                compiled_rows.gated(tape, both, spec, tape.memory.write(out))
+                return
+            records = self._products[out.data_ptr()] = self._records(tape, form, num_rows)
+            compiled_rows.gated_to_records(tape, both, spec, form, records)
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         with self._stages() as tape:
-            inputs, before = tape.memory.read(x), tape.memory.read(h)
-            after = tape.memory.write(h)
+            inputs = self._products.pop(x.data_ptr(), None) or tape.memory.read(x)
+            before, after = tape.memory.read(h), tape.memory.write(h)
             if branch.post_norm is None:
                 self._linears.multiply(tape, inputs, w, after, residual=before, scale=branch.scale)
                 return
