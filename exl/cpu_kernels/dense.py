@@ -5,8 +5,9 @@ quantized weight), 5 rows M, 6 columns N, 7 columns of a chunk (blocks of a quan
 9 residual f32 or 0, 10 residual's stride, 11 scale f32, 12 blocks of a chunk (quantized weights), 13 activations'
 stride. Strides are elements from row to row. ``out = x @ weight.T + bias``; with a residual ``residual + scale * out``.
 
-The order of the sum of one element: lane j of 16 sums the products of inputs j, 16 + j, 32 + j, ... with fma, and lanes
-are added by halves. Every tile keeps to it, so a row's bits depend on nothing but that row.
+The order of the sum of one element: in each block of 768 inputs, lane j of 16 sums the products of inputs j, 16 + j,
+32 + j, ... with fma; then lanes of blocks are added, block after block, and at last the lanes, by halves. Every tile
+keeps to it, so a row's bits depend on nothing but that row.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from exl.cpu_kernels.kernel import KernelSpec
 from exl.layout.fields import DTYPE_BYTES
 
 _COLUMNS = 4  # of a tile
+_BLOCK = 768  # inputs that are summed in one chain; as f32, those of a tile's columns stay in the nearest cache
 _LINE = 64
 _NEAR_BYTES = 20 << 10  # of a tile, that the nearest cache holds beside what is in use, for one row
 _AHEAD = 512  # bytes of a column that are asked for out of the second cache before they are read
@@ -46,18 +48,25 @@ class DenseRow(KernelSpec):
         with k.loop(stop, start, _COLUMNS) as first:
             columns = _column_pointers(k, weight, first, stop, K, self.dtype)
             with k.loop(M) as row:
-                accs = [k.var(k.splat(0.0)) for _ in range(_COLUMNS)]
-                self._sum(k, columns, k.at(x, k.mul(4, k.mul(row, x_stride))), accs)
-                y = totals(k, [acc.get() for acc in accs])
+                sums = [k.var(k.splat(0.0)) for _ in range(_COLUMNS)]
+                with k.loop(K, step=_BLOCK) as i:
+                    accs = self._block(k, columns, k.at(x, k.mul(4, k.mul(row, x_stride))), i)
+                    for total, acc in zip(sums, accs, strict=True):
+                        total.set(k.b.fadd(total.get(), acc.get()))
+                y = totals(k, [total.get() for total in sums])
                 finish(k, y, row, first, k.b.sub(stop, first))
 
-    def _sum(self, k: Kernel, columns: Sequence[ir.Value], x: ir.Value, accs: Sequence[Var]) -> None:
+    def _block(self, k: Kernel, columns: Sequence[ir.Value], x: ir.Value, first: ir.Value) -> list[Var]:
+        """The sums over a block's inputs, of each column."""
+        accs = [k.var(k.splat(0.0)) for _ in columns]
+
         def add(i: ir.Value, count: ir.Value | None) -> None:
             value = _widen(k, "f32", count, x, i)
             for column, acc in zip(columns, accs, strict=True):
                 acc.set(k.fma(_widen(k, self.dtype, count, column, i), value, acc.get()))
 
-        _each_16(k, self.dtype, columns, k.n(0), k.size(4), _NEAR_BYTES, add)
+        _each_16(k, self.dtype, columns, first, k.smaller(k.size(4), k.add(first, _BLOCK)), _NEAR_BYTES, add)
+        return accs
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,13 @@ class DenseRows(KernelSpec):
     """``out = x @ weight.T`` for more rows, at the speed of arithmetic. Slots, weight and chunks as ``DenseRow``'s.
 
     ``tile``: rows that are computed together (``row_tile``). A tile is ``tile`` rows and 4 columns, whose sums lie in
-    registers: vectors of 16 lanes where the machine has them, else the lower 8 lanes and then the upper 8. Inputs are
-    taken in blocks for which the tile's weights, as f32, stay in the nearest cache; between blocks sums are in memory.
+    registers: vectors of 16 lanes where the machine has them, else the lower 8 lanes and then the upper 8. Between
+    blocks of inputs sums are in memory.
     """
 
     dtype: str
     tile: int
 
-    K_BLOCK = 768
     TILES = 12  # of rows, for one conversion of the weights
 
     @property
@@ -83,7 +91,7 @@ class DenseRows(KernelSpec):
         weight, K, M = k.pointer(0), k.size(4), k.size(5)
         start, stop = chunk_columns(k)
         tile_bytes = self.tile * _COLUMNS * _LINE
-        wide, sums = k.memory(self.K_BLOCK * _COLUMNS * 4), k.memory(self.TILES * tile_bytes)
+        wide, sums = k.memory(_BLOCK * _COLUMNS * 4), k.memory(self.TILES * tile_bytes)
         rows = self.TILES * self.tile
         with k.loop(M, step=rows) as row, k.loop(stop, start, _COLUMNS) as first:
             columns = _column_pointers(k, weight, first, stop, K, self.dtype)
@@ -91,7 +99,7 @@ class DenseRows(KernelSpec):
             cleared = k.smaller(rows, k.add(k.b.sub(row_stop, row), self.tile - 1))
             with k.loop(k.mul(_COLUMNS * _LINE, cleared), step=_LINE) as i:
                 k.store(k.splat(0.0), sums, i, _LINE)
-            with k.loop(K, step=self.K_BLOCK) as i:
+            with k.loop(K, step=_BLOCK) as i:
                 self._widen(k, columns, i, wide)
                 with k.loop(row_stop, row, self.tile) as tile_row:
                     tile_sums = k.at(sums, k.mul(_COLUMNS * _LINE, k.b.sub(tile_row, row)))
@@ -109,7 +117,7 @@ class DenseRows(KernelSpec):
             for c, column in enumerate(columns):
                 k.store(_widen(k, self.dtype, count, column, i), wide, k.add(out, _LINE * c), _LINE)
 
-        _each_16(k, self.dtype, columns, first, k.smaller(k.size(4), k.add(first, self.K_BLOCK)), 0, store)
+        _each_16(k, self.dtype, columns, first, k.smaller(k.size(4), k.add(first, _BLOCK)), 0, store)
 
     def _tile(self, k: Kernel, row: ir.Value, first: ir.Value, wide: ir.Value, sums: ir.Value) -> None:
         """Adds a block of inputs to the sums of a tile. Rows behind the last are the last again."""
@@ -117,12 +125,12 @@ class DenseRows(KernelSpec):
         rows = [
             k.at(x, k.mul(4, k.add(k.mul(k.smaller(k.add(row, r), last), x_stride), first))) for r in range(self.tile)
         ]
-        count = k.smaller(k.b.sub(K, first), self.K_BLOCK)
+        count = k.smaller(k.b.sub(K, first), _BLOCK)
         full = k.b.and_(count, k.n(-LANES))
         lanes = LANES if wide_registers(k) else LANES // 2
         for part in range(0, LANES, lanes):
             places = [(r, c, _LINE * (r * _COLUMNS + c) + 4 * part) for r in range(self.tile) for c in range(_COLUMNS)]
-            accs = {(r, c): k.var(k.load(vec(F32, lanes), sums, place, 4 * lanes)) for r, c, place in places}
+            accs = {(r, c): k.var(k.splat(0.0, vec(F32, lanes))) for r, c, _ in places}
             with k.loop(full, step=LANES) as i:
                 offset = k.mul(4, k.add(i, part))
                 self._add(k, [k.load(vec(F32, lanes), row, offset) for row in rows], i, part, wide, accs)
@@ -130,7 +138,8 @@ class DenseRows(KernelSpec):
                 offset, left = k.mul(4, k.add(i, part)), k.b.sub(k.b.sub(count, i), k.n(part))
                 self._add(k, [k.load_first(vec(F32, lanes), left, row, offset) for row in rows], i, part, wide, accs)
             for r, c, place in places:
-                k.store(accs[r, c].get(), sums, place, 4 * lanes)
+                total = k.b.fadd(k.load(vec(F32, lanes), sums, place, 4 * lanes), accs[r, c].get())
+                k.store(total, sums, place, 4 * lanes)
 
     def _add(self, k: Kernel, values: list[ir.Value], i: ir.Value, part: int, wide: ir.Value, accs: dict) -> None:
         """One vector of each row (``values``) times one of each column, of which one at a time is in a register."""
