@@ -152,7 +152,7 @@ class _Emitter:
         most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
         self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
         self.scales = k.memory(4 * COLUMNS)  # f32 [64], of a record
-        self.offsets = [k.memory(4 * COLUMNS) for _ in _CODES[spec.bits].places]  # f32 [64], see _codes
+        self.offsets = [k.memory(4 * COLUMNS) for _ in _CODES[spec.bits].places]  # f32 [64], see _code
         self.unpacked = k.memory(4 * COLUMNS * spec.rows) if self.panel else None  # f32 [inputs][64]: code - zero
         self.ahead = self.layout.record_bytes * max(1, round(_AHEAD / self.layout.record_bytes))
 
