@@ -354,6 +354,7 @@ def load(
     embed: str = "auto",
     packed_folder: str | Path | None = None,
     threads: int | None = None,
+    arithmetic: str | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -371,8 +372,8 @@ def load(
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
     disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
-    default all that the process may use; fewer do while other processes use the processors, which changes no result
-    (``docs/cpu.md``).
+    default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
+    activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from exl.cpu_kernels.kernel import KernelSpec, build_module
 from exl.cpu_kernels.object_cache import cached_object, object_name
 from exl.cpu_kernels.pool_kernels import Invoke
-from exl.cpu_kernels.processor import target_machine, usable_isas
+from exl.cpu_kernels.processor import refuses_made_code, target_machine, usable_isas
 from exl.errors import KernelError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class Library:
         self.isa = usable[0] if isa is None else isa
         if self.isa not in usable:
             raise KernelError(f"isa: found {isa!r}, this processor has {', '.join(usable)}")
+        refusal = refuses_made_code()
+        if refusal is not None:
+            raise KernelError(refusal)
         self._folder, self._lock = folder, threading.RLock()
         self._addresses: dict[KernelSpec, int] = {}
         self._engines: list[llvm.ExecutionEngine] = []
@@ -99,6 +103,12 @@ class Library:
     def call(self, spec: KernelSpec, args: NDArray[np.int64], num_chunks: int = 1, first: int = 0) -> None:
         """Chunks ``first`` to ``first + num_chunks - 1``, on the calling thread. ``args``: the slots."""
         self._invoke(self.address(spec), args.ctypes.data, first, first + num_chunks)
+
+
+@functools.cache
+def shared_library() -> Library:
+    """The one that models share: the best instruction set, the user's cache. Raises as ``Library`` does, each time."""
+    return Library()
 
 
 def slots(*values: NDArray | int | float | None) -> NDArray[np.int64]:

@@ -111,7 +111,7 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
         order=shape.order,
         bias=_read_bias(checkpoint, name, shape.N),
         read_codes=read_codes,
-        read_words=read_words if quant.bits == 4 and shape.order is None else None,
+        read_words=read_words,
     )
 
 

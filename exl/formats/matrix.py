@@ -27,14 +27,19 @@ class QuantizedMatrix:
     order: NDArray[np.int32] | None  # [K]; makes groups contiguous along K; None: they already are
     bias: NDArray | None  # [N]; f16, or f32 where the file has a type that f16 cannot hold
     read_codes: Callable[[int, int], NDArray[np.uint8]] = field(repr=False)
-    # 4-bit codes in eights along K as the file has them, where its rows are in sorted order already: u32 [K / 8, N],
-    # row 8 i + j in bits 4 j and up of word i. For packers that turn words into words.
+    # The codes as a GPTQ file has them, for packers that turn words into words: u32 [K * bits / 32, N], a column's bit
+    # stream along axis 0, rows in the checkpoint's order, whatever ``order`` says.
     read_words: Callable[[], NDArray[np.uint32]] | None = field(default=None, repr=False)
     scale_dtype: str = "f16"  # type that the file has them in and that holds them exactly; f32 arrays: "bf16" or "f32"
 
     @property
     def num_groups(self) -> int:
         return -(-self.K // self.group_size)
+
+    @property
+    def read_eights(self) -> Callable[[], NDArray[np.uint32]] | None:
+        """``read_words`` where a word is eight codes of sorted rows: at 4 bits, and where rows are in order already."""
+        return self.read_words if self.bits == 4 and self.order is None else None
 
     def codes(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Codes of output columns ``start:stop``, u8 [K, stop - start], rows in sorted order.

@@ -191,8 +191,8 @@ def pack_matrix(
 
 def _gather_words(parts: Sequence[QuantizedMatrix], starts: NDArray, rows: NDArray) -> NDArray[np.uint32]:
     """4-bit codes of outputs ``rows`` in eights along K, u32 [K / 8, len(rows)]."""
-    if len(parts) == 1 and parts[0].read_words is not None and rows[0] >= 0 and (np.diff(rows) == 1).all():
-        return parts[0].read_words()[:, rows[0] : rows[-1] + 1]
+    if len(parts) == 1 and parts[0].read_eights is not None and rows[0] >= 0 and (np.diff(rows) == 1).all():
+        return parts[0].read_eights()[:, rows[0] : rows[-1] + 1]
     words = np.zeros((parts[0].K // 8, len(rows)), np.uint32)
     for part, start in zip(parts, starts, strict=False):
         here = np.flatnonzero((rows >= start) & (rows < start + part.N))
@@ -200,7 +200,7 @@ def _gather_words(parts: Sequence[QuantizedMatrix], starts: NDArray, rows: NDArr
             continue
         wanted = rows[here] - start
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        found = part.read_words()[:, low:high] if part.read_words is not None else _eights(part.codes(low, high))
+        found = part.read_eights()[:, low:high] if part.read_eights is not None else _eights(part.codes(low, high))
         words[:, here] = found[:, wanted - low]
     return words
 

@@ -92,11 +92,11 @@ def _pack_quantized(
     pair = np.stack([wide, (_INT4_ZERO - zeros.astype(np.float32)) * wide], axis=2)
     fields["scales_zeros"].copy_(torch.from_numpy(pair))
     order = target.int4pack or ""
-    if order.startswith("split") and all(part.read_words and part.N % target.int4pack_block == 0 for part in parts):
+    if order.startswith("split") and all(part.read_eights and part.N % target.int4pack_block == 0 for part in parts):
         start = 0
         for part in parts:
             stop = start + part.K * part.N // 2
-            pack_int4_words(part.read_words(), target.int4pack_block, codes[start:stop])
+            pack_int4_words(part.read_eights(), target.int4pack_block, codes[start:stop])
             start = stop
         return
     for start, block in _blocks(parts):

@@ -22,7 +22,7 @@ from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 
 # Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 _SAMPLE_BYTES = 64
 _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
 
@@ -64,7 +64,8 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     matrices = [part for some in layout.linears.values() for linear in some for part in linear.spec.parts]
     # As ``formats.load_matrix`` takes it: whether zeros have an offset is not in the layout.
     configs = [repr(quant.for_module(m.name) or quant) for m in matrices if quant is not None and m.quantized]
-    return [layout.num_bytes, fields, linears, configs]
+    norms = [repr(norm) for norm in layout.norms]  # what is done to their values, too
+    return [layout.num_bytes, fields, norms, linears, configs]
 
 
 def packed_path(folder: Path, model: Path, key: bytes) -> Path:
