@@ -178,7 +178,7 @@ class _Emitter:
             source = WordSource(self.codes, k.at(record, offset), self.ahead)
 
         found = integer_sums(k, source, x, self.form, tile)
-        b.fence("seq_cst", "singlethread")  # no instruction: it holds LLVM back from reading scales before the codes
+        k.barrier()  # or LLVM reads scales before the codes, where loops let it
         for v in range(tile.vectors):
             # Read behind the codes, as it lies: reads that jump confuse the processor's own prefetching.
             scale, zeros = self._side(record, k.add(column, v * self.lanes))
