@@ -89,18 +89,13 @@ class PrefillAttention(_Attention):
     def _emit_block(self, k: Kernel, work: _Work, first: ir.Value, count: ir.Value, softcap: ir.Value | None) -> None:
         tiles, most, vectors = work.tiles, queries_of_a_block(self.head_dim), num_vectors(self.head_dim)
         sums, maxima, totals = k.memory(most * tiles.stride), k.memory(4 * most), k.memory(4 * most)
-        with k.loop(count) as i:
-            for v in range(vectors):
-                k.store(k.splat(0.0), sums, k.add(k.mul(i, tiles.stride), 64 * v), 64)
-            k.store(F32(NONE), maxima, k.mul(i, 4))
-            k.store(F32(0.0), totals, k.mul(i, 4))
         start = k.b.and_(tiles.first_token(), I64(-SPLIT))
         with k.loop(work.position(k.add(first, count, -1), 1), start, SPLIT) as split:
             tiles.attend(count, split, softcap)
             with k.loop(count) as i:
                 low, high = tiles.visible(i, split)
                 with k.b.if_then(k.b.icmp_signed("<", low, high)):
-                    self._add(k, tiles, sums, maxima, totals, i)
+                    self._add(k, tiles, sums, maxima, totals, i, tiles.begins(i, split))
         with k.loop(count) as i:
             row, head = work.place(k.add(first, i))
             index = k.add(k.mul(k.add(work.item(1), row), work.num_heads), head)
@@ -109,17 +104,21 @@ class PrefillAttention(_Attention):
             result = finish(k, result, k.load(F32, totals, k.mul(i, 4)), self.kind, self.head_dim)
             store_head(k, result, self.head_dim, k.at(k.pointer(5), k.mul(index, 4 * self.head_dim)))
 
-    def _add(self, k: Kernel, tiles: Tiles, sums: ir.Value, maxima: ir.Value, totals: ir.Value, i: ir.Value) -> None:
-        """The split that ``tiles`` holds, to what query ``i`` has."""
-        number = k.mul(i, 4)
-        state = [k.load(F32, of, number) for of in (maxima, totals, tiles.maxima, tiles.totals)]
-        maximum, total, old, new = combine(k, *state)
-        k.store(maximum, maxima, number)
+    def _add(
+        self, k: Kernel, tiles: Tiles, sums: ir.Value, maxima: ir.Value, totals: ir.Value, i: ir.Value, fresh: ir.Value
+    ) -> None:
+        """The split that ``tiles`` holds, to what query ``i`` has; nothing if ``fresh``."""
+        b, number = k.b, k.mul(i, 4)
+        top = b.select(fresh, F32(NONE), k.load(F32, maxima, number))
+        total = b.select(fresh, F32(0.0), k.load(F32, totals, number))
+        more = (k.load(F32, of, number) for of in (tiles.maxima, tiles.totals))
+        top, total, old, new = combine(k, top, total, *more)
+        k.store(top, maxima, number)
         k.store(total, totals, number)
         for v in range(num_vectors(self.head_dim)):
             place = k.add(k.mul(i, tiles.stride), 64 * v)
-            more = k.b.fmul(k.load(F, tiles.sums, place, 64), new)
-            k.store(k.fma(k.load(F, sums, place, 64), old, more), sums, place, 64)
+            before = b.select(fresh, k.splat(0.0), k.load(F, sums, place, 64))
+            k.store(k.fma(before, old, b.fmul(k.load(F, tiles.sums, place, 64), new)), sums, place, 64)
 
 
 class _Work:
