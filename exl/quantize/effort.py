@@ -52,7 +52,7 @@ class Effort:
         if name == "outputs":
             return round(run[name])
         K, N = self._shape(name)
-        hessian = _FLOP * T * K * (K + 1024) + _ELEMENT * K * K  # blocks of its lower triangle
+        hessian = _FLOP * T * K * (K + 256) + _ELEMENT * K * K  # blocks of its lower triangle
         if not self._follows_dense:
             return round(run[name] + hessian)
         if name in ("qkv", "gate_up"):  # what the inputs lack

@@ -36,6 +36,7 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
+from exl.quantize.rounding import make_rounding
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
@@ -95,7 +96,7 @@ class _Run:
         progress: Progress | None,
         threads: Threads,
     ) -> None:
-        self.checkpoint, self.dst, self.options, self.threads = checkpoint, dst, options, threads
+        self.checkpoint, self.dst, self.options = checkpoint, dst, options
         folder = checkpoint.folder
         self.config_json = read_json(folder / "config.json")
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
@@ -105,6 +106,7 @@ class _Run:
         self.plan: QuantizePlan = make_plan(manifest, self.config, options)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
+        self.rounding = make_rounding(threads)
         self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, threads)
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
@@ -264,7 +266,7 @@ class _Run:
             static_groups=self.options.static_groups,
             damp=self.options.damp,
             drift=drift,
-            threads=self.threads,
+            rounding=self.rounding,
         )
 
     def _read_bias(self, module: ModulePlan) -> np.ndarray | None:
