@@ -118,6 +118,11 @@ def linear_f32(layout: ColumnLayout, kind: str) -> LinearF32:
     return LinearF32(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, kind)
 
 
+def best_f32_kind(num_rows: int) -> str:
+    """The quickest kind for ``num_rows`` rows, of those that can."""
+    return "row" if num_rows == 1 else "rows" if num_rows <= MOST_ROWS else "panel"
+
+
 @dataclass(frozen=True)
 class GatherRows(KernelSpec):
     """Activations as records take them: out[m][i] = x[m][source[i]], zero where ``source`` is -1.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from exl.cpu_kernels.dense import dense_kernel
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.linear import MOST_ROWS, ROW_BLOCK
+from exl.cpu_kernels.linear import ROW_BLOCK, best_kind
 from exl.cpu_kernels.linear import linear as integer_kernel
-from exl.cpu_kernels.linear_f32 import GatherRows
+from exl.cpu_kernels.linear_f32 import GatherRows, best_f32_kind
 from exl.cpu_kernels.linear_f32 import linear_f32 as f32_kernel
 from exl.cpu_kernels.quantize import QuantizeRows, form_of
 from exl.layout.columns import ColumnLayout
@@ -73,7 +73,7 @@ class LinearStages:
         layout = column_layout(linear.layout.spec)
         parts = ARITHMETIC[self._arithmetic]
         inputs, stride = self._inputs(tape, x, linear, layout)
-        kind = "row" if x.num_rows == 1 else "rows" if parts and x.num_rows <= MOST_ROWS else "panel"
+        kind = best_kind(self._isa, x.num_rows) if parts else best_f32_kind(x.num_rows)
         kernel: KernelSpec = integer_kernel(layout, parts, kind) if parts else f32_kernel(layout, kind)
         row_blocks = -(-x.num_rows // ROW_BLOCK) if kind == "panel" else 1
         blocks = 1 if kind == "panel" else self._share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
