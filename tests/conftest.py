@@ -23,13 +23,15 @@ if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
 
 ASAN_ONE_IN = 4  # a sample runs one case in this many under AddressSanitizer
 
-# Packages that only tests import. If one is missing, only the test modules that need it are skipped.
+# Packages that only tests import, and llvmlite, without which torch computes on the CPU. If one is missing, only the
+# test modules that need it are skipped.
 TEST_ONLY = frozenset(
     {
         "gguf",
         "gradio",
         "hypothesis",
         "ipykernel",
+        "llvmlite",
         "matplotlib",
         "nbclient",
         "nbformat",
