@@ -167,6 +167,7 @@ class Generator:
                 held.append(match.copy_from)
                 if num_pages - len(pages) <= self.pool.num_free:
                     pages += self.pool.allocate(num_pages - len(pages))
+                    self.runner.decoder.ops.fence()  # a late thread of the last step may still write to its page
                     self.runner.kv.copy_pages([match.copy_from], [pages[len(match.pages)]])
                     self.pool.release([match.copy_from])
                 # The page to copy from is the one that lacks: it is written in place, or left to its other holders.
