@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from exl.cpu_kernels.append_kv import AppendKV
 from exl.cpu_kernels.attention import DecodeAttention, PrefillAttention, partial_bytes
 from exl.cpu_kernels.attention_items import decode_items, most_splits, prefill_items
 from exl.cpu_kernels.library import Library, slots
@@ -213,7 +214,26 @@ def test_no_position_has_more_items_than_are_foreseen(window: int | None, count:
     assert found == most_splits(1099, window, count)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@pytest.mark.parametrize(("kind", "most"), [("f32", 3e-6), ("f16", 1e-3), ("q8", 0.02), ("k8v4", 0.2), ("q4", 0.3)])
+def test_tokens_that_were_appended_are_attended_to(library: Library, kind: str, most: float) -> None:
+    """Rows of q, k and v against attention to them as they were; codes of 4 bits are off by some percent."""
+    T, H, num_kv, D = 300, 4, 2, 96
+    heads = np.random.default_rng(4).standard_normal((T, H + 2 * num_kv, D)).astype(np.float32)
+    cache = random_cache(kind, D, num_kv, [T])
+    places = np.array([page * 64 + token for page, token in (cache.place(0, i) for i in range(T))], np.int32)
+    q = np.zeros((T, H, D), np.float32)
+    args = slots(heads, heads[0].size, q, cache.pages, places, None, None, H, num_kv, None, 0.0, None, 0.0)
+    library.call(AppendKV(kind, D, half=0), args, T * num_kv)
+    was = heads.astype(np.float64)
+    plain = Cache(
+        "f32", D, cache.pages, cache.table, cache.context_len, [was[:, H : H + num_kv]], [was[:, H + num_kv :]]
+    )
+    exact = exact_attention(plain, heads[:, :H], starts([T]), D**-0.5)
+    assert relative_error(prefill(library, cache, q, [T]), exact) < most
+    assert relative_error(decode(library, cache, q[-4:], [4]), exact[-4:]) < most
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_shapes(libraries: list[Library], data: st.DataObject) -> None:
     library = data.draw(st.sampled_from(libraries))
