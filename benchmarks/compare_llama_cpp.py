@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
         "machine": f"{processor_name()}, {os.cpu_count()} processors, {instruction_sets()}",
         "load average before": ", ".join(f"{value:.2f}" for value in os.getloadavg()),
         "threads": str(threads),
-        "rounds": f"{plan.rounds}, with {plan.repeats} runs of each test; one of prompts from {LONG_PROMPT:,} tokens on",
+        "rounds": f"{plan.rounds}, with {plan.repeats} runs of each test, one of prompts of {LONG_PROMPT:,} or more",
         "decode": f"{args.tokens} tokens",
     }
     models: dict[str, str] = {}
