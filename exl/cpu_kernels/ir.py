@@ -129,6 +129,11 @@ class Kernel:
         """Asks for a line that is read soon, into the first or second cache. Never faults, wherever it points."""
         self.call("llvm.prefetch.p0", VOID, self.at(pointer, offset), I32(0), I32(4 - cache), I32(1))
 
+    def barrier(self) -> None:
+        """No instruction: LLVM moves no read and no write across. For loops that fill the registers: it would read
+        ahead, and put what it has read onto the stack."""
+        self.b.fence("seq_cst", "singlethread")
+
     def memory(self, num_bytes: int) -> ir.Value:
         """Private scratch on the stack, aligned to 64; at most some 100 KB, which every platform's threads have."""
         entry = ir.IRBuilder(self.entry)

@@ -76,6 +76,7 @@ def _add_dots(k, source, x, form: ActivationForm, tile: Tile, parts, totals):
                         for v in vectors:
                             sum_ = accumulators[part, plane, row, v]
                             sum_.set(k.dot4(sum_.get(), codes[plane][v], value))
+            k.barrier()
     return [[_combined(k, form, accumulators, row, v) for v in vectors] for row in range(tile.rows)]
 
 
@@ -110,6 +111,7 @@ def _add_pairs(k, source, x, form: ActivationForm, tile: Tile, parts, totals):
                             product = _pair_products(k, codes[plane][v], value)
                             before = pairs.get((row, part, plane, v))
                             pairs[row, part, plane, v] = b.add(before, product) if before else product
+            k.barrier()
         for (row, part, plane, v), pair in pairs.items():
             worth = k.splat(1 << _shift(form, part, plane), halves)
             total = k.call("llvm.x86.avx2.pmadd.wd", wide, pair, worth)
