@@ -66,8 +66,7 @@ class DecodeAttention(_Attention):
         tiles, partials, vectors = work.tiles, k.pointer(5), num_vectors(self.head_dim)
         tiles.attend(count, k.mul(work.item(4), SPLIT), softcap)
         with k.loop(count) as i:
-            row, head = work.place(k.add(first, i))
-            index = k.add(k.mul(k.add(work.item(5), row), work.num_heads), head)
+            index = work.place(k.add(first, i), work.item(5))
             target, source = k.at(partials, k.mul(index, partial_bytes(self.head_dim))), k.mul(i, tiles.stride)
             for v in range(vectors):
                 k.store(k.load(F, tiles.sums, k.add(source, 64 * v), 64), target, 64 * v)
@@ -79,7 +78,8 @@ class DecodeAttention(_Attention):
 class PrefillAttention(_Attention):
     """Attention of any rows, cut by rows: the bits of ``DecodeAttention`` and ``MergeAttention``.
 
-    Slots as for ``DecodeAttention``, but 4 items i32 [n][8] of ``prefill_items``, 5 out f32 [T][H][D].
+    Slots as for ``DecodeAttention``, but 4 items i32 [n][8] of ``prefill_items``, 5 out f32 [T][H][D]. Rows of no
+    item are not written.
 
     Chunk: item * Hkv + head of K and V; n * Hkv in all.
     """
@@ -89,37 +89,34 @@ class PrefillAttention(_Attention):
     def _emit_block(self, k: Kernel, work: _Work, first: ir.Value, count: ir.Value, softcap: ir.Value | None) -> None:
         tiles, most, vectors = work.tiles, queries_of_a_block(self.head_dim), num_vectors(self.head_dim)
         sums, maxima, totals = k.memory(most * tiles.stride), k.memory(4 * most), k.memory(4 * most)
-        with k.loop(count) as i:
-            for v in range(vectors):
-                k.store(k.splat(0.0), sums, k.add(k.mul(i, tiles.stride), 64 * v), 64)
-            k.store(F32(NONE), maxima, k.mul(i, 4))
-            k.store(F32(0.0), totals, k.mul(i, 4))
         start = k.b.and_(tiles.first_token(), I64(-SPLIT))
         with k.loop(work.position(k.add(first, count, -1), 1), start, SPLIT) as split:
             tiles.attend(count, split, softcap)
             with k.loop(count) as i:
                 low, high = tiles.visible(i, split)
                 with k.b.if_then(k.b.icmp_signed("<", low, high)):
-                    self._add(k, tiles, sums, maxima, totals, i)
+                    self._add(k, tiles, sums, maxima, totals, i, tiles.begins(i, split))
         with k.loop(count) as i:
-            row, head = work.place(k.add(first, i))
-            index = k.add(k.mul(k.add(work.item(1), row), work.num_heads), head)
-            place = k.mul(i, tiles.stride)
-            result = [k.load(F, sums, k.add(place, 64 * v), 64) for v in range(vectors)]
+            index, source = work.place(k.add(first, i), work.item(1)), k.mul(i, tiles.stride)
+            result = [k.load(F, sums, k.add(source, 64 * v), 64) for v in range(vectors)]
             result = finish(k, result, k.load(F32, totals, k.mul(i, 4)), self.kind, self.head_dim)
             store_head(k, result, self.head_dim, k.at(k.pointer(5), k.mul(index, 4 * self.head_dim)))
 
-    def _add(self, k: Kernel, tiles: Tiles, sums: ir.Value, maxima: ir.Value, totals: ir.Value, i: ir.Value) -> None:
-        """The split that ``tiles`` holds, to what query ``i`` has."""
-        number = k.mul(i, 4)
-        state = [k.load(F32, of, number) for of in (maxima, totals, tiles.maxima, tiles.totals)]
-        maximum, total, old, new = combine(k, *state)
-        k.store(maximum, maxima, number)
+    def _add(
+        self, k: Kernel, tiles: Tiles, sums: ir.Value, maxima: ir.Value, totals: ir.Value, i: ir.Value, fresh: ir.Value
+    ) -> None:
+        """The split that ``tiles`` holds, to what query ``i`` has; nothing if ``fresh``."""
+        b, number = k.b, k.mul(i, 4)
+        top = b.select(fresh, F32(NONE), k.load(F32, maxima, number))
+        total = b.select(fresh, F32(0.0), k.load(F32, totals, number))
+        more = (k.load(F32, of, number) for of in (tiles.maxima, tiles.totals))
+        top, total, old, new = combine(k, top, total, *more)
+        k.store(top, maxima, number)
         k.store(total, totals, number)
         for v in range(num_vectors(self.head_dim)):
             place = k.add(k.mul(i, tiles.stride), 64 * v)
-            more = k.b.fmul(k.load(F, tiles.sums, place, 64), new)
-            k.store(k.fma(k.load(F, sums, place, 64), old, more), sums, place, 64)
+            before = b.select(fresh, k.splat(0.0), k.load(F, sums, place, 64))
+            k.store(k.fma(before, old, b.fmul(k.load(F, tiles.sums, place, 64), new)), sums, place, 64)
 
 
 class _Work:
@@ -128,8 +125,8 @@ class _Work:
     def __init__(self, k: Kernel, kind: str, head_dim: int) -> None:
         b = k.b
         self._k, self._head_dim = k, head_dim
-        self.num_heads, num_kv = k.size(6), k.size(7)
-        self._group = b.sdiv(self.num_heads, num_kv)
+        self._num_heads, num_kv = k.size(6), k.size(7)
+        self._group = b.sdiv(self._num_heads, num_kv)
         self._item = k.at(k.pointer(4), k.mul(4 * ITEM, b.sdiv(k.chunk, num_kv)))
         self._kv = b.srem(k.chunk, num_kv)
         self.num_queries = k.mul(self.item(2), self._group)
@@ -139,11 +136,11 @@ class _Work:
     def item(self, number: int) -> ir.Value:
         return self._k.b.sext(self._k.load(I32, self._item, 4 * number), I64)
 
-    def place(self, query: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(row of the item, head of the row)."""
-        b = self._k.b
-        head = self._k.add(self._k.mul(self._kv, self._group), b.srem(query, self._group))
-        return b.sdiv(query, self._group), head
+    def place(self, query: ir.Value, first_row: ir.Value) -> ir.Value:
+        """The number of a query in [rows][H], where the item's first row is ``first_row``."""
+        k = self._k
+        row = k.add(first_row, k.b.sdiv(query, self._group))
+        return k.add(k.mul(row, self._num_heads), k.mul(self._kv, self._group), k.b.srem(query, self._group))
 
     def position(self, query: ir.Value, more: int = 0) -> ir.Value:
         return self._k.add(self.item(3), self._k.b.sdiv(query, self._group), more)
@@ -154,7 +151,5 @@ class _Work:
         window = k.b.select(k.b.icmp_signed("==", window, I64(0)), I64(_UNLIMITED), window)
         with k.loop(count) as i:
             query = k.add(first, i)
-            row, head = self.place(query)
-            index = k.add(k.mul(k.add(self.item(1), row), self.num_heads), head)
-            source = k.at(k.pointer(0), k.mul(index, 4 * self._head_dim))
+            source = k.at(k.pointer(0), k.mul(self.place(query, self.item(1)), 4 * self._head_dim))
             self.tiles.load_query(i, source, k.number(8), self.position(query), window)

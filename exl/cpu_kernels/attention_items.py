@@ -16,7 +16,7 @@ ITEM, ROW = 8, 4  # numbers of an entry
 class DecodeTables(NamedTuple):
     """``items`` i32 [n][8]: sequence, first row, number of rows, position of the first row, split, first partial row,
     0, 0. ``rows`` i32 [rows][4]: row, its first partial row, how far apart its partial rows are, number of its splits;
-    one for each row of the sequences, in order. ``num_partials``: partial rows in all."""
+    one for each row, in order. ``num_partials``: partial rows in all."""
 
     items: NDArray[np.int32]
     rows: NDArray[np.int32]
@@ -24,12 +24,17 @@ class DecodeTables(NamedTuple):
 
 
 def decode_items(
-    query_start: NDArray[np.int32], context_len: NDArray[np.int32], window: int | None, first_sequence: int = 0
+    query_start: NDArray[np.int32],
+    context_len: NDArray[np.int32],
+    window: int | None,
+    first_sequence: int = 0,
+    num_rows: int | None = None,
 ) -> DecodeTables:
     """The pieces of sequences with few rows each: one for every split of 256 tokens that one of the rows sees.
 
     ``query_start`` [B + 1] and ``context_len`` [B] as in ``ForwardBatch``, or runs of them whose first sequence is
-    ``first_sequence`` in the page table. Sequences without rows have no pieces.
+    ``first_sequence`` in the page table. Sequences without rows have no pieces. ``num_rows``: rows behind those of the
+    sequences, up to this one, belong to none; they get entries without splits, so that the merge writes zeros.
     """
     items, rows, partials = [], [], 0
     for b, context in enumerate(context_len):
@@ -43,7 +48,17 @@ def decode_items(
         for split in splits:
             items.append((first_sequence + b, start, count, position, split, partials, 0, 0))
             partials += count
+    rows += [(row, 0, 0, 0) for row in range(int(query_start[-1]), num_rows or 0)]
     return DecodeTables(_table(items, ITEM), _table(rows, ROW), partials)
+
+
+def most_splits(max_context: int, window: int | None, most_rows: int) -> int:
+    """Items that ``decode_items`` may give a sequence of ``most_rows`` new rows or fewer, at any length.
+
+    Times the rows, it is how many partial rows there may be.
+    """
+    splits = -(-max_context // SPLIT)
+    return splits if window is None else min(splits, (window + most_rows - 3) // SPLIT + 2)
 
 
 def prefill_items(

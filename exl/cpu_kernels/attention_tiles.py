@@ -72,12 +72,19 @@ class Tiles:
         low = k.b.select(k.b.icmp_signed(">", low, start), low, start)
         return low, k.b.select(k.b.icmp_signed("<", high, low), low, high)
 
+    def begins(self, i: ir.Value, start: ir.Value) -> ir.Value:
+        """Whether query ``i``, which sees some of the split at ``start``, sees nothing before."""
+        return self.k.b.icmp_signed(">=", self.k.load(I64, self._lows, self.k.mul(i, 8)), start)
+
     def first_token(self) -> ir.Value:
         """That a query of the block sees."""
         return self.k.load(I64, self._lows)
 
     def attend(self, count: ir.Value, start: ir.Value, softcap: ir.Value | None) -> None:
-        """The first ``count`` queries and the split that begins at ``start`` -> ``maxima``, ``totals``, ``sums``."""
+        """The first ``count`` queries and the split that begins at ``start`` -> ``maxima``, ``totals``, ``sums``.
+
+        If none of them sees any of the split, sums hold anything, totals 0.
+        """
         k, b = self.k, self.k.b
         low, _ = self.visible(I64(0), start)
         _, high = self.visible(k.add(count, -1), start)
@@ -87,11 +94,9 @@ class Tiles:
             self._score(count, b.sub(first, start))
         with k.loop(count) as i:
             self._softmax(i, start, b.sub(low, start), b.sub(high, start), softcap)
-        with k.loop(k.mul(count, self.stride), step=64) as at:
-            k.store(k.splat(0.0), self.sums, at, 64)
         with k.loop(high, low, self._unit) as first:
             self._unpack_values(first, high)
-            self._sum(count, first, start)
+            self._sum(count, first, start, b.icmp_signed("==", first, low))
 
     def _unpack_keys(self, first: ir.Value, low: ir.Value, high: ir.Value) -> None:
         """K of the unit at token ``first`` -> f32 [D][unit]. Meanwhile the next page's K comes from memory; after the
@@ -180,9 +185,11 @@ class Tiles:
         k.store(m, self.maxima, k.mul(i, 4))
         k.store(k.total(total.get(), b.fadd), self.totals, k.mul(i, 4))
 
-    def _sum(self, count: ir.Value, first: ir.Value, start: ir.Value) -> None:
-        """``sums`` += weights times values of the unit's tokens, from ``first`` on. Queries that see the same tokens of
-        the unit go together, others one by one."""
+    def _sum(self, count: ir.Value, first: ir.Value, start: ir.Value, fresh: ir.Value) -> None:
+        """``sums``, or 0 if ``fresh``, += weights times values of the unit's tokens, from ``first`` on.
+
+        Queries that see the same tokens of the unit go together, others one by one.
+        """
         k, b = self.k, self.k.b
         after = k.var(I64(0))
         with k.loop(count) as i, b.if_then(b.icmp_signed(">=", i, after.get())):
@@ -192,13 +199,20 @@ class Tiles:
             same = b.and_(same, b.icmp_signed("==", b.sub(last, i), I64(_TILE - 1)))
             with b.if_else(same) as (together, alone):
                 with together:
-                    self._sum_rows(_TILE, i, low, high, first, start)
+                    self._sum_rows(_TILE, i, low, high, first, start, fresh)
                     after.set(k.add(i, _TILE))
                 with alone:
-                    self._sum_rows(1, i, low, high, first, start)
+                    self._sum_rows(1, i, low, high, first, start, fresh)
 
     def _sum_rows(
-        self, rows: int, i: ir.Value, low: ir.Value, high: ir.Value, first: ir.Value, start: ir.Value
+        self,
+        rows: int,
+        i: ir.Value,
+        low: ir.Value,
+        high: ir.Value,
+        first: ir.Value,
+        start: ir.Value,
+        fresh: ir.Value,
     ) -> None:
         """``rows`` queries from ``i`` on, which all see the tokens [low, high)."""
         k, vectors = self.k, num_vectors(self.head_dim)
@@ -207,9 +221,12 @@ class Tiles:
         values = k.at(self._unpacked, k.mul(self.stride, k.b.sub(I64(0), first)))
         target = k.at(self.sums, k.mul(i, self.stride))
 
+        def before(place: ir.Value) -> ir.Value:
+            return k.b.select(fresh, k.splat(0.0), k.load(F, target, place, 64))
+
         def columns(at: ir.Value | int, width: int) -> None:
             places = [[k.add(at, r * self.stride + 64 * v) for v in range(width)] for r in range(rows)]
-            sums = [[k.var(k.load(F, target, place, 64)) for place in line] for line in places]
+            sums = [[k.var(before(place)) for place in line] for line in places]
             with k.loop(high, low) as token:
                 line = k.at(values, k.add(k.mul(token, self.stride), at))
                 lanes = [k.load(F, line, 64 * v) for v in range(width)]

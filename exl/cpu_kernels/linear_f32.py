@@ -118,6 +118,11 @@ def linear_f32(layout: ColumnLayout, kind: str) -> LinearF32:
     return LinearF32(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, kind)
 
 
+def best_f32_kind(num_rows: int) -> str:
+    """The quickest kind for ``num_rows`` rows, of those that can."""
+    return "row" if num_rows == 1 else "rows" if num_rows <= MOST_ROWS else "panel"
+
+
 @dataclass(frozen=True)
 class GatherRows(KernelSpec):
     """Activations as records take them: out[m][i] = x[m][source[i]], zero where ``source`` is -1.
@@ -152,7 +157,7 @@ class _Emitter:
         most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
         self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
         self.scales = k.memory(4 * COLUMNS)  # f32 [64], of a record
-        self.offsets = [k.memory(4 * COLUMNS) for _ in _CODES[spec.bits].places]  # f32 [64], see _codes
+        self.offsets = [k.memory(4 * COLUMNS) for _ in _CODES[spec.bits].places]  # f32 [64], see _code
         self.unpacked = k.memory(4 * COLUMNS * spec.rows) if self.panel else None  # f32 [inputs][64]: code - zero
         self.ahead = self.layout.record_bytes * max(1, round(_AHEAD / self.layout.record_bytes))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from exl.cpu_kernels.append_kv import AppendKV
 from exl.cpu_kernels.attention import DecodeAttention, PrefillAttention, partial_bytes
-from exl.cpu_kernels.attention_items import decode_items, prefill_items
+from exl.cpu_kernels.attention_items import decode_items, most_splits, prefill_items
 from exl.cpu_kernels.library import Library, slots
 from exl.cpu_kernels.merge import MergeAttention
 from exl.cpu_kernels.quantize import ActivationForm, QuantizeRows
@@ -93,10 +96,10 @@ def test_all_head_sizes(library: Library, kind: str, head_dim: int, num_heads: i
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("window", [None, 1, 65, 300])
 def test_lengths_windows_and_soft_caps(library: Library, kind: str, softcap: float | None, window: int | None) -> None:
-    context = [1, 2, 63, 64, 65, 255, 256, 257, 700, 513]
-    rows = [1, 2, 1, 3, 1, 1, 8, 1, 8, 2]
+    context = [1, 2, 63, 64, 65, 255, 256, 260, 700, 513]
+    rows = [1, 2, 1, 3, 1, 1, 1, 8, 8, 2]
     cache = random_cache(kind, 16, 2, context)
-    q = random_queries(rows, 6, 16)
+    q = random_queries(rows, 26, 16)  # 13 heads and 8 rows are several blocks
     exact = exact_attention(cache, q, starts(rows), 0.25, window, softcap)
     found = decode(library, cache, q, rows, window, softcap)
     assert relative_error(found, exact) < 3e-6
@@ -167,10 +170,10 @@ def test_nan_in_a_query_stays_in_its_head(library: Library) -> None:
 
 
 def test_rows_of_no_sequence_become_zeros(library: Library) -> None:
-    out = np.full((2, 2, 8), NOTHING)
-    table = np.array([(1, 0, 0, 0)], np.int32)
-    library.call(MergeAttention("q8", 8), slots(np.zeros(1), table, out, 2, 1), 1)
-    assert (out[1] == 0).all()
+    out = np.full((3, 2, 8), NOTHING)
+    table = decode_items(np.array([1, 1], np.int32), np.array([0], np.int32), None, num_rows=3).rows
+    library.call(MergeAttention("q8", 8), slots(np.zeros(1), table, out, 2, 1), len(table))
+    assert (out[1:] == 0).all()
     assert np.isnan(out[0]).all()
 
 
@@ -199,3 +202,49 @@ def test_decode_items_cover_what_is_seen() -> None:
     # The first row of the last sequence sees tokens 212 to 511, splits 0 and 1; the second one 213 to 512.
     assert tables.rows.tolist() == [[3, 0, 1, 2], [4, 2, 2, 2], [5, 3, 2, 3]]
     assert tables.num_partials == 8
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 256, 257, 258, 300])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_no_position_has_more_items_than_are_foreseen(window: int | None, count: int) -> None:
+    found = max(
+        len(decode_items(np.array([0, count], np.int32), np.array([length], np.int32), window).items)
+        for length in range(count, 1100)
+    )
+    assert found == most_splits(1099, window, count)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f32", 3e-6), ("f16", 1e-3), ("q8", 0.02), ("k8v4", 0.2), ("q4", 0.3)])
+def test_tokens_that_were_appended_are_attended_to(library: Library, kind: str, most: float) -> None:
+    """Rows of q, k and v against attention to them as they were; codes of 4 bits are off by some percent."""
+    T, H, num_kv, D = 300, 4, 2, 96
+    heads = np.random.default_rng(4).standard_normal((T, H + 2 * num_kv, D)).astype(np.float32)
+    cache = random_cache(kind, D, num_kv, [T])
+    places = np.array([page * 64 + token for page, token in (cache.place(0, i) for i in range(T))], np.int32)
+    q = np.zeros((T, H, D), np.float32)
+    args = slots(heads, heads[0].size, q, cache.pages, places, None, None, H, num_kv, None, 0.0, None, 0.0)
+    library.call(AppendKV(kind, D, half=0), args, T * num_kv)
+    was = heads.astype(np.float64)
+    plain = Cache(
+        "f32", D, cache.pages, cache.table, cache.context_len, [was[:, H : H + num_kv]], [was[:, H + num_kv :]]
+    )
+    exact = exact_attention(plain, heads[:, :H], starts([T]), D**-0.5)
+    assert relative_error(prefill(library, cache, q, [T]), exact) < most
+    assert relative_error(decode(library, cache, q[-4:], [4]), exact[-4:]) < most
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_shapes(libraries: list[Library], data: st.DataObject) -> None:
+    library = data.draw(st.sampled_from(libraries))
+    kind, head_dim = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from([2, 8, 18, 48, 64, 100, 160]))
+    num_kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 11))
+    rows = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    context = [count + data.draw(st.integers(0, 600)) for count in rows]
+    window, softcap = data.draw(st.none() | st.integers(1, 400)), data.draw(st.none() | st.just(5.0))
+    cache = random_cache(kind, head_dim, num_kv_heads, context, seed=sum(context))
+    q = random_queries(rows, group * num_kv_heads, head_dim)
+    exact = exact_attention(cache, q, starts(rows), head_dim**-0.5, window, softcap)
+    found = decode(library, cache, q, rows, window, softcap)
+    assert relative_error(found, exact) < 5e-6
+    assert same_bits(found, prefill(library, cache, q, rows, window, softcap))

@@ -113,7 +113,8 @@ def test_rms_norm_to_records_by_a_list(library: Library, rng):
     form, num_rows, width, num_records = ActivationForm(32, 2, "sixteens"), 2, 75, 3
     listed = np.full(num_records * form.rows, -1, np.int32)
     listed[:30], listed[32:77] = rng.permutation(width)[:30], rng.permutation(width)[:45]
-    x, weight = normal(rng, num_rows, width), normal(rng, width)
+    # Element -1 would be on a page that faults.
+    x, weight = (guarded_array(normal(rng, *shape), before=True) for shape in ((num_rows, width), (width,)))
     records = guarded_array(np.zeros(num_records * num_rows * form.num_bytes, np.uint8))
     index = guarded_array(listed)
     args = slots(x, width, None, weight, None, 0, width, EPS, records, num_rows, num_records, index)
