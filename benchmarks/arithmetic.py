@@ -2,7 +2,7 @@
 
     python -m benchmarks.arithmetic MODEL TEXT [--documents auto] [--tokens 20000] [--json NAME]
 
-MODEL is a folder, or "bundled". Every prediction over the text is compared with the same model's in f32 arithmetic: mean
+MODEL is a folder, or "bundled". Every prediction over the text is compared with the same model's in f32: the mean
 of KL(f32 || other) in nats, its 99th percentile, the share of positions with the same likeliest token, and the loss.
 """
 
