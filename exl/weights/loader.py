@@ -1,7 +1,7 @@
 """Checkpoint -> blobs, in memory and in the packed file, in one pass.
 
 Host memory while loading: what stays (resident weights, stream buffers) and, if there is no packed file to read from,
-the buffers that the checkpoint is read ahead into (``read_buffers``) and the block of one matrix that is being
+the memory that the checkpoint is read ahead into (``read_ahead_bytes``) and the block of one matrix that is being
 unpacked.
 """
 
