@@ -38,7 +38,7 @@ from exl.weights.stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
-_READ_THREADS = 4  # some wait for the disk while others compare checksums
+_READ_THREADS = 6  # enough of them wait for the disk while others compare checksums
 
 
 @dataclass(frozen=True)

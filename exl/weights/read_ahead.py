@@ -193,7 +193,7 @@ class _CheckpointInMemory(Checkpoint):
 
 
 class _CheckpointOfTables(Checkpoint):
-    """A checkpoint of which whole tables are read as their pieces come."""
+    """A checkpoint of which whole tables are read as their pieces come, once; after that from the file."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class _CheckpointOfTables(Checkpoint):
         copies: deque[Future[None]] = deque()
         num_threads = thread_limit()  # memory that is touched for the first time costs more than the copy
         with ThreadPoolExecutor(num_threads, "exl copies tables") as executor:
-            for item in self._tables[name]:
+            for item in self._tables.pop(name):
                 if len(copies) == num_threads:
                     copies.popleft().result()
                 piece = self._take(item, item - len(copies))[name]
