@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 
-def exl(source: str, destination: str, settings: dict[str, Any]) -> Callable[[], None]:
+def make_exl(source: str, destination: str, settings: dict[str, Any]) -> tuple[Callable[[], None], str]:
+    import exl
     from exl.quantize.options import QuantizeOptions
     from exl.quantize.run import quantize
 
     options = QuantizeOptions(**settings["exl"], **settings["shared"])
-    return lambda: quantize(source, destination, options)
+    return lambda: quantize(source, destination, options), exl.__version__
 
 
-def gptqmodel(source: str, destination: str, settings: dict[str, Any]) -> Callable[[], None]:
+def make_gptqmodel(source: str, destination: str, settings: dict[str, Any]) -> tuple[Callable[[], None], str]:
     """As it comes: its own choice of type, order and grid."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -37,22 +38,21 @@ def gptqmodel(source: str, destination: str, settings: dict[str, Any]) -> Callab
         model.quantize(rows, batch_size=settings["batch_size"], calibration_data_min_length=1)
         model.save(destination)
 
-    return run
+    return run, version("gptqmodel")
 
 
-QUANTIZERS = {"exl": exl, "gptqmodel": gptqmodel}
-PACKAGES = {"exl": "", "gptqmodel": "gptqmodel"}  # as they are installed
+QUANTIZERS = {"exl": make_exl, "gptqmodel": make_gptqmodel}
 
 
 def main() -> None:
     name, source, destination, settings = sys.argv[1:]
-    run = QUANTIZERS[name](source, destination, json.loads(settings))
+    run, found = QUANTIZERS[name](source, destination, json.loads(settings))
     began, used = time.perf_counter(), time.process_time()
     run()
     result = {
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - used,
-        "version": version(PACKAGES[name]),
+        "version": found,
     }
     print(json.dumps(result))
 
