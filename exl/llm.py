@@ -103,10 +103,10 @@ class LLM:
         Text gets the model's BOS; special tokens in it are plain text. ``params``: a number of tokens (by default 256),
         or a ``SamplingParams``. ``options``: see ``exl.request_options.RequestOptions``; a sampling option that is left
         out is taken from ``params``, else from the model's generation_config; if that has none, decoding is greedy.
-        ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster, but
-        results are equal only up to rounding, not bit for bit. ``top_logprobs=5`` fills ``Completion.logprobs``: each
-        token's log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and
-        filters; 0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
+        ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster; on a
+        GPU results are then equal only up to rounding. ``top_logprobs=5`` fills ``Completion.logprobs``: each token's
+        log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and filters;
+        0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
         the context.
         """
         request = Request.of(params, options, self.defaults)

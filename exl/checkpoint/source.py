@@ -11,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
+from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.header import MAX_HEADER_BYTES
 from exl.errors import CheckpointError
 
@@ -77,6 +78,29 @@ class OpenFile:
                 done += count
         except OSError as error:
             raise CheckpointError(f"{self.name}: cannot read {what}: {error.strerror or error}") from None
+
+    def is_cached(self, offset: int) -> bool:
+        """Whether the byte there comes from the system's cache. True if the system does not tell."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return True
+        try:
+            os.preadv(self.handle.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system that cannot tell
+            return True
+        return True
+
+    def reopen(self) -> BlockFile | None:
+        """The same file by a descriptor of its own, whose flags may be changed. None: it has no name any more."""
+        try:
+            file = BlockFile.open(self.handle.name)
+        except OSError:
+            return None
+        if os.path.samestat(os.fstat(file.descriptor), os.fstat(self.handle.fileno())):
+            return file
+        file.close()
+        return None
 
     def modified_ns(self) -> int:
         return os.fstat(self.handle.fileno()).st_mtime_ns

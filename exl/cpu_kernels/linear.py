@@ -11,8 +11,10 @@ order, so every kind, tile and instruction set gives the same bits.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+from llvmlite import binding as llvm
 from llvmlite import ir
 
 from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, F, Kernel, vec
@@ -21,36 +23,41 @@ from exl.cpu_kernels.linear_codes import ByteSource, CodeForm, WordSource, code_
 from exl.cpu_kernels.linear_sums import Tile, integer_sums
 from exl.cpu_kernels.quantize import ActivationForm, form_of
 from exl.layout.columns import COLUMNS, ColumnLayout
+from exl.layout.fields import DTYPE_BYTES
 
 ROW_BLOCK = 128  # rows of a chunk of "panel"
-MOST_ROWS = 8  # of "rows"
+MOST_ROWS = 32  # of "rows"
+_PANEL_FROM = {"avx512vnni": 33}  # rows from which "panel" is quicker; on other machines:
+_PANEL_FROM_ELSEWHERE = 17
 _AHEAD = 4096  # bytes that are asked for ahead, about
 
-# Of each kind: tiles (rows, vectors), largest first, that fit in the registers.
-_WIDE = {  # 32 registers of 16 lanes
-    ("row", 1): ((1, 4),),
-    ("row", 2): ((1, 4),),
-    ("rows", 1): ((4, 4), (2, 4), (1, 4)),
-    ("rows", 2): ((4, 2), (3, 2), (2, 4), (1, 4)),
-    ("panel", 1): ((6, 4), (4, 4), (2, 4), (1, 4)),
-    ("panel", 2): ((6, 4), (4, 4), (2, 4), (1, 4)),
-}
-_NARROW = {  # 16 registers of 8
-    ("row", 1): ((1, 4),),
-    ("row", 2): ((1, 2),),
-    ("rows", 1): ((2, 2), (1, 4)),
-    ("rows", 2): ((2, 2), (1, 2)),
-    ("panel", 1): ((4, 2), (1, 4)),
-    ("panel", 2): ((4, 2), (1, 4)),
+# Tiles (rows, vectors) by kind and parts, largest first: what fits in the registers, as measured where it could be.
+_TILES = {
+    "avx512vnni": {  # 32 registers of 16 lanes
+        "row": (((1, 4),), ((1, 4),)),
+        "rows": (((4, 4), (2, 4), (1, 4)), ((6, 2), (2, 4), (1, 4))),
+        "panel": (((4, 4), (1, 4)), ((4, 4), (1, 4))),
+    },
+    "avx2": {  # 16 of 8
+        "row": (((1, 8),), ((1, 8),)),
+        "rows": (((4, 2), (2, 2), (1, 4)), ((2, 2), (1, 4))),
+        "panel": (((4, 2), (1, 4)), ((2, 2), (1, 4))),
+    },
+    "avxvnni": {  # 16 of 8, a sum in each
+        "row": (((1, 4),), ((1, 4),)),
+        "rows": (((4, 2), (2, 2), (1, 4)), ((2, 2), (1, 4))),
+        "panel": (((4, 2), (1, 4)), ((4, 2), (1, 4))),
+    },
 }
 
 
 @dataclass(frozen=True)
 class Linear(KernelSpec):
     """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32". ``parts``: of the activations.
+    ``prefetches``: asks for weights ahead of their use; the bits are the same.
 
-    Kinds: "row": M = 1. "rows": M to 8; codes are taken out of words for each few rows. "panel": any M; chunks have 128
-    rows, for which the codes of a record are unpacked once, into the nearest cache.
+    Kinds: "row": M = 1. "rows": M to 32; codes are taken out of words for each few rows. "panel": any M; chunks have
+    128 rows, for which the codes of a record are unpacked once, into the nearest cache.
 
     Slots: 0 weight, 1 records of activations [R][M], 2 out f32, 3 stride of out in elements, 4 R, 5 M, 6 N, 7 blocks of
     64 columns, 8 bias f32 [N] or 0, 9 residual f32 or 0, 10 its stride in elements, 11 f32 scale of what is added to
@@ -64,11 +71,13 @@ class Linear(KernelSpec):
     scale_dtype: str
     parts: int
     kind: str
+    prefetches: bool = True
 
     @property
     def name(self) -> str:
         zeros = "symmetric" if self.symmetric else "zeros"
-        return f"linear_{self.kind}_{self.bits}_{self.rows}_{zeros}_{self.scale_dtype}_{8 * self.parts}"
+        how = f"{self.kind}{'' if self.prefetches else '_plain'}"
+        return f"linear_{how}_{self.bits}_{self.rows}_{zeros}_{self.scale_dtype}_{8 * self.parts}"
 
     @property
     def layout(self) -> ColumnLayout:
@@ -81,7 +90,22 @@ class Linear(KernelSpec):
 
 def linear(layout: ColumnLayout, parts: int, kind: str) -> Linear:
     """The kernel for a linear's weights."""
-    return Linear(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, parts, kind)
+    prefetches = kind != "row" or _row_prefetches()
+    return Linear(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, parts, kind, prefetches)
+
+
+@functools.cache
+def _row_prefetches() -> bool:
+    """Whether one row is quicker for it. Zen's own prefetching keeps up with one stream: it reads 10 to 15 % more a
+    second without. Few rows, which read in bursts, are slower there without, too."""
+    return not llvm.get_host_cpu_name().startswith("znver")
+
+
+def best_kind(isa: str, num_rows: int) -> str:
+    """The quickest kind for ``num_rows`` rows, of those that can."""
+    if num_rows == 1:
+        return "row"
+    return "rows" if num_rows < _PANEL_FROM.get(isa, _PANEL_FROM_ELSEWHERE) else "panel"
 
 
 class _Emitter:
@@ -90,16 +114,15 @@ class _Emitter:
         self.form: ActivationForm = form_of(self.layout, spec.parts)
         self.codes: CodeForm = code_form(spec.bits, k.isa)
         self.lanes = {"avx512vnni": LANES, "neon": 4}.get(k.isa, 8)
-        tiles = (_WIDE if k.isa == "avx512vnni" else _NARROW)[spec.kind, spec.parts]
-        together = spec.kind != "panel"
+        tiles = _TILES.get(k.isa, _TILES["avxvnni"])[spec.kind][spec.parts - 1]
+        together = spec.kind != "panel" or k.isa == "avx2"
         self.tiles = [Tile(rows, vectors, self.lanes, together) for rows, vectors in tiles]
         most = {"row": 1, "rows": MOST_ROWS, "panel": ROW_BLOCK}[spec.kind]
         self.sums = k.memory(4 * COLUMNS * most)  # f32 [rows][64]: the results so far
-        self.scales = k.memory(4 * COLUMNS)  # f32 [64], of a record
-        self.zeros = k.memory(4 * COLUMNS)  # i32 [64]
         self.unpacks = spec.kind == "panel" and spec.bits * len(self.codes.weights) != 8
         self.bytes = k.memory(COLUMNS * spec.rows * len(self.codes.weights)) if self.unpacks else None
-        self.ahead = self.layout.record_bytes * max(1, round(_AHEAD / self.layout.record_bytes))
+        records_ahead = max(1, round(_AHEAD / self.layout.record_bytes)) if spec.prefetches else 0
+        self.ahead = self.layout.record_bytes * records_ahead  # the same place of a later record
 
     def chunk(self) -> None:
         k, b = self.k, self.k.b
@@ -131,9 +154,13 @@ class _Emitter:
 
     def _record(self, record: ir.Value, x: ir.Value, count: ir.Value) -> None:
         k = self.k
-        self._widen_scales(record)
         if self.unpacks:
             self._unpack(record)
+        if self.spec.kind == "row":  # without loops of one turn: LLVM would read the scales before them
+            (tile,) = self.tiles
+            for column in range(0, COLUMNS, tile.vectors * tile.lanes):
+                self._tile(record, x, I64(column), self.sums, tile)
+            return
         start = I64(0)
         for tile in self.tiles:
             stop = k.b.sub(count, k.b.srem(k.b.sub(count, start), I64(tile.rows)))
@@ -141,18 +168,6 @@ class _Emitter:
                 xs = k.at(x, k.mul(row, self.form.num_bytes))
                 self._tile(record, xs, column, k.at(self.sums, k.mul(row, 4 * COLUMNS)), tile)
             start = stop
-
-    def _widen_scales(self, record: ir.Value) -> None:
-        k, layout = self.k, self.layout
-        for column in range(0, COLUMNS, LANES):
-            scale_bytes = (layout.zeros_offset - layout.scales_offset) // COLUMNS
-            scales = k.widen(layout.scale_dtype, LANES, record, layout.scales_offset + scale_bytes * column)
-            k.store(scales, self.scales, 4 * column, 64)
-            if not layout.symmetric:
-                zeros = k.load(vec(I8, LANES), record, layout.zeros_offset + column)
-                k.store(k.b.zext(zeros, vec(I32, LANES)), self.zeros, 4 * column, 64)
-        for line in range(layout.scales_offset, layout.record_bytes, 64):
-            k.prefetch(record, line + self.ahead)
 
     def _unpack(self, record: ir.Value) -> None:
         """All codes of a record, as ``ByteSource`` takes them."""
@@ -176,22 +191,30 @@ class _Emitter:
         else:
             source = WordSource(self.codes, k.at(record, offset), self.ahead)
 
-        def start(row: int, v: int) -> ir.Value:
-            """- zero * X"""
-            total = k.load(I32, x, row * self.form.num_bytes + self.form.step_offset + 4)
-            if self.spec.symmetric:
-                return k.splat(b.mul(total, I32(-(1 << (self.spec.bits - 1)))), iv)
-            zeros = k.load(iv, self.zeros, k.add(offset, 4 * v * self.lanes))
-            return b.mul(zeros, k.splat(b.neg(total), iv))
-
-        found = integer_sums(k, source, x, self.form, tile, start)
+        found = integer_sums(k, source, x, self.form, tile)
+        k.barrier()  # or LLVM reads scales before the codes, where loops let it
         for v in range(tile.vectors):
-            scale = k.load(fv, self.scales, k.add(offset, 4 * v * self.lanes))
+            # Read behind the codes, as it lies: reads that jump confuse the processor's own prefetching.
+            scale, zeros = self._side(record, k.add(column, v * self.lanes))
             for row in range(tile.rows):
                 step = k.splat(k.load(F32, x, row * self.form.num_bytes + self.form.step_offset), fv)
+                total = k.splat(k.load(I32, x, row * self.form.num_bytes + self.form.step_offset + 4), iv)
+                value = b.sitofp(b.sub(found[row][v], b.mul(zeros, total)), fv)
                 where = k.at(sums, k.add(offset, 4 * (row * COLUMNS + v * self.lanes)))
-                y = k.fma(b.sitofp(found[row][v], fv), b.fmul(scale, step), k.load(fv, where))
-                k.store(y, where)
+                k.store(k.fma(value, b.fmul(scale, step), k.load(fv, where)), where)
+
+    def _side(self, record: ir.Value, column: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Scales f32 and zeros i32 of a vector of columns."""
+        k, layout = self.k, self.layout
+        scale_bytes = DTYPE_BYTES[layout.scale_dtype]
+        scales = k.at(record, k.add(layout.scales_offset, k.mul(column, scale_bytes)))
+        if self.ahead:
+            k.prefetch(scales, self.ahead)
+        scale = k.widen(layout.scale_dtype, self.lanes, scales)
+        if layout.symmetric:
+            return scale, k.splat(1 << (layout.bits - 1), vec(I32, self.lanes))
+        zeros = k.load(vec(I8, self.lanes), record, k.add(layout.zeros_offset, column))
+        return scale, k.b.zext(zeros, vec(I32, self.lanes))
 
     def _finish(self, block: ir.Value, first: ir.Value, row: ir.Value) -> None:
         """Bias and residual, and out: only columns that are there."""

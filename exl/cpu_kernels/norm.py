@@ -101,7 +101,8 @@ class NormAdd(KernelSpec):
     residual stream h.
 
     Slots: 0 y f32, 1 y's stride, 2 weight f32 [width], 3 h f32, 4 h's stride, 5 out f32, 6 out's stride, 7 width,
-    8 eps f32, 9 scale f32. Strides and width in elements. A chunk is a row. ``out`` must be neither y nor h.
+    8 eps f32, 9 scale f32. Strides and width in elements. A chunk is a row. ``out`` must not be y; it may be h where no
+    chunk is run twice.
     """
 
     name: ClassVar = "norm_add"

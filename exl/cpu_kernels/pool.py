@@ -10,10 +10,12 @@ from __future__ import annotations
 import _thread
 import collections
 import ctypes
+import functools
 import os
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,9 +85,10 @@ class Pool:
     def __init__(self, library: Library, num_threads: int) -> None:
         self.library, self.num_threads = library, num_threads
         signature = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 5)  # gives Python's lock away during the call
-        self._enter = signature(library.address(_RUN))
+        self._walk = functools.partial(_walk, signature(library.address(_RUN)))
         self._workers: list[_Worker] = []
         self._pid: int | None = None
+        weakref.finalize(self, _stop, self._workers)  # a pool that nobody closes; workers do not hold it
 
     def run(self, program: Program) -> None:
         """Returns when all stages are done. If the program repeats, a thread may still be in it: see ``settle``."""
@@ -108,30 +111,38 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers. May be called again; a later run starts new ones."""
-        workers, self._workers = self._workers, []
-        if self._pid == os.getpid():
-            for worker in workers:
-                worker.stop()
-            for worker in workers:
-                worker.thread.join(_CLOSE_SECONDS)
+        workers = _stop(self._workers)
+        for worker in workers:
+            worker.thread.join(_CLOSE_SECONDS)
         self._pid = None
 
     def _ready(self) -> list[_Worker]:
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._workers = [_Worker(self._walk) for _ in range(self.num_threads - 1)]
+            self._workers[:] = [_Worker(self._walk) for _ in range(self.num_threads - 1)]
         return self._workers
 
-    def _walk(self, program: Program, mode: int = 0) -> None:
-        table, active = program.table.ctypes.data, program.active.ctypes.data
-        self._enter(table, program.num_stages, active, _SPIN_CYCLES, mode | (REPEAT if program.repeats else 0))
+
+def _walk(enter: Callable[..., None], program: Program, mode: int = 0) -> None:
+    """A thread's way through a program; ``enter`` is ``RunStages``."""
+    table, active = program.table.ctypes.data, program.active.ctypes.data
+    enter(table, program.num_stages, active, _SPIN_CYCLES, mode | (REPEAT if program.repeats else 0))
+
+
+def _stop(workers: list[_Worker]) -> list[_Worker]:
+    """Tells workers to end, those of this process; returns them, and empties the list."""
+    stopped = [worker for worker in workers if worker.pid == os.getpid()]
+    workers.clear()
+    for worker in stopped:
+        worker.stop()
+    return stopped
 
 
 class _Worker:
     """Sleeps in a lock, which every platform has, until it is handed a program."""
 
-    def __init__(self, walk) -> None:
-        self._walk = walk
+    def __init__(self, walk: Callable[[Program], None]) -> None:
+        self.pid, self._walk = os.getpid(), walk
         self._jobs: collections.deque[Program | None] = collections.deque()
         self._lock = _thread.allocate_lock()
         self._lock.acquire()

@@ -15,8 +15,8 @@ class ScaleLogits(KernelSpec):
     """out = scale * x; if ``capped``, softcap * tanh(scale * x / softcap).
 
     Slots: 0 x f32, 1 x's stride, 2 out f32, 3 out's stride, 4 width, 5 columns a chunk, 6 chunks a row, 7 scale f32,
-    8 softcap f32. Sizes in elements. Chunk c is the columns of number c mod slot 6 of row c / slot 6. ``out`` must not
-    be x.
+    8 softcap f32. Sizes in elements. Chunk c is the columns of number c mod slot 6 of row c / slot 6. ``out`` may be x
+    where no chunk is run twice.
     """
 
     capped: bool

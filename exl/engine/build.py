@@ -29,8 +29,8 @@ from exl.layout.specs import Target
 from exl.memory.device import free_bytes
 from exl.models.decoder import Decoder
 from exl.ops.base import Ops
-from exl.ops.cuda_ops import CudaOps
 from exl.ops.cpu_target import cpu_target
+from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps
 from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
@@ -140,6 +140,10 @@ def build_engine(
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
+        if model.target.compiled:
+            from exl.engine.kernels_ahead import load_kernels
+
+            load_kernels(Decoder(files.config, ops), weights, model, kv)
         runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)

@@ -140,6 +140,7 @@ class Runner:
                 ops.select(i)
                 with self._measured(h.shape[0]):
                     decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
+            ops.launch()
             self.weights.release(layer_idx)
             if tell is not None:
                 tell.layer_done(layer_idx)

@@ -29,7 +29,7 @@ def input_bytes(layout: LinearLayout, arithmetic: str) -> int:
 def partial_bytes(limits: StepLimits, num_rows: int, context: int | None = None) -> int:
     """Results of attention's pieces before they are merged: maximum, sum and weighted values, for each query head."""
     splits = -(-(limits.max_context if context is None else context) // SPLIT) + 1
-    return num_rows * limits.num_heads * splits * (limits.head_dim + 2) * 4
+    return num_rows * limits.num_heads * splits * (align_up(limits.head_dim, 16) + 2) * 4
 
 
 def _linears(layers: Iterable[LayerLayout], *names: str) -> list[LinearLayout]:

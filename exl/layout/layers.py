@@ -30,7 +30,7 @@ class LinearLayout:
       scales_zeros bf16 [G, N, 2] for torch's decode kernel
     - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales [N, G], zeros u8 [N, G]
 
-    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. For the CPU's own kernels:
+    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. For exl's own kernels:
 
     - ``dense``: weight [N, K] in the file's type
     - ``columns``: records u8 as ``exl/layout/columns.py`` says

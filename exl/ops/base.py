@@ -227,6 +227,9 @@ class Ops(Protocol):
         """Later operations start only after all earlier ones have ended, including copies on other streams for which
         the stream waits."""
 
+    def launch(self) -> None:
+        """All operations so far are begun, at the latest: a backend may gather them until a result is asked for."""
+
     @property
     def step_key(self) -> Hashable:
         """A key of the selected batch: batches with equal keys launch the same kernels with the same arguments."""

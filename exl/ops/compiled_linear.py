@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from exl.cpu_kernels.dense import dense_kernel
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.linear import linear_kernel
-from exl.cpu_kernels.linear_f32 import GatherRows, linear_f32_kernel
+from exl.cpu_kernels.linear import ROW_BLOCK, best_kind
+from exl.cpu_kernels.linear import linear as integer_kernel
+from exl.cpu_kernels.linear_f32 import GatherRows, best_f32_kind
+from exl.cpu_kernels.linear_f32 import linear_f32 as f32_kernel
 from exl.cpu_kernels.quantize import QuantizeRows, form_of
-from exl.layout.columns import COLUMNS, ColumnLayout
+from exl.layout.columns import ColumnLayout
 from exl.layout.cpu_steps import ARITHMETIC, input_bytes
 from exl.layout.fields import DTYPE_BYTES
 from exl.layout.layers import column_layout
 from exl.ops.base import Linear, Segments
-from exl.ops.compiled_tape import Rows, Tape
+from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 
 _CHUNK_BYTES = 64 << 10  # of weights: a few microseconds, so that no thread waits long for another's last chunk
 _CHUNKS_A_THREAD = 4  # at least, where there are columns for it
@@ -27,10 +29,10 @@ class LinearStages:
         self._arithmetic, self._isa, self._num_threads = arithmetic, isa, num_threads
 
     def multiply(
-        self, tape: Tape, x: Rows, w: Segments, out: Rows, residual: Rows | None = None, scale: float = 1.0
+        self, tape: Tape, x: Rows | Records, w: Segments, out: Rows, residual: Rows | None = None, scale: float = 1.0
     ) -> None:
         """out = x W + b, or residual + scale * (x W + b), which may be in the residual's own place where stages run
-        once."""
+        once. ``x``: records only where ``record_form`` says so."""
         start = 0
         for linear in w:
             part = out.columns(start, linear.N)
@@ -41,27 +43,40 @@ class LinearStages:
                 self._quantized(tape, x, linear, part, rest, scale)
             start += linear.N
 
+    def record_form(self, w: Segments) -> RecordForm | None:
+        """The form in which all of ``w`` take their input, so that whoever computes it can write it at once; None: they
+        do not agree, or take f32."""
+        parts = ARITHMETIC[self._arithmetic]
+        if not w or not parts or any(linear.layout.kind != "columns" for linear in w):
+            return None
+        layouts = [column_layout(linear.layout.spec) for linear in w]
+        forms = {(form_of(layout, parts), layout.num_records) for layout in layouts}
+        sources = [linear.fields.get("source") for linear in w]
+        if len(forms) > 1 or len({None if source is None else source.data_ptr() for source in sources}) > 1:
+            return None
+        return RecordForm(*forms.pop(), sources[0])
+
     def _dense(self, tape: Tape, x: Rows, linear: Linear, out: Rows, residual: Rows | None, scale: float) -> None:
         spec = linear.layout.spec
         columns = self._share(spec.N, spec.K * DTYPE_BYTES[spec.dtype], 16)
         tape.add(
-            dense_kernel(spec.dtype, self._isa, x.num_rows),
+            dense_kernel(spec.dtype, x.num_rows, self._isa),
             -(-spec.N // columns),
             *(linear.fields["weight"], x.address, out.address, out.stride, spec.K, x.num_rows, spec.N, columns),
             *_end(linear, residual, scale),
             *(None, x.stride),
         )
 
-    def _quantized(self, tape: Tape, x: Rows, linear: Linear, out: Rows, residual: Rows | None, scale: float) -> None:
+    def _quantized(
+        self, tape: Tape, x: Rows | Records, linear: Linear, out: Rows, residual: Rows | None, scale: float
+    ) -> None:
         layout = column_layout(linear.layout.spec)
         parts = ARITHMETIC[self._arithmetic]
         inputs, stride = self._inputs(tape, x, linear, layout)
-        kernel: KernelSpec
-        if parts:
-            kernel, row_blocks = linear_kernel(layout, parts, self._isa, x.num_rows)
-        else:
-            kernel, row_blocks = linear_f32_kernel(layout, self._isa, x.num_rows)
-        blocks = 1 if row_blocks > 1 else self._share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
+        kind = best_kind(self._isa, x.num_rows) if parts else best_f32_kind(x.num_rows)
+        kernel: KernelSpec = integer_kernel(layout, parts, kind) if parts else f32_kernel(layout, kind)
+        row_blocks = -(-x.num_rows // ROW_BLOCK) if kind == "panel" else 1
+        blocks = 1 if kind == "panel" else self._share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
         tape.add(
             kernel,
             -(-layout.num_blocks // blocks) * row_blocks,
@@ -76,8 +91,10 @@ class LinearStages:
         most = max(1, count // (_CHUNKS_A_THREAD * self._num_threads))
         return max(1, min(most, _CHUNK_BYTES // num_bytes) // multiple) * multiple
 
-    def _inputs(self, tape: Tape, x: Rows, linear: Linear, layout: ColumnLayout) -> tuple[int, int]:
+    def _inputs(self, tape: Tape, x: Rows | Records, linear: Linear, layout: ColumnLayout) -> tuple[int, int]:
         """The address of a linear's inputs as it takes them, and the stride of f32 ones."""
+        if isinstance(x, Records):
+            return x.address, 0
         parts, source = ARITHMETIC[self._arithmetic], linear.fields.get("source")
         num_bytes = x.num_rows * input_bytes(linear.layout, self._arithmetic)
         where = None if source is None else source.data_ptr()
@@ -97,7 +114,8 @@ class LinearStages:
             return x.address, x.stride
 
         def gather(rows: int) -> None:
-            tape.add(GatherRows(), x.num_rows, *(x.address, rows, x.stride, layout.padded_K, x.num_rows, source))
+            sizes = (layout.padded_K, layout.padded_K, x.num_rows, None, layout.padded_K)
+            tape.add(GatherRows(), x.num_rows, x.address, source, rows, *sizes, *(None,) * 5, x.stride)
 
         return tape.made((x.address, "f32", where), "inputs", num_bytes, gather), layout.padded_K
 

@@ -10,7 +10,7 @@ from exl.cpu_kernels.norm import NormAdd, RmsNorm
 from exl.cpu_kernels.softcap import ScaleLogits
 from exl.errors import UnsupportedModelError
 from exl.ops.base import Branch, EmbedSpec, GatedMlp, Linear, LogitsSpec, Norm
-from exl.ops.compiled_tape import Rows, Tape
+from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 
 _COLUMNS = 1024  # of one row, in one chunk
 
@@ -27,6 +27,12 @@ def norm(tape: Tape, x: Rows, norm: Norm, out: Rows, chosen: NDArray | None = No
     tape.add(kernel, out.num_rows, *rows, out.width, norm.eps)
 
 
+def norm_to_records(tape: Tape, x: Rows, norm: Norm, form: RecordForm, out: Records) -> None:
+    kernel = RmsNorm(form.form, keeps=False, gathered=form.source is not None)
+    rows = (x.address, x.stride, None, norm.weight, None, 0, x.width, norm.eps)
+    tape.add(kernel, x.num_rows, *rows, out.address, out.num_rows, form.num_records, form.source)
+
+
 def add_normed(tape: Tape, y: Rows, branch: Branch, h: Rows, out: Rows) -> None:
     """out = h + scale * post_norm(y); ``out`` may be h where stages run once."""
     norm = branch.post_norm
@@ -34,15 +40,27 @@ def add_normed(tape: Tape, y: Rows, branch: Branch, h: Rows, out: Rows) -> None:
     tape.add(NormAdd(), out.num_rows, *rows, out.width, norm.eps, branch.scale)
 
 
-def gated(tape: Tape, both: Rows, spec: GatedMlp, out: Rows) -> None:
-    """out = activation(gate) * up, of rows ``[gate | up]``. Raises ``UnsupportedModelError``."""
+def check_activation(spec: GatedMlp) -> None:
+    """Raises ``UnsupportedModelError`` for one that there is no kernel for."""
     if spec.activation not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"activation of the gated MLP: found {spec.activation!r}, the CPU's kernels have {', '.join(ACTIVATIONS)}"
         )
+
+
+def gated(tape: Tape, both: Rows, spec: GatedMlp, out: Rows) -> None:
+    """out = activation(gate) * up, of rows ``[gate | up]``."""
     chunks = -(-out.width // _COLUMNS)
     rows = (both.address, both.stride, out.width, out.address, out.stride)
     tape.add(GatedProduct(spec.activation), out.num_rows * chunks, *rows, _COLUMNS, chunks)
+
+
+def gated_to_records(tape: Tape, both: Rows, spec: GatedMlp, form: RecordForm, out: Records) -> None:
+    kernel = GatedProduct(spec.activation, form.form, form.source is not None)
+    records = max(1, _COLUMNS // form.form.rows)
+    chunks = -(-form.num_records // records)
+    rows = (both.address, both.stride, both.width // 2, out.address, 0, records, chunks)
+    tape.add(kernel, out.num_rows * chunks, *rows, out.num_rows, form.num_records, form.source)
 
 
 def logits(tape: Tape, x: Rows, spec: LogitsSpec, out: Rows) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.pool import Stage
+from exl.cpu_kernels.quantize import ActivationForm
 from exl.layout.fields import align_up
 
 ARENA_ALIGN = 64  # a cache line
@@ -46,6 +47,26 @@ class Rows:
         size = (self.num_rows - 1) * self.stride + self.width
         flat = np.ctypeslib.as_array(ctypes.cast(self.address, ctypes.POINTER(ctypes.c_float)), (size,))
         return np.lib.stride_tricks.as_strided(flat, (self.num_rows, self.width), (4 * self.stride, 4))
+
+
+@dataclass(frozen=True)
+class RecordForm:
+    """What linears that share an input take of it: quantized activations, in what order."""
+
+    form: ActivationForm
+    num_records: int  # of a row
+    source: torch.Tensor | None  # i32: which input each one of the records is, -1: none; None: in their own order
+
+    def num_bytes(self, num_rows: int) -> int:
+        return num_rows * self.num_records * self.form.num_bytes
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows as quantized activations in memory: [record][row]."""
+
+    address: int
+    num_rows: int
 
 
 class Memory(Protocol):
@@ -106,6 +127,19 @@ class ArenaMemory:
         return self._arena.data_ptr() + start
 
 
+class NoMemory:
+    """For stages that are never run."""
+
+    def read(self, tensor: torch.Tensor) -> Rows:
+        return Rows.of(tensor)
+
+    def write(self, tensor: torch.Tensor) -> Rows:
+        return Rows.of(tensor)
+
+    def scratch(self, purpose: str, num_bytes: int) -> int:
+        return 0
+
+
 @dataclass
 class Tape:
     """Stages so far. ``changing``: those whose number of chunks the batch's tables say, by a key of theirs."""
@@ -141,6 +175,10 @@ class Tape:
             make(self._made[key])
         return self._made[key]
 
+    def forget(self) -> None:
+        """What was made is overwritten by what comes now."""
+        self._made.clear()
+
 
 def _slot(value: NDArray | torch.Tensor | int | float | None) -> NDArray | int | float | None:
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+    return value.view(torch.uint8).numpy() if isinstance(value, torch.Tensor) else value  # NumPy has no bf16

@@ -24,8 +24,12 @@ def torch_target() -> Target:
 def why_not_compiled() -> str | None:
     """What keeps exl's own kernels from running here; None: nothing. The first call loads and runs one."""
     try:
+        from exl.cpu_kernels import probe
         from exl.cpu_kernels.library import shared_library
 
+        reason = probe.why_not()
+        if reason is not None:
+            return reason
         shared_library()
     except ImportError as error:
         return f"llvmlite cannot be imported ({error})"
@@ -37,7 +41,6 @@ def why_not_compiled() -> str | None:
 def cpu_target() -> Target:
     """The target of this machine's CPU. Says once in the log, in one line, why it is not exl's own kernels'."""
     reason = why_not_compiled()
-    return torch_target()  # until exl/ops/compiled_ops.py is whole
     if reason is None:
         return COMPILED
     _say_once(reason)

@@ -110,6 +110,7 @@ class CudaOps:
         self._sumsq = self._view(arena.fields["sums of squares"])
         self._normed = self._view(arena.fields["normed"])
         self._samples = self._view(arena.fields["samples"])
+        self._rope = rope  # of the angles that each batch brings
         self._owned = ExitStack()
         tables = self._view(arena.fields["tables"])
         self._staging = Staging(backend, tables, limits, rope, num_pages, self._owned)
@@ -176,6 +177,9 @@ class CudaOps:
 
     def fence(self) -> None:
         self._fenced = True
+
+    def launch(self) -> None:
+        pass
 
     def _may_overlap(self) -> bool:
         """Whether the next launch may start before its predecessor has ended."""
@@ -245,8 +249,11 @@ class CudaOps:
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        pages, q_norm, k_norm = kv.layer(layer_idx), spec.q_norm, spec.k_norm
-        eps = 0.0 if q_norm is None else q_norm.eps
+        if spec.rope is not self._rope and spec.rope != self._rope:
+            raise UnsupportedModelError(
+                f"RoPE of layer {layer_idx}: found {spec.rope}, expected {self._rope}, which all layers share on a GPU"
+            )
+        pages, eps = kv.layer(layer_idx), _head_eps(spec)
         key = (
             "attend",
             place(qkv),
@@ -258,7 +265,7 @@ class CudaOps:
             spec.softcap,
             eps,
         )
-        norms = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
+        norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
         self._run(
             key,
             self._bind(pages, *norms, consumer),
@@ -437,4 +444,13 @@ class CudaOps:
 
 def _head_norms(spec: AttentionSpec) -> HeadNorms:
     q, k = spec.q_norm, spec.k_norm
-    return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, 0.0 if q is None else q.eps)
+    return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
+
+
+def _head_eps(spec: AttentionSpec) -> float:
+    """The epsilon that the norms of q and k share; 0 without norms."""
+    q, k = spec.q_norm, spec.k_norm
+    if q is not None and k is not None and q.eps != k.eps:
+        raise UnsupportedModelError(f"norms of q and k: found epsilons {q.eps} and {k.eps}, expected the same on a GPU")
+    norm = k if q is None else q
+    return 0.0 if norm is None else norm.eps

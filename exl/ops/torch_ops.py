@@ -134,6 +134,9 @@ class TorchOps:
     def fence(self) -> None:
         pass
 
+    def launch(self) -> None:
+        pass
+
     @property
     def step_key(self) -> None:
         return None

@@ -50,12 +50,12 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
     lines += _compiled_lines(model) if model.target.compiled else _torch_lines(model)
     if model.tokenizer_bytes:
         lines.append(PlanLine("tokenizer", device, _TOKENIZER_FACTOR * model.tokenizer_bytes, False))
-    # While loading, memory holds the file's bytes of two layers and unpacked codes of one, but the buffers of a step
+    # While loading, memory holds the file's bytes of some layers and unpacked codes of one, but the buffers of a step
     # are not touched yet: only what exceeds their size adds to the peak.
     idle = sum(line.num_bytes for line in lines if line.purpose not in _LOADED_FIRST)
     loading = loading_bytes(model)
     if loading > idle:
-        lines.append(PlanLine("loading", device, loading - idle, False, "the file's bytes of two layers"))
+        lines.append(PlanLine("loading", device, loading - idle, False, "the file's bytes of layers ahead"))
     placement = Placement(
         tuple((Tier.DEVICE if i < num_resident else Tier.DISK, device) for i in range(len(layer_bytes)))
     )
@@ -88,13 +88,28 @@ _KERNEL_BYTES = 96 << 20  # llvmlite with the kernels loaded takes 60 MB; compil
 _SAMPLING_BYTES = 64  # per token of the vocabulary: its logit in f64, shifted, sorted, and its weight
 _LOADED_FIRST = ("embedding", "resident layers", "stream buffers", "head and final norm")
 _TOKENIZER_FACTOR = 8
+_LEAST_BUFFER_BYTES = 4 << 20
+_READ_AHEAD_BYTES = 16 << 20
+_MOST_BUFFERS = 8
+_READ_EDGES = 256 << 10  # pages are read whole, of which neighbours have the rest
 _UNPACKED_BYTES = 8  # per code, while it is unpacked, sorted, fused and packed
 _LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size; 4 to 13 MB were measured
 
 
 def loading_bytes(model: PlanInput) -> int:
     """Temporary host memory while layers are packed."""
-    return 2 * model.layer_file_bytes + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
+    table = max(model.embed.num_bytes, model.head.num_bytes)
+    _, size = read_buffers(model.layer_file_bytes + _READ_EDGES, table)
+    buffers = max(2 * size, min(_MOST_BUFFERS * size, _READ_AHEAD_BYTES))
+    return buffers + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
+
+
+def read_buffers(layer_bytes: int, table_bytes: int) -> tuple[int, int]:
+    """How many buffers a checkpoint is read ahead into, and their bytes, a multiple of 4096. One holds a layer, of at
+    most ``layer_bytes`` in the files' pages, or as much of a table. Small layers have more, so that several are read at
+    once."""
+    size = align_up(max(layer_bytes, min(table_bytes, _LEAST_BUFFER_BYTES), 2 * BLOB_ALIGN), BLOB_ALIGN)
+    return min(_MOST_BUFFERS, max(2, _READ_AHEAD_BYTES // size)), size
 
 
 def _max_k(limits: StepLimits) -> int:

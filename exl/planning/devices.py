@@ -247,7 +247,7 @@ def _host_lines(asked: _Asked, num_resident: int, num_buffers: int) -> tuple[int
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
             # While loading; read buffers are not there yet.
             PlanLine(
-                "loading", HOST, max(0, loading - read_bytes), False, "the file's bytes of two layers, one packed"
+                "loading", HOST, max(0, loading - read_bytes), False, "the file's bytes of layers ahead, one packed"
             ),
         ]
         return [line for line in found if line.num_bytes]

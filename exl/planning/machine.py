@@ -56,7 +56,7 @@ def describe_machine(
     num_gpus = len(cards) or (0 if sizes is None else len(sizes))
     if not num_gpus:
         _refuse_without_gpu(arch=arch, vram_speed=links.vram_speed, pcie=links.pcie)
-        return Machine(Target("cpu", int4pack="split64"), None, _speeds((), 0, links))
+        return Machine(Target("cpu", compiled=True), None, _speeds((), 0, links))
     found_arch, notes = _arch(cards, given_arch)
     if cards and sizes is None:
         sizes = tuple(usable_bytes(card.visible_bytes - started_bytes(card.arch), card.arch, "linux") for card in cards)

@@ -1,40 +1,44 @@
 """Checkpoint -> blobs, in memory and in the packed file, in one pass.
 
 Host memory while loading: what stays (resident weights, stream buffers) and, if there is no packed file to read from,
-two layers as the checkpoint has them and the block of one matrix that is being unpacked.
+the buffers that the checkpoint is read ahead into (``read_buffers``) and the block of one matrix that is being
+unpacked.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.errors import CheckpointError
 from exl.formats.load import load_part
 from exl.formats.tensors import read_norm
-from exl.layout.layers import LayerLayout, packs_in_order
+from exl.layout.layers import LayerLayout, LinearLayout, packs_in_order
 from exl.memory.host import trim_heap
 from exl.ops.base import Linear, Ops, TableRows, view_field, view_segments
 from exl.planning.from_headers import ModelFiles
 from exl.planning.plan import Tier
 from exl.progress import Progress
+from exl.threads import thread_limit
 from exl.weights.packed import PackedFile, PackedRows, PackedWriter
 from exl.weights.packed_store import default_packed_folder, packed_key, packed_path, source_name
 from exl.weights.placement import DeviceWeights, HostWeights, WeightMemory
-from exl.weights.read_ahead import LayerReadAhead
+from exl.weights.read_ahead import ReadAhead
 from exl.weights.stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
-_READ_THREADS = 2  # one waits for the disk while the other compares checksums
+_READ_THREADS = 4  # some wait for the disk while others compare checksums
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class _Loader:
         self.all_layouts = (self.layouts.embed, *self.layouts.layers, self.layouts.head)
         self.sizes = [layout.num_bytes for layout in self.all_layouts]
         self.done = 0
+        self.executor: ThreadPoolExecutor | None = None
 
     def load(self, stack: ExitStack, packed_folder: Path | None, from_disk: bool) -> ModelWeights:
         packed = None
@@ -114,7 +119,8 @@ class _Loader:
     # from the packed file
 
     def _key(self) -> bytes:
-        packer = f"torch {torch.__version__}"
+        # What exl's own packing depends on is in the layouts and their version; torch's kernels have orders of theirs.
+        packer = "exl" if self.ops.target.compiled else f"torch {torch.__version__}"
         return packed_key(self.checkpoint, self.quant, self.all_layouts, self.ops.target, packer)
 
     def _read_packed(self, folder: Path) -> PackedFile | None:
@@ -135,13 +141,17 @@ class _Loader:
         return None
 
     def _read_blobs(self, packed: PackedFile) -> None:
-        """Reads the blobs that stay in memory, and the embedding in any case. One thread waits for the disk while the
-        other compares checksums; for a GPU a single thread reads them one by one through staging."""
+        """Reads the blobs that stay in memory, and the embedding in any case. Some threads wait for the disk while
+        others compare checksums, the largest blobs first, so that all end together; for a GPU a single thread reads
+        them one by one through staging."""
         stopped = threading.Event()
         # Single rows have no checksum: an embedding that stays on the disk is compared as a whole, once.
         wanted = sorted({0, *self.memory.in_memory})
         total, done = sum(self.sizes[i] for i in wanted), 0
-        threads = _READ_THREADS if self.ops.target.kind == "cpu" else 1
+        threads = 1
+        if self.ops.target.kind == "cpu":
+            threads = _READ_THREADS
+            wanted.sort(key=lambda i: -self.sizes[i])
 
         def read(blob_idx: int) -> int:
             if packed.read_blob(blob_idx, self.memory.blob(blob_idx).numpy(), lambda: not stopped.is_set()):
@@ -180,12 +190,21 @@ class _Loader:
         names = self.manifest.names
         self.done = 0
         prefixes = [f"{names.layers}.{i}." for i in range(self.config.num_layers)]
-        with LayerReadAhead(self.checkpoint, self._tensor_names(prefixes)) as layers:
-            self._pack_blob(0, self.checkpoint, "", {}, writer)
+        embed, head = self._table(self.layouts.embed), self._table(self.layouts.head)
+        layers = self._tensor_names(prefixes)
+        with ReadAhead(self.checkpoint, embed, layers, head) as ahead, self._pack_threads() as self.executor:
+            self._pack_blob(0, ahead.tables(), "", {}, writer)
             for i, prefix in enumerate(prefixes):
-                self._pack_blob(1 + i, layers.layer(i), prefix, dict(names.norms), writer)
-        final_norm = {"final_norm": names.final_norm}
-        self._pack_blob(len(self.sizes) - 1, self.checkpoint, "", final_norm, writer)
+                self._pack_blob(1 + i, ahead.layer(i), prefix, dict(names.norms), writer)
+            final_norm = {"final_norm": names.final_norm}
+            self._pack_blob(len(self.sizes) - 1, ahead.tables(), "", final_norm, writer)
+
+    def _table(self, layout: LayerLayout) -> str | None:
+        """The tensor of an embedding or a head whose bytes are copied as they are."""
+        linears = [linear for some in layout.linears.values() for linear in some]
+        if self.ops.target.kind != "cpu" or [linear.kind for linear in linears] != ["dense"]:
+            return None
+        return f"{linears[0].spec.parts[0].name}.weight"
 
     def _tensor_names(self, prefixes: list[str]) -> list[list[str]]:
         """Tensors that are packed, by layer."""
@@ -220,16 +239,39 @@ class _Loader:
         for norm in layout.norms:
             vector = torch.from_numpy(read_norm(checkpoint, prefix + norms[norm.name], norm))
             view_field(blob, layout.fields[norm.name]).copy_(vector)
-        for key, linears in layout.linears.items():
-            for i, linear in enumerate(linears):
-                start, stop = layout.linear_range(key, i)
-                parts = [load_part(checkpoint, part, self.quant) for part in linear.spec.parts]
+
+        def pack(linear: LinearLayout, start: int, stop: int, order: NDArray[np.int32] | None) -> int:
+            parts = [load_part(checkpoint, part, self.quant) for part in linear.spec.parts]
+            self.ops.pack(parts, linear, blob[start:stop], order)
+            return stop
+
+        linears = []
+        for key, some in layout.linears.items():
+            for i, linear in enumerate(some):
                 order = None
                 if key == "gate_up" and packs_in_order(layout):
                     (down,) = layout.linears["down"][0].spec.parts
                     order = load_part(checkpoint, down, self.quant).order
-                self.ops.pack(parts, linear, blob[start:stop], order)
-                self.progress(self.done + stop, self.layouts.num_bytes)
+                linears.append((linear, *layout.linear_range(key, i), order))
+        for stop in self._each(pack, linears):
+            self.progress(self.done + stop, self.layouts.num_bytes)
+
+    def _pack_threads(self) -> AbstractContextManager[ThreadPoolExecutor | None]:
+        """Threads that pack a layer's linears beside each other. None: packing needs more memory than what it packs, or
+        takes torch's threads."""
+        return ThreadPoolExecutor(thread_limit(), "exl packs") if self.ops.target.compiled else nullcontext()
+
+    def _each(self, pack: Callable[..., int], linears: Sequence[tuple]) -> Iterator[int]:
+        """``pack`` of each, results in order; largest first if several run at once."""
+        if self.executor is None:
+            yield from (pack(*linear) for linear in linears)
+            return
+        by_size = sorted(range(len(linears)), key=lambda i: -linears[i][0].num_bytes)
+        jobs = {i: self.executor.submit(pack, *linears[i]) for i in by_size}
+        try:
+            yield from (jobs[i].result() for i in range(len(linears)))
+        finally:
+            wait(jobs.values())
 
     # what the model runs on
 

@@ -44,6 +44,7 @@ _BLOB = struct.Struct("<QQI")
 _CRC = struct.Struct("<I")
 _MAX_HEADER_BYTES = 1 << 24
 _YOUNG_SECONDS = 60.0
+_CHECKED_BYTES = 4 << 20  # read at a time while checksums are compared, so that they find the bytes in the cache
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ class PackedFile:
             return go_on()
 
         try:
-            if not self._file.read_into(memoryview(out), self._offsets[blob_idx], on_block):
+            block_bytes = _CHECKED_BYTES if check else None
+            if not self._file.read_into(memoryview(out), self._offsets[blob_idx], on_block, block_bytes):
                 return False
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error

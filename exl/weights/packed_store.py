@@ -22,7 +22,7 @@ from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 
 # Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 _SAMPLE_BYTES = 64
 _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
 

@@ -1,10 +1,11 @@
-"""Reads one layer's bytes from the checkpoint while the layer before it is being packed."""
+"""Reads a checkpoint ahead of what is packed: layers whole, large tables piece by piece, in one stream of reads."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,57 +13,140 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.layout.fields import FIELD_ALIGN, align_up
+from exl.checkpoint.header import shown
+from exl.checkpoint.page_reader import PAGE, PageReader
+from exl.layout.fields import align_up
 from exl.memory.host import HostBuffer
+from exl.planning.cpu import read_buffers
 
-_STEP_BYTES = 8 << 20  # bytes per read; between two reads, checks whether it was stopped
+_STEP_BYTES = 4 << 20  # bytes per read; between two reads, checks whether it was stopped
+_THREADS = 3  # reads at once, so that a disk has the next request before it has done one
 
 
-class LayerReadAhead:
-    """The layers of a checkpoint, each requested once, in order; a context manager that ends its thread.
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes ``start:stop`` of a file, which are a tensor, or some of its rows."""
 
-    Memory: two buffers, each as large as the largest layer in the file.
+    name: str
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Pieces that lie in the same or in neighbouring pages of a file, and where in a buffer their first page comes."""
+
+    pieces: tuple[_Piece, ...]
+    place: int
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0].start // PAGE * PAGE
+
+    @property
+    def stop(self) -> int:
+        return max(piece.stop for piece in self.pieces)
+
+    @property
+    def end(self) -> int:
+        """Where in the buffer the next one may begin."""
+        return self.place + align_up(self.stop - self.start, PAGE)
+
+
+class ReadAhead:
+    """The tensors of a checkpoint that are packed, read in that order; a context manager that ends its threads.
+
+    Items are layers, and pieces of tables: each has a buffer until a later one is taken. Memory: ``read_buffers``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Sequence[str]]) -> None:
-        """``layers``: the names of each layer's tensors."""
+    def __init__(
+        self, checkpoint: Checkpoint, before: str | None, layers: Sequence[Sequence[str]], after: str | None
+    ) -> None:
+        """``layers``: the names of each layer's tensors. ``before``, ``after``: tables that are copied as they are,
+        before and after the layers."""
         self._checkpoint = checkpoint
-        self._layers = [sorted(names, key=lambda name: _place(checkpoint, name)) for names in layers]
-        largest = max((layer_file_bytes(checkpoint, names) for names in layers), default=0)
-        self._buffers = [HostBuffer(largest, "read buffer of a layer") for _ in range(2)]
+        tables = [checkpoint.info(name) for name in (before, after) if name is not None]
+        extents = [_extents([_whole(checkpoint, name) for name in names]) for names in layers]
+        count, size = read_buffers(
+            max((some[-1].end for some in extents if some), default=0),
+            max((align_up(table.num_bytes, PAGE) + PAGE for table in tables), default=0),
+        )
+        self._items: list[list[_Extent]] = []
+        self._tables: dict[str, range] = {}  # which items are pieces of it
+        self._add_table(before, size)
+        self._first_layer = len(self._items)
+        self._items += extents
+        self._add_table(after, size)
+        self._jobs: dict[int, list[Future[None]]] = {}
+        self._num_admitted = 0
         self._stopped = threading.Event()
-        self._executor = ThreadPoolExecutor(1, "exl checkpoint reader")
-        self._pending: Future[Checkpoint] = self._executor.submit(self._read, 0)
+        self._buffers = [HostBuffer(size, "read buffer of a layer") for _ in range(min(count, len(self._items)))]
+        self._reader = PageReader(checkpoint)
+        self._executor = ThreadPoolExecutor(_THREADS, "exl checkpoint reader")
+        self._admit(len(self._buffers))
+
+    def _add_table(self, name: str | None, buffer_bytes: int) -> None:
+        if name is None or name in self._tables:
+            return
+        whole, step, first = _whole(self._checkpoint, name), buffer_bytes - PAGE, len(self._items)
+        for start in range(whole.start, whole.stop, step):
+            self._items.append(_extents([_Piece(name, whole.file, start, min(whole.stop, start + step))]))
+        self._tables[name] = range(first, len(self._items))
 
     def layer(self, layer_idx: int) -> Checkpoint:
-        """The checkpoint with this layer's tensors in memory, valid until the next call. Raises the error that reading
-        them raised."""
-        ready = self._pending.result()
-        if layer_idx + 1 < len(self._layers):
-            self._pending = self._executor.submit(self._read, layer_idx + 1)
-        return ready
+        """The checkpoint with this layer's tensors in memory, until a later one is asked for. Raises the error that
+        reading them raised."""
+        return _CheckpointInMemory(self._checkpoint, self._take(self._first_layer + layer_idx))
 
-    def _read(self, layer_idx: int) -> Checkpoint:
-        buffer = self._buffers[layer_idx % 2].array
-        tensors: dict[str, NDArray[np.uint8]] = {}
-        offset = 0
-        for name in self._layers[layer_idx]:
-            num_bytes = self._checkpoint.info(name).num_bytes
-            tensors[name] = buffer[offset : offset + num_bytes]
-            offset += align_up(num_bytes, FIELD_ALIGN)
-            for start in range(0, num_bytes, _STEP_BYTES):
-                if self._stopped.is_set():
-                    break
-                self._checkpoint.read_into(name, tensors[name][start : start + _STEP_BYTES], start)
-        return _CheckpointInMemory(self._checkpoint, tensors)
+    def tables(self) -> Checkpoint:
+        """The checkpoint, whose tables ``read_into`` copies as they come: ``before`` ahead of the first layer,
+        ``after`` behind the last."""
+        return _CheckpointOfTables(self._checkpoint, self._tables, self._take)
+
+    def _take(self, item: int) -> dict[str, NDArray[np.uint8]]:
+        """The bytes of an item, by name; those of earlier items are overwritten from now on."""
+        for earlier in [i for i in self._jobs if i < item]:  # that nobody has asked for
+            wait(self._jobs.pop(earlier))
+        self._num_admitted = max(self._num_admitted, item)
+        self._admit(item + len(self._buffers))
+        for job in self._jobs.pop(item):
+            job.result()
+        buffer, found = self._buffer(item), {}
+        for extent in self._items[item]:
+            for piece in extent.pieces:
+                first = extent.place + piece.start - extent.start
+                found[piece.name] = buffer[first : first + piece.stop - piece.start]
+        return found
+
+    def _buffer(self, item: int) -> NDArray[np.uint8]:
+        return self._buffers[item % len(self._buffers)].array
+
+    def _admit(self, stop: int) -> None:
+        """Queues the reads of items before ``stop``, whose buffers are free."""
+        for item in range(self._num_admitted, min(stop, len(self._items))):
+            buffer = memoryview(self._buffer(item))
+            self._jobs[item] = [
+                self._executor.submit(self._read, extent, start, buffer[extent.place + start - extent.start :])
+                for extent in self._items[item]
+                for start in range(extent.start, extent.stop, _STEP_BYTES)
+            ]
+        self._num_admitted = max(self._num_admitted, stop)
+
+    def _read(self, extent: _Extent, start: int, place: memoryview) -> None:
+        if not self._stopped.is_set():
+            stop = min(extent.stop, start + _STEP_BYTES)
+            piece = next(piece for piece in extent.pieces if piece.stop > start)
+            self._reader.read_into(piece.file, place[: stop - start], start, f"tensor {shown(piece.name)}")
 
     def close(self) -> None:
         self._stopped.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
         for buffer in self._buffers:
             buffer.close()
 
-    def __enter__(self) -> LayerReadAhead:
+    def __enter__(self) -> ReadAhead:
         return self
 
     def __exit__(
@@ -93,11 +177,41 @@ class _CheckpointInMemory(Checkpoint):
         view[:] = raw[start_byte : start_byte + len(view)]
 
 
-def layer_file_bytes(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    """The bytes that a layer's tensors take in a read buffer."""
-    return sum(align_up(checkpoint.info(name).num_bytes, FIELD_ALIGN) for name in names)
+class _CheckpointOfTables(Checkpoint):
+    """A checkpoint of which whole tables are read as their pieces come."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tables: dict[str, range],
+        take: Callable[[int], dict[str, NDArray[np.uint8]]],
+    ) -> None:
+        super().__init__(checkpoint.path, checkpoint.folder, checkpoint._files, checkpoint.tensors)
+        self._tables, self._take = tables, take
+
+    def read_into(self, name: str, buffer: Any, start_byte: int = 0) -> None:
+        view = np.frombuffer(buffer, np.uint8)
+        if name not in self._tables or len(view) != self.info(name).num_bytes:
+            super().read_into(name, buffer, start_byte)
+            return
+        for item in self._tables[name]:
+            piece = self._take(item)[name]
+            view[: len(piece)] = piece
+            view = view[len(piece) :]
 
 
-def _place(checkpoint: Checkpoint, name: str) -> tuple[str, int]:
+def _whole(checkpoint: Checkpoint, name: str) -> _Piece:
     info = checkpoint.info(name)
-    return info.file, info.start
+    return _Piece(name, info.file, info.start, info.stop)
+
+
+def _extents(pieces: Sequence[_Piece]) -> list[_Extent]:
+    """Pieces in the order in which they lie in the files, those together that are at most a page apart."""
+    found: list[_Extent] = []
+    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start)):
+        last = found[-1] if found else None
+        if last is not None and piece.file == last.pieces[0].file and piece.start <= last.stop + PAGE:
+            found[-1] = _Extent((*last.pieces, piece), last.place)
+        else:
+            found.append(_Extent((piece,), 0 if last is None else last.end))
+    return found

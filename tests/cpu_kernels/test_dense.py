@@ -55,16 +55,16 @@ def random(seed: int, *shape: int) -> NDArray[np.float32]:
 
 
 def assert_near(y: NDArray[np.float32], x: NDArray[np.float32], weight: NDArray[np.float64]) -> None:
-    """Within the rounding that K products and their sums in 16 chains can have, of the sum of what is added."""
+    """Within the rounding that K products and their sums can have, in chains of 48 in blocks of 768."""
     size = np.abs(x.astype(np.float64)) @ np.abs(weight).T
     error = np.abs(y - x.astype(np.float64) @ weight.T)
-    bound = (x.shape[1] // 16 + 6) * 2.0**-24
+    bound = (48 + x.shape[1] // 768 + 5) * 2.0**-24
     assert (error <= bound * size).all()
-    assert np.sqrt((error**2).mean()) <= 3e-7 * np.sqrt(((x.astype(np.float64) @ weight.T) ** 2).mean())
+    assert np.sqrt((error**2).mean()) <= 2e-7 * np.sqrt(((x.astype(np.float64) @ weight.T) ** 2).mean())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("K", "N", "M"), [(576, 64, 1), (1, 1, 1), (15, 5, 2), (1069, 39, 3), (2064, 10, 53)])
+@pytest.mark.parametrize(("K", "N", "M"), [(576, 64, 1), (1, 1, 1), (15, 5, 2), (1069, 39, 3), (5639, 10, 53)])
 def test_near_float64(library: Library, dtype: str, K: int, N: int, M: int) -> None:
     weight, x = stored(random(1, N, K), dtype), random(2, M, K)
     y = linear(library, dense_kernel(dtype, M, library.isa), weight, x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from exl.cpu_kernels.embed import Embed
@@ -111,7 +113,8 @@ def test_rms_norm_to_records_by_a_list(library: Library, rng):
     form, num_rows, width, num_records = ActivationForm(32, 2, "sixteens"), 2, 75, 3
     listed = np.full(num_records * form.rows, -1, np.int32)
     listed[:30], listed[32:77] = rng.permutation(width)[:30], rng.permutation(width)[:45]
-    x, weight = normal(rng, num_rows, width), normal(rng, width)
+    # Element -1 would be on a page that faults.
+    x, weight = (guarded_array(normal(rng, *shape), before=True) for shape in ((num_rows, width), (width,)))
     records = guarded_array(np.zeros(num_records * num_rows * form.num_bytes, np.uint8))
     index = guarded_array(listed)
     args = slots(x, width, None, weight, None, 0, width, EPS, records, num_rows, num_records, index)
@@ -232,3 +235,32 @@ def test_bits_do_not_depend_on_the_instructions(libraries: list[Library], rng):
         library.call(ScaleLogits(True), slots(both, 2 * width, out[2], width, width, width, 1, 2.0, 5.0), num_rows)
         results.add(out.tobytes() + records.tobytes())
     assert len(results) == 1
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    num_rows=st.integers(1, 5),
+    width=st.integers(1, 1500),
+    spare=st.integers(0, 40),
+    form=st.sampled_from([ActivationForm(128, 2, "eights"), ActivationForm(48, 1, "bytes")]),
+    per_chunk=st.integers(1, 4),
+)
+def test_random_shapes(library: Library, seed, num_rows, width, spare, form, per_chunk):
+    """Rows apart from each other, a last record that is not full, chunks that do not divide the records."""
+    rng = np.random.default_rng(seed)
+    num_records = -(-width // form.rows)
+    chunks = -(-num_records // per_chunk)
+    both, weight = normal(rng, num_rows, 2 * width + spare), normal(rng, width)
+    records = guarded_array(np.zeros(num_records * num_rows * form.num_bytes, np.uint8))
+    expected = np.zeros((num_rows, num_records * form.rows))
+
+    args = slots(both, 2 * width + spare, None, weight, None, 0, width, EPS, records, num_rows, num_records)
+    library.call(RmsNorm(form, keeps=False), args, num_rows)
+    expected[:, :width] = normalized(both[:, :width], weight)
+    assert_near(*decoded(records, form, num_rows), expected, form.rows)
+
+    args = slots(both, 2 * width + spare, width, records, 0, per_chunk, chunks, num_rows, num_records)
+    library.call(GatedProduct("silu", form), args, num_rows * chunks)
+    expected[:, :width] = activated(both[:, :width], "silu") * both[:, width : 2 * width]
+    assert_near(*decoded(records, form, num_rows), expected, form.rows)

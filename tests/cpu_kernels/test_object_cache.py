@@ -13,9 +13,13 @@ import pytest
 
 from exl.cpu_kernels import library as library_module
 from exl.cpu_kernels import object_cache, processor
+from exl.cpu_kernels.dense import dense_kernel
+from exl.cpu_kernels.kernel import build_module
 from exl.cpu_kernels.library import Library, slots
+from exl.cpu_kernels.linear import linear
 from exl.cpu_kernels.object_cache import cached_object
 from exl.errors import KernelError
+from exl.layout.columns import ColumnLayout
 from tests.cpu_kernels.test_pool import Half
 
 needs_kernels = pytest.mark.skipif(not processor.usable_isas(), reason="no kernels for this processor")
@@ -160,3 +164,14 @@ def test_features_and_sets_fit_this_machine():
     for isa in processor.usable_isas():
         assert {name.replace("avx512vnni", "avx512_vnni").replace("avxvnni", "avx_vnni").replace("bmi", "bmi1")
                 .replace("bmi12", "bmi2") for name in processor.ISAS[isa]} <= set(flags)  # fmt: skip
+
+
+@needs_kernels
+def test_code_calls_nothing_outside_but_the_systems_yield():
+    """A loader would have to find it, and a library's own memset is chosen by the processor."""
+    layout = ColumnLayout(4, 256, 64, 128)
+    isa = processor.usable_isas()[0]
+    specs = [linear(layout, 2, kind) for kind in ("row", "rows", "panel")]
+    specs += [dense_kernel("f16", num_rows, isa) for num_rows in (1, 12)]
+    code = library_module.compile_object(build_module(specs, isa), isa)
+    assert [name for name in (b"memset", b"memcpy", b"memmove", b"expf", b"fma") if name in code] == []

@@ -208,7 +208,7 @@ def test_dense_rows_lie_as_in_the_file(library):
 def test_zeros_that_the_configuration_rules_out_are_refused(library):
     parts, layout = make(5, (64, 64), False, True, bits=4, K=64, group_size=32, symmetric=True)
     parts[1].zeros[1, 3] = 7
-    with pytest.raises(CheckpointError, match="m1[.]qzeros: found zero point 7, expected 8 everywhere"):
+    with pytest.raises(CheckpointError, match=r"m1\.qzeros: found zero point 7, expected 8 everywhere"):
         pack(parts, layout, library)
 
 

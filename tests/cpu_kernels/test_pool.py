@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -162,6 +163,18 @@ def test_closed_pools_run_again(library, pool):
     buffers[-1][:] = 0
     pool.run(program)
     np.testing.assert_array_equal(buffers[-1], expected)
+
+
+def test_a_pool_that_nobody_closes_ends_its_threads(library):
+    pool = Pool(library, 3)
+    program, _, _ = chain(library, 3, 8)
+    pool.run(program)
+    threads = [worker.thread for worker in pool._workers]
+    del pool
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -206,36 +206,68 @@ def test_outputs_of_a_normalised_block_are_refused(monkeypatch, tmp_path):
             Listener(layers, work, 0, weights, layers.read_layer(0), tell).hear("o")
 
 
-@pytest.mark.parametrize("module", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"])
-def test_every_linear_sees_quantized_ones_before_it(tmp_path, module):
-    """The written codes come from the Hessian of transformers' activations with all earlier linears quantized as
-    written, and this one and later ones dense; not from the dense model's Hessian."""
-    options = QuantizeOptions(
-        bits=3, group_size=32, calibration=CALIBRATION, num_samples=12, seq_len=64, act_order=False, match_dense=False
-    )
-    quantize(SOURCE, tmp_path / "out", options)
-    written = dequantized(tmp_path / "out")
-    model = dense_model(torch.float64)
-    stage = {module: i for i, modules in enumerate(PARTS.values()) for module in modules}
+def round_earlier(model, module: str, written: dict[str, np.ndarray]) -> None:
+    """Gives the linears that are rounded before ``module`` their rounded weights."""
+    stage = {name: i for i, names in enumerate(PARTS.values()) for name in names}
 
     def turn(name: str) -> tuple[int, int]:
         _, _, layer_idx, module = name.split(".", 3)
         return int(layer_idx), stage[module]
 
-    def agreement(model) -> float:
-        x, _ = inputs_and_outputs(model, module, calibration(12))
-        weight = dense_model(torch.float64).get_submodule(module).weight.data.T
-        padding = written[module].shape[1] - len(weight)
-        hessian = torch.nn.functional.pad(2 / len(x) * x.T @ x, (0, padding, 0, padding))
-        weight = torch.nn.functional.pad(weight, (0, 0, 0, padding)).contiguous()
-        expected = gptq(weight, hessian, Grid(3, False, 1), 32, act_order=False).dequantize().double()
-        return float((expected.T.numpy() == written[module]).mean())
-
-    as_dense = agreement(model)
     for name, weight in written.items():
         if turn(name) < turn(module):
             target = model.get_submodule(name).weight
-            target.data = torch.from_numpy(np.ascontiguousarray(weight[: target.shape[0], : target.shape[1]]))
+            target.data = torch.from_numpy(np.ascontiguousarray(weight[: target.shape[0], : target.shape[1]])).double()
+
+
+def agreement(x: torch.Tensor, module: str, written: np.ndarray, lack: torch.Tensor | None = None) -> float:
+    """The share of written weights that GPTQ finds from the rows x, and from what their outputs lack."""
+    weight = dense_model(torch.float64).get_submodule(module).weight.data.T
+    padding = written.shape[1] - len(weight)
+    hessian = torch.nn.functional.pad(2 / len(x) * x.T @ x, (0, padding, 0, padding))
+    drift = None if lack is None else torch.nn.functional.pad(2 / len(x) * x.T @ lack, (0, 0, 0, padding))
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, padding)).contiguous()
+    expected = gptq(weight, hessian, Grid(3, False, 1), 32, act_order=False, drift=drift).dequantize().double()
+    return float((expected.T.numpy() == written).mean())
+
+
+def quantized_weights(folder, match_dense: bool) -> dict[str, np.ndarray]:
+    options = QuantizeOptions(
+        bits=3,
+        group_size=32,
+        calibration=CALIBRATION,
+        num_samples=12,
+        seq_len=64,
+        act_order=False,
+        match_dense=match_dense,
+    )
+    quantize(SOURCE, folder, options)
+    return dequantized(folder)
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"])
+def test_every_linear_sees_quantized_ones_before_it(tmp_path, module):
+    """The written codes come from the Hessian of transformers' activations with all earlier linears quantized as
+    written, and this one and later ones dense; not from the dense model's Hessian."""
+    written = quantized_weights(tmp_path / "out", match_dense=False)
+    model = dense_model(torch.float64)
+    x, _ = inputs_and_outputs(model, module, calibration(12))
+    as_dense = agreement(x, module, written[module])
+    round_earlier(model, module, written)
+    x, _ = inputs_and_outputs(model, module, calibration(12))
     # In f32 a few codes round to the other side of a half, and their errors change others.
-    assert agreement(model) > 0.97
+    assert agreement(x, module, written[module]) > 0.97
     assert as_dense < 0.9
+
+
+def test_a_scaled_branch_makes_up_for_what_the_residual_lacks(tmp_path, monkeypatch):
+    """A linear whose result is multiplied by 0.3 has to add 1 / 0.3 of what the layer's output lacks."""
+    monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=0.3))
+    written = quantized_weights(tmp_path / "out", match_dense=True)
+    model, layer, module = granite_model(0.3), "model.layers.1", "model.layers.1.mlp.down_proj"
+    _, dense = inputs_and_outputs(model, layer, calibration(12))
+    round_earlier(model, module, written)
+    _, output = inputs_and_outputs(model, layer, calibration(12))
+    x, _ = inputs_and_outputs(model, module, calibration(12))
+    assert agreement(x, module, written[module], (dense - output) / 0.3) > 0.97
+    assert agreement(x, module, written[module], dense - output) < 0.9

@@ -14,10 +14,13 @@ from safetensors.numpy import save_file
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import parse_quant_config
+from exl.cpu_kernels.library import Library
+from exl.cpu_kernels.processor import usable_isas
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.blob import pack_linear as pack_tiles
 from exl.layout.layers import layer_layout, linear_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
+from exl.ops.compiled_pack import pack_linear as pack_columns
 from exl.ops.torch_linear import pack_linear
 from exl.weights import packed_store
 from exl.weights.packed import PackedFile, PackedWriter
@@ -86,10 +89,10 @@ def test_equal_times_do_not_hide_other_weights(tmp_path):
     assert _key(_save(tmp_path / "a")) != _key(_save(tmp_path / "b", changes=[5000]))
 
 
-def test_changed_packing_needs_a_new_layout_version():
+def test_changed_packing_needs_a_new_layout_version(tmp_path):
     """Files of an older packing must not be read as the present one. If this fails, increase LAYOUT_VERSION too."""
     rng = np.random.default_rng(1)
-    digest = hashlib.sha256()
+    digest, columns = hashlib.sha256(), hashlib.sha256()  # columns: not on every processor
 
     def update(layout, out):
         digest.update(repr([(name, field) for name, field in layout.fields.items()]).encode())
@@ -118,13 +121,20 @@ def test_changed_packing_needs_a_new_layout_version():
         out = np.zeros(layout.num_bytes, np.uint8)
         pack_tiles([matrix], layout, out)
         update(layout, out)
+        if usable_isas():
+            layout = linear_layout(spec, Target("cpu", compiled=True))
+            out = np.zeros(layout.num_bytes, np.uint8)
+            pack_columns([matrix], layout, out, Library(folder=tmp_path))
+            columns.update(out.tobytes())
     weight = rng.integers(0, 2**16, (8, 16), dtype=np.uint16)
     dense = DenseMatrix("bf16", 16, 8, None, None, lambda start, stop: weight[start:stop])
     layout = linear_layout(LinearSpec((MatrixSpec("m", 16, 8, 16, "bf16"),)), _CPU)
     out = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     pack_linear([dense], layout, _CPU, out)
     update(layout, out.numpy())
-    assert (packed_store.LAYOUT_VERSION, digest.hexdigest()[:16]) == (3, "0976054a0eb4aca4")
+    assert (packed_store.LAYOUT_VERSION, digest.hexdigest()[:16]) == (4, "0976054a0eb4aca4")
+    if usable_isas():
+        assert columns.hexdigest()[:16] == "4e9d5d14f71bffe5"
 
 
 @pytest.mark.parametrize("target", [_CPU, Target("cuda", arch=86)], ids=["cpu", "cuda"])
