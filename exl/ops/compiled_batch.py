@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
 from exl.checkpoint.config import RopeConfig
-from exl.cpu_kernels.attention_items import decode_items, prefill_items
+from exl.cpu_kernels.attention_items import ITEM, ROW, decode_items, prefill_items
 from exl.layout.cpu_steps import FEW_ROWS, SPLIT
 from exl.layout.steps import StepLimits
 from exl.ops.rope import depends_on_length, inverse_frequencies
@@ -97,9 +97,9 @@ class BatchTables:
     def splits(self, window: int | None) -> tuple[Items, Items]:
         """Pieces of attention of the sequences with few rows, and their rows: see ``attention_items.decode_items``."""
         if window not in self._splits:
-            rows = int(self.query_start[self.num_few])
+            rows = min(FEW_ROWS * self.num_few, self.num_rows)  # also those that are padding here, and not in the next
             most = rows * (-(-self._limits.max_context // SPLIT) + 1)
-            self._splits[window] = items = Items(_entries(most, 8), 0), Items(_entries(max(1, rows), 4), 0)
+            self._splits[window] = items = Items(_entries(most, ITEM), 0), Items(_entries(rows, ROW), 0)
             self._fill_splits(window, items)
         return self._splits[window]
 
