@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,8 @@ def test_threads_that_are_late_change_nothing(tmp_path, bits, group_size, made, 
         expected = steps_of(engine, 3)
         worst = WorstThreads(engine)
         found = steps_of(engine, 3)
-    assert worst.steps == 5 and not worst.changed
+    assert worst.steps == 5
+    assert not worst.changed
     assert all(map(same, found, expected))
 
 
@@ -98,7 +101,8 @@ def test_threads_that_are_late_change_nothing_in_any_family(tmp_path, case):
         expected = steps_of(engine, 2)
         worst = WorstThreads(engine)
         found = steps_of(engine, 2)
-    assert worst.steps == 5 and not worst.changed
+    assert worst.steps == 5
+    assert not worst.changed
     assert all(map(same, found, expected))
 
 
@@ -130,3 +134,19 @@ def test_a_batch_may_be_larger_than_the_one_that_was_recorded(tmp_path):
         alone = [run(runner, batch_of([step])) for step in steps]
         for count in (3, 3, 4, 3, 4):
             assert same(run(runner, batch_of(steps[:count], decode=True)), torch.cat(alone[:count]))
+
+
+def test_weights_are_freed_once_no_thread_is_in_the_last_step(tmp_path):
+    make(tmp_path, 4, 32)
+    with opened(tmp_path) as engine:
+        steps_of(engine, 1)
+        last = engine.generator.runner.decoder.ops._steps._last[0]
+        last.active[0] += 1  # as if one were late
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        closing.join(0.3)
+        kept = bool(engine.weights.embed.fields["weight"].any())
+        last.active[0] -= 1
+        closing.join(20)
+    assert kept
+    assert not closing.is_alive()
