@@ -8,7 +8,7 @@ Two models: a Llama of 1.1B weights (random ones: speed does not depend on them)
 goes through all loads (idle, beside one and two busy processes, which are plain Python loops) and all cases; each case
 is measured by exl and at once by llama.cpp, so that what else the machine does meets both. Both use the same number of
 threads, an f16 cache and their own defaults, and each measurement follows one that does not count. Without --quick a
-run takes hours: three rounds, with llama.cpp reading prompts of 4,096 tokens beside two busy processes.
+run takes some two hours, most of them while llama.cpp reads prompts of 4,096 tokens beside two busy processes.
 """
 
 # ruff: noqa: E402
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
         "machine": f"{processor_name()}, {os.cpu_count()} processors, {instruction_sets()}",
         "load average before": ", ".join(f"{value:.2f}" for value in os.getloadavg()),
         "threads": str(threads),
-        "rounds": f"{plan.rounds} of {plan.repeats} runs each, of a prompt of {LONG_PROMPT:,} tokens or more one",
+        "rounds": f"{plan.rounds}, with {plan.repeats} runs of each test, one of prompts of {LONG_PROMPT:,} or more",
         "decode": f"{args.tokens} tokens",
     }
     models: dict[str, str] = {}
@@ -97,8 +98,8 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
         with ExlProcess(subject.exl_folder, options) as exl:
             facts[f"exl, {subject.name}"] = exl.description
             for row, told in compare(subject, exl, llama, plan):
-                facts["llama.cpp"] = f"commit {told['build']}, {args.llama_build}"
-                facts[f"llama.cpp, {subject.name}"] = f"{told['file']}, cache {told['cache']}"
+                facts["llama.cpp"] = f"{args.llama_build} of commit {told['build']}"
+                facts[f"llama.cpp, {subject.name}"] = f"{told['weights']} of weights, cache {told['cache']}"
                 rows[row.model, row.case, row.busy] = row
                 found = Comparison(facts, models, tuple(rows.values()))
                 if args.json:
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(tables.report(found))
     if args.json:
-        print(f"\nwritten to {RESULTS / args.json}.json", file=sys.stderr)
+        print(f"written to {RESULTS / args.json}.json", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -163,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--llama-build",
-        default="native Release build",
+        default="a native Release build",
         metavar="WORDS",
         help="how llama-bench was built, for the table",
     )
@@ -175,4 +176,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # or the busy processes would go on
     main()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exl.batch import SamplingBatch
 from exl.errors import ConfigError, ExlError, KernelError
@@ -120,8 +121,20 @@ def sample(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath =
     _check_logits(logits, batch)
     ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     for i in range(len(logits)):  # row by row, so that no bit of a row can depend on the others
-        ids[i] = _sample_row(_penalized(logits, batch, i), batch, i, functions)
+        if batch.temperature[i] == 0.0 and batch.repetition_penalty[i] == 1.0 and not logits.is_cuda:
+            ids[i] = _largest(logits[i].numpy(), i)
+        else:
+            ids[i] = _sample_row(_penalized(logits, batch, i), batch, i, functions)
     return ids
+
+
+def _largest(row: NDArray[np.float32], i: int) -> int:
+    """The lowest id of the largest logit, without torch and its threads. Raises as ``sample``."""
+    found = int(row.argmax())  # the first NaN, if there is any
+    top = float(row[found])
+    if not math.isfinite(top):
+        raise no_distribution(i, top)
+    return found
 
 
 def probabilities(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> torch.Tensor:

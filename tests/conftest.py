@@ -71,6 +71,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--kernel-cache", type=Path, metavar="FOLDER", help="compiled kernels (default: the user's cache)")
     group.addoption(
+        "--stress-seconds", type=float, default=20, metavar="N", help="how long threads are kept under stress"
+    )
+    group.addoption(
         "--sample",
         metavar="SEED",
         help="run one in n of the cases that a test marked sample(n) has, drawn by SEED, and one in "

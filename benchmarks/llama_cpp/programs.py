@@ -29,7 +29,12 @@ class ExlProcess(AbstractContextManager["ExlProcess"]):
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
-        self.description = str(self._answer())
+        try:
+            self.description = str(self._answer())
+        except BaseException:
+            self._process.kill()
+            self.__exit__()
+            raise
 
     def measure(self, case: Case, repeats: int) -> list[float]:
         """Raises ``ProgramError`` if the process has ended; it has said why on standard error."""
@@ -94,7 +99,7 @@ def parse(output: str, case: Case) -> LlamaRun:
             "build": test["build_commit"],
             "processor": test["cpu_info"],
             "backends": test["backends"],
-            "file": test["model_type"],
+            "weights": f"{test['model_size'] / 1e6:.0f} MB",
             "cache": f"{test['type_k']}/{test['type_v']}",
         }
         speeds = tuple(float(speed) for speed in test["samples_ts"])

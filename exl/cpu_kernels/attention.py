@@ -66,8 +66,7 @@ class DecodeAttention(_Attention):
         tiles, partials, vectors = work.tiles, k.pointer(5), num_vectors(self.head_dim)
         tiles.attend(count, k.mul(work.item(4), SPLIT), softcap)
         with k.loop(count) as i:
-            row, head = work.place(k.add(first, i))
-            index = k.add(k.mul(k.add(work.item(5), row), work.num_heads), head)
+            index = work.place(k.add(first, i), work.item(5))
             target, source = k.at(partials, k.mul(index, partial_bytes(self.head_dim))), k.mul(i, tiles.stride)
             for v in range(vectors):
                 k.store(k.load(F, tiles.sums, k.add(source, 64 * v), 64), target, 64 * v)
@@ -79,7 +78,8 @@ class DecodeAttention(_Attention):
 class PrefillAttention(_Attention):
     """Attention of any rows, cut by rows: the bits of ``DecodeAttention`` and ``MergeAttention``.
 
-    Slots as for ``DecodeAttention``, but 4 items i32 [n][8] of ``prefill_items``, 5 out f32 [T][H][D].
+    Slots as for ``DecodeAttention``, but 4 items i32 [n][8] of ``prefill_items``, 5 out f32 [T][H][D]. Rows of no
+    item are not written.
 
     Chunk: item * Hkv + head of K and V; n * Hkv in all.
     """
@@ -97,10 +97,8 @@ class PrefillAttention(_Attention):
                 with k.b.if_then(k.b.icmp_signed("<", low, high)):
                     self._add(k, tiles, sums, maxima, totals, i, tiles.begins(i, split))
         with k.loop(count) as i:
-            row, head = work.place(k.add(first, i))
-            index = k.add(k.mul(k.add(work.item(1), row), work.num_heads), head)
-            place = k.mul(i, tiles.stride)
-            result = [k.load(F, sums, k.add(place, 64 * v), 64) for v in range(vectors)]
+            index, source = work.place(k.add(first, i), work.item(1)), k.mul(i, tiles.stride)
+            result = [k.load(F, sums, k.add(source, 64 * v), 64) for v in range(vectors)]
             result = finish(k, result, k.load(F32, totals, k.mul(i, 4)), self.kind, self.head_dim)
             store_head(k, result, self.head_dim, k.at(k.pointer(5), k.mul(index, 4 * self.head_dim)))
 
@@ -127,8 +125,8 @@ class _Work:
     def __init__(self, k: Kernel, kind: str, head_dim: int) -> None:
         b = k.b
         self._k, self._head_dim = k, head_dim
-        self.num_heads, num_kv = k.size(6), k.size(7)
-        self._group = b.sdiv(self.num_heads, num_kv)
+        self._num_heads, num_kv = k.size(6), k.size(7)
+        self._group = b.sdiv(self._num_heads, num_kv)
         self._item = k.at(k.pointer(4), k.mul(4 * ITEM, b.sdiv(k.chunk, num_kv)))
         self._kv = b.srem(k.chunk, num_kv)
         self.num_queries = k.mul(self.item(2), self._group)
@@ -138,11 +136,11 @@ class _Work:
     def item(self, number: int) -> ir.Value:
         return self._k.b.sext(self._k.load(I32, self._item, 4 * number), I64)
 
-    def place(self, query: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(row of the item, head of the row)."""
-        b = self._k.b
-        head = self._k.add(self._k.mul(self._kv, self._group), b.srem(query, self._group))
-        return b.sdiv(query, self._group), head
+    def place(self, query: ir.Value, first_row: ir.Value) -> ir.Value:
+        """The number of a query in [rows][H], where the item's first row is ``first_row``."""
+        k = self._k
+        row = k.add(first_row, k.b.sdiv(query, self._group))
+        return k.add(k.mul(row, self._num_heads), k.mul(self._kv, self._group), k.b.srem(query, self._group))
 
     def position(self, query: ir.Value, more: int = 0) -> ir.Value:
         return self._k.add(self.item(3), self._k.b.sdiv(query, self._group), more)
@@ -153,7 +151,5 @@ class _Work:
         window = k.b.select(k.b.icmp_signed("==", window, I64(0)), I64(_UNLIMITED), window)
         with k.loop(count) as i:
             query = k.add(first, i)
-            row, head = self.place(query)
-            index = k.add(k.mul(k.add(self.item(1), row), self.num_heads), head)
-            source = k.at(k.pointer(0), k.mul(index, 4 * self._head_dim))
+            source = k.at(k.pointer(0), k.mul(self.place(query, self.item(1)), 4 * self._head_dim))
             self.tiles.load_query(i, source, k.number(8), self.position(query), window)

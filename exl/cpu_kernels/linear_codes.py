@@ -70,7 +70,7 @@ def unpacked_bytes(k: Kernel, words: list[ir.Value], form: CodeForm) -> Iterator
 
 @dataclass(frozen=True)
 class WordSource:
-    """Codes of a record as they lie in memory. ``ahead``: how many bytes behind each word are asked for."""
+    """Codes of a record as they lie in memory. ``ahead``: how many bytes behind each word are asked for, 0: none."""
 
     form: CodeForm
     record: ir.Value
@@ -85,8 +85,8 @@ class WordSource:
             for column in columns:
                 places = [_ROW * (word + i) + 4 * column for i in range(form.words)]
                 vectors.append([k.load(vec(I32, lanes), first, place) for place in places])
-                for place in places:
-                    if (4 * column) % _LINE == 0:
+                if self.ahead and (4 * column) % _LINE == 0:
+                    for place in places:
                         k.prefetch(first, place + self.ahead)
             for step in zip(*(unpacked_bytes(k, words, form) for words in vectors), strict=True):
                 yield [list(plane) for plane in zip(*step, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +18,23 @@ from exl.layout.steps import StepLimits
 from exl.ops.rope import depends_on_length, inverse_frequencies
 
 _NAMES = ("positions", "slots", "query_start", "context_len", "rope_len", "logit_rows")
+
+
+class StagedBatch:
+    """A batch, and its tables once they are needed: a recorded step has tables of its own."""
+
+    def __init__(self, batch: ForwardBatch, ids: NDArray[np.int32], limits: StepLimits) -> None:
+        """``ids``: the batch's tokens, all known."""
+        self.batch, self.ids, self._limits = batch, ids, limits
+
+    @cached_property
+    def tables(self) -> BatchTables:
+        return BatchTables(self.batch, self.ids, self._limits)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Batches of one shape run the same stages."""
+        return self.batch.num_rows, self.batch.num_sequences, len(self.batch.logit_rows)
 
 
 @dataclass
@@ -52,10 +70,6 @@ class BatchTables:
         self.row_sequences = np.minimum(rows, batch.num_sequences - 1).astype(np.int32)  # padding: any
         many = np.flatnonzero(np.diff(self.query_start) > FEW_ROWS)
         self.num_few = int(many[0]) if len(many) else batch.num_sequences  # sequences, the first ones, with few rows
-        self._clear()
-
-    def _clear(self) -> None:
-        """Forgets what was made from the arrays."""
         self.angles: dict[Hashable, torch.Tensor] = {}
         self._frequencies: dict[tuple[RopeConfig, int], NDArray[np.float32]] = {}
         self._splits: dict[int | None, tuple[Items, Items]] = {}
@@ -68,24 +82,12 @@ class BatchTables:
     def num_sequences(self) -> int:
         return len(self.context_len)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Batches of one shape run the same stages."""
-        return self.num_rows, self.num_sequences, len(self.logit_rows)
-
-    def copy(self) -> BatchTables:
-        """Arrays of its own, with the same values."""
-        other = BatchTables.__new__(BatchTables)
-        for name, value in vars(self).items():
-            setattr(other, name, value.copy() if isinstance(value, np.ndarray) else value)
-        other._clear()
-        return other
-
-    def fill(self, other: BatchTables) -> None:
-        """The values of another batch of the same shape, in place, and all that was made from them."""
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
-                value[...] = getattr(other, name)
+    def fill(self, batch: ForwardBatch, ids: NDArray[np.int32]) -> None:
+        """The values of another step of the same shape, in place, and all that was made from them."""
+        self.ids[:] = ids
+        for name in _NAMES:
+            getattr(self, name)[:] = getattr(batch, name)
+        self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
         for (rope, head_dim), values in self._frequencies.items():
             if depends_on_length(rope):
                 values[...] = self._frequencies_now(rope, head_dim)
@@ -97,7 +99,7 @@ class BatchTables:
     def splits(self, window: int | None) -> tuple[Items, Items]:
         """Pieces of attention of the sequences with few rows, and their rows: see ``attention_items.decode_items``."""
         if window not in self._splits:
-            rows = min(FEW_ROWS * self.num_few, self.num_rows)  # also those that are padding here, and not in the next
+            rows = self.num_rows if self.num_few == self.num_sequences else int(self.query_start[self.num_few])
             most = rows * (-(-self._limits.max_context // SPLIT) + 1)
             self._splits[window] = items = Items(_entries(most, ITEM), 0), Items(_entries(rows, ROW), 0)
             self._fill_splits(window, items)
@@ -105,7 +107,8 @@ class BatchTables:
 
     def _fill_splits(self, window: int | None, items: tuple[Items, Items]) -> None:
         few = self.num_few
-        tables = decode_items(self.query_start[: few + 1], self.context_len[:few], window)
+        num_rows = self.num_rows if few == self.num_sequences else None
+        tables = decode_items(self.query_start[: few + 1], self.context_len[:few], window, num_rows=num_rows)
         items[0].fill(tables.items)
         items[1].fill(tables.rows)
 

@@ -9,7 +9,7 @@ two happens, on other rows, or on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ from exl.ops.base import (
     TableRows,
 )
 from exl.ops.compiled_attention import AttentionStages
-from exl.ops.compiled_batch import BatchTables
+from exl.ops.compiled_batch import StagedBatch
 from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
@@ -93,8 +93,8 @@ class CompiledOps:
         self._attention = AttentionStages(library, kv_layout)
         self._sampling = CompiledMath(library)
         self._steps = StepRunner(self._pool)
-        self._staged: list[BatchTables] = []
-        self._now: BatchTables | None = None
+        self._staged: list[StagedBatch] = []
+        self._now: StagedBatch | None = None
         self._pending = Tape(self._shared)
         self._products: dict[int, Records] = {}  # of gated MLPs, by the buffer that the decoder knows them by
         self._tape: Tape | None = None  # of the step that is being recorded
@@ -138,21 +138,20 @@ class CompiledOps:
 
     def kernels_of(self, step: Callable[[], None], batch: ForwardBatch) -> set[KernelSpec]:
         """The kernels of all stages that ``step`` adds for a batch. None is run."""
-        tables = BatchTables(batch, batch.token_ids, self.limits)
-        tape, _ = self._taped(step, tables, Tape(NoMemory()))
+        tape, _ = self._taped(step, StagedBatch(batch, batch.token_ids, self.limits), Tape(NoMemory()))
         return {stage.kernel for stage in tape.stages}
 
     def _record(self, step: Callable[[], None], arena: torch.Tensor) -> RecordedSet:
-        tables = self._now.copy()
-        tape, results = self._taped(step, tables, Tape(ArenaMemory(arena)))
-        return RecordedSet(tape, Program(self.library, tape.stages, repeats=True), tables, results)
+        staged = StagedBatch(self._now.batch, self._now.ids, self.limits)  # with tables of its own
+        tape, results = self._taped(step, staged, Tape(ArenaMemory(arena)))
+        return RecordedSet(self.library, tape, staged.tables, results)
 
     def _taped(
-        self, step: Callable[[], None], tables: BatchTables, tape: Tape
+        self, step: Callable[[], None], staged: StagedBatch, tape: Tape
     ) -> tuple[Tape, tuple[tuple[Rows, torch.Tensor], ...]]:
         """The tape with the stages of ``step``, and where results are to be copied from, and to."""
         before = self._staged, self._now
-        self._tape, self._results, self._staged, self._now = tape, [], [tables], tables
+        self._tape, self._results, self._staged, self._now = tape, [], [staged], staged
         try:
             step()
             return tape, tuple(self._results)
@@ -182,7 +181,7 @@ class CompiledOps:
         if rows is not None:
             raise ValueError("an embedding on the disk: the CPU has it in RAM")
         self._pending, self._products = Tape(self._shared), {}  # also those of a pass that was interrupted
-        self._staged = [BatchTables(batch, self._resolve(batch.token_ids), self.limits) for batch in batches]
+        self._staged = [StagedBatch(batch, self._resolve(batch.token_ids), self.limits) for batch in batches]
         self._now = self._staged[0] if self._staged else None
 
     def _resolve(self, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -206,7 +205,7 @@ class CompiledOps:
 
     def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
         with self._stages() as tape:
-            compiled_rows.embed(tape, table, self._now.ids, tape.memory.write(h), spec)
+            compiled_rows.embed(tape, table, self._now.tables.ids, tape.memory.write(h), spec)
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         with self._stages() as tape:
@@ -240,7 +239,7 @@ class CompiledOps:
     ) -> None:
         with self._stages() as tape:
             rows = tape.memory.read(qkv)
-            self._attention.attend(tape, rows, spec, self._now, kv.layer(layer_idx), tape.memory.write(out))
+            self._attention.attend(tape, rows, spec, self._now.tables, kv.layer(layer_idx), tape.memory.write(out))
 
     def gated_mlp(
         self,
@@ -277,7 +276,7 @@ class CompiledOps:
             compiled_rows.add_normed(tape, y, branch, before, after)
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
-        rows = self._now.logit_rows
+        rows = self._now.tables.logit_rows
         out = out[: len(rows)]
         if len(rows) == 0:
             return out
@@ -298,7 +297,8 @@ class CompiledOps:
         return out
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
-        with using(1):  # torch's own threads would spin beside the pool's
+        # torch's own threads would spin beside the pool's; the largest logit is found without torch.
+        with using(1) if params.temperature.any() else nullcontext():
             ids = sample(logits, params, self._sampling)
         self._samples[: len(ids)].copy_(ids)
         return TokenIds(ids.tolist())

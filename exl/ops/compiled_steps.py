@@ -8,33 +8,36 @@ places: if it would, as after a step that was taken back, it waits, too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
-from exl.ops.compiled_batch import BatchTables
+from exl.ops.compiled_batch import BatchTables, StagedBatch
 from exl.ops.compiled_tape import Rows, Tape
 
 
-@dataclass(frozen=True)
 class RecordedSet:
     """One of the two: where its stages read the batch, and where they leave what the caller reads."""
 
-    tape: Tape
-    program: Program
-    tables: BatchTables
-    results: tuple[tuple[Rows, torch.Tensor], ...]  # to be copied to tensors at the end
+    def __init__(
+        self, library: Library, tape: Tape, tables: BatchTables, results: Sequence[tuple[Rows, torch.Tensor]]
+    ) -> None:
+        """``results``: rows that are copied to tensors at the end."""
+        self.program, self.tables = Program(library, tape.stages, repeats=True), tables
+        self._changing = tape.changing
+        self._results = [(rows.array(), tensor.numpy()) for rows, tensor in results]
 
-    def fill(self, tables: BatchTables) -> None:
-        self.tables.fill(tables)
-        for stage_idx, key, chunks in self.tape.changing:
+    def fill(self, staged: StagedBatch) -> None:
+        self.tables.fill(staged.batch, staged.ids)
+        for stage_idx, key, chunks in self._changing:
             self.program.set_chunks(stage_idx, chunks * self.tables.num_items(key))
 
     def copy_results(self) -> None:
-        for rows, tensor in self.results:
-            np.copyto(tensor.numpy(), rows.array())
+        for found, wanted in self._results:
+            np.copyto(wanted, found)
 
 
 class StepRunner:
@@ -44,17 +47,18 @@ class StepRunner:
         self._pool = pool
         self._last: list[Program | None] = [None, None]  # that used each set
         self._turn = 0
-        self._slots = np.empty(0, np.int32)  # that the last step has written
+        self._slots: frozenset[int] = frozenset()  # that the last step has written
 
-    def run(self, sets: tuple[RecordedSet, RecordedSet], tables: BatchTables) -> None:
+    def run(self, sets: tuple[RecordedSet, RecordedSet], staged: StagedBatch) -> None:
         turn, self._turn = self._turn, 1 - self._turn
         if self._last[turn] is not None:
             self._pool.settle(self._last[turn])
-        if np.intersect1d(tables.slots[tables.slots >= 0], self._slots).size:
+        slots = frozenset(staged.batch.slots.tolist()) - {-1}
+        if not slots.isdisjoint(self._slots):
             self.settle()
         now = sets[turn]
-        now.fill(tables)
-        self._last[turn], self._slots = now.program, now.tables.slots.copy()
+        now.fill(staged)
+        self._last[turn], self._slots = now.program, slots
         self._pool.run(now.program)
         now.copy_results()
 
@@ -63,4 +67,4 @@ class StepRunner:
         for program in self._last:
             if program is not None:
                 self._pool.settle(program)
-        self._slots = np.empty(0, np.int32)
+        self._slots = frozenset()

@@ -181,4 +181,4 @@ class Tape:
 
 
 def _slot(value: NDArray | torch.Tensor | int | float | None) -> NDArray | int | float | None:
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+    return value.view(torch.uint8).numpy() if isinstance(value, torch.Tensor) else value  # NumPy has no bf16

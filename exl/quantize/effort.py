@@ -21,6 +21,7 @@ _FLOP_F64 = 5.5e-5  # factorizations run at a lower rate, too
 _ELEMENT = 1e-3  # one pass over one f32 of activations, which come from memory
 _WEIGHT = 1.75e-4  # one pass over one weight: groups and rows stay in the processor's caches
 _INPUT = 80.0  # the calls that round one input of a linear
+_COMPILED = 0.012  # to fit a weight's grid and to round it, by compiled kernels
 _READ = 7e-3  # one weight, from the file to f32
 _BYTE = 1e-3  # written to disk
 _TENSOR = 500.0  # opened, read and written
@@ -37,6 +38,7 @@ class Effort:
     config: ModelConfig
     options: QuantizeOptions
     layer: Mapping[str, Sequence[ModulePlan]]
+    compiled: bool  # kernels round the weights, not torch
 
     def chunk(self, name: str, chunk: ForwardBatch) -> int:
         """A chunk through the span of the layer that ends at the linear ``name``, or at its "outputs", and its rows'
@@ -72,8 +74,10 @@ class Effort:
             return round(_WEIGHT * _ROUND_PASSES * K * N)
         factor = _FLOP_F64 * (4 / 3) * K**3
         products = _FLOP * K * K * N * (5 if self._follows_dense else 1)
-        passes = _FIT_PASSES + _UPDATE_PASSES + _ROUND_PASSES
-        return round(_INPUT * K + factor + products + _WEIGHT * passes * K * N)
+        rounding = _COMPILED * K * N
+        if not self.compiled:
+            rounding = _INPUT * K + _WEIGHT * (_FIT_PASSES + _UPDATE_PASSES) * K * N
+        return round(factor + products + rounding + _WEIGHT * _ROUND_PASSES * K * N)
 
     def write(self, num_bytes: int) -> int:
         """A tensor of the output."""

@@ -6,13 +6,19 @@ Both give the same bits: the same operations in the same order, none of them fus
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from numpy.typing import NDArray
 
 from exl.errors import KernelError
 from exl.quantize.grid import FACTORS, REFITS, Grid
 from exl.threads import Threads
+
+if TYPE_CHECKING:
+    from exl.cpu_kernels.gptq_solve import GridForm
+    from exl.cpu_kernels.kernel import KernelSpec
+    from exl.cpu_kernels.library import Library
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +26,9 @@ BLOCK = 128  # inputs per block: their updates to later blocks are applied toget
 
 
 class Rounding(Protocol):
-    """Weights are f32 or f64, and so are all other floats; columns are outputs."""
+    """Weights are f32 or f64, and so are all other floats; columns are outputs. Arrays are contiguous."""
+
+    compiled: bool
 
     def fit(self, grid: Grid, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """W [G * group_size, N] -> scales and zeros, each [G, N], as ``Grid.fit`` finds them for each group."""
@@ -42,13 +50,17 @@ class Rounding(Protocol):
 
         ``weight`` [n, N], n <= ``BLOCK``, which it may overwrite; ``factor`` [n, n]: the transposed block of U;
         ``groups`` i64 [n]: each input's row in ``scales`` and ``zeros`` [G, N]. If ``group_size`` is above 0, the block
-        is whole groups of so many inputs, and a group's grid is fitted when its first input is reached. All are
-        contiguous.
+        is whole groups of so many inputs, and a group's grid is fitted when its first input is reached.
         """
+
+    def close(self) -> None:
+        """Gives threads back."""
 
 
 class TorchRounding:
     """One input at a time. ``threads``: how many compute what is many small operations."""
+
+    compiled = False
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
@@ -82,28 +94,28 @@ class TorchRounding:
                 weight[i + 1 :] -= torch.outer(factor[i + 1 :, i], errors[i])
         return errors
 
+    def close(self) -> None:
+        pass
+
 
 class CompiledRounding:
-    """Blocks of columns, spread over ``num_threads`` threads. Raises ``KernelError`` where kernels cannot run."""
+    """Chunks of columns, spread over ``num_threads`` threads."""
 
-    def __init__(self, num_threads: int) -> None:
-        try:
-            from exl.cpu_kernels.library import Library
-            from exl.cpu_kernels.pool import Pool
-        except ImportError as error:
-            raise KernelError(str(error)) from error
-        self._pool = Pool(Library(), num_threads)
+    compiled = True
+
+    def __init__(self, library: Library, num_threads: int) -> None:
+        from exl.cpu_kernels.pool import Pool
+
+        self._pool = Pool(library, num_threads)
 
     def fit(self, grid: Grid, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         from exl.cpu_kernels.gptq_solve import FitGrids
 
-        form, blocks = self._form(grid, weight)
+        form, num_chunks = _form(grid, weight)
         num_groups, N = len(weight) // group_size, weight.shape[1]
         scales, zeros = (weight.new_empty(num_groups, N) for _ in range(2))
-        arrays = [tensor.numpy() for tensor in (weight.contiguous(), scales, zeros)]
-        factors = _factors(weight)
-        args = (arrays[0], N, group_size, *arrays[1:], factors, len(factors), REFITS, blocks)
-        self._run(FitGrids(form), num_groups * blocks, args)
+        arrays = (weight.numpy(), N, group_size, scales.numpy(), zeros.numpy())
+        self._run(FitGrids(form), num_groups * num_chunks, (*arrays, *_search(weight), num_chunks))
         return scales, zeros
 
     def round(
@@ -119,24 +131,16 @@ class CompiledRounding:
     ) -> torch.Tensor:
         from exl.cpu_kernels.gptq_solve import RoundBlock
 
-        form, blocks = self._form(grid, weight)
+        form, num_chunks = _form(grid, weight)
         errors = torch.empty_like(weight)
-        tensors = (factor, scales, zeros, groups, codes, errors)
-        args = [weight.numpy(), weight.shape[1], len(weight), *(tensor.numpy() for tensor in tensors)]
+        arrays = (tensor.numpy() for tensor in (factor, scales, zeros, groups, codes, errors))
+        args = (weight.numpy(), weight.shape[1], len(weight), *arrays)
         if group_size:
-            factors = _factors(weight)
-            args += [group_size, factors, len(factors), REFITS]
-        self._run(RoundBlock(form, fits=group_size > 0), blocks, tuple(args))
+            args += (group_size, *_search(weight))
+        self._run(RoundBlock(form, fits=group_size > 0), num_chunks, args)
         return errors
 
-    def _form(self, grid: Grid, weight: torch.Tensor):
-        from exl.cpu_kernels.gptq_solve import GridForm, chunk_columns
-
-        element = "f64" if weight.dtype == torch.float64 else "f32"
-        form = GridForm(grid.bits, grid.sym, grid.min_zero, element)
-        return form, -(-weight.shape[1] // chunk_columns(element))
-
-    def _run(self, kernel, num_chunks: int, args: tuple) -> None:
+    def _run(self, kernel: KernelSpec, num_chunks: int, args: tuple[NDArray | int, ...]) -> None:
         from exl.cpu_kernels.pool import Program, Stage
 
         self._pool.run(Program(self._pool.library, [Stage(kernel, num_chunks, args)], repeats=False))
@@ -145,14 +149,26 @@ class CompiledRounding:
         self._pool.close()
 
 
-def _factors(weight: torch.Tensor):
-    return weight.new_tensor(FACTORS).numpy()
+def _form(grid: Grid, weight: torch.Tensor) -> tuple[GridForm, int]:
+    """And how many chunks of columns the weights are."""
+    from exl.cpu_kernels.gptq_solve import GridForm, chunk_columns
+
+    element = "f64" if weight.dtype == torch.float64 else "f32"
+    form = GridForm(grid.bits, grid.sym, grid.min_zero, element)
+    return form, -(-weight.shape[1] // chunk_columns(element))
+
+
+def _search(weight: torch.Tensor) -> tuple[NDArray, int, int]:
+    """How grids are searched: factors of the span, of the weights' type, their number, and refits."""
+    return weight.new_tensor(FACTORS).numpy(), len(FACTORS), REFITS
 
 
 def make_rounding(threads: Threads) -> Rounding:
     """Compiled kernels; where they cannot run, torch, which a line says."""
     try:
-        return CompiledRounding(threads.limit)
-    except KernelError as error:
+        from exl.cpu_kernels.library import Library
+
+        return CompiledRounding(Library(), threads.limit)
+    except (ImportError, KernelError) as error:
         logger.warning("GPTQ rounds without compiled kernels, which takes longer: %s", error)
         return TorchRounding(threads)

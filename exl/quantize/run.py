@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -36,7 +36,7 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
-from exl.quantize.rounding import make_rounding
+from exl.quantize.rounding import Rounding, make_rounding
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
@@ -82,7 +82,9 @@ def quantize(
     try:
         with ExitStack() as stack:
             stack.enter_context(using(limit))
-            return _Run(stack.enter_context(Checkpoint.open(src)), dst, options, progress, Threads(limit)).run()
+            checkpoint, choices = stack.enter_context(Checkpoint.open(src)), Threads(limit)
+            rounding = stack.enter_context(closing(make_rounding(choices)))
+            return _Run(checkpoint, dst, options, progress, choices, rounding).run()
     except OSError as error:
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
 
@@ -95,8 +97,9 @@ class _Run:
         options: QuantizeOptions,
         progress: Progress | None,
         threads: Threads,
+        rounding: Rounding,
     ) -> None:
-        self.checkpoint, self.dst, self.options = checkpoint, dst, options
+        self.checkpoint, self.dst, self.options, self.rounding = checkpoint, dst, options, rounding
         folder = checkpoint.folder
         self.config_json = read_json(folder / "config.json")
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
@@ -106,12 +109,11 @@ class _Run:
         self.plan: QuantizePlan = make_plan(manifest, self.config, options)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
-        self.rounding = make_rounding(threads)
         self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, threads)
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
-        self.effort = Effort(self.config, options, self.plan.layers[0])
+        self.effort = Effort(self.config, options, self.plan.layers[0], compiled=rounding.compiled)
         num_layers = self.config.num_layers
         layers = [self.effort.whole_layer(self.layers.chunks, i + 1 == num_layers) for i in range(num_layers)]
         self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,18 +16,26 @@ from exl.checkpoint.config import ModelConfig
 from exl.errors import UnsupportedModelError
 from exl.models import decoder
 from exl.models.manifest import read_manifest
-from exl.ops.base import Branch, Norm
+from exl.ops.base import Branch, LayerWeights, Norm
+from exl.ops.torch_ops import TorchOps
 from exl.quantize.calibration import read_calibration
 from exl.quantize.gptq import gptq
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
+from exl.quantize.listen import Listener
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
+from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from tests.model.test_quantize_model import CALIBRATION, DATA, dequantized
 
 SOURCE = DATA / "stories260K"
-FIRST_OF = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_proj", "down": "mlp.down_proj"}
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 
 def calibration(num_samples: int) -> list[np.ndarray]:
@@ -60,56 +70,149 @@ def granite_model(residual_multiplier: float) -> transformers.PreTrainedModel:
     return model
 
 
+class Recorder:
+    """What transformers feeds the linears of layer 1, and what becomes of it; rows in order, f64."""
+
+    def __init__(self, model: transformers.PreTrainedModel, sequences) -> None:
+        rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+        def keep_input(key: str, _, x, *y) -> None:
+            rows[key].append(x[0][0])
+
+        def keep_output(key: str, _, x, y) -> None:
+            rows[key].append(y[0])
+
+        layer, hooks = model.model.layers[1], []
+        for name, modules in PARTS.items():
+            found = [layer.get_submodule(module) for module in modules]
+            hooks.append(found[0].register_forward_hook(partial(keep_input, name)))
+            hooks += [
+                part.register_forward_hook(partial(keep_output, key)) for key, part in zip(modules, found, strict=True)
+            ]
+        hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(partial(keep_input, "middle")))
+        hooks.append(layer.register_forward_hook(partial(keep_output, "end")))
+        with torch.no_grad():
+            for sequence in sequences:
+                model(torch.from_numpy(sequence).long()[None])
+        for hook in hooks:
+            hook.remove()
+        self._rows = rows
+
+    def inputs(self, name: str) -> torch.Tensor:
+        return torch.cat(self._rows[name])
+
+    def outputs(self, name: str) -> torch.Tensor:
+        """Of "o" and "down": the residual stream behind them."""
+        if name in ("o", "down"):
+            return torch.cat(self._rows["middle" if name == "o" else "end"])
+        return torch.cat([torch.cat(self._rows[module]) for module in PARTS[name]], dim=1)
+
+
+def spoil(model: transformers.PreTrainedModel, layer_idx: int, name: str, weights: LayerWeights) -> None:
+    """Changes a linear in transformers and in exl, as rounding would."""
+    (linear,) = getattr(weights, name)
+    stored, start = linear.fields["weight"], 0
+    noise = torch.from_numpy(np.random.default_rng(layer_idx).normal(size=stored.shape)).float()
+    stored += 0.2 * stored.std() * noise
+    for module in PARTS[name]:
+        target = model.model.layers[layer_idx].get_submodule(module).weight
+        target.data = stored[start : start + len(target)].double()
+        start += len(target)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("name", FIRST_OF)
-def test_it_hears_what_transformers_feeds(name, scale, monkeypatch):
+def test_it_hears_what_transformers_feeds(scale, monkeypatch, tmp_path):
+    """Two streams, one through rounded linears, the other through dense ones, against two models in f64: inputs,
+    what they lack to be the dense model's, and outputs."""
     if scale != 1.0:
         monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=scale))
-    model = dense_model(torch.float64) if scale == 1.0 else granite_model(scale)
+    make = partial(dense_model, torch.float64) if scale == 1.0 else partial(granite_model, scale)
+    rounded, dense = make(), make()
     sequences = calibration(40)  # ragged, and more than one chunk
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
         layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), sequences)
         assert len(layers.chunks) > 1
-        heard, outputs = [], []
-        for chunk, h in zip(layers.chunks, layers.embed(), strict=True):
-            layers.run(0, layers.read_layer(0), chunk, h)
-            found = layers.listen(1, layers.read_layer(1), name, chunk, h, output=True)
-            heard.append(found.x.clone())
-            outputs.append(found.output.clone())
-            assert found.scale == (scale if name in ("o", "down") else 1.0)
-    x, y = inputs_and_outputs(model, f"model.layers.1.{FIRST_OF[name]}", sequences)
-    # f32 against f64, through one and a half layers, values of about 1
-    assert float((torch.cat(heard) - x).abs().max()) < 1e-4 * float(x.abs().max())
-    output = torch.cat(outputs)
-    if name == "down":  # the layer's output, which includes the residual
-        _, y = inputs_and_outputs(model, "model.layers.1", sequences)
-    elif name == "o":
-        _, residual = inputs_and_outputs(model, "model.layers.0", sequences)
-        y = scale * y + residual
-    assert float((output[:, : y.shape[1]] - y).abs().max()) < 1e-4 * float(y.abs().max())
+        work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
+        first, weights = layers.read_layer(0), layers.read_layer(1)
+        for stream in ("dense", "hidden"):
+            with write_atomically(work.hidden_path(stream, 1)) as write:
+                for chunk, h in zip(layers.chunks, layers.embed(), strict=True):
+                    layers.run(0, first, chunk, h)
+                    write(as_bytes(h))
+            if stream == "dense":  # the rounded layers' comes next
+                for name in PARTS:
+                    spoil(rounded, 0, name, first)
+        told, written = [], bytearray()
+        listener = Listener(
+            layers, work, 1, weights, layers.read_layer(1), lambda name, chunk: told.append((name, chunk.num_rows))
+        )
+        expected = Recorder(dense, sequences)
+        for name in PARTS:
+            heard = listener.hear(name, written.extend if name == "down" else None)
+            found = Recorder(rounded, sequences)
+            x = found.inputs(name)
+            lack = expected.outputs(name) - found.outputs(name)
+            lack /= scale if name in ("o", "down") else 1.0
+            # f32 against f64, through one and a half layers
+            for mine, true in ((heard.hessian, x.T @ x), (heard.drift, x.T @ lack)):
+                true = 2 / len(x) * true
+                assert mine.shape == true.shape
+                assert float((mine - true).abs().max()) < 1e-4 * float(true.abs().max())
+            spoil(rounded, 1, name, weights)
+        outputs = torch.cat(list(listener.outputs()))
+    true = Recorder(rounded, sequences).outputs("down")
+    assert float((outputs - true).abs().max()) < 1e-4 * float(true.abs().max())
+    kept, true = torch.frombuffer(written, dtype=torch.float32), expected.outputs("down")
+    assert float((kept.view(true.shape) - true).abs().max()) < 1e-4 * float(true.abs().max())
+    num_rows = [chunk.num_rows for chunk in layers.chunks]
+    assert told == [(name, rows) for name in (*PARTS, "outputs") for rows in num_rows]
 
 
-def test_outputs_of_a_normalised_block_are_refused(monkeypatch):
+def test_every_linear_is_run_once(tmp_path, monkeypatch):
+    """Four products for each chunk and stream; and two more with the dense weights of "o" and "down", whose outputs
+    are compared."""
+    rows = defaultdict(int)
+    multiply = TorchOps._multiply
+
+    def count(self, x, w, out, num_decode_rows):
+        rows[w[0].layout.spec.parts[0].name.rpartition(".")[2]] += len(x)
+        multiply(self, x, w, out, num_decode_rows)
+
+    monkeypatch.setattr(TorchOps, "_multiply", count)
+    options = QuantizeOptions(calibration=CALIBRATION, num_samples=12, seq_len=64, group_size=32)
+    result = quantize(SOURCE, tmp_path / "out", options)
+    num_tokens = result.num_calibration_tokens
+    streams = {"q_proj": 2, "o_proj": 3, "gate_proj": 2, "down_proj": 3}
+    num_layers = ModelConfig.from_folder(SOURCE).num_layers
+    # Of the last layer nobody needs the outputs.
+    expected = {name: count * num_layers * num_tokens for name, count in streams.items()}
+    expected["down_proj"] -= num_tokens
+    assert rows == expected
+
+
+def test_outputs_of_a_normalised_block_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(decoder, "Branch", partial(Branch, post_norm=Norm(torch.ones(64), 1e-5)))
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
         layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), calibration(1))
-        (chunk,), (h,) = layers.chunks, layers.embed()
+        work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
+        for stream in ("dense", "hidden"):
+            work.hidden_path(stream, 0).write_bytes(b"".join(as_bytes(h) for h in layers.embed()))
         weights = layers.read_layer(0)
-        assert layers.listen(0, weights, "o", chunk, h.clone(), output=False).output is None
+        tell = Mock()
+        assert Listener(layers, work, 0, weights, None, tell).hear("o").drift is None
         with pytest.raises(UnsupportedModelError, match=r"o_proj: found a norm of what it adds, expected none"):
-            layers.listen(0, weights, "o", chunk, h, output=True)
+            Listener(layers, work, 0, weights, layers.read_layer(0), tell).hear("o")
 
 
 def round_earlier(model, module: str, written: dict[str, np.ndarray]) -> None:
     """Gives the linears that are rounded before ``module`` their rounded weights."""
-    stage = {name: i for i, name in enumerate(FIRST_OF)}
-    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up"}
-    groups |= {"up_proj": "gate_up", "down_proj": "down"}
+    stage = {name: i for i, names in enumerate(PARTS.values()) for name in names}
 
     def turn(name: str) -> tuple[int, int]:
-        return int(name.split(".")[2]), stage[groups[name.rpartition(".")[2]]]
+        _, _, layer_idx, module = name.split(".", 3)
+        return int(layer_idx), stage[module]
 
     for name, weight in written.items():
         if turn(name) < turn(module):

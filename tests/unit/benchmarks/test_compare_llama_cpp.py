@@ -32,7 +32,7 @@ OUTPUT = """[
     "gpu_info": "",
     "backends": "CPU",
     "model_filename": "model.gguf",
-    "model_type": "llama 1B Q4_0",
+    "model_size": 635990016,
     "n_threads": 2,
     "type_k": "f16",
     "type_v": "f16",
@@ -53,7 +53,7 @@ def comparison() -> Comparison:
         Row("Llama 1.1B", PREFILL, 0, (250.4,), (126.0,)),
         Row("Llama 1.1B", DECODE, 2, (2.0, 4.0), (4.0,)),
     )
-    facts = {"machine": "AMD EPYC, 2 processors, AVX2", "threads": "2", "llama.cpp": "commit 0c1e57098"}
+    facts = {"machine": "AMD EPYC, 2 processors, AVX2", "threads": "2", "llama.cpp": "a build of commit 0c1e57098"}
     return Comparison(facts, {"Llama 1.1B": "GPTQ against Q4_0"}, rows)
 
 
@@ -73,7 +73,7 @@ def test_its_output_is_read():
     found = parse(OUTPUT, DECODE)
     assert found.speeds == (11.0, 10.5)
     assert found.facts["build"] == "0c1e57098"
-    assert found.facts["file"] == "llama 1B Q4_0"
+    assert found.facts["weights"] == "636 MB"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def script(folder: Path, text: str) -> Path:
 FAKE_LLAMA_BENCH = """
 import json, sys
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-told = {"build_commit": "c0ffee", "cpu_info": "x", "backends": "CPU", "model_type": "llama"}
+told = {"build_commit": "c0ffee", "cpu_info": "x", "backends": "CPU", "model_size": 1}
 told |= {"type_k": "f16", "type_v": "f16"}
 told |= {"n_prompt": int(given["-p"]), "n_gen": int(given["-n"]), "n_depth": int(given["-d"])}
 print(json.dumps([told | {"samples_ts": [2.5] * int(given["-r"])}]))
@@ -133,7 +133,7 @@ def test_both_are_measured_in_turn_and_reported(tmp_path, monkeypatch, capsys):
         assert len(row.exl) == len(row.llama_cpp) == 6
         assert min(row.exl) > 0
     assert found.facts["threads"] == "1"
-    assert found.facts["llama.cpp"] == "commit c0ffee, native Release build"
+    assert found.facts["llama.cpp"] == "a native Release build of commit c0ffee"
     assert capsys.readouterr().out == tables.report(found) + "\n"
     compare_llama_cpp.main(["--readme", str(tmp_path / "found.json")])
     assert capsys.readouterr().out == tables.readme_section(found) + "\n"
@@ -165,7 +165,7 @@ def test_the_report_has_every_row_with_its_spread():
     assert tables.report(comparison()).splitlines() == [
         "- machine: AMD EPYC, 2 processors, AVX2",
         "- threads: 2",
-        "- llama.cpp: commit 0c1e57098",
+        "- llama.cpp: a build of commit 0c1e57098",
         "- Llama 1.1B: GPTQ against Q4_0",
         "",
         "Tokens per second: median (least to most).",
@@ -181,7 +181,7 @@ def test_the_report_has_every_row_with_its_spread():
 def test_the_readme_has_a_column_for_each_load():
     assert tables.readme_section(comparison()).splitlines() == [
         "Tokens per second, exl / llama.cpp, medians of one run in which the two took turns, with 2 threads each, on "
-        "AMD EPYC, 2 processors, AVX2. llama.cpp is commit 0c1e57098.",
+        "AMD EPYC, 2 processors, AVX2. llama.cpp is a build of commit 0c1e57098.",
         "",
         "- Llama 1.1B: GPTQ against Q4_0.",
         "",
