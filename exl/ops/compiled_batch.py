@@ -66,8 +66,7 @@ class BatchTables:
         )
         self.page_table = np.zeros((batch.num_sequences, limits.max_pages), np.int32)
         self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
-        rows = np.searchsorted(self.query_start, np.arange(len(ids)), side="right") - 1
-        self.row_sequences = np.minimum(rows, batch.num_sequences - 1).astype(np.int32)  # padding: any
+        self.row_sequences = self._row_sequences()
         many = np.flatnonzero(np.diff(self.query_start) > FEW_ROWS)
         self.num_few = int(many[0]) if len(many) else batch.num_sequences  # sequences, the first ones, with few rows
         self.angles: dict[Hashable, torch.Tensor] = {}
@@ -82,11 +81,16 @@ class BatchTables:
     def num_sequences(self) -> int:
         return len(self.context_len)
 
+    def _row_sequences(self) -> NDArray[np.int32]:
+        rows = np.searchsorted(self.query_start, np.arange(self.num_rows), side="right") - 1
+        return np.minimum(rows, self.num_sequences - 1).astype(np.int32)  # padding: any
+
     def fill(self, batch: ForwardBatch, ids: NDArray[np.int32]) -> None:
         """The values of another step of the same shape, in place, and all that was made from them."""
         self.ids[:] = ids
         for name in _NAMES:
             getattr(self, name)[:] = getattr(batch, name)
+        self.row_sequences[:] = self._row_sequences()
         self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
         for (rope, head_dim), values in self._frequencies.items():
             if depends_on_length(rope):

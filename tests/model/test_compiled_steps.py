@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from exl.batch import padded_step
 from exl.cpu_kernels.processor import usable_isas
+from exl.layout.steps import StepLimits
+from exl.ops.compiled_batch import BatchTables
 from exl.ops.compiled_steps import StepRunner
 from exl.ops.compiled_tape import ArenaMemory
 from tests.model.batches import batch_of, run
@@ -36,10 +39,10 @@ class WorstThreads(StepRunner):
         self.steps = 0
         ops._steps = self
 
-    def run(self, sets, tables) -> None:
+    def run(self, sets, staged) -> None:
         turn, self._turn = self._turn, 1 - self._turn
         now = sets[turn]
-        now.fill(tables)
+        now.fill(staged)
         for stage_idx in range(now.program.num_stages):
             self._execute(now.program, [stage_idx], times=2)
         now.copy_results()
@@ -134,6 +137,17 @@ def test_a_batch_may_be_larger_than_the_one_that_was_recorded(tmp_path):
         alone = [run(runner, batch_of([step])) for step in steps]
         for count in (3, 3, 4, 3, 4):
             assert same(run(runner, batch_of(steps[:count], decode=True)), torch.cat(alone[:count]))
+
+
+def test_tables_that_are_filled_again_are_those_of_the_new_batch():
+    limits = StepLimits(8, 8, 8, 128, 64, 128, 64, 64, 100, 16, max_sequences=8)
+    steps = [([7], 60 + i, [i, 8 + i]) for i in range(8)]
+    first, second = (padded_step(batch_of(steps[:count], decode=True), 8) for count in (5, 7))
+    tables = BatchTables(first, first.token_ids, limits)
+    tables.fill(second, second.token_ids)
+    for name, expected in vars(BatchTables(second, second.token_ids, limits)).items():
+        if isinstance(expected, np.ndarray):
+            np.testing.assert_array_equal(getattr(tables, name), expected, name)
 
 
 def test_weights_are_freed_once_no_thread_is_in_the_last_step(tmp_path):
