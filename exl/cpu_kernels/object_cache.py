@@ -13,7 +13,6 @@ from pathlib import Path
 
 from llvmlite import binding as llvm
 
-from exl import layout
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.replace_file import replace_file
 from exl.user_cache import user_cache_folder
@@ -22,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"exlobj01"  # then sha256 of the code, then the code
 _DIGEST_BYTES = hashlib.sha256().digest_size
-# Layouts that kernels take constants from.
-_LAYOUTS = ("columns.py", "cpu_pages.py", "fields.py", "kv.py")
+OUTSIDE = ("batch.py", "layout/columns.py", "layout/fields.py", "layout/kv.py")  # what kernels take constants from
 
 
 def default_object_folder() -> Path:
@@ -33,12 +31,10 @@ def default_object_folder() -> Path:
 @functools.cache
 def _sources() -> bytes:
     """Digest of the code that writes kernels. Hashing their IR instead would mean building it at each start."""
-    own, layouts = Path(__file__).parent, Path(layout.__file__).parent
-    paths = [*sorted(own.glob("*.py")), *(layouts / name for name in _LAYOUTS)]
+    own = Path(__file__).parent
     together = hashlib.sha256()
-    for path in paths:
-        if path.exists():
-            together.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in (*sorted(own.glob("*.py")), *(own.parent / name for name in OUTSIDE)):
+        together.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return together.digest()
 
 
