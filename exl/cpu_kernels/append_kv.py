@@ -11,6 +11,7 @@ from exl.batch import PAGE_SIZE
 from exl.cpu_kernels.heads import hadamard, load_exact, load_head, num_vectors, runs, store_exact, store_head
 from exl.cpu_kernels.ir import F16, F32, I1, I8, I16, I32, I64, LANES, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
+from exl.cpu_kernels.norm import rms_factor
 from exl.layout.kv import KV_BITS, KV_GROUP, page_offsets
 
 _F16_MAX = 65504.0
@@ -89,8 +90,7 @@ class AppendKV(KernelSpec):
         squares = k.splat(0.0)
         for v in x:
             squares = k.fma(v, v, squares)
-        mean = k.b.fdiv(k.total(squares, k.b.fadd), F32(float(self.head_dim)))
-        factor = k.splat(k.b.fdiv(F32(1.0), k.unary("sqrt", k.b.fadd(mean, eps))))
+        factor = k.splat(rms_factor(k, k.total(squares, k.b.fadd), I64(self.head_dim), eps))
         return [
             k.b.fmul(k.b.fmul(v, factor), w)
             for v, w in zip(x, load_head(k, self.head_dim, weight), strict=True)

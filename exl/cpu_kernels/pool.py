@@ -56,6 +56,7 @@ class Program:
         skip = -raw.ctypes.data // 8 % STAGE_SLOTS  # stages begin at a cache line
         self.table = raw[skip : skip + len(stages) * STAGE_SLOTS].reshape(-1, STAGE_SLOTS)
         self.active = np.full(8, CLOSED, np.int64)
+        self.pid = os.getpid()  # of the process whose threads may be in it
         first_flag = self._flags.ctypes.data
         library.load(stage.kernel for stage in stages)
         for row, stage, size in zip(self.table, stages, most, strict=True):
@@ -94,6 +95,7 @@ class Pool:
         """Returns when all stages are done. If the program repeats, a thread may still be in it: see ``settle``."""
         self.settle(program)
         program.clear()
+        program.pid = os.getpid()
         for worker in self._ready():
             if worker.idle:  # the others would find this run done
                 worker.wake(program)
@@ -103,7 +105,7 @@ class Pool:
         """Waits until no thread is in the program's last run."""
         pause = 0.0
         while program.active[0] != CLOSED:
-            if self._pid != os.getpid():  # the threads that were in it are the parent's
+            if program.pid != os.getpid():  # the threads that were in it are the parent's
                 program.active[0] = CLOSED
                 return
             time.sleep(pause)
@@ -119,7 +121,9 @@ class Pool:
     def _ready(self) -> list[_Worker]:
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._workers[:] = [_Worker(self._walk) for _ in range(self.num_threads - 1)]
+            self._workers.clear()
+        while len(self._workers) < self.num_threads - 1:  # also after an interrupt in the middle
+            self._workers.append(_Worker(self._walk))
         return self._workers
 
 
@@ -151,8 +155,8 @@ class _Worker:
 
     @property
     def idle(self) -> bool:
-        """Asleep, or about to sleep. A worker that has been woken and has not run yet is not."""
-        return self._lock.locked() and not self._jobs
+        """Whether waking it does something. One that has been woken and does not run yet sees all jobs when it does."""
+        return self._lock.locked()
 
     def wake(self, program: Program | None) -> None:
         self._jobs.append(program)

@@ -140,6 +140,7 @@ def build_engine(
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
+        stack.callback(ops.fence)  # before: a thread may be late in the last step, and read weights
         if model.target.compiled:
             from exl.engine.kernels_ahead import load_kernels
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
 from exl.checkpoint.config import RopeConfig
-from exl.cpu_kernels.attention_items import decode_items, prefill_items
+from exl.cpu_kernels.attention_items import ITEM, ROW, decode_items, prefill_items
 from exl.layout.cpu_steps import FEW_ROWS, SPLIT
 from exl.layout.steps import StepLimits
 from exl.ops.rope import depends_on_length, inverse_frequencies
@@ -66,8 +66,7 @@ class BatchTables:
         )
         self.page_table = np.zeros((batch.num_sequences, limits.max_pages), np.int32)
         self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
-        rows = np.searchsorted(self.query_start, np.arange(len(ids)), side="right") - 1
-        self.row_sequences = np.minimum(rows, batch.num_sequences - 1).astype(np.int32)  # padding: any
+        self.row_sequences = self._row_sequences()
         many = np.flatnonzero(np.diff(self.query_start) > FEW_ROWS)
         self.num_few = int(many[0]) if len(many) else batch.num_sequences  # sequences, the first ones, with few rows
         self.angles: dict[Hashable, torch.Tensor] = {}
@@ -82,11 +81,16 @@ class BatchTables:
     def num_sequences(self) -> int:
         return len(self.context_len)
 
+    def _row_sequences(self) -> NDArray[np.int32]:
+        rows = np.searchsorted(self.query_start, np.arange(self.num_rows), side="right") - 1
+        return np.minimum(rows, self.num_sequences - 1).astype(np.int32)  # padding: any
+
     def fill(self, batch: ForwardBatch, ids: NDArray[np.int32]) -> None:
         """The values of another step of the same shape, in place, and all that was made from them."""
         self.ids[:] = ids
         for name in _NAMES:
             getattr(self, name)[:] = getattr(batch, name)
+        self.row_sequences[:] = self._row_sequences()
         self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
         for (rope, head_dim), values in self._frequencies.items():
             if depends_on_length(rope):
@@ -101,7 +105,7 @@ class BatchTables:
         if window not in self._splits:
             rows = self.num_rows if self.num_few == self.num_sequences else int(self.query_start[self.num_few])
             most = rows * (-(-self._limits.max_context // SPLIT) + 1)
-            self._splits[window] = items = Items(_entries(most, 8), 0), Items(_entries(max(1, rows), 4), 0)
+            self._splits[window] = items = Items(_entries(most, ITEM), 0), Items(_entries(rows, ROW), 0)
             self._fill_splits(window, items)
         return self._splits[window]
 

@@ -107,6 +107,16 @@ def test_norm_and_rotation(library: Library, head_dim: int, half: int) -> None:
         np.testing.assert_array_equal(value, heads[row, H + HKV :])
 
 
+def test_a_head_whose_squares_overflow_becomes_nan(library: Library) -> None:
+    """And not zeros, which would go unnoticed."""
+    heads, ones = random_heads(64), np.ones(64, np.float32)
+    heads[1, 0] *= 1e25
+    spec = AppendKV("f32", 64, half=0, q_norm=True, k_norm=True)
+    q, _ = append(library, spec, heads, np.zeros((T, 0), np.float32), (ones, 1e-5, ones, 1e-5))
+    assert np.isnan(q[1, 0]).all()
+    assert np.isfinite(q).sum() == q.size - 64
+
+
 def test_queries_of_quantized_caches_are_rotated(library: Library) -> None:
     heads = random_heads(96)
     q, _ = append(library, AppendKV("q4", 96, half=0), heads, np.zeros((T, 0), np.float32))

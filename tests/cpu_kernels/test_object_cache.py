@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import subprocess
@@ -109,6 +110,21 @@ def test_names_depend_on_all_that_code_depends_on(monkeypatch):
     monkeypatch.setattr(object_cache, "_sources", lambda: b"other sources")
     names.add(object_cache.object_name((Half(),), isa))
     assert len(names) == 4
+
+
+def test_all_that_kernels_take_constants_from_is_in_the_digest():
+    """Modules outside of their own package, but those that no code depends on."""
+    folder = Path(object_cache.__file__).parent
+    found = {
+        node.module
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("exl.")
+    }
+    elsewhere = {name for name in found if not name.startswith("exl.cpu_kernels")}
+    assert elsewhere - {"exl.errors", "exl.replace_file", "exl.user_cache"} == {
+        "exl." + name.removesuffix(".py").replace("/", ".") for name in object_cache.OUTSIDE
+    }
 
 
 def test_an_unknown_processor_is_refused_in_words(monkeypatch):

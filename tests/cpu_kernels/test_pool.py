@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -188,6 +189,47 @@ def test_a_fork_has_workers_of_its_own(library, pool):
         os._exit(0 if (buffers[-1] == expected).all() and len(pool._workers) == 3 else 1)
     _, status = os.waitpid(child, 0)
     assert status == 0
+    pool.run(program)
+    np.testing.assert_array_equal(buffers[-1], expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_does_not_wait_for_threads_that_its_parent_has_in_a_program(library, pool):
+    """Neither before its first run, nor later, when the pool has threads of this process."""
+    (late, buffers, expected), (other, _, _) = chain(library, 8, 16), chain(library, 3, 8)
+    pool.run(late)
+    pool.settle(late)
+    late.active[0] += 1  # as if a thread were still inside when the process forks
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        pool.run(other)
+        buffers[-1][:] = 0
+        pool.run(late)
+        os._exit(0 if (buffers[-1] == expected).all() else 1)
+    _, status = os.waitpid(child, 0)
+    late.active[0] -= 1
+    assert status == 0
+
+
+def test_workers_are_used_again_after_an_interrupt(library, pool, monkeypatch):
+    """Ctrl-C while they were started, and between a job and the waking."""
+    program, buffers, expected = chain(library, 8, 16)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(program)
+    pool.run(program)
+    assert len(pool._workers) == 3
+    pool.settle(program)
+    while not all(worker.idle for worker in pool._workers):
+        time.sleep(0.001)
+    pool._workers[0]._jobs.append(program)
+    assert pool._workers[0].idle
     pool.run(program)
     np.testing.assert_array_equal(buffers[-1], expected)
 
