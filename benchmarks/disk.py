@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.processor import processor_name
 from exl.checkpoint.block_file import BlockFile
 from exl.memory.host import HostBuffer, proc_bytes
 from exl.weights.packed import read_header
@@ -139,12 +139,8 @@ def reset_peak() -> None:
 
 
 def machine() -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
-        f"{model}, {os.cpu_count()} processors, torch {torch.__version__} with {torch.get_num_threads()} threads, "
-        f"load average {load}"
+        f"{processor_name()}, {os.cpu_count()} processors, torch {torch.__version__} with {torch.get_num_threads()} "
+        f"threads, load average {load}"
     )

@@ -103,10 +103,10 @@ class LLM:
         Text gets the model's BOS; special tokens in it are plain text. ``params``: a number of tokens (by default 256),
         or a ``SamplingParams``. ``options``: see ``exl.request_options.RequestOptions``; a sampling option that is left
         out is taken from ``params``, else from the model's generation_config; if that has none, decoding is greedy.
-        ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster, but
-        results are equal only up to rounding, not bit for bit. ``top_logprobs=5`` fills ``Completion.logprobs``: each
-        token's log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and
-        filters; 0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
+        ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster; on a
+        GPU results are then equal only up to rounding. ``top_logprobs=5`` fills ``Completion.logprobs``: each token's
+        log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and filters;
+        0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
         the context.
         """
         request = Request.of(params, options, self.defaults)
@@ -354,6 +354,7 @@ def load(
     embed: str = "auto",
     packed_folder: str | Path | None = None,
     threads: int | None = None,
+    arithmetic: str | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -371,8 +372,8 @@ def load(
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
     disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
-    default all that the process may use; fewer do while other processes use the processors, which changes no result
-    (``docs/cpu.md``).
+    default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
+    activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

@@ -37,7 +37,7 @@ class RequestOptions(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | None
     stop: str | Sequence[str] | None  # the text ends before the first of these to occur
-    reuse_prefix: bool  # reuse what the cache still holds of the prompt: faster, and equal only up to rounding
+    reuse_prefix: bool  # reuse what the cache still holds of the prompt: faster; equal only up to rounding on a GPU
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
 

@@ -1,6 +1,12 @@
 """From logits to token ids: the CPU implementation of sampling.
 
 A row's draw depends only on its logits, its parameters, its seed and its step, not on the other rows of its batch.
+
+Of what is computed here, only exponentials and sums can have other bits on another processor, for torch chooses their
+code and the order of sums by it. They are a ``SamplingMath``, so that a backend with kernels of its own can give the
+same bits everywhere. Everything else is comparing, sorting, selecting, counting and searching, which round nothing, or
+one multiplication, division or subtraction at a time, which IEEE 754 defines. ``topk`` orders equals as it likes, so
+only the value of its last element is used; sorts are stable, by descending value and rising id.
 """
 
 from __future__ import annotations
@@ -9,12 +15,14 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exl.batch import SamplingBatch
 from exl.errors import ConfigError, ExlError, KernelError
+from exl.logarithm import natural_log
 from exl.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -71,7 +79,36 @@ def _draw(params: SamplingParams, step: int) -> float:
     return _entropy.random() if params.seed is None else uniform(params.seed, step)
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+class SamplingMath(Protocol):
+    """The functions of f64 [n] whose bits are the backend's."""
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """exp(x)."""
+
+    def mass(self, x: torch.Tensor, cut: float) -> float:
+        """The sum of exp over all elements that are at least ``cut``."""
+
+    def cumulated(self, weights: torch.Tensor) -> torch.Tensor:
+        """Element i: the sum of the elements 0 to i, added in this order."""
+
+
+class TorchMath:
+    """See ``SamplingMath``: torch's own, on any device."""
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+    def mass(self, x: torch.Tensor, cut: float) -> float:
+        return float((x if cut == -math.inf else x[x >= cut]).exp().sum())
+
+    def cumulated(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.cumsum(0)
+
+
+_TORCH_MATH = TorchMath()
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> torch.Tensor:
     """Draws one token id per row: logits [R, V] f32 -> [R] i32 on the same device.
 
     The kept tokens are ordered by descending probability, ties by lower id; the first one whose cumulative probability
@@ -84,11 +121,23 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     _check_logits(logits, batch)
     ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     for i in range(len(logits)):  # row by row, so that no bit of a row can depend on the others
-        ids[i] = _sample_row(_penalized(logits, batch, i), batch, i)
+        if batch.temperature[i] == 0.0 and batch.repetition_penalty[i] == 1.0 and not logits.is_cuda:
+            ids[i] = _largest(logits[i].numpy(), i)
+        else:
+            ids[i] = _sample_row(_penalized(logits, batch, i), batch, i, functions)
     return ids
 
 
-def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+def _largest(row: NDArray[np.float32], i: int) -> int:
+    """The lowest id of the largest logit, without torch and its threads. Raises as ``sample``."""
+    found = int(row.argmax())  # the first NaN, if there is any
+    top = float(row[found])
+    if not math.isfinite(top):
+        raise no_distribution(i, top)
+    return found
+
+
+def probabilities(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> torch.Tensor:
     """The distribution that ``sample`` draws from: logits [R, V] f32 -> [R, V] f64. Raises the same errors.
 
     A row with temperature 0 has all its mass on one token.
@@ -102,11 +151,12 @@ def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         if batch.temperature[i] == 0.0:
             out[i, torch.argmax(row)] = 1.0
             continue
-        kept = _Kept.of(row, batch, i)
+        kept = _Kept.of(row, batch, i, functions)
         ids, x, _ = _sorted_prefix(kept.x, len(row))
-        weights = x.exp()
-        weights = weights[: kept.count(x, weights.cumsum(0))]
-        out[i, ids[: len(weights)]] = weights / weights.sum()
+        weights = functions.weights(x)
+        cumulated = functions.cumulated(weights)
+        num_kept = kept.count(x, cumulated)
+        out[i, ids[:num_kept]] = weights[:num_kept] / cumulated[num_kept - 1]
     return out
 
 
@@ -153,17 +203,17 @@ def no_distribution(i: int, top: float) -> ExlError:
     return ExlError(f"sample: row {i}: found {found}, expected finite logits")
 
 
-def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor:
+def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int, functions: SamplingMath) -> torch.Tensor:
     import torch
 
     if batch.temperature[i] == 0.0:
         return torch.argmax(row)  # ties: the lowest id
-    kept = _Kept.of(row, batch, i)
+    kept = _Kept.of(row, batch, i, functions)
     size, complete = _FIRST_SORTED, False
     while True:
         ids, x, complete = _sorted_prefix(kept.x, size)
-        weights = x.exp()
-        cumulated = weights.cumsum(0)
+        weights = functions.weights(x)
+        cumulated = functions.cumulated(weights)
         num_kept = kept.count(x, cumulated)
         mass = float(cumulated[num_kept - 1]) if kept.mass is None else kept.mass
         target = float(batch.uniform[i]) * mass
@@ -186,16 +236,16 @@ class _Kept:
     mass: float | None  # weight of all kept tokens; None: top-p is on, and only sorting can tell
 
     @classmethod
-    def of(cls, row: torch.Tensor, batch: SamplingBatch, i: int) -> _Kept:
+    def of(cls, row: torch.Tensor, batch: SamplingBatch, i: int, functions: SamplingMath) -> _Kept:
         x = row.double()
         x = (x - x.max()) / float(batch.temperature[i])
         top_k, top_p, min_p = int(batch.top_k[i]), float(batch.top_p[i]), float(batch.min_p[i])
         cut = float(x.topk(top_k).values[-1]) if 0 < top_k < len(x) else -math.inf
         # Top-p is a share of the mass that top-k keeps; min-p comes after top-p.
-        top_mass = top_p * _mass(x, cut) if top_p < 1.0 else None
+        top_mass = top_p * functions.mass(x, cut) if top_p < 1.0 else None
         if min_p > 0.0:
-            cut = max(cut, math.log(min_p))
-        return cls(x, cut, top_mass, _mass(x, cut) if top_mass is None else None)
+            cut = max(cut, natural_log(min_p))
+        return cls(x, cut, top_mass, functions.mass(x, cut) if top_mass is None else None)
 
     def count(self, x: torch.Tensor, cumulated: torch.Tensor) -> int:
         """n, at least 1: the number of kept tokens among the sorted ``x``, with cumulative weights ``cumulated``."""
@@ -205,10 +255,6 @@ class _Kept:
         if self.top_mass is not None:
             num_kept = min(num_kept, 1 + int(torch.searchsorted(cumulated, self.top_mass)))
         return num_kept
-
-
-def _mass(x: torch.Tensor, cut: float) -> float:
-    return float((x if cut == -math.inf else x[x >= cut]).exp().sum())
 
 
 def _sorted_prefix(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, bool]:

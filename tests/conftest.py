@@ -23,13 +23,15 @@ if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
 
 ASAN_ONE_IN = 4  # a sample runs one case in this many under AddressSanitizer
 
-# Packages that only tests import. If one is missing, only the test modules that need it are skipped.
+# Packages that only tests import, and llvmlite, without which torch computes on the CPU. If one is missing, only the
+# test modules that need it are skipped.
 TEST_ONLY = frozenset(
     {
         "gguf",
         "gradio",
         "hypothesis",
         "ipykernel",
+        "llvmlite",
         "matplotlib",
         "nbclient",
         "nbformat",
@@ -68,6 +70,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-gpu", action="store_true", help="tests for a GPU fail, instead of being skipped, without one"
     )
     group.addoption("--kernel-cache", type=Path, metavar="FOLDER", help="compiled kernels (default: the user's cache)")
+    group.addoption(
+        "--stress-seconds", type=float, default=20, metavar="N", help="how long threads are kept under stress"
+    )
     group.addoption(
         "--sample",
         metavar="SEED",

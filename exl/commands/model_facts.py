@@ -114,7 +114,7 @@ def _count(manifest: ModelManifest) -> int:
     """Parameters: each once, whatever its bits."""
     blobs = (manifest.embed, *manifest.layers, manifest.head)
     number = sum(part.K * part.N + part.N * part.has_bias for blob in blobs for part in _parts(blob))
-    return number + sum(width for blob in blobs for _, width in blob.norms)
+    return number + sum(norm.width for blob in blobs for norm in blob.norms)
 
 
 def _rounded(number: int) -> str:

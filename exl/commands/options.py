@@ -64,6 +64,11 @@ Threads = Annotated[
     int | None, typer.Option(help="At most so many threads compute on the CPU. Default: all that exl may use.")
 ]
 
+Arithmetic = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="On a CPU, how quantized layers multiply: int16 (the default), int8 or f32."),
+]
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -83,6 +88,7 @@ class LoadOptions:
     kv_cache: KVCacheType = "f16"
     embed: Embed = "auto"
     threads: Threads = None
+    arithmetic: Arithmetic = None
     revision: Revision = None
     token: Token = None
 
@@ -96,6 +102,7 @@ class LoadOptions:
             "kv_cache": self.kv_cache,
             "embed": self.embed,
             "threads": self.threads,
+            "arithmetic": self.arithmetic,
         }
 
     @property

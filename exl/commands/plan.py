@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from exl.commands.options import (
+    Arithmetic,
     Context,
     Debug,
     Embed,
@@ -73,6 +74,7 @@ def plan(
     context: Context = None,
     kv_cache: KVCacheType = "f16",
     embed: Embed = "auto",
+    arithmetic: Arithmetic = None,
     head: Annotated[str, typer.Option(help="Round a dense head to 8 or 4 bits; file keeps it.")] = "file",
     depth: Annotated[
         int | None, typer.Option(help="Tokens in the cache for which speed is told. Default: none, and all.")
@@ -107,6 +109,7 @@ def plan(
         context=parse_context(context),
         kv_cache=kv_cache,
         embed=embed,
+        arithmetic=arithmetic,
         head=_parse_head(head),
         depth=depth,
         max_sequences=max_sequences,

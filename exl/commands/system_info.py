@@ -15,16 +15,14 @@ from exl.kernels.environment import CUPY_WHEELS, diagnose, gpu_facts, installed_
 def describe_system() -> dict[str, str]:
     import torch
 
-    from exl.ops.torch_linear import probe_int4pack
     from exl.threads import describe_threads
 
-    int4pack = probe_int4pack()
     facts = {
         "exl": exl.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {describe_threads()}",
-        "4-bit cpu kernel": f"torch int4pack, {int4pack}" if int4pack else "none: 4-bit weights run through f32 panels",
+        "cpu kernels": _describe_cpu_kernels(),
         "gpu": _describe_gpu(torch),
         "cupy": _versions(CUPY_WHEELS),
         "nvrtc": _describe_nvrtc(),
@@ -32,6 +30,21 @@ def describe_system() -> dict[str, str]:
     }
     facts["missing"] = _missing() or "nothing"
     return facts
+
+
+def _describe_cpu_kernels() -> str:
+    from exl.ops.cpu_target import torch_target, why_not_compiled
+
+    reason = why_not_compiled()
+    if reason is not None:
+        int4pack = torch_target().int4pack
+        return f"torch's, 4 bits by {'int4pack' if int4pack else 'f32 panels'}: exl's own cannot run: {reason}"
+    from llvmlite.binding import llvm_version_info
+
+    from exl.cpu_kernels.library import shared_library
+
+    version = ".".join(map(str, llvm_version_info))
+    return f"exl's own for {shared_library().isa}, compiled by llvmlite {metadata.version('llvmlite')} (LLVM {version})"
 
 
 def _describe_gpu(torch) -> str:

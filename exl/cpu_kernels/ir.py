@@ -125,9 +125,14 @@ class Kernel:
         type_ = vec(I64, lanes)
         return self.b.icmp_signed("<", ir.Constant(type_, list(range(lanes))), self.splat(self.n(count), type_))
 
-    def prefetch(self, pointer: ir.Value, offset: ir.Value | int = 0) -> None:
-        """Asks for a line that is read soon. Never faults, wherever it points."""
-        self.call("llvm.prefetch.p0", VOID, self.at(pointer, offset), I32(0), I32(3), I32(1))
+    def prefetch(self, pointer: ir.Value, offset: ir.Value | int = 0, cache: int = 1) -> None:
+        """Asks for a line that is read soon, into the first or second cache. Never faults, wherever it points."""
+        self.call("llvm.prefetch.p0", VOID, self.at(pointer, offset), I32(0), I32(4 - cache), I32(1))
+
+    def barrier(self) -> None:
+        """No instruction: LLVM moves no read and no write across. For loops that fill the registers: it would read
+        ahead, and put what it has read onto the stack."""
+        self.b.fence("seq_cst", "singlethread")
 
     def memory(self, num_bytes: int) -> ir.Value:
         """Private scratch on the stack, aligned to 64; at most some 100 KB, which every platform's threads have."""

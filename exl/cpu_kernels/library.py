@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from exl.cpu_kernels.kernel import KernelSpec, build_module
 from exl.cpu_kernels.object_cache import cached_object, object_name
 from exl.cpu_kernels.pool_kernels import Invoke
-from exl.cpu_kernels.processor import target_machine, usable_isas
+from exl.cpu_kernels.processor import refuses_made_code, target_machine, usable_isas
 from exl.errors import KernelError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,9 @@ def compile_object(module: ir.Module, isa: str) -> bytes:
     """Machine code of a module. Its position does not matter."""
     machine = target_machine(isa)
     module.triple = machine.triple
-    parsed = llvm.parse_assembly(str(module))
+    # Otherwise LLVM turns loops that clear memory into calls of a library that not every system's loader finds.
+    text = re.sub(r"^(define .*\))$", r'\1 "no-builtins"', str(module), flags=re.MULTILINE)
+    parsed = llvm.parse_assembly(text)
     parsed.verify()
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     builder.getModulePassManager().run(parsed, builder)
@@ -49,6 +53,9 @@ class Library:
         self.isa = usable[0] if isa is None else isa
         if self.isa not in usable:
             raise KernelError(f"isa: found {isa!r}, this processor has {', '.join(usable)}")
+        refusal = refuses_made_code()
+        if refusal is not None:
+            raise KernelError(refusal)
         self._folder, self._lock = folder, threading.RLock()
         self._addresses: dict[KernelSpec, int] = {}
         self._engines: list[llvm.ExecutionEngine] = []
@@ -99,6 +106,20 @@ class Library:
     def call(self, spec: KernelSpec, args: NDArray[np.int64], num_chunks: int = 1, first: int = 0) -> None:
         """Chunks ``first`` to ``first + num_chunks - 1``, on the calling thread. ``args``: the slots."""
         self._invoke(self.address(spec), args.ctypes.data, first, first + num_chunks)
+
+    def invoke(self, address: int, args: int, num_chunks: int) -> None:
+        """The same, of a kernel whose code is at ``address``, with slots at ``args``: for who measures stages."""
+        self._invoke(address, args, 0, num_chunks)
+
+    def name_of(self, address: int) -> str:
+        """Of the kernel whose code is at ``address``."""
+        return next((spec.name for spec, found in self._addresses.items() if found == address), hex(address))
+
+
+@functools.cache
+def shared_library() -> Library:
+    """The one that models share: the best instruction set, the user's cache. Raises as ``Library`` does, each time."""
+    return Library()
 
 
 def slots(*values: NDArray | int | float | None) -> NDArray[np.int64]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from llvmlite import binding as llvm
 
-from exl import layout
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.replace_file import replace_file
 from exl.user_cache import user_cache_folder
@@ -22,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"exlobj01"  # then sha256 of the code, then the code
 _DIGEST_BYTES = hashlib.sha256().digest_size
-# Layouts that kernels take constants from.
-_LAYOUTS = ("columns.py", "cpu_pages.py", "fields.py", "kv.py")
+OUTSIDE = ("batch.py", "layout/columns.py", "layout/fields.py", "layout/kv.py")  # what kernels take constants from
 
 
 def default_object_folder() -> Path:
@@ -33,12 +31,10 @@ def default_object_folder() -> Path:
 @functools.cache
 def _sources() -> bytes:
     """Digest of the code that writes kernels. Hashing their IR instead would mean building it at each start."""
-    own, layouts = Path(__file__).parent, Path(layout.__file__).parent
-    paths = [*sorted(own.glob("*.py")), *(layouts / name for name in _LAYOUTS)]
+    own = Path(__file__).parent
     together = hashlib.sha256()
-    for path in paths:
-        if path.exists():
-            together.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in (*sorted(own.glob("*.py")), *(own.parent / name for name in OUTSIDE)):
+        together.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return together.digest()
 
 
@@ -60,6 +56,19 @@ def cached_object(name: str, compile_: Callable[[], bytes], folder: Path | None 
     if trusted:
         _write(folder / name, data)
     return data
+
+
+def read_note(name: str, folder: Path | None = None) -> str | None:
+    """What ``write_note`` left in the folder; None: nothing that can be trusted."""
+    folder = default_object_folder() if folder is None else folder
+    data = _read(folder / name) if _is_ours(folder) else None
+    return None if data is None else data.decode(errors="replace")
+
+
+def write_note(name: str, text: str, folder: Path | None = None) -> None:
+    folder = default_object_folder() if folder is None else folder
+    if _is_ours(folder):
+        _write(folder / name, text.encode())
 
 
 def _is_ours(folder: Path) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import _thread
 import collections
 import ctypes
+import functools
 import os
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +56,7 @@ class Program:
         skip = -raw.ctypes.data // 8 % STAGE_SLOTS  # stages begin at a cache line
         self.table = raw[skip : skip + len(stages) * STAGE_SLOTS].reshape(-1, STAGE_SLOTS)
         self.active = np.full(8, CLOSED, np.int64)
+        self.pid = os.getpid()  # of the process whose threads may be in it
         first_flag = self._flags.ctypes.data
         library.load(stage.kernel for stage in stages)
         for row, stage, size in zip(self.table, stages, most, strict=True):
@@ -83,14 +86,16 @@ class Pool:
     def __init__(self, library: Library, num_threads: int) -> None:
         self.library, self.num_threads = library, num_threads
         signature = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 5)  # gives Python's lock away during the call
-        self._enter = signature(library.address(_RUN))
+        self._walk = functools.partial(_walk, signature(library.address(_RUN)))
         self._workers: list[_Worker] = []
         self._pid: int | None = None
+        weakref.finalize(self, _stop, self._workers)  # a pool that nobody closes; workers do not hold it
 
     def run(self, program: Program) -> None:
         """Returns when all stages are done. If the program repeats, a thread may still be in it: see ``settle``."""
         self.settle(program)
         program.clear()
+        program.pid = os.getpid()
         for worker in self._ready():
             if worker.idle:  # the others would find this run done
                 worker.wake(program)
@@ -100,7 +105,7 @@ class Pool:
         """Waits until no thread is in the program's last run."""
         pause = 0.0
         while program.active[0] != CLOSED:
-            if self._pid != os.getpid():  # the threads that were in it are the parent's
+            if program.pid != os.getpid():  # the threads that were in it are the parent's
                 program.active[0] = CLOSED
                 return
             time.sleep(pause)
@@ -108,30 +113,40 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers. May be called again; a later run starts new ones."""
-        workers, self._workers = self._workers, []
-        if self._pid == os.getpid():
-            for worker in workers:
-                worker.stop()
-            for worker in workers:
-                worker.thread.join(_CLOSE_SECONDS)
+        workers = _stop(self._workers)
+        for worker in workers:
+            worker.thread.join(_CLOSE_SECONDS)
         self._pid = None
 
     def _ready(self) -> list[_Worker]:
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._workers = [_Worker(self._walk) for _ in range(self.num_threads - 1)]
+            self._workers.clear()
+        while len(self._workers) < self.num_threads - 1:  # also after an interrupt in the middle
+            self._workers.append(_Worker(self._walk))
         return self._workers
 
-    def _walk(self, program: Program, mode: int = 0) -> None:
-        table, active = program.table.ctypes.data, program.active.ctypes.data
-        self._enter(table, program.num_stages, active, _SPIN_CYCLES, mode | (REPEAT if program.repeats else 0))
+
+def _walk(enter: Callable[..., None], program: Program, mode: int = 0) -> None:
+    """A thread's way through a program; ``enter`` is ``RunStages``."""
+    table, active = program.table.ctypes.data, program.active.ctypes.data
+    enter(table, program.num_stages, active, _SPIN_CYCLES, mode | (REPEAT if program.repeats else 0))
+
+
+def _stop(workers: list[_Worker]) -> list[_Worker]:
+    """Tells workers to end, those of this process; returns them, and empties the list."""
+    stopped = [worker for worker in workers if worker.pid == os.getpid()]
+    workers.clear()
+    for worker in stopped:
+        worker.stop()
+    return stopped
 
 
 class _Worker:
     """Sleeps in a lock, which every platform has, until it is handed a program."""
 
-    def __init__(self, walk) -> None:
-        self._walk = walk
+    def __init__(self, walk: Callable[[Program], None]) -> None:
+        self.pid, self._walk = os.getpid(), walk
         self._jobs: collections.deque[Program | None] = collections.deque()
         self._lock = _thread.allocate_lock()
         self._lock.acquire()
@@ -140,8 +155,8 @@ class _Worker:
 
     @property
     def idle(self) -> bool:
-        """Asleep, or about to sleep. A worker that has been woken and has not run yet is not."""
-        return self._lock.locked() and not self._jobs
+        """Whether waking it does something. One that has been woken and does not run yet sees all jobs when it does."""
+        return self._lock.locked()
 
     def wake(self, program: Program | None) -> None:
         self._jobs.append(program)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
+import os
 import platform
+import sys
 
 from llvmlite import binding as llvm
 
@@ -24,6 +28,20 @@ def usable_isas() -> tuple[str, ...]:
         return ()
     found = {name for name, there in llvm.get_host_cpu_features().items() if there}
     return tuple(isa for isa, features in ISAS.items() if isa != "neon" and found.issuperset(features))
+
+
+def refuses_made_code() -> str | None:
+    """Why this system does not run code that the process itself has written, as under SELinux without execmem; None: it
+    does. LLVM would end the process where it finds out."""
+    if sys.platform == "win32" or not hasattr(mmap, "MAP_PRIVATE"):
+        return None
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held = ctypes.c_char.from_buffer(page)
+    held.value = b"\xc3"
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    failed = libc.mprotect(ctypes.addressof(held), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC)
+    return f"the system forbids code that is made at run time ({os.strerror(ctypes.get_errno())})" if failed else None
 
 
 def target_machine(isa: str) -> llvm.TargetMachine:

@@ -23,13 +23,15 @@ from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
 from exl.layout.attention import MAX_NEW_TOKENS
+from exl.layout.cpu_steps import arena_bytes, scratch_sizes
 from exl.layout.layers import LayerLayout
 from exl.layout.specs import Target
 from exl.memory.device import free_bytes
 from exl.models.decoder import Decoder
 from exl.ops.base import Ops
+from exl.ops.cpu_target import cpu_target
 from exl.ops.cuda_ops import CudaOps
-from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.ops.torch_ops import TorchOps
 from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
@@ -60,7 +62,7 @@ class Engine:
 
     @property
     def decode_steps(self) -> str | None:
-        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
+        """How decode steps run: replayed as graphs, or launched one by one and why. None through torch."""
         return self.generator.runner.decode_steps
 
     def synchronize(self) -> None:
@@ -138,6 +140,11 @@ def build_engine(
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
+        stack.callback(ops.fence)  # before: a thread may be late in the last step, and read weights
+        if model.target.compiled:
+            from exl.engine.kernels_ahead import load_kernels
+
+            load_kernels(Decoder(files.config, ops), weights, model, kv)
         runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
@@ -209,7 +216,7 @@ def _make_ops(
     threads: int | None,
 ) -> Ops:
     if backend is None:
-        return TorchOps(model.target, model.kv_layout, model.limits, Threads(thread_limit(threads)))
+        return _cpu_ops(model, stack, thread_limit(threads))
     embed = model.embed.linears["embed"][0]
     rows_of = embed if plan.placement.embed is Tier.DISK else None
     ops = CudaOps(
@@ -222,6 +229,22 @@ def _make_ops(
         plan.num_pages,
         act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,
         dependent=dependent,
+    )
+    stack.callback(ops.close)
+    return ops
+
+
+def _cpu_ops(model: PlanInput, stack: ExitStack, num_threads: int) -> Ops:
+    if not model.target.compiled:
+        return TorchOps(model.target, model.kv_layout, model.limits, Threads(num_threads))
+    from exl.cpu_kernels.library import shared_library
+    from exl.ops.compiled_ops import CompiledOps, CompiledSizes
+
+    head = model.head if model.head.linears else model.embed
+    scratch = scratch_sizes((*model.layers, head), model.limits, model.arithmetic)
+    sizes = CompiledSizes(scratch, arena_bytes(model.layers, model.limits, model.arithmetic, head))
+    ops = CompiledOps(
+        *(shared_library(), model.target, model.kv_layout, model.limits, sizes, model.arithmetic, num_threads)
     )
     stack.callback(ops.close)
     return ops

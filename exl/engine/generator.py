@@ -66,8 +66,9 @@ class Generator:
         natural logarithms of the softmax of the plain logits, without penalty, temperature and filters.
         ``prompt_progress`` is called after each layer of a prefill window.
 
-        ``reuse_prefix`` takes the part of the prompt that is in the cache instead of computing it again. Results are
-        equal up to rounding, not bit for bit: the cached rows were computed in other chunks.
+        ``reuse_prefix`` takes the part of the prompt that is in the cache instead of computing it again. Through
+        the CPU's own kernels the results are the same; else equal up to rounding, not bit for bit: the cached rows were
+        computed in other chunks.
 
         All pages that the request can need are reserved first, so that it cannot run out of memory once it has begun.
         Closing the iterator frees them. Raises ``ConfigError`` for a prompt that is empty, foreign or too long.
@@ -166,6 +167,7 @@ class Generator:
                 held.append(match.copy_from)
                 if num_pages - len(pages) <= self.pool.num_free:
                     pages += self.pool.allocate(num_pages - len(pages))
+                    self.runner.decoder.ops.fence()  # a late thread of the last step may still write to its page
                     self.runner.kv.copy_pages([match.copy_from], [pages[len(match.pages)]])
                     self.pool.release([match.copy_from])
                 # The page to copy from is the one that lacks: it is written in place, or left to its other holders.

@@ -63,12 +63,12 @@ class Runner:
         self._residual = buffer("residual")
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
-        self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.backend is not None else None
+        self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
 
     @property
     def decode_steps(self) -> str | None:
-        """How decode steps run on a GPU: replayed as graphs, or launched one by one and why. None on a CPU."""
-        if self.decoder.ops.backend is None:
+        """How decode steps run: replayed as graphs, or launched one by one and why. None through torch."""
+        if not self.decoder.ops.captures:
             return None
         return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
 
@@ -140,6 +140,7 @@ class Runner:
                 ops.select(i)
                 with self._measured(h.shape[0]):
                     decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
+            ops.launch()
             self.weights.release(layer_idx)
             if tell is not None:
                 tell.layer_done(layer_idx)

@@ -1,4 +1,5 @@
-"""Decode steps as CUDA graphs: the launches of a step are captured once and replayed, at little cost to the host.
+"""Decode steps that are captured once and replayed, at little cost to the host: as CUDA graphs, or as programs of the
+CPU's own kernels.
 
 ``Ops.stage`` copies a step's inputs to fixed addresses, outside of the graph; the addresses of weights, cache and
 buffers are fixed too. So one graph serves all steps of one shape: batch bucket and bound of the context lengths.
@@ -28,7 +29,7 @@ class StepGraphs:
     """
 
     def __init__(self, ops: Ops, weights: WeightSource) -> None:
-        """``ops`` with a backend."""
+        """``ops`` that capture."""
         self._ops = ops
         self._weight_stream = weights if isinstance(weights, DeviceStream) else None
         self._replays: dict[Hashable, Callable[[], None]] = {}
@@ -96,7 +97,7 @@ class StepGraphs:
             weights.rest()
             weights.settle()
         try:
-            replay = self._ops.backend.capture(run)
+            replay = self._ops.capture(run)
             if weights is not None:
                 weights.captured()
             return replay, None

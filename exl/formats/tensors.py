@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import TensorInfo
 from exl.errors import CheckpointError, UnsupportedModelError
+from exl.layout.specs import NormSpec
 
 FLOAT_DTYPES = ("f32", "f16", "bf16")
 
@@ -55,7 +56,13 @@ def to_float(values: NDArray, dtype: str) -> NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
-def read_vector(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
-    """A norm's weight [N] as f32, exactly. ``name`` is the tensor's: ``"model.norm.weight"``."""
-    require_float(checkpoint, name, 1)
-    return read_float(checkpoint, name)
+def read_norm(checkpoint: Checkpoint, name: str, spec: NormSpec) -> NDArray[np.float32]:
+    """A norm [width] as a blob holds it: ``(w + offset) * scale``, rounded to f32 once, or the exact w.
+
+    ``name`` is the tensor's: ``"model.norm.weight"``. Raises ``CheckpointError`` if it is missing or misshapen.
+    """
+    expect_shape(require_float(checkpoint, name, 1), (spec.width,), f"the norm {spec.name}")
+    weight = read_float(checkpoint, name)
+    if (spec.offset, spec.scale) == (0.0, 1.0):
+        return weight
+    return ((weight.astype(np.float64) + spec.offset) * spec.scale).astype(np.float32)

@@ -22,6 +22,7 @@ from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
 from exl.layout.samples import MAX_ROWS, NUM_BINS, PART, ROW, scratch_shapes, table_bytes
+from exl.logarithm import natural_log
 from exl.sampling import no_distribution
 
 NUM_THREADS = 512
@@ -73,7 +74,7 @@ def pack_tables(batch: SamplingBatch, num_rows: int, max_seen: int, vocab_size: 
         temperature, top_p, min_p = float(batch.temperature[i]), float(batch.top_p[i]), float(batch.min_p[i])
         row["uniform"] = int(float(batch.uniform[i]) * 2.0**64)
         row["top_p"] = max(1, math.ceil(top_p * 2.0**64)) if top_p < 1.0 else 0
-        row["log_min_p"] = math.log(min_p) if min_p > 0.0 else -math.inf
+        row["log_min_p"] = natural_log(min_p) if min_p > 0.0 else -math.inf
         row["temperature"], row["top_k"] = temperature, batch.top_k[i]
         row["penalty"] = penalty = float(batch.repetition_penalty[i])
         if temperature > 0.0:  # where the scale is no f32, what is not equal to the largest logit weighs nothing anyway

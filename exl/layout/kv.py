@@ -60,7 +60,8 @@ class KVLayout:
 
 
 class PageOffsets(NamedTuple):
-    """Bytes from the start of one page of one kv head on a GPU, [K codes | K scales | V codes | V scales]."""
+    """Bytes from the start of one page of one kv head, [K codes | K scales | V codes | V scales]: on a GPU, and where
+    the CPU's own kernels attend."""
 
     k_scales: int
     v_codes: int

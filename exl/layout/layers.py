@@ -13,7 +13,7 @@ from types import MappingProxyType
 from exl.errors import KernelError, UnsupportedModelError
 from exl.layout.columns import ColumnLayout
 from exl.layout.fields import BLOB_ALIGN, FIELD_ALIGN, Field, FieldPacker, align_up
-from exl.layout.specs import BlobSpec, LinearSpec, Target
+from exl.layout.specs import BlobSpec, LinearSpec, NormSpec, Target
 from exl.layout.tiles import ROWS, TileLayout
 
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's kernel takes
@@ -30,7 +30,7 @@ class LinearLayout:
       scales_zeros bf16 [G, N, 2] for torch's decode kernel
     - ``planes``: codes u8 [N, K * bits / 8] in bit planes (see ``docs/formats.md``), scales [N, G], zeros u8 [N, G]
 
-    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. For the CPU's own kernels:
+    Scales have the file's type. Besides, where the spec has them: bias f32 [N], order i32 [K]. For exl's own kernels:
 
     - ``dense``: weight [N, K] in the file's type
     - ``columns``: records u8 as ``exl/layout/columns.py`` says
@@ -133,11 +133,12 @@ def tile_layout(spec: LinearSpec) -> TileLayout:
 class LayerLayout:
     """One blob: resident bytes = stream buffer bytes = bytes in the packed file.
 
-    Norm ``attn_norm`` is the field of that name, f32. Segment i of ``qkv`` is ``linears["qkv"][i]``; its fields
-    are ``qkv.<i>.codes`` and so on.
+    Norm ``attn_norm`` is the field of that name, f32, its values as ``NormSpec`` says. Segment i of ``qkv`` is
+    ``linears["qkv"][i]``; its fields are ``qkv.<i>.codes`` and so on.
     """
 
     fields: Mapping[str, Field]
+    norms: tuple[NormSpec, ...]
     linears: Mapping[str, tuple[LinearLayout, ...]]
     num_bytes: int  # multiple of BLOB_ALIGN
 
@@ -156,8 +157,8 @@ class LayerLayout:
 def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
     """Norms first, then the linears in the order in which a pass meets them."""
     pack = FieldPacker()
-    for name, width in spec.norms:
-        pack.add(name, "f32", (width,))
+    for norm in spec.norms:
+        pack.add(norm.name, "f32", (norm.width,))
     linears: dict[str, tuple[LinearLayout, ...]] = {}
     if target.kind == "cuda":
         _check_cuda(dict(spec.linears), target)
@@ -169,7 +170,9 @@ def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
                 pack.fields[f"{name}.{i}.{key}"] = field.shifted(base)
             pack.num_bytes = base + layout.num_bytes
         linears[name] = layouts
-    return LayerLayout(MappingProxyType(pack.fields), MappingProxyType(linears), align_up(pack.num_bytes, BLOB_ALIGN))
+    return LayerLayout(
+        MappingProxyType(pack.fields), spec.norms, MappingProxyType(linears), align_up(pack.num_bytes, BLOB_ALIGN)
+    )
 
 
 def packs_in_order(layout: LayerLayout) -> bool:

@@ -120,8 +120,21 @@ def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpe
 
 
 @dataclass(frozen=True)
-class BlobSpec:
-    """What one blob holds: norms by name and width, then fused groups of linears by name."""
+class NormSpec:
+    """One norm of a blob, which holds ``(w + offset) * scale`` of the checkpoint's w.
 
-    norms: tuple[tuple[str, int], ...]
+    Gemma's norms multiply by 1 + w: ``offset`` is 1. ``scale`` takes a constant factor of what the norm feeds.
+    """
+
+    name: str
+    width: int
+    offset: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class BlobSpec:
+    """What one blob holds: norms, then fused groups of linears by name."""
+
+    norms: tuple[NormSpec, ...]
     linears: tuple[tuple[str, tuple[LinearSpec, ...]], ...]

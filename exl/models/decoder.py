@@ -8,7 +8,17 @@ import torch
 
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import ModelConfig
-from exl.ops.base import AttentionSpec, LayerWeights, Linear, Norm, Ops
+from exl.ops.base import (
+    AttentionSpec,
+    Branch,
+    EmbedSpec,
+    GatedMlp,
+    LayerWeights,
+    Linear,
+    LogitsSpec,
+    Norm,
+    Ops,
+)
 
 
 @dataclass(frozen=True)
@@ -31,20 +41,20 @@ class Decoder:
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Tokens of the selected batch -> h [T, C]."""
-        self.ops.embed(table, h)
+        self.ops.embed(table, h, EmbedSpec())
 
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:
         """One pre-norm transformer block over the selected batch; h [T, C] in place, ``buffers`` of T rows."""
         ops, qkv, attn, mlp = self.ops, buffers.qkv, buffers.attn, buffers.mlp
         ops.project(h, self._norm(w.attn_norm), w.qkv, qkv)
         ops.attend(qkv, self._attention(layer_idx, w), layer_idx, kv, attn, w.o)
-        ops.add_projection(attn, w.o, h)
-        ops.gated_mlp(h, self._norm(w.mlp_norm), w.gate_up, mlp, w.down)
-        ops.add_projection(mlp, w.down, h)
+        ops.add_projection(attn, w.o, h, Branch())
+        ops.gated_mlp(h, self._norm(w.mlp_norm), w.gate_up, GatedMlp(), mlp, w.down)
+        ops.add_projection(mlp, w.down, h, Branch())
 
     def head(self, final_norm: torch.Tensor, head: Linear, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits of the selected batch's logit rows, a view of ``out`` [R, V]."""
-        return self.ops.logits(h, self._norm(final_norm), head, None, out)
+        return self.ops.logits(h, self._norm(final_norm), head, LogitsSpec(), out)
 
     def _norm(self, weight: torch.Tensor) -> Norm:
         return Norm(weight, self.config.rms_norm_eps)

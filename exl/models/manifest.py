@@ -12,7 +12,7 @@ from exl.formats.load import matrix_spec
 from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
-from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target, fuse
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target, fuse
 from exl.models.other_names import other_names
 from exl.models.registry import NAME_TABLES, NameTable
 
@@ -85,7 +85,7 @@ class _ManifestReader:
             raise other_names(self.checkpoint, names)
         embed, head = self._embed_and_head()
         layers = tuple(self._layer(f"{names.layers}.{i}.") for i in range(config.num_layers))
-        norms = (("final_norm", self._norm(names.final_norm, config.hidden_size)),)
+        norms = (self._norm(names.final_norm, NormSpec("final_norm", config.hidden_size)),)
         head_linears = () if head is None else (("head", (LinearSpec((head,)),)),)
         self._refuse_unexpected()
         embed_spec = BlobSpec((), (("embed", (LinearSpec((embed,)),)),))
@@ -146,10 +146,9 @@ class _ManifestReader:
             "down": ((inter, hidden),),
         }
         biased = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
-        norm_widths = {"attn_norm": hidden, "mlp_norm": hidden}
+        norms = [NormSpec("attn_norm", hidden), NormSpec("mlp_norm", hidden)]
         if config.qk_norm:
-            norm_widths |= {"q_norm": head_dim, "k_norm": head_dim}
-        norms = tuple((key, self._norm(prefix + names.norms[key], size)) for key, size in norm_widths.items())
+            norms += [NormSpec("q_norm", head_dim), NormSpec("k_norm", head_dim)]
         linears = tuple(
             (
                 key,
@@ -163,7 +162,7 @@ class _ManifestReader:
             )
             for key in shapes
         )
-        return BlobSpec(norms, linears)
+        return BlobSpec(tuple(self._norm(prefix + names.norms[norm.name], norm) for norm in norms), linears)
 
     def _matrix(self, name: str, K: int, N: int, *, bias: bool = False) -> MatrixSpec:
         spec = matrix_spec(self.checkpoint, name, self.quant)
@@ -177,14 +176,16 @@ class _ManifestReader:
         self.seen |= {f"{name}.{part}" for part in ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")}
         return spec
 
-    def _norm(self, name: str, size: int) -> int:
+    def _norm(self, name: str, spec: NormSpec) -> NormSpec:
         info = self.checkpoint.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.checkpoint.path}: {name} is missing")
-        if tuple(info.shape) != (size,):
-            raise CheckpointError(f"{self.checkpoint.path}: {name}: found shape {list(info.shape)}, expected [{size}]")
+        if tuple(info.shape) != (spec.width,):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name}: found shape {list(info.shape)}, expected [{spec.width}]"
+            )
         self.seen.add(name)
-        return size
+        return spec
 
     def _refuse_unexpected(self) -> None:
         extra = [n for n in self.checkpoint.tensors if n not in self.seen and not n.endswith(self.names.ignored)]

@@ -7,7 +7,7 @@ buffer at a fixed address. Rows ``[0, num_decode_rows)`` of the selected batch r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,7 +40,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 class Norm:
     """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
 
-    weight: torch.Tensor  # [C] f32
+    weight: torch.Tensor  # [C] f32, with what a family adds or multiplies already in it (``exl.layout.specs.NormSpec``)
     eps: float
 
 
@@ -72,6 +72,42 @@ class AttentionSpec:
     rope: RopeConfig
     q_norm: Norm | None  # over each head's channels, before RoPE
     k_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class EmbedSpec:
+    """How rows of the embedding become the residual stream: ``scale * row``."""
+
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """What a gated MLP computes between its linears: ``activation(gate) * up``.
+
+    ``activation``: "silu", x / (1 + exp(-x)), or "gelu_tanh", 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    """
+
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How the output y of a block joins the residual stream: ``h += scale * post_norm(y)``."""
+
+    scale: float = 1.0
+    post_norm: Norm | None = None
+
+
+PLAIN_BRANCH = Branch()  # h += y
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """What becomes of the head's products x: ``scale * x``, under a softcap ``softcap * tanh(scale * x / softcap)``."""
+
+    softcap: float | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,14 +172,20 @@ class Samples(Protocol):
 
 
 class Ops(Protocol):
-    """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on."""
+    """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on.
+
+    What a family adds to an operation is a field of its spec: ``EmbedSpec``, ``AttentionSpec``, ``GatedMlp``,
+    ``Branch`` or ``LogitsSpec``. An operation raises ``UnsupportedModelError`` for what the backend has no kernel for;
+    it ignores no field.
+    """
 
     device: torch.device
     act_dtype: torch.dtype
     target: Target
     backend: Backend | None  # compiles and launches kernels; None: the backend has no kernels of its own
-    threads: Threads | None  # how many of the CPU's compute; None: a GPU computes
+    threads: Threads | None  # how many of torch's compute; None: torch does not
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
+    captures: bool  # whether ``capture`` does anything
     runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout
 
@@ -165,6 +207,13 @@ class Ops(Protocol):
         ``output_order`` i32 [F]: for gate and up, the order in which ``down`` wants its inputs (``packs_in_order``).
         """
 
+    def close(self) -> None:
+        """Gives back what the operations own besides memory; nothing may be run afterwards. May be called again."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        """``step`` calls operations on the selected batch. Returns what runs the same for any staged batch of the same
+        ``step_key``, at little cost; None: this device cannot."""
+
     # step
     def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
         """The only host-to-device copies of a pass; outside any graph. Selects the first batch. () releases all.
@@ -178,12 +227,15 @@ class Ops(Protocol):
         """Later operations start only after all earlier ones have ended, including copies on other streams for which
         the stream waits."""
 
+    def launch(self) -> None:
+        """All operations so far are begun, at the latest: a backend may gather them until a result is asked for."""
+
     @property
     def step_key(self) -> Hashable:
         """A key of the selected batch: batches with equal keys launch the same kernels with the same arguments."""
 
-    def embed(self, table: Linear, h: torch.Tensor) -> None:
-        """Token ids of the selected batch -> h [T, C] f32."""
+    def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
+        """Token ids of the selected batch -> h [T, C] f32: their rows of the table as ``spec`` says."""
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
         """out [T, N] = norm(h) W + b."""
@@ -202,16 +254,24 @@ class Ops(Protocol):
         ``consumer``: the linear that reads ``out``. A backend may store ``out`` in the order of its act-order.
         """
 
-    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
-        """out [T, F] = silu(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
-        """h [T, C] += scale * (x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with ``consumer=w``."""
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with
+        ``consumer=w``."""
 
-    def logits(
-        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Rows ``logit_rows`` of h -> logits f32 [R, V], written to out[:R], which is returned."""
+    def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
+        """Rows ``logit_rows`` of h -> logits f32 [R, V], norm(h) W as ``spec`` says, written to out[:R], which is
+        returned."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         """Logits [R, V] -> R tokens, kept on the device until the next call: the next batch may refer to sample i as

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
-from exl.errors import KernelError
+from exl.errors import KernelError, UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
@@ -45,7 +45,19 @@ from exl.layout.pages import PageLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
-from exl.ops.base import TORCH_DTYPES, AttentionSpec, Linear, Norm, Segments, TableRows
+from exl.ops.base import (
+    PLAIN_BRANCH,
+    TORCH_DTYPES,
+    AttentionSpec,
+    Branch,
+    EmbedSpec,
+    GatedMlp,
+    Linear,
+    LogitsSpec,
+    Norm,
+    Segments,
+    TableRows,
+)
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_embedding import RowStaging
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
@@ -57,6 +69,7 @@ class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
 
     threads = None
+    captures = True
 
     def __init__(
         self,
@@ -97,6 +110,7 @@ class CudaOps:
         self._sumsq = self._view(arena.fields["sums of squares"])
         self._normed = self._view(arena.fields["normed"])
         self._samples = self._view(arena.fields["samples"])
+        self._rope = rope  # of the angles that each batch brings
         self._owned = ExitStack()
         tables = self._view(arena.fields["tables"])
         self._staging = Staging(backend, tables, limits, rope, num_pages, self._owned)
@@ -114,6 +128,9 @@ class CudaOps:
 
     def close(self) -> None:
         self._owned.close()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        return self.backend.capture(step)
 
     def _view(self, field: Field, base: int = 0) -> torch.Tensor:
         raw = self._slab[base + field.offset : base + field.offset + field.num_bytes]
@@ -161,6 +178,9 @@ class CudaOps:
     def fence(self) -> None:
         self._fenced = True
 
+    def launch(self) -> None:
+        pass
+
     def _may_overlap(self) -> bool:
         """Whether the next launch may start before its predecessor has ended."""
         fenced, self._fenced = self._fenced, False
@@ -196,7 +216,10 @@ class CudaOps:
     def step_key(self) -> BatchShape:
         return self._now.shape
 
-    def embed(self, table: Linear, h: torch.Tensor) -> None:
+    def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
+        if spec.scale != 1.0:
+            raise UnsupportedModelError(f"scale of the embedding: found {spec.scale:g}, expected 1 on a GPU")
+
         def record(backend: Backend) -> None:
             embed(
                 *(backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
@@ -226,8 +249,11 @@ class CudaOps:
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        pages, q_norm, k_norm = kv.layer(layer_idx), spec.q_norm, spec.k_norm
-        eps = 0.0 if q_norm is None else q_norm.eps
+        if spec.rope is not self._rope and spec.rope != self._rope:
+            raise UnsupportedModelError(
+                f"RoPE of layer {layer_idx}: found {spec.rope}, expected {self._rope}, which all layers share on a GPU"
+            )
+        pages, eps = kv.layer(layer_idx), _head_eps(spec)
         key = (
             "attend",
             place(qkv),
@@ -239,7 +265,7 @@ class CudaOps:
             spec.softcap,
             eps,
         )
-        norms = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
+        norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
         self._run(
             key,
             self._bind(pages, *norms, consumer),
@@ -276,7 +302,19 @@ class CudaOps:
             )
             attention_prefill(*(backend, self._pages, q, batch.prefill_tables, pages, out, params), **common)
 
-    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if spec.activation != "silu":
+            raise UnsupportedModelError(
+                f"activation of the gated MLP: found {spec.activation!r}, expected silu on a GPU"
+            )
         key = "gated_mlp", place(h), place(out), norm.eps
         self._run(
             key,
@@ -298,16 +336,17 @@ class CudaOps:
             *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
         )
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        if branch.post_norm is not None:
+            raise UnsupportedModelError("norm of a block's output: found one, expected none on a GPU")
+
         def record(backend: Backend) -> None:
             for linear in w:
-                self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), scale))
+                self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), branch.scale))
 
-        self._run(("add_projection", place(x), place(h), scale), self._bind(w), record)
+        self._run(("add_projection", place(x), place(h), branch.scale), self._bind(w), record)
 
-    def logits(
-        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
-    ) -> torch.Tensor:
+    def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         done = sum(stop - start for start, stop in self._now.shape.logit_runs)
         if head.layout.kind == "dense" and self.target.arch < MIN_ARCH:
             self._logits(self.backend, h, norm, head, out)  # cuBLAS is handed the weight: nothing to record
@@ -318,8 +357,10 @@ class CudaOps:
                 lambda backend: self._logits(backend, h, norm, head, out),
             )
         out = out[:done]
-        if softcap is not None:
-            out.div_(softcap).tanh_().mul_(softcap)
+        if spec.scale != 1.0:
+            out.mul_(spec.scale)
+        if spec.softcap is not None:
+            out.div_(spec.softcap).tanh_().mul_(spec.softcap)
         return out
 
     def _logits(self, backend: Backend, h: torch.Tensor, norm: Norm, head: Linear, out: torch.Tensor) -> None:
@@ -403,4 +444,13 @@ class CudaOps:
 
 def _head_norms(spec: AttentionSpec) -> HeadNorms:
     q, k = spec.q_norm, spec.k_norm
-    return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, 0.0 if q is None else q.eps)
+    return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
+
+
+def _head_eps(spec: AttentionSpec) -> float:
+    """The epsilon that the norms of q and k share; 0 without norms."""
+    q, k = spec.q_norm, spec.k_norm
+    if q is not None and k is not None and q.eps != k.eps:
+        raise UnsupportedModelError(f"norms of q and k: found epsilons {q.eps} and {k.eps}, expected the same on a GPU")
+    norm = k if q is None else q
+    return 0.0 if norm is None else norm.eps

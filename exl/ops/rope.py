@@ -3,6 +3,9 @@
 Formulas: RoPE (arXiv 2104.09864), linear and NTK scaling as in transformers, yarn (arXiv 2309.00071), llama3
 (Llama 3.1's reference code). Computed in float32, like transformers: at position 100,000, an error of half a unit in
 the last place of a frequency visibly shifts the phase.
+
+The bits are the same on every machine: nothing here calls a mathematical library's exp, log or pow, or NumPy's, which
+choose their code by the processor. Of NumPy's arithmetic only what IEEE 754 defines is used.
 """
 
 from __future__ import annotations
@@ -13,6 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.checkpoint.config import RopeConfig
+from exl.logarithm import natural_log
+
+_LN2 = (0.6931471804855391, 7.440617110012397e-11)  # high and low part: n * high is exact for |n| < 2^20
+_TAYLOR = tuple(1 / math.factorial(i) for i in range(14))
+_LARGEST_LOG = 200.0  # e^200 is beyond float32
 
 
 def rotary_dim(rope: RopeConfig, head_dim: int) -> int:
@@ -29,9 +37,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[N
     theta, factor = rope.theta, rope.factor
     if rope.kind == "dynamic":
         stretch = factor * max(length, rope.max_position) / rope.max_position - (factor - 1)
-        theta = theta * stretch ** (dim / (dim - 2))
+        theta = theta * float(_power(stretch, np.float64(dim / (dim - 2))))
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    freq = np.float32(1) / np.power(np.float32(theta), exponent)
+    freq = np.float32(1) / _power(float(np.float32(theta)), exponent.astype(np.float64)).astype(np.float32)
     if rope.kind == "linear":
         return freq / np.float32(factor), 1.0
     if rope.kind == "llama3":
@@ -43,6 +51,21 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[N
 
 def depends_on_length(rope: RopeConfig) -> bool:
     return rope.kind == "dynamic"
+
+
+def _power(base: float, exponent: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
+    """``base ** exponent`` to 2^-48 of itself, for base >= 0; results beyond e^-200 or e^200 become that.
+
+    With x = exponent * ln(base), n = rint(x / ln 2) and r = x - n ln 2: 2^n times Taylor's series of e^r.
+    """
+    log = min(max(natural_log(base), -1e300), 1e300)  # finite, so that base ** 0 is 1 for each
+    x = np.clip(exponent * log, -_LARGEST_LOG, _LARGEST_LOG)
+    n = np.rint(x * (1 / _LN2[0]))
+    r = (x - n * _LN2[0]) - n * _LN2[1]
+    y = np.full_like(r, _TAYLOR[-1])
+    for coefficient in _TAYLOR[-2::-1]:
+        y = y * r + coefficient
+    return np.ldexp(y, n.astype(np.int32))
 
 
 def _llama3(rope: RopeConfig, freq: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -61,7 +84,7 @@ def _yarn(rope: RopeConfig, freq: NDArray[np.float32], dim: int) -> NDArray[np.f
     """Channels with many rotations within the original length keep their frequency; those with few are interpolated."""
 
     def channel(rotations: float) -> float:
-        return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dim * natural_log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * natural_log(rope.theta))
 
     low, high = channel(rope.beta_fast), channel(rope.beta_slow)
     if rope.truncate:
@@ -78,7 +101,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
         return rope.attention_factor
 
     def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * natural_log(rope.factor) + 1.0
 
     if rope.mscale and rope.mscale_all_dim:
         return mscale(rope.mscale) / mscale(rope.mscale_all_dim)

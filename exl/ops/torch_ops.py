@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
+from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.kv import KVLayout
 from exl.layout.layers import LinearLayout
@@ -19,17 +21,28 @@ from exl.layout.specs import Target
 from exl.layout.steps import StepLimits, scratch_bytes
 from exl.memory.host import host_tensor
 from exl.ops import torch_attention
-from exl.ops.base import AttentionSpec, Linear, Norm, Segments, TableRows
-from exl.ops.torch_linear import Scratch, matmul, pack_linear, probe_int4pack
+from exl.ops.base import (
+    PLAIN_BRANCH,
+    AttentionSpec,
+    Branch,
+    EmbedSpec,
+    GatedMlp,
+    Linear,
+    LogitsSpec,
+    Norm,
+    Segments,
+    TableRows,
+)
+from exl.ops.torch_linear import Scratch, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
 
 _GRAIN_SIZE = 32768  # at::internal::GRAIN_SIZE
 
-
-def cpu_target() -> Target:
-    """The CPU target, with the int4pack order of this machine's torch."""
-    return Target("cpu", int4pack=probe_int4pack())
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class TorchOps:
     act_dtype = torch.float32
     backend = None
     dependent = False
+    captures = False
     runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits, threads: Threads | None = None) -> None:
@@ -79,6 +93,12 @@ class TorchOps:
             "logits": (limits.max_logit_rows, limits.vocab_size),
         }[name]
         return host_tensor([rows, width], torch.float32, "activations")
+
+    def close(self) -> None:
+        pass
+
+    def capture(self, step: Callable[[], None]) -> None:
+        return None
 
     # load
 
@@ -114,12 +134,17 @@ class TorchOps:
     def fence(self) -> None:
         pass
 
+    def launch(self) -> None:
+        pass
+
     @property
     def step_key(self) -> None:
         return None
 
-    def embed(self, table: Linear, h: torch.Tensor) -> None:
+    def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
         h.copy_(table.fields["weight"].index_select(0, self._now.token_ids))
+        if spec.scale != 1.0:
+            h.mul_(spec.scale)
 
     def _input(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
@@ -147,12 +172,25 @@ class TorchOps:
     ) -> None:
         torch_attention.attend(qkv, spec, self._now, layer_idx, kv, out, self.threads)
 
-    def gated_mlp(self, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments = ()) -> None:
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        activation = _ACTIVATIONS.get(spec.activation)
+        if activation is None:
+            raise UnsupportedModelError(
+                f"activation of the gated MLP: found {spec.activation!r}, expected {' or '.join(_ACTIVATIONS)}"
+            )
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
         self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
         with self._split(T * width):
-            gate = F.silu(both[:, :width])
+            gate = activation(both[:, :width])
         torch.mul(gate, both[:, width:], out=out)
 
     def _split(self, num_elements: int) -> AbstractContextManager[None]:
@@ -160,14 +198,12 @@ class TorchOps:
         so that bits depend on where shares end; up to its grain size there is one share."""
         return nullcontext() if num_elements <= _GRAIN_SIZE else self.threads.all()
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         y = self._fused[: h.numel()].view(h.shape)
         self._multiply(x, w, y, self._now.batch.num_decode_rows)
-        h.add_(y, alpha=scale)
+        h.add_(self._input(y, branch.post_norm), alpha=branch.scale)
 
-    def logits(
-        self, h: torch.Tensor, norm: Norm, head: Linear, softcap: float | None, out: torch.Tensor
-    ) -> torch.Tensor:
+    def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         rows = self._now.logit_rows
         out = out[: len(rows)]
         if len(rows) == 0:
@@ -175,11 +211,13 @@ class TorchOps:
         num_decode_rows = int((rows < self._now.batch.num_decode_rows).sum())
         x = self._input(h.index_select(0, rows), norm)
         self._multiply(x, (head,), out, num_decode_rows)
-        if softcap is not None:
-            out.div_(softcap)
+        if spec.scale != 1.0:
+            out.mul_(spec.scale)
+        if spec.softcap is not None:
+            out.div_(spec.softcap)
             with self._split(out.numel()):
                 out.tanh_()
-            out.mul_(softcap)
+            out.mul_(spec.softcap)
         return out
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:

@@ -39,6 +39,7 @@ def plan(
     resident_layers: int | None = None,
     head: str | int = "file",
     embed: str = "auto",
+    arithmetic: str | None = None,
     depth: int | None = None,
     vram_speed: int | str | Sequence[int | str] | None = None,
     pcie: int | str | Sequence[int | str] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exl.layout.cpu_steps import arena_bytes, scratch_sizes
 from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
 from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
@@ -29,7 +30,7 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
     buffer_bytes = max(layer_bytes[num_resident:], default=0)
     num_pages = model.num_pages
     resident_bytes = sum(layer_bytes[:num_resident])
-    steps, scratch = step_bytes(limits), scratch_bytes(limits, model.target)
+    steps = step_bytes(limits)
     lines = [
         PlanLine("embedding", device, model.embed.num_bytes, True),
         PlanLine("resident layers", device, resident_bytes, True, f"{num_resident} of {len(layer_bytes)}"),
@@ -45,10 +46,8 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),
         PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
-        PlanLine("scratch of operations", device, sum(scratch.values()), True),
     ]  # fmt: skip
-    temporaries = torch_temporaries(model)
-    lines.append(PlanLine("temporaries", device, temporaries, False, "torch's own, while an operation runs"))
+    lines += _compiled_lines(model) if model.target.compiled else _torch_lines(model)
     if model.tokenizer_bytes:
         lines.append(PlanLine("tokenizer", device, _TOKENIZER_FACTOR * model.tokenizer_bytes, False))
     # While loading, memory holds the file's bytes of some layers and unpacked codes of one, but the buffers of a step
@@ -64,6 +63,29 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
     return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, num_buffers, budgets)
 
 
+def _torch_lines(model: PlanInput) -> list[PlanLine]:
+    device, scratch = model.target.kind, scratch_bytes(model.limits, model.target)
+    return [
+        PlanLine("scratch of operations", device, sum(scratch.values()), True),
+        PlanLine("temporaries", device, torch_temporaries(model), False, "torch's own, while an operation runs"),
+    ]
+
+
+def _compiled_lines(model: PlanInput) -> list[PlanLine]:
+    device, limits = model.target.kind, model.limits
+    layers = (*model.layers, model.head) if model.head.linears else (*model.layers, model.embed)
+    scratch = sum(scratch_sizes(layers, limits, model.arithmetic).values())
+    arena = arena_bytes(model.layers, limits, model.arithmetic, layers[-1])
+    return [
+        PlanLine("scratch of operations", device, scratch, True, f"activations in {model.arithmetic}"),
+        PlanLine("recorded steps", device, 2 * arena, True, "a place for each value, twice"),
+        PlanLine("kernels", device, _KERNEL_BYTES, False, "compiled for this processor; llvmlite"),
+        PlanLine("temporaries", device, _SAMPLING_BYTES * limits.vocab_size, False, "while a token is drawn"),
+    ]
+
+
+_KERNEL_BYTES = 96 << 20  # llvmlite with the kernels loaded takes 60 MB; compiling them, the first time, some more
+_SAMPLING_BYTES = 64  # per token of the vocabulary: its logit in f64, shifted, sorted, and its weight
 _LOADED_FIRST = ("embedding", "resident layers", "stream buffers", "head and final norm")
 _TOKENIZER_FACTOR = 8
 _TABLE_PIECE_BYTES = 4 << 20

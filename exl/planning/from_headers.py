@@ -15,6 +15,7 @@ from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_qua
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.formats.settle_quant import settle_quant
+from exl.layout.cpu_steps import ARITHMETIC, DEFAULT_ARITHMETIC
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
@@ -54,6 +55,7 @@ class EngineOptions:
     embed: str = "auto"  # on a GPU: or "device", "disk": see docs/memory.md
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
+    arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -86,6 +88,8 @@ class EngineOptions:
             raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
         if self.embed not in EMBED:
             raise ConfigError(f"embed: found {self.embed!r}, expected one of {', '.join(EMBED)}")
+        if self.arithmetic is not None and self.arithmetic not in ARITHMETIC:
+            raise ConfigError(f"arithmetic: found {self.arithmetic!r}, expected one of {', '.join(ARITHMETIC)}")
         if self.prefill_window < self.prefill_chunk:
             raise ConfigError(
                 f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
@@ -217,7 +221,7 @@ def _checked_depth(depth: int, context: int) -> int:
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
     context = options.context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
-    layout = DeviceKVLayout if target.kind == "cuda" else KVLayout
+    layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     model = PlanInput(
         config=config,
         embed=layouts.embed,
@@ -229,6 +233,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         num_sequences=options.max_sequences,
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
+        arithmetic=_arithmetic(options, target),
     )
     if target.kind == "cuda":
         _check_pages(files, options)
@@ -248,6 +253,20 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
             )
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
     return plan, model
+
+
+def _arithmetic(options: EngineOptions, target: Target) -> str | None:
+    """Of the kernels that quantized layers run through, if there is a choice."""
+    if target.compiled:
+        return options.arithmetic or DEFAULT_ARITHMETIC
+    if options.arithmetic is not None:
+        where = (
+            "on a GPU there is one arithmetic"
+            if target.kind == "cuda"
+            else ("they cannot run on this machine (`exl info` says why), and torch's have one arithmetic")
+        )
+        raise ConfigError(f"arithmetic: found {options.arithmetic!r}, which is for exl's own kernels on a CPU; {where}")
+    return None
 
 
 def _check_pages(files: ModelFiles, options: EngineOptions) -> None:

@@ -55,9 +55,8 @@ def describe_machine(
         raise ConfigError(f"vram: found {len(sizes)} sizes for {len(cards)} cards, expected one for each, or none")
     num_gpus = len(cards) or (0 if sizes is None else len(sizes))
     if not num_gpus:
-        # Every x86 and ARM build of torch has int4pack; in which order it keeps the nibbles changes no size.
         _refuse_without_gpu(arch=arch, vram_speed=links.vram_speed, pcie=links.pcie)
-        return Machine(Target("cpu", int4pack="split64"), None, _speeds((), 0, links))
+        return Machine(Target("cpu", compiled=True), None, _speeds((), 0, links))
     found_arch, notes = _arch(cards, given_arch)
     if cards and sizes is None:
         sizes = tuple(usable_bytes(card.visible_bytes - started_bytes(card.arch), card.arch, "linux") for card in cards)

@@ -47,9 +47,9 @@ def _several_gpus(plan: MemoryPlan) -> Note | None:
 
 
 def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> Note | None:
-    """What ``head=8`` would gain, if the head is dense: the difference of the two plans. A GPU's kernels multiply codes
-    as they read them. A CPU writes panels of f32 first, and no gain in speed has been measured there: memory is all
-    that is told."""
+    """What ``head=8`` would gain, if the head is dense: the difference of the two plans. exl's own kernels multiply
+    codes as they read them. torch's, on a CPU, write panels of f32 first, and no gain in speed has been measured there:
+    memory is all that is told."""
     if rounded is None or not rounded[0].fits:
         return None
     other, of_other = rounded
@@ -62,12 +62,12 @@ def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan,
     place = "VRAM" if on_gpu else "RAM"
     layers = f"keep {more_layers} more layer{'s' if more_layers > 1 else ''} in {place}"
     grows = _exact_bytes(other, on_gpu) - _exact_bytes(plan, on_gpu)
-    if not on_gpu:
+    if not on_gpu and not model.target.compiled:
         text = layers if more_layers else f"save {format_bytes(-grows)} of RAM" if grows < 0 else ""
         return Note("advice", f"head=8 would {text}") if text else None
     # More memory without more layers: the embedding is the head; it stays beside the new one, or moves to RAM.
-    more_ram = _exact_bytes(other, False) - _exact_bytes(plan, False)
-    more = ((0 if more_layers else grows, "VRAM"), (more_ram, "RAM"))
+    more_ram = _exact_bytes(other, False) - _exact_bytes(plan, False) if on_gpu else 0
+    more = ((0 if more_layers else grows, place), (more_ram, "RAM"))
     costs = [f"{format_bytes(num_bytes)} more of {memory}" for num_bytes, memory in more if num_bytes > 0]
     rest = (f" and {layers}" if more_layers else "") + (f", for {' and '.join(costs)}" if costs else "")
     return Note("advice", f"head=8 would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{rest}")

@@ -192,6 +192,7 @@ class PlanInput:
     num_sequences: int = 1
     tokenizer_bytes: int = 0  # size of tokenizer.json
     layer_file_bytes: int = 0  # bytes of the largest layer in the checkpoint
+    arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
 
     @property
     def num_pages(self) -> int:

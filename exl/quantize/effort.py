@@ -21,6 +21,7 @@ _FLOP_F64 = 5.5e-5  # factorizations run at a lower rate, too
 _ELEMENT = 1e-3  # one pass over one f32 of activations, which come from memory
 _WEIGHT = 1.75e-4  # one pass over one weight: groups and rows stay in the processor's caches
 _INPUT = 80.0  # the calls that round one input of a linear
+_COMPILED = 0.012  # to fit a weight's grid and to round it, by compiled kernels
 _READ = 7e-3  # one weight, from the file to f32
 _BYTE = 1e-3  # written to disk
 _TENSOR = 500.0  # opened, read and written
@@ -37,20 +38,30 @@ class Effort:
     config: ModelConfig
     options: QuantizeOptions
     layer: Mapping[str, Sequence[ModulePlan]]
+    compiled: bool  # kernels round the weights, not torch
 
-    def capture(self, name: str, chunk: ForwardBatch) -> int:
-        """The chunk through the layer up to the linear ``name``, and its rows' part of the Hessian."""
-        T, (K, N) = chunk.num_rows, self._shape(name)
-        before = 0.0
-        for earlier in self.layer:
-            if earlier == name:
-                break
-            before += self._multiply(earlier, T) + (self._attend(chunk) if earlier == "qkv" else 0.0)
-        hessian = _FLOP * T * K * (K + 1024) + _ELEMENT * K * K  # blocks of its lower triangle
+    def chunk(self, name: str, chunk: ForwardBatch) -> int:
+        """A chunk through the span of the layer that ends at the linear ``name``, or at its "outputs", and its rows'
+        part of the Hessian."""
+        T = chunk.num_rows
+        run = {
+            "qkv": 0.0,
+            "o": self._multiply("qkv", T) + self._attend(chunk),
+            "gate_up": self._multiply("o", T),
+            "down": self._multiply("gate_up", T),
+            "outputs": self._multiply("down", T),
+        }
+        if name == "outputs":
+            return round(run[name])
+        K, N = self._shape(name)
+        hessian = _FLOP * T * K * (K + 256) + _ELEMENT * K * K  # blocks of its lower triangle
         if not self._follows_dense:
-            return round(before + hessian)
-        # Both streams compute their outputs, and the drift is summed.
-        return round(2 * (before + self._multiply(name, T)) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
+            return round(run[name] + hessian)
+        if name in ("qkv", "gate_up"):  # what the inputs lack
+            return round(run[name] + hessian + _FLOP * 2 * T * K * K)
+        # What the outputs lack, and the dense stream through half of the layer.
+        outputs = self._multiply(name, T)
+        return round(2 * (run[name] + outputs) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
 
     def read(self) -> int:
         """A layer's weights, once for each stream."""
@@ -63,12 +74,10 @@ class Effort:
             return round(_WEIGHT * _ROUND_PASSES * K * N)
         factor = _FLOP_F64 * (4 / 3) * K**3
         products = _FLOP * K * K * N * (5 if self._follows_dense else 1)
-        passes = _FIT_PASSES + _UPDATE_PASSES + _ROUND_PASSES
-        return round(_INPUT * K + factor + products + _WEIGHT * passes * K * N)
-
-    def outputs(self, chunk: ForwardBatch) -> int:
-        """The chunk through the whole quantized layer."""
-        return round(sum(self._multiply(name, chunk.num_rows) for name in self.layer) + self._attend(chunk))
+        rounding = _COMPILED * K * N
+        if not self.compiled:
+            rounding = _INPUT * K + _WEIGHT * (_FIT_PASSES + _UPDATE_PASSES) * K * N
+        return round(factor + products + rounding + _WEIGHT * _ROUND_PASSES * K * N)
 
     def write(self, num_bytes: int) -> int:
         """A tensor of the output."""
@@ -76,8 +85,9 @@ class Effort:
 
     def whole_layer(self, chunks: Sequence[ForwardBatch], is_last: bool) -> int:
         """All steps of one layer. Nothing reads the last layer's outputs, so they are not computed."""
-        work = sum(self.solve(name) + sum(self.capture(name, chunk) for chunk in chunks) for name in self.layer)
-        return self.read() + work + (0 if is_last else sum(map(self.outputs, chunks)))
+        spans = [*self.layer, *([] if is_last else ["outputs"])]
+        work = sum(self.chunk(name, chunk) for name in spans for chunk in chunks)
+        return self.read() + work + sum(map(self.solve, self.layer))
 
     @property
     def _follows_dense(self) -> bool:

@@ -12,11 +12,11 @@ import torch
 
 from exl.errors import ExlError
 from exl.quantize.grid import Grid
+from exl.quantize.rounding import BLOCK, Rounding, TorchRounding
 from exl.threads import Threads
 
-_BLOCK = 128  # inputs per block: their updates to later blocks are applied together, as one matrix product
 _MAX_DAMP = 1.0
-_COLUMNS = 1024  # columns of the Hessian that are computed at a time: bounds the temporary memory
+_ROWS = 256  # rows of the Hessian that are computed at a time: larger blocks waste more of their upper triangle
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,19 @@ class Hessian:
     def __init__(self, K: int, N: int = 0) -> None:
         """``K``: inputs. ``N``: outputs, to record ``drift`` as well; 0: no drift."""
         self._sum = torch.zeros(K, K, dtype=torch.float64)
+        self._product = torch.empty(min(K, _ROWS) * K)
         self._drift = torch.zeros(K, N) if N else None
         self.num_rows = 0
 
     def add(self, x: torch.Tensor, lack: torch.Tensor | None = None) -> None:
         """Adds rows x f32 [T, K]; ``lack`` f32 [T, N]: dense outputs minus outputs, needed if drift is recorded."""
         K = x.shape[1]
-        for start in range(0, K, _COLUMNS):  # the lower triangle suffices
-            stop = min(K, start + _COLUMNS)
-            self._sum[start:, start:stop] += x[:, start:].T @ x[:, start:stop]
+        for start in range(0, K, _ROWS):  # the lower triangle suffices
+            stop = min(K, start + _ROWS)
+            product = self._product[: (stop - start) * stop].view(stop - start, stop)
+            self._sum[start:stop, :stop] += torch.mm(x[:, start:stop].T, x[:, :stop], out=product)
         if self._drift is not None:
-            self._drift += x.T @ lack
+            self._drift.addmm_(x.T, lack)
         self.num_rows += x.shape[0]
 
     def finish(self) -> torch.Tensor:
@@ -87,7 +89,7 @@ def gptq(
     static_groups: bool = False,
     damp: float = 0.01,
     drift: torch.Tensor | None = None,
-    threads: Threads | None = None,
+    rounding: Rounding | None = None,
 ) -> QuantizedWeight:
     """W [K, N], H f64 [K, K] -> codes that keep the change of ``x W`` small over the rows x of H. W is f32 or f64, and
     the rounding works in that type.
@@ -101,13 +103,12 @@ def gptq(
     With ``drift`` (:class:`Hessian`) the target is W + (H + damp)^-1 drift instead of W: a least-squares correction of
     the error that the outputs already have. The same idea as GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695).
 
-    ``threads``: how many compute what is many small operations; None: as many as torch is set to. Products and factors
-    always run with torch's own number, because their bits depend on it.
+    ``rounding``: what rounds the weights of a block; None: torch. All of them give the same codes.
 
     Overwrites H, so that at most three matrices of its size are alive at once. Raises ``ExlError`` if H is not finite.
     """
     K = weight.shape[0]
-    threads = Threads(torch.get_num_threads()) if threads is None else threads
+    rounding = TorchRounding(Threads(torch.get_num_threads())) if rounding is None else rounding
     order = torch.arange(K)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -118,21 +119,14 @@ def gptq(
         weight += U.T @ (U @ drift[order].to(weight.dtype))
     back = torch.argsort(order)
     if act_order and static_groups:
-        grouped = weight[back].view(K // group_size, group_size, -1)
-        scales, zeros = map(torch.stack, zip(*(_fit(grid, group, threads) for group in grouped), strict=True))
-        g_idx = order // group_size
-        codes = _solve(weight, U, grid, g_idx, scales, zeros, 0, threads)
+        scales, zeros = rounding.fit(grid, weight[back], group_size)
+        g_idx, fit_size = order // group_size, 0
     else:
         scales = weight.new_empty(K // group_size, weight.shape[1])
         zeros = torch.empty_like(scales)
-        g_idx = torch.arange(K) // group_size
-        codes = _solve(weight, U, grid, g_idx, scales, zeros, group_size, threads)
+        g_idx, fit_size = torch.arange(K) // group_size, group_size
+    codes = _solve(weight, U, grid, g_idx, scales, zeros, fit_size, rounding)
     return _result(codes[back], scales, zeros, g_idx[back])
-
-
-def _fit(grid: Grid, group: torch.Tensor, threads: Threads) -> tuple[torch.Tensor, torch.Tensor]:
-    with threads.measured(f"fit {group.shape[1]}", 1):
-        return grid.fit(group)
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -142,9 +136,9 @@ def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     reversal, ``J H J = L L^T`` gives ``H = V V^T`` with ``V = J L J`` upper triangular, and ``U = V^-1``. Damping grows
     tenfold until the factor exists. The mean leaves out inputs that were always 0.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise ExlError("the calibration activations are not finite")
     diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):  # then all of it is: |x y| <= (x^2 + y^2) / 2
+        raise ExlError("the calibration activations are not finite")
     live = diagonal[diagonal > 0]
     mean = float(live.mean()) if len(live) else 1.0
     added = 0.0
@@ -167,24 +161,22 @@ def _solve(
     scales: torch.Tensor,
     zeros: torch.Tensor,
     group_size: int,
-    threads: Threads,
+    rounding: Rounding,
 ) -> torch.Tensor:
     """Codes [K, N] in the order of ``weight``, which it overwrites. If ``group_size`` is above 0, each group's grid is
     fitted when its first input is reached, and written to ``scales`` and ``zeros``."""
     codes = torch.empty_like(weight)
-    groups = g_idx.tolist()
     for start, stop in _blocks(len(weight), group_size):
-        errors = torch.empty_like(weight[start:stop])
-        with threads.measured(f"solve {weight.shape[1]}", stop - start):
-            for i in range(start, stop):
-                g = groups[i]
-                if group_size and i % group_size == 0:
-                    scales[g], zeros[g] = grid.fit(weight[i : i + group_size])
-                codes[i] = grid.codes(weight[i], scales[g], zeros[g])
-                error = (weight[i] - (codes[i] - zeros[g]) * scales[g]) / U[i, i]
-                weight[i + 1 : stop] -= torch.outer(U[i, i + 1 : stop], error)
-                errors[i - start] = error
-        weight[stop:] -= U[start:stop, stop:].T @ errors
+        fit_size = group_size
+        if group_size > BLOCK:  # the grid of a group that begins here; blocks are parts of it
+            fit_size, g = 0, start // group_size
+            if start % group_size == 0:
+                found = rounding.fit(grid, weight[start : start + group_size], group_size)
+                scales[g : g + 1], zeros[g : g + 1] = found
+        block = slice(start, stop)
+        factor = U[block, block].T.contiguous()
+        errors = rounding.round(grid, weight[block], factor, g_idx[block], scales, zeros, fit_size, codes[block])
+        weight[stop:].addmm_(U[block, stop:].T, errors, alpha=-1)
     return codes
 
 
@@ -193,14 +185,14 @@ def _blocks(K: int, group_size: int) -> list[tuple[int, int]]:
 
     So when a group begins, all of its weights have received all updates so far, and its grid can be fitted.
     """
-    if 0 < group_size <= _BLOCK:
-        step = _BLOCK // group_size * group_size
+    if 0 < group_size <= BLOCK:
+        step = BLOCK // group_size * group_size
         return [(start, min(K, start + step)) for start in range(0, K, step)]
     group_size = group_size or K
     return [
-        (start, min(start + _BLOCK, first + group_size))
+        (start, min(start + BLOCK, first + group_size))
         for first in range(0, K, group_size)
-        for start in range(first, first + group_size, _BLOCK)
+        for start in range(first, first + group_size, BLOCK)
     ]
 
 

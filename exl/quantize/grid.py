@@ -8,12 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0  # f16's smallest and largest above 0; loaders may divide by a scale
 # The search multiplies the group's span by _STEPS factors from _STRETCH down to _SHRINK. A factor above 1 makes the
 # grid coarser, but its points may fit the weights better.
 _STRETCH, _SHRINK, _STEPS = 1.1, 0.4, 40
-_REFITS = 3
+FACTORS = (1.0, *(_STRETCH + (_SHRINK - _STRETCH) * i / (_STEPS - 1) for i in range(_STEPS)))
+REFITS = 3
+_SUMS = 8
+
+
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """[n, N] -> [N], in the same order on every machine: row r goes to sum r mod 8, and the 8 are added by halves."""
+    x = F.pad(x, (0, 0, 0, -len(x) % _SUMS)).view(-1, _SUMS, x.shape[1])
+    total = x[0].clone()
+    for rows in x[1:]:
+        total += rows
+    while len(total) > 1:
+        low, high = total.chunk(2)
+        total = low + high
+    return total[0]
 
 
 def round_to_f16(scale: torch.Tensor) -> torch.Tensor:
@@ -74,17 +89,15 @@ class Grid:
         least = torch.full_like(scale, torch.inf)
 
         def consider(new_scale: torch.Tensor, new_zero: torch.Tensor) -> None:
-            error = self.codes(w, new_scale, new_zero).sub_(new_zero).mul_(new_scale).sub_(w).square_().sum(0)
+            error = sum_rows(self.codes(w, new_scale, new_zero).sub_(new_zero).mul_(new_scale).sub_(w).square_())
             better = error < least
             for old, new in ((least, error), (scale, new_scale), (zero, new_zero)):
                 old.copy_(torch.where(better, new, old))
 
-        consider(scale, zero)
-        for i in range(_STEPS):
-            factor = _STRETCH + (_SHRINK - _STRETCH) * i / (_STEPS - 1)
+        for factor in FACTORS:
             consider(*self.params(low * factor, high * factor))
-        for _ in range(_REFITS):
+        for _ in range(REFITS):
             steps = self.codes(w, scale, zero).sub_(zero)  # in units of the scale
-            best = (w * steps).sum(0) / steps.square().sum(0).clamp_(min=1)
+            best = sum_rows(w * steps) / sum_rows(steps.square()).clamp_(min=1)
             consider(round_to_f16(best), zero)
         return scale, zero

@@ -1,4 +1,4 @@
-"""Runs calibration sequences through one layer at a time, and captures the inputs and outputs of its linears.
+"""Runs calibration sequences through one layer at a time, or a part of it, and captures the inputs of its linears.
 
 The forward pass is the decoder's own, over ``TorchOps``; none of it is repeated here.
 """
@@ -6,7 +6,7 @@ The forward pass is the decoder's own, over ``TorchOps``; none of it is repeated
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,54 +15,102 @@ from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.formats.load import load_matrix
-from exl.formats.tensors import read_float, read_vector
+from exl.formats.tensors import read_float, read_norm
 from exl.layout.kv import KVLayout
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments
-from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.ops.base import (
+    PLAIN_BRANCH,
+    AttentionSpec,
+    Branch,
+    GatedMlp,
+    LayerWeights,
+    Linear,
+    Norm,
+    Segments,
+    view_field,
+    view_segments,
+)
+from exl.ops.cpu_target import torch_target
+from exl.ops.torch_ops import TorchOps
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.threads import Threads, layer_kind
 
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
 
-class _Captured(Exception):
-    """Carries the captured tensors out of a layer and skips the rest of the layer."""
+@dataclass(frozen=True)
+class Passed:
+    """What ``LayerPass.run`` found where it stopped."""
 
-    def __init__(self, x: torch.Tensor, output: torch.Tensor | None) -> None:
+    x: torch.Tensor | None  # [T, K], inputs of the linear where it stopped; valid until the next call
+    branch: Branch | None  # how the last linear of the span that adds to the residual stream does so
+
+
+class _Stopped(Exception):
+    """Skips the rest of a layer; ``x`` are the inputs of the linear where it stopped."""
+
+    def __init__(self, x: torch.Tensor) -> None:
         self.x = x
-        self.output = output
 
 
-class _CapturingOps(TorchOps):
-    """Stops at ``target_linear`` by raising ``_Captured`` with its input and, if asked, its output.
+class _SpanOps(TorchOps):
+    """Leaves out a layer's operations before the one with the linear ``start``, and stops at the linear ``stop``."""
 
-    The output includes the residual, if the linear adds to one.
-    """
+    start: Segments | None = None
+    stop: Segments | None = None
+    branch: Branch | None = None
 
-    target_linear: Segments | None = None
-    with_output = False
-    _residual: torch.Tensor | None = None
+    def _skips(self, w: Segments) -> bool:
+        if self.start is not None and w is not self.start:
+            return True
+        self.start = None
+        return False
 
-    def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
-        if w is not self.target_linear:
-            super()._multiply(x, w, out, num_decode_rows)
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+        if self._skips(w):
             return
-        if not self.with_output:
-            raise _Captured(x, None)
-        super()._multiply(x, w, out, num_decode_rows)
-        raise _Captured(x, out if self._residual is None else out.add_(self._residual))
+        if w is self.stop:
+            raise _Stopped(self._input(h, norm))
+        super().project(h, norm, w, out)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, scale: float = 1.0) -> None:
-        self._residual = h
-        try:
-            super().add_projection(x, w, h, scale)
-        finally:
-            self._residual = None
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if self.start is None:
+            super().attend(qkv, spec, layer_idx, kv, out, consumer)
+
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise _Stopped(self._input(h, norm))
+        super().gated_mlp(h, norm, w, spec, out, consumer)
+
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise _Stopped(x)
+        super().add_projection(x, w, h, branch)
+        self.branch = branch
 
 
 class _OneLayerCache(KVCache):
@@ -101,7 +149,7 @@ class LayerPass:
             head_dim=config.head_dim,
         )
         kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _CapturingOps(cpu_target(), kv_layout, limits, threads)
+        self._ops = _SpanOps(torch_target(), kv_layout, limits, threads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
         self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
@@ -136,9 +184,9 @@ class LayerPass:
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         names = self.manifest.names
         prefix = f"{names.layers}.{layer_idx}."
-        for norm, _ in spec.norms:
-            vector = torch.from_numpy(read_vector(self.checkpoint, prefix + names.norms[norm]))
-            view_field(blob, layout.fields[norm]).copy_(vector)
+        for norm in layout.norms:
+            vector = torch.from_numpy(read_norm(self.checkpoint, prefix + names.norms[norm.name], norm))
+            view_field(blob, layout.fields[norm.name]).copy_(vector)
         weights = LayerWeights.view(layout, blob)
         for name, _ in linears:
             (linear,) = getattr(weights, name)
@@ -153,30 +201,34 @@ class LayerPass:
         if f"{name}.bias" in self.checkpoint.tensors:
             linear.fields["bias"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.bias"))
 
-    def run(self, layer_idx: int, weights: LayerWeights, chunk: ForwardBatch, h: torch.Tensor) -> None:
-        """Runs the chunk's hidden states h [T, C] through the layer, in place."""
-        self._ops.target_linear = None
-        self._ops.stage([chunk])
-        with self._ops.threads.measured(layer_kind(len(h)), len(h)):
-            self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
+    def run(
+        self,
+        layer_idx: int,
+        weights: LayerWeights,
+        chunk: ForwardBatch,
+        h: torch.Tensor,
+        *,
+        start: str | None = None,
+        x: torch.Tensor | None = None,
+        stop: str | None = None,
+    ) -> Passed:
+        """Runs the chunk's hidden states h [T, C] through the layer, in place: from the linear ``start`` (None: the
+        first) to the linear ``stop``, which is not run (None: to the end).
 
-    def listen(
-        self, layer_idx: int, weights: LayerWeights, name: str, chunk: ForwardBatch, h: torch.Tensor, output: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs [T, K] of the linear ``name`` and, if ``output``, its outputs [T, N], else None.
-
-        Outputs include the residual that the linear adds to; those of "down" are thus the layer's outputs. Both are
-        valid until the next call. Overwrites h.
+        A span that starts at "gate_up" takes h as attention has left it; one that starts at "o" or "down" also takes
+        the inputs ``x`` [T, K] of that linear.
         """
-        self._ops.target_linear = getattr(weights, name)
-        self._ops.with_output = output
-        self._ops.stage([chunk])
-        try:
-            with self._ops.threads.measured(f"{layer_kind(len(h))} to {name}, {output}", len(h)):
-                try:
-                    self._decoder.layer(layer_idx, weights, self._buffers.rows(len(h)), h, self._kv)
-                except _Captured as captured:
-                    return captured.x, captured.output
-        finally:
-            self._ops.target_linear = None
-        raise AssertionError(f"layer {layer_idx} has no linear {name}")
+        ops, buffers = self._ops, self._buffers.rows(len(h))
+        ops.start, ops.stop = (None if name is None else getattr(weights, name) for name in (start, stop))
+        ops.branch = None
+        if x is not None:
+            inputs = buffers.attn if start == "o" else buffers.mlp
+            if x.data_ptr() != inputs.data_ptr():
+                inputs.copy_(x)
+        ops.stage([chunk])
+        with ops.threads.measured(f"{layer_kind(len(h))} from {start} to {stop}", len(h)):
+            try:
+                self._decoder.layer(layer_idx, weights, buffers, h, self._kv)
+            except _Stopped as stopped:
+                return Passed(stopped.x, ops.branch)
+        return Passed(None, ops.branch)

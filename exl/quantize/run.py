@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,14 +28,16 @@ from exl.models.manifest import read_manifest
 from exl.ops.base import LayerWeights
 from exl.quantize.calibration import read_calibration
 from exl.quantize.effort import Effort
-from exl.quantize.gptq import Hessian, QuantizedWeight, gptq, round_to_nearest
+from exl.quantize.gptq import QuantizedWeight, gptq, round_to_nearest
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
+from exl.quantize.listen import Heard, Listener, scratch_width
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
-from exl.quantize.work import WorkFolder, read_rows, write_atomically
+from exl.quantize.rounding import Rounding, make_rounding
+from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart
@@ -44,7 +46,7 @@ Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py`
 
 _LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer computes them
 _DEFAULT_SEQ_LEN = 2048
-_ALGORITHM = 1  # version: raised by each change that makes unfinished runs impossible to resume
+_ALGORITHM = 2  # version: raised by each change after which a run that is resumed would write other bytes
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def quantize(
     try:
         with ExitStack() as stack:
             stack.enter_context(using(limit))
-            return _Run(stack.enter_context(Checkpoint.open(src)), dst, options, progress, Threads(limit)).run()
+            checkpoint, choices = stack.enter_context(Checkpoint.open(src)), Threads(limit)
+            rounding = stack.enter_context(closing(make_rounding(choices)))
+            return _Run(checkpoint, dst, options, progress, choices, rounding).run()
     except OSError as error:
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
 
@@ -93,8 +97,9 @@ class _Run:
         options: QuantizeOptions,
         progress: Progress | None,
         threads: Threads,
+        rounding: Rounding,
     ) -> None:
-        self.checkpoint, self.dst, self.options, self.threads = checkpoint, dst, options, threads
+        self.checkpoint, self.dst, self.options, self.rounding = checkpoint, dst, options, rounding
         folder = checkpoint.folder
         self.config_json = read_json(folder / "config.json")
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
@@ -108,7 +113,7 @@ class _Run:
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
-        self.effort = Effort(self.config, options, self.plan.layers[0])
+        self.effort = Effort(self.config, options, self.plan.layers[0], compiled=rounding.compiled)
         num_layers = self.config.num_layers
         layers = [self.effort.whole_layer(self.layers.chunks, i + 1 == num_layers) for i in range(num_layers)]
         self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last
@@ -184,7 +189,9 @@ class _Run:
 
     def _check_space(self, work: WorkFolder) -> None:
         """Raises ``ExlError`` now if the disk will be full later: a run may take hours."""
-        hidden = 2 * len(self.streams) * sum(map(len, self.sequences)) * self.config.hidden_size * 4
+        num_streams = len(self.streams)
+        width = 2 * num_streams * self.config.hidden_size + scratch_width(self.config, num_streams)
+        hidden = 4 * width * sum(map(len, self.sequences))
         weights = 2 * sum(map(entry_bytes, self._entries()))
         there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
         needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
@@ -201,6 +208,8 @@ class _Run:
         weights = self.layers.read_layer(layer_idx)
         dense = self.layers.read_layer(layer_idx) if "dense" in self.streams else None
         self._step(self._at(layer_idx, "read"), self.effort.read())
+        told = lambda name, chunk: self._step(self._at(layer_idx, name), self.effort.chunk(name, chunk))  # noqa: E731
+        listener = Listener(self.layers, work, layer_idx, weights, dense, told)
         tensors: dict[str, np.ndarray] = {}
         is_last = layer_idx + 1 == self.config.num_layers
         with ExitStack() as stack:
@@ -209,47 +218,16 @@ class _Run:
                 # Renamed when the stack closes, after the layer's file: hidden states must follow a finished layer.
                 write_dense = stack.enter_context(write_atomically(work.hidden_path("dense", layer_idx + 1)))
             for name in _LINEARS:
-                hessian = self._listen(work, layer_idx, name, weights, dense, write_dense if name == "down" else None)
-                tensors |= self._quantize_linear(layer_idx, name, weights, hessian)
+                heard = listener.hear(name, write_dense if name == "down" else None) if self.sequences else None
+                tensors |= self._quantize_linear(layer_idx, name, weights, heard)
                 self._step(self._at(layer_idx, name), self.effort.solve(name))
             entries = self.plan.layer_entries(layer_idx)
             write_safetensors(work.layer_path(layer_idx), entries, (tensors[name] for name, _, _ in entries))
         if self.sequences and not is_last:
-            self._write_hidden(work, layer_idx + 1, {"hidden": self._outputs(work, layer_idx, weights)})
-
-    def _listen(
-        self,
-        work: WorkFolder,
-        layer_idx: int,
-        name: str,
-        weights: LayerWeights,
-        dense: LayerWeights | None,
-        write_dense: Callable[[Any], object] | None,
-    ) -> Hessian | None:
-        """The Hessian of the linear's inputs, as computed by the quantized linears before it, in all layers."""
-        if not self.sequences:
-            return None
-        (linear,) = getattr(weights, name)
-        hessian = Hessian(linear.layout.spec.K, linear.N if dense is not None else 0)
-        start = 0
-        for chunk in self.layers.chunks:
-            stop = start + chunk.num_rows
-            target = None
-            if dense is not None:
-                h = read_rows(work.hidden_path("dense", layer_idx), start, stop, self.config.hidden_size)
-                _, target = self.layers.listen(layer_idx, dense, name, chunk, h, output=True)
-                if write_dense is not None:
-                    write_dense(_as_bytes(target))
-                target = target.clone()
-            h = read_rows(work.hidden_path("hidden", layer_idx), start, stop, self.config.hidden_size)
-            x, output = self.layers.listen(layer_idx, weights, name, chunk, h, output=target is not None)
-            hessian.add(x, None if target is None else target.sub_(output))
-            start = stop
-            self._step(self._at(layer_idx, name), self.effort.capture(name, chunk))
-        return hessian
+            self._write_hidden(work, layer_idx + 1, {"hidden": listener.outputs()})
 
     def _quantize_linear(
-        self, layer_idx: int, name: str, weights: LayerWeights, hessian: Hessian | None
+        self, layer_idx: int, name: str, weights: LayerWeights, heard: Heard | None
     ) -> dict[str, np.ndarray]:
         """The packed tensors of the linear's modules. Replaces the dense weights in ``weights`` by the rounded ones."""
         (linear,) = getattr(weights, name)
@@ -261,7 +239,7 @@ class _Run:
         padded = torch.zeros(out_K, weight.shape[0])
         padded[:K] = weight.T
         try:
-            result = self._solve(padded, K, modules[0].group_size, hessian)
+            result = self._solve(padded, K, modules[0].group_size, heard)
         except ExlError as error:
             raise ExlError(f"{modules[0].name}: {error}") from None
         weight.copy_(result.dequantize()[:K].T)
@@ -273,11 +251,11 @@ class _Run:
             start += module.N
         return tensors
 
-    def _solve(self, weight: torch.Tensor, K: int, group_size: int, hessian: Hessian | None) -> QuantizedWeight:
+    def _solve(self, weight: torch.Tensor, K: int, group_size: int, heard: Heard | None) -> QuantizedWeight:
         """``weight`` [out_K, N]: rows from K on are padding, for inputs that are always 0."""
-        if hessian is None:
+        if heard is None:
             return round_to_nearest(weight, self.grid, group_size)
-        H, drift, num_padding = hessian.finish(), hessian.finish_drift(), len(weight) - K
+        H, drift, num_padding = heard.hessian, heard.drift, len(weight) - K
         if num_padding:
             H = F.pad(H, (0, num_padding, 0, num_padding))
             drift = None if drift is None else F.pad(drift, (0, 0, 0, num_padding))
@@ -290,7 +268,7 @@ class _Run:
             static_groups=self.options.static_groups,
             damp=self.options.damp,
             drift=drift,
-            threads=self.threads,
+            rounding=self.rounding,
         )
 
     def _read_bias(self, module: ModulePlan) -> np.ndarray | None:
@@ -307,21 +285,8 @@ class _Run:
 
     # Hidden states
 
-    def _outputs(self, work: WorkFolder, layer_idx: int, weights: LayerWeights) -> Iterator[torch.Tensor]:
-        start = 0
-        for chunk in self.layers.chunks:
-            h = read_rows(work.hidden_path("hidden", layer_idx), start, start + chunk.num_rows, self.config.hidden_size)
-            self.layers.run(layer_idx, weights, chunk, h)
-            start += chunk.num_rows
-            self._step(self._at(layer_idx, "outputs"), self.effort.outputs(chunk))
-            yield h
-
     def _write_hidden(self, work: WorkFolder, layer_idx: int, streams: dict[str, Any]) -> None:
         for stream, chunks in streams.items():
             with write_atomically(work.hidden_path(stream, layer_idx)) as write:
                 for h in chunks:
-                    write(_as_bytes(h))
-
-
-def _as_bytes(rows: torch.Tensor) -> memoryview:
-    return memoryview(rows.contiguous().numpy()).cast("B")
+                    write(as_bytes(h))

@@ -4,6 +4,7 @@
     layer-0007.safetensors   the quantized tensors of layer 7, finished
     hidden-0008.f32          inputs of layer 8, as computed by the quantized layers
     dense-0008.f32           the same, as computed by the dense layers
+    inputs.f32.part          and others ending so: what is of use only until the layer is finished
 
 A file gets its name only when it is complete. A layer's file is written before the hidden states after it, so the
 hidden states with the highest number tell where to resume.
@@ -67,6 +68,10 @@ class WorkFolder:
     def hidden_path(self, stream: str, layer_idx: int) -> Path:
         return self.path / f"{stream}-{layer_idx:04d}.f32"
 
+    def scratch_path(self, kind: str) -> Path:
+        """Of rows that a run which is resumed makes anew."""
+        return self.path / f"{kind}.f32.part"
+
     def num_finished(self, num_layers: int) -> int:
         """The number of layers, from the first on, that need not be quantized again."""
         finished = 0
@@ -113,6 +118,17 @@ def write_atomically(path: Path) -> Iterator[Callable[[Any], object]]:
         file.flush()
         os.fsync(file.fileno())
     replace_file(part, path)
+
+
+@contextmanager
+def write_scratch(path: Path) -> Iterator[Callable[[Any], object]]:
+    """Writes a file that need not outlive this process."""
+    with open(path, "wb") as file:
+        yield file.write
+
+
+def as_bytes(rows: torch.Tensor) -> memoryview:
+    return memoryview(rows.contiguous().numpy()).cast("B")
 
 
 def read_rows(path: Path, start: int, stop: int, width: int) -> torch.Tensor:

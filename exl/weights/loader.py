@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.errors import CheckpointError
 from exl.formats.load import load_part
-from exl.formats.tensors import read_vector
+from exl.formats.tensors import read_norm
 from exl.layout.layers import LayerLayout, LinearLayout, packs_in_order
 from exl.memory.host import trim_heap
 from exl.ops.base import Linear, Ops, TableRows, view_field, view_segments
@@ -236,9 +236,9 @@ class _Loader:
     def _fill(
         self, blob: torch.Tensor, layout: LayerLayout, checkpoint: Checkpoint, prefix: str, norms: dict[str, str]
     ) -> None:
-        for key in layout.fields.keys() & norms.keys():
-            vector = torch.from_numpy(read_vector(checkpoint, prefix + norms[key]))
-            view_field(blob, layout.fields[key]).copy_(vector)
+        for norm in layout.norms:
+            vector = torch.from_numpy(read_norm(checkpoint, prefix + norms[norm.name], norm))
+            view_field(blob, layout.fields[norm.name]).copy_(vector)
 
         def pack(linear: LinearLayout, start: int, stop: int, order: NDArray[np.int32] | None) -> int:
             parts = [load_part(checkpoint, part, self.quant) for part in linear.spec.parts]

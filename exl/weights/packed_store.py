@@ -75,7 +75,8 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     matrices = [part for some in layout.linears.values() for linear in some for part in linear.spec.parts]
     # As ``formats.load_matrix`` takes it: whether zeros have an offset is not in the layout.
     configs = [repr(quant.for_module(m.name) or quant) for m in matrices if quant is not None and m.quantized]
-    return [layout.num_bytes, fields, linears, configs]
+    norms = [repr(norm) for norm in layout.norms]  # what is done to their values, too
+    return [layout.num_bytes, fields, norms, linears, configs]
 
 
 def packed_path(folder: Path, model: Path, key: bytes) -> Path:

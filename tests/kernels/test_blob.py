@@ -24,7 +24,7 @@ from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_dense import multiply_dense
 from exl.kernels.linear_io import Output
 from exl.layout.layers import layer_layout, linear_layout
-from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.ops.base import view_segments
 
 SM86 = Target("cuda", arch=86)
@@ -40,7 +40,7 @@ def matrix_spec(matrix, symmetric: bool = False) -> MatrixSpec:
 def in_a_blob(parts, spec: LinearSpec, backend, **options):
     """Packs it after a norm and another linear, as in a layer; then finds it by name."""
     other = LinearSpec((MatrixSpec("other", 64, 32, 16, "f16"),))
-    layout = layer_layout(BlobSpec((("attn_norm", 40),), (("o", (other,)), ("qkv", (spec,)))), SM86)
+    layout = layer_layout(BlobSpec((NormSpec("attn_norm", 40),), (("o", (other,)), ("qkv", (spec,)))), SM86)
     blob = np.full(layout.num_bytes, 0xEE, np.uint8)
     start, stop = layout.linear_range("qkv", 0)
     pack_linear(parts, layout.linears["qkv"][0], blob[start:stop], **options)

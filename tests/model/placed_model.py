@@ -14,7 +14,8 @@ from exl.engine.runner import Runner
 from exl.layout.kv import KVLayout
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder
-from exl.ops.torch_ops import TorchOps, cpu_target
+from exl.ops.cpu_target import torch_target
+from exl.ops.torch_ops import TorchOps
 from exl.planning.from_headers import open_model
 from exl.progress import Progress
 from exl.sampling import SamplingParams
@@ -52,7 +53,7 @@ class PlacedModel:
                 vocab_size=config.vocab_size,
                 head_dim=config.head_dim,
             )
-            ops = TorchOps(cpu_target(), kv_layout, limits)
+            ops = TorchOps(torch_target(), kv_layout, limits)
             places = WeightPlaces(resident, num_buffers=num_buffers, packed_folder=packed_folder)
             self.weights = load_weights(files, ops, places, progress)
             self.sizes = [layout.num_bytes for layout in files.manifest.layouts(ops.target).layers]

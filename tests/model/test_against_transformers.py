@@ -1,4 +1,5 @@
 """Logits against transformers: every family, every RoPE scaling, prefill and token by token; every feature matters.
+Through exl's own kernels and through torch's.
 
 Tolerance 2e-4 on logits of order 1: f32 sums in another order, through three layers with weights of 0.1.
 """
@@ -13,8 +14,10 @@ import torch
 
 from exl.checkpoint.config import RopeConfig
 from exl.engine.build import Engine, load_engine
+from exl.layout.specs import Target
 from exl.planning.from_headers import EngineOptions
 from exl.weights.stream import ResidentWeights
+from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
 
@@ -23,8 +26,8 @@ NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, 24 original positions, 
 IDS = some_ids(NUM_TOKENS, seed=1)
 
 
-def _load(folder: Path, **options) -> Engine:
-    return load_engine(folder, EngineOptions(kv_cache="f32", context=128, **options))
+def _load(folder: Path, cpu: Target, **options) -> Engine:
+    return load_engine(folder, EngineOptions(**{"kv_cache": "f32", "context": 128} | options), cpu=cpu)
 
 
 def _decode(engine: Engine, ids: list[int], num_prompt: int) -> torch.Tensor:
@@ -50,59 +53,65 @@ def models(tmp_path_factory):
     return get
 
 
+@with_both
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prefill_equals_transformers(case, models):
+def test_prefill_equals_transformers(case, cpu, models):
     model, folder = models(case)
     expected = prefill_logits(model, IDS)
     assert expected.std() > 0.5  # the logits vary enough for a comparison
-    difference = (all_logits(_load(folder), IDS) - expected).abs().max()
+    difference = (all_logits(_load(folder, cpu), IDS) - expected).abs().max()
     assert difference <= TOLERANCE
 
 
+@with_both
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_token_by_token_equals_transformers(case, models):
+def test_token_by_token_equals_transformers(case, cpu, models):
     model, folder = models(case)
     expected = decode_logits(model, IDS, NUM_PROMPT)
-    difference = (_decode(_load(folder), IDS, NUM_PROMPT) - expected).abs().max()
+    difference = (_decode(_load(folder, cpu), IDS, NUM_PROMPT) - expected).abs().max()
     assert difference <= TOLERANCE
 
 
+@with_both
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("name", ["llama-dynamic", "qwen2-window", "qwen3"])
-def test_chunks_do_not_show(name, chunk, models):
+def test_chunks_do_not_show(name, chunk, cpu, models):
     """Chunks of any size, windows of any number of chunks: the logits are transformers' for the whole prompt."""
     case = next(case for case in CASES if case.name == name)
     model, folder = models(case)
-    engine = _load(folder, prefill_chunk=chunk, prefill_window=max(chunk, 20))
+    engine = _load(folder, cpu, prefill_chunk=chunk, prefill_window=max(chunk, 20))
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
 
 
-def test_pages_in_any_order(models):
+@with_both
+def test_pages_in_any_order(cpu, models):
     """Attention follows the page table: pages are not adjacent and are allocated in descending order."""
     case = CASES[0]
     model, folder = models(case)
-    engine = _load(folder)
+    engine = _load(folder, cpu)
     allocate = engine.generator.pool.allocate
     engine.generator.pool.allocate = lambda count: allocate(count)[::-1]
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
 
 
-def test_f16_cache_costs_no_more_than_its_rounding(models):
+@with_both
+def test_f16_cache_costs_no_more_than_its_rounding(cpu, models):
     """f16 keys, values and queries have relative errors of 2^-11 each. A score is then off by up to 3 * 2^-11 * |score|
     (~0.02 for the scores of about 10 here), a probability by that share of itself, an output by that share of the
     values' spread; three layers of unit residuals keep it below 0.1. It must also be above zero."""
     case = CASES[0]
     model, folder = models(case)
-    engine = load_engine(folder, EngineOptions(kv_cache="f16", context=128))
+    engine = _load(folder, cpu, kv_cache="f16")
     difference = (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max()
     assert 1e-5 < difference < 0.1
 
 
+@with_both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
-def test_dense_weights_keep_the_files_type(dtype, tmp_path):
+def test_dense_weights_keep_the_files_type(dtype, cpu, tmp_path):
     """Rounded weights, f32 arithmetic: equal to transformers in f32 with the same rounded weights."""
     folder = save(build(CASES[2]).to(dtype), tmp_path)
-    engine = _load(folder)
+    engine = _load(folder, cpu)
     weights = engine.generator.runner.weights.acquire(0)
     assert weights.qkv[0].fields["weight"].dtype == dtype
     model = load_f32(folder)
@@ -136,12 +145,13 @@ def _without(engine: Engine, feature: str) -> None:
                 getattr(layer, name)[0].fields["bias"].zero_()
 
 
+@with_both
 @pytest.mark.parametrize(
     ("case", "feature"), [(case, f) for case in CASES for f in case.features], ids=lambda value: str(value)
 )
-def test_every_feature_matters(case, feature, models):
+def test_every_feature_matters(case, feature, cpu, models):
     """Without the feature the comparison above fails by a wide margin, so it is not vacuous."""
     model, folder = models(case)
-    engine = _load(folder)
+    engine = _load(folder, cpu)
     _without(engine, feature)
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() > 50 * TOLERANCE

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from exl.engine.step_graph import StepGraphs
 from exl.errors import CheckpointError, ExlError
 from exl.layout.layers import layer_layout
-from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.weights.device_stream import DeviceStream, DiskLayers, PinnedLayers
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 TINY = layer_layout(
     BlobSpec(
-        (("attn_norm", 8), ("mlp_norm", 8)),
+        (NormSpec("attn_norm", 8), NormSpec("mlp_norm", 8)),
         tuple((name, (LinearSpec((MatrixSpec(name, 8, 8, 32, "f32"),)),)) for name in ("qkv", "o", "gate_up", "down")),
     ),
     Target("cpu"),

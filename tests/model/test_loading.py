@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from exl.checkpoint import block_file
 from exl.errors import CheckpointError
+from exl.layout.specs import NormSpec
+from exl.models import manifest
 from exl.weights.packed import PackedFile
 from tests.model import test_quantized
 from tests.model.hf_models import CASES, build, save
@@ -96,6 +101,24 @@ def test_a_model_that_is_changed_under_the_same_name(tmp_path):
     assert expected != first
     with PlacedModel(folder, packed_folder) as model:
         assert model.outputs() == expected
+
+
+def test_a_packed_file_of_other_transforms_is_not_read(four_bit, tmp_path, monkeypatch):
+    """Norms that a family begins to multiply by 1 + w: the truth is a checkpoint that holds 1 + w."""
+    packed_folder = tmp_path / "packed"
+    with PlacedModel(four_bit, packed_folder) as model:
+        first = model.outputs()
+    shutil.copytree(four_bit, tmp_path / "with 1 + w")
+    file = tmp_path / "with 1 + w" / "model.safetensors"
+    tensors = {name: 1 + t.float() if "norm" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    with PlacedModel(file.parent, None, resident=range(NUM_LAYERS)) as model:
+        expected = model.outputs()
+    assert expected != first
+    monkeypatch.setattr(manifest, "NormSpec", partial(NormSpec, offset=1.0))
+    for _ in range(2):  # packed, then read
+        with PlacedModel(four_bit, packed_folder) as model:
+            assert model.outputs() == expected
 
 
 def test_a_file_cut_off_between_passes(four_bit, tmp_path):

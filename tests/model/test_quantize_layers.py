@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import partial
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,18 +13,29 @@ import transformers
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
+from exl.errors import UnsupportedModelError
+from exl.models import decoder
 from exl.models.manifest import read_manifest
+from exl.ops.base import Branch, LayerWeights, Norm
+from exl.ops.torch_ops import TorchOps
 from exl.quantize.calibration import read_calibration
 from exl.quantize.gptq import gptq
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
+from exl.quantize.listen import Listener
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
+from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from tests.model.test_quantize_model import CALIBRATION, DATA, dequantized
 
 SOURCE = DATA / "stories260K"
-FIRST_OF = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_proj", "down": "mlp.down_proj"}
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 
 def calibration(num_samples: int) -> list[np.ndarray]:
@@ -42,63 +57,217 @@ def inputs_and_outputs(model, module: str, sequences) -> tuple[torch.Tensor, tor
     return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
 
 
-@pytest.mark.parametrize("name", FIRST_OF)
-def test_it_hears_what_transformers_feeds(name):
+def granite_model(residual_multiplier: float) -> transformers.PreTrainedModel:
+    """The same weights in a decoder whose blocks are scaled before they join the residual stream."""
+    llama = dense_model(torch.float64)
+    values = llama.config.to_dict()
+    shared = {key: values[key] for key in transformers.GraniteConfig().to_dict().keys() & values.keys()}
+    shared |= {"model_type": "granite", "residual_multiplier": residual_multiplier}
+    head_dim = llama.config.hidden_size // llama.config.num_attention_heads
+    config = transformers.GraniteConfig(**shared, attention_multiplier=head_dim**-0.5)
+    model = transformers.GraniteForCausalLM(config).double().eval()
+    model.load_state_dict(llama.state_dict())
+    return model
+
+
+class Recorder:
+    """What transformers feeds the linears of layer 1, and what becomes of it; rows in order, f64."""
+
+    def __init__(self, model: transformers.PreTrainedModel, sequences) -> None:
+        rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+        def keep_input(key: str, _, x, *y) -> None:
+            rows[key].append(x[0][0])
+
+        def keep_output(key: str, _, x, y) -> None:
+            rows[key].append(y[0])
+
+        layer, hooks = model.model.layers[1], []
+        for name, modules in PARTS.items():
+            found = [layer.get_submodule(module) for module in modules]
+            hooks.append(found[0].register_forward_hook(partial(keep_input, name)))
+            hooks += [
+                part.register_forward_hook(partial(keep_output, key)) for key, part in zip(modules, found, strict=True)
+            ]
+        hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(partial(keep_input, "middle")))
+        hooks.append(layer.register_forward_hook(partial(keep_output, "end")))
+        with torch.no_grad():
+            for sequence in sequences:
+                model(torch.from_numpy(sequence).long()[None])
+        for hook in hooks:
+            hook.remove()
+        self._rows = rows
+
+    def inputs(self, name: str) -> torch.Tensor:
+        return torch.cat(self._rows[name])
+
+    def outputs(self, name: str) -> torch.Tensor:
+        """Of "o" and "down": the residual stream behind them."""
+        if name in ("o", "down"):
+            return torch.cat(self._rows["middle" if name == "o" else "end"])
+        return torch.cat([torch.cat(self._rows[module]) for module in PARTS[name]], dim=1)
+
+
+def spoil(model: transformers.PreTrainedModel, layer_idx: int, name: str, weights: LayerWeights) -> None:
+    """Changes a linear in transformers and in exl, as rounding would."""
+    (linear,) = getattr(weights, name)
+    stored, start = linear.fields["weight"], 0
+    noise = torch.from_numpy(np.random.default_rng(layer_idx).normal(size=stored.shape)).float()
+    stored += 0.2 * stored.std() * noise
+    for module in PARTS[name]:
+        target = model.model.layers[layer_idx].get_submodule(module).weight
+        target.data = stored[start : start + len(target)].double()
+        start += len(target)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_it_hears_what_transformers_feeds(scale, monkeypatch, tmp_path):
+    """Two streams, one through rounded linears, the other through dense ones, against two models in f64: inputs,
+    what they lack to be the dense model's, and outputs."""
+    if scale != 1.0:
+        monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=scale))
+    make = partial(dense_model, torch.float64) if scale == 1.0 else partial(granite_model, scale)
+    rounded, dense = make(), make()
     sequences = calibration(40)  # ragged, and more than one chunk
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
         layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), sequences)
         assert len(layers.chunks) > 1
-        heard, outputs = [], []
-        for chunk, h in zip(layers.chunks, layers.embed(), strict=True):
-            layers.run(0, layers.read_layer(0), chunk, h)
-            x, output = layers.listen(1, layers.read_layer(1), name, chunk, h, output=True)
-            heard.append(x.clone())
-            outputs.append(output.clone())
-    x, y = inputs_and_outputs(dense_model(torch.float64), f"model.layers.1.{FIRST_OF[name]}", sequences)
-    # f32 against f64, through one and a half layers, values of about 1
-    assert float((torch.cat(heard) - x).abs().max()) < 1e-4 * float(x.abs().max())
-    output = torch.cat(outputs)
-    if name == "down":  # the layer's output, which includes the residual
-        _, y = inputs_and_outputs(dense_model(torch.float64), "model.layers.1", sequences)
-    elif name == "o":
-        _, residual = inputs_and_outputs(dense_model(torch.float64), "model.layers.0", sequences)
-        y = y + residual
-    assert float((output[:, : y.shape[1]] - y).abs().max()) < 1e-4 * float(y.abs().max())
+        work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
+        first, weights = layers.read_layer(0), layers.read_layer(1)
+        for stream in ("dense", "hidden"):
+            with write_atomically(work.hidden_path(stream, 1)) as write:
+                for chunk, h in zip(layers.chunks, layers.embed(), strict=True):
+                    layers.run(0, first, chunk, h)
+                    write(as_bytes(h))
+            if stream == "dense":  # the rounded layers' comes next
+                for name in PARTS:
+                    spoil(rounded, 0, name, first)
+        told, written = [], bytearray()
+        listener = Listener(
+            layers, work, 1, weights, layers.read_layer(1), lambda name, chunk: told.append((name, chunk.num_rows))
+        )
+        expected = Recorder(dense, sequences)
+        for name in PARTS:
+            heard = listener.hear(name, written.extend if name == "down" else None)
+            found = Recorder(rounded, sequences)
+            x = found.inputs(name)
+            lack = expected.outputs(name) - found.outputs(name)
+            lack /= scale if name in ("o", "down") else 1.0
+            # f32 against f64, through one and a half layers
+            for mine, true in ((heard.hessian, x.T @ x), (heard.drift, x.T @ lack)):
+                true = 2 / len(x) * true
+                assert mine.shape == true.shape
+                assert float((mine - true).abs().max()) < 1e-4 * float(true.abs().max())
+            spoil(rounded, 1, name, weights)
+        outputs = torch.cat(list(listener.outputs()))
+    true = Recorder(rounded, sequences).outputs("down")
+    assert float((outputs - true).abs().max()) < 1e-4 * float(true.abs().max())
+    kept, true = torch.frombuffer(written, dtype=torch.float32), expected.outputs("down")
+    assert float((kept.view(true.shape) - true).abs().max()) < 1e-4 * float(true.abs().max())
+    num_rows = [chunk.num_rows for chunk in layers.chunks]
+    assert told == [(name, rows) for name in (*PARTS, "outputs") for rows in num_rows]
+
+
+def test_every_linear_is_run_once(tmp_path, monkeypatch):
+    """Four products for each chunk and stream; and two more with the dense weights of "o" and "down", whose outputs
+    are compared."""
+    rows = defaultdict(int)
+    multiply = TorchOps._multiply
+
+    def count(self, x, w, out, num_decode_rows):
+        rows[w[0].layout.spec.parts[0].name.rpartition(".")[2]] += len(x)
+        multiply(self, x, w, out, num_decode_rows)
+
+    monkeypatch.setattr(TorchOps, "_multiply", count)
+    options = QuantizeOptions(calibration=CALIBRATION, num_samples=12, seq_len=64, group_size=32)
+    result = quantize(SOURCE, tmp_path / "out", options)
+    num_tokens = result.num_calibration_tokens
+    streams = {"q_proj": 2, "o_proj": 3, "gate_proj": 2, "down_proj": 3}
+    num_layers = ModelConfig.from_folder(SOURCE).num_layers
+    # Of the last layer nobody needs the outputs.
+    expected = {name: count * num_layers * num_tokens for name, count in streams.items()}
+    expected["down_proj"] -= num_tokens
+    assert rows == expected
+
+
+def test_outputs_of_a_normalised_block_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(decoder, "Branch", partial(Branch, post_norm=Norm(torch.ones(64), 1e-5)))
+    with Checkpoint.open(SOURCE) as checkpoint:
+        config = ModelConfig.from_folder(SOURCE)
+        layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), calibration(1))
+        work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
+        for stream in ("dense", "hidden"):
+            work.hidden_path(stream, 0).write_bytes(b"".join(as_bytes(h) for h in layers.embed()))
+        weights = layers.read_layer(0)
+        tell = Mock()
+        assert Listener(layers, work, 0, weights, None, tell).hear("o").drift is None
+        with pytest.raises(UnsupportedModelError, match=r"o_proj: found a norm of what it adds, expected none"):
+            Listener(layers, work, 0, weights, layers.read_layer(0), tell).hear("o")
+
+
+def round_earlier(model, module: str, written: dict[str, np.ndarray]) -> None:
+    """Gives the linears that are rounded before ``module`` their rounded weights."""
+    stage = {name: i for i, names in enumerate(PARTS.values()) for name in names}
+
+    def turn(name: str) -> tuple[int, int]:
+        _, _, layer_idx, module = name.split(".", 3)
+        return int(layer_idx), stage[module]
+
+    for name, weight in written.items():
+        if turn(name) < turn(module):
+            target = model.get_submodule(name).weight
+            target.data = torch.from_numpy(np.ascontiguousarray(weight[: target.shape[0], : target.shape[1]])).double()
+
+
+def agreement(x: torch.Tensor, module: str, written: np.ndarray, lack: torch.Tensor | None = None) -> float:
+    """The share of written weights that GPTQ finds from the rows x, and from what their outputs lack."""
+    weight = dense_model(torch.float64).get_submodule(module).weight.data.T
+    padding = written.shape[1] - len(weight)
+    hessian = torch.nn.functional.pad(2 / len(x) * x.T @ x, (0, padding, 0, padding))
+    drift = None if lack is None else torch.nn.functional.pad(2 / len(x) * x.T @ lack, (0, 0, 0, padding))
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, padding)).contiguous()
+    expected = gptq(weight, hessian, Grid(3, False, 1), 32, act_order=False, drift=drift).dequantize().double()
+    return float((expected.T.numpy() == written).mean())
+
+
+def quantized_weights(folder, match_dense: bool) -> dict[str, np.ndarray]:
+    options = QuantizeOptions(
+        bits=3,
+        group_size=32,
+        calibration=CALIBRATION,
+        num_samples=12,
+        seq_len=64,
+        act_order=False,
+        match_dense=match_dense,
+    )
+    quantize(SOURCE, folder, options)
+    return dequantized(folder)
 
 
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"])
 def test_every_linear_sees_quantized_ones_before_it(tmp_path, module):
     """The written codes come from the Hessian of transformers' activations with all earlier linears quantized as
     written, and this one and later ones dense; not from the dense model's Hessian."""
-    options = QuantizeOptions(
-        bits=3, group_size=32, calibration=CALIBRATION, num_samples=12, seq_len=64, act_order=False, match_dense=False
-    )
-    quantize(SOURCE, tmp_path / "out", options)
-    written = dequantized(tmp_path / "out")
+    written = quantized_weights(tmp_path / "out", match_dense=False)
     model = dense_model(torch.float64)
-    order = list(FIRST_OF)
-    stage = {name: i for i, name in enumerate(order)}
-    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up"}
-    groups |= {"up_proj": "gate_up", "down_proj": "down"}
-
-    def turn(name: str) -> tuple[int, int]:
-        return int(name.split(".")[2]), stage[groups[name.rpartition(".")[2]]]
-
-    def agreement(model) -> float:
-        x, _ = inputs_and_outputs(model, module, calibration(12))
-        weight = dense_model(torch.float64).get_submodule(module).weight.data.T
-        padding = written[module].shape[1] - len(weight)
-        hessian = torch.nn.functional.pad(2 / len(x) * x.T @ x, (0, padding, 0, padding))
-        weight = torch.nn.functional.pad(weight, (0, 0, 0, padding)).contiguous()
-        expected = gptq(weight, hessian, Grid(3, False, 1), 32, act_order=False).dequantize().double()
-        return float((expected.T.numpy() == written[module]).mean())
-
-    as_dense = agreement(model)
-    for name, weight in written.items():
-        if turn(name) < turn(module):
-            target = model.get_submodule(name).weight
-            target.data = torch.from_numpy(np.ascontiguousarray(weight[: target.shape[0], : target.shape[1]]))
+    x, _ = inputs_and_outputs(model, module, calibration(12))
+    as_dense = agreement(x, module, written[module])
+    round_earlier(model, module, written)
+    x, _ = inputs_and_outputs(model, module, calibration(12))
     # In f32 a few codes round to the other side of a half, and their errors change others.
-    assert agreement(model) > 0.97
+    assert agreement(x, module, written[module]) > 0.97
     assert as_dense < 0.9
+
+
+def test_a_scaled_branch_makes_up_for_what_the_residual_lacks(tmp_path, monkeypatch):
+    """A linear whose result is multiplied by 0.3 has to add 1 / 0.3 of what the layer's output lacks."""
+    monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=0.3))
+    written = quantized_weights(tmp_path / "out", match_dense=True)
+    model, layer, module = granite_model(0.3), "model.layers.1", "model.layers.1.mlp.down_proj"
+    _, dense = inputs_and_outputs(model, layer, calibration(12))
+    round_earlier(model, module, written)
+    _, output = inputs_and_outputs(model, layer, calibration(12))
+    x, _ = inputs_and_outputs(model, module, calibration(12))
+    assert agreement(x, module, written[module], (dense - output) / 0.3) > 0.97
+    assert agreement(x, module, written[module], dense - output) < 0.9

@@ -16,8 +16,11 @@ import transformers
 from safetensors.numpy import load_file
 
 import exl
+from exl.cpu_kernels.processor import usable_isas
 from exl.errors import CheckpointError, ConfigError, ExlError
+from exl.quantize import run
 from exl.quantize.options import QuantizeOptions
+from exl.quantize.rounding import TorchRounding
 from exl.quantize.run import quantize
 from exl.quantize.work import WORK_NAME
 from tests.reference.plain_packer import bit_places
@@ -216,6 +219,19 @@ def test_shards(tiny, tmp_path):
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [{}, {"static_groups": False}, {"act_order": False, "group_size": -1}])
+def test_kernels_write_the_files_that_torch_writes(tiny, tmp_path, monkeypatch, options):
+    if not usable_isas():
+        pytest.skip("this processor has no instruction set that the kernels are written for")
+    options = QuantizeOptions(**{**QUICK, **options})
+    quantize(tiny, tmp_path / "compiled", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_rounding", TorchRounding)
+        quantize(tiny, tmp_path / "torch", options)
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("compiled", "torch"))
+    assert found == expected
 
 
 def test_killed_runs_are_gone_on_with(tiny, tmp_path):

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from exl.checkpoint import block_file
 from exl.errors import ExlError
 from exl.layout.layers import layer_layout
-from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.sampling import SamplingParams
@@ -138,7 +138,7 @@ def test_layers_that_all_fit_into_the_buffers_are_read_once(four_bit, tmp_path):
 
 _TINY = layer_layout(
     BlobSpec(
-        (("attn_norm", 1024), ("mlp_norm", 8)),
+        (NormSpec("attn_norm", 1024), NormSpec("mlp_norm", 8)),
         tuple((name, (LinearSpec((MatrixSpec(name, 8, 8, 32, "f32"),)),)) for name in ("qkv", "o", "gate_up", "down")),
     ),
     Target("cpu"),

@@ -20,11 +20,11 @@ LADDER = (
     (
         *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options", "saved_chat"),
         *("streams", "progress", "user_cache", "user_text", "replace_file", "forks", "threads", "control_groups"),
-        "token_html",
+        *("token_html", "logarithm"),
     ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text"),
-    ("kernels",),
+    ("kernels", "cpu_kernels"),
     ("ops",),
     ("models",),
     ("planning", "quantize"),

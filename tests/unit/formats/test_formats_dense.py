@@ -1,4 +1,4 @@
-"""Dense weights in the file's type, vectors as exact f32, and which tensors decide whether a module is quantized."""
+"""Dense weights in the file's type, norms as exact f32, and which tensors decide whether a module is quantized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from exl.errors import CheckpointError, UnsupportedModelError
 from exl.formats.dense import dense_spec, load_dense
 from exl.formats.load import load_matrix, matrix_spec
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.formats.tensors import read_vector
+from exl.formats.tensors import read_norm
+from exl.layout.specs import NormSpec
 from tests.reference.plain_packer import pack_layer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -68,12 +69,28 @@ def test_rows_and_bias_keep_the_files_bits(write, dtype, bias_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vectors_become_f32_exactly(write, dtype):
+def test_norms_become_f32_exactly(write, dtype):
     values = torch.tensor([0.0, -0.0, 1.0, -3.140625, 65504.0, 6e-8, 1e-3]).to(DTYPES[dtype])
-    read = read_vector(write({"norm.weight": values}), "norm.weight")
+    read = read_norm(write({"norm.weight": values}), "norm.weight", NormSpec("norm", 7))
     assert read.dtype == np.float32
     assert torch.equal(torch.from_numpy(read), values.float())
     assert np.signbit(read[1])
+
+
+def test_a_norms_transform_is_rounded_once(write):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(2)) * 1e-3
+    read = read_norm(write({"norm.weight": values}), "norm.weight", NormSpec("norm", 1000, offset=1.0, scale=1 / 3))
+    exact = (values.double() + 1) / 3
+    assert read.dtype == np.float32
+    ulp = 2.0**-25  # of f32 from 1/4 to 1/2
+    assert float((torch.from_numpy(read).double() - exact).abs().max()) <= ulp / 2 * (1 + 1e-6)
+    in_steps = ((values + 1) * torch.tensor(1 / 3)).double()
+    assert float((in_steps - exact).abs().max()) > ulp / 2 * (1 + 1e-6)
+
+
+def test_a_norm_of_another_width_is_refused(write):
+    with pytest.raises(CheckpointError, match=r"norm\.weight: found shape \[7\], expected \[8\] for the norm q_norm"):
+        read_norm(write({"norm.weight": torch.zeros(7)}), "norm.weight", NormSpec("q_norm", 8))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,7 @@ def test_other_types_are_refused_by_name(write, dtype, found):
     with pytest.raises(UnsupportedModelError, match=rf"head\.weight: found dtype {found}, exl has dense weights in"):
         dense_spec(checkpoint, "head")
     with pytest.raises(UnsupportedModelError, match=rf"norm\.weight: found dtype {found}"):
-        read_vector(checkpoint, "norm.weight")
+        read_norm(checkpoint, "norm.weight", NormSpec("norm", 4))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import load_engine
 from exl.layout.layers import layer_layout
-from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.ops.base import LayerWeights
 from exl.planning.ask import _open_shape
 from exl.planning.from_headers import EngineOptions, plan_model
@@ -108,7 +108,7 @@ def input_of(shape: str, vram: str):
 
 TINY = layer_layout(
     BlobSpec(
-        (("attn_norm", 8), ("mlp_norm", 8)),
+        (NormSpec("attn_norm", 8), NormSpec("mlp_norm", 8)),
         tuple((name, (LinearSpec((MatrixSpec(name, 8, 8, 32, "f32"),)),)) for name in ("qkv", "o", "gate_up", "down")),
     ),
     Target("cpu"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 
+from exl.cpu_kernels.library import Library
+from exl.cpu_kernels.processor import usable_isas
 from exl.errors import ExlError
 from exl.quantize import gptq as solver
 from exl.quantize.gptq import Hessian, QuantizedWeight, round_to_nearest
 from exl.quantize.grid import Grid
+from exl.quantize.rounding import CompiledRounding, TorchRounding
+from exl.threads import Threads
 
 K, N = 288, 24
 
@@ -67,15 +73,27 @@ def plain_gptq(
     return codes
 
 
+@pytest.fixture(scope="module", params=["torch", "compiled"])
+def rounding(request, tmp_path_factory):
+    if request.param == "torch":
+        yield TorchRounding(Threads(1))
+        return
+    if not usable_isas():
+        pytest.skip("this processor has no instruction set that the kernels are written for")
+    with closing(CompiledRounding(Library(folder=tmp_path_factory.mktemp("compiled")), 2)) as compiled:
+        yield compiled
+
+
 @pytest.mark.parametrize(
     ("act_order", "static_groups"), [(False, False), (True, False), (True, True)], ids=["plain", "act", "static"]
 )
 @pytest.mark.parametrize("group_size", [32, 96, 144, K])  # below, not dividing, above a block of 128; one group
-def test_codes_are_the_papers(group_size, act_order, static_groups):
+def test_codes_are_the_papers(group_size, act_order, static_groups, rounding):
     weight, _, hessian = problem()
     grid = Grid(4, sym=False, min_zero=1)
     expected = plain_gptq(weight.numpy(), hessian.numpy(), grid, group_size, act_order, static_groups, 0.01)
-    found = gptq(weight, hessian, grid, group_size, act_order=act_order, static_groups=static_groups, damp=0.01)
+    options = {"act_order": act_order, "static_groups": static_groups, "damp": 0.01, "rounding": rounding}
+    found = gptq(weight, hessian, grid, group_size, **options)
     assert np.array_equal(found.codes.numpy(), expected)
 
 

@@ -19,7 +19,7 @@ from exl.cpu_kernels.processor import usable_isas
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.blob import pack_linear as pack_tiles
 from exl.layout.layers import layer_layout, linear_layout
-from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.ops.compiled_pack import pack_linear as pack_columns
 from exl.ops.torch_linear import pack_linear
 from exl.weights import packed_store
@@ -34,7 +34,7 @@ from exl.weights.packed_store import (
 )
 from tests.unit.weights.packed_files import KEY, SIZES, flip, write
 
-_SPEC = BlobSpec((("attn_norm", 8),), (("o", (LinearSpec((MatrixSpec("o", 64, 32, 4, "u8", 32),)),)),))
+_SPEC = BlobSpec((NormSpec("attn_norm", 8),), (("o", (LinearSpec((MatrixSpec("o", 64, 32, 4, "u8", 32),)),)),))
 _CPU = Target("cpu", "split64")
 _QUANT = {"bits": 4, "group_size": 32}
 
@@ -64,7 +64,9 @@ def test_the_key_follows_all_that_the_bytes_depend_on(tmp_path):
     others = [
         _key(folder, quant=_QUANT | {"sym": False}),
         _key(folder, quant=_QUANT | {"checkpoint_format": "gptq_v2"}),
-        _key(folder, spec=BlobSpec((("attn_norm", 16),), _SPEC.linears)),
+        _key(folder, spec=BlobSpec((NormSpec("attn_norm", 16),), _SPEC.linears)),
+        _key(folder, spec=BlobSpec((NormSpec("attn_norm", 8, offset=1.0),), _SPEC.linears)),
+        _key(folder, spec=BlobSpec((NormSpec("attn_norm", 8, scale=0.5),), _SPEC.linears)),
         _key(folder, target=Target("cpu", "split32")),
         _key(folder, target=Target("cpu", None)),
         _key(folder, packer="torch 2"),

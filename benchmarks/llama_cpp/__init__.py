@@ -1,0 +1,1 @@
+"""What ``benchmarks/compare_llama_cpp.py`` consists of."""

@@ -1,0 +1,74 @@
+"""Compiles what a model's steps need in one go, before the first of them: one file in the cache instead of many, and
+nobody waits in the middle of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from exl.batch import ForwardBatch
+from exl.cache.kv import KVCache
+from exl.layout.layers import LayerLayout
+from exl.models.decoder import Decoder, StepBuffers
+from exl.ops.base import LayerWeights
+from exl.ops.compiled_ops import CompiledOps
+from exl.planning.plan import PlanInput
+from exl.weights.loader import ModelWeights
+
+# Rows of steps that take different kernels: a token, and prompts of a few, of some, and of many tokens.
+_NUM_ROWS = (1, 4, 12, 32)
+
+
+def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache) -> None:
+    """Loads the kernels of decode steps and prompts. Nothing is computed, no weight is read."""
+    ops = decoder.ops
+    assert isinstance(ops, CompiledOps)
+    limits = model.limits
+    layers = list(_different(model.layers))
+    specs = set()
+    for count in sorted({min(count, limits.max_rows) for count in _NUM_ROWS}):
+
+        def step(count: int = count) -> None:
+            h = torch.empty(count, limits.hidden_size)
+            widths = (limits.qkv_width, limits.attn_width, limits.intermediate_size)
+            buffers = StepBuffers(*(torch.empty(count, width) for width in widths))
+            decoder.embed(weights.embed, h)
+            for layer_idx, layer in layers:
+                decoder.layer(layer_idx, layer, buffers, h, kv)
+            decoder.head(weights.final_norm, weights.head, h, torch.empty(1, limits.vocab_size))
+
+        specs |= ops.kernels_of(step, _prompt(count))
+    ops.library.load(specs)
+
+
+def _different(layouts: tuple[LayerLayout, ...]) -> Iterator[tuple[int, LayerWeights]]:
+    """One layer of each kind, with memory that is never touched in the place of its weights."""
+    seen = set()
+    for layer_idx, layout in enumerate(layouts):
+        kinds = tuple(
+            (name, linear.kind, linear.spec.bits, linear.spec.group_size, linear.spec.symmetric, *linear.fields)
+            for name, segments in layout.linears.items()
+            for linear in segments
+        )
+        if kinds not in seen:
+            seen.add(kinds)
+            yield layer_idx, LayerWeights.view(layout, torch.empty(layout.num_bytes, dtype=torch.uint8))
+
+
+def _prompt(count: int) -> ForwardBatch:
+    """The first tokens of a text, of which the last one's logits are wanted."""
+    array = np.arange(count, dtype=np.int32)
+    one = np.array([count], np.int32)
+    return ForwardBatch(
+        token_ids=array,
+        positions=array,
+        slots=array,
+        query_start=np.array([0, count], np.int32),
+        context_len=one,
+        rope_len=one,
+        page_table=np.zeros((1, 1), np.int32),
+        logit_rows=one - 1,
+        num_decode_rows=0,
+    )

@@ -1,0 +1,73 @@
+"""Sizes of the memory that the CPU's own kernels compute in, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from exl.layout.columns import activation_bytes
+from exl.layout.fields import FIELD_ALIGN, align_up
+from exl.layout.layers import LayerLayout, LinearLayout, column_layout
+from exl.layout.steps import StepLimits
+
+# Signed bytes of a quantized activation, by the name of the arithmetic; f32 activations are not quantized.
+ARITHMETIC = {"int16": 2, "int8": 1, "f32": 0}
+DEFAULT_ARITHMETIC = "int16"
+FEW_ROWS = 8  # rows of a sequence that attend as decode does, and the most that one pass over a linear's words takes
+SPLIT = 256  # tokens that one piece of attention covers
+
+
+def input_bytes(layout: LinearLayout, arithmetic: str) -> int:
+    """Bytes that one row of a linear's input takes in the form in which the linear reads it; 0: as it is."""
+    if layout.kind != "columns":
+        return 0
+    columns, parts = column_layout(layout.spec), ARITHMETIC[arithmetic]
+    if parts:
+        return columns.num_records * activation_bytes(columns.rows, parts)
+    return 4 * columns.padded_K if "source" in layout.fields else 0
+
+
+def partial_bytes(limits: StepLimits, num_rows: int, context: int | None = None) -> int:
+    """Results of attention's pieces before they are merged: maximum, sum and weighted values, for each query head."""
+    splits = -(-(limits.max_context if context is None else context) // SPLIT) + 1
+    return num_rows * limits.num_heads * splits * (align_up(limits.head_dim, 16) + 2) * 4
+
+
+def _linears(layers: Iterable[LayerLayout], *names: str) -> list[LinearLayout]:
+    return [linear for layer in layers for name in names for linear in layer.linears.get(name, ())]
+
+
+def _rows(num_rows: int, num_bytes: int) -> int:
+    return align_up(num_rows * num_bytes, FIELD_ALIGN)
+
+
+def scratch_sizes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: str) -> dict[str, int]:
+    """Bytes of the buffers that operations share, by purpose."""
+    T, head = limits.max_rows, max(limits.max_rows, limits.max_logit_rows)
+    linears = _linears(layers, "qkv", "o", "gate_up", "down", "head", "embed")
+    few = min(T, FEW_ROWS * limits.max_sequences)
+    return {
+        "normed": _rows(head, 4 * limits.hidden_size),
+        "inputs": _rows(head, max((input_bytes(linear, arithmetic) for linear in linears), default=0)),
+        "gate and up": _rows(T, 8 * limits.intermediate_size),
+        "branch": _rows(T, 4 * limits.hidden_size),
+        "queries": _rows(T, 4 * limits.attn_width),
+        "partials": align_up(partial_bytes(limits, few), FIELD_ALIGN),
+        "angles": _rows(T, 8 * limits.head_dim),
+        "samples": 8 * limits.max_logit_rows,
+    }
+
+
+def arena_bytes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: str, head: LayerLayout) -> int:
+    """Of one of the two arenas of recorded steps: every value of a step of ``max_sequences`` rows in memory of its
+    own. ``head``: the blob of the head, or of the embedding if that is the head."""
+    T, hidden = limits.max_sequences, 4 * limits.hidden_size
+    widths = (limits.qkv_width, 2 * limits.attn_width, 3 * limits.intermediate_size)  # with queries; gate, up, product
+    a_layer = sum(_rows(T, 4 * width) for width in widths) + 8 * FIELD_ALIGN
+    a_layer += 6 * _rows(T, hidden)  # two norms, two branches, the residual stream twice
+    a_layer += align_up(partial_bytes(limits, T), FIELD_ALIGN)
+    total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + _rows(T, 8 * limits.head_dim)
+    for layer in layers:
+        linears = _linears([layer], "qkv", "o", "gate_up", "down")
+        total += a_layer + sum(_rows(T, input_bytes(linear, arithmetic)) for linear in linears)
+    heads = _linears([head], "head", "embed")
+    return total + max(_rows(T, input_bytes(linear, arithmetic)) for linear in heads)

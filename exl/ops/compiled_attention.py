@@ -1,0 +1,105 @@
+"""Attention as stages: new keys and values into the cache, then every row over what it sees."""
+
+from __future__ import annotations
+
+import torch
+
+from exl.checkpoint.config import RopeConfig
+from exl.cpu_kernels.append_kv import AppendKV
+from exl.cpu_kernels.attention import DecodeAttention, PrefillAttention, partial_bytes
+from exl.cpu_kernels.library import Library, slots
+from exl.cpu_kernels.merge import MergeAttention
+from exl.cpu_kernels.rope_tables import RopeTables
+from exl.layout.kv import DeviceKVLayout
+from exl.ops.base import AttentionSpec
+from exl.ops.compiled_batch import BatchTables
+from exl.ops.compiled_tape import Rows, SharedMemory, Tape
+from exl.ops.rope import depends_on_length
+from exl.ops.rope_tables import num_angles
+
+_ANGLE_ROWS = 16  # in one chunk
+
+
+class AttentionStages:
+    def __init__(self, library: Library, kv_layout: DeviceKVLayout) -> None:
+        self._library, self._kv_layout = library, kv_layout
+
+    def attend(
+        self, tape: Tape, qkv: Rows, spec: AttentionSpec, batch: BatchTables, pages: torch.Tensor, out: Rows
+    ) -> None:
+        """qkv [T, W] -> out [T, A]. ``pages``: the layer's, u8 [page, kv head, bytes]."""
+        queries = tape.memory.scratch("queries", 4 * qkv.num_rows * spec.num_heads * spec.head_dim)
+        self._append(tape, qkv, spec, batch, pages, queries)
+        if batch.num_few:
+            self._few(tape, spec, batch, pages, queries, out)
+        if batch.num_few < batch.num_sequences:
+            table = batch.blocks(spec.num_heads // spec.num_kv_heads, spec.head_dim)
+            tape.add(
+                PrefillAttention(self._kv_layout.kind, spec.head_dim, spec.softcap is not None),
+                len(table) * spec.num_kv_heads,
+                *(queries, pages, batch.page_table, batch.page_table.shape[1], table, out.address),
+                *_parameters(spec),
+            )
+
+    def _append(
+        self, tape: Tape, qkv: Rows, spec: AttentionSpec, batch: BatchTables, pages: torch.Tensor, queries: int
+    ) -> None:
+        half = num_angles(spec.rope, spec.head_dim)
+        cos, sin = self._angles(tape, spec.rope, spec.head_dim, half, batch)
+        kernel = AppendKV(self._kv_layout.kind, spec.head_dim, half, spec.q_norm is not None, spec.k_norm is not None)
+        norms = [(None, 0.0) if norm is None else (norm.weight, norm.eps) for norm in (spec.q_norm, spec.k_norm)]
+        tape.add(
+            kernel,
+            qkv.num_rows * spec.num_kv_heads,
+            *(qkv.address, qkv.stride, queries, pages, batch.slots, cos, sin, spec.num_heads, spec.num_kv_heads),
+            *(*norms[0], *norms[1]),
+        )
+
+    def _few(
+        self, tape: Tape, spec: AttentionSpec, batch: BatchTables, pages: torch.Tensor, queries: int, out: Rows
+    ) -> None:
+        """Sequences with few rows: a chunk for each split of tokens, and then the results of the splits together."""
+        items, rows = batch.splits(spec.window)
+        a_partial = spec.num_heads * partial_bytes(spec.head_dim)
+        partials = tape.memory.scratch("partials", items.most * a_partial)
+        kind, capped = self._kv_layout.kind, spec.softcap is not None
+        tape.add_changing(
+            DecodeAttention(kind, spec.head_dim, capped), ("splits", spec.window), (items.count, items.most),
+            spec.num_kv_heads,
+            *(queries, pages, batch.page_table, batch.page_table.shape[1], items.array, partials),
+            *_parameters(spec),
+        )  # fmt: skip
+        tape.add_changing(
+            MergeAttention(kind, spec.head_dim), ("rows", spec.window), (rows.count, rows.most), spec.num_kv_heads,
+            *(partials, rows.array, out.address, spec.num_heads, spec.num_kv_heads),
+        )  # fmt: skip
+
+    def _angles(self, tape: Tape, rope: RopeConfig, head_dim: int, half: int, batch: BatchTables) -> tuple[int, int]:
+        """Addresses of cos and sin f32 [T, half]. A recorded step computes them each time; else they are kept with the
+        batch."""
+        num_bytes = 4 * batch.num_rows * half
+        chosen = batch.row_sequences if depends_on_length(rope) else None
+        kernel, chunks = RopeTables(chosen is not None), -(-batch.num_rows // _ANGLE_ROWS)
+
+        def arguments(place: int) -> tuple:
+            frequencies, factor = batch.frequencies(rope, head_dim)
+            sizes = (half, factor, batch.num_rows, _ANGLE_ROWS)
+            return (batch.positions, frequencies, place, place + num_bytes, *sizes, chosen)
+
+        if not isinstance(tape.memory, SharedMemory):
+            place = tape.made(
+                ("angles", rope, head_dim), "angles", 2 * num_bytes,
+                lambda place: tape.add(kernel, chunks, *arguments(place)),
+            )  # fmt: skip
+            return place, place + num_bytes
+        kept = batch.angles.get((rope, head_dim))
+        if kept is None:
+            kept = batch.angles[rope, head_dim] = torch.empty(2 * num_bytes, dtype=torch.uint8)
+            self._library.call(kernel, slots(*arguments(kept.data_ptr())), chunks)
+        return kept.data_ptr(), kept.data_ptr() + num_bytes
+
+
+def _parameters(spec: AttentionSpec) -> tuple[int | float, ...]:
+    """Slots 6 to 10 of attention's kernels."""
+    softcap = 0.0 if spec.softcap is None else float(spec.softcap)
+    return spec.num_heads, spec.num_kv_heads, float(spec.scale), spec.window or 0, softcap

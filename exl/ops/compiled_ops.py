@@ -1,0 +1,308 @@
+"""The operations on the CPU through exl's own kernels, compiled at run time.
+
+Each operation adds stages to a tape, which runs when it is told to (``launch``) or a result is asked for: a layer's
+stages are one call. A decode step whose weights all stay in memory is recorded instead (``capture``): twice, over two
+sets of buffers that take turns, and each step is then one call. What a row's values are never depends on which of the
+two happens, on other rows, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exl.batch import ForwardBatch, SamplingBatch
+from exl.cache.kv import KVCache
+from exl.cpu_kernels.kernel import KernelSpec
+from exl.cpu_kernels.library import Library
+from exl.cpu_kernels.pool import Pool, Program
+from exl.cpu_kernels.sampling_weights import CompiledMath
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.layout.kv import DeviceKVLayout
+from exl.layout.layers import LinearLayout
+from exl.layout.specs import Target
+from exl.layout.steps import StepLimits
+from exl.memory.host import host_tensor
+from exl.ops import compiled_rows
+from exl.ops.base import (
+    PLAIN_BRANCH,
+    AttentionSpec,
+    Branch,
+    EmbedSpec,
+    GatedMlp,
+    Linear,
+    LogitsSpec,
+    Norm,
+    Segments,
+    TableRows,
+)
+from exl.ops.compiled_attention import AttentionStages
+from exl.ops.compiled_batch import StagedBatch
+from exl.ops.compiled_linear import LinearStages
+from exl.ops.compiled_pack import pack_linear
+from exl.ops.compiled_steps import RecordedSet, StepRunner
+from exl.ops.compiled_tape import ArenaMemory, NoMemory, RecordForm, Records, Rows, SharedMemory, Tape
+from exl.ops.torch_ops import TokenIds
+from exl.sampling import sample
+from exl.threads import using
+
+
+@dataclass(frozen=True)
+class CompiledSizes:
+    """Bytes of what the operations own (``exl.layout.cpu_steps``)."""
+
+    scratch: dict[str, int]
+    arena: int
+
+
+class CompiledOps:
+    """See ``exl.ops.base.Ops``. Owns the pool, its scratch and its samples; the caller owns everything else."""
+
+    device = torch.device("cpu")
+    act_dtype = torch.float32
+    backend = None
+    threads = None
+    dependent = False
+    runs_ahead = False
+    captures = True
+
+    def __init__(
+        self,
+        library: Library,
+        target: Target,
+        kv_layout: DeviceKVLayout,
+        limits: StepLimits,
+        sizes: CompiledSizes,
+        arithmetic: str,
+        num_threads: int,
+    ) -> None:
+        """``arithmetic``: of quantized linears, a key of ``exl.layout.cpu_steps.ARITHMETIC``."""
+        self.library, self.target, self.kv_layout, self.limits = library, target, kv_layout, limits
+        self.arithmetic, self.num_threads = arithmetic, num_threads
+        self._pool = Pool(library, num_threads)
+        scratch = {name: host_tensor([size], torch.uint8, name) for name, size in sizes.scratch.items()}
+        self._samples = scratch.pop("samples").view(torch.int64)
+        self._shared = SharedMemory(scratch)
+        self._arenas = [host_tensor([sizes.arena], torch.uint8, "recorded steps") for _ in range(2)]
+        self._linears = LinearStages(arithmetic, library.isa, num_threads)
+        self._attention = AttentionStages(library, kv_layout)
+        self._sampling = CompiledMath(library)
+        self._steps = StepRunner(self._pool)
+        self._staged: list[StagedBatch] = []
+        self._now: StagedBatch | None = None
+        self._pending = Tape(self._shared)
+        self._products: dict[int, Records] = {}  # of gated MLPs, by the buffer that the decoder knows them by
+        self._tape: Tape | None = None  # of the step that is being recorded
+        self._results: list[tuple[Rows, torch.Tensor]] = []
+
+    def close(self) -> None:
+        self._steps.settle()
+        self._pool.close()
+
+    def buffer(self, name: str) -> torch.Tensor:
+        limits = self.limits
+        rows, width = {
+            "residual": (limits.window_rows, limits.hidden_size),
+            "qkv": (limits.max_rows, limits.qkv_width),
+            "attn": (limits.max_rows, limits.attn_width),
+            "mlp": (limits.max_rows, limits.intermediate_size),
+            "logits": (limits.max_logit_rows, limits.vocab_size),
+        }[name]
+        return host_tensor([rows, width], torch.float32, "activations")
+
+    # load
+
+    def pack(
+        self,
+        parts: Sequence[QuantizedMatrix | DenseMatrix],
+        layout: LinearLayout,
+        out: torch.Tensor,
+        output_order: NDArray[np.int32] | None = None,
+    ) -> None:
+        if output_order is not None:
+            raise ValueError("output_order is not supported on the CPU: it sorts inputs when it multiplies")
+        pack_linear(parts, layout, out.numpy(), self.library)
+
+    # recording
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The operations that ``step`` calls, on the selected batch, as a function that runs them for whichever batch
+        of the same shape is selected when it is called."""
+        sets = tuple(self._record(step, arena) for arena in self._arenas)
+        return lambda: self._steps.run(sets, self._now)
+
+    def kernels_of(self, step: Callable[[], None], batch: ForwardBatch) -> set[KernelSpec]:
+        """The kernels of all stages that ``step`` adds for a batch. None is run."""
+        tape, _ = self._taped(step, StagedBatch(batch, batch.token_ids, self.limits), Tape(NoMemory()))
+        return {stage.kernel for stage in tape.stages}
+
+    def _record(self, step: Callable[[], None], arena: torch.Tensor) -> RecordedSet:
+        staged = StagedBatch(self._now.batch, self._now.ids, self.limits)  # with tables of its own
+        tape, results = self._taped(step, staged, Tape(ArenaMemory(arena)))
+        return RecordedSet(self.library, tape, staged.tables, results)
+
+    def _taped(
+        self, step: Callable[[], None], staged: StagedBatch, tape: Tape
+    ) -> tuple[Tape, tuple[tuple[Rows, torch.Tensor], ...]]:
+        """The tape with the stages of ``step``, and where results are to be copied from, and to."""
+        before = self._staged, self._now
+        self._tape, self._results, self._staged, self._now = tape, [], [staged], staged
+        try:
+            step()
+            return tape, tuple(self._results)
+        finally:
+            self._tape = None
+            self._staged, self._now = before
+
+    @contextmanager
+    def _stages(self) -> Iterator[Tape]:
+        """The tape that an operation adds to."""
+        if self._tape is not None:
+            yield self._tape
+            return
+        self._pending.forget()  # scratch is another operation's now
+        yield self._pending
+
+    def launch(self) -> None:
+        """Runs what was added since the last time."""
+        pending, self._pending = self._pending, Tape(self._shared)
+        if pending.stages:
+            self._steps.settle()  # whose late threads may still write to the cache
+            self._pool.run(Program(self.library, pending.stages, repeats=False))
+
+    # step
+
+    def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
+        if rows is not None:
+            raise ValueError("an embedding on the disk: the CPU has it in RAM")
+        self._pending, self._products = Tape(self._shared), {}  # also those of a pass that was interrupted
+        self._staged = [StagedBatch(batch, self._resolve(batch.token_ids), self.limits) for batch in batches]
+        self._now = self._staged[0] if self._staged else None
+
+    def _resolve(self, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Replaces token -1-i by sample i of the previous step."""
+        if not (token_ids < 0).any():
+            return token_ids
+        samples = self._samples.numpy()
+        return np.where(token_ids < 0, samples[np.maximum(-1 - token_ids, 0)], token_ids).astype(np.int32)
+
+    def select(self, batch_idx: int) -> None:
+        self._now = self._staged[batch_idx]
+
+    def fence(self) -> None:
+        if self._tape is None:
+            self.launch()
+            self._steps.settle()
+
+    @property
+    def step_key(self) -> tuple[int, ...]:
+        return self._now.shape
+
+    def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
+        with self._stages() as tape:
+            compiled_rows.embed(tape, table, self._now.tables.ids, tape.memory.write(h), spec)
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+        with self._stages() as tape:
+            x = self._normed(tape, tape.memory.read(h), norm, w)
+            self._linears.multiply(tape, x, w, tape.memory.write(out))
+
+    def _normed(self, tape: Tape, x: Rows, norm: Norm | None, w: Segments) -> Rows | Records:
+        """x as ``w`` reads it: normalized, and at once in the form that all of ``w`` take."""
+        if norm is None:
+            return x
+        form = self._linears.record_form(w)
+        if form is not None:
+            records = self._records(tape, form, x.num_rows)
+            compiled_rows.norm_to_records(tape, x, norm, form, records)
+            return records
+        normed = Rows(tape.memory.scratch("normed", 4 * x.num_rows * x.width), x.width, x.num_rows, x.width)
+        compiled_rows.norm(tape, x, norm, normed)
+        return normed
+
+    def _records(self, tape: Tape, form: RecordForm, num_rows: int) -> Records:
+        return Records(tape.memory.scratch("inputs", form.num_bytes(num_rows)), num_rows)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        with self._stages() as tape:
+            rows = tape.memory.read(qkv)
+            self._attention.attend(tape, rows, spec, self._now.tables, kv.layer(layer_idx), tape.memory.write(out))
+
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        compiled_rows.check_activation(spec)
+        with self._stages() as tape:
+            num_rows, width = out.shape
+            place = tape.memory.scratch("gate and up", 8 * num_rows * width)
+            both = Rows(place, 2 * width, num_rows, 2 * width)
+            x = self._normed(tape, tape.memory.read(h), norm, w)
+            self._linears.multiply(tape, x, w, both)
+            form = self._linears.record_form(consumer)
+            if form is None:
+                compiled_rows.gated(tape, both, spec, tape.memory.write(out))
+                return
+            records = self._products[out.data_ptr()] = self._records(tape, form, num_rows)
+            compiled_rows.gated_to_records(tape, both, spec, form, records)
+
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        with self._stages() as tape:
+            inputs = self._products.pop(x.data_ptr(), None) or tape.memory.read(x)
+            before, after = tape.memory.read(h), tape.memory.write(h)
+            if branch.post_norm is None:
+                self._linears.multiply(tape, inputs, w, after, residual=before, scale=branch.scale)
+                return
+            y = Rows(tape.memory.scratch("branch", 4 * after.num_rows * after.width), after.width, *_shape(after))
+            self._linears.multiply(tape, inputs, w, y)
+            compiled_rows.add_normed(tape, y, branch, before, after)
+
+    def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
+        rows = self._now.tables.logit_rows
+        out = out[: len(rows)]
+        if len(rows) == 0:
+            return out
+        with self._stages() as tape:
+            x, width = tape.memory.read(h), h.shape[1]
+            place = tape.memory.scratch("normed", 4 * len(rows) * width)
+            normed = Rows(place, width, len(rows), width)
+            compiled_rows.norm(tape, x, norm, normed, rows)
+            written = tape.memory.write(out)
+            self._linears.multiply(tape, normed, (head,), written)
+            if spec != LogitsSpec():
+                plain, written = written, tape.memory.write(out)
+                compiled_rows.logits(tape, plain, spec, written)
+        if self._tape is not None:
+            self._results.append((written, out))
+        else:
+            self.launch()
+        return out
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
+        # torch's own threads would spin beside the pool's; the largest logit is found without torch.
+        with using(1) if params.temperature.any() else nullcontext():
+            ids = sample(logits, params, self._sampling)
+        self._samples[: len(ids)].copy_(ids)
+        return TokenIds(ids.tolist())
+
+
+def _shape(rows: Rows) -> tuple[int, int]:
+    return rows.num_rows, rows.width

@@ -1,0 +1,11 @@
+"""The two ways to compute on a CPU, exl's own kernels and torch's, for tests of what holds for both."""
+
+from __future__ import annotations
+
+import pytest
+
+from exl.ops.cpu_target import COMPILED, torch_target, why_not_compiled
+
+needs_kernels = pytest.mark.skipif(why_not_compiled() is not None, reason="exl's own kernels cannot run here")
+TARGETS = [pytest.param(COMPILED, id="kernels", marks=needs_kernels), pytest.param(torch_target(), id="torch")]
+with_both = pytest.mark.parametrize("cpu", TARGETS)
