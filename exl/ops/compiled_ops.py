@@ -156,7 +156,7 @@ class CompiledOps:
             step()
             return tape, tuple(self._results)
         finally:
-            self._tape = None
+            self._tape, self._results = None, []
             self._staged, self._now = before
 
     @contextmanager
