@@ -83,13 +83,11 @@ class BlockFile:
                 return False
         return True
 
-    def write(self, view: memoryview, offset: int, on_block: Callable[[memoryview], bool] | None = None) -> None:
-        """Writes ``view`` at ``offset``; ``on_block`` sees each block when it has been written."""
+    def write(self, view: memoryview, offset: int) -> None:
+        """Writes ``view`` at ``offset``."""
         for start in range(0, len(view), BLOCK_BYTES):
             block = view[start : start + BLOCK_BYTES]
             self._transfer(self._write_some, block, offset + start)
-            if on_block is not None:
-                on_block(block)
 
     def _transfer(self, some: Callable[[memoryview, int], int], view: memoryview, offset: int) -> None:
         done = 0

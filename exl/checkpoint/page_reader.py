@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import ExitStack
 
@@ -10,8 +11,8 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.errors import CheckpointError
 
 PAGE = 4096
-_TIMED_BYTES = 1 << 20  # reads from this size on tell how fast the disk is
-_FAST = 250e6  # bytes a second, of one of several reads at once
+_TIMED_BYTES = 64 << 20  # so many tell how fast the disk is
+_FAST = 300e6  # bytes a second, of each of several reads at once
 
 
 class PageReader:
@@ -21,7 +22,8 @@ class PageReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._slow = False
+        self._timed = threading.Lock()
+        self._bytes = self._seconds = 0.0  # of all direct reads
         with ExitStack() as stack:
             self._files: dict[str, BlockFile] = {}
             for name in checkpoint.files:
@@ -37,7 +39,7 @@ class PageReader:
         ``CheckpointError`` that names the file and ``what``."""
         direct = 0
         file = self._files.get(file_name)
-        if file is not None and file.direct and not self._slow and not self._checkpoint.is_cached(file_name, offset):
+        if file is not None and file.direct and self._is_fast() and not self._checkpoint.is_cached(file_name, offset):
             direct = len(view) // PAGE * PAGE
             self._read_direct(file_name, file, view[:direct], offset, what)
         if direct < len(view):
@@ -51,8 +53,12 @@ class PageReader:
             self._checkpoint.read_range(file_name, view, offset, what)
         except OSError as error:
             raise CheckpointError(f"{file_name}: cannot read {what}: {error.strerror or error}") from None
-        if len(view) >= _TIMED_BYTES and len(view) < _FAST * (time.perf_counter() - began):
-            self._slow = True
+        with self._timed:
+            self._bytes += len(view)
+            self._seconds += time.perf_counter() - began
+
+    def _is_fast(self) -> bool:
+        return self._bytes < _TIMED_BYTES or self._bytes > _FAST * self._seconds
 
     def close(self) -> None:
         self._owned.close()

@@ -107,6 +107,14 @@ class Library:
         """Chunks ``first`` to ``first + num_chunks - 1``, on the calling thread. ``args``: the slots."""
         self._invoke(self.address(spec), args.ctypes.data, first, first + num_chunks)
 
+    def invoke(self, address: int, args: int, num_chunks: int) -> None:
+        """The same, of a kernel whose code is at ``address``, with slots at ``args``: for who measures stages."""
+        self._invoke(address, args, 0, num_chunks)
+
+    def name_of(self, address: int) -> str:
+        """Of the kernel whose code is at ``address``."""
+        return next((spec.name for spec, found in self._addresses.items() if found == address), hex(address))
+
 
 @functools.cache
 def shared_library() -> Library:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llvmlite import ir
 
-from exl.cpu_kernels.ir import I16, I32, Kernel, Var, vec
+from exl.cpu_kernels.ir import I8, I16, I32, Kernel, Var, vec
 from exl.cpu_kernels.linear_codes import ByteSource, WordSource
 from exl.cpu_kernels.quantize import ActivationForm
 
 _MOST_STEPS = 8  # of unsigned codes up to 15 times signed bytes, in pairs, that 16 bits hold: 8 * 2 * 15 * 128 = 30720
+
+_Totals = list[list[ir.Value]]  # i32 [rows][vectors of columns]
+_Term = tuple[int, int, int, int]  # row, part of the activations, plane of the codes, vector of columns
 
 
 @dataclass(frozen=True)
@@ -31,96 +36,94 @@ class Tile:
         return [list(range(parts))] if self.together else [[part] for part in range(parts)]
 
 
-def integer_sums(
-    k: Kernel, source: WordSource | ByteSource, x: ir.Value, form: ActivationForm, tile: Tile
-) -> list[list[ir.Value]]:
+def integer_sums(k: Kernel, source: WordSource | ByteSource, x: ir.Value, form: ActivationForm, tile: Tile) -> _Totals:
     """[rows][vectors] i32: the sum of code * q of a record. ``x``: the record of the tile's first row, which the other
     rows' follow."""
-    add = _add_pairs if k.isa == "avx2" else _add_dots
-    totals = None
+    sums = _Sums(k, source, x, form, tile)
+    add = sums.pairs if k.isa == "avx2" else sums.dots
+    totals = [[k.splat(0, sums.type)] * tile.vectors for _ in range(tile.rows)]
     for parts in tile.passes(form.parts):
-        totals = add(k, source, x, form, tile, parts, totals)
+        totals = add(parts, totals)
     return totals
 
 
-def _shift(form: ActivationForm, part: int, plane: int) -> int:
-    """Bits by which a sum of one part of the activations and one plane of the codes counts more."""
-    return (8 if form.parts == 2 and part == 0 else 0) + 4 * plane
+@dataclass(frozen=True)
+class _Sums:
+    k: Kernel
+    source: WordSource | ByteSource
+    x: ir.Value
+    form: ActivationForm
+    tile: Tile
 
+    @property
+    def type(self) -> ir.VectorType:
+        return vec(I32, self.tile.lanes)
 
-def _value(k: Kernel, x: ir.Value, form: ActivationForm, row: int, part: int, step: int, lanes: int) -> ir.Value:
-    """Four inputs' bytes in every lane."""
-    return k.splat(k.load(I32, x, row * form.num_bytes + part * form.rows + 4 * step), vec(I32, lanes))
+    def dots(self, parts: list[int], totals: _Totals) -> _Totals:
+        """``totals`` + some parts, by dot products of four bytes that add to 32 bits."""
+        k, inputs = self.k, max(16, self.source.form.inputs)
+        sums = {term: self._first(term, totals) for term in self._terms(parts)}
+        with k.loop(self.form.rows, step=inputs) as i:
+            for term, codes, values in self._products(i, inputs, parts):
+                sums[term].set(k.dot4(sums[term].get(), codes, values))
+        if all(self._shift(term) for term in sums):  # none has begun with ``totals``
+            found = [list(row) for row in totals]
+        else:
+            found = [[k.splat(0, self.type)] * self.tile.vectors for _ in totals]
+        for term, value in sums.items():
+            row, _, _, v = term
+            shifted = k.b.shl(value.get(), k.splat(self._shift(term), self.type))
+            found[row][v] = k.b.add(found[row][v], shifted)
+        return found
 
+    def pairs(self, parts: list[int], totals: _Totals) -> _Totals:
+        """The same by products of bytes added in pairs to 16 bits, as many steps as those hold, and only then to 32:
+        with AVX2 the step to 32 bits costs as much as the products. It also weighs parts and planes, so one sum takes
+        all."""
+        k, b = self.k, self.k.b
+        inputs = 4 * _MOST_STEPS if self.form.rows % (4 * _MOST_STEPS) == 0 else 16
+        sums = [[k.var(total) for total in row] for row in totals]
+        with k.loop(self.form.rows, step=inputs) as i:
+            pairs: dict[_Term, ir.Value] = {}
+            for term, codes, values in self._products(i, inputs, parts):
+                product = _pair_products(k, codes, values)
+                pairs[term] = b.add(pairs[term], product) if term in pairs else product
+            for term, pair in pairs.items():
+                row, _, _, v = term
+                worth = k.splat(1 << self._shift(term), pair.type)
+                total = k.call("llvm.x86.avx2.pmadd.wd", self.type, pair, worth)
+                sums[row][v].set(b.add(sums[row][v].get(), total))
+        return [[total.get() for total in row] for row in sums]
 
-def _add_dots(k, source, x, form: ActivationForm, tile: Tile, parts, totals):
-    """By dot products of four bytes that add to 32 bits."""
-    vectors, planes = range(tile.vectors), range(len(source.form.weights))
-    accumulators: dict[tuple[int, int, int, int], Var] = {}
-    for part in parts:
-        for plane in planes:
-            for row in range(tile.rows):
-                for v in vectors:
-                    first = k.splat(0, vec(I32, tile.lanes))
-                    if totals and _shift(form, part, plane) == 0:
-                        first = totals[row][v]
-                    accumulators[part, plane, row, v] = k.var(first)
-    inputs = max(16, source.form.inputs)
-    with k.loop(form.rows, step=inputs) as i:
-        xi = k.at(x, i)
-        for step, codes in enumerate(source.steps(k, i, inputs, tile.columns, tile.lanes)):
-            for row in range(tile.rows):
-                for part in parts:
-                    value = _value(k, xi, form, row, part, step, tile.lanes)
-                    for plane in planes:
-                        for v in vectors:
-                            sum_ = accumulators[part, plane, row, v]
-                            sum_.set(k.dot4(sum_.get(), codes[plane][v], value))
+    def _terms(self, parts: list[int]) -> Iterator[_Term]:
+        planes = range(len(self.source.form.weights))
+        return itertools.product(range(self.tile.rows), parts, planes, range(self.tile.vectors))
+
+    def _products(self, i: ir.Value, inputs: int, parts: list[int]) -> Iterator[tuple[_Term, ir.Value, ir.Value]]:
+        """What is multiplied in ``inputs`` inputs from ``i`` on: codes and values, four inputs of a column a lane."""
+        k, form, tile = self.k, self.form, self.tile
+        xi = k.at(self.x, i)
+        for step, codes in enumerate(self.source.steps(k, i, inputs, tile.columns, tile.lanes)):
+            for row, part in itertools.product(range(tile.rows), parts):
+                four = k.load(I32, xi, row * form.num_bytes + part * form.rows + 4 * step)
+                values = k.splat(four, self.type)
+                for plane, vectors in enumerate(codes):
+                    for v, vector in enumerate(vectors):
+                        yield (row, part, plane, v), vector, values
             k.barrier()
-    return [[_combined(k, form, accumulators, row, v) for v in vectors] for row in range(tile.rows)]
 
+    def _shift(self, term: _Term) -> int:
+        """Bits by which a term counts more: the high part of activations, the high halves of codes."""
+        _, part, plane, _ = term
+        return (8 if self.form.parts == 2 and part == 0 else 0) + 4 * plane
 
-def _combined(k, form, accumulators, row, v) -> ir.Value:
-    """The sums of all parts and planes, each by its worth."""
-    total = None
-    for (part, plane, of_row, of_v), sum_ in accumulators.items():
-        if (of_row, of_v) != (row, v):
-            continue
-        value, shift = sum_.get(), _shift(form, part, plane)
-        if shift:
-            value = k.b.shl(value, k.splat(shift, value.type))
-        total = value if total is None else k.b.add(total, value)
-    return total
-
-
-def _add_pairs(k, source, x, form: ActivationForm, tile: Tile, parts, totals):
-    """By products of bytes added in pairs to 16 bits, as many steps as those hold, and only then to 32: with AVX2 the
-    step to 32 bits costs as much as the products. It also weighs parts and planes, so one accumulator takes all."""
-    b, vectors, rows, planes = k.b, range(tile.vectors), range(tile.rows), range(len(source.form.weights))
-    halves, wide = vec(I16, 2 * tile.lanes), vec(I32, tile.lanes)
-    sums = [[k.var(totals[row][v] if totals else k.splat(0, wide)) for v in vectors] for row in rows]
-    inputs = 4 * _MOST_STEPS if form.rows % (4 * _MOST_STEPS) == 0 else 16
-    with k.loop(form.rows, step=inputs) as i:
-        xi, pairs = k.at(x, i), {}
-        for step, codes in enumerate(source.steps(k, i, inputs, tile.columns, tile.lanes)):
-            for row in rows:
-                for part in parts:
-                    value = _value(k, xi, form, row, part, step, tile.lanes)
-                    for plane in planes:
-                        for v in vectors:
-                            product = _pair_products(k, codes[plane][v], value)
-                            before = pairs.get((row, part, plane, v))
-                            pairs[row, part, plane, v] = b.add(before, product) if before else product
-            k.barrier()
-        for (row, part, plane, v), pair in pairs.items():
-            worth = k.splat(1 << _shift(form, part, plane), halves)
-            total = k.call("llvm.x86.avx2.pmadd.wd", wide, pair, worth)
-            sums[row][v].set(b.add(sums[row][v].get(), total))
-    return [[sums[row][v].get() for v in vectors] for row in rows]
+    def _first(self, term: _Term, totals: _Totals) -> Var:
+        row, _, _, v = term
+        return self.k.var(self.k.splat(0, self.type) if self._shift(term) else totals[row][v])
 
 
 def _pair_products(k: Kernel, codes: ir.Value, values: ir.Value) -> ir.Value:
     """i16: code * q + the next code * q, exact."""
     lanes = codes.type.count
-    bytes_ = [k.b.bitcast(value, vec(ir.IntType(8), 4 * lanes)) for value in (codes, values)]
-    return k.call("llvm.x86.avx2.pmadd.ub.sw", vec(I16, 2 * lanes), *bytes_)
+    codes, values = (k.b.bitcast(value, vec(I8, 4 * lanes)) for value in (codes, values))
+    return k.call("llvm.x86.avx2.pmadd.ub.sw", vec(I16, 2 * lanes), codes, values)

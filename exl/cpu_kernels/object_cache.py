@@ -58,6 +58,19 @@ def cached_object(name: str, compile_: Callable[[], bytes], folder: Path | None 
     return data
 
 
+def read_note(name: str, folder: Path | None = None) -> str | None:
+    """What ``write_note`` left in the folder; None: nothing that can be trusted."""
+    folder = default_object_folder() if folder is None else folder
+    data = _read(folder / name) if _is_ours(folder) else None
+    return None if data is None else data.decode(errors="replace")
+
+
+def write_note(name: str, text: str, folder: Path | None = None) -> None:
+    folder = default_object_folder() if folder is None else folder
+    if _is_ours(folder):
+        _write(folder / name, text.encode())
+
+
 def _is_ours(folder: Path) -> bool:
     """Makes the folder if need be. Code is run from it, so it must be a folder that only this user can write to."""
     try:

@@ -214,7 +214,10 @@ def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16] | NDA
     """f16 as the file has them; other types become f32, which holds them exactly."""
     info = checkpoint.info(f"{name}.scales")
     scales = checkpoint.read(info.name) if info.dtype == "f16" else read_float(checkpoint, info.name)
-    finite = np.isfinite(scales)
+    if scales.dtype == np.float16:  # by their exponents, because NumPy converts f16 one by one
+        finite = (scales.view(np.uint16) & np.uint16(0x7C00)) != 0x7C00
+    else:
+        finite = np.isfinite(scales)
     if not finite.all():
         group, column = np.argwhere(~finite)[0]
         raise CheckpointError(
@@ -243,7 +246,11 @@ def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArra
 
 def _stored_zeros(checkpoint: Checkpoint, name: str, bits: int) -> NDArray[np.uint8]:
     """As the file has them, u8 [G, N]."""
-    return np.ascontiguousarray(unpack_codes(checkpoint.read(f"{name}.qzeros").T, bits).T)
+    words = checkpoint.read(f"{name}.qzeros")
+    codes = unpack_codes(words[:1, :3].T, bits)
+    if bits != 3 and (words == words[0, 0]).all() and (codes == codes[0]).all():  # symmetric: one zero for all
+        return np.full((len(words), words.shape[1] * 32 // bits), codes[0, 0])
+    return np.ascontiguousarray(unpack_codes(words.T, bits).T)
 
 
 def _format_of(stored: NDArray[np.uint8], bits: int) -> str | None:

@@ -24,8 +24,12 @@ def torch_target() -> Target:
 def why_not_compiled() -> str | None:
     """What keeps exl's own kernels from running here; None: nothing. The first call loads and runs one."""
     try:
+        from exl.cpu_kernels import probe
         from exl.cpu_kernels.library import shared_library
 
+        reason = probe.why_not()
+        if reason is not None:
+            return reason
         shared_library()
     except ImportError as error:
         return f"llvmlite cannot be imported ({error})"

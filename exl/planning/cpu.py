@@ -89,9 +89,9 @@ _KERNEL_BYTES = 96 << 20  # llvmlite with the kernels loaded takes 60 MB; compil
 _SAMPLING_BYTES = 64  # per token of the vocabulary: its logit in f64, shifted, sorted, and its weight
 _LOADED_FIRST = ("embedding", "resident layers", "stream buffers", "head and final norm")
 _TOKENIZER_FACTOR = 8
-_LEAST_BUFFER_BYTES = 4 << 20
+_TABLE_PIECE_BYTES = 4 << 20
 _READ_AHEAD_BYTES = 16 << 20
-_MOST_BUFFERS = 8
+_SMALL_ITEMS = 8
 _READ_EDGES = 256 << 10  # pages are read whole, of which neighbours have the rest
 _UNPACKED_BYTES = 8  # per code, while it is unpacked, sorted, fused and packed
 _LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size; 4 to 13 MB were measured
@@ -99,18 +99,15 @@ _LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size;
 
 def loading_bytes(model: PlanInput) -> int:
     """Temporary host memory while layers are packed."""
-    table = max(model.embed.num_bytes, model.head.num_bytes)
-    _, size = read_buffers(model.layer_file_bytes + _READ_EDGES, table)
-    buffers = max(2 * size, min(_MOST_BUFFERS * size, _READ_AHEAD_BYTES))
-    return buffers + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
+    ahead = read_ahead_bytes(model.layer_file_bytes + _READ_EDGES, max(model.embed.num_bytes, model.head.num_bytes))
+    return ahead + PACK_COLUMNS * _max_k(model.limits) * _UNPACKED_BYTES
 
 
-def read_buffers(layer_bytes: int, table_bytes: int) -> tuple[int, int]:
-    """How many buffers a checkpoint is read ahead into, and their bytes, a multiple of 4096. One holds a layer, of at
-    most ``layer_bytes`` in the files' pages, or as much of a table. Small layers have more, so that several are read at
-    once."""
-    size = align_up(max(layer_bytes, min(table_bytes, _LEAST_BUFFER_BYTES), 2 * BLOB_ALIGN), BLOB_ALIGN)
-    return min(_MOST_BUFFERS, max(2, _READ_AHEAD_BYTES // size)), size
+def read_ahead_bytes(layer_bytes: int, table_bytes: int) -> int:
+    """The memory that a checkpoint is read ahead into: two layers, of at most ``layer_bytes`` in the files' pages. More
+    of small ones, so that several reads are under way."""
+    item = max(layer_bytes, min(table_bytes, _TABLE_PIECE_BYTES), 2 * BLOB_ALIGN)
+    return align_up(max(2 * item, min(_SMALL_ITEMS * item, _READ_AHEAD_BYTES)), BLOB_ALIGN)
 
 
 def _max_k(limits: StepLimits) -> int:

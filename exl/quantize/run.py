@@ -46,7 +46,7 @@ Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py`
 
 _LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer computes them
 _DEFAULT_SEQ_LEN = 2048
-_ALGORITHM = 1  # version: raised by each change that makes unfinished runs impossible to resume
+_ALGORITHM = 2  # version: raised by each change after which a run that is resumed would write other bytes
 
 
 @dataclass(frozen=True)

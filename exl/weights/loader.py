@@ -1,7 +1,7 @@
 """Checkpoint -> blobs, in memory and in the packed file, in one pass.
 
 Host memory while loading: what stays (resident weights, stream buffers) and, if there is no packed file to read from,
-the buffers that the checkpoint is read ahead into (``read_buffers``) and the block of one matrix that is being
+the memory that the checkpoint is read ahead into (``read_ahead_bytes``) and the block of one matrix that is being
 unpacked.
 """
 
@@ -38,7 +38,7 @@ from exl.weights.stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
-_READ_THREADS = 4  # some wait for the disk while others compare checksums
+_READ_THREADS = 6  # enough of them wait for the disk while others compare checksums
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 # Raise it whenever the same tensors come to be packed into other bytes: new kernels' orders, changed fields.
 LAYOUT_VERSION = 4
 _SAMPLE_BYTES = 64
+_SAMPLE_THREADS = 8
 _NAME = re.compile(r".*-[0-9a-f]{32}" + re.escape(SUFFIX))
 
 
@@ -45,10 +47,19 @@ def packed_key(
         ["target", repr(target)],
         ["packer", packer],
         ["files", sorted((name, size, checkpoint.modified_ns[name]) for name, size in checkpoint.files.items())],
-        ["tensors", [_describe_tensor(checkpoint, name) for name in sorted(checkpoint.tensors)]],
+        ["tensors", _describe_tensors(checkpoint)],
         ["layouts", [_describe_layout(layout, quant) for layout in layouts]],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+def _describe_tensors(checkpoint: Checkpoint) -> list[list]:
+    """Sorted by name. Samples are read by several threads, because each waits for the disk."""
+    names = sorted(checkpoint.tensors)
+    some = [names[i::_SAMPLE_THREADS] for i in range(_SAMPLE_THREADS)]
+    with ThreadPoolExecutor(_SAMPLE_THREADS, "exl samples") as executor:
+        found = executor.map(lambda some: [_describe_tensor(checkpoint, name) for name in some], some)
+        return sorted(tensor for tensors in found for tensor in tensors)
 
 
 def _describe_tensor(checkpoint: Checkpoint, name: str) -> list:

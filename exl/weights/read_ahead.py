@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from exl.checkpoint.header import shown
 from exl.checkpoint.page_reader import PAGE, PageReader
 from exl.layout.fields import align_up
 from exl.memory.host import HostBuffer
-from exl.planning.cpu import read_buffers
+from exl.planning.cpu import read_ahead_bytes
+from exl.threads import thread_limit
 
 _STEP_BYTES = 4 << 20  # bytes per read; between two reads, checks whether it was stopped
-_THREADS = 3  # reads at once, so that a disk has the next request before it has done one
+_THREADS = 4  # reads at once, so that a disk has the next request before it has done one
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class _Extent:
 class ReadAhead:
     """The tensors of a checkpoint that are packed, read in that order; a context manager that ends its threads.
 
-    Items are layers, and pieces of tables: each has a buffer until a later one is taken. Memory: ``read_buffers``.
+    Items are layers, and pieces of tables. They lie one after another in a ring, each until a later one is taken.
+    Memory: ``read_ahead_bytes``.
     """
 
     def __init__(
@@ -65,31 +68,28 @@ class ReadAhead:
     ) -> None:
         """``layers``: the names of each layer's tensors. ``before``, ``after``: tables that are copied as they are,
         before and after the layers."""
-        self._checkpoint = checkpoint
-        tables = [checkpoint.info(name) for name in (before, after) if name is not None]
-        extents = [_extents([_whole(checkpoint, name) for name in names]) for names in layers]
-        count, size = read_buffers(
-            max((some[-1].end for some in extents if some), default=0),
-            max((align_up(table.num_bytes, PAGE) + PAGE for table in tables), default=0),
-        )
+        self._checkpoint, self._file_bytes = checkpoint, checkpoint.files
         self._items: list[list[_Extent]] = []
         self._tables: dict[str, range] = {}  # which items are pieces of it
-        self._add_table(before, size)
+        self._add_table(before)
         self._first_layer = len(self._items)
-        self._items += extents
-        self._add_table(after, size)
+        self._items += [_extents([_whole(checkpoint, name) for name in names]) for names in layers]
+        self._add_table(after)
+        layer_bytes = max(map(_num_bytes, self._items[self._first_layer :][: len(layers)]), default=0)
+        table_bytes = max((checkpoint.info(name).num_bytes for name in self._tables), default=0)
+        self._buffer = HostBuffer(read_ahead_bytes(layer_bytes, table_bytes), "read buffer of layers")
         self._jobs: dict[int, list[Future[None]]] = {}
-        self._num_admitted = 0
+        self._places: dict[int, int] = {}  # in the ring, of items that are there
+        self._next = 0  # the item to be read next
         self._stopped = threading.Event()
-        self._buffers = [HostBuffer(size, "read buffer of a layer") for _ in range(min(count, len(self._items)))]
         self._reader = PageReader(checkpoint)
         self._executor = ThreadPoolExecutor(_THREADS, "exl checkpoint reader")
-        self._admit(len(self._buffers))
+        self._admit()
 
-    def _add_table(self, name: str | None, buffer_bytes: int) -> None:
+    def _add_table(self, name: str | None) -> None:
         if name is None or name in self._tables:
             return
-        whole, step, first = _whole(self._checkpoint, name), buffer_bytes - PAGE, len(self._items)
+        whole, step, first = _whole(self._checkpoint, name), _STEP_BYTES - PAGE, len(self._items)
         for start in range(whole.start, whole.stop, step):
             self._items.append(_extents([_Piece(name, whole.file, start, min(whole.stop, start + step))]))
         self._tables[name] = range(first, len(self._items))
@@ -104,47 +104,62 @@ class ReadAhead:
         ``after`` behind the last."""
         return _CheckpointOfTables(self._checkpoint, self._tables, self._take)
 
-    def _take(self, item: int) -> dict[str, NDArray[np.uint8]]:
-        """The bytes of an item, by name; those of earlier items are overwritten from now on."""
-        for earlier in [i for i in self._jobs if i < item]:  # that nobody has asked for
-            wait(self._jobs.pop(earlier))
-        self._num_admitted = max(self._num_admitted, item)
-        self._admit(item + len(self._buffers))
+    def _take(self, item: int, oldest: int | None = None) -> dict[str, NDArray[np.uint8]]:
+        """The bytes of an item, by name; those of items before ``oldest`` (default: this one) are overwritten from now
+        on."""
+        for earlier in [i for i in self._places if i < (item if oldest is None else oldest)]:
+            del self._places[earlier]
+            wait(self._jobs.pop(earlier, ()))  # nobody has asked for it
+        self._next = max(self._next, item)
+        self._admit()
         for job in self._jobs.pop(item):
             job.result()
-        buffer, found = self._buffer(item), {}
+        found = {}
         for extent in self._items[item]:
             for piece in extent.pieces:
-                first = extent.place + piece.start - extent.start
-                found[piece.name] = buffer[first : first + piece.stop - piece.start]
+                first = self._places[item] + extent.place + piece.start - extent.start
+                found[piece.name] = self._buffer.array[first : first + piece.stop - piece.start]
         return found
 
-    def _buffer(self, item: int) -> NDArray[np.uint8]:
-        return self._buffers[item % len(self._buffers)].array
-
-    def _admit(self, stop: int) -> None:
-        """Queues the reads of items before ``stop``, whose buffers are free."""
-        for item in range(self._num_admitted, min(stop, len(self._items))):
-            buffer = memoryview(self._buffer(item))
+    def _admit(self) -> None:
+        """Queues the reads of the next items, as many as have room."""
+        while self._next < len(self._items):
+            item, extents = self._next, self._items[self._next]
+            place = self._room(_num_bytes(extents))
+            if place is None:
+                return
+            self._places[item], self._next = place, item + 1
+            room = memoryview(self._buffer.array)[place:]
             self._jobs[item] = [
-                self._executor.submit(self._read, extent, start, buffer[extent.place + start - extent.start :])
-                for extent in self._items[item]
+                self._executor.submit(self._read, extent, start, room[extent.place + start - extent.start :])
+                for extent in extents
                 for start in range(extent.start, extent.stop, _STEP_BYTES)
             ]
-        self._num_admitted = max(self._num_admitted, stop)
+
+    def _room(self, num_bytes: int) -> int | None:
+        """Where the next item goes, behind the last one or at the ring's start; None: when others have left."""
+        if not self._places:
+            return 0
+        first, last = min(self._places), max(self._places)
+        begin, end = self._places[first], self._places[last] + _num_bytes(self._items[last])
+        if end <= begin:  # the last one is ahead of the first
+            return end if end + num_bytes <= begin else None
+        if end + num_bytes <= self._buffer.num_bytes:
+            return end
+        return 0 if num_bytes <= begin else None
 
     def _read(self, extent: _Extent, start: int, place: memoryview) -> None:
         if not self._stopped.is_set():
-            stop = min(extent.stop, start + _STEP_BYTES)
             piece = next(piece for piece in extent.pieces if piece.stop > start)
+            pages = min(align_up(extent.stop, PAGE), self._file_bytes[piece.file])  # whole, except at the end
+            stop = min(pages, start + _STEP_BYTES)
             self._reader.read_into(piece.file, place[: stop - start], start, f"tensor {shown(piece.name)}")
 
     def close(self) -> None:
         self._stopped.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
-        for buffer in self._buffers:
-            buffer.close()
+        self._buffer.close()
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -178,13 +193,13 @@ class _CheckpointInMemory(Checkpoint):
 
 
 class _CheckpointOfTables(Checkpoint):
-    """A checkpoint of which whole tables are read as their pieces come."""
+    """A checkpoint of which whole tables are read as their pieces come, once; after that from the file."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         tables: dict[str, range],
-        take: Callable[[int], dict[str, NDArray[np.uint8]]],
+        take: Callable[[int, int], dict[str, NDArray[np.uint8]]],
     ) -> None:
         super().__init__(checkpoint.path, checkpoint.folder, checkpoint._files, checkpoint.tensors)
         self._tables, self._take = tables, take
@@ -194,15 +209,25 @@ class _CheckpointOfTables(Checkpoint):
         if name not in self._tables or len(view) != self.info(name).num_bytes:
             super().read_into(name, buffer, start_byte)
             return
-        for item in self._tables[name]:
-            piece = self._take(item)[name]
-            view[: len(piece)] = piece
-            view = view[len(piece) :]
+        copies: deque[Future[None]] = deque()
+        num_threads = thread_limit()  # memory that is touched for the first time costs more than the copy
+        with ThreadPoolExecutor(num_threads, "exl copies tables") as executor:
+            for item in self._tables.pop(name):
+                if len(copies) == num_threads:
+                    copies.popleft().result()
+                piece = self._take(item, item - len(copies))[name]
+                copies.append(executor.submit(np.copyto, view[: len(piece)], piece))
+                view = view[len(piece) :]
 
 
 def _whole(checkpoint: Checkpoint, name: str) -> _Piece:
     info = checkpoint.info(name)
     return _Piece(name, info.file, info.start, info.stop)
+
+
+def _num_bytes(extents: Sequence[_Extent]) -> int:
+    """Of an item in the ring."""
+    return extents[-1].end if extents else 0
 
 
 def _extents(pieces: Sequence[_Piece]) -> list[_Extent]:

@@ -1,4 +1,4 @@
-"""A thread that reads layers from the packed file into buffers, ahead of their turn, and owns both."""
+"""Threads that read layers from the packed file into buffers, ahead of their turn, and own both."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from exl import forks
 from exl.errors import CheckpointError, ExlError
 from exl.weights.packed import PackedFile
 
+# One thread would leave the disk idle from the end of a read until it runs again and asks for the next, which takes as
+# long as a layer's arithmetic where that keeps all processors busy. Of two, the other's read goes on meanwhile.
+_THREADS = 2
 _CLOSE_SECONDS = 10.0  # how long ``close`` waits for a read to return
 _FORK_SECONDS = 5.0  # how long a fork of the process waits for that
 
@@ -33,14 +36,15 @@ class StreamStats:
 class ReadBuffer:
     array: NDArray[np.uint8]  # page-aligned
     layer_idx: int | None = None  # the layer it holds, completely read; None: none
+    coming: int | None = None  # the layer that is being read into it
     num_users: int = 0  # acquired and not yet released
 
 
 class BufferReader:
-    """The buffers, the packed file, and the thread that fills the first from the second. The only owner of both: the
-    thread that writes to a buffer is also the one that gives the memory back, when it ends, so that a read that hangs
-    never finds its buffer unmapped or its file closed. Has no reference to the stream that uses it, so as not to keep
-    it alive.
+    """The buffers, the packed file, and the threads that fill the first from the second. The only owner of both: the
+    threads that write to buffers also give the memory back, the last one when it ends, so that a read that hangs never
+    finds its buffer unmapped or its file closed. Has no reference to the stream that uses it, so as not to keep it
+    alive.
 
     The next layer to read depends only on the order, the position in it and the buffers' contents: the buffers should
     hold the next layers in order. So a new order needs no special case: layers it can use stay, others are overwritten.
@@ -67,21 +71,25 @@ class BufferReader:
         self._blob_indices = blob_indices
         self._order: tuple[int, ...] = ()
         self._next = 0  # position in the order of the layer to be acquired next
-        self._failure: tuple[int, CheckpointError] | None = None
+        self._failures: dict[int, CheckpointError] = {}  # by layer; nothing is read while there are some
         self._closed = False
-        self._reading = False
         self._forking = False
         self._changed = threading.Condition()
         self._owned = ExitStack()
-        self._thread: threading.Thread | None = None  # None: a forked process that has not read yet
-        self._start_thread()
+        self._threads: list[threading.Thread] = []  # none: a forked process that has not read yet
+        self._start_threads()
         self._owned = owned.pop_all()
         forks.register(self)
 
-    def _start_thread(self) -> None:
-        if self._thread is None and not self._closed:
-            self._thread = threading.Thread(target=self._run, name="exl layer reader", daemon=True)
-            self._thread.start()
+    def _start_threads(self) -> None:
+        if not self._threads and not self._closed:
+            self._num_running = min(_THREADS, len(self.buffers))
+            self._threads = [
+                threading.Thread(target=self._run, name="exl layer reader", daemon=True)
+                for _ in range(self._num_running)
+            ]
+            for thread in self._threads:
+                thread.start()
 
     # Called by the consumer
 
@@ -89,9 +97,9 @@ class BufferReader:
         with self._changed:
             for buffer in self.buffers:
                 buffer.num_users = 0  # an interrupted pass may have left users
-            self._failure = None
+            self._failures.clear()
             self._order, self._next = order, 0
-            self._start_thread()
+            self._start_threads()
             self._changed.notify_all()
 
     def acquire(self, layer_idx: int) -> int:
@@ -123,16 +131,16 @@ class BufferReader:
             buffer_idx = self._holder(layer_idx)
             if buffer_idx is not None:
                 break
-            if self._failure is not None:
-                failed_idx, error = self._failure
-                self._failure = None  # if the layer is acquired again, reading is tried again
+            if self._failures and not any(buffer.coming == layer_idx for buffer in self.buffers):
+                error = self._failures.get(layer_idx)
+                self._failures.clear()  # if a layer is acquired again, reading is tried again
                 self._changed.notify_all()
-                if failed_idx == layer_idx:
+                if error is not None:
                     raise CheckpointError(str(error)) from error
             if self._closed:
                 raise ExlError("the weights are closed")
-            if self._thread is None or not self._thread.is_alive():
-                raise ExlError("the thread that reads layers has ended")
+            if not any(thread.is_alive() for thread in self._threads):
+                raise ExlError("the threads that read layers have ended")
             self._changed.wait(1.0)
         waited = time.perf_counter() - began
         self.stats = replace(
@@ -157,19 +165,21 @@ class BufferReader:
             return self._changed.wait_for(self._is_idle, timeout_seconds)
 
     def close(self) -> bool:
-        """Ends the thread, which gives back the buffers and the file as it ends. Returns False if it has not ended
-        within 10 s: it hangs in a read and may still write to its buffer, so both stay until that read returns. May be
-        called again, and from any thread."""
+        """Ends the threads; the last one gives back the buffers and the file as it ends. Returns False if one has not
+        ended within 10 s: it hangs in a read and may still write to its buffer, so both stay until that read returns.
+        May be called again, and from any thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread is None:  # forked: nobody else closes what this process has
+        if not self._threads:  # forked: nobody else closes what this process has
             self._owned.close()
             return True
-        if self._thread is threading.current_thread():  # garbage was collected during a read
+        if threading.current_thread() in self._threads:  # garbage was collected during a read
             return False
-        self._thread.join(_CLOSE_SECONDS)
-        return not self._thread.is_alive()
+        until = time.monotonic() + _CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     # Called by the thread that forks the process
 
@@ -177,12 +187,14 @@ class BufferReader:
         """Keeps the lock until ``after_fork``, so that the child finds everything in order."""
         self._changed.acquire()
         self._forking = True
-        self._changed.wait_for(lambda: not self._reading, _FORK_SECONDS)
+        self._changed.wait_for(lambda: not self._reading(), _FORK_SECONDS)
 
     def after_fork(self, in_child: bool) -> None:
         self._forking = False
         if in_child:  # what a read that hangs has written so far is not counted as a layer
-            self._changed, self._thread, self._reading = threading.Condition(), None, False
+            self._changed, self._threads = threading.Condition(), []
+            for buffer in self.buffers:
+                buffer.coming = None
             return
         self._changed.notify_all()
         self._changed.release()
@@ -192,23 +204,27 @@ class BufferReader:
     def _holder(self, layer_idx: int) -> int | None:
         return next((i for i, buffer in enumerate(self.buffers) if buffer.layer_idx == layer_idx), None)
 
+    def _reading(self) -> bool:
+        return any(buffer.coming is not None for buffer in self.buffers)
+
     def _upcoming(self) -> tuple[int, ...]:
         """The whole order, from the current position on; after the last layer comes the first, for the next pass."""
         return self._order[self._next :] + self._order[: self._next]
 
     def _is_idle(self) -> bool:
-        return not self._reading and (self._closed or self._failure is not None or self._choose() is None)
+        return not self._reading() and (self._closed or bool(self._failures) or self._choose() is None)
 
     def _choose(self) -> tuple[int, int] | None:
         """(layer to read, index of the buffer to overwrite); None if there is nothing to do."""
-        needed: set[int] = set()  # buffers with layers that come before the one to read
+        needed = {i for i, buffer in enumerate(self.buffers) if buffer.coming is not None}
+        on_their_way = {self.buffers[i].coming for i in needed}
         for layer_idx in self._upcoming():
             buffer_idx = self._holder(layer_idx)
             if buffer_idx is not None:
-                needed.add(buffer_idx)
-                continue
-            free = [i for i, buffer in enumerate(self.buffers) if not buffer.num_users and i not in needed]
-            return (layer_idx, max(free, key=self._distance)) if free else None
+                needed.add(buffer_idx)  # its layer comes before the one to read
+            elif layer_idx not in on_their_way:
+                free = [i for i, buffer in enumerate(self.buffers) if not buffer.num_users and i not in needed]
+                return (layer_idx, max(free, key=self._distance)) if free else None
         return None
 
     def _distance(self, buffer_idx: int) -> int:
@@ -216,47 +232,53 @@ class BufferReader:
         layer_idx, ahead = self.buffers[buffer_idx].layer_idx, self._upcoming()
         return ahead.index(layer_idx) if layer_idx in ahead else len(ahead)
 
-    # Runs in the reader thread
+    # Runs in the reader threads
 
     def _run(self) -> None:
         try:
-            self._fill_buffers()
+            while (choice := self._next_choice()) is not None:
+                self._fill(*choice)
         finally:
-            self._owned.close()
-
-    def _fill_buffers(self) -> None:
-        while True:
             with self._changed:
-                self._reading = False
-                self._changed.notify_all()
-                choice = None
-                while choice is None:
-                    if self._closed:
-                        return
-                    choice = self._choose() if self._failure is None and not self._forking else None
-                    if choice is None:
-                        self._changed.wait()
-                layer_idx, buffer_idx = choice
-                self._reading = True
-                self.buffers[buffer_idx].layer_idx = None
-            try:
-                complete = self._read(layer_idx, buffer_idx)
-            except CheckpointError as error:
-                with self._changed:
-                    self._failure = (layer_idx, error)
-                continue
-            except Exception as error:  # any error must reach the thread that waits in acquire
-                with self._changed:
-                    self._failure = (layer_idx, CheckpointError(f"{self.packed.path}: layer {layer_idx}: {error!r}"))
-                continue
-            if complete:
-                with self._changed:
-                    self.buffers[buffer_idx].layer_idx = layer_idx
-                    self.stats = replace(
-                        self.stats,
-                        num_reads=self.stats.num_reads + 1,
-                        bytes_read=self.stats.bytes_read + self.sizes[layer_idx],
-                    )
+                self._num_running -= 1
+                last = not self._num_running
+            if last:
+                self._owned.close()
+
+    def _next_choice(self) -> tuple[int, int] | None:
+        """Waits for something to read. None: closed."""
+        with self._changed:
+            while not self._closed:
+                choice = None if self._failures or self._forking else self._choose()
+                if choice is not None:
+                    layer_idx, buffer_idx = choice
+                    buffer = self.buffers[buffer_idx]
+                    buffer.layer_idx, buffer.coming = None, layer_idx
+                    return choice
+                self._changed.wait()
+            return None
+
+    def _fill(self, layer_idx: int, buffer_idx: int) -> None:
+        complete, failure = False, None
+        try:
+            complete = self._read(layer_idx, buffer_idx)
+        except CheckpointError as error:
+            failure = error
+        except Exception as error:  # any error must reach the thread that waits in acquire
+            failure = CheckpointError(f"{self.packed.path}: layer {layer_idx}: {error!r}")
+        with self._changed:
+            buffer = self.buffers[buffer_idx]
+            buffer.coming = None
+            if failure is not None:
+                self._failures[layer_idx] = failure
+            elif complete:
+                buffer.layer_idx = layer_idx
+                self.stats = replace(
+                    self.stats,
+                    num_reads=self.stats.num_reads + 1,
+                    bytes_read=self.stats.bytes_read + self.sizes[layer_idx],
+                )
+            self._changed.notify_all()
 
     def _read(self, layer_idx: int, buffer_idx: int) -> bool:
         def is_wanted() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -63,8 +63,10 @@ def multiply(
     residual: NDArray[np.float32] | None = None,
     scale: float = 1.0,
     before: bool = False,
+    **fields: object,
 ) -> NDArray[np.float32]:
-    """f32 [M, N]. All that the kernels touch lies at pages that fault: behind it or ``before`` it."""
+    """f32 [M, N]. All that the kernels touch lies at pages that fault: behind it or ``before`` it. ``fields``: of the
+    kernel, instead of what is usual."""
     layout, rows = weight.layout, len(x)
     form = form_of(layout, parts)
     records = guarded_array(np.zeros((layout.num_records, rows, form.num_bytes), np.uint8), before=before)
@@ -79,7 +81,7 @@ def multiply(
         bias, residual, layout.N, scale, per,
     )  # fmt: skip
     row_blocks = -(-rows // ROW_BLOCK) if kind == "panel" else 1
-    library.call(linear(layout, parts, kind), args, -(-layout.num_blocks // per) * row_blocks)
+    library.call(replace(linear(layout, parts, kind), **fields), args, -(-layout.num_blocks // per) * row_blocks)
     return out
 
 
@@ -190,6 +192,16 @@ def test_any_chunk(library: Library) -> None:
         for per in (1, 4, 5, 9):
             found = multiply(library, weight, x[:most], 2, kind, per=per)
             np.testing.assert_array_equal(found, reference(weight, x[:most], 2))
+
+
+def test_prefetching_changes_nothing(library: Library) -> None:
+    """Nor does it fault behind the last record."""
+    rng = np.random.default_rng(9)
+    weight = random_weight(rng, ColumnLayout(3, 150, 129, 48, symmetric=True, scale_dtype="f32"))
+    x = rng.standard_normal((1, 150)).astype(np.float32)
+    for prefetches in (True, False):
+        found = multiply(library, weight, x, 1, "row", prefetches=prefetches)
+        np.testing.assert_array_equal(found, reference(weight, x, 1))
 
 
 # values that are not finite, and tiny ones

@@ -274,6 +274,9 @@ def test_closing_does_not_wait_for_the_end_of_a_read(tmp_path, monkeypatch):
         return min(4, plain(self, view, offset))  # 4 bytes at a time: 400 ms and more for each layer
 
     stream, _ = tiny_stream(tmp_path, 4, 2)
+    for i in range(4):  # the next time, without checksums, blocks may be of any size
+        stream.acquire(i)
+        stream.release(i)
     stream.wait_until_idle()
     monkeypatch.setattr(block_file, "BLOCK_BYTES", 4)
     monkeypatch.setattr(block_file.BlockFile, "_read_some", slow)
@@ -287,7 +290,7 @@ def test_closing_does_not_wait_for_the_end_of_a_read(tmp_path, monkeypatch):
 def test_a_stream_that_nobody_closes_ends_with_its_last_reference(four_bit, tmp_path):
     model = PlacedModel(four_bit, tmp_path)
     model.tokens(2)
-    assert reader_threads() == ["exl layer reader"]
+    assert set(reader_threads()) == {"exl layer reader"}
     del model
     gc.collect()
     assert reader_threads() == []

@@ -18,7 +18,14 @@ from exl.checkpoint.block_file import BlockFile
 from exl.errors import CheckpointError, ExlError
 from exl.memory.host import HostBuffer
 from exl.weights import packed
-from exl.weights.packed import PackedFile, PackedHeader, PackedWriter, remove_dead_parts
+from exl.weights.packed import (
+    CHECKED_BYTES,
+    PackedFile,
+    PackedHeader,
+    PackedWriter,
+    checksum,
+    remove_dead_parts,
+)
 from exl.weights.packed_store import (
     clear_packed,
 )
@@ -60,14 +67,14 @@ def test_other_files_are_not_opened(path, tmp_path, monkeypatch):
     assert PackedFile.open(tmp_path, KEY, SIZES) is None
     (tmp_path / "foreign").write_bytes(os.urandom(9000))
     assert PackedFile.open(tmp_path / "foreign", KEY, SIZES) is None
-    monkeypatch.setattr(packed, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(packed, "FORMAT_VERSION", packed.FORMAT_VERSION + 1)
     assert PackedFile.open(path, KEY, SIZES) is None
 
 
 def test_a_version_from_the_future_is_told_from_damage(path, monkeypatch):
     raw = path.read_bytes()[:4096]
     monkeypatch.setattr(packed, "FORMAT_VERSION", 7)
-    with pytest.raises(ValueError, match="format version 1, expected 7"):
+    with pytest.raises(ValueError, match="format version 2, expected 7"):
         PackedHeader.from_bytes(raw, path.stat().st_size)
 
 
@@ -105,14 +112,46 @@ def test_the_file_that_took_a_damaged_ones_place_stays(path, blobs):
 
 def test_a_checksum_is_compared_once(path, monkeypatch):
     calls = []
-    crc32 = packed.zlib.crc32
-    monkeypatch.setattr(packed.zlib, "crc32", lambda *args: calls.append(1) or crc32(*args))
+    monkeypatch.setattr(packed, "checksum", lambda *args: calls.append(1) or checksum(*args))
     file = PackedFile.open(path, KEY, SIZES)
     out = HostBuffer(SIZES[1], "test").array
     calls.clear()
     for _ in range(3):
         file.read_blob(1, out)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("num_words", [1, 2, 3])
+def test_a_checksum_shows_every_change_of_few_words(num_words):
+    """Also where sums over the whole would not change: what one word gains another loses."""
+    rng = np.random.default_rng(num_words)
+    words = rng.integers(0, 2**64, (4, 512), dtype=np.uint64)
+    before = checksum(words.view(np.uint8).reshape(-1))
+    for _ in range(50):
+        changed = words.copy()
+        places = rng.choice(changed.size, num_words, replace=False)
+        if rng.integers(2) and num_words > 1:  # in one page, or at one place of several
+            places = places % 512 if rng.integers(2) else places // 512 * 512 + places[0] % 512
+        gains = rng.integers(1, 2**64, num_words, dtype=np.uint64)
+        if num_words > 1:
+            gains[-1:] = -gains[:-1].sum(keepdims=True)
+        np.add.at(changed.reshape(-1), places, gains)
+        if not np.array_equal(changed, words):
+            assert checksum(changed.view(np.uint8).reshape(-1)) != before
+
+
+def test_a_checksum_shows_pages_in_another_order():
+    pages = np.random.default_rng(1).integers(0, 256, (3 * CHECKED_BYTES // 4096, 4096), dtype=np.uint8)
+    before = checksum(pages.reshape(-1))
+    for one, other in ((0, 1), (5, 1030), (1023, 1024), (7, 2500)):
+        swapped = pages.copy()
+        swapped[[one, other]] = swapped[[other, one]]
+        assert checksum(swapped.reshape(-1)) != before
+
+
+def test_a_checksum_can_be_taken_in_pieces():
+    blob = np.random.default_rng(2).integers(0, 256, CHECKED_BYTES + 12288, dtype=np.uint8)
+    assert checksum(blob[CHECKED_BYTES:], checksum(blob[:CHECKED_BYTES])) == checksum(blob)
 
 
 def test_a_file_cut_off_while_it_is_open_is_an_error_that_names_it(path):
