@@ -32,6 +32,11 @@ def partial_bytes(limits: StepLimits, num_rows: int, context: int | None = None)
     return num_rows * limits.num_heads * splits * (align_up(limits.head_dim, 16) + 2) * 4
 
 
+def angle_bytes(limits: StepLimits, num_rows: int) -> int:
+    """RoPE's cos and sin."""
+    return _rows(num_rows, 4 * limits.head_dim)
+
+
 def _linears(layers: Iterable[LayerLayout], *names: str) -> list[LinearLayout]:
     return [linear for layer in layers for name in names for linear in layer.linears.get(name, ())]
 
@@ -52,7 +57,6 @@ def scratch_sizes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic:
         "branch": _rows(T, 4 * limits.hidden_size),
         "queries": _rows(T, 4 * limits.attn_width),
         "partials": align_up(partial_bytes(limits, few), FIELD_ALIGN),
-        "angles": _rows(T, 8 * limits.head_dim),
         "samples": 8 * limits.max_logit_rows,
     }
 
@@ -65,7 +69,7 @@ def arena_bytes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: s
     a_layer = sum(_rows(T, 4 * width) for width in widths) + 8 * FIELD_ALIGN
     a_layer += 6 * _rows(T, hidden)  # two norms, two branches, the residual stream twice
     a_layer += align_up(partial_bytes(limits, T), FIELD_ALIGN)
-    total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + _rows(T, 8 * limits.head_dim)
+    total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + angle_bytes(limits, T)
     for layer in layers:
         linears = _linears([layer], "qkv", "o", "gate_up", "down")
         total += a_layer + sum(_rows(T, input_bytes(linear, arithmetic)) for linear in linears)
