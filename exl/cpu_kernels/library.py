@@ -83,7 +83,7 @@ class Library:
         data = compile_object(build_module(specs, self.isa), self.isa)
         seconds = time.perf_counter() - began
         if seconds > _TOLD_SECONDS:
-            logger.warning("compiled %d kernels for this processor in %.1f s; kept for later", len(specs), seconds)
+            logger.warning("compiled kernels for this processor in %.1f s", seconds)
         return data
 
     def _engine(self, data: bytes) -> llvm.ExecutionEngine:

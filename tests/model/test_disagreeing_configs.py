@@ -16,6 +16,7 @@ import torch
 from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.build import load_engine
 from exl.errors import CheckpointError, ConfigError, ExlWarning, UnsupportedModelError
+from exl.ops.cpu_target import cpu_target
 from exl.planning.from_headers import EngineOptions, open_model
 from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import prefill_logits
@@ -74,7 +75,8 @@ def with_configs(source: Path, folder: Path, said: dict[str, dict]) -> Path:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    engine = load_engine(folder, EngineOptions(kv_cache="f32", context=64))
+    arithmetic = "f32" if cpu_target().compiled else None
+    engine = load_engine(folder, EngineOptions(kv_cache="f32", context=64, arithmetic=arithmetic))
     found = all_logits(engine, IDS)
     engine.close()
     return found
