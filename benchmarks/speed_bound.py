@@ -20,7 +20,7 @@ from benchmarks.streaming import decode
 from benchmarks.synthetic import run_on_synthetic
 from exl.bench import read_bandwidth
 from exl.engine.build import Engine, EngineOptions, load_engine
-from exl.ops.torch_ops import cpu_target
+from exl.ops.cpu_target import cpu_target
 from exl.planning.from_headers import open_model, plan_model
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
