@@ -12,8 +12,8 @@ and ``read cached`` and ``load cached``, the same with the checkpoint in the pag
 memory as large as the file, with as many threads as compute, by 8 MiB; past the page cache where that is possible,
 which is faster than through it. ``load`` is the time of ``load_weights``: a plain read opens no model.
 
-Goals: load and reload at 0.9 of the speed of a plain read; above what stays allocated, peak memory of at most two layers
-in the file's format and the block of codes being unpacked.
+Goals: load and reload at 0.9 of the speed of a plain read; above what stays allocated, peak memory of at most two
+layers in the file's format and the block of codes being unpacked.
 """
 
 from __future__ import annotations
