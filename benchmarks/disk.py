@@ -108,12 +108,12 @@ def layer_ranges(packed: Path) -> list[tuple[int, int]]:
     return list(zip(header.offsets, header.sizes, strict=True))[1:-1]
 
 
-def cold_read_seconds(path: Path, ranges: Sequence[tuple[int, int]]) -> float:
+def cold_read_seconds(path: Path, ranges: Sequence[tuple[int, int]], buffer_bytes: int = PLAIN_BLOCK_BYTES) -> float:
     """A plain read past the page cache: directly, or after the file was dropped from it."""
     direct = has_direct(path)
     if not direct:
         drop_cached(path)
-    return plain_read_seconds(path, ranges, direct=direct)
+    return plain_read_seconds(path, ranges, direct=direct, buffer_bytes=buffer_bytes)
 
 
 def has_direct(path: Path) -> bool:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from exl.cpu_kernels.ir import F16, F32, I16, I32, LANES, Kernel, Var, vec
+from exl.cpu_kernels.ir import F32, LANES, Kernel, Var, vec
 from exl.cpu_kernels.kernel import KernelSpec
+from exl.cpu_kernels.linear_end import finish
+from exl.cpu_kernels.vectors import Part, load_part
 from exl.layout.fields import DTYPE_BYTES
 
 _COLUMNS = 4  # of a tile
@@ -61,9 +63,9 @@ class DenseRow(KernelSpec):
         accs = [k.var(k.splat(0.0)) for _ in columns]
 
         def add(i: ir.Value, count: ir.Value | None) -> None:
-            value = _widen(k, "f32", count, x, i)
+            value = load_part(k, x, Part(i, count))
             for column, acc in zip(columns, accs, strict=True):
-                acc.set(k.fma(_widen(k, self.dtype, count, column, i), value, acc.get()))
+                acc.set(k.fma(load_part(k, column, Part(i, count), self.dtype), value, acc.get()))
 
         _each_16(k, self.dtype, columns, first, k.smaller(k.size(4), k.add(first, _BLOCK)), _NEAR_BYTES, add)
         return accs
@@ -115,7 +117,7 @@ class DenseRows(KernelSpec):
         def store(i: ir.Value, count: ir.Value | None) -> None:
             out = k.mul(4 * _COLUMNS, k.b.sub(i, first))
             for c, column in enumerate(columns):
-                k.store(_widen(k, self.dtype, count, column, i), wide, k.add(out, _LINE * c), _LINE)
+                k.store(load_part(k, column, Part(i, count), self.dtype), wide, k.add(out, _LINE * c), _LINE)
 
         _each_16(k, self.dtype, columns, first, k.smaller(k.size(4), k.add(first, _BLOCK)), 0, store)
 
@@ -171,35 +173,6 @@ def chunk_columns(k: Kernel) -> tuple[ir.Value, ir.Value]:
     span = k.size(7)
     start = k.mul(k.chunk, span)
     return start, k.smaller(k.size(6), k.add(start, span))
-
-
-def finish(k: Kernel, y: ir.Value, row: ir.Value, column: ir.Value, count: ir.Value) -> None:
-    """Bias, residual and scale, then stores: the first ``count`` lanes of ``y``, columns from ``column`` on."""
-    with k.b.if_else(k.b.icmp_signed(">=", count, k.n(y.type.count))) as (whole, some):
-        with whole:
-            _finish(k, y, row, column, None)
-        with some:
-            _finish(k, y, row, column, count)
-
-
-def _finish(k: Kernel, y: ir.Value, row: ir.Value, column: ir.Value, count: ir.Value | None) -> None:
-    """``count`` None: all lanes."""
-    b, offset = k.b, k.mul(4, column)
-
-    def load(pointer: ir.Value, offset: ir.Value) -> ir.Value:
-        return k.load(y.type, pointer, offset) if count is None else k.load_first(y.type, count, pointer, offset)
-
-    result = k.var(y)
-    with b.if_then(b.icmp_signed("!=", k.size(8), k.n(0))):
-        result.set(b.fadd(result.get(), load(k.pointer(8), offset)))
-    with b.if_then(b.icmp_signed("!=", k.size(9), k.n(0))):
-        h = load(k.pointer(9), k.add(k.mul(4, k.mul(row, k.size(10))), offset))
-        result.set(k.fma(k.splat(k.number(11), y.type), result.get(), h))
-    place = k.add(k.mul(4, k.mul(row, k.size(3))), offset)
-    if count is None:
-        k.store(result.get(), k.pointer(2), place)
-    else:
-        k.store_first(result.get(), count, k.pointer(2), place)
 
 
 def totals(k: Kernel, vectors: Sequence[ir.Value]) -> ir.Value:
@@ -266,19 +239,6 @@ def _prefetcher(
             k.prefetch(pointer, k.mul(step, offset))
 
     return ask
-
-
-def _widen(k: Kernel, dtype: str, count: ir.Value | None, pointer: ir.Value, i: ir.Value) -> ir.Value:
-    """16 inputs from the i-th on, as f32; ``count``: only so many, zeros behind, whose memory is not touched."""
-    offset = k.mul(DTYPE_BYTES[dtype], i)
-    if count is None:
-        return k.widen(dtype, LANES, pointer, offset)
-    if dtype == "f32":
-        return k.load_first(vec(F32), count, pointer, offset)
-    bits = k.load_first(vec(I16), count, pointer, offset)
-    if dtype == "f16":
-        return k.b.fpext(k.b.bitcast(bits, vec(F16)), vec(F32))
-    return k.b.bitcast(k.b.shl(k.b.zext(bits, vec(I32)), k.splat(16, vec(I32))), vec(F32))
 
 
 def _column_pointers(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from exl.cpu_kernels.ir import I32, I64, Kernel
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.vectors import ELEMENT_BYTES, Part, each_part, load_part, row_of, store_part
+from exl.cpu_kernels.vectors import Part, each_part, load_part, row_of, store_part
+from exl.layout.fields import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Embed(KernelSpec):
     def emit(self, k: Kernel) -> None:
         width, scale, out = k.size(4), k.splat(k.number(5)), row_of(k, k.pointer(2), k.chunk, k.size(3))
         token = k.b.sext(k.load(I32, k.pointer(1), k.mul(k.chunk, 4)), I64)
-        row = k.at(k.pointer(0), k.mul(k.mul(token, width), ELEMENT_BYTES[self.dtype]))
+        row = k.at(k.pointer(0), k.mul(k.mul(token, width), DTYPE_BYTES[self.dtype]))
 
         def body(part: Part) -> None:
             store_part(k, k.b.fmul(load_part(k, row, part, self.dtype), scale), out, part)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, F, Kernel, vec
+from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.linear_codes import ByteSource, CodeForm, WordSource, code_form
+from exl.cpu_kernels.linear_end import finish_block
 from exl.cpu_kernels.linear_sums import Tile, integer_sums
 from exl.cpu_kernels.quantize import ActivationForm, form_of
 from exl.layout.columns import COLUMNS, ColumnLayout
@@ -149,8 +150,7 @@ class _Emitter:
             record = k.at(base, k.mul(r, self.layout.record_bytes))
             x = k.at(k.pointer(1), k.mul(self.form.num_bytes, k.add(k.mul(r, num_rows), first)))
             self._record(record, x, count)
-        with k.loop(count) as row:
-            self._finish(block, first, row)
+        finish_block(k, self.sums, block, first, count)
 
     def _record(self, record: ir.Value, x: ir.Value, count: ir.Value) -> None:
         k = self.k
@@ -215,36 +215,3 @@ class _Emitter:
             return scale, k.splat(1 << (layout.bits - 1), vec(I32, self.lanes))
         zeros = k.load(vec(I8, self.lanes), record, k.add(layout.zeros_offset, column))
         return scale, k.b.zext(zeros, vec(I32, self.lanes))
-
-    def _finish(self, block: ir.Value, first: ir.Value, row: ir.Value) -> None:
-        """Bias and residual, and out: only columns that are there."""
-        k, b = self.k, self.k.b
-        with k.loop(COLUMNS, step=LANES) as i:
-            column = k.add(k.mul(block, COLUMNS), i)
-            left = b.sub(k.size(6), column)
-            with b.if_else(b.icmp_signed(">=", left, I64(LANES))) as (whole, some):
-                with whole:
-                    self._store(column, first, row, i, None)
-                with some:
-                    self._store(column, first, row, i, left)
-
-    def _store(self, column: ir.Value, first: ir.Value, row: ir.Value, i: ir.Value, left: ir.Value | None) -> None:
-        """16 results from the i-th of a block on; ``left``: only so many, possibly none."""
-        k, b = self.k, self.k.b
-
-        def load(slot: int, offset: ir.Value) -> ir.Value:
-            pointer, offset = k.pointer(slot), k.mul(4, offset)
-            return k.load(F, pointer, offset) if left is None else k.load_first(F, left, pointer, offset)
-
-        y = k.var(k.load(F, self.sums, k.mul(4, k.add(k.mul(row, COLUMNS), i)), 64))
-        row = k.add(first, row)
-        with b.if_then(b.icmp_signed("!=", k.size(8), I64(0))):
-            y.set(b.fadd(y.get(), load(8, column)))
-        with b.if_then(b.icmp_signed("!=", k.size(9), I64(0))):
-            h = load(9, k.add(k.mul(row, k.size(10)), column))
-            y.set(k.fma(k.splat(k.number(11)), y.get(), h))
-        out, offset = k.pointer(2), k.mul(4, k.add(k.mul(row, k.size(3)), column))
-        if left is None:
-            k.store(y.get(), out, offset)
-        else:
-            k.store_first(y.get(), left, out, offset)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from exl.cpu_kernels.dense import finish, wide_registers
+from exl.cpu_kernels.dense import wide_registers
 from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, F, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
+from exl.cpu_kernels.linear_end import finish_block
 from exl.layout.columns import COLUMNS, ColumnLayout
 
 ROW_BLOCK = 128  # rows of a chunk of "panel"
@@ -183,10 +184,7 @@ class _Emitter:
         with k.loop(num_records) as r:
             record = k.at(base, k.mul(r, self.layout.record_bytes))
             self._record(record, k.at(x, k.mul(r, 4 * self.spec.rows)), count)
-        with k.loop(count) as row, k.loop(COLUMNS, step=LANES) as i:
-            y = k.load(F, self.sums, k.mul(4, k.add(k.mul(row, COLUMNS), i)), _LINE)
-            column = k.add(k.mul(block, COLUMNS), i)
-            finish(k, y, k.add(first, row), column, k.b.sub(k.size(6), column))
+        finish_block(k, self.sums, block, first, count)
 
     def _record(self, record: ir.Value, x: ir.Value, count: ir.Value) -> None:
         k = self.k

@@ -9,8 +9,7 @@ from llvmlite import ir
 
 from exl.cpu_kernels.ir import F16, I16, I32, I64, LANES, PTR, F, I, Kernel, vec
 from exl.cpu_kernels.quantize import ActivationForm, emit_record
-
-ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+from exl.layout.fields import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ def load_part(k: Kernel, row: ir.Value, part: Part, dtype: str = "f32") -> ir.Va
     """Of a row of f32, f16 or bf16, as f32; memory of elements that count as 0 is not touched. A list needs f32."""
     if part.listed is not None:
         return _gather(k, row, part.listed)
-    offset = k.mul(part.first, ELEMENT_BYTES[dtype])
+    offset = k.mul(part.first, DTYPE_BYTES[dtype])
     if part.count is None:
         return k.widen(dtype, LANES, row, offset)
     if dtype == "f32":

@@ -92,10 +92,11 @@ class Listener:
         H, product = hessian.finish(), hessian.finish_product()
         if product is None:
             return Heard(H, None)
-        weight = linear.fields["weight"].T.double()
-        # From what the inputs lack, or from the outputs that would match the dense stream's: sum x (d - x W)^T.
-        drift = product.sub_(H @ weight) if name in _SECOND else product @ weight
-        return Heard(H, drift.float())
+        weight = linear.fields["weight"].T
+        if name not in _SECOND:  # from what the inputs lack to what the outputs lack
+            return Heard(H, product.float() @ weight)
+        # x (d - x W)^T, summed; in f64, because the two parts are much larger than their difference.
+        return Heard(H, product.sub_(H @ weight.double()).float())
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """The quantized layer's outputs [T, C], chunk by chunk."""
