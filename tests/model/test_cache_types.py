@@ -1,4 +1,5 @@
-"""Generation with every cache type, and prompts whose beginning is already cached."""
+"""Generation with every cache type, and prompts whose beginning is already cached; through exl's own kernels and
+through torch's."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from exl.engine.build import load_engine
 from exl.errors import MemoryBudgetError
 from exl.planning.from_headers import EngineOptions
 from exl.sampling import SamplingParams
+from tests.model.cpu_targets import TARGETS
 from tests.model.hf_models import CASES, build, prefill_logits, save
 from tests.unit.ops.test_torch_kv import plain_hadamard, plain_quantize
 
@@ -21,8 +23,15 @@ STORIES = Path(__file__).parents[1] / "data" / "stories2M"
 PROMPT = "Once upon a time, there was a little dog who lived in a big red house. One day, the dog"
 
 
+@pytest.fixture(scope="module", autouse=True, params=TARGETS)
+def cpu(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exl.engine.build.cpu_target", lambda: request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def texts():
+def texts(cpu):
     """Greedy continuations and the logits of one text, by cache type."""
     found = {}
     for kind in ("f32", "f16", "q8", "k8v4", "q4"):
