@@ -7,6 +7,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,19 +50,55 @@ def drop_cached(path: Path) -> None:
 PLAIN_BLOCK_BYTES = 8 << 20  # the block size at which a plain read is fastest
 
 
-def plain_read_seconds(path: Path, ranges: Sequence[tuple[int, int]], *, direct: bool) -> float:
-    """Seconds for one thread to read ranges ``(offset, bytes)`` in turn, 8 MiB at a time, into one buffer."""
-    buffer = HostBuffer(PLAIN_BLOCK_BYTES, "read buffer")
+def plain_read_seconds(
+    path: Path, ranges: Sequence[tuple[int, int]], *, direct: bool, buffer_bytes: int = PLAIN_BLOCK_BYTES
+) -> float:
+    """Seconds for one thread to read ranges ``(offset, bytes)`` in turn, 8 MiB at a time, into a buffer that is filled
+    again and again. One of 8 MiB stays in the processor's cache, which a stream's buffers do not."""
+    buffer = HostBuffer(buffer_bytes, "read buffer")
+    buffer.array[:] = 0
     view = memoryview(buffer.array)
-    view[:] = bytes(PLAIN_BLOCK_BYTES)
     with BlockFile.open(path) as file:
         if direct and not file.try_direct():
             raise RuntimeError(f"{path}: its file system has no O_DIRECT")
-        began = time.perf_counter()
+        began, place = time.perf_counter(), 0
         for offset, num_bytes in ranges:
             for start in range(0, num_bytes, PLAIN_BLOCK_BYTES):
-                file.read_into(view[: min(PLAIN_BLOCK_BYTES, num_bytes - start)], offset + start)
+                count = min(PLAIN_BLOCK_BYTES, num_bytes - start)
+                place = place if place + count <= buffer_bytes else 0
+                file.read_into(view[place : place + count], offset + start)
+                place += count
         return time.perf_counter() - began
+
+
+def read_into_memory_seconds(path: Path, threads: int, *, direct: bool) -> float:
+    """Seconds for ``threads`` threads to read all of a file, 8 MiB at a time, into new memory as large as the file."""
+    num_bytes = path.stat().st_size
+    starts = range(0, num_bytes, PLAIN_BLOCK_BYTES)
+    began = time.perf_counter()
+    buffer = HostBuffer(num_bytes, "read buffer")
+    view = memoryview(buffer.array)
+    with BlockFile.open(path, keeps_cached=True) as file, BlockFile.open(path, keeps_cached=True) as last:
+        if direct and not file.try_direct():
+            raise RuntimeError(f"{path}: its file system has no O_DIRECT")
+
+        def read(start: int) -> None:
+            block = view[start : start + PLAIN_BLOCK_BYTES]
+            (last if len(block) % mmap.PAGESIZE else file).read_into(block, start)
+
+        with ThreadPoolExecutor(threads) as executor:
+            list(executor.map(read, starts))
+    seconds = time.perf_counter() - began
+    buffer.close()
+    return seconds
+
+
+def touch_memory(num_bytes: int) -> None:
+    """Takes memory and gives it back: where a hypervisor takes what is free from the machine, the first use of it
+    afterwards takes several times as long, and one measurement would pay for all."""
+    buffer = HostBuffer(num_bytes, "memory")
+    buffer.array[:: mmap.PAGESIZE] = 1
+    buffer.close()
 
 
 def layer_ranges(packed: Path) -> list[tuple[int, int]]:
@@ -71,12 +108,12 @@ def layer_ranges(packed: Path) -> list[tuple[int, int]]:
     return list(zip(header.offsets, header.sizes, strict=True))[1:-1]
 
 
-def cold_read_seconds(path: Path, ranges: Sequence[tuple[int, int]]) -> float:
+def cold_read_seconds(path: Path, ranges: Sequence[tuple[int, int]], buffer_bytes: int = PLAIN_BLOCK_BYTES) -> float:
     """A plain read past the page cache: directly, or after the file was dropped from it."""
     direct = has_direct(path)
     if not direct:
         drop_cached(path)
-    return plain_read_seconds(path, ranges, direct=direct)
+    return plain_read_seconds(path, ranges, direct=direct, buffer_bytes=buffer_bytes)
 
 
 def has_direct(path: Path) -> bool:

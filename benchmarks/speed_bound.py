@@ -4,7 +4,8 @@ python -m benchmarks.speed_bound [--shape tinyllama-1.1b] [--layers 44] [--round
 
 A model of random 4-bit weights is loaded under three budgets of RAM: for all layers, for half of them, for none. Each
 round measures in turn the two roofs (a read-only pass over memory; a plain read of the streamed bytes past the page
-cache) and the time of a token. The bound is what ``exl plan --ram-speed ROOF --disk ROOF`` says with these roofs.
+cache, into as much memory as the stream has) and the time of a token. The bound is what
+``exl plan --ram-speed ROOF --disk ROOF`` says with these roofs.
 
 A measured speed above its bound would be a fault of the bound, or a roof that other programs held down.
 """
@@ -20,7 +21,7 @@ from benchmarks.streaming import decode
 from benchmarks.synthetic import run_on_synthetic
 from exl.bench import read_bandwidth
 from exl.engine.build import Engine, EngineOptions, load_engine
-from exl.ops.torch_ops import cpu_target
+from exl.ops.cpu_target import cpu_target
 from exl.planning.from_headers import open_model, plan_model
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
@@ -57,7 +58,10 @@ def measure_one(folder: Path, packed_folder: Path, ram: int, rounds: int) -> lis
             memory = read_bandwidth("cpu")
             if num_streamed:
                 engine.weights.source.wait_until_idle()
-            disk = 0.0 if path is None else sum(size for _, size in ranges) / cold_read_seconds(path, ranges)
+            disk = 0.0
+            if path is not None:
+                buffer_bytes = engine.weights.slabs["stream buffers"]
+                disk = sum(size for _, size in ranges) / cold_read_seconds(path, ranges, buffer_bytes)
             found.append((memory, disk, 1 / decode(engine)))
         token = token_bytes(engine.model, engine.plan, 0)
 

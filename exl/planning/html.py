@@ -31,6 +31,8 @@ COLORS = {
     "logits and samples": "#93d06f",
     "scratch of operations": "#c3c14e",
     "rounding to segments": "#8d99a6",
+    "recorded steps": "#93b53c",
+    "kernels": "#c98a62",
     "temporaries": "#e0708a",
     "tokenizer": "#b583d6",
     "loading": "#8d99a6",

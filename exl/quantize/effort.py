@@ -59,9 +59,8 @@ class Effort:
             return round(run[name] + hessian)
         if name in ("qkv", "gate_up"):  # what the inputs lack
             return round(run[name] + hessian + _FLOP * 2 * T * K * K)
-        # What the outputs lack, and the dense stream through half of the layer.
-        outputs = self._multiply(name, T)
-        return round(2 * (run[name] + outputs) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
+        # The outputs that are wanted, by way of the dense stream through half of the layer.
+        return round(2 * run[name] + self._multiply(name, T) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
 
     def read(self) -> int:
         """A layer's weights, once for each stream."""

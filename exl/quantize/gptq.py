@@ -37,26 +37,26 @@ class QuantizedWeight:
 class Hessian:
     """``H = 2/n sum x x^T`` over n rows x [K]: the Hessian of the squared error of a linear's outputs. Sums in f64.
 
-    ``drift`` is ``2/n sum x d^T``, d [N] = the dense model's output - output: how rows correlate with the error that
-    the outputs already have (see :func:`gptq`). Sums in f32.
+    The product is ``2/n sum x d^T`` over rows d [N] that belong to the rows x. With d = the dense model's output -
+    output it is the ``drift`` of :func:`gptq`: how rows correlate with the error that the outputs already have.
     """
 
     def __init__(self, K: int, N: int = 0) -> None:
-        """``K``: inputs. ``N``: outputs, to record ``drift`` as well; 0: no drift."""
+        """``K``: inputs. ``N``: the width of d, to sum the product as well; 0: not."""
         self._sum = torch.zeros(K, K, dtype=torch.float64)
         self._product = torch.empty(min(K, _ROWS) * K)
-        self._drift = torch.zeros(K, N) if N else None
+        self._with_d = torch.zeros(K, N, dtype=torch.float64) if N else None
         self.num_rows = 0
 
-    def add(self, x: torch.Tensor, lack: torch.Tensor | None = None) -> None:
-        """Adds rows x f32 [T, K]; ``lack`` f32 [T, N]: dense outputs minus outputs, needed if drift is recorded."""
+    def add(self, x: torch.Tensor, d: torch.Tensor | None = None) -> None:
+        """Adds rows x f32 [T, K] and d f32 [T, N], which is needed for the product."""
         K = x.shape[1]
         for start in range(0, K, _ROWS):  # the lower triangle suffices
             stop = min(K, start + _ROWS)
             product = self._product[: (stop - start) * stop].view(stop - start, stop)
             self._sum[start:stop, :stop] += torch.mm(x[:, start:stop].T, x[:, :stop], out=product)
-        if self._drift is not None:
-            self._drift.addmm_(x.T, lack)
+        if self._with_d is not None:
+            self._with_d += x.T @ d
         self.num_rows += x.shape[0]
 
     def finish(self) -> torch.Tensor:
@@ -65,9 +65,9 @@ class Hessian:
         self._sum += self._sum.tril(-1).T
         return self._sum.mul_(2 / max(1, self.num_rows))
 
-    def finish_drift(self) -> torch.Tensor | None:
-        """f32 [K, N]; None if no drift was recorded. No more rows can be added."""
-        return None if self._drift is None else self._drift.mul_(2 / max(1, self.num_rows))
+    def finish_product(self) -> torch.Tensor | None:
+        """f64 [K, N]; None if N was 0. No more rows can be added."""
+        return None if self._with_d is None else self._with_d.mul_(2 / max(1, self.num_rows))
 
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid, group_size: int) -> QuantizedWeight:

@@ -47,6 +47,14 @@ class Heard:
     drift: torch.Tensor | None  # f32 [K, N]; None: there are no dense outputs to follow
 
 
+@dataclass(frozen=True)
+class _Target:
+    """The dense stream's inputs of a linear; for "o" and "down", its hidden states behind the linear."""
+
+    rows: torch.Tensor
+    scale: float = 1.0  # by how much the hidden states change when the linear's output changes by 1
+
+
 class Listener:
     """The calibration text in one layer. ``hear`` is called for "qkv", "o", "gate_up" and "down" in this order, each
     time after the linear before has been replaced by the quantized one in ``weights``; then ``outputs``.
@@ -81,10 +89,14 @@ class Listener:
                 target = None if self._dense is None else self._follow(name, chunk, first, writes)
                 hessian.add(*self._hear_chunk(name, chunk, first, target, writes))
                 self._told(name, chunk)
-        drift = hessian.finish_drift()
-        if drift is not None and name not in _SECOND:
-            drift = drift @ linear.fields["weight"].T  # what the inputs lack -> what the outputs lack
-        return Heard(hessian.finish(), drift)
+        H, product = hessian.finish(), hessian.finish_product()
+        if product is None:
+            return Heard(H, None)
+        weight = linear.fields["weight"].T
+        if name not in _SECOND:  # from what the inputs lack to what the outputs lack
+            return Heard(H, product.float() @ weight)
+        # x (d - x W)^T, summed; in f64, because the two parts are much larger than their difference.
+        return Heard(H, product.sub_(H @ weight.double()).float())
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """The quantized layer's outputs [T, C], chunk by chunk."""
@@ -95,10 +107,10 @@ class Listener:
             yield h
 
     def _hear_chunk(
-        self, name: str, chunk: ForwardBatch, first: int, target: torch.Tensor | None, writes: Mapping[str, Write]
+        self, name: str, chunk: ForwardBatch, first: int, target: _Target | None, writes: Mapping[str, Write]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The quantized stream's inputs of the linear and, with a ``target`` (see ``_follow``), what they lack to be
-        the dense stream's; for "o" and "down" what the linear's outputs lack."""
+        """The quantized stream's inputs of the linear and, with a ``target``, what they lack to be the dense stream's;
+        for "o" and "down" the products x W with which the hidden states would be the dense stream's."""
         if name == "gate_up":  # from within the first half
             h, inputs = self._hidden("hidden", "o", chunk, first), self._inputs("o", chunk, first)
             x = self._run(self._weights, chunk, h, start="o", x=inputs, stop=name).x
@@ -111,23 +123,20 @@ class Listener:
         if target is None:
             return x, None
         if name not in _SECOND:
-            return x, target.sub_(x)
-        passed = self._run(self._weights, chunk, h, start=name, x=x, stop=_SECOND[name])
-        return x, target.sub_(h).div_(self._scale(name, passed))
+            return x, target.rows.sub_(x)
+        wanted, fields = target.rows.sub_(h).div_(target.scale), getattr(self._weights, name)[0].fields
+        return x, wanted.sub_(fields["bias"]) if "bias" in fields else wanted
 
-    def _follow(self, name: str, chunk: ForwardBatch, first: int, writes: Mapping[str, Write]) -> torch.Tensor:
-        """The dense stream's inputs of the linear; for "o" and "down", its hidden states behind the linear."""
+    def _follow(self, name: str, chunk: ForwardBatch, first: int, writes: Mapping[str, Write]) -> _Target:
         h = self._hidden("dense", name, chunk, first)
-        stop = _SECOND.get(name, name)
-        x = self._run(self._dense, chunk, h, start=_half(name), stop=stop).x
+        passed = self._run(self._dense, chunk, h, start=_half(name), stop=_SECOND.get(name, name))
         if name not in _SECOND:
-            return x.clone()  # the next call overwrites it
+            return _Target(passed.x.clone())  # the next call overwrites it
         if _DENSE in writes:
             writes[_DENSE](as_bytes(h))
-        return h
+        return _Target(h, self._scale(name, passed))
 
     def _scale(self, name: str, passed: Passed) -> float:
-        """By how much the hidden states change when the linear's output changes by 1."""
         if passed.branch.post_norm is not None:
             module = getattr(self._weights, name)[0].layout.spec.parts[0].name
             raise UnsupportedModelError(

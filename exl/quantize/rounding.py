@@ -5,13 +5,12 @@ Both give the same bits: the same operations in the same order, none of them fus
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from numpy.typing import NDArray
 
-from exl.errors import KernelError
+from exl.ops.cpu_target import cpu_target
 from exl.quantize.grid import FACTORS, REFITS, Grid
 from exl.threads import Threads
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from exl.cpu_kernels.gptq_solve import GridForm
     from exl.cpu_kernels.kernel import KernelSpec
     from exl.cpu_kernels.library import Library
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 128  # inputs per block: their updates to later blocks are applied together, as one matrix product
 
@@ -164,11 +161,9 @@ def _search(weight: torch.Tensor) -> tuple[NDArray, int, int]:
 
 
 def make_rounding(threads: Threads) -> Rounding:
-    """Compiled kernels; where they cannot run, torch, which a line says."""
-    try:
-        from exl.cpu_kernels.library import Library
-
-        return CompiledRounding(Library(), threads.limit)
-    except (ImportError, KernelError) as error:
-        logger.warning("GPTQ rounds without compiled kernels, which takes longer: %s", error)
+    """Compiled kernels; where they cannot run, torch, as for models (``cpu_target``)."""
+    if not cpu_target().compiled:
         return TorchRounding(threads)
+    from exl.cpu_kernels.library import shared_library
+
+    return CompiledRounding(shared_library(), threads.limit)

@@ -198,17 +198,34 @@ class PackedFile:
                 found = checksum(block, found)
             return go_on()
 
-        try:
-            block_bytes = CHECKED_BYTES if check else None
-            if not self._file.read_into(memoryview(out), self._offsets[blob_idx], on_block, block_bytes):
-                return False
-        except (OSError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{self.path}: packed weights cannot be read: {reason}") from error
+        block_bytes = CHECKED_BYTES if check else None
+        if not self._read(memoryview(out), self._offsets[blob_idx], on_block, block_bytes):
+            return False
         if check and found != self.header.checksums[blob_idx]:
             raise self._damaged(blob_idx)
         self._checked.add(blob_idx)
         return True
+
+    def is_checked(self, blob_idx: int) -> bool:
+        """Whether its checksum has been compared: only then may parts of it be read."""
+        return blob_idx in self._checked
+
+    def read_part(self, blob_idx: int, start: int, out: NDArray[np.uint8]) -> None:
+        """Reads a blob's bytes from ``start``, a multiple of 4096, on. Raises ``CheckpointError`` as ``read_blob``."""
+        self._read(memoryview(out), self._offsets[blob_idx] + start)
+
+    def _read(
+        self,
+        view: memoryview,
+        offset: int,
+        on_block: Callable[[memoryview], bool] | None = None,
+        block_bytes: int | None = None,
+    ) -> bool:
+        try:
+            return self._file.read_into(view, offset, on_block, block_bytes)
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self.path}: packed weights cannot be read: {reason}") from error
 
     def _damaged(self, blob_idx: int) -> CheckpointError:
         try:

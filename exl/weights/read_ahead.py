@@ -109,10 +109,10 @@ class ReadAhead:
         on."""
         for earlier in [i for i in self._places if i < (item if oldest is None else oldest)]:
             del self._places[earlier]
-            wait(self._jobs.pop(earlier, ()))  # nobody has asked for it
+            wait(self._jobs.pop(earlier))  # if nobody has asked for it
         self._next = max(self._next, item)
         self._admit()
-        for job in self._jobs.pop(item):
+        for job in self._jobs[item]:
             job.result()
         found = {}
         for extent in self._items[item]:

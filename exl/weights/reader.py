@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,10 @@ from exl.errors import CheckpointError, ExlError
 from exl.weights.packed import PackedFile
 
 # One thread would leave the disk idle from the end of a read until it runs again and asks for the next, which takes as
-# long as a layer's arithmetic where that keeps all processors busy. Of two, the other's read goes on meanwhile.
+# long as a layer's arithmetic where that keeps all processors busy. Of two, the other's read goes on meanwhile. They
+# read parts, one layer after the other, so that a layer that is waited for does not share the disk with the next.
 _THREADS = 2
+_PART_BYTES = 8 << 20
 _CLOSE_SECONDS = 10.0  # how long ``close`` waits for a read to return
 _FORK_SECONDS = 5.0  # how long a fork of the process waits for that
 
@@ -37,6 +40,9 @@ class ReadBuffer:
     array: NDArray[np.uint8]  # page-aligned
     layer_idx: int | None = None  # the layer it holds, completely read; None: none
     coming: int | None = None  # the layer that is being read into it
+    parts: deque[tuple[int, int]] = field(default_factory=deque)  # of that layer's bytes, that no thread reads yet
+    num_left: int = 0  # parts that are not there yet
+    given_up: bool = False  # a part failed, or the layer is not wanted any more
     num_users: int = 0  # acquired and not yet released
 
 
@@ -74,6 +80,7 @@ class BufferReader:
         self._failures: dict[int, CheckpointError] = {}  # by layer; nothing is read while there are some
         self._closed = False
         self._forking = False
+        self._num_reading = 0  # threads that are in a read
         self._changed = threading.Condition()
         self._owned = ExitStack()
         self._threads: list[threading.Thread] = []  # none: a forked process that has not read yet
@@ -187,14 +194,15 @@ class BufferReader:
         """Keeps the lock until ``after_fork``, so that the child finds everything in order."""
         self._changed.acquire()
         self._forking = True
-        self._changed.wait_for(lambda: not self._reading(), _FORK_SECONDS)
+        self._changed.wait_for(lambda: not self._num_reading, _FORK_SECONDS)
 
     def after_fork(self, in_child: bool) -> None:
         self._forking = False
         if in_child:  # what a read that hangs has written so far is not counted as a layer
-            self._changed, self._threads = threading.Condition(), []
+            self._changed, self._threads, self._num_reading = threading.Condition(), [], 0
             for buffer in self.buffers:
                 buffer.coming = None
+                buffer.parts.clear()
             return
         self._changed.notify_all()
         self._changed.release()
@@ -204,15 +212,15 @@ class BufferReader:
     def _holder(self, layer_idx: int) -> int | None:
         return next((i for i, buffer in enumerate(self.buffers) if buffer.layer_idx == layer_idx), None)
 
-    def _reading(self) -> bool:
-        return any(buffer.coming is not None for buffer in self.buffers)
-
     def _upcoming(self) -> tuple[int, ...]:
         """The whole order, from the current position on; after the last layer comes the first, for the next pass."""
         return self._order[self._next :] + self._order[: self._next]
 
     def _is_idle(self) -> bool:
-        return not self._reading() and (self._closed or bool(self._failures) or self._choose() is None)
+        if self._num_reading:
+            return False
+        coming = any(buffer.coming is not None for buffer in self.buffers)
+        return self._closed or bool(self._failures) or (not coming and self._choose() is None)
 
     def _choose(self) -> tuple[int, int] | None:
         """(layer to read, index of the buffer to overwrite); None if there is nothing to do."""
@@ -236,8 +244,8 @@ class BufferReader:
 
     def _run(self) -> None:
         try:
-            while (choice := self._next_choice()) is not None:
-                self._fill(*choice)
+            while (part := self._next_part()) is not None:
+                self._fill(*part)
         finally:
             with self._changed:
                 self._num_running -= 1
@@ -245,47 +253,81 @@ class BufferReader:
             if last:
                 self._owned.close()
 
-    def _next_choice(self) -> tuple[int, int] | None:
-        """Waits for something to read. None: closed."""
+    def _next_part(self) -> tuple[ReadBuffer, int, int] | None:
+        """Waits for something to read: bytes of the layer that is coming into a buffer. None: closed."""
         with self._changed:
             while not self._closed:
-                choice = None if self._failures or self._forking else self._choose()
-                if choice is not None:
-                    layer_idx, buffer_idx = choice
-                    buffer = self.buffers[buffer_idx]
-                    buffer.layer_idx, buffer.coming = None, layer_idx
-                    return choice
+                if not self._failures and not self._forking:
+                    buffer = self._begun() or self._begin_next()
+                    if buffer is not None:
+                        self._num_reading += 1
+                        return buffer, *buffer.parts.popleft()
                 self._changed.wait()
             return None
 
-    def _fill(self, layer_idx: int, buffer_idx: int) -> None:
-        complete, failure = False, None
+    def _begun(self) -> ReadBuffer | None:
+        """The one with parts left to read whose layer is needed first."""
+        upcoming = self._upcoming()
+        some = [buffer for buffer in self.buffers if buffer.parts]
+        return min(
+            some, key=lambda b: upcoming.index(b.coming) if b.coming in upcoming else len(upcoming), default=None
+        )
+
+    def _begin_next(self) -> ReadBuffer | None:
+        choice = self._choose()
+        if choice is None:
+            return None
+        layer_idx, buffer_idx = choice
+        buffer, size = self.buffers[buffer_idx], self.sizes[layer_idx]
+        # The first time, one thread reads all of it, because it compares the checksum.
+        step = _PART_BYTES if self.packed.is_checked(self._blob_indices[layer_idx]) else size
+        buffer.parts.extend((start, min(size, start + step)) for start in range(0, size, step))
+        buffer.layer_idx, buffer.coming, buffer.num_left, buffer.given_up = None, layer_idx, len(buffer.parts), False
+        return buffer
+
+    def _fill(self, buffer: ReadBuffer, start: int, stop: int) -> None:
+        layer_idx, complete, failure = buffer.coming, False, None
         try:
-            complete = self._read(layer_idx, buffer_idx)
+            complete = self._read(layer_idx, buffer.array, start, stop)
         except CheckpointError as error:
             failure = error
         except Exception as error:  # any error must reach the thread that waits in acquire
             failure = CheckpointError(f"{self.packed.path}: layer {layer_idx}: {error!r}")
         with self._changed:
-            buffer = self.buffers[buffer_idx]
-            buffer.coming = None
+            self._num_reading -= 1
+            buffer.num_left -= 1
             if failure is not None:
                 self._failures[layer_idx] = failure
-            elif complete:
-                buffer.layer_idx = layer_idx
-                self.stats = replace(
-                    self.stats,
-                    num_reads=self.stats.num_reads + 1,
-                    bytes_read=self.stats.bytes_read + self.sizes[layer_idx],
-                )
+            if not complete:
+                buffer.given_up = True
+                buffer.num_left -= len(buffer.parts)
+                buffer.parts.clear()
+            if not buffer.num_left:
+                self._end(buffer)
             self._changed.notify_all()
 
-    def _read(self, layer_idx: int, buffer_idx: int) -> bool:
+    def _end(self, buffer: ReadBuffer) -> None:
+        """No thread writes to it any more."""
+        if not buffer.given_up:
+            buffer.layer_idx = buffer.coming
+            self.stats = replace(
+                self.stats,
+                num_reads=self.stats.num_reads + 1,
+                bytes_read=self.stats.bytes_read + self.sizes[buffer.layer_idx],
+            )
+        buffer.coming = None
+
+    def _read(self, layer_idx: int, array: NDArray[np.uint8], start: int, stop: int) -> bool:
         def is_wanted() -> bool:
             with self._changed:
                 if self._closed or self._forking:
                     return False
                 return layer_idx in self._upcoming()[: len(self.buffers)]
 
-        out = self.buffers[buffer_idx].array[: self.sizes[layer_idx]]
-        return self.packed.read_blob(self._blob_indices[layer_idx], out, is_wanted)
+        blob_idx = self._blob_indices[layer_idx]
+        if stop - start == self.sizes[layer_idx]:
+            return self.packed.read_blob(blob_idx, array[:stop], is_wanted)
+        if not is_wanted():
+            return False
+        self.packed.read_part(blob_idx, start, array[start:stop])
+        return True

@@ -5,8 +5,6 @@ That torch's own steps are the paper's is shown in tests/unit/quantize.
 
 from __future__ import annotations
 
-import builtins
-import logging
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from exl.cpu_kernels.library import Library
-from exl.errors import KernelError
+from exl.ops import cpu_target
 from exl.quantize.grid import Grid
 from exl.quantize.rounding import CompiledRounding, TorchRounding, make_rounding
 from exl.threads import Threads
@@ -80,26 +78,8 @@ def test_blocks_are_rounded_as_by_torch(compiled, dtype, grid, N, num_rows, grou
         assert torch.equal(mine, true)
 
 
-def test_without_kernels_torch_rounds(monkeypatch, caplog):
-    def refuse(self) -> None:
-        raise KernelError("this processor: expected x86-64 with AVX2, FMA and F16C")
-
-    monkeypatch.setattr(Library, "__init__", refuse)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(make_rounding(Threads(1)), TorchRounding)
-    assert [record.getMessage() for record in caplog.records] == [
-        "GPTQ rounds without compiled kernels, which takes longer: "
-        "this processor: expected x86-64 with AVX2, FMA and F16C"
-    ]
-
-
-def test_without_llvmlite_torch_rounds(monkeypatch):
-    original = builtins.__import__
-
-    def refuse(name: str, *args, **kwargs):
-        if name == "exl.cpu_kernels.library":
-            raise ModuleNotFoundError("No module named 'llvmlite'")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    assert isinstance(make_rounding(Threads(1)), TorchRounding)
+@pytest.mark.parametrize("reason", [None, "llvmlite cannot be imported"])
+def test_torch_rounds_where_kernels_cannot_run(monkeypatch, library, reason):
+    monkeypatch.setattr(cpu_target, "why_not_compiled", lambda: reason)
+    with closing(make_rounding(Threads(1))) as rounding:
+        assert isinstance(rounding, CompiledRounding if reason is None else TorchRounding)

@@ -9,3 +9,6 @@ from exl.ops.cpu_target import COMPILED, torch_target, why_not_compiled
 needs_kernels = pytest.mark.skipif(why_not_compiled() is not None, reason="exl's own kernels cannot run here")
 TARGETS = [pytest.param(COMPILED, id="kernels", marks=needs_kernels), pytest.param(torch_target(), id="torch")]
 with_both = pytest.mark.parametrize("cpu", TARGETS)
+
+# Options of ``exl.load`` for the arithmetic that is nearest to f32's on a CPU.
+EXACT = {"device": "cpu", **({"arithmetic": "f32"} if why_not_compiled() is None else {})}

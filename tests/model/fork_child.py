@@ -1,4 +1,4 @@
-"""Forks of processes that use exl, each a scenario of its own: ``python -m tests.model.fork_child SCENARIO``.
+"""Forks of processes that use exl, each a scenario of its own: ``python -m tests.model.fork_child SCENARIO [torch]``.
 
 Prints one JSON object, which ``test_forks.py`` reads. Two threads compute, whatever the machine has: with one, OpenMP
 has no threads that a fork could lose. A child that hangs is killed by its alarm.
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 import exl
+from exl.engine import build
+from exl.ops.cpu_target import torch_target
 
 torch.set_num_threads(2)
 
@@ -370,6 +372,8 @@ def threads_that_stay() -> dict:
 
 
 def main() -> None:
+    if sys.argv[2:] == ["torch"]:
+        build.cpu_target = torch_target
     print(json.dumps(globals()[sys.argv[1]]()))
 
 

@@ -14,7 +14,9 @@ import exl.bench
 from exl.bench import BenchReport, BenchResult, Subject, markdown, model_name, read_bandwidth, rows_of, run_bench
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.commands.bench import bench
+from exl.engine.build import load_engine
 from exl.errors import ConfigError, KernelError
+from exl.ops.cpu_target import cpu_target, torch_target
 from exl.planning.from_headers import EngineOptions
 from exl.threads import thread_limit
 from tests.command_line import run_exl
@@ -131,8 +133,11 @@ def test_how_decode_steps_ran_is_told(monkeypatch, capsys):
         assert "a kernel that cannot be captured" in text
 
 
-def test_a_cpu_has_no_steps_to_capture(report):
-    assert report.decode_steps is None
+def test_steps_are_recorded_by_exls_own_kernels_alone(report):
+    assert report.decode_steps == ("replayed as graphs" if cpu_target().compiled else None)
+    engine = load_engine(BUNDLED_MODEL, EngineOptions(device="cpu"), cpu=torch_target())
+    assert engine.decode_steps is None
+    engine.close()
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from exl.layout.specs import Target
+from tests.model.cpu_targets import with_both
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
-def run(scenario: str) -> dict:
+def through(cpu: Target) -> list[str]:
+    return [] if cpu.compiled else ["torch"]
+
+
+def run(scenario: str, *backend: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tests.model.fork_child", scenario],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tests.model.fork_child", scenario, *backend],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -34,6 +41,7 @@ def run(scenario: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@with_both
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -52,15 +60,16 @@ def run(scenario: str) -> dict:
         "evaluated",
     ],
 )
-def test_a_child_computes_what_its_parent_computes(scenario):
-    result = run(scenario)
+def test_a_child_computes_what_its_parent_computes(scenario, cpu):
+    result = run(scenario, *through(cpu))
     assert result["parent"]
     assert all(value == result["parent"] for value in result.values()), result
 
 
+@with_both
 @pytest.mark.parametrize("scenario", ["unfinished_stream", "unfinished_logits", "request_in_thread"])
-def test_a_child_that_was_forked_during_a_request_gets_an_error_and_its_parent_goes_on(scenario):
-    result = run(scenario)
+def test_a_child_that_was_forked_during_a_request_gets_an_error_and_its_parent_goes_on(scenario, cpu):
+    result = run(scenario, *through(cpu))
     assert result["errors"]
     for error in result["errors"]:
         assert error.startswith("ExlError: this process was forked while a request"), error
@@ -77,8 +86,9 @@ def test_a_child_of_a_process_that_uses_a_gpu_gets_an_error(scenario):
     assert result["parent"] == result["before"]
 
 
-def test_forks_while_layers_are_read_disturb_nobody():
-    result = run("streamed_while_reading")
+@with_both
+def test_forks_while_layers_are_read_disturb_nobody(cpu):
+    result = run("streamed_while_reading", *through(cpu))
     assert result["all"]
     assert result["odd"] == []
     assert result["child"] == result["before"] == result["parent"]
@@ -87,6 +97,6 @@ def test_forks_while_layers_are_read_disturb_nobody():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU OpenMP on Linux")
 def test_where_openmp_keeps_its_threads_the_child_computes_with_one():
     """As with a library from before GCC 9, which has no function that ends them."""
-    result = run("threads_that_stay")
+    result = run("threads_that_stay", "torch")
     assert result["threads"] == [1, 2]
     assert result["child"] == result["before"] == result["parent"]

@@ -25,7 +25,7 @@ from tests.model.hf_models import CASES, build, save
 from tests.model.test_quantized import make
 
 STORIES = Path(__file__).parents[1] / "data" / "stories2M"
-CPU = Target("cpu", int4pack="split64")
+CPU = Target("cpu", compiled=True)
 
 
 def live_bytes() -> int:

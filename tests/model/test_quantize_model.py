@@ -23,6 +23,7 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.rounding import TorchRounding
 from exl.quantize.run import quantize
 from exl.quantize.work import WORK_NAME
+from tests.model.cpu_targets import EXACT
 from tests.reference.plain_packer import bit_places
 
 DATA = Path(__file__).parents[1] / "data"
@@ -106,7 +107,7 @@ def test_read_back(tiny, tmp_path, bits, options):
     weights = dequantized(tmp_path / "out")
     assert {name.rpartition(".")[2] for name in weights} == set(LINEARS)
     ids = ids_of_text()
-    with exl.load(tmp_path / "out", kv_cache="f32") as llm:
+    with exl.load(tmp_path / "out", kv_cache="f32", **EXACT) as llm:
         found = llm.logits(ids)
         assert llm.config.intermediate_size == 192
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_biases(tmp_path):
         shutil.copy(DATA / "stories260K" / name, source)
     quantize(source, tmp_path / "out", QuantizeOptions(**QUICK))
     ids = ids_of_text()[:100]
-    with exl.load(tmp_path / "out", kv_cache="f32") as llm:
+    with exl.load(tmp_path / "out", kv_cache="f32", **EXACT) as llm:
         found = llm.logits(ids)
     with torch.no_grad():
         expected = twin(source, dequantized(tmp_path / "out"), padded=False)(torch.tensor([ids])).logits[0]

@@ -1,4 +1,7 @@
-"""Results do not depend on the number of threads that compute, so that it may change from layer to layer."""
+"""Through torch results do not depend on the number of threads that compute, so that it may change from layer to layer.
+
+exl's own kernels: ``test_compiled_bits.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, load_engine
+from exl.ops.cpu_target import torch_target
 from exl.planning.from_headers import EngineOptions
 from exl.quantize import run as run_module
 from exl.quantize.options import QuantizeOptions
@@ -68,7 +72,7 @@ def outputs(engine: Engine, count: int) -> dict[str, object]:
     ids=["int4", "int4-q4", "dense-f32", "dense-q8"],
 )
 def test_bits_do_not_depend_on_the_number_of_threads(folder, options):
-    engine = load_engine(folder, EngineOptions(context=256, device="cpu", **options))
+    engine = load_engine(folder, EngineOptions(context=256, device="cpu", **options), cpu=torch_target())
     try:
         expected = outputs(engine, 1)
         for count in COUNTS:

@@ -167,11 +167,11 @@ def test_quantize_refuses_in_one_line(args, words, tmp_path):
 
 
 def test_packed_copies_are_listed_and_cleared(tmp_path):
-    from exl.layout.specs import Target
+    from exl.ops.cpu_target import cpu_target
     from exl.planning.from_headers import EngineOptions, open_model, plan_model
 
     with open_model(DATA / "stories2M") as files:
-        least, _ = plan_model(files, EngineOptions(resident_layers=1), Target("cpu", int4pack="split64"))
+        least, _ = plan_model(files, EngineOptions(resident_layers=1), cpu_target())
     import exl as library
 
     with library.load(DATA / "stories2M", ram=least.num_bytes, packed_folder=tmp_path) as llm:

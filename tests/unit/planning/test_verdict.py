@@ -11,7 +11,10 @@ import pytest
 
 import exl
 from exl.errors import ExlWarning, MemoryBudgetError
+from exl.layout.specs import Target
 from exl.memory.host import system_ram
+from exl.planning import ask
+from exl.planning.machine import Links, describe_machine
 from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
 from exl.planning.verdict import Note
 from exl.units import short_bytes
@@ -199,7 +202,20 @@ def test_a_tied_head_gains_bytes_for_memory():
         assert float(costs[1]) == pytest.approx(more / 1e6, rel=0.2)
 
 
-def test_on_the_cpu_a_rounded_head_gains_memory_alone():
+def test_on_the_cpu_a_rounded_head_gains_as_on_a_gpu():
+    (text,) = advice(shape="llama-2-7b")
+    saved = re.fullmatch(r"head=8 would save ([\d.]+) MB, (\d+) % of a token's bytes", text)
+    plain, rounded = (exl.plan(shape="llama-2-7b", head=head).tokens[0].links()["ram"] for head in ("file", 8))
+    assert float(saved[1]) == pytest.approx((plain - rounded) / 1e6, abs=0.01)
+    assert int(saved[2]) == round(100 * (plain - rounded) / plain)
+    (text,) = advice(shape="llama-3.2-1b")  # tied: the embedding stays beside it
+    assert re.fullmatch(r"head=8 would save [\d.]+ MB, 2\d % of a token's bytes, for [\d.]+ MB more of RAM", text)
+
+
+def test_through_torch_a_rounded_head_gains_memory_alone(monkeypatch):
+    """It multiplies panels of f32, whatever the head's bits."""
+    machine = replace(describe_machine(None, None, None, Links()), target=Target("cpu"))
+    monkeypatch.setattr(ask, "describe_machine", lambda *_: machine)
     (text,) = advice(shape="llama-2-7b")
     saved = re.fullmatch(r"head=8 would save ([\d.]+) MB of RAM", text)
     plain, rounded = (exl.plan(shape="llama-2-7b", head=head).exact_bytes for head in ("file", 8))

@@ -127,7 +127,7 @@ def test_drift_aims_at_the_dense_outputs():
     lack = (x - spoilt) @ weight
     for start in range(0, len(x), 128):
         recorder.add(spoilt[start : start + 128].float(), lack[start : start + 128].float())
-    hessian, drift = recorder.finish(), recorder.finish_drift()
+    hessian, drift = recorder.finish(), recorder.finish_product()
     grid = Grid(4, sym=False)
 
     def output_error(**options: torch.Tensor) -> float:
@@ -153,7 +153,7 @@ def test_hessian_is_the_mean_outer_product(K):
     expected = 2 / 70 * x.T.astype(np.float64) @ x
     # A chunk's products are summed in f32: 64 terms of about 1, each rounded to 2^-24 of it, times 2 / 70.
     assert np.abs(recorder.finish().numpy() - expected).max() < 64 * 4 * 2**-24 * 2 / 70 * 4
-    assert np.abs(recorder.finish_drift().numpy() - 2 / 70 * x.T @ lack).max() < 1e-5
+    assert np.abs(recorder.finish_product().numpy() - 2 / 70 * x.T @ lack).max() < 1e-5
 
 
 def test_dead_and_padded_inputs():
