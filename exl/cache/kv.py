@@ -15,7 +15,7 @@ _DTYPES = {"u8": torch.uint8, "f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class KVPages:
-    """One layer's pages on the CPU: k and v [page, token, kv_head, ...], and scales if the layout has any."""
+    """One layer's pages for torch's kernels on the CPU: k and v [page, token, kv_head, ...], scales if any."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -42,7 +42,7 @@ class KVCache:
             self._layers = [_cpu_pages(layout, num_pages, blob) for blob in blobs]
 
     def layer(self, layer_idx: int) -> KVPages | torch.Tensor:
-        """One layer's pages as its backend reads them: on a GPU u8 [page, kv_head, head_page_bytes], else KVPages."""
+        """One layer's pages as its backend reads them: u8 [page, kv_head, head_page_bytes]; torch's kernels KVPages."""
         return self._layers[layer_idx]
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:

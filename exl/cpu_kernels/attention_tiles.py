@@ -19,9 +19,9 @@ from exl.cpu_kernels.heads import hadamard, load_exact, num_vectors, runs
 from exl.cpu_kernels.ir import F32, I32, I64, LANES, F, I, Kernel, Var, vec
 from exl.cpu_kernels.math import exp, tanh
 from exl.cpu_kernels.unpack_kv import unpack_keys, unpack_value
+from exl.layout.cpu_steps import SPLIT
 from exl.layout.kv import KV_BITS, page_offsets
 
-SPLIT = 256  # tokens
 NONE = float("-inf")  # the maximum of no scores
 _TILE = 4  # queries that share what is loaded
 

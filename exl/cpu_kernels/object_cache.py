@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"exlobj01"  # then sha256 of the code, then the code
 _DIGEST_BYTES = hashlib.sha256().digest_size
-OUTSIDE = ("batch.py", "layout/columns.py", "layout/fields.py", "layout/kv.py")  # what kernels take constants from
+# What kernels take constants from.
+OUTSIDE = ("batch.py", "layout/columns.py", "layout/cpu_steps.py", "layout/fields.py", "layout/kv.py")
 
 
 def default_object_folder() -> Path:

@@ -2,8 +2,9 @@
 
 A record is the activations of one row that meet one record of weights (``exl.layout.columns``): ``parts`` times
 ``rows`` signed bytes, then the step d as f32, the sum of the integers as i32, and 8 bytes of nothing. An integer is
-``rint(x / d)``. Two parts ("int16") are the high and the low byte of ``256 * high + low``, both signed, with
-d = max |x| / 32512; one part ("int8") is the integer itself, with d = max |x| / 127.
+x / d, computed as ``rint(x * r)`` with r = 1 / d, rounded. Two parts ("int16") are the high and the low byte of
+``256 * high + low``, both signed, with d = max |x| / 32512; one part ("int8") is the integer itself, with
+d = max |x| / 127.
 
 Bytes lie in the order in which codes come out of the weights' words, four inputs at a time (``ActivationForm.order``).
 """

@@ -18,7 +18,8 @@ from exl.planning.plan import PlanInput
 from exl.weights.loader import ModelWeights
 
 # Rows of steps that take different kernels: a token, and prompts of a few, of some, and of many tokens.
-_NUM_ROWS = (1, 4, 12, 32)
+_NUM_ROWS = (1, 2, 4, 12, 33)
+_SPEC_FIELDS = ("bits", "dtype", "group_size", "symmetric", "scale_dtype")  # that choose a linear's kernels
 
 
 def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache) -> None:
@@ -29,17 +30,18 @@ def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: 
     layers = list(_different(model.layers))
     specs = set()
     for count in sorted({min(count, limits.max_rows) for count in _NUM_ROWS}):
+        num_logits = min(count, limits.max_logit_rows)
 
-        def step(count: int = count) -> None:
+        def step(count: int = count, num_logits: int = num_logits) -> None:
             h = torch.empty(count, limits.hidden_size)
             widths = (limits.qkv_width, limits.attn_width, limits.intermediate_size)
             buffers = StepBuffers(*(torch.empty(count, width) for width in widths))
             decoder.embed(weights.embed, h)
             for layer_idx, layer in layers:
                 decoder.layer(layer_idx, layer, buffers, h, kv)
-            decoder.head(weights.final_norm, weights.head, h, torch.empty(1, limits.vocab_size))
+            decoder.head(weights.final_norm, weights.head, h, torch.empty(num_logits, limits.vocab_size))
 
-        specs |= ops.kernels_of(step, _prompt(count))
+        specs |= ops.kernels_of(step, _prompt(count, num_logits))
     ops.library.load(specs)
 
 
@@ -48,7 +50,7 @@ def _different(layouts: tuple[LayerLayout, ...]) -> Iterator[tuple[int, LayerWei
     seen = set()
     for layer_idx, layout in enumerate(layouts):
         kinds = tuple(
-            (name, linear.kind, linear.spec.bits, linear.spec.group_size, linear.spec.symmetric, *linear.fields)
+            (name, linear.kind, *linear.fields, *(getattr(linear.spec, field) for field in _SPEC_FIELDS))
             for name, segments in layout.linears.items()
             for linear in segments
         )
@@ -57,8 +59,8 @@ def _different(layouts: tuple[LayerLayout, ...]) -> Iterator[tuple[int, LayerWei
             yield layer_idx, LayerWeights.view(layout, torch.empty(layout.num_bytes, dtype=torch.uint8))
 
 
-def _prompt(count: int) -> ForwardBatch:
-    """The first tokens of a text, of which the last one's logits are wanted."""
+def _prompt(count: int, num_logits: int) -> ForwardBatch:
+    """The first tokens of a text, of which the last ones' logits are wanted."""
     array = np.arange(count, dtype=np.int32)
     one = np.array([count], np.int32)
     return ForwardBatch(
@@ -69,6 +71,6 @@ def _prompt(count: int) -> ForwardBatch:
         context_len=one,
         rope_len=one,
         page_table=np.zeros((1, 1), np.int32),
-        logit_rows=one - 1,
+        logit_rows=array[count - num_logits :],
         num_decode_rows=0,
     )

@@ -26,9 +26,9 @@ def input_bytes(layout: LinearLayout, arithmetic: str) -> int:
     return 4 * columns.padded_K if "source" in layout.fields else 0
 
 
-def partial_bytes(limits: StepLimits, num_rows: int, context: int | None = None) -> int:
+def partial_bytes(limits: StepLimits, num_rows: int) -> int:
     """Results of attention's pieces before they are merged: maximum, sum and weighted values, for each query head."""
-    splits = -(-(limits.max_context if context is None else context) // SPLIT) + 1
+    splits = -(-limits.max_context // SPLIT)
     return num_rows * limits.num_heads * splits * (align_up(limits.head_dim, 16) + 2) * 4
 
 

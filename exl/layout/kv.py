@@ -19,7 +19,8 @@ KV_GROUP = 32  # channels that share a scale
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The cache's slab on the CPU: [layer][K|V][page][token][kv_head][D], so that adjacent pages are one view.
+    """The cache's slab for torch's kernels on the CPU: [layer][K|V][page][token][kv_head][D], so that adjacent pages
+    are one view.
 
     Quantized types hold codes u8 [page, token, kv_head, D * bits / 8] and scales f16 [page, token, kv_head, G], one for
     every 32 channels (the last may have fewer). What codes and scales mean: ``docs/memory.md``.
@@ -79,12 +80,13 @@ def page_offsets(kind: str, head_dim: int) -> PageOffsets:
 
 @dataclass(frozen=True)
 class DeviceKVLayout:
-    """The cache's slab on a GPU: [layer][page][kv_head][K codes | K scales | V codes | V scales], 64 tokens a page.
+    """The cache's slab on a GPU, and on a CPU for exl's own kernels: [layer][page][kv_head][K codes | K scales |
+    V codes | V scales], 64 tokens a page.
 
-    The order inside of a page is the attention kernels': ``exl/layout/pages.py``.
+    The order inside of a page is the attention kernels': ``exl/layout/pages.py``, ``exl/layout/cpu_pages.py``.
     """
 
-    kind: str  # a key of KV_BITS, f32 left out
+    kind: str  # a key of KV_BITS; on a GPU f32 left out
     num_layers: int
     num_kv_heads: int
     head_dim: int

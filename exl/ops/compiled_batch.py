@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
 from exl.checkpoint.config import RopeConfig
-from exl.cpu_kernels.attention_items import ITEM, ROW, decode_items, prefill_items
-from exl.layout.cpu_steps import FEW_ROWS, SPLIT
+from exl.cpu_kernels.attention_items import ITEM, ROW, decode_items, most_splits, prefill_items
+from exl.layout.cpu_steps import FEW_ROWS
 from exl.layout.steps import StepLimits
 from exl.ops.rope import depends_on_length, inverse_frequencies
 
@@ -104,7 +104,7 @@ class BatchTables:
         """Pieces of attention of the sequences with few rows, and their rows: see ``attention_items.decode_items``."""
         if window not in self._splits:
             rows = self.num_rows if self.num_few == self.num_sequences else int(self.query_start[self.num_few])
-            most = rows * (-(-self._limits.max_context // SPLIT) + 1)
+            most = rows * most_splits(self._limits.max_context, window, FEW_ROWS)
             self._splits[window] = items = Items(_entries(most, ITEM), 0), Items(_entries(rows, ROW), 0)
             self._fill_splits(window, items)
         return self._splits[window]

@@ -31,9 +31,9 @@ def why_not_compiled() -> str | None:
         if reason is not None:
             return reason
         shared_library()
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # no llvmlite, or one whose library this system does not load
         return f"llvmlite cannot be imported ({error})"
-    except KernelError as error:
+    except (KernelError, RuntimeError) as error:  # LLVM's own errors
         return " ".join(str(error).split())
     return None
 

@@ -18,7 +18,7 @@ from tests.model.batches import batch_of, run
 from tests.model.hf_models import CASES as DENSE_CASES
 from tests.model.hf_models import build as build_dense
 from tests.model.hf_models import save
-from tests.model.test_compiled_bits import IDS, opened, same
+from tests.model.test_compiled_bits import IDS, every_row, opened, same
 from tests.model.test_quantized import make
 
 if not usable_isas():
@@ -148,6 +148,20 @@ def test_tables_that_are_filled_again_are_those_of_the_new_batch():
     for name, expected in vars(BatchTables(second, second.token_ids, limits)).items():
         if isinstance(expected, np.ndarray):
             np.testing.assert_array_equal(getattr(tables, name), expected, name)
+
+
+@pytest.mark.parametrize("isa", usable_isas())
+def test_nothing_is_compiled_once_a_model_is_loaded(tmp_path, isa):
+    """Neither for prompts of any length nor for steps with any number of sequences."""
+    make(tmp_path, 4, 32, order="shared")
+    with opened(tmp_path, isa=isa) as engine:
+        library = engine.generator.runner.decoder.ops.library
+        before = set(library._addresses)
+        for count in (1, 2, 3, 7, 9, 16, 20, 33, 65, 90):
+            every_row(engine, IDS[:count])
+        for count in (1, 2, 4):
+            steps_of(engine, count)
+        assert {kernel.name for kernel in set(library._addresses) - before} == set()
 
 
 def test_weights_are_freed_once_no_thread_is_in_the_last_step(tmp_path):
