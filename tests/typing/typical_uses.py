@@ -20,7 +20,7 @@ def reading(progress: PromptProgress) -> None:
     print(progress.tokens / progress.total, progress.layer, progress.num_layers)
 
 
-with exl.load(Path("path/to/model"), "cpu", ram="1GB", context="auto", head=8, progress=loading) as llm:
+with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32", progress=loading) as llm:
     one: Completion = llm.generate("Once upon a time", 100)
     same: Completion = llm.generate([1, 2, 3], max_tokens=100, temperature=0.7, stop=None, seed=1)
     several: list[Completion] = llm.generate(["Once", "One day"], max_tokens=10, stop=["\n"])
