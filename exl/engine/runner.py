@@ -83,7 +83,8 @@ class Runner:
         tell = None if progress is None else _Teller(progress, batches, self.decoder.config.num_layers)
         try:
             for chunks in self._prefill_windows(batches):
-                if self.graphs is not None and len(chunks) == 1 and is_step(chunks[0]):
+                small = chunks[0].num_rows <= ops.captures
+                if self.graphs is not None and len(chunks) == 1 and small and is_step(chunks[0]):
                     yield self._step(self.graphs, chunks[0])
                     continue
                 if tell is not None:
@@ -100,7 +101,7 @@ class Runner:
     def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
         """One new token per sequence, in a batch padded to a power of two: few shapes, so few graphs."""
         decoder, ops = self.decoder, self.decoder.ops
-        bucket = min(1 << (batch.num_rows - 1).bit_length(), self.limits.max_sequences, len(self._logits))
+        bucket = min(1 << (batch.num_rows - 1).bit_length(), ops.captures, self.limits.max_sequences, len(self._logits))
         padded = padded_step(batch, max(bucket, batch.num_rows))
         ops.stage((padded,), self._embed_rows)
         h = self._residual[: padded.num_rows]

@@ -12,6 +12,7 @@ from exl.layout.steps import StepLimits
 # Signed bytes of a quantized activation, by the name of the arithmetic; f32 activations are not quantized.
 ARITHMETIC = {"int16": 2, "int8": 1, "f32": 0}
 DEFAULT_ARITHMETIC = "int16"
+RECORDED_ROWS = 8  # of the largest step that is recorded: each of its values has memory of its own, twice
 FEW_ROWS = 8  # rows of a sequence that attend as decode does, and the most that one pass over a linear's words takes
 SPLIT = 256  # tokens that one piece of attention covers
 
@@ -62,9 +63,9 @@ def scratch_sizes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic:
 
 
 def arena_bytes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: str, head: LayerLayout) -> int:
-    """Of one of the two arenas of recorded steps: every value of a step of ``max_sequences`` rows in memory of its
+    """Of one of the two arenas of recorded steps: every value of the largest recorded step in memory of its
     own. ``head``: the blob of the head, or of the embedding if that is the head."""
-    T, hidden = limits.max_sequences, 4 * limits.hidden_size
+    T, hidden = min(RECORDED_ROWS, limits.max_sequences), 4 * limits.hidden_size
     widths = (limits.qkv_width, 2 * limits.attn_width, 3 * limits.intermediate_size)  # with queries; gate, up, product
     a_layer = sum(_rows(T, 4 * width) for width in widths) + 8 * FIELD_ALIGN
     a_layer += 6 * _rows(T, hidden)  # two norms, two branches, the residual stream twice

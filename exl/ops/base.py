@@ -185,7 +185,7 @@ class Ops(Protocol):
     backend: Backend | None  # compiles and launches kernels; None: the backend has no kernels of its own
     threads: Threads | None  # how many of torch's compute; None: torch does not
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
-    captures: bool  # whether ``capture`` does anything
+    captures: int  # rows of the largest step that ``capture`` takes; 0: it does nothing
     runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout
 

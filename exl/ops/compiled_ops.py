@@ -23,6 +23,7 @@ from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
 from exl.cpu_kernels.sampling_weights import CompiledMath
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.layout.cpu_steps import RECORDED_ROWS
 from exl.layout.kv import DeviceKVLayout
 from exl.layout.layers import LinearLayout
 from exl.layout.specs import Target
@@ -69,7 +70,7 @@ class CompiledOps:
     threads = None
     dependent = False
     runs_ahead = False
-    captures = True
+    captures = RECORDED_ROWS
 
     def __init__(
         self,

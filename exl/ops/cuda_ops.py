@@ -69,7 +69,6 @@ class CudaOps:
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
 
     threads = None
-    captures = True
 
     def __init__(
         self,
@@ -90,6 +89,7 @@ class CudaOps:
         """
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
+        self.captures = limits.max_sequences
         self.dependent = dependent
         self._fenced = False
         self._slab = device_tensor(arena.num_bytes, self.device, "buffers of a step")

@@ -62,7 +62,7 @@ class TorchOps:
     act_dtype = torch.float32
     backend = None
     dependent = False
-    captures = False
+    captures = 0
     runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits, threads: Threads | None = None) -> None:
