@@ -71,12 +71,12 @@ class Library:
                 return
             data = cached_object(object_name(missing, self.isa), lambda: self._compile(missing), self._folder)
             engine = self._engine(data)
+            self._engines.append(engine)  # whose code goes with it
             for spec in missing:
                 address = engine.get_function_address(spec.name)
                 if not address:
                     raise KernelError(f"{spec.name}: not in its own object file")
                 self._addresses[spec] = address
-            self._engines.append(engine)
 
     def _compile(self, specs: list[KernelSpec]) -> bytes:
         began = time.perf_counter()

@@ -102,6 +102,25 @@ def test_kept_code_is_loaded_without_building_it(tmp_path, monkeypatch):
 
 
 @needs_kernels
+def test_code_stays_as_long_as_addresses_into_it_also_after_an_interrupt(tmp_path, monkeypatch):
+    class Engine:
+        addresses = iter((4096,))
+
+        def get_function_address(self, name):
+            for address in self.addresses:
+                return address
+            raise KeyboardInterrupt
+
+    library, engine = Library(folder=tmp_path / "cache"), Engine()
+    monkeypatch.setattr(library, "_engine", lambda data: engine)
+    with pytest.raises(KeyboardInterrupt):
+        library.load((Half(), dense_kernel("f32", 1, library.isa)))
+    assert 4096 in library._addresses.values()
+    assert engine in library._engines
+    library._addresses.clear()
+
+
+@needs_kernels
 def test_names_depend_on_all_that_code_depends_on(monkeypatch):
     isa = processor.usable_isas()[0]
     names = {object_cache.object_name((Half(),), isa), object_cache.object_name((Half(),), "other")}

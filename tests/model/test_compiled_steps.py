@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -164,17 +166,39 @@ def test_nothing_is_compiled_once_a_model_is_loaded(tmp_path, isa):
         assert {kernel.name for kernel in set(library._addresses) - before} == set()
 
 
+@contextmanager
+def a_late_thread(engine, work) -> Iterator[None]:
+    """``work`` in a thread, begun while the last step seems to have one inside, which leaves at the end."""
+    steps_of(engine, 1)
+    last = engine.generator.runner.decoder.ops._steps._last[0]
+    last.active[0] += 1
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(0.3)
+    try:
+        yield
+    finally:
+        last.active[0] -= 1
+        thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_weights_are_freed_once_no_thread_is_in_the_last_step(tmp_path):
     make(tmp_path, 4, 32)
+    with opened(tmp_path) as engine, a_late_thread(engine, engine.close):
+        assert engine.weights.embed.fields["weight"].any()
+
+
+def test_a_page_is_copied_once_no_thread_is_in_the_last_step(tmp_path, monkeypatch):
+    """It may be the one that the step has written to."""
+    make(tmp_path, 4, 32)
+    copies = []
     with opened(tmp_path) as engine:
-        steps_of(engine, 1)
-        last = engine.generator.runner.decoder.ops._steps._last[0]
-        last.active[0] += 1  # as if one were late
-        closing = threading.Thread(target=engine.close)
-        closing.start()
-        closing.join(0.3)
-        kept = bool(engine.weights.embed.fields["weight"].any())
-        last.active[0] -= 1
-        closing.join(20)
-    assert kept
-    assert not closing.is_alive()
+        generator = engine.generator
+        monkeypatch.setattr(generator.runner.kv, "copy_pages", lambda *pages: copies.append(pages))
+        first = generator.begin(30)
+        generator.extend(first, IDS[:30])
+        generator.end(first)
+        with a_late_thread(engine, lambda: generator.end(generator.begin(50, IDS[:20]))):
+            assert not copies
+    assert copies
