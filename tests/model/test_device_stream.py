@@ -341,8 +341,8 @@ def test_steps_as_graphs_see_their_own_layers(tmp_path_factory, num_layers, num_
     if len(resident) == num_layers:
         resident.pop()
     model = Model(tmp_path_factory.getbasetemp(), num_layers, num_buffers, resident, seed=seed)
-    backend = SimpleNamespace(capture=model.device.capture, arch=86)
-    graphs = StepGraphs(SimpleNamespace(backend=backend, dependent=True), model.stream)
+    ops = SimpleNamespace(capture=model.device.capture, backend=SimpleNamespace(arch=86), dependent=True)
+    graphs = StepGraphs(ops, model.stream)
     expected = 0
     for item in work:
         length = num_layers if item is None or isinstance(item, str) else min(item, num_layers)
