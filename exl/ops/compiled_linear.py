@@ -16,7 +16,10 @@ from exl.layout.layers import column_layout
 from exl.ops.base import Linear, Segments
 from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 
-_CHUNK_BYTES = 64 << 10  # of weights: a few microseconds, so that no thread waits long for another's last chunk
+# Of weights in one chunk: some ten microseconds, so that no thread waits long for another's last chunk, and so much that
+# the processor reads ahead; 64 KB were 4 to 25 % slower. The head is one stage and has many chunks anyway.
+_CHUNK_BYTES = 256 << 10
+_DENSE_CHUNK_BYTES = 1 << 20
 _CHUNKS_A_THREAD = 4  # at least, where there are columns for it
 _RECORDS = 8  # quantized in one chunk
 
@@ -58,7 +61,7 @@ class LinearStages:
 
     def _dense(self, tape: Tape, x: Rows, linear: Linear, out: Rows, residual: Rows | None, scale: float) -> None:
         spec = linear.layout.spec
-        columns = self._share(spec.N, spec.K * DTYPE_BYTES[spec.dtype], 16)
+        columns = self._share(spec.N, spec.K * DTYPE_BYTES[spec.dtype], 16, _DENSE_CHUNK_BYTES)
         tape.add(
             dense_kernel(spec.dtype, x.num_rows, self._isa),
             -(-spec.N // columns),
@@ -86,10 +89,11 @@ class LinearStages:
             *(blocks, stride),
         )
 
-    def _share(self, count: int, num_bytes: int, multiple: int) -> int:
-        """How many of ``count`` columns or blocks, of ``num_bytes`` each, make a chunk: a multiple of ``multiple``."""
+    def _share(self, count: int, num_bytes: int, multiple: int, chunk_bytes: int = _CHUNK_BYTES) -> int:
+        """How many of ``count`` columns or blocks, of ``num_bytes`` each, make a chunk of about ``chunk_bytes``: a
+        multiple of ``multiple``."""
         most = max(1, count // (_CHUNKS_A_THREAD * self._num_threads))
-        return max(1, min(most, _CHUNK_BYTES // num_bytes) // multiple) * multiple
+        return max(1, min(most, chunk_bytes // num_bytes) // multiple) * multiple
 
     def _inputs(self, tape: Tape, x: Rows | Records, linear: Linear, layout: ColumnLayout) -> tuple[int, int]:
         """The address of a linear's inputs as it takes them, and the stride of f32 ones."""
