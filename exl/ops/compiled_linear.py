@@ -16,7 +16,7 @@ from exl.layout.layers import column_layout
 from exl.ops.base import Linear, Segments
 from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 
-# Of weights in one chunk: some ten microseconds, so that no thread waits long for another's last chunk, and so much that
+# Of weights in one chunk: some ten microseconds, so that no thread waits long for another's last one, and so much that
 # the processor reads ahead; 64 KB were 4 to 25 % slower. The head is one stage and has many chunks anyway.
 _CHUNK_BYTES = 256 << 10
 _DENSE_CHUNK_BYTES = 1 << 20
