@@ -36,7 +36,7 @@ setup(
         "prompt_toolkit>=3.0.40",
         "wcwidth>=0.3",
         # Compiles kernels for the CPU at run time. Names of intrinsics change between versions of LLVM.
-        "llvmlite>=0.47,<0.51",
+        "llvmlite>=0.50,<0.51",
     ],
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],
