@@ -89,7 +89,8 @@ class Pool:
         self._walk = functools.partial(_walk, signature(library.address(_RUN)))
         self._workers: list[_Worker] = []
         self._pid: int | None = None
-        weakref.finalize(self, _stop, self._workers)  # a pool that nobody closes; workers do not hold it
+        # A pool that nobody closes, at the latest when the interpreter exits; workers do not hold it.
+        weakref.finalize(self, _stop, self._workers)
 
     def run(self, program: Program) -> None:
         """Returns when all stages are done. If the program repeats, a thread may still be in it: see ``settle``."""
@@ -113,9 +114,7 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers. May be called again; a later run starts new ones."""
-        workers = _stop(self._workers)
-        for worker in workers:
-            worker.thread.join(_CLOSE_SECONDS)
+        _stop(self._workers)
         self._pid = None
 
     def _ready(self) -> list[_Worker]:
@@ -133,13 +132,16 @@ def _walk(enter: Callable[..., None], program: Program, mode: int = 0) -> None:
     enter(table, program.num_stages, active, _SPIN_CYCLES, mode | (REPEAT if program.repeats else 0))
 
 
-def _stop(workers: list[_Worker]) -> list[_Worker]:
-    """Tells workers to end, those of this process; returns them, and empties the list."""
+def _stop(workers: list[_Worker]) -> None:
+    """Ends workers, those of this process, waits for them and empties the list. A thread that still runs Python when
+    the interpreter is taken down is ended by force, which can end the process with an error."""
     stopped = [worker for worker in workers if worker.pid == os.getpid()]
     workers.clear()
     for worker in stopped:
         worker.stop()
-    return stopped
+    for worker in stopped:
+        if worker.thread is not threading.current_thread():
+            worker.thread.join(_CLOSE_SECONDS)
 
 
 class _Worker:

@@ -6,9 +6,12 @@ import gc
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from exl.cpu_kernels.ir import F32, I64, Kernel
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.library import Library, slots
 from exl.cpu_kernels.pool import Pool, Program, Stage
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,28 @@ def test_a_pool_that_nobody_closes_ends_its_threads(library):
     for thread in threads:
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
+
+
+EXITING = """
+import atexit, sys
+from pathlib import Path
+from exl.cpu_kernels.library import Library
+from exl.cpu_kernels.pool import Pool
+from tests.cpu_kernels.test_pool import chain
+left = []
+atexit.register(lambda: print(sum(thread.is_alive() for thread in left)))  # runs after what is registered later
+library = Library(folder=Path(sys.argv[1]))
+pool = Pool(library, 4)
+pool.run(chain(library, 3, 8)[0])
+left += [worker.thread for worker in pool._workers]
+"""
+
+
+def test_workers_have_ended_before_the_interpreter_is_taken_down(library, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", EXITING, str(tmp_path / "cache")], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
