@@ -185,12 +185,13 @@ def test_a_pool_that_nobody_closes_ends_its_threads(library):
 
 EXITING = """
 import atexit, sys
+left = []
+# Registered first, so that it runs last, when all that is done at the exit has been done.
+atexit.register(lambda: print(sum(thread.is_alive() for thread in left)))
 from pathlib import Path
 from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool
 from tests.cpu_kernels.test_pool import chain
-left = []
-atexit.register(lambda: print(sum(thread.is_alive() for thread in left)))  # runs after what is registered later
 library = Library(folder=Path(sys.argv[1]))
 pool = Pool(library, 4)
 pool.run(chain(library, 3, 8)[0])
