@@ -203,7 +203,7 @@ def test_what_is_wrong_is_said_in_a_line_and_the_model_stays(open_page, worker, 
         field(page, name).press("Enter")
 
     refused("ram", "banana", "ram: found 'banana', expected a size such as '6GB'")
-    refused("ram", "1MB", "needs 23.19 MB with every layer streamed, the budget is 1.00 MB")
+    refused("ram", "1MB", "needs 138.44 MB with every layer streamed, the budget is 1.00 MB")
     refused("context", "many", "context: found 'many', expected a number of tokens")
     refused("vram", "x", "vram: found 'x'")
     refused("model", "nobody/nothing", "nobody/nothing: no such folder here, and ")
