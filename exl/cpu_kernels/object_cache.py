@@ -7,20 +7,18 @@ import hashlib
 import logging
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llvmlite import binding as llvm
 
+from exl.code_file import read_sealed, sealed, write_file
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.replace_file import replace_file
 from exl.user_cache import user_cache_folder
 
 logger = logging.getLogger(__name__)
 
-_MAGIC = b"exlobj01"  # then sha256 of the code, then the code
-_DIGEST_BYTES = hashlib.sha256().digest_size
+_MAGIC = b"exlobj01"
 # What kernels take constants from.
 OUTSIDE = ("batch.py", "layout/columns.py", "layout/cpu_steps.py", "layout/fields.py", "layout/kv.py")
 
@@ -94,25 +92,10 @@ def _read(path: Path) -> bytes | None:
     try:
         if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
             return None
-        data = path.read_bytes()
     except OSError:
         return None
-    code = data[len(_MAGIC) + _DIGEST_BYTES :]
-    if data[: len(_MAGIC)] != _MAGIC or hashlib.sha256(code).digest() != data[len(_MAGIC) : -len(code) or None]:
-        logger.warning("CPU kernels: %s is damaged, compiling again", path)
-        return None
-    return code
+    return read_sealed(path, _MAGIC)
 
 
 def _write(path: Path, code: bytes) -> None:
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(code).digest() + code)
-            replace_file(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        logger.info("CPU kernels: %s cannot be written (%s): compiling at each start", path, error)
+    write_file(path, sealed(_MAGIC, code), logging.INFO)  # then code is compiled at each start, and no more

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Protocol
 
+from exl.code_file import read_sealed, sealed, write_file
 from exl.errors import KernelError
 from exl.kernels.spec import KernelSpec, digest, flattened, nvrtc_options
-from exl.replace_file import holds, replace_file
 from exl.user_cache import user_cache_folder
 
-logger = logging.getLogger(__name__)
-
-MAGIC = b"exlcode1"  # then sha256 of the code, then the code
+MAGIC = b"exlcode1"
 LOG_LINES = 40  # of a compiler's log, in an error's text; the file beside the source holds all
 
 
@@ -80,42 +74,13 @@ def compile_cached(
         code, _ = compiler.compile(text, spec.source, options)
     except CompileFailed as error:
         raise KernelError(_failure(spec, str(error), text, folder / f"{spec.entry}-{key}")) from error
-    write_file(path, MAGIC + hashlib.sha256(code).digest() + code)
+    write_file(path, sealed(MAGIC, code))
     return code
 
 
 def read_entry(path: Path) -> bytes | None:
     """The code in a cache file, or None if there is none that can be trusted."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    head = len(MAGIC) + hashlib.sha256().digest_size
-    code = data[head:]
-    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(code).digest() != data[len(MAGIC) : head] or not code:
-        logger.warning("kernel cache: %s is damaged, compiling again", path)
-        return None
-    return code
-
-
-def write_file(path: Path, data: bytes) -> bool:
-    """``data`` under ``path``, whole or not at all; False where the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            replace_file(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        if isinstance(error, PermissionError) and holds(path, data):
-            return True  # Windows: another process has written the same and has it open
-        logger.warning("kernel cache: cannot write %s: %s", path, error)
-        return False
-    return True
+    return read_sealed(path, MAGIC)
 
 
 def _failure(spec: KernelSpec, log: str, text: str, stem: Path) -> str:

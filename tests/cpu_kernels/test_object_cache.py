@@ -141,7 +141,7 @@ def test_all_that_kernels_take_constants_from_is_in_the_digest():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("exl.")
     }
     elsewhere = {name for name in found if not name.startswith("exl.cpu_kernels")}
-    assert elsewhere - {"exl.errors", "exl.replace_file", "exl.user_cache"} == {
+    assert elsewhere - {"exl.errors", "exl.code_file", "exl.user_cache"} == {
         "exl." + name.removesuffix(".py").replace("/", ".") for name in object_cache.OUTSIDE
     }
 
