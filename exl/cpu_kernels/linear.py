@@ -20,13 +20,12 @@ from llvmlite import ir
 from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.linear_codes import ByteSource, CodeForm, WordSource, code_form
-from exl.cpu_kernels.linear_end import finish_block
+from exl.cpu_kernels.linear_end import ROW_BLOCK, each_block, finish_block
 from exl.cpu_kernels.linear_sums import Tile, integer_sums
 from exl.cpu_kernels.quantize import ActivationForm, form_of
 from exl.layout.columns import COLUMNS, ColumnLayout
 from exl.layout.fields import DTYPE_BYTES
 
-ROW_BLOCK = 128  # rows of a chunk of "panel"
 MOST_ROWS = 32  # of "rows"
 _PANEL_FROM = {"avx512vnni": 33}  # rows from which "panel" is quicker; on other machines:
 _PANEL_FROM_ELSEWHERE = 17
@@ -126,17 +125,7 @@ class _Emitter:
         self.ahead = self.layout.record_bytes * records_ahead  # the same place of a later record
 
     def chunk(self) -> None:
-        k, b = self.k, self.k.b
-        blocks, per = k.size(7), k.size(12)
-        chunks = b.sdiv(k.add(blocks, per, -1), per)
-        columns, first, count = k.chunk, I64(0), k.size(5)
-        if self.spec.kind == "row":
-            count = I64(1)
-        elif self.spec.kind == "panel":
-            columns, first = b.srem(k.chunk, chunks), k.mul(b.sdiv(k.chunk, chunks), ROW_BLOCK)
-            count = k.smaller(b.sub(k.size(5), first), ROW_BLOCK)
-        start = k.mul(columns, per)
-        with k.loop(k.smaller(blocks, k.add(start, per)), start) as block:
+        with each_block(self.k, self.spec.kind) as (block, first, count):
             self._block(block, first, count)
 
     def _block(self, block: ir.Value, first: ir.Value, count: ir.Value) -> None:

@@ -1,11 +1,32 @@
-"""How every linear ends: bias, residual and scale, and the stores. Slots: see ``exl.cpu_kernels.dense``."""
+"""What linears share: which blocks and rows a chunk is, and the end, bias, residual, scale and the stores. Slots: see
+``exl.cpu_kernels.dense``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from llvmlite import ir
 
-from exl.cpu_kernels.ir import LANES, F, Kernel
+from exl.cpu_kernels.ir import I64, LANES, F, Kernel
 from exl.layout.columns import COLUMNS
+
+ROW_BLOCK = 128  # rows of a chunk of "panel"
+
+
+@contextmanager
+def each_block(k: Kernel, kind: str) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+    """Around code for one block of 64 columns: the block, the first of its rows and how many they are. ``kind``: "row",
+    "rows", or "panel", whose chunks have ``ROW_BLOCK`` rows."""
+    b, blocks, per = k.b, k.size(7), k.size(12)
+    chunks = b.sdiv(k.add(blocks, per, -1), per)
+    columns, first, count = k.chunk, I64(0), I64(1) if kind == "row" else k.size(5)
+    if kind == "panel":
+        columns, first = b.srem(k.chunk, chunks), k.mul(b.sdiv(k.chunk, chunks), ROW_BLOCK)
+        count = k.smaller(b.sub(k.size(5), first), ROW_BLOCK)
+    start = k.mul(columns, per)
+    with k.loop(k.smaller(blocks, k.add(start, per)), start) as block:
+        yield block, first, count
 
 
 def finish_block(k: Kernel, sums: ir.Value, block: ir.Value, first: ir.Value, count: ir.Value) -> None:

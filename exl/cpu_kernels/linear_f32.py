@@ -20,10 +20,9 @@ from llvmlite import ir
 from exl.cpu_kernels.dense import wide_registers
 from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, F, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.linear_end import finish_block
+from exl.cpu_kernels.linear_end import ROW_BLOCK, each_block, finish_block
 from exl.layout.columns import COLUMNS, ColumnLayout
 
-ROW_BLOCK = 128  # rows of a chunk of "panel"
 MOST_ROWS = 8  # of "rows"
 _AHEAD = 4096  # bytes that are asked for ahead, about
 _LINE = 64
@@ -163,15 +162,7 @@ class _Emitter:
         self.ahead = self.layout.record_bytes * max(1, round(_AHEAD / self.layout.record_bytes))
 
     def chunk(self) -> None:
-        k, b = self.k, self.k.b
-        blocks, per = k.size(7), k.size(12)
-        chunks = b.sdiv(k.add(blocks, per, -1), per)
-        columns, first, count = k.chunk, I64(0), I64(1) if self.spec.kind == "row" else k.size(5)
-        if self.panel:
-            columns, first = b.srem(k.chunk, chunks), k.mul(b.sdiv(k.chunk, chunks), ROW_BLOCK)
-            count = k.smaller(b.sub(k.size(5), first), ROW_BLOCK)
-        start = k.mul(columns, per)
-        with k.loop(k.smaller(blocks, k.add(start, per)), start) as block:
+        with each_block(self.k, self.spec.kind) as (block, first, count):
             self._block(block, first, count)
 
     def _block(self, block: ir.Value, first: ir.Value, count: ir.Value) -> None:
