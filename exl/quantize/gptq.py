@@ -12,7 +12,7 @@ import torch
 
 from exl.errors import ExlError
 from exl.quantize.grid import Grid
-from exl.quantize.rounding import BLOCK, Rounding, TorchRounding
+from exl.quantize.rounding import BLOCK, Block, Rounding, TorchRounding
 from exl.threads import Threads
 
 _MAX_DAMP = 1.0
@@ -173,10 +173,10 @@ def _solve(
             if start % group_size == 0:
                 found = rounding.fit(grid, weight[start : start + group_size], group_size)
                 scales[g : g + 1], zeros[g : g + 1] = found
-        block = slice(start, stop)
-        factor = U[block, block].T.contiguous()
-        errors = rounding.round(grid, weight[block], factor, g_idx[block], scales, zeros, fit_size, codes[block])
-        weight[stop:].addmm_(U[block, stop:].T, errors, alpha=-1)
+        rows = slice(start, stop)
+        factor = U[rows, rows].T.contiguous()
+        block = Block(weight[rows], factor, g_idx[rows], scales, zeros, codes[rows], fit_size)
+        weight[stop:].addmm_(U[rows, stop:].T, rounding.round(grid, block), alpha=-1)
     return codes
 
 

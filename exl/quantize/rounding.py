@@ -5,6 +5,7 @@ Both give the same bits: the same operations in the same order, none of them fus
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 BLOCK = 128  # inputs per block: their updates to later blocks are applied together, as one matrix product
 
 
+@dataclass(frozen=True)
+class Block:
+    """Inputs that are rounded one after the other. n of them, at most ``BLOCK``; N outputs, G groups."""
+
+    weight: torch.Tensor  # [n, N]; rounding may overwrite it
+    factor: torch.Tensor  # [n, n], the transposed block of U
+    groups: torch.Tensor  # i64 [n]: each input's row in scales and zeros
+    scales: torch.Tensor  # [G, N]
+    zeros: torch.Tensor  # [G, N]
+    codes: torch.Tensor  # [n, N], whole numbers, to be written
+    # Above 0: the block is whole groups of so many inputs, and a group's grid is fitted, and written to ``scales`` and
+    # ``zeros``, when its first input is reached.
+    group_size: int
+
+
 class Rounding(Protocol):
     """Weights are f32 or f64, and so are all other floats; columns are outputs. Arrays are contiguous."""
 
@@ -30,25 +46,9 @@ class Rounding(Protocol):
     def fit(self, grid: Grid, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """W [G * group_size, N] -> scales and zeros, each [G, N], as ``Grid.fit`` finds them for each group."""
 
-    def round(
-        self,
-        grid: Grid,
-        weight: torch.Tensor,
-        factor: torch.Tensor,
-        groups: torch.Tensor,
-        scales: torch.Tensor,
-        zeros: torch.Tensor,
-        group_size: int,
-        codes: torch.Tensor,
-    ) -> torch.Tensor:
+    def round(self, grid: Grid, block: Block) -> torch.Tensor:
         """Rounds the inputs of a block one after the other, and subtracts each one's error, times its share, from the
-        block's later inputs. Writes ``codes`` [n, N], whole numbers, and returns the errors [n, N], divided by U's
-        diagonal.
-
-        ``weight`` [n, N], n <= ``BLOCK``, which it may overwrite; ``factor`` [n, n]: the transposed block of U;
-        ``groups`` i64 [n]: each input's row in ``scales`` and ``zeros`` [G, N]. If ``group_size`` is above 0, the block
-        is whole groups of so many inputs, and a group's grid is fitted when its first input is reached.
-        """
+        block's later inputs. Returns the errors [n, N], divided by U's diagonal."""
 
     def close(self) -> None:
         """Gives threads back."""
@@ -70,22 +70,13 @@ class TorchRounding:
         scales, zeros = map(torch.stack, zip(*grids, strict=True))
         return scales, zeros
 
-    def round(
-        self,
-        grid: Grid,
-        weight: torch.Tensor,
-        factor: torch.Tensor,
-        groups: torch.Tensor,
-        scales: torch.Tensor,
-        zeros: torch.Tensor,
-        group_size: int,
-        codes: torch.Tensor,
-    ) -> torch.Tensor:
+    def round(self, grid: Grid, block: Block) -> torch.Tensor:
+        weight, factor, scales, zeros, codes = block.weight, block.factor, block.scales, block.zeros, block.codes
         errors = torch.empty_like(weight)
         with self._threads.measured(f"solve {weight.shape[1]}", len(weight)):
-            for i, g in enumerate(groups.tolist()):
-                if group_size and i % group_size == 0:
-                    scales[g], zeros[g] = grid.fit(weight[i : i + group_size])
+            for i, g in enumerate(block.groups.tolist()):
+                if block.group_size and i % block.group_size == 0:
+                    scales[g], zeros[g] = grid.fit(weight[i : i + block.group_size])
                 codes[i] = grid.codes(weight[i], scales[g], zeros[g])
                 errors[i] = (weight[i] - (codes[i] - zeros[g]) * scales[g]) / factor[i, i]
                 weight[i + 1 :] -= torch.outer(factor[i + 1 :, i], errors[i])
@@ -115,26 +106,17 @@ class CompiledRounding:
         self._run(FitGrids(form), num_groups * num_chunks, (*arrays, *_search(weight), num_chunks))
         return scales, zeros
 
-    def round(
-        self,
-        grid: Grid,
-        weight: torch.Tensor,
-        factor: torch.Tensor,
-        groups: torch.Tensor,
-        scales: torch.Tensor,
-        zeros: torch.Tensor,
-        group_size: int,
-        codes: torch.Tensor,
-    ) -> torch.Tensor:
+    def round(self, grid: Grid, block: Block) -> torch.Tensor:
         from exl.cpu_kernels.gptq_solve import RoundBlock
 
+        weight = block.weight
         form, num_chunks = _form(grid, weight)
         errors = torch.empty_like(weight)
-        arrays = (tensor.numpy() for tensor in (factor, scales, zeros, groups, codes, errors))
-        args = (weight.numpy(), weight.shape[1], len(weight), *arrays)
-        if group_size:
-            args += (group_size, *_search(weight))
-        self._run(RoundBlock(form, fits=group_size > 0), num_chunks, args)
+        tensors = (block.factor, block.scales, block.zeros, block.groups, block.codes, errors)
+        args = (weight.numpy(), weight.shape[1], len(weight), *(tensor.numpy() for tensor in tensors))
+        if block.group_size:
+            args += (block.group_size, *_search(weight))
+        self._run(RoundBlock(form, fits=block.group_size > 0), num_chunks, args)
         return errors
 
     def _run(self, kernel: KernelSpec, num_chunks: int, args: tuple[NDArray | int, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from exl.cpu_kernels.library import Library
 from exl.ops import cpu_target
 from exl.quantize.grid import Grid
-from exl.quantize.rounding import CompiledRounding, TorchRounding, make_rounding
+from exl.quantize.rounding import Block, CompiledRounding, TorchRounding, make_rounding
 from exl.threads import Threads
 from tests.cpu_kernels.guards import guarded_array
 
@@ -72,7 +72,8 @@ def test_blocks_are_rounded_as_by_torch(compiled, dtype, grid, N, num_rows, grou
         if fits:
             scales, zeros = (guarded(np.full(scales.shape, 7.0), dtype) for _ in range(2))
         codes = guarded(np.full(w.shape, 7.0), dtype)
-        errors = rounding.round(grid, w.clone(), factor, groups, scales, zeros, group_size if fits else 0, codes)
+        block = Block(w.clone(), factor, groups, scales, zeros, codes, group_size if fits else 0)
+        errors = rounding.round(grid, block)
         results.append((codes, errors, scales, zeros))
     for mine, true in zip(*results, strict=True):
         assert torch.equal(mine, true)

@@ -63,10 +63,10 @@ class FakeKernels(TorchRounding):
         self.machine.seconds = began + 10e-9 * weight.numel()
         return found
 
-    def round(self, grid, weight, *rest):
+    def round(self, grid, block):
         began = self.machine.seconds
-        errors = super().round(grid, weight, *rest)
-        self.machine.seconds = began + 4e-9 * weight.numel()
+        errors = super().round(grid, block)
+        self.machine.seconds = began + 4e-9 * block.weight.numel()
         return errors
 
 
