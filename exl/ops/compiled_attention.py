@@ -13,7 +13,7 @@ from exl.cpu_kernels.rope_tables import RopeTables
 from exl.layout.kv import DeviceKVLayout
 from exl.ops.base import AttentionSpec
 from exl.ops.compiled_batch import BatchTables
-from exl.ops.compiled_tape import Rows, SharedMemory, Tape
+from exl.ops.compiled_tape import RecordForm, Records, Rows, SharedMemory, Tape
 from exl.ops.rope import depends_on_length
 from exl.ops.rope_tables import num_angles
 
@@ -25,13 +25,24 @@ class AttentionStages:
         self._library, self._kv_layout = library, kv_layout
 
     def attend(
-        self, tape: Tape, qkv: Rows, spec: AttentionSpec, batch: BatchTables, pages: torch.Tensor, out: Rows
-    ) -> None:
-        """qkv [T, W] -> out [T, A]. ``pages``: the layer's, u8 [page, kv head, bytes]."""
+        self,
+        tape: Tape,
+        qkv: Rows,
+        spec: AttentionSpec,
+        batch: BatchTables,
+        pages: torch.Tensor,
+        out: Rows,
+        form: RecordForm | None = None,
+    ) -> Records | None:
+        """qkv [T, W] -> out [T, A]. Returns out in the ``form`` of the linear that reads it where one pass gives both;
+        else None. ``pages``: the layer's, u8 [page, kv head, bytes]."""
         queries = tape.memory.scratch("queries", 4 * qkv.num_rows * spec.num_heads * spec.head_dim)
         self._append(tape, qkv, spec, batch, pages, queries)
+        records = None
+        if form is not None and batch.num_few == batch.num_sequences and _whole_records(spec, form):
+            records = Records(tape.memory.scratch("inputs", form.num_bytes(out.num_rows)), out.num_rows)
         if batch.num_few:
-            self._few(tape, spec, batch, pages, queries, out)
+            self._few(tape, spec, batch, pages, queries, out, form, records)
         if batch.num_few < batch.num_sequences:
             table = batch.blocks(spec.num_heads // spec.num_kv_heads, spec.head_dim)
             tape.add(
@@ -40,6 +51,7 @@ class AttentionStages:
                 *(queries, pages, batch.page_table, batch.page_table.shape[1], table, out.address),
                 *_parameters(spec),
             )
+        return records
 
     def _append(
         self, tape: Tape, qkv: Rows, spec: AttentionSpec, batch: BatchTables, pages: torch.Tensor, queries: int
@@ -56,7 +68,15 @@ class AttentionStages:
         )
 
     def _few(
-        self, tape: Tape, spec: AttentionSpec, batch: BatchTables, pages: torch.Tensor, queries: int, out: Rows
+        self,
+        tape: Tape,
+        spec: AttentionSpec,
+        batch: BatchTables,
+        pages: torch.Tensor,
+        queries: int,
+        out: Rows,
+        form: RecordForm | None,
+        records: Records | None,
     ) -> None:
         """Sequences with few rows: a chunk for each split of tokens, and then the results of the splits together."""
         items, rows = batch.splits(spec.window)
@@ -69,9 +89,11 @@ class AttentionStages:
             *(queries, pages, batch.page_table, batch.page_table.shape[1], items.array, partials),
             *_parameters(spec),
         )  # fmt: skip
+        merge = MergeAttention(kind, spec.head_dim, None if records is None else form.form)
         tape.add_changing(
-            MergeAttention(kind, spec.head_dim), ("rows", spec.window), (rows.count, rows.most), spec.num_kv_heads,
+            merge, ("rows", spec.window), (rows.count, rows.most), spec.num_kv_heads,
             *(partials, rows.array, out.address, spec.num_heads, spec.num_kv_heads),
+            *(() if records is None else (records.address, records.num_rows)),
         )  # fmt: skip
 
     def _angles(self, tape: Tape, rope: RopeConfig, head_dim: int, half: int, batch: BatchTables) -> tuple[int, int]:
@@ -97,6 +119,11 @@ class AttentionStages:
             kept = batch.angles[rope, head_dim] = torch.empty(2 * num_bytes, dtype=torch.uint8)
             self._library.call(kernel, slots(*arguments(kept.data_ptr())), chunks)
         return kept.data_ptr(), kept.data_ptr() + num_bytes
+
+
+def _whole_records(spec: AttentionSpec, form: RecordForm) -> bool:
+    """Whether the query heads that share a head of K and V fill whole records, in the order in which they come."""
+    return form.source is None and spec.num_heads // spec.num_kv_heads * spec.head_dim % form.form.rows == 0
 
 
 def _parameters(spec: AttentionSpec) -> tuple[int | float, ...]:

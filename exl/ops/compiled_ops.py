@@ -48,6 +48,7 @@ from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
 from exl.ops.compiled_tape import ArenaMemory, NoMemory, RecordForm, Records, Rows, SharedMemory, Tape
+from exl.ops.cpu_buffers import refuse_output_order, step_buffer
 from exl.ops.torch_ops import TokenIds
 from exl.sampling import sample
 from exl.threads import using
@@ -97,7 +98,7 @@ class CompiledOps:
         self._staged: list[StagedBatch] = []
         self._now: StagedBatch | None = None
         self._pending = Tape(self._shared)
-        self._products: dict[int, Records] = {}  # of gated MLPs, by the buffer that the decoder knows them by
+        self._made: dict[int, Records] = {}  # inputs of a linear, by the buffer that the decoder knows them by
         self._tape: Tape | None = None  # of the step that is being recorded
         self._results: list[tuple[Rows, torch.Tensor]] = []
 
@@ -106,15 +107,7 @@ class CompiledOps:
         self._pool.close()
 
     def buffer(self, name: str) -> torch.Tensor:
-        limits = self.limits
-        rows, width = {
-            "residual": (limits.window_rows, limits.hidden_size),
-            "qkv": (limits.max_rows, limits.qkv_width),
-            "attn": (limits.max_rows, limits.attn_width),
-            "mlp": (limits.max_rows, limits.intermediate_size),
-            "logits": (limits.max_logit_rows, limits.vocab_size),
-        }[name]
-        return host_tensor([rows, width], torch.float32, "activations")
+        return step_buffer(self.limits, name)
 
     # load
 
@@ -125,8 +118,7 @@ class CompiledOps:
         out: torch.Tensor,
         output_order: NDArray[np.int32] | None = None,
     ) -> None:
-        if output_order is not None:
-            raise ValueError("output_order is not supported on the CPU: it sorts inputs when it multiplies")
+        refuse_output_order(output_order)
         pack_linear(parts, layout, out.numpy(), self.library)
 
     # recording
@@ -181,7 +173,7 @@ class CompiledOps:
     def stage(self, batches: Sequence[ForwardBatch], rows: TableRows | None = None) -> None:
         if rows is not None:
             raise ValueError("an embedding on the disk: the CPU has it in RAM")
-        self._pending, self._products = Tape(self._shared), {}  # also those of a pass that was interrupted
+        self._pending, self._made = Tape(self._shared), {}  # also those of a pass that was interrupted
         self._staged = [StagedBatch(batch, self._resolve(batch.token_ids), self.limits) for batch in batches]
         self._now = self._staged[0] if self._staged else None
 
@@ -239,8 +231,11 @@ class CompiledOps:
         consumer: Segments = (),
     ) -> None:
         with self._stages() as tape:
-            rows = tape.memory.read(qkv)
-            self._attention.attend(tape, rows, spec, self._now.tables, kv.layer(layer_idx), tape.memory.write(out))
+            rows, form = tape.memory.read(qkv), self._linears.record_form(consumer)
+            written, pages = tape.memory.write(out), kv.layer(layer_idx)
+            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form)
+            if records is not None:
+                self._made[out.data_ptr()] = records
 
     def gated_mlp(
         self,
@@ -262,12 +257,12 @@ class CompiledOps:
             if form is None:
                 compiled_rows.gated(tape, both, spec, tape.memory.write(out))
                 return
-            records = self._products[out.data_ptr()] = self._records(tape, form, num_rows)
+            records = self._made[out.data_ptr()] = self._records(tape, form, num_rows)
             compiled_rows.gated_to_records(tape, both, spec, form, records)
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         with self._stages() as tape:
-            inputs = self._products.pop(x.data_ptr(), None) or tape.memory.read(x)
+            inputs = self._made.pop(x.data_ptr(), None) or tape.memory.read(x)
             before, after = tape.memory.read(h), tape.memory.write(h)
             if branch.post_norm is None:
                 self._linears.multiply(tape, inputs, w, after, residual=before, scale=branch.scale)

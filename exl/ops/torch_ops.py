@@ -33,6 +33,7 @@ from exl.ops.base import (
     Segments,
     TableRows,
 )
+from exl.ops.cpu_buffers import refuse_output_order, step_buffer
 from exl.ops.torch_linear import Scratch, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
@@ -84,15 +85,7 @@ class TorchOps:
         self._now: torch_attention.StagedBatch | None = None
 
     def buffer(self, name: str) -> torch.Tensor:
-        limits = self.limits
-        rows, width = {
-            "residual": (limits.window_rows, limits.hidden_size),
-            "qkv": (limits.max_rows, limits.qkv_width),
-            "attn": (limits.max_rows, limits.attn_width),
-            "mlp": (limits.max_rows, limits.intermediate_size),
-            "logits": (limits.max_logit_rows, limits.vocab_size),
-        }[name]
-        return host_tensor([rows, width], torch.float32, "activations")
+        return step_buffer(self.limits, name)
 
     def close(self) -> None:
         pass
@@ -109,8 +102,7 @@ class TorchOps:
         out: torch.Tensor,
         output_order: np.ndarray | None = None,
     ) -> None:
-        if output_order is not None:
-            raise ValueError("output_order is not supported on the CPU: it sorts inputs when it multiplies")
+        refuse_output_order(output_order)
         pack_linear(parts, layout, self.target, out)
 
     # step
