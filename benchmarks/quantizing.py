@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 CHILD = ROOT / "benchmarks" / "quantizing_child.py"
 HELD_OUT = ROOT / "tests" / "data" / "chats-valid.jsonl"
 NUM_SAMPLES, SEQ_LEN, WINDOW = 64, 256, 512
+LOADING = {"context": WINDOW, "kv_cache": "f32", "arithmetic": "f32"}
 SHARED = {"bits": 4, "group_size": 64}
 TEXT = {"calibration": str(CHATS), "num_samples": NUM_SAMPLES, "seq_len": SEQ_LEN}
 # What is measured: its name, the quantizer, and exl's options.
@@ -89,7 +90,7 @@ def run_child(python: str, quantizer: str, source: Path, out: Path, settings: di
 
 
 def quality(out: Path, dense: exl.LLM) -> str:
-    with exl.load(out, context=WINDOW, kv_cache="f32") as llm:
+    with exl.load(out, **LOADING) as llm:
         found = evaluate(llm, read_documents(HELD_OUT, llm.tokenizer, window=WINDOW), dense)
     return f"loss {found.loss:.4f}, KL {found.against.kl_mean:.4f}, same top-1 {found.against.top1_agreement:.1%}"
 
@@ -117,7 +118,7 @@ def measure(folder: Path, gptqmodel: str | None, num_layers: int | None, rounds:
     for name in [name for name in runs if gptqmodel is not None and runs[name][0] == "exl"]:
         lines.append(f"{name}: {median[name] / median['GPTQModel, as it comes']:.2f} of GPTQModel's time")
     if num_layers is None:
-        with exl.load(dense, context=WINDOW, kv_cache="f32") as llm:
+        with exl.load(dense, **LOADING) as llm:
             lines += [f"{name:<24} {quality(folder / name, llm)}" for name in runs]
     return lines
 

@@ -77,7 +77,7 @@ class BenchReport:
     roof: float  # bytes per second of a read-only pass over memory, with the same threads, in the same run
     # Resident memory above that before loading, None if the system does not tell; on a GPU what torch has reserved.
     peak_bytes: int | None
-    decode_steps: str | None = None  # how they ran on a GPU: replayed as graphs, or launched one by one and why
+    decode_steps: str | None = None  # how they ran, see ``LLM.decode_steps``
 
     def share_of_roof(self, result: BenchResult) -> float | None:
         if result.bytes_a_token is None:

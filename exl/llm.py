@@ -74,8 +74,8 @@ class LLM:
 
     @property
     def decode_steps(self) -> str | None:
-        """How decode steps run on a GPU: "replayed as graphs" from the third on, or "launched one by one" and why. None
-        on a CPU."""
+        """How decode steps run: "replayed as graphs" from the third on, on a CPU "recorded, one call each", or
+        "launched one by one" and why. None where torch computes."""
         return self._open_generator().runner.decode_steps
 
     @overload

@@ -23,7 +23,7 @@ from scripts.fetch_smollm2 import fetch
 DATA = Path(__file__).parents[1] / "tests" / "data"
 BITS, WINDOW = (8, 4, 3, 2), 512
 # Models compute in f32, with an f32 cache.
-LOADING = {"context": WINDOW, "kv_cache": "f32"}
+LOADING = {"context": WINDOW, "kv_cache": "f32", "arithmetic": "f32"}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, object]] = {
 def validation_loss(folder: str | Path) -> tuple[float, int]:
     """Nats per token, and the number of tokens that were counted."""
     total, count = 0.0, 0
-    with exl.load(folder, kv_cache="f32") as llm:
+    with exl.load(folder, kv_cache="f32", arithmetic="f32") as llm:
         for line in (DATA / "tinystories-valid-30k.txt").read_text(encoding="utf-8").splitlines():
             ids = llm.encode(line.strip())[:512]
             if len(ids) < 8:

@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def decode_steps(self) -> str | None:
-        """How decode steps run: replayed as graphs, or launched one by one and why. None through torch."""
+        """How decode steps run, see ``LLM.decode_steps``."""
         return self.generator.runner.decode_steps
 
     def synchronize(self) -> None:

@@ -67,7 +67,7 @@ class Runner:
 
     @property
     def decode_steps(self) -> str | None:
-        """How decode steps run: replayed as graphs, or launched one by one and why. None through torch."""
+        """How decode steps run, see ``LLM.decode_steps``."""
         if not self.decoder.ops.captures:
             return None
         return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()

@@ -45,7 +45,8 @@ class StepGraphs:
             return f"launched one by one: {self.reason}"
         if not self._replays:
             return "launched one by one so far: a step is captured when its shape comes for the second time"
-        return "replayed as graphs" if self.note is None else f"replayed as graphs, {self.note}"
+        how = "replayed as graphs" if self._ops.device.type == "cuda" else "recorded, one call each"
+        return how if self.note is None else f"{how}, {self.note}"
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """``step`` launches on fixed addresses and nothing else; equal keys launch the same."""

@@ -7,7 +7,6 @@ import logging
 
 from exl.errors import KernelError
 from exl.layout.specs import Target
-from exl.ops.torch_linear import probe_int4pack
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +16,8 @@ COMPILED = Target("cpu", compiled=True)
 @functools.cache
 def torch_target() -> Target:
     """How weights lie for this torch's kernels, on this processor."""
+    from exl.ops.torch_linear import probe_int4pack  # a plan for kernels that do run need not wait for torch
+
     return Target("cpu", int4pack=probe_int4pack())
 
 

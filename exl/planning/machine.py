@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from exl.errors import ConfigError
 from exl.layout.specs import Target
+from exl.ops.cpu_target import cpu_target
 from exl.planning.cards import Card, describe_card, parse_cards, parse_link, pcie_speed
 from exl.planning.devices import started_bytes, usable_bytes
 from exl.planning.speed import Speeds, parse_speed
@@ -47,7 +48,8 @@ def describe_machine(
     arch: int | float | str | None,
     links: Links,
 ) -> Machine:
-    """A GPU if a card or a size is given, else the CPU. Raises ``ConfigError`` for what makes no sense together."""
+    """A GPU if a card or a size is given, else this machine's CPU. Raises ``ConfigError`` for what makes no sense
+    together."""
     given_arch = None if arch is None else parse_arch(arch)
     cards = () if gpu is None else parse_cards(gpu)
     sizes = None if vram is None else one_each(vram)
@@ -56,7 +58,7 @@ def describe_machine(
     num_gpus = len(cards) or (0 if sizes is None else len(sizes))
     if not num_gpus:
         _refuse_without_gpu(arch=arch, vram_speed=links.vram_speed, pcie=links.pcie)
-        return Machine(Target("cpu", compiled=True), None, _speeds((), 0, links))
+        return Machine(cpu_target(), None, _speeds((), 0, links))
     found_arch, notes = _arch(cards, given_arch)
     if cards and sizes is None:
         sizes = tuple(usable_bytes(card.visible_bytes - started_bytes(card.arch), card.arch, "linux") for card in cards)

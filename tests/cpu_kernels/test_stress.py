@@ -64,5 +64,5 @@ def test_steps_beside_busy_processes_have_the_bits_of_one_thread(request, monkey
         found = steps(engine, IDS)
         assert [i for i in range(len(IDS)) if found[i] != expected[i]] == []
         rounds += 1
-    assert engine.decode_steps == "replayed as graphs"
+    assert engine.decode_steps == "recorded, one call each"
     engine.close()

@@ -134,7 +134,7 @@ def test_how_decode_steps_ran_is_told(monkeypatch, capsys):
 
 
 def test_steps_are_recorded_by_exls_own_kernels_alone(report):
-    assert report.decode_steps == ("replayed as graphs" if cpu_target().compiled else None)
+    assert report.decode_steps == ("recorded, one call each" if cpu_target().compiled else None)
     engine = load_engine(BUNDLED_MODEL, EngineOptions(device="cpu"), cpu=torch_target())
     assert engine.decode_steps is None
     engine.close()

@@ -92,7 +92,7 @@ def test_steps_have_the_bits_of_prompts_for_every_format(folder_of, bits, group_
         assert torch.isfinite(expected).all()
         assert same(one_by_one(engine), expected)
         assert same(one_by_one(engine, first=40), expected[39:])
-        assert engine.decode_steps == "replayed as graphs"
+        assert engine.decode_steps == "recorded, one call each"
 
 
 @pytest.mark.parametrize("arithmetic", ["int16", "int8", "f32"])

@@ -24,9 +24,11 @@ from exl.commands.system_info import describe_system
 
 def story():
     with exl.load(device="cpu") as llm:
+        told["plans"].append(str(llm.plan))
         return llm.generate("Once upon a time", max_tokens=60, temperature=0).text, llm.decode_steps
 
-told = {"stories": [story() for _ in range(2)], "info": describe_system()["cpu kernels"]}
+told = {"plans": [str(exl.plan())]}
+told |= {"stories": [story() for _ in range(2)], "info": describe_system()["cpu kernels"]}
 try:
     exl.load(device="cpu", arithmetic="int8").close()
 except exl.ConfigError as error:
@@ -77,6 +79,7 @@ def test_torch_computes_and_one_line_says_why(before, reason, plain):
     (text, steps), again = told["stories"]
     assert [text, steps] == again
     assert steps is None
+    assert told["plans"][1:] == told["plans"][:1] * 2
     # bf16 decode rows may choose another word in the end, where two are almost as likely.
     assert text[:40] == plain["stories"][0][0][:40]
 
