@@ -38,9 +38,18 @@ from exl.threads import thread_limit
 
 RESULTS = HERE / "results"
 FULL = {
-    "depths": (0, 1024, 4096), "prompts": (128, 512, 2048), "busy": (0, 1, 2), "tokens": 64, "rounds": 3, "repeats": 2
+    "depths": (0, 1024, 4096), "prompts": (128, 512, 2048), "busy": (0, 1, 2), "tokens": 64, "rounds": 3,
+    "busy_rounds": 3, "repeats": 2,
 }  # fmt: skip
-QUICK = {"depths": (0, 1024), "prompts": (128,), "busy": (0, 2), "tokens": 16, "rounds": 1, "repeats": 1}
+QUICK = {
+    "depths": (0, 1024),
+    "prompts": (128,),
+    "busy": (0, 2),
+    "tokens": 16,
+    "rounds": 1,
+    "busy_rounds": 1,
+    "repeats": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -50,18 +59,22 @@ class Plan:
     cases: tuple[Case, ...]
     loads: tuple[int, ...]
     rounds: int
+    busy_rounds: int  # of those, how many are measured beside busy processes, too
     repeats: int  # of one measurement
 
     @property
     def context(self) -> int:
         return max(case.context for case in self.cases)
 
+    def rounds_of(self, load: int) -> int:
+        return min(self.rounds, self.busy_rounds) if load else self.rounds
+
 
 def compare(subject: Subject, exl: ExlProcess, llama: LlamaBench, plan: Plan) -> Iterator[tuple[Row, dict[str, str]]]:
     """Yields each row again whenever it has new runs, and llama-bench's words about itself."""
     rows: dict[tuple[Case, int], Row] = {}
     for i in range(plan.rounds):
-        for load in plan.loads:
+        for load in (load for load in plan.loads if i < plan.rounds_of(load)):
             with busy(load):
                 for case in plan.cases:
                     repeats = case.repeats(plan.repeats)
@@ -85,7 +98,7 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
         "machine": f"{processor_name()}, {os.cpu_count()} processors, {instruction_sets()}",
         "load average before": ", ".join(f"{value:.2f}" for value in os.getloadavg()),
         "threads": str(threads),
-        "rounds": f"{plan.rounds}, with {plan.repeats} runs of each test, one of prompts of {LONG_PROMPT:,} or more",
+        "rounds": f"{plan.rounds}, beside busy processes {plan.rounds_of(1)}, with {plan.repeats} runs of each test, one of prompts of {LONG_PROMPT:,} or more",
         "decode": f"{args.tokens} tokens",
     }
     models: dict[str, str] = {}
@@ -128,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             setattr(args, name, value)
     cases = [Case("decode", args.tokens, depth) for depth in args.depths]
     cases += [Case("prefill", tokens) for tokens in args.prompts]
-    plan = Plan(tuple(cases), tuple(args.busy), args.rounds, args.repeats)
+    plan = Plan(tuple(cases), tuple(args.busy), args.rounds, args.busy_rounds, args.repeats)
     try:
         found = run(args, plan)
     except (ExlError, ProgramError) as error:
@@ -152,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--busy", nargs="+", type=int, help="busy processes beside (default: 0 1 2)")
     found.add_argument("--tokens", type=int, help="generated to measure decoding (default: 64)")
     found.add_argument("--rounds", type=int, help="default: 3")
+    found.add_argument("--busy-rounds", type=int, help="of those, how many beside busy processes, too (default: 3)")
     found.add_argument("--repeats", type=int, help="runs per measurement (default: 2; long prompts once)")
     found.add_argument("--threads", type=int, help="of both programs (default: all that the process may use)")
     found.add_argument("--head", choices=HEADS, default="q6_k", help="of the 1.1B's GGUF file (default: q6_k)")
