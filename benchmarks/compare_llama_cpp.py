@@ -98,7 +98,8 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
         "machine": f"{processor_name()}, {os.cpu_count()} processors, {instruction_sets()}",
         "load average before": ", ".join(f"{value:.2f}" for value in os.getloadavg()),
         "threads": str(threads),
-        "rounds": f"{plan.rounds}, beside busy processes {plan.rounds_of(1)}, with {plan.repeats} runs of each test, one of prompts of {LONG_PROMPT:,} or more",
+        "rounds": f"{plan.rounds}, beside busy processes {plan.rounds_of(1)}",
+        "runs": f"{plan.repeats} of each test in a round, one of prompts of {LONG_PROMPT:,} or more",
         "decode": f"{args.tokens} tokens",
     }
     models: dict[str, str] = {}
