@@ -45,7 +45,7 @@ class StepGraphs:
             return f"launched one by one: {self.reason}"
         if not self._replays:
             return "launched one by one so far: a step is captured when its shape comes for the second time"
-        how = "replayed as graphs" if self._ops.device.type == "cuda" else "recorded, one call each"
+        how = "replayed as graphs" if self._ops.backend is not None else "recorded, one call each"
         return how if self.note is None else f"{how}, {self.note}"
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:

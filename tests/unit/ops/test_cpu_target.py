@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import exl.cpu_kernels
 from exl.errors import KernelError
 from exl.ops import cpu_target as module
 
@@ -23,7 +24,9 @@ def test_torch_computes_where_kernels_cannot_run(monkeypatch, caplog, error, rea
     def shared_library():
         raise error
 
+    # Here with or without llvmlite: nothing of it is imported.
     monkeypatch.setitem(sys.modules, "exl.cpu_kernels.library", SimpleNamespace(shared_library=shared_library))
+    monkeypatch.setattr(exl.cpu_kernels, "probe", SimpleNamespace(why_not=lambda: None), raising=False)
     monkeypatch.setattr(module, "why_not_compiled", module.why_not_compiled.__wrapped__)
     module._say_once.cache_clear()
     for _ in range(2):

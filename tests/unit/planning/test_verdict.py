@@ -13,6 +13,7 @@ import exl
 from exl.errors import ExlWarning, MemoryBudgetError
 from exl.layout.specs import Target
 from exl.memory.host import system_ram
+from exl.ops.cpu_target import COMPILED
 from exl.planning import ask
 from exl.planning.machine import Links, describe_machine
 from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
@@ -202,7 +203,14 @@ def test_a_tied_head_gains_bytes_for_memory():
         assert float(costs[1]) == pytest.approx(more / 1e6, rel=0.2)
 
 
-def test_on_the_cpu_a_rounded_head_gains_as_on_a_gpu():
+def plan_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's CPU runs."""
+    machine = replace(describe_machine(None, None, None, Links()), target=target)
+    monkeypatch.setattr(ask, "describe_machine", lambda *_: machine)
+
+
+def test_with_own_kernels_a_rounded_head_gains_as_on_a_gpu(monkeypatch):
+    plan_for(COMPILED, monkeypatch)
     (text,) = advice(shape="llama-2-7b")
     saved = re.fullmatch(r"head=8 would save ([\d.]+) MB, (\d+) % of a token's bytes", text)
     plain, rounded = (exl.plan(shape="llama-2-7b", head=head).tokens[0].links()["ram"] for head in ("file", 8))
@@ -214,8 +222,7 @@ def test_on_the_cpu_a_rounded_head_gains_as_on_a_gpu():
 
 def test_through_torch_a_rounded_head_gains_memory_alone(monkeypatch):
     """It multiplies panels of f32, whatever the head's bits."""
-    machine = replace(describe_machine(None, None, None, Links()), target=Target("cpu"))
-    monkeypatch.setattr(ask, "describe_machine", lambda *_: machine)
+    plan_for(Target("cpu"), monkeypatch)
     (text,) = advice(shape="llama-2-7b")
     saved = re.fullmatch(r"head=8 would save ([\d.]+) MB of RAM", text)
     plain, rounded = (exl.plan(shape="llama-2-7b", head=head).exact_bytes for head in ("file", 8))
