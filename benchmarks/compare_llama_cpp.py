@@ -42,14 +42,9 @@ FULL = {
     "busy_rounds": 3, "repeats": 2,
 }  # fmt: skip
 QUICK = {
-    "depths": (0, 1024),
-    "prompts": (128,),
-    "busy": (0, 2),
-    "tokens": 16,
-    "rounds": 1,
-    "busy_rounds": 1,
-    "repeats": 1,
-}
+    "depths": (0, 1024), "prompts": (128,), "busy": (0, 2), "tokens": 16, "rounds": 1,
+    "busy_rounds": 1, "repeats": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,22 +54,23 @@ class Plan:
     cases: tuple[Case, ...]
     loads: tuple[int, ...]
     rounds: int
-    busy_rounds: int  # of those, how many are measured beside busy processes, too
+    busy_rounds: int  # the first ones, which are measured beside busy processes, too
     repeats: int  # of one measurement
 
     @property
     def context(self) -> int:
         return max(case.context for case in self.cases)
 
-    def rounds_of(self, load: int) -> int:
-        return min(self.rounds, self.busy_rounds) if load else self.rounds
+    def loads_in(self, i: int) -> tuple[int, ...]:
+        """Of round ``i``."""
+        return tuple(load for load in self.loads if load == 0 or i < self.busy_rounds)
 
 
 def compare(subject: Subject, exl: ExlProcess, llama: LlamaBench, plan: Plan) -> Iterator[tuple[Row, dict[str, str]]]:
     """Yields each row again whenever it has new runs, and llama-bench's words about itself."""
     rows: dict[tuple[Case, int], Row] = {}
     for i in range(plan.rounds):
-        for load in (load for load in plan.loads if i < plan.rounds_of(load)):
+        for load in plan.loads_in(i):
             with busy(load):
                 for case in plan.cases:
                     repeats = case.repeats(plan.repeats)
@@ -98,7 +94,7 @@ def run(args: argparse.Namespace, plan: Plan) -> Comparison:
         "machine": f"{processor_name()}, {os.cpu_count()} processors, {instruction_sets()}",
         "load average before": ", ".join(f"{value:.2f}" for value in os.getloadavg()),
         "threads": str(threads),
-        "rounds": f"{plan.rounds}, beside busy processes {plan.rounds_of(1)}",
+        "rounds": f"{plan.rounds}, beside busy processes {plan.busy_rounds}",
         "runs": f"{plan.repeats} of each test in a round, one of prompts of {LONG_PROMPT:,} or more",
         "decode": f"{args.tokens} tokens",
     }
@@ -142,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             setattr(args, name, value)
     cases = [Case("decode", args.tokens, depth) for depth in args.depths]
     cases += [Case("prefill", tokens) for tokens in args.prompts]
-    plan = Plan(tuple(cases), tuple(args.busy), args.rounds, args.busy_rounds, args.repeats)
+    plan = Plan(tuple(cases), tuple(args.busy), args.rounds, min(args.rounds, args.busy_rounds), args.repeats)
     try:
         found = run(args, plan)
     except (ExlError, ProgramError) as error:

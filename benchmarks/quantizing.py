@@ -35,12 +35,12 @@ from exl.quantize.calibration import read_calibration
 from exl.text.tokenizer import Tokenizer
 from scripts.chat_model import CHATS
 from scripts.fetch_smollm2 import fetch
+from scripts.kl_table import LOADING, WINDOW
 
 ROOT = Path(__file__).parents[1]
 CHILD = ROOT / "benchmarks" / "quantizing_child.py"
 HELD_OUT = ROOT / "tests" / "data" / "chats-valid.jsonl"
-NUM_SAMPLES, SEQ_LEN, WINDOW = 64, 256, 512
-LOADING = {"context": WINDOW, "kv_cache": "f32", "arithmetic": "f32"}
+NUM_SAMPLES, SEQ_LEN = 64, 256
 SHARED = {"bits": 4, "group_size": 64}
 TEXT = {"calibration": str(CHATS), "num_samples": NUM_SAMPLES, "seq_len": SEQ_LEN}
 # What is measured: its name, the quantizer, and exl's options.

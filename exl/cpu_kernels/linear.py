@@ -97,7 +97,7 @@ def linear(layout: ColumnLayout, parts: int, kind: str) -> Linear:
 @functools.cache
 def _row_prefetches() -> bool:
     """Whether one row is quicker for it. Zen 4's own prefetching keeps up with one stream: it reads 10 to 15 % more a
-    second without, where Zen 5 reads 15 to 25 % less. Few rows, which read in bursts, are slower on Zen 4, too."""
+    second without. Zen 5 reads 15 to 25 % less. Kernels of a few rows, which read in bursts, need it on Zen 4, too."""
     return llvm.get_host_cpu_name() != "znver4"
 
 

@@ -119,14 +119,19 @@ print(json.dumps([told | {"samples_ts": [2.5] * int(given["-r"])}]))
 """
 
 
-def test_both_are_measured_in_turn_and_reported(tmp_path, monkeypatch, capsys):
-    subject = Subject("stories", BUNDLED_MODEL, tmp_path / "model.gguf", "exl's file against another")
+def compare(folder: Path, monkeypatch: pytest.MonkeyPatch, *asked: str) -> Comparison:
+    """What the command finds of the model in exl and a llama-bench that computes nothing."""
+    subject = Subject("stories", BUNDLED_MODEL, folder / "model.gguf", "exl's file against another")
     monkeypatch.setattr(compare_llama_cpp, "prepare", lambda *args: subject)
-    monkeypatch.setattr(compare_llama_cpp, "RESULTS", tmp_path)
-    asked = ["--llama-bench", str(script(tmp_path, FAKE_LLAMA_BENCH)), "--models", "1.1b", "--json", "found"]
-    asked += ["--depths", "0", "20", "--prompts", "24", "--busy", "0", "1", "--tokens", "4", "--rounds", "2"]
-    compare_llama_cpp.main([*asked, "--repeats", "3", "--threads", "1", "--exl", "kv_cache=q8"])
-    found = read(tmp_path / "found.json")
+    monkeypatch.setattr(compare_llama_cpp, "RESULTS", folder)
+    both = ["--llama-bench", str(script(folder, FAKE_LLAMA_BENCH)), "--models", "1.1b", "--json", "found"]
+    compare_llama_cpp.main([*both, "--busy", "0", "1", "--tokens", "4", "--threads", "1", *asked])
+    return read(folder / "found.json")
+
+
+def test_both_are_measured_in_turn_and_reported(tmp_path, monkeypatch, capsys):
+    asked = ("--depths", "0", "20", "--prompts", "24", "--rounds", "2", "--repeats", "3", "--exl", "kv_cache=q8")
+    found = compare(tmp_path, monkeypatch, *asked)
     cases = [Case("decode", 4, 0), Case("decode", 4, 20), Case("prefill", 24)]
     assert [(row.case, row.busy) for row in found.rows] == [(case, busy) for busy in (0, 1) for case in cases]
     for row in found.rows:
@@ -137,6 +142,13 @@ def test_both_are_measured_in_turn_and_reported(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == tables.report(found) + "\n"
     compare_llama_cpp.main(["--readme", str(tmp_path / "found.json")])
     assert capsys.readouterr().out == tables.readme_section(found) + "\n"
+
+
+def test_busy_processes_may_have_fewer_rounds(tmp_path, monkeypatch):
+    asked = ("--quick", "--depths", "0", "--prompts", "--rounds", "3", "--busy-rounds", "2")
+    found = compare(tmp_path, monkeypatch, *asked)
+    assert {row.busy: len(row.llama_cpp) for row in found.rows} == {0: 3, 1: 2}
+    assert found.facts["rounds"] == "3, beside busy processes 2"
 
 
 def test_a_model_that_exl_cannot_load_is_an_error(tmp_path):

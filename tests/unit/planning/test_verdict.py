@@ -204,7 +204,7 @@ def test_a_tied_head_gains_bytes_for_memory():
 
 
 def plan_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine's CPU runs."""
+    """Plans for a CPU are for ``target``, whatever this machine's CPU can run."""
     machine = replace(describe_machine(None, None, None, Links()), target=target)
     monkeypatch.setattr(ask, "describe_machine", lambda *_: machine)
 
