@@ -21,6 +21,7 @@ from exl.cpu_kernels.linear import linear
 from exl.cpu_kernels.object_cache import cached_object
 from exl.errors import KernelError
 from exl.layout.columns import ColumnLayout
+from tests.command_line import without_compiling
 from tests.cpu_kernels.test_pool import Half
 
 needs_kernels = pytest.mark.skipif(not processor.usable_isas(), reason="no kernels for this processor")
@@ -38,6 +39,19 @@ def test_code_is_compiled_once(tmp_path):
     assert len(made) == 1
     if os.name == "posix":
         assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@needs_kernels
+def test_compiling_that_takes_its_time_is_told_in_one_line(tmp_path, caplog, monkeypatch):
+    told = []
+    for folder, untold_seconds in (("other", 1000.0), ("cache", 0.0), ("cache", 0.0)):
+        monkeypatch.setattr(library_module, "_TOLD_SECONDS", untold_seconds)
+        Library(folder=tmp_path / folder)
+        told.append("".join(f"{record.getMessage()}\n" for record in caplog.records))
+        caplog.clear()
+    assert (told[0], told[1].count("\n"), told[2]) == ("", 1, "")  # the last one found it compiled
+    assert told[1].startswith("compiled kernels for this processor in ")
+    assert without_compiling(f"exl: a line\n{told[1]}another\n") == "exl: a line\nanother\n"
 
 
 @pytest.mark.parametrize("damage", [b"", b"exl", b"exlobj01" + bytes(32) + b"other code"])

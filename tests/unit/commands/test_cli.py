@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import run_exl as exl
+from tests.command_line import without_compiling
 
 DATA = Path(__file__).parents[2] / "data"
 STORIES = DATA / "stories260K"
@@ -19,9 +20,11 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine a secon
 
 def in_a_process(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "exl.cli", *args]
-    return subprocess.run(
+    done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, env=ONE_THREAD
     )
+    done.stderr = without_compiling(done.stderr)
+    return done
 
 
 def generate(*args: str, stdin: str | bytes = b"", run=exl) -> subprocess.CompletedProcess[str]:

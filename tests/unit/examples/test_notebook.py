@@ -23,10 +23,12 @@ def committed() -> nbformat.NotebookNode:
 
 
 FIRST = """
+import logging
 import exl
 from exl import progress
 
 print(exl.__file__)
+logging.getLogger("exl.cpu_kernels").setLevel(logging.ERROR)  # a slow processor tells that it compiles kernels
 delay, progress._DELAY = progress._DELAY, 0.0
 exl.load().close()
 progress._DELAY = delay
@@ -49,9 +51,12 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def printed(cell: nbformat.NotebookNode) -> list[str]:
-    """A cell's text output: what it printed, and the value of its last line."""
-    texts = [output.text for output in cell.outputs if output.output_type == "stream"]
-    return texts + [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
+    """A cell's text output: what it printed, in one piece though slow loads may have shown bars between, and the value
+    of its last line."""
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return ([text] if text else []) + [
+        output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"
+    ]
 
 
 def kinds(cell: nbformat.NotebookNode) -> set[str]:
