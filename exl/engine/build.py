@@ -238,14 +238,14 @@ def _cpu_ops(model: PlanInput, stack: ExitStack, num_threads: int) -> Ops:
     if not model.target.compiled:
         return TorchOps(model.target, model.kv_layout, model.limits, Threads(num_threads))
     from exl.cpu_kernels.library import shared_library
+    from exl.cpu_kernels.pool import Pool
     from exl.ops.compiled_ops import CompiledOps, CompiledSizes
 
     head = model.head if model.head.linears else model.embed
     scratch = scratch_sizes((*model.layers, head), model.limits, model.arithmetic)
     sizes = CompiledSizes(scratch, arena_bytes(model.layers, model.limits, model.arithmetic, head))
-    ops = CompiledOps(
-        *(shared_library(), model.target, model.kv_layout, model.limits, sizes, model.arithmetic, num_threads)
-    )
+    pool = Pool(shared_library(), num_threads)
+    ops = CompiledOps(pool, model.target, model.kv_layout, model.limits, sizes, model.arithmetic)
     stack.callback(ops.close)
     return ops
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
 from exl.cpu_kernels.sampling_weights import CompiledMath
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
@@ -75,18 +74,17 @@ class CompiledOps:
 
     def __init__(
         self,
-        library: Library,
+        pool: Pool,
         target: Target,
         kv_layout: DeviceKVLayout,
         limits: StepLimits,
         sizes: CompiledSizes,
         arithmetic: str,
-        num_threads: int,
     ) -> None:
         """``arithmetic``: of quantized linears, a key of ``exl.layout.cpu_steps.ARITHMETIC``."""
+        library, num_threads = pool.library, pool.num_threads
         self.library, self.target, self.kv_layout, self.limits = library, target, kv_layout, limits
-        self.arithmetic, self.num_threads = arithmetic, num_threads
-        self._pool = Pool(library, num_threads)
+        self.arithmetic, self.num_threads, self._pool = arithmetic, num_threads, pool
         scratch = {name: host_tensor([size], torch.uint8, name) for name, size in sizes.scratch.items()}
         self._samples = scratch.pop("samples").view(torch.int64)
         self._shared = SharedMemory(scratch)

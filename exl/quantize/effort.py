@@ -17,6 +17,7 @@ from exl.quantize.plan import ModulePlan
 
 # In microseconds, as measured on one core at layers of SmolLM2-135M.
 _FLOP = 1e-5  # 100 GFLOP/s in f32
+_FLOP_COMPILED = 6e-6  # by exl's own kernels
 _FLOP_F64 = 5.5e-5  # factorizations run at a lower rate, too
 _ELEMENT = 1e-3  # one pass over one f32 of activations, which come from memory
 _WEIGHT = 1.75e-4  # one pass over one weight: groups and rows stay in the processor's caches
@@ -38,7 +39,7 @@ class Effort:
     config: ModelConfig
     options: QuantizeOptions
     layer: Mapping[str, Sequence[ModulePlan]]
-    compiled: bool  # kernels round the weights, not torch
+    compiled: bool  # kernels multiply the rows and round the weights, not torch
 
     def chunk(self, name: str, chunk: ForwardBatch) -> int:
         """A chunk through the span of the layer that ends at the linear ``name``, or at its "outputs", and its rows'
@@ -54,13 +55,14 @@ class Effort:
         if name == "outputs":
             return round(run[name])
         K, N = self._shape(name)
-        hessian = _FLOP * T * K * (K + 256) + _ELEMENT * K * K  # blocks of its lower triangle
+        flop = self._row_flop
+        hessian = flop * T * K * (K + 256) + _ELEMENT * K * K  # blocks of its lower triangle
         if not self._follows_dense:
             return round(run[name] + hessian)
         if name in ("qkv", "gate_up"):  # what the inputs lack
-            return round(run[name] + hessian + _FLOP * 2 * T * K * K)
+            return round(run[name] + hessian + flop * 2 * T * K * K)
         # The outputs that are wanted, by way of the dense stream through half of the layer.
-        return round(2 * run[name] + self._multiply(name, T) + hessian + _FLOP * 2 * T * K * N + _ELEMENT * 2 * T * N)
+        return round(2 * run[name] + self._multiply(name, T) + hessian + flop * 2 * T * K * N + _ELEMENT * 2 * T * N)
 
     def read(self) -> int:
         """A layer's weights, once for each stream."""
@@ -89,6 +91,11 @@ class Effort:
         return self.read() + work + sum(map(self.solve, self.layer))
 
     @property
+    def _row_flop(self) -> float:
+        """Of products with rows of the calibration text."""
+        return _FLOP_COMPILED if self.compiled else _FLOP
+
+    @property
     def _follows_dense(self) -> bool:
         return self.options.method == "gptq" and self.options.match_dense
 
@@ -102,8 +109,8 @@ class Effort:
 
     def _multiply(self, name: str, num_rows: int) -> float:
         K, N = self._shape(name)
-        return _FLOP * 2 * num_rows * K * N + _ELEMENT * 4 * num_rows * (K + N)
+        return self._row_flop * 2 * num_rows * K * N + _ELEMENT * 4 * num_rows * (K + N)
 
     def _attend(self, chunk: ForwardBatch) -> float:
         pairs = sum(int(length) ** 2 for length in chunk.context_len)  # each token with every other of its sequence
-        return _FLOP * 4 * pairs * self.config.attn_width + _ELEMENT * 3 * pairs * self.config.num_heads
+        return self._row_flop * 4 * pairs * self.config.attn_width + _ELEMENT * 3 * pairs * self.config.num_heads

@@ -12,6 +12,7 @@ import torch
 
 from exl.errors import ExlError
 from exl.quantize.grid import Grid
+from exl.quantize.products import Products, TorchProducts
 from exl.quantize.rounding import BLOCK, Block, Rounding, TorchRounding
 from exl.threads import Threads
 
@@ -41,23 +42,29 @@ class Hessian:
     output it is the ``drift`` of :func:`gptq`: how rows correlate with the error that the outputs already have.
     """
 
-    def __init__(self, K: int, N: int = 0) -> None:
-        """``K``: inputs. ``N``: the width of d, to sum the product as well; 0: not."""
+    def __init__(self, K: int, N: int = 0, products: Products | None = None) -> None:
+        """``K``: inputs. ``N``: the width of d, to sum the product as well; 0: not. ``products``: None is torch's."""
+        self._products = TorchProducts() if products is None else products
         self._sum = torch.zeros(K, K, dtype=torch.float64)
-        self._product = torch.empty(min(K, _ROWS) * K)
+        self._product = torch.empty(max(min(K, _ROWS) * K, K * N))
         self._with_d = torch.zeros(K, N, dtype=torch.float64) if N else None
         self.num_rows = 0
 
     def add(self, x: torch.Tensor, d: torch.Tensor | None = None) -> None:
         """Adds rows x f32 [T, K] and d f32 [T, N], which is needed for the product."""
         K = x.shape[1]
+        columns = self._products.columns(x)
         for start in range(0, K, _ROWS):  # the lower triangle suffices
             stop = min(K, start + _ROWS)
-            product = self._product[: (stop - start) * stop].view(stop - start, stop)
-            self._sum[start:stop, :stop] += torch.mm(x[:, start:stop].T, x[:, :stop], out=product)
+            self._sum[start:stop, :stop] += self._multiply(columns[start:stop], columns[:stop])
         if self._with_d is not None:
-            self._with_d += x.T @ d
+            self._with_d += self._multiply(columns, self._products.columns(d))
         self.num_rows += x.shape[0]
+
+    def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a @ b.T, until the next call."""
+        out = self._product[: len(a) * len(b)].view(len(a), len(b))
+        return self._products.multiply(a, b, out)
 
     def finish(self) -> torch.Tensor:
         """H, f64 [K, K]; no more rows can be added."""

@@ -1,11 +1,12 @@
 """Runs calibration sequences through one layer at a time, or a part of it, and captures the inputs of its linears.
 
-The forward pass is the decoder's own, over ``TorchOps``; none of it is repeated here.
+The forward pass is the decoder's own, over the operations that models run by; none of it is repeated here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,28 +17,16 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_norm
-from exl.layout.kv import KVLayout
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import (
-    PLAIN_BRANCH,
-    AttentionSpec,
-    Branch,
-    GatedMlp,
-    LayerWeights,
-    Linear,
-    Norm,
-    Segments,
-    view_field,
-    view_segments,
-)
-from exl.ops.cpu_target import torch_target
-from exl.ops.torch_ops import TorchOps
+from exl.ops.base import Branch, LayerWeights, Linear, view_field, view_segments
 from exl.quantize.calibration import make_chunks, num_pages
-from exl.threads import Threads, layer_kind
+from exl.quantize.compute import Compute
+from exl.quantize.span_ops import Stopped
+from exl.threads import layer_kind
 
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
@@ -48,69 +37,6 @@ class Passed:
 
     x: torch.Tensor | None  # [T, K], inputs of the linear where it stopped; valid until the next call
     branch: Branch | None  # how the last linear of the span that adds to the residual stream does so
-
-
-class _Stopped(Exception):
-    """Skips the rest of a layer; ``x`` are the inputs of the linear where it stopped."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
-
-
-class _SpanOps(TorchOps):
-    """Leaves out a layer's operations before the one with the linear ``start``, and stops at the linear ``stop``."""
-
-    start: Segments | None = None
-    stop: Segments | None = None
-    branch: Branch | None = None
-
-    def _skips(self, w: Segments) -> bool:
-        if self.start is not None and w is not self.start:
-            return True
-        self.start = None
-        return False
-
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        if self._skips(w):
-            return
-        if w is self.stop:
-            raise _Stopped(self._input(h, norm))
-        super().project(h, norm, w, out)
-
-    def attend(
-        self,
-        qkv: torch.Tensor,
-        spec: AttentionSpec,
-        layer_idx: int,
-        kv: KVCache,
-        out: torch.Tensor,
-        consumer: Segments = (),
-    ) -> None:
-        if self.start is None:
-            super().attend(qkv, spec, layer_idx, kv, out, consumer)
-
-    def gated_mlp(
-        self,
-        h: torch.Tensor,
-        norm: Norm,
-        w: Segments,
-        spec: GatedMlp,
-        out: torch.Tensor,
-        consumer: Segments = (),
-    ) -> None:
-        if self._skips(w):
-            return
-        if w is self.stop:
-            raise _Stopped(self._input(h, norm))
-        super().gated_mlp(h, norm, w, spec, out, consumer)
-
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
-        if self._skips(w):
-            return
-        if w is self.stop:
-            raise _Stopped(x)
-        super().add_projection(x, w, h, branch)
-        self.branch = branch
 
 
 class _OneLayerCache(KVCache):
@@ -130,9 +56,9 @@ class LayerPass:
         config: ModelConfig,
         manifest: ModelManifest,
         sequences: Sequence[I32],
-        threads: Threads | None = None,
+        compute: Compute,
     ) -> None:
-        self.checkpoint, self.config, self.manifest = checkpoint, config, manifest
+        self.checkpoint, self.config, self.manifest, self.compute = checkpoint, config, manifest, compute
         max_rows = max(_CHUNK_ROWS, max((len(sequence) for sequence in sequences), default=0))
         self.chunks = make_chunks(sequences, max_rows)
         max_rows = max((chunk.num_rows for chunk in self.chunks), default=1)
@@ -147,12 +73,12 @@ class LayerPass:
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             head_dim=config.head_dim,
+            max_sequences=max((chunk.num_sequences for chunk in self.chunks), default=1),
         )
-        kv_layout = KVLayout("f32", 1, config.num_kv_heads, config.head_dim)
-        self._ops = _SpanOps(torch_target(), kv_layout, limits, threads)
+        self._ops = compute.span_ops(limits, config.num_kv_heads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
-        self._kv = _OneLayerCache(kv_layout, pages, self._ops.device)
+        self._kv = _OneLayerCache(self._ops.kv_layout, pages, self._ops.device)
         self._buffers = StepBuffers(
             qkv=torch.empty(max_rows, config.qkv_width),
             attn=torch.empty(max_rows, config.attn_width),
@@ -171,6 +97,7 @@ class LayerPass:
             h = torch.empty(chunk.num_rows, self.config.hidden_size)
             self._ops.stage([chunk])
             self._decoder.embed(table, h)
+            self._ops.fence()
             yield h
 
     def read_layer(self, layer_idx: int) -> LayerWeights:
@@ -226,9 +153,11 @@ class LayerPass:
             if x.data_ptr() != inputs.data_ptr():
                 inputs.copy_(x)
         ops.stage([chunk])
-        with ops.threads.measured(f"{layer_kind(len(h))} from {start} to {stop}", len(h)):
+        kind = f"{layer_kind(len(h))} from {start} to {stop}"
+        with nullcontext() if ops.threads is None else ops.threads.measured(kind, len(h)):
             try:
                 self._decoder.layer(layer_idx, weights, buffers, h, self._kv)
-            except _Stopped as stopped:
+            except Stopped as stopped:
                 return Passed(stopped.x, ops.branch)
+            ops.fence()
         return Passed(None, ops.branch)

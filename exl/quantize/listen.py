@@ -79,15 +79,18 @@ class Listener:
         """``write_dense`` takes the dense layer's outputs, chunk by chunk; only if ``name`` is "down"."""
         (linear,) = getattr(self._weights, name)
         K = linear.layout.spec.K
-        hessian = Hessian(K, 0 if self._dense is None else linear.N if name in _SECOND else K)
+        width = 0 if self._dense is None else linear.N if name in _SECOND else K
+        compute = self._layers.compute
+        hessian = Hessian(K, width, compute.products)
         with ExitStack() as files:
             kept = [kind for kind in _KEPT[name] if kind != _DENSE or self._dense is not None]
             writes = {kind: files.enter_context(write_scratch(self._work.scratch_path(kind))) for kind in kept}
             if write_dense is not None:
                 writes[_DENSE] = write_dense
             for chunk, first in self._chunks():
-                target = None if self._dense is None else self._follow(name, chunk, first, writes)
-                hessian.add(*self._hear_chunk(name, chunk, first, target, writes))
+                with compute.mixed(f"hear {name}", chunk.num_rows):
+                    target = None if self._dense is None else self._follow(name, chunk, first, writes)
+                    hessian.add(*self._hear_chunk(name, chunk, first, target, writes))
                 self._told(name, chunk)
         H, product = hessian.finish(), hessian.finish_product()
         if product is None:

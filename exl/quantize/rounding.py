@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from numpy.typing import NDArray
 
-from exl.ops.cpu_target import cpu_target
 from exl.quantize.grid import FACTORS, REFITS, Grid
 from exl.threads import Threads
 
 if TYPE_CHECKING:
     from exl.cpu_kernels.gptq_solve import GridForm
     from exl.cpu_kernels.kernel import KernelSpec
-    from exl.cpu_kernels.library import Library
+    from exl.cpu_kernels.pool import Pool
 
 BLOCK = 128  # inputs per block: their updates to later blocks are applied together, as one matrix product
 
@@ -41,8 +40,6 @@ class Block:
 class Rounding(Protocol):
     """Weights are f32 or f64, and so are all other floats; columns are outputs. Arrays are contiguous."""
 
-    compiled: bool
-
     def fit(self, grid: Grid, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """W [G * group_size, N] -> scales and zeros, each [G, N], as ``Grid.fit`` finds them for each group."""
 
@@ -50,14 +47,9 @@ class Rounding(Protocol):
         """Rounds the inputs of a block one after the other, and subtracts each one's error, times its share, from the
         block's later inputs. Returns the errors [n, N], divided by U's diagonal."""
 
-    def close(self) -> None:
-        """Gives threads back."""
-
 
 class TorchRounding:
     """One input at a time. ``threads``: how many compute what is many small operations."""
-
-    compiled = False
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
@@ -82,19 +74,12 @@ class TorchRounding:
                 weight[i + 1 :] -= torch.outer(factor[i + 1 :, i], errors[i])
         return errors
 
-    def close(self) -> None:
-        pass
-
 
 class CompiledRounding:
-    """Chunks of columns, spread over ``num_threads`` threads."""
+    """Chunks of columns, spread over the pool's threads."""
 
-    compiled = True
-
-    def __init__(self, library: Library, num_threads: int) -> None:
-        from exl.cpu_kernels.pool import Pool
-
-        self._pool = Pool(library, num_threads)
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     def fit(self, grid: Grid, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         from exl.cpu_kernels.gptq_solve import FitGrids
@@ -124,9 +109,6 @@ class CompiledRounding:
 
         self._pool.run(Program(self._pool.library, [Stage(kernel, num_chunks, args)], repeats=False))
 
-    def close(self) -> None:
-        self._pool.close()
-
 
 def _form(grid: Grid, weight: torch.Tensor) -> tuple[GridForm, int]:
     """And how many chunks of columns the weights are."""
@@ -140,12 +122,3 @@ def _form(grid: Grid, weight: torch.Tensor) -> tuple[GridForm, int]:
 def _search(weight: torch.Tensor) -> tuple[NDArray, int, int]:
     """How grids are searched: factors of the span, of the weights' type, their number, and refits."""
     return weight.new_tensor(FACTORS).numpy(), len(FACTORS), REFITS
-
-
-def make_rounding(threads: Threads) -> Rounding:
-    """Compiled kernels; where they cannot run, torch, as for models (``cpu_target``)."""
-    if not cpu_target().compiled:
-        return TorchRounding(threads)
-    from exl.cpu_kernels.library import shared_library
-
-    return CompiledRounding(shared_library(), threads.limit)

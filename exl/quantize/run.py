@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ from exl.formats.tensors import read_float
 from exl.models.manifest import read_manifest
 from exl.ops.base import LayerWeights
 from exl.quantize.calibration import read_calibration
+from exl.quantize.compute import Compute, open_compute
 from exl.quantize.effort import Effort
 from exl.quantize.gptq import QuantizedWeight, gptq, round_to_nearest
 from exl.quantize.grid import Grid
@@ -36,7 +37,6 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
-from exl.quantize.rounding import Rounding, make_rounding
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
@@ -46,7 +46,7 @@ Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py`
 
 _LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer computes them
 _DEFAULT_SEQ_LEN = 2048
-_ALGORITHM = 2  # version: raised by each change after which a run that is resumed would write other bytes
+_ALGORITHM = 3  # version: raised by each change after which a run that is resumed would write other bytes
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def quantize(
     ``dst/.partial``, and a resumed run writes the same bytes as an uninterrupted one.
 
     ``threads``: at most so many compute, by default all that the process may use; a run that is resumed with another
-    number may differ in its last bits.
+    number, or where exl's own kernels run and did not before, may differ in its last bits.
 
     Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
     the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
@@ -82,9 +82,9 @@ def quantize(
     try:
         with ExitStack() as stack:
             stack.enter_context(using(limit))
-            checkpoint, choices = stack.enter_context(Checkpoint.open(src)), Threads(limit)
-            rounding = stack.enter_context(closing(make_rounding(choices)))
-            return _Run(checkpoint, dst, options, progress, choices, rounding).run()
+            checkpoint = stack.enter_context(Checkpoint.open(src))
+            compute = stack.enter_context(open_compute(Threads(limit)))
+            return _Run(checkpoint, dst, options, progress, compute).run()
     except OSError as error:
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
 
@@ -96,10 +96,9 @@ class _Run:
         dst: Path,
         options: QuantizeOptions,
         progress: Progress | None,
-        threads: Threads,
-        rounding: Rounding,
+        compute: Compute,
     ) -> None:
-        self.checkpoint, self.dst, self.options, self.rounding = checkpoint, dst, options, rounding
+        self.checkpoint, self.dst, self.options, self.compute = checkpoint, dst, options, compute
         folder = checkpoint.folder
         self.config_json = read_json(folder / "config.json")
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
@@ -109,11 +108,11 @@ class _Run:
         self.plan: QuantizePlan = make_plan(manifest, self.config, options)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
-        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, threads)
+        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, compute)
         self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
         self._progress, self._done = progress, 0
         self._tensors = output_entries(checkpoint, self.plan)
-        self.effort = Effort(self.config, options, self.plan.layers[0], compiled=rounding.compiled)
+        self.effort = Effort(self.config, options, self.plan.layers[0], compiled=compute.compiled)
         num_layers = self.config.num_layers
         layers = [self.effort.whole_layer(self.layers.chunks, i + 1 == num_layers) for i in range(num_layers)]
         self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last
@@ -268,7 +267,7 @@ class _Run:
             static_groups=self.options.static_groups,
             damp=self.options.damp,
             drift=drift,
-            rounding=self.rounding,
+            rounding=self.compute.rounding,
         )
 
     def _read_bias(self, module: ModulePlan) -> np.ndarray | None:

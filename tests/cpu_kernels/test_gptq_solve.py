@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from exl.cpu_kernels.library import Library
+from exl.cpu_kernels.pool import Pool
 from exl.ops import cpu_target
+from exl.quantize.compute import open_compute
 from exl.quantize.grid import Grid
-from exl.quantize.rounding import Block, CompiledRounding, TorchRounding, make_rounding
+from exl.quantize.products import CompiledProducts, TorchProducts
+from exl.quantize.rounding import Block, CompiledRounding, TorchRounding
 from exl.threads import Threads
 from tests.cpu_kernels.guards import guarded_array
 
@@ -35,8 +38,8 @@ def guarded(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.fixture
 def compiled(library: Library) -> Iterator[CompiledRounding]:
-    with closing(CompiledRounding(library, 2)) as rounding:
-        yield rounding
+    with closing(Pool(library, 2)) as pool:
+        yield CompiledRounding(pool)
 
 
 def weights(dtype: torch.dtype, num_rows: int, N: int) -> torch.Tensor:
@@ -82,5 +85,7 @@ def test_blocks_are_rounded_as_by_torch(compiled, dtype, grid, N, num_rows, grou
 @pytest.mark.parametrize("reason", [None, "llvmlite cannot be imported"])
 def test_torch_rounds_where_kernels_cannot_run(monkeypatch, library, reason):
     monkeypatch.setattr(cpu_target, "why_not_compiled", lambda: reason)
-    with closing(make_rounding(Threads(1))) as rounding:
-        assert isinstance(rounding, CompiledRounding if reason is None else TorchRounding)
+    with open_compute(Threads(1)) as compute:
+        assert compute.compiled == (reason is None)
+        assert isinstance(compute.rounding, CompiledRounding if reason is None else TorchRounding)
+        assert isinstance(compute.products, CompiledProducts if reason is None else TorchProducts)

@@ -26,6 +26,7 @@ if not usable_isas():
     pytest.skip("this processor has no instruction set that the kernels are written for", allow_module_level=True)
 
 from exl.cpu_kernels.library import shared_library
+from exl.cpu_kernels.pool import Pool
 from exl.ops.compiled_ops import CompiledOps, CompiledSizes
 from exl.ops.compiled_tape import ArenaMemory, Tape
 
@@ -91,7 +92,7 @@ def random_model(seed: int) -> SimpleNamespace:
     arena = arena_bytes(layers, limits, arithmetic, head)
     sizes = CompiledSizes(scratch_sizes((*layers, head), limits, arithmetic), arena)
     layout = DeviceKVLayout(kind, 3, heads, head_dim)
-    ops = CompiledOps(shared_library(), COMPILED, layout, limits, sizes, arithmetic, pick(1, 2, 7))
+    ops = CompiledOps(Pool(shared_library(), pick(1, 2, 7)), COMPILED, layout, limits, sizes, arithmetic)
 
     def memory(blob):
         return torch.empty(blob.num_bytes, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import Mock
 
@@ -16,9 +17,12 @@ from exl.checkpoint.config import ModelConfig
 from exl.errors import UnsupportedModelError
 from exl.models import decoder
 from exl.models.manifest import read_manifest
-from exl.ops.base import Branch, LayerWeights, Norm
+from exl.ops.base import Branch, LayerWeights, Norm, Segments
+from exl.ops.cpu_target import why_not_compiled
 from exl.ops.torch_ops import TorchOps
+from exl.quantize import run
 from exl.quantize.calibration import read_calibration
+from exl.quantize.compute import Compute, open_compute
 from exl.quantize.gptq import gptq
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
@@ -27,6 +31,7 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
+from exl.threads import Threads
 from tests.model.test_quantize_model import CALIBRATION, DATA, dequantized
 
 SOURCE = DATA / "stories260K"
@@ -36,6 +41,18 @@ PARTS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+
+
+@pytest.fixture(scope="module", params=["torch", "kernels"])
+def compute(request):
+    if request.param == "torch":
+        yield Compute.with_torch(Threads(1))
+        return
+    if why_not_compiled() is not None:
+        pytest.skip("exl's own CPU kernels cannot run here")
+    with open_compute(Threads(2)) as kernels:
+        assert kernels.compiled
+        yield kernels
 
 
 def calibration(num_samples: int) -> list[np.ndarray]:
@@ -121,7 +138,7 @@ def spoil(model: transformers.PreTrainedModel, layer_idx: int, name: str, weight
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_it_hears_what_transformers_feeds(scale, monkeypatch, tmp_path):
+def test_it_hears_what_transformers_feeds(scale, compute, monkeypatch, tmp_path):
     """Two streams, one through rounded linears, the other through dense ones, against two models in f64: inputs,
     what they lack to be the dense model's, and outputs."""
     if scale != 1.0:
@@ -131,7 +148,7 @@ def test_it_hears_what_transformers_feeds(scale, monkeypatch, tmp_path):
     sequences = calibration(40)  # ragged, and more than one chunk
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
-        layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), sequences)
+        layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), sequences, compute)
         assert len(layers.chunks) > 1
         work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
         first, weights = layers.read_layer(0), layers.read_layer(1)
@@ -169,16 +186,38 @@ def test_it_hears_what_transformers_feeds(scale, monkeypatch, tmp_path):
     assert told == [(name, rows) for name in (*PARTS, "outputs") for rows in num_rows]
 
 
-def test_every_linear_is_run_once(tmp_path, monkeypatch):
-    """In each stream, as if whole layers had been run."""
-    rows = defaultdict(int)
+def count_rows(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> dict[str, int]:
+    """Counts the rows that each linear multiplies from now on, by its first module's name."""
+    rows: dict[str, int] = defaultdict(int)
+
+    def count(w: Segments, num_rows: int) -> None:
+        rows[w[0].layout.spec.parts[0].name.rpartition(".")[2]] += num_rows
+
+    if compiled:
+        from exl.ops.compiled_linear import LinearStages
+
+        add_stages = LinearStages.multiply
+
+        def counted_stages(self, tape, x, w, *rest, **options):
+            count(w, x.num_rows)
+            add_stages(self, tape, x, w, *rest, **options)
+
+        monkeypatch.setattr(LinearStages, "multiply", counted_stages)
+        return rows
     multiply = TorchOps._multiply
 
-    def count(self, x, w, out, num_decode_rows):
-        rows[w[0].layout.spec.parts[0].name.rpartition(".")[2]] += len(x)
+    def counted(self, x, w, out, num_decode_rows):
+        count(w, len(x))
         multiply(self, x, w, out, num_decode_rows)
 
-    monkeypatch.setattr(TorchOps, "_multiply", count)
+    monkeypatch.setattr(TorchOps, "_multiply", counted)
+    return rows
+
+
+def test_every_linear_is_run_once(compute, tmp_path, monkeypatch):
+    """In each stream, as if whole layers had been run."""
+    rows = count_rows(monkeypatch, compute.compiled)
+    monkeypatch.setattr(run, "open_compute", lambda threads: nullcontext(compute))
     options = QuantizeOptions(calibration=CALIBRATION, num_samples=12, seq_len=64, group_size=32)
     result = quantize(SOURCE, tmp_path / "out", options)
     num_tokens = result.num_calibration_tokens
@@ -188,11 +227,11 @@ def test_every_linear_is_run_once(tmp_path, monkeypatch):
     assert rows == expected
 
 
-def test_outputs_of_a_normalised_block_are_refused(monkeypatch, tmp_path):
+def test_outputs_of_a_normalised_block_are_refused(compute, monkeypatch, tmp_path):
     monkeypatch.setattr(decoder, "Branch", partial(Branch, post_norm=Norm(torch.ones(64), 1e-5)))
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
-        layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), calibration(1))
+        layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), calibration(1), compute)
         work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
         for stream in ("dense", "hidden"):
             work.hidden_path(stream, 0).write_bytes(b"".join(as_bytes(h) for h in layers.embed()))

@@ -7,6 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,12 @@ import exl
 from exl.cpu_kernels.processor import usable_isas
 from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.quantize import run
+from exl.quantize.compute import Compute, open_compute
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.rounding import TorchRounding
 from exl.quantize.run import quantize
 from exl.quantize.work import WORK_NAME
+from exl.threads import Threads
 from tests.model.cpu_targets import EXACT
 from tests.reference.plain_packer import bit_places
 
@@ -222,6 +227,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@contextmanager
+def torch_rounds(threads: Threads) -> Iterator[Compute]:
+    with open_compute(threads) as compute:
+        yield replace(compute, rounding=TorchRounding(threads))
+
+
 @pytest.mark.parametrize("options", [{}, {"static_groups": False}, {"act_order": False, "group_size": -1}])
 def test_kernels_write_the_files_that_torch_writes(tiny, tmp_path, monkeypatch, options):
     if not usable_isas():
@@ -229,7 +240,7 @@ def test_kernels_write_the_files_that_torch_writes(tiny, tmp_path, monkeypatch, 
     options = QuantizeOptions(**{**QUICK, **options})
     quantize(tiny, tmp_path / "compiled", options)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "make_rounding", TorchRounding)
+        patch.setattr(run, "open_compute", torch_rounds)
         quantize(tiny, tmp_path / "torch", options)
     found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("compiled", "torch"))
     assert found == expected

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +19,13 @@ from torch.utils.flop_counter import flop_registry
 
 from exl.commands.common import WorkBar
 from exl.quantize import run as run_module
+from exl.quantize.compute import Compute
 from exl.quantize.options import QuantizeOptions
+from exl.quantize.products import TorchProducts
 from exl.quantize.rounding import TorchRounding
 from exl.quantize.run import quantize
+from exl.quantize.span_ops import TorchSpan
+from exl.threads import Threads
 
 DATA = Path(__file__).parents[2] / "data"
 SOURCE = DATA / "stories2M"
@@ -51,11 +57,12 @@ class FakeMachine(TorchDispatchMode):
         return out
 
 
-class FakeKernels(TorchRounding):
+class FakeRounding(TorchRounding):
     """As kernels do it: 10 ns per weight whose grid is fitted, 4 ns per weight that is rounded."""
 
-    compiled = True
-    machine: FakeMachine
+    def __init__(self, threads: Threads, machine: FakeMachine) -> None:
+        super().__init__(threads)
+        self.machine = machine
 
     def fit(self, grid, weight, group_size):
         began = self.machine.seconds
@@ -70,6 +77,50 @@ class FakeKernels(TorchRounding):
         return errors
 
 
+class FakeProducts(TorchProducts):
+    """As kernels do it: 6 ps per operation of a product."""
+
+    def __init__(self, machine: FakeMachine) -> None:
+        self.machine = machine
+
+    def multiply(self, a, b, out):
+        began = self.machine.seconds
+        super().multiply(a, b, out)
+        self.machine.seconds = began + 6e-12 * 2 * a.numel() * len(b)
+        return out
+
+
+class FakeSpan(TorchSpan):
+    """As kernels do it: 6 ps per operation of a linear."""
+
+    machine: FakeMachine
+
+    def _multiply(self, x, w, out, num_decode_rows):
+        began = self.machine.seconds
+        super()._multiply(x, w, out, num_decode_rows)
+        self.machine.seconds = began + 6e-12 * 2 * x.numel() * sum(linear.N for linear in w)
+
+
+@dataclass(frozen=True)
+class FakeKernels(Compute):
+    machine: FakeMachine | None = None
+    compiled = True
+
+    @classmethod
+    def on(cls, machine: FakeMachine) -> FakeKernels:
+        threads = Threads(1)
+        return cls(FakeRounding(threads, machine), FakeProducts(machine), threads, machine=machine)
+
+    def span_ops(self, limits, num_kv_heads):
+        ops = FakeSpan(limits, num_kv_heads, self.threads)
+        ops.machine = self.machine
+        return ops
+
+
+def on_torch(machine: FakeMachine) -> Compute:
+    return Compute.with_torch(Threads(1))
+
+
 class Step(NamedTuple):
     """What a run told of its progress, and when."""
 
@@ -81,7 +132,7 @@ class Step(NamedTuple):
 
 
 def steps_of(
-    out: Path, options: QuantizeOptions, rounding: type[TorchRounding] = TorchRounding
+    out: Path, options: QuantizeOptions, make: Callable[[FakeMachine], Compute] = on_torch
 ) -> tuple[list[Step], float]:
     """What a run told of its progress, and its end, by a clock that begins with it."""
     machine, steps = FakeMachine(), []
@@ -92,16 +143,16 @@ def steps_of(
         steps.append(Step(machine.seconds, bar.seconds_left, done, total, what))
 
     with machine, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FakeKernels, "machine", machine, raising=False)
-        patch.setattr(run_module, "make_rounding", rounding)  # the machine would not see real kernels
+        # The machine would not see real kernels.
+        patch.setattr(run_module, "open_compute", lambda threads: nullcontext(make(machine)))
         quantize(SOURCE, out, options, note)
     return steps, machine.seconds
 
 
 RUNS = {
-    "match_dense": (OPTIONS, TorchRounding),
-    "plain": (replace(OPTIONS, match_dense=False), TorchRounding),
-    "kernels": (OPTIONS, FakeKernels),
+    "match_dense": (OPTIONS, on_torch),
+    "plain": (replace(OPTIONS, match_dense=False), on_torch),
+    "kernels": (OPTIONS, FakeKernels.on),
 }
 
 

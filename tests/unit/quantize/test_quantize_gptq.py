@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from exl.cpu_kernels.library import Library
+from exl.cpu_kernels.pool import Pool
 from exl.cpu_kernels.processor import usable_isas
 from exl.errors import ExlError
 from exl.quantize import gptq as solver
+from exl.quantize.compute import Compute
 from exl.quantize.gptq import Hessian, QuantizedWeight, round_to_nearest
 from exl.quantize.grid import Grid
-from exl.quantize.rounding import CompiledRounding, TorchRounding
 from exl.threads import Threads
 
 K, N = 288, 24
@@ -74,25 +75,25 @@ def plain_gptq(
 
 
 @pytest.fixture(scope="module", params=["torch", "compiled"])
-def rounding(request, tmp_path_factory):
+def compute(request, tmp_path_factory):
     if request.param == "torch":
-        yield TorchRounding(Threads(1))
+        yield Compute.with_torch(Threads(1))
         return
     if not usable_isas():
         pytest.skip("this processor has no instruction set that the kernels are written for")
-    with closing(CompiledRounding(Library(folder=tmp_path_factory.mktemp("compiled")), 2)) as compiled:
-        yield compiled
+    with closing(Pool(Library(folder=tmp_path_factory.mktemp("compiled")), 2)) as pool:
+        yield Compute.with_kernels(pool, Threads(1))
 
 
 @pytest.mark.parametrize(
     ("act_order", "static_groups"), [(False, False), (True, False), (True, True)], ids=["plain", "act", "static"]
 )
 @pytest.mark.parametrize("group_size", [32, 96, 144, K])  # below, not dividing, above a block of 128; one group
-def test_codes_are_the_papers(group_size, act_order, static_groups, rounding):
+def test_codes_are_the_papers(group_size, act_order, static_groups, compute):
     weight, _, hessian = problem()
     grid = Grid(4, sym=False, min_zero=1)
     expected = plain_gptq(weight.numpy(), hessian.numpy(), grid, group_size, act_order, static_groups, 0.01)
-    options = {"act_order": act_order, "static_groups": static_groups, "damp": 0.01, "rounding": rounding}
+    options = {"act_order": act_order, "static_groups": static_groups, "damp": 0.01, "rounding": compute.rounding}
     found = gptq(weight, hessian, grid, group_size, **options)
     assert np.array_equal(found.codes.numpy(), expected)
 
@@ -143,11 +144,11 @@ def test_drift_aims_at_the_dense_outputs():
 
 
 @pytest.mark.parametrize("K", [5, 1500])  # 1500: more columns than are computed at a time
-def test_hessian_is_the_mean_outer_product(K):
+def test_hessian_is_the_mean_outer_product(K, compute):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(70, K)).astype(np.float32)
     lack = rng.normal(size=(70, 3)).astype(np.float32)
-    recorder = Hessian(K, 3)
+    recorder = Hessian(K, 3, compute.products)
     for start, stop in ((0, 64), (64, 70)):
         recorder.add(torch.from_numpy(x[start:stop]), torch.from_numpy(lack[start:stop]))
     expected = 2 / 70 * x.T.astype(np.float64) @ x

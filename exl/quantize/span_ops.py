@@ -1,0 +1,120 @@
+"""The decoder's operations from one linear of a layer to another: ``TorchOps`` or ``CompiledOps``, cut.
+
+The decoder calls the operations of a whole layer. Those before the span's first linear do nothing, and where the span
+ends its last linear's inputs leave by an exception.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from exl.cache.kv import KVCache
+from exl.layout.kv import DeviceKVLayout, KVLayout
+from exl.layout.steps import StepLimits
+from exl.ops.base import PLAIN_BRANCH, AttentionSpec, Branch, GatedMlp, Norm, Segments
+from exl.ops.cpu_target import torch_target
+from exl.ops.torch_ops import TorchOps
+from exl.threads import Threads
+
+if TYPE_CHECKING:
+    from exl.cpu_kernels.pool import Pool
+
+
+class Stopped(Exception):
+    """Skips the rest of a layer; ``x`` are the inputs of the linear where it stopped, valid until the next call."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Span:
+    """A mixin over ``Ops``: leaves out operations before the one with the linear ``start``, stops at ``stop``."""
+
+    start: Segments | None = None
+    stop: Segments | None = None
+    branch: Branch | None = None  # of the last linear that added to the residual stream
+
+    def _skips(self, w: Segments) -> bool:
+        if self.start is not None and w is not self.start:
+            return True
+        self.start = None
+        return False
+
+    def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """A linear's inputs, computed."""
+        raise NotImplementedError
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise Stopped(self._inputs(h, norm))
+        super().project(h, norm, w, out)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        layer_idx: int,
+        kv: KVCache,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if self.start is None:
+            super().attend(qkv, spec, layer_idx, kv, out, consumer)
+
+    def gated_mlp(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        consumer: Segments = (),
+    ) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise Stopped(self._inputs(h, norm))
+        super().gated_mlp(h, norm, w, spec, out, consumer)
+
+    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+        if self._skips(w):
+            return
+        if w is self.stop:
+            raise Stopped(self._inputs(x, None))
+        super().add_projection(x, w, h, branch)
+        self.branch = branch
+
+
+class TorchSpan(Span, TorchOps):
+    def __init__(self, limits: StepLimits, num_kv_heads: int, threads: Threads) -> None:
+        super().__init__(torch_target(), KVLayout("f32", 1, num_kv_heads, limits.head_dim), limits, threads)
+
+    def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return self._input(h, norm)
+
+
+def compiled_span(limits: StepLimits, num_kv_heads: int, pool: Pool) -> Span:
+    """On exl's own kernels, in f32. A function, because without llvmlite their modules cannot be imported."""
+    from exl.layout.cpu_steps import scratch_sizes
+    from exl.ops import compiled_rows
+    from exl.ops.compiled_ops import CompiledOps, CompiledSizes
+    from exl.ops.compiled_tape import Rows
+    from exl.ops.cpu_target import COMPILED
+
+    class CompiledSpan(Span, CompiledOps):
+        def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+            x = h
+            if norm is not None:
+                x = torch.empty_like(h)
+                with self._stages() as tape:
+                    compiled_rows.norm(tape, Rows.of(h), norm, Rows.of(x))
+            self.fence()
+            return x
+
+    layout = DeviceKVLayout("f32", 1, num_kv_heads, limits.head_dim)
+    sizes = CompiledSizes(scratch_sizes((), limits, "f32"), arena=0)  # no step is recorded
+    return CompiledSpan(pool, COMPILED, layout, limits, sizes, "f32")
