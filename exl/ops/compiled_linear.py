@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from exl.cpu_kernels.dense import dense_kernel
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.linear import ROW_BLOCK, best_kind
@@ -22,6 +24,7 @@ _CHUNK_BYTES = 256 << 10
 _DENSE_CHUNK_BYTES = 1 << 20
 _CHUNKS_A_THREAD = 4  # at least, where there are columns for it
 _RECORDS = 8  # quantized in one chunk
+_NO_END = (None, None, 0, 1.0)  # bias, residual, its stride, scale
 
 
 class LinearStages:
@@ -60,13 +63,20 @@ class LinearStages:
         return RecordForm(*forms.pop(), sources[0])
 
     def _dense(self, tape: Tape, x: Rows, linear: Linear, out: Rows, residual: Rows | None, scale: float) -> None:
-        spec = linear.layout.spec
-        columns = self._share(spec.N, spec.K * DTYPE_BYTES[spec.dtype], 16, _DENSE_CHUNK_BYTES)
+        weight, dtype = linear.fields["weight"], linear.layout.spec.dtype
+        self.multiply_dense(tape, x, weight, dtype, out, _end(linear, residual, scale))
+
+    def multiply_dense(
+        self, tape: Tape, x: Rows, weight: torch.Tensor, dtype: str, out: Rows, end: tuple[object, ...] = _NO_END
+    ) -> None:
+        """out = x @ weight.T. ``weight`` [N, K], contiguous, of ``dtype``."""
+        N, K = weight.shape
+        columns = self._share(N, K * DTYPE_BYTES[dtype], 16, _DENSE_CHUNK_BYTES)
         tape.add(
-            dense_kernel(spec.dtype, x.num_rows, self._isa),
-            -(-spec.N // columns),
-            *(linear.fields["weight"], x.address, out.address, out.stride, spec.K, x.num_rows, spec.N, columns),
-            *_end(linear, residual, scale),
+            dense_kernel(dtype, x.num_rows, self._isa),
+            -(-N // columns),
+            *(weight, x.address, out.address, out.stride, K, x.num_rows, N, columns),
+            *end,
             *(None, x.stride),
         )
 
@@ -125,6 +135,6 @@ class LinearStages:
 
 
 def _end(linear: Linear, residual: Rows | None, scale: float) -> tuple[object, ...]:
-    """What comes after the products: bias, residual, its stride, scale."""
+    """What comes after the products, as ``_NO_END`` has it."""
     bias = linear.fields.get("bias")
-    return (bias, None, 0, 1.0) if residual is None else (bias, residual.address, residual.stride, float(scale))
+    return (bias, *_NO_END[1:]) if residual is None else (bias, residual.address, residual.stride, float(scale))

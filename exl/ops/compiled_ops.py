@@ -62,7 +62,7 @@ class CompiledSizes:
 
 
 class CompiledOps:
-    """See ``exl.ops.base.Ops``. Owns the pool, its scratch and its samples; the caller owns everything else."""
+    """See ``exl.ops.base.Ops``. Owns its scratch and its samples; the caller owns everything else."""
 
     device = torch.device("cpu")
     act_dtype = torch.float32
@@ -81,15 +81,16 @@ class CompiledOps:
         sizes: CompiledSizes,
         arithmetic: str,
     ) -> None:
-        """``arithmetic``: of quantized linears, a key of ``exl.layout.cpu_steps.ARITHMETIC``."""
-        library, num_threads = pool.library, pool.num_threads
+        """``pool``: closed with the operations. ``arithmetic``: of quantized linears, a key of
+        ``exl.layout.cpu_steps.ARITHMETIC``."""
+        library = pool.library
         self.library, self.target, self.kv_layout, self.limits = library, target, kv_layout, limits
-        self.arithmetic, self.num_threads, self._pool = arithmetic, num_threads, pool
+        self.arithmetic, self._pool = arithmetic, pool
         scratch = {name: host_tensor([size], torch.uint8, name) for name, size in sizes.scratch.items()}
         self._samples = scratch.pop("samples").view(torch.int64)
         self._shared = SharedMemory(scratch)
         self._arenas = [host_tensor([sizes.arena], torch.uint8, "recorded steps") for _ in range(2)]
-        self._linears = LinearStages(arithmetic, library.isa, num_threads)
+        self._linears = LinearStages(arithmetic, library.isa, pool.num_threads)
         self._attention = AttentionStages(library, kv_layout)
         self._sampling = CompiledMath(library)
         self._steps = StepRunner(self._pool)

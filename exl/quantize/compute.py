@@ -11,7 +11,7 @@ from exl.layout.steps import StepLimits
 from exl.ops.cpu_target import cpu_target
 from exl.quantize.products import CompiledProducts, Products, TorchProducts
 from exl.quantize.rounding import CompiledRounding, Rounding, TorchRounding
-from exl.quantize.span_ops import Span, TorchSpan, compiled_span
+from exl.quantize.span_ops import Span, TorchSpan
 from exl.threads import Threads
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Compute:
         """What runs calibration text through parts of a layer."""
         if self.pool is None:
             return TorchSpan(limits, num_kv_heads, self.threads)
-        return compiled_span(limits, num_kv_heads, self.pool)
+        from exl.quantize.compiled_span import CompiledSpan
+
+        return CompiledSpan(limits, num_kv_heads, self.pool)
 
     def mixed(self, kind: str, units: float) -> AbstractContextManager[None]:
         """Around kernels and operations of torch that take turns, of which torch's are the smaller part. Its threads go

@@ -12,9 +12,6 @@ import torch
 if TYPE_CHECKING:
     from exl.cpu_kernels.pool import Pool
 
-_CHUNKS_A_THREAD = 4  # at least, where there are columns for it
-_COLUMNS = (16, 96)  # of a chunk: a multiple of the first, at most the second
-
 
 class Products(Protocol):
     def columns(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,15 +37,12 @@ class CompiledProducts:
         return x.T.contiguous()
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        from exl.cpu_kernels.dense import dense_kernel
-        from exl.cpu_kernels.pool import Program, Stage
+        from exl.cpu_kernels.pool import Program
+        from exl.ops.compiled_linear import LinearStages
+        from exl.ops.compiled_tape import Rows, SharedMemory, Tape
 
-        (M, K), N = a.shape, len(b)
-        step, most = _COLUMNS
-        columns = max(step, min(most, N // (_CHUNKS_A_THREAD * self._pool.num_threads)) // step * step)
-        library, arrays = self._pool.library, (b.numpy(), a.numpy(), out.numpy())
-        no_end = (None, None, 0, 1.0, None)  # neither bias nor residual
-        args = (*arrays, N, K, M, N, columns, *no_end, K)
-        stage = Stage(dense_kernel("f32", M, library.isa), -(-N // columns), args)
-        self._pool.run(Program(library, [stage], repeats=False))
+        library, tape = self._pool.library, Tape(SharedMemory({}))
+        stages = LinearStages("f32", library.isa, self._pool.num_threads)
+        stages.multiply_dense(tape, Rows.of(a), b, "f32", Rows.of(out))
+        self._pool.run(Program(library, tape.stages, repeats=False))
         return out

@@ -1,4 +1,4 @@
-"""The decoder's operations from one linear of a layer to another: ``TorchOps`` or ``CompiledOps``, cut.
+"""The decoder's operations from one linear of a layer to another: torch's here, the kernels' in ``compiled_span.py``.
 
 The decoder calls the operations of a whole layer. Those before the span's first linear do nothing, and where the span
 ends its last linear's inputs leave by an exception.
@@ -6,20 +6,15 @@ ends its last linear's inputs leave by an exception.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from exl.cache.kv import KVCache
-from exl.layout.kv import DeviceKVLayout, KVLayout
+from exl.layout.kv import KVLayout
 from exl.layout.steps import StepLimits
 from exl.ops.base import PLAIN_BRANCH, AttentionSpec, Branch, GatedMlp, Norm, Segments
 from exl.ops.cpu_target import torch_target
 from exl.ops.torch_ops import TorchOps
 from exl.threads import Threads
-
-if TYPE_CHECKING:
-    from exl.cpu_kernels.pool import Pool
 
 
 class Stopped(Exception):
@@ -95,26 +90,3 @@ class TorchSpan(Span, TorchOps):
 
     def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         return self._input(h, norm)
-
-
-def compiled_span(limits: StepLimits, num_kv_heads: int, pool: Pool) -> Span:
-    """On exl's own kernels, in f32. A function, because without llvmlite their modules cannot be imported."""
-    from exl.layout.cpu_steps import scratch_sizes
-    from exl.ops import compiled_rows
-    from exl.ops.compiled_ops import CompiledOps, CompiledSizes
-    from exl.ops.compiled_tape import Rows
-    from exl.ops.cpu_target import COMPILED
-
-    class CompiledSpan(Span, CompiledOps):
-        def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-            x = h
-            if norm is not None:
-                x = torch.empty_like(h)
-                with self._stages() as tape:
-                    compiled_rows.norm(tape, Rows.of(h), norm, Rows.of(x))
-            self.fence()
-            return x
-
-    layout = DeviceKVLayout("f32", 1, num_kv_heads, limits.head_dim)
-    sizes = CompiledSizes(scratch_sizes((), limits, "f32"), arena=0)  # no step is recorded
-    return CompiledSpan(pool, COMPILED, layout, limits, sizes, "f32")

@@ -18,11 +18,10 @@ from exl.errors import UnsupportedModelError
 from exl.models import decoder
 from exl.models.manifest import read_manifest
 from exl.ops.base import Branch, LayerWeights, Norm, Segments
-from exl.ops.cpu_target import why_not_compiled
 from exl.ops.torch_ops import TorchOps
 from exl.quantize import run
 from exl.quantize.calibration import read_calibration
-from exl.quantize.compute import Compute, open_compute
+from exl.quantize.compute import open_compute
 from exl.quantize.gptq import gptq
 from exl.quantize.grid import Grid
 from exl.quantize.layer_pass import LayerPass
@@ -32,6 +31,7 @@ from exl.quantize.run import quantize
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads
+from tests.model.cpu_targets import COMPUTES
 from tests.model.test_quantize_model import CALIBRATION, DATA, dequantized
 
 SOURCE = DATA / "stories260K"
@@ -43,16 +43,11 @@ PARTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["torch", "kernels"])
+@pytest.fixture(scope="module", params=COMPUTES)
 def compute(request):
-    if request.param == "torch":
-        yield Compute.with_torch(Threads(1))
-        return
-    if why_not_compiled() is not None:
-        pytest.skip("exl's own CPU kernels cannot run here")
-    with open_compute(Threads(2)) as kernels:
-        assert kernels.compiled
-        yield kernels
+    with request.param(Threads(2)) as compute:
+        assert compute.compiled == (request.param is open_compute)
+        yield compute
 
 
 def calibration(num_samples: int) -> list[np.ndarray]:

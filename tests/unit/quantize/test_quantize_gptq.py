@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import numpy as np
 import pytest
 import torch
 
-from exl.cpu_kernels.library import Library
-from exl.cpu_kernels.pool import Pool
-from exl.cpu_kernels.processor import usable_isas
 from exl.errors import ExlError
 from exl.quantize import gptq as solver
-from exl.quantize.compute import Compute
 from exl.quantize.gptq import Hessian, QuantizedWeight, round_to_nearest
 from exl.quantize.grid import Grid
 from exl.threads import Threads
+from tests.model.cpu_targets import COMPUTES
 
 K, N = 288, 24
 
@@ -74,15 +69,10 @@ def plain_gptq(
     return codes
 
 
-@pytest.fixture(scope="module", params=["torch", "compiled"])
-def compute(request, tmp_path_factory):
-    if request.param == "torch":
-        yield Compute.with_torch(Threads(1))
-        return
-    if not usable_isas():
-        pytest.skip("this processor has no instruction set that the kernels are written for")
-    with closing(Pool(Library(folder=tmp_path_factory.mktemp("compiled")), 2)) as pool:
-        yield Compute.with_kernels(pool, Threads(1))
+@pytest.fixture(scope="module", params=COMPUTES)
+def compute(request):
+    with request.param(Threads(2)) as compute:
+        yield compute
 
 
 @pytest.mark.parametrize(
