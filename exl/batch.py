@@ -74,17 +74,45 @@ def padded_step(batch: ForwardBatch, num_rows: int) -> ForwardBatch:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How to turn R rows of logits into R token ids. Arrays, so that one launch serves requests with different values.
+    """How to draw R tokens from rows of logits. Arrays, so that one launch serves requests with different values.
 
-    The order is fixed: repetition penalty, temperature, top-k, top-p, min-p, then one draw with ``uniform``.
-    ``temperature`` 0 takes the largest logit (ties: the lowest id) and ignores the filters.
+    The order is fixed, and explained in ``exl.sampling_params.SamplingParams``: allowed tokens, bias, penalties,
+    top-n-sigma, temperature, top-k, typical, top-p, min-p (or mirostat), XTC, one draw. ``temperature`` 0 takes the
+    largest adjusted logit (ties: the lowest id) and ignores the filters.
     """
 
+    row: I32  # [R]; the row of the logits that a draw reads: several draws may read one
+    uniform: NDArray[np.float64]  # [R]; one draw from [0, 1), a function only of (seed, step)
     temperature: NDArray[np.float32]  # [R]; 0 is greedy
+    dynamic_range: NDArray[np.float32]  # [R]; 0 is off; by entropy, from temperature - range to temperature + range
+    dynamic_exponent: NDArray[np.float32]  # [R]
+    temperature_last: NDArray[np.bool_]  # [R]; the filters see temperature 1
+    top_n_sigma: NDArray[np.float32]  # [R]; 0 is off
     top_k: I32  # [R]; 0 is off
+    typical_p: NDArray[np.float32]  # [R]; 1 is off
     top_p: NDArray[np.float32]  # [R]; 1 is off
     min_p: NDArray[np.float32]  # [R]; 0 is off
-    repetition_penalty: NDArray[np.float32]  # [R]; 1 is off
-    uniform: NDArray[np.float64]  # [R]; one draw from [0, 1), a function only of (seed, step)
-    seen_start: I32  # [R+1]; row r's distinct earlier token ids are seen_ids[seen_start[r]:seen_start[r+1]]
-    seen_ids: I32  # [S]
+    mirostat_mu: NDArray[np.float64]  # [R]; bits; inf is off, else it replaces top_k to min_p
+    xtc_threshold: NDArray[np.float32]  # [R]; above 0.5 is off: for this draw, whose coin the host has tossed
+    adjust_start: I32  # [R+1]; draw r's adjustments are adjust_start[r]:adjust_start[r+1]
+    adjust_id: I32  # [S]; of a draw: distinct, rising
+    adjust_bias: NDArray[np.float32]  # [S]; l1 = l + bias
+    adjust_factor: NDArray[np.float32]  # [S]; l2 = l1 * factor if l1 < 0 else l1 / factor
+    adjust_subtract: NDArray[np.float32]  # [S]; l3 = l2 - subtract; inf forbids the token
+    mask_idx: I32  # [R]; a row of masks; -1: every token is allowed
+    masks: NDArray[np.uint32]  # [m, ceil(V / 32)]; bit i % 32 of word i // 32: whether token i is allowed
+    num_logprobs: I32  # [R]; -1: none; n: of the drawn token and of the n likeliest, in the plain row's distribution
+
+
+# What a drawn "id" says of a row that has no distribution.
+NAN_LOGIT, INFINITE_LOGIT, NOTHING_ALLOWED = -1, -2, -3
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """What R draws gave."""
+
+    ids: list[int]  # [R]; NAN_LOGIT, INFINITE_LOGIT or NOTHING_ALLOWED: this row has no distribution
+    surprise: list[float]  # [R]; with mirostat: -log2 of the drawn token's probability; else NaN
+    # [R]; None where not asked for; (id, natural log-probability) of the drawn token, then of the likeliest
+    ranked: list[tuple[tuple[int, float], ...] | None]

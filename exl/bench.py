@@ -24,7 +24,7 @@ from exl.planning.from_headers import EngineOptions
 from exl.planning.plan import MemoryPlan
 from exl.planning.traffic import model_bytes_a_token
 from exl.progress import Progress
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.threads import thread_limit
 from exl.units import format_bytes
 

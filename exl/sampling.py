@@ -12,18 +12,15 @@ only the value of its last element is used; sorts are stable, by descending valu
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.batch import SamplingBatch
+from exl.batch import INFINITE_LOGIT, NAN_LOGIT, NOTHING_ALLOWED, SampleRows, SamplingBatch
 from exl.errors import ConfigError, ExlError, KernelError
 from exl.logarithm import natural_log
-from exl.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +30,6 @@ _MAX_SEED = 2**64 - 1
 # take longer than all the rest of sampling.
 _FIRST_SORTED = 1024
 _SORT_GROWTH = 16
-
-_entropy = random.SystemRandom()
 
 
 def uniform(seed: int, step: int) -> float:
@@ -48,35 +43,6 @@ def uniform(seed: int, step: int) -> float:
     # NumPy's generator increments the counter before it generates a block.
     word = np.random.Philox(key=seed, counter=(step - 1) % 2**256).random_raw()
     return (int(word) >> 11) * 2.0**-53
-
-
-def sampling_batch(rows: Sequence[tuple[SamplingParams, int, Collection[int]]]) -> SamplingBatch:
-    """Gathers R rows of (parameters, step, ids of earlier tokens) into arrays.
-
-    ``step`` counts a request's draws from 0. Ids may repeat; they are not read if the repetition penalty is off.
-    """
-    seen = [
-        np.unique(np.asarray(list(ids), dtype=np.int32))
-        if params.repetition_penalty != 1.0
-        else np.empty(0, dtype=np.int32)
-        for params, _, ids in rows
-    ]
-    return SamplingBatch(
-        temperature=np.array([params.temperature for params, _, _ in rows], dtype=np.float32),
-        top_k=np.array([params.top_k for params, _, _ in rows], dtype=np.int32),
-        top_p=np.array([params.top_p for params, _, _ in rows], dtype=np.float32),
-        min_p=np.array([params.min_p for params, _, _ in rows], dtype=np.float32),
-        repetition_penalty=np.array([params.repetition_penalty for params, _, _ in rows], dtype=np.float32),
-        uniform=np.array([_draw(params, step) for params, step, _ in rows], dtype=np.float64),
-        seen_start=np.cumsum([0, *map(len, seen)], dtype=np.int32),
-        seen_ids=np.concatenate([np.empty(0, dtype=np.int32), *seen]),
-    )
-
-
-def _draw(params: SamplingParams, step: int) -> float:
-    if params.temperature == 0.0:
-        return 0.0
-    return _entropy.random() if params.seed is None else uniform(params.seed, step)
 
 
 class SamplingMath(Protocol):
@@ -108,46 +74,53 @@ class TorchMath:
 _TORCH_MATH = TorchMath()
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> torch.Tensor:
-    """Draws one token id per row: logits [R, V] f32 -> [R] i32 on the same device.
+def sample(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> SampleRows:
+    """Draws R token ids from logits [L, V] f32.
 
     The kept tokens are ordered by descending probability, ties by lower id; the first one whose cumulative probability
-    exceeds the row's ``uniform`` is drawn. Temperature 0 takes the largest penalized logit, ties by lower id.
-    Probabilities are f64. A logit of -inf forbids its token. Raises ``ExlError`` for a row that has NaN or +inf, or in
-    which every token is forbidden; ``KernelError`` for logits of another shape or type.
+    exceeds the draw's ``uniform`` is drawn. Temperature 0 takes the largest adjusted logit, ties by lower id.
+    Probabilities are f64. A logit of -inf forbids its token. A row that has NaN or +inf, or in which every token is
+    forbidden, gives a code in the place of an id. Raises ``KernelError`` for logits of another shape or type.
     """
-    import torch
-
     _check_logits(logits, batch)
-    ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-    for i in range(len(logits)):  # row by row, so that no bit of a row can depend on the others
-        if batch.temperature[i] == 0.0 and batch.repetition_penalty[i] == 1.0 and not logits.is_cuda:
-            ids[i] = _largest(logits[i].numpy(), i)
+    count = len(batch.row)
+    ids = []
+    for i in range(count):  # draw by draw, so that no bit of a row can depend on the others
+        if batch.temperature[i] == 0.0 and batch.adjust_start[i] == batch.adjust_start[i + 1] and not logits.is_cuda:
+            ids.append(_largest(logits[int(batch.row[i])].numpy()))
         else:
-            ids[i] = _sample_row(_penalized(logits, batch, i), batch, i, functions)
-    return ids
+            row = _adjusted(logits, batch, i)
+            ids.append(_code(float(row.max())) or int(_sample_row(row, batch, i, functions)))
+    return SampleRows(ids, [math.nan] * count, [None] * count)
 
 
-def _largest(row: NDArray[np.float32], i: int) -> int:
-    """The lowest id of the largest logit, without torch and its threads. Raises as ``sample``."""
+def _largest(row: NDArray[np.float32]) -> int:
+    """The lowest id of the largest logit, or a code; without torch and its threads."""
     found = int(row.argmax())  # the first NaN, if there is any
-    top = float(row[found])
-    if not math.isfinite(top):
-        raise no_distribution(i, top)
-    return found
+    return _code(float(row[found])) or found
+
+
+def _code(top: float) -> int:
+    """0 for a row that has a distribution, by its largest logit, which is NaN if any is."""
+    if math.isfinite(top):
+        return 0
+    return NAN_LOGIT if math.isnan(top) else INFINITE_LOGIT if top > 0 else NOTHING_ALLOWED
 
 
 def probabilities(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> torch.Tensor:
-    """The distribution that ``sample`` draws from: logits [R, V] f32 -> [R, V] f64. Raises the same errors.
+    """The distribution that ``sample`` draws from: logits [L, V] f32 -> [R, V] f64.
 
-    A row with temperature 0 has all its mass on one token.
+    Raises ``ExlError`` for a row that has no distribution. A row with temperature 0 has all its mass on one token.
     """
     import torch
 
     _check_logits(logits, batch)
-    out = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
-    for i in range(len(logits)):
-        row = _penalized(logits, batch, i)
+    out = torch.zeros(len(batch.row), logits.shape[1], dtype=torch.float64, device=logits.device)
+    for i in range(len(batch.row)):
+        row = _adjusted(logits, batch, i)
+        code = _code(float(row.max()))
+        if code:
+            raise no_distribution(code)
         if batch.temperature[i] == 0.0:
             out[i, torch.argmax(row)] = 1.0
             continue
@@ -171,36 +144,45 @@ def likeliest(log_probs: torch.Tensor, count: int) -> list[tuple[int, float]]:
 def _check_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
     import torch
 
-    if logits.ndim != 2 or logits.dtype != torch.float32 or len(logits) != len(batch.temperature):
+    if logits.ndim != 2 or logits.dtype != torch.float32:
         raise KernelError(
-            f"sample: found logits of {logits.dtype} {list(logits.shape)},"
-            f" expected torch.float32 [{len(batch.temperature)}, vocabulary]"
+            f"sample: found logits of {logits.dtype} {list(logits.shape)}, expected torch.float32 [rows, vocabulary]"
         )
+    if len(batch.row) and not 0 <= batch.row.min() <= batch.row.max() < len(logits):
+        raise KernelError(f"sample: found draws from rows {batch.row.tolist()}, expected 0 to {len(logits) - 1}")
 
 
-def _penalized(logits: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor:
-    """Row i after the repetition penalty (Keskar et al., "CTRL", 2019, as transformers applies it): [V] f32."""
+def _adjusted(logits: torch.Tensor, batch: SamplingBatch, i: int) -> torch.Tensor:
+    """The logits of draw i after its adjustments: [V] f32. The repetition penalty is that of Keskar et al., "CTRL",
+    2019, as transformers applies it."""
     import torch
 
-    row = logits[i]
-    seen = batch.seen_ids[batch.seen_start[i] : batch.seen_start[i + 1]]
-    penalty = float(batch.repetition_penalty[i])
-    if penalty != 1.0 and len(seen):
-        if seen.min() < 0 or seen.max() >= len(row):
-            raise KernelError(f"sample: row {i}: found a seen token id outside 0 to {len(row) - 1}")
-        where = torch.from_numpy(seen).to(device=row.device, dtype=torch.int64)
-        value = row[where]
-        row = row.index_put((where,), torch.where(value < 0, value * penalty, value / penalty))
-    top = float(row.max())  # NaN if any logit is
-    if not math.isfinite(top):
-        raise no_distribution(i, top)
-    return row
+    row = logits[int(batch.row[i])]
+    span = slice(int(batch.adjust_start[i]), int(batch.adjust_start[i + 1]))
+    if span.start == span.stop:
+        return row
+    ids = batch.adjust_id[span]
+    if ids.min() < 0 or ids.max() >= len(row):
+        raise KernelError(f"sample: draw {i}: found an adjusted token id outside 0 to {len(row) - 1}")
+    where = torch.from_numpy(ids).to(device=row.device, dtype=torch.int64)
+    bias, factor, subtract = (
+        torch.from_numpy(values[span]).to(row.device)
+        for values in (batch.adjust_bias, batch.adjust_factor, batch.adjust_subtract)
+    )
+    value = row[where] + bias
+    return row.index_put((where,), torch.where(value < 0, value * factor, value / factor) - subtract)
 
 
-def no_distribution(i: int, top: float) -> ExlError:
-    """The error for row i, whose largest logit is ``top``: NaN if any logit is NaN, else inf or -inf."""
-    found = "no allowed token (all logits are -inf)" if top == -math.inf else f"a logit of {top}"
-    return ExlError(f"sample: row {i}: found {found}, expected finite logits")
+_FOUND = {
+    NAN_LOGIT: "a logit of nan",
+    INFINITE_LOGIT: "a logit of inf",
+    NOTHING_ALLOWED: "no allowed token (all logits are -inf)",
+}
+
+
+def no_distribution(code: int) -> ExlError:
+    """The error that a code in the place of an id stands for."""
+    return ExlError(f"sample: found {_FOUND[code]}, expected finite logits")
 
 
 def _sample_row(row: torch.Tensor, batch: SamplingBatch, i: int, functions: SamplingMath) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from exl.checkpoint.lfs import lfs_pointer
 from exl.errors import ConfigError, UnsupportedModelError
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.user_text import decode_utf8
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,14 @@ import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.page_pool import PagePool
+from exl.engine.draws import draw_row, sampling_batch
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.forks import ForkGuard
 from exl.ops.base import Samples
 from exl.ops.rope import depends_on_length
 from exl.request_options import PromptProgress
-from exl.sampling import likeliest, sampling_batch
+from exl.sampling import likeliest, no_distribution
 from exl.sampling_params import SamplingParams
 
 
@@ -114,7 +115,7 @@ class Generator:
                 return
             # Before sampling, which may overwrite the logits.
             log_probs = None if top_logprobs is None else torch.log_softmax(logits[0].double(), dim=-1)
-            drawn = ops.sample(logits, sampling_batch([(params, step, sorted(seen or ()))]))
+            drawn = ops.sample(logits, sampling_batch([draw_row(params, step, seen or ())], logits.shape[1]))
             if ahead:
                 if token_id is not None:
                     yield GeneratedToken(token_id, None, sequence.num_reused)
@@ -133,7 +134,9 @@ class Generator:
 
     def _read(self, drawn: Samples, seen: set[int] | None) -> int:
         self.guard.check()
-        (token_id,) = drawn.token_ids()
+        (token_id,) = drawn.read().ids
+        if token_id < 0:
+            raise no_distribution(token_id)
         if seen is not None:
             seen.add(token_id)
         return token_id

@@ -2,13 +2,13 @@
 host.
 
 A step: ``pack_tables`` on the host, one copy of its bytes, ``tables_at`` once for the buffer that they are copied to,
-``sample`` (two launches), and ``check_samples`` where the host reads the ids.
+``sample`` (two launches).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -23,15 +23,11 @@ from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
 from exl.layout.samples import MAX_ROWS, NUM_BINS, PART, ROW, scratch_shapes, table_bytes
 from exl.logarithm import natural_log
-from exl.sampling import no_distribution
 
 NUM_THREADS = 512
 MAX_VOCAB = 2**19
 TOP_BYTES = NUM_THREADS // 32 * 8 + PART // 32 * 4  # kTopBytes
 DRAW_BYTES = 2 * 3 * 4 * NUM_BINS + 3 * 8 * NUM_THREADS + NUM_THREADS // 32 * 16 + 72  # kDrawBytes
-
-# What a sample says of a row that has no distribution; the same logit in the words of ``exl.sampling``.
-CODES = {-1: math.nan, -2: math.inf, -3: -math.inf}
 
 
 @dataclass(frozen=True)
@@ -76,14 +72,15 @@ def pack_tables(batch: SamplingBatch, num_rows: int, max_seen: int, vocab_size: 
         row["top_p"] = max(1, math.ceil(top_p * 2.0**64)) if top_p < 1.0 else 0
         row["log_min_p"] = natural_log(min_p) if min_p > 0.0 else -math.inf
         row["temperature"], row["top_k"] = temperature, batch.top_k[i]
-        row["penalty"] = penalty = float(batch.repetition_penalty[i])
+        span = slice(batch.adjust_start[i], batch.adjust_start[i + 1])
+        seen, factors = batch.adjust_id[span], batch.adjust_factor[span]
+        row["penalty"] = factors[0] if len(seen) else 1.0
         if temperature > 0.0:  # where the scale is no f32, what is not equal to the largest logit weighs nothing anyway
             scale = min(math.log2(math.e) / temperature, float(np.finfo(np.float32).max))
             row["scale_hi"] = scale
             row["scale_lo"] = scale - float(row["scale_hi"])
-        seen = batch.seen_ids[batch.seen_start[i] : batch.seen_start[i + 1] if penalty != 1.0 else batch.seen_start[i]]
         if len(seen) and (seen.min() < 0 or seen.max() >= vocab_size):
-            raise KernelError(f"sample: row {i}: found a seen token id outside 0 to {vocab_size - 1}")
+            raise KernelError(f"sample: draw {i}: found an adjusted token id outside 0 to {vocab_size - 1}")
         row["seen_start"], row["seen_stop"] = num_seen, num_seen + len(seen)
         seen_ids.append(seen)
         num_seen += len(seen)
@@ -98,7 +95,6 @@ def _check_values(batch: SamplingBatch, count: int) -> None:
         ("top_k", lambda x: x >= 0, "0 or more"),
         ("top_p", lambda x: 0.0 <= x <= 1.0, "0 to 1"),  # 0: a number too small for f32
         ("min_p", lambda x: 0.0 <= x <= 1.0, "0 to 1"),
-        ("repetition_penalty", lambda x: 0.0 < x < math.inf, "a finite number above 0"),
         ("uniform", lambda x: 0.0 <= x < 1.0, "0 to 1, below 1"),
     )
     for name, allowed, expected in ranges:
@@ -108,11 +104,15 @@ def _check_values(batch: SamplingBatch, count: int) -> None:
         for i, value in enumerate(values.tolist()):
             if not allowed(value):
                 raise KernelError(f"sample: row {i}: {name} is {value}: expected {expected}")
-    starts = batch.seen_start
+    for i, factor in enumerate(batch.adjust_factor.tolist()):
+        if not 0.0 < factor < math.inf:
+            raise KernelError(f"sample: adjustment {i}: factor is {factor}: expected a finite number above 0")
+    starts = batch.adjust_start
     rising = starts.shape == (count + 1,) and starts[0] >= 0 and (np.diff(starts) >= 0).all()
-    if not rising or starts[-1] > len(batch.seen_ids):
+    if not rising or starts[-1] > len(batch.adjust_id):
         raise KernelError(
-            f"sample: seen_start is {starts.tolist()}: expected {count + 1} rising numbers up to {len(batch.seen_ids)}"
+            f"sample: adjust_start is {starts.tolist()}:"
+            f" expected {count + 1} rising numbers up to {len(batch.adjust_id)}"
         )
 
 
@@ -123,14 +123,6 @@ def tables_at(buffer: torch.Tensor, num_rows: int, max_seen: int) -> SampleTable
     check_tensor("tables", buffer, (torch.uint8,), (table_bytes(num_rows, max_seen),), buffer.device, 8)
     end = num_rows * ROW.itemsize
     return SampleTables(buffer[:end].view(num_rows, ROW.itemsize), buffer[end : end + 4 * max_seen].view(torch.int32))
-
-
-def check_samples(ids: Sequence[int]) -> None:
-    """Ids as the host reads them. Raises ``ExlError``, in the words of ``exl.sampling.sample``, for the first row that
-    had NaN or +inf, or every token forbidden."""
-    for i, token_id in enumerate(ids):
-        if token_id < 0:
-            raise no_distribution(i, CODES[int(token_id)])
 
 
 def sample(
@@ -145,7 +137,7 @@ def sample(
     """samples i32 [R] = a token for each row of logits f32 [R, V], as ``tables`` ask for it. Logits stay as they are.
 
     R is 1 to 64, V 1 to 2^19; ``tables`` and ``scratch`` may be for more rows. A row without a distribution gets a
-    negative code, which ``embed`` reads as no token and ``check_samples`` as an error. Two launches, whose geometry
+    negative code (``exl.batch``), which ``embed`` reads as no token. Two launches, whose geometry
     depends on R and V alone; all else is read on the device. A row's token depends on that row and nothing else.
 
     It is ``exl.sampling.sample``'s, unless the draw lies within V 2^-43 / m of a border of the cumulated distribution,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exl.batch import ForwardBatch, SamplingBatch
+from exl.batch import ForwardBatch, SampleRows, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import RopeConfig
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
@@ -167,8 +167,8 @@ class TableRows(Protocol):
 class Samples(Protocol):
     """Sampled tokens, on their way to the host."""
 
-    def token_ids(self) -> list[int]:
-        """Waits for them. Raises ``ExlError`` for a row of logits with NaN, +inf or every token forbidden."""
+    def read(self) -> SampleRows:
+        """Waits for them. A row of logits with NaN, +inf or every token forbidden has a negative code for an id."""
 
 
 class Ops(Protocol):

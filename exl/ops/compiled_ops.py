@@ -48,7 +48,7 @@ from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
 from exl.ops.compiled_tape import ArenaMemory, NoMemory, RecordForm, Records, Rows, SharedMemory, Tape
 from exl.ops.cpu_buffers import refuse_output_order, step_buffer
-from exl.ops.torch_ops import TokenIds
+from exl.ops.torch_ops import HostSamples, keep_samples
 from exl.sampling import sample
 from exl.threads import using
 
@@ -291,12 +291,12 @@ class CompiledOps:
             self.launch()
         return out
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> HostSamples:
         # torch's own threads would spin beside the pool's; the largest logit is found without torch.
         with using(1) if params.temperature.any() else nullcontext():
-            ids = sample(logits, params, self._sampling)
-        self._samples[: len(ids)].copy_(ids)
-        return TokenIds(ids.tolist())
+            rows = sample(logits, params, self._sampling)
+        keep_samples(rows, self._samples)
+        return HostSamples(rows)
 
 
 def _shape(rows: Rows) -> tuple[int, int]:

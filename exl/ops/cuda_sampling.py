@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
 
-from exl.batch import SamplingBatch
+from exl.batch import SampleRows, SamplingBatch
 from exl.errors import KernelError
 from exl.kernels.program import Programs, place
-from exl.kernels.sample import SampleScratch, check_samples, pack_tables, sample, tables_at
+from exl.kernels.sample import SampleScratch, pack_tables, sample, tables_at
 from exl.layout.arena import max_seen, sample_rows
 from exl.layout.samples import scratch_shapes
 from exl.layout.steps import StepLimits
@@ -25,12 +26,11 @@ class DeviceSamples:
     def __init__(self, ids: torch.Tensor, copied: torch.cuda.Event | None) -> None:
         self._ids, self._copied = ids, copied
 
-    def token_ids(self) -> list[int]:
+    def read(self) -> SampleRows:
         if self._copied is not None:
             self._copied.synchronize()
         ids = self._ids.tolist()
-        check_samples(ids)
-        return ids
+        return SampleRows(ids, [math.nan] * len(ids), [None] * len(ids))
 
 
 class Sampler:

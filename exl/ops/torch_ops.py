@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exl.batch import ForwardBatch, SamplingBatch
+from exl.batch import ForwardBatch, SampleRows, SamplingBatch
 from exl.cache.kv import KVCache
 from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
@@ -47,13 +47,18 @@ _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @dataclass(frozen=True)
-class TokenIds:
+class HostSamples:
     """See ``exl.ops.base.Samples``."""
 
-    ids: list[int]
+    rows: SampleRows
 
-    def token_ids(self) -> list[int]:
-        return self.ids
+    def read(self) -> SampleRows:
+        return self.rows
+
+
+def keep_samples(rows: SampleRows, out: torch.Tensor) -> None:
+    """Into i64 [..], for the next batch, in which a row that had no distribution reads as token 0."""
+    out.numpy()[: len(rows.ids)] = np.maximum(rows.ids, 0)
 
 
 class TorchOps:
@@ -212,8 +217,8 @@ class TorchOps:
             out.mul_(spec.softcap)
         return out
 
-    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> TokenIds:
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> HostSamples:
         with self.threads.like(DECODE):
-            ids = sample(logits, params)
-        self._samples[: len(ids)].copy_(ids)
-        return TokenIds(ids.tolist())
+            rows = sample(logits, params)
+        keep_samples(rows, self._samples)
+        return HostSamples(rows)

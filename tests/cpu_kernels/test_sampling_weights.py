@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from exl.cpu_kernels.library import Library, slots
 from exl.cpu_kernels.sampling_weights import CompiledMath, Exponentials, Mass, PrefixSums
-from exl.sampling import SamplingParams, probabilities, sample, sampling_batch
+from exl.sampling import probabilities, sample
+from exl.sampling_params import SamplingParams
 from tests.cpu_kernels.guards import guarded_array
+from tests.draws import draws_of
 
 SIZES = [1, 7, 8, 31, 32, 33, 1000]
 FILTERS = [
@@ -53,11 +55,11 @@ def test_draws_are_those_of_torchs_functions(library: Library, values):
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(5)) * 4
     logits[:, 17] = -torch.inf
     rows = [(SamplingParams(seed=i, **({"temperature": 1.0} | values)), i, [3, 40, 41]) for i in range(8)]
-    batch = sampling_batch(rows)
+    batch = draws_of(rows)
     torch.testing.assert_close(
         probabilities(logits, batch, own), probabilities(logits, batch), rtol=1e-13, atol=0, check_dtype=True
     )
-    assert sample(logits, batch, own).tolist() == sample(logits, batch).tolist()
+    assert sample(logits, batch, own).ids == sample(logits, batch).ids
 
 
 def test_views_are_read_as_they_lie(library: Library):

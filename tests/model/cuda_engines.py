@@ -8,7 +8,7 @@ import torch
 
 from exl.engine.build import Engine, load_engine
 from exl.planning.from_headers import EngineOptions
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 
 DENSE = Path(__file__).parents[1] / "data" / "stories260K"
 STORIES = Path(__file__).parents[1] / "data" / "stories2M"

@@ -18,7 +18,7 @@ from exl.ops.cpu_target import torch_target
 from exl.ops.torch_ops import TorchOps
 from exl.planning.from_headers import open_model
 from exl.progress import Progress
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.weights.loader import WeightPlaces, load_weights
 from exl.weights.packed_store import list_packed
 

@@ -10,7 +10,8 @@ from exl.engine.build import load_engine
 from exl.layout.cpu_pages import page_arrays
 from exl.layout.kv import KVLayout
 from exl.planning.from_headers import EngineOptions
-from exl.sampling import SamplingParams, sampling_batch
+from exl.sampling_params import SamplingParams
+from tests.draws import draws_of
 from tests.model.batches import batch_of, run
 from tests.model.cpu_targets import with_both
 from tests.model.hf_models import CASES, build, decode_logits, prefill_logits, save
@@ -114,7 +115,7 @@ def test_a_token_can_be_the_sample_that_never_left_the_device(mistral, cpu):
     def two_steps(by_reference: bool) -> torch.Tensor:
         runner = _runner(folder, cpu)
         logits = run(runner, batch_of([(ids[0], 0, [0]), (ids[1], 0, [1])]))
-        samples = runner.decoder.ops.sample(logits, sampling_batch([(greedy, 0, ()), (greedy, 0, ())])).token_ids()
+        samples = runner.decoder.ops.sample(logits, draws_of([(greedy, 0, ()), (greedy, 0, ())])).read().ids
         assert samples == logits.argmax(-1).tolist()
         new = [[-1], [-2]] if by_reference else [[i] for i in samples]
         return run(runner, batch_of([(new[0], 10, [0]), (new[1], 12, [1])], decode=True))

@@ -14,7 +14,7 @@ import exl
 from exl.engine.build import load_engine
 from exl.errors import MemoryBudgetError
 from exl.planning.from_headers import EngineOptions
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from tests.model.cpu_targets import TARGETS
 from tests.model.hf_models import CASES, build, prefill_logits, save
 from tests.unit.ops.test_torch_kv import plain_hadamard, plain_quantize

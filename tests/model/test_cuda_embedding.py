@@ -21,7 +21,7 @@ from exl.ops import cuda_batch, cuda_sampling
 from exl.planning.devices import HOST
 from exl.planning.from_headers import EngineOptions
 from exl.planning.plan import Tier
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.weights import placement
 from exl.weights.packed import PackedFile, PackedRows
 from tests.host.address_spaces import SeparateMemory

@@ -18,7 +18,7 @@ from exl.memory.host import HostBuffer
 from exl.models import decoder
 from exl.ops.base import AttentionSpec, Branch, EmbedSpec, GatedMlp, LogitsSpec, Norm
 from exl.planning.from_headers import EngineOptions
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.text.tokenizer import Tokenizer
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend

@@ -11,7 +11,9 @@ import torch
 
 from exl.kernels.params import Params
 from exl.planning.plan import Tier
-from exl.sampling import SamplingParams, sample, sampling_batch
+from exl.sampling import sample
+from exl.sampling_params import SamplingParams
+from tests.draws import draws_of
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
 from tests.host.shim import HostShim, ShimBackend
@@ -147,8 +149,8 @@ def test_the_generator_runs_ahead_and_says_the_same(backend, folder):
     sequence = generator.begin(40)
     logits = generator.extend(sequence, ids)
     for step in range(24):
-        batch = sampling_batch([(params, step, sorted(seen))])
-        expected.append(int(sample(logits.cpu(), batch)[0]))
+        batch = draws_of([(params, step, sorted(seen))])
+        expected.append(sample(logits.cpu(), batch).ids[0])
         seen.add(expected[-1])
         logits = generator.extend(sequence, expected[-1:])
     generator.end(sequence)
@@ -207,9 +209,7 @@ def test_the_next_step_takes_its_token_from_the_device(backend, folder):
     ops = runner.decoder.ops
     logits = run(runner, batch_of([(ids, 0, [0])]))
     runner.decoder.ops.stage(())
-    (token_id,) = ops.sample(
-        logits.to(ops.device), sampling_batch([(SamplingParams(temperature=0.0), 0, [])])
-    ).token_ids()
+    (token_id,) = ops.sample(logits.to(ops.device), draws_of([(SamplingParams(temperature=0.0), 0, [])])).read().ids
     assert token_id == int(logits.argmax())
     chained = run(runner, batch_of([([-1], 10, [0])], decode=True))
     assert torch.equal(chained, run(runner, batch_of([([token_id], 10, [0])], decode=True)))

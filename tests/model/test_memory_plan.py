@@ -19,7 +19,7 @@ from exl.layout.kv import KV_BITS
 from exl.layout.specs import Target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.plan import Tier
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from tests.command_line import run_exl
 from tests.model.hf_models import CASES, build, save
 from tests.model.test_quantized import make

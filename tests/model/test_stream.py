@@ -23,7 +23,7 @@ from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.weights import placement
 from exl.weights.packed import PackedFile, PackedWriter
 from exl.weights.reader import BufferReader

@@ -17,7 +17,7 @@ from exl.ops.cpu_target import torch_target
 from exl.planning.from_headers import EngineOptions
 from exl.quantize import run as run_module
 from exl.quantize.options import QuantizeOptions
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.threads import Threads, using
 
 DATA = Path(__file__).parents[1] / "data"

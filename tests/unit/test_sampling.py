@@ -20,8 +20,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from exl.batch import INFINITE_LOGIT, NAN_LOGIT, NOTHING_ALLOWED
 from exl.errors import ConfigError, ExlError, KernelError
-from exl.sampling import SamplingParams, probabilities, sample, sampling_batch, uniform
+from exl.sampling import no_distribution, probabilities, sample, uniform
+from exl.sampling_params import SamplingParams
+from tests.draws import draws_of
 
 # Parameters
 
@@ -83,7 +86,7 @@ def test_parameters_at_their_borders_are_taken_and_normalized():
 
 
 def test_parameters_do_not_need_torch():
-    code = "import sys; from exl.sampling import SamplingParams; SamplingParams(); assert 'torch' not in sys.modules"
+    code = "import sys; import exl.sampling_params as it; it.SamplingParams(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -129,30 +132,31 @@ def test_uniform_at_the_first_step_and_outside_its_range():
 # Batches
 
 
-def test_a_batch_holds_each_rows_values_and_distinct_seen_ids():
+def test_a_batch_holds_each_draws_values_and_adjustments():
     rows = [
         (SamplingParams(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=5, repetition_penalty=2.0), 3, [4, 1, 4]),
         (SamplingParams(temperature=0.0), 0, [1, 2]),
         (SamplingParams(seed=6, repetition_penalty=1.5), 9, (8,)),
     ]
-    batch = sampling_batch(rows)
-    assert batch.seen_start.tolist() == [0, 2, 2, 3]
-    assert batch.seen_ids.tolist() == [1, 4, 8]
+    batch = draws_of(rows)
+    assert batch.row.tolist() == [0, 1, 2]
+    assert batch.adjust_start.tolist() == [0, 2, 2, 3]
+    assert batch.adjust_id.tolist() == [1, 4, 8]
+    assert batch.adjust_factor.tolist() == [2.0, 2.0, 1.5]
     assert batch.uniform.tolist() == [uniform(5, 3), 0.0, uniform(6, 9)]
     assert batch.temperature.tolist() == [0.5, 0.0, 1.0]
     assert batch.top_k.tolist() == [7, 0, 0]
     assert batch.top_p.tolist() == [np.float32(0.9), 1.0, 1.0]
     assert batch.min_p.tolist() == [np.float32(0.1), 0.0, 0.0]
-    assert batch.repetition_penalty.tolist() == [2.0, 1.0, 1.5]
-    assert {batch.top_k.dtype, batch.seen_start.dtype, batch.seen_ids.dtype} == {np.dtype(np.int32)}
+    assert {batch.top_k.dtype, batch.adjust_start.dtype, batch.adjust_id.dtype} == {np.dtype(np.int32)}
 
 
 def test_an_empty_batch_draws_nothing():
-    assert sample(torch.empty(0, 5), sampling_batch([])).shape == (0,)
+    assert sample(torch.empty(0, 5), draws_of([])).ids == []
 
 
 def test_without_a_seed_draws_differ():
-    batch = sampling_batch([(SamplingParams(), 0, ())] * 8)
+    batch = draws_of([(SamplingParams(), 0, ())] * 8)
     assert len(set(batch.uniform)) == 8
     assert all(0 <= draw < 1 for draw in batch.uniform)
 
@@ -204,7 +208,7 @@ def test_probabilities_match_transformers(values, vocab_size):
     logits = torch.from_numpy(rng.normal(0, 4, (6, vocab_size)).astype(np.float32))
     params = SamplingParams(seed=1, **values)
     seen = [rng.integers(0, vocab_size, 9).tolist() for _ in logits]
-    ours = probabilities(logits, sampling_batch([(params, 0, ids) for ids in seen]))
+    ours = probabilities(logits, draws_of([(params, 0, ids) for ids in seen]))
     for i in range(len(logits)):
         expected = reference_probabilities(logits[i], params, seen[i])
         assert torch.equal(ours[i] > 0, expected > 0)
@@ -222,8 +226,8 @@ def test_a_draw_inverts_the_cumulated_distribution(values):
     expected = reference_probabilities(logits[0], params, seen).numpy()
     order = np.lexsort((np.arange(len(expected)), -expected))
     cumulated = np.cumsum(expected[order])
-    batch = sampling_batch([(params, step, seen) for step in range(30)])
-    drawn = sample(logits.expand(30, -1), batch).tolist()
+    batch = draws_of([(params, step, seen) for step in range(30)])
+    drawn = sample(logits.expand(30, -1), batch).ids
     checked = 0
     for draw, token_id in zip(batch.uniform, drawn, strict=True):
         if np.abs(cumulated - draw).min() > 1e-12:  # nearer than that, rounding decides
@@ -234,9 +238,9 @@ def test_a_draw_inverts_the_cumulated_distribution(values):
 
 def test_the_ends_of_the_unit_interval_stay_inside_the_kept_tokens():
     logits = torch.tensor([[1.0, 3.0, -float("inf"), 2.0, 0.5]]).expand(4, -1)
-    batch = sampling_batch([(SamplingParams(seed=0, top_k=k), 0, ()) for k in (0, 0, 3, 3)])
+    batch = draws_of([(SamplingParams(seed=0, top_k=k), 0, ()) for k in (0, 0, 3, 3)])
     batch.uniform[:] = [0.0, 1 - 2**-53, 0.0, 1 - 2**-53]
-    assert sample(logits, batch).tolist() == [1, 4, 1, 0]
+    assert sample(logits, batch).ids == [1, 4, 1, 0]
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
@@ -248,8 +252,8 @@ def test_draws_follow_the_distribution(temperature, fits):
     """Eight tokens, 4000 steps of one seed. The bound is chi-square's 99.9 % point for 7 degrees of freedom."""
     logits = torch.tensor([0.3, -1.0, 2.0, 1.1, 0.0, 0.9, -0.4, 1.6])
     params = SamplingParams(temperature=temperature, seed=42)
-    drawn = sample(logits.expand(4000, -1), sampling_batch([(params, step, ()) for step in range(4000)]))
-    counts = np.bincount(drawn.numpy(), minlength=8)
+    drawn = sample(logits.expand(4000, -1), draws_of([(params, step, ()) for step in range(4000)]))
+    counts = np.bincount(drawn.ids, minlength=8)
     statistic = chi_square(counts, 4000 * logits.double().softmax(0).numpy())
     assert (statistic < 24.322) == fits
 
@@ -257,7 +261,7 @@ def test_draws_follow_the_distribution(temperature, fits):
 def test_draws_of_neighbouring_seeds_follow_the_distribution():
     logits = torch.tensor([0.3, -1.0, 2.0, 1.1, 0.0, 0.9, -0.4, 1.6])
     rows = [(SamplingParams(seed=seed), 0, ()) for seed in range(4000)]
-    counts = np.bincount(sample(logits.expand(4000, -1), sampling_batch(rows)).numpy(), minlength=8)
+    counts = np.bincount(sample(logits.expand(4000, -1), draws_of(rows)).ids, minlength=8)
     assert chi_square(counts, 4000 * logits.double().softmax(0).numpy()) < 24.322
 
 
@@ -267,14 +271,13 @@ def test_a_row_alone_gives_the_bits_it_gives_in_a_batch():
     rows = [
         (SamplingParams(seed=i, **values), i, rng.integers(0, 5000, 20).tolist()) for i, values in enumerate(FILTERS)
     ]
-    together = sample(logits, sampling_batch(rows))
-    together_probabilities = probabilities(logits, sampling_batch(rows))
+    together = sample(logits, draws_of(rows))
+    together_probabilities = probabilities(logits, draws_of(rows))
     for i, row in enumerate(rows):
-        alone = sampling_batch([row])
-        assert sample(logits[i : i + 1], alone).item() == together[i]
+        alone = draws_of([row])
+        assert sample(logits[i : i + 1], alone).ids == together.ids[i : i + 1]
         assert torch.equal(probabilities(logits[i : i + 1], alone)[0], together_probabilities[i])
-    backwards = sample(logits.flip(0), sampling_batch(rows[::-1])).flip(0)
-    assert torch.equal(backwards, together)
+    assert sample(logits.flip(0), draws_of(rows[::-1])).ids == together.ids[::-1]
 
 
 # Ties and edges
@@ -284,79 +287,80 @@ def test_greedy_takes_the_lowest_of_the_largest_ids_and_ignores_filters():
     logits = torch.tensor([[1.0, 5.0, 5.0, -2.0], [7.0, 7.0, 7.0, 7.0], [5.0, 4.0, 3.0, -1.0]])
     params = SamplingParams(temperature=0.0, top_k=1, top_p=0.1, min_p=1.0)
     penalized = SamplingParams(temperature=0.0, repetition_penalty=2.0)
-    batch = sampling_batch([(params, 0, ()), (params, 0, ()), (penalized, 0, [0, 3])])
-    assert sample(logits, batch).tolist() == [1, 0, 1]  # 5.0 / 2 falls below 4.0
+    batch = draws_of([(params, 0, ()), (params, 0, ()), (penalized, 0, [0, 3])])
+    assert sample(logits, batch).ids == [1, 0, 1]  # 5.0 / 2 falls below 4.0
     assert probabilities(logits, batch).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_greedy_takes_the_lowest_of_equals_in_a_large_vocabulary():
     logits = torch.zeros(1, 100_000)
     logits[0, [99_999, 70_001, 33_333]] = 4.0
-    assert sample(logits, sampling_batch([(SamplingParams(temperature=0.0), 0, ())])).tolist() == [33_333]
+    assert sample(logits, draws_of([(SamplingParams(temperature=0.0), 0, ())])).ids == [33_333]
 
 
 def test_equals_of_the_kth_token_are_all_kept_as_transformers_keeps_them():
     logits = torch.tensor([[2.0, 1.0, 1.0, 3.0, 1.0, 0.0]])
     params = SamplingParams(seed=0, top_k=3)
-    ours = probabilities(logits, sampling_batch([(params, 0, ())]))[0]
+    ours = probabilities(logits, draws_of([(params, 0, ())]))[0]
     assert torch.equal(ours > 0, torch.tensor([True, True, True, True, True, False]))
     assert torch.allclose(ours, reference_probabilities(logits[0], params, []), rtol=1e-14)
 
 
 def test_equals_are_drawn_in_the_order_of_their_ids():
     logits = torch.zeros(8, 8)
-    batch = sampling_batch([(SamplingParams(seed=0), 0, ())] * 8)
+    batch = draws_of([(SamplingParams(seed=0), 0, ())] * 8)
     batch.uniform[:] = np.arange(8) / 8 + 1 / 16
-    assert sample(logits, batch).tolist() == list(range(8))
+    assert sample(logits, batch).ids == list(range(8))
     batch.uniform[:] = np.arange(8) / 8  # a token's share begins where the one before it ends
-    assert sample(logits, batch).tolist() == list(range(8))
+    assert sample(logits, batch).ids == list(range(8))
 
 
 def test_a_tie_across_the_border_of_the_first_sorted_tokens_is_never_parted():
     logits = torch.zeros(4, 3000)
-    batch = sampling_batch([(SamplingParams(seed=0), 0, ())] * 4)
+    batch = draws_of([(SamplingParams(seed=0), 0, ())] * 4)
     batch.uniform[:] = (np.array([0, 1023, 1024, 2999]) + 0.5) / 3000
-    assert sample(logits, batch).tolist() == [0, 1023, 1024, 2999]
+    assert sample(logits, batch).ids == [0, 1023, 1024, 2999]
 
 
 def test_top_p_keeps_the_lowest_ids_of_equals_and_at_least_one_token():
     logits = torch.zeros(2, 4)
-    batch = sampling_batch([(SamplingParams(seed=0, top_p=0.5), 0, ()), (SamplingParams(seed=0, top_p=1e-30), 0, ())])
+    batch = draws_of([(SamplingParams(seed=0, top_p=0.5), 0, ()), (SamplingParams(seed=0, top_p=1e-30), 0, ())])
     assert probabilities(logits, batch).tolist() == [[0.5, 0.5, 0, 0], [1, 0, 0, 0]]
 
 
 def test_forbidden_tokens_are_never_drawn():
     logits = torch.full((200, 5000), -float("inf"))
     logits[:, [17, 4000]] = torch.tensor([0.0, 1.0])
-    batch = sampling_batch([(SamplingParams(seed=step, top_k=50, top_p=0.999), step, ()) for step in range(200)])
-    assert set(sample(logits, batch).tolist()) == {17, 4000}
+    batch = draws_of([(SamplingParams(seed=step, top_k=50, top_p=0.999), step, ()) for step in range(200)])
+    assert set(sample(logits, batch).ids) == {17, 4000}
 
 
 def test_a_tiny_temperature_is_nearly_greedy_and_does_not_overflow():
     logits = torch.tensor([[3e38, -3e38, 2.9e38]])
-    assert sample(logits, sampling_batch([(SamplingParams(temperature=1e-30, seed=1), 0, ())])).tolist() == [0]
+    assert sample(logits, draws_of([(SamplingParams(temperature=1e-30, seed=1), 0, ())])).ids == [0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "code", "said"),
     [
-        ([0.0, float("nan"), 1.0], "row 1: found a logit of nan"),
-        ([0.0, float("inf"), 1.0], "row 1: found a logit of inf"),
-        ([-float("inf")] * 3, r"row 1: found no allowed token \(all logits are -inf\)"),
+        ([float("inf"), float("nan"), 1.0], NAN_LOGIT, "found a logit of nan"),
+        ([0.0, float("inf"), 1.0], INFINITE_LOGIT, "found a logit of inf"),
+        ([-float("inf")] * 3, NOTHING_ALLOWED, r"found no allowed token \(all logits are -inf\)"),
     ],
 )
-def test_rows_without_a_distribution_are_an_error(temperature, bad, said):
-    batch = sampling_batch([(SamplingParams(temperature=temperature, seed=0), 0, ())] * 2)
+def test_a_row_without_a_distribution_fails_alone(temperature, bad, code, said):
+    batch = draws_of([(SamplingParams(temperature=temperature, seed=0, top_k=1), 0, ())] * 3)
+    assert sample(torch.tensor([[0.0, 1.0, 2.0], bad, [5.0, 1.0, 2.0]]), batch).ids == [2, code, 0]
     with pytest.raises(ExlError, match=said):
-        sample(torch.tensor([[0.0, 1.0, 2.0], bad]), batch)
+        raise no_distribution(code)
 
 
 def test_logits_of_another_shape_or_type_are_an_error():
-    batch = sampling_batch([(SamplingParams(seed=0), 0, ())])
-    for logits in (torch.zeros(2, 3), torch.zeros(3), torch.zeros(1, 3, dtype=torch.float16)):
-        with pytest.raises(KernelError, match=r"expected torch.float32 \[1, vocabulary\]"):
+    batch = draws_of([(SamplingParams(seed=0), 0, ())])
+    for logits in (torch.zeros(3), torch.zeros(1, 3, dtype=torch.float16)):
+        with pytest.raises(KernelError, match=r"expected torch.float32 \[rows, vocabulary\]"):
             sample(logits, batch)
-    batch = sampling_batch([(SamplingParams(seed=0, repetition_penalty=1.1), 0, [3])])
-    with pytest.raises(KernelError, match="seen token id outside 0 to 2"):
+    batch = draws_of([(SamplingParams(seed=0, repetition_penalty=1.1), 0, [3])])
+    with pytest.raises(KernelError, match="an adjusted token id outside 0 to 2"):
         sample(torch.zeros(1, 3), batch)

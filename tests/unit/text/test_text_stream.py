@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from exl.errors import ConfigError
-from exl.sampling import SamplingParams
+from exl.sampling_params import SamplingParams
 from exl.text.text_stream import TextStream
 from exl.text.token_bytes import DecodingRules, TextDecoder
 from exl.text.tokenizer import Tokenizer
