@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,8 +152,7 @@ class Chat:
         if self.is_transcript:
             stop = (*(request.params.stop or ()), _TRANSCRIPT_STOP)
             request = replace(request, params=replace(request.params, stop=stop))
-        answer = self._llm._begin(keep.ids, request)
-        return TextIterator(self._keep(answer, keep), answer._ticket, answer._logprobs)
+        return self._llm._stream(keep.ids, request, lambda text, done: self._keep(keep, text, done))
 
     def undo(self) -> str:
         """Removes the last user message and all messages after it. Returns that message's text."""
@@ -277,25 +276,17 @@ class Chat:
                 return i
         raise ConfigError(f"{asked}: found no message of the user")
 
-    def _keep(self, answer: TextIterator, keep: _Kept) -> Generator[str | Completion, None, None]:
-        pieces: list[str] = []
-        done = None
-        try:
-            for piece in answer:
-                pieces.append(piece)
-                yield piece
-            done = answer.completion
-        finally:
-            answer.close()
-            if pieces or done is not None:
-                self._raw_answer = keep.begun + "".join(pieces)
-                said = {"role": "assistant", "content": self._raw_answer.strip()}
-                self._messages, self._forgotten = [*keep.messages, said], keep.forgotten
-                # The tokens of a stop string belong to no turn: render again; the cache still has the tokens before.
-                whole = done is not None and self._llm.tokenizer.decode(done.token_ids).strip() == done.text.strip()
-                self._run_ids = [*keep.ids, *done.token_ids] if whole else []
-                self._plain_ids = keep.plain
-        yield done
+    def _keep(self, keep: _Kept, text: str, done: Completion | None) -> None:
+        """Takes an answer into the conversation: what was handed out of it, and its tokens if it is complete."""
+        if not text and done is None:
+            return
+        self._raw_answer = keep.begun + text
+        said = {"role": "assistant", "content": self._raw_answer.strip()}
+        self._messages, self._forgotten = [*keep.messages, said], keep.forgotten
+        # The tokens of a stop string belong to no turn: render again; the cache still has the tokens before.
+        whole = done is not None and self._llm.tokenizer.decode(done.token_ids).strip() == done.text.strip()
+        self._run_ids = [*keep.ids, *done.token_ids] if whole else []
+        self._plain_ids = keep.plain
 
     def _fitting(self, messages: list[dict[str, Any]], wanted: object) -> tuple[int, list[int], list[int]]:
         """How many of the oldest messages to leave out so that the others leave room for an answer; the ids to run; and

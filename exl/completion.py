@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Generator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from exl.errors import ExlError
-from exl.streams import Stream, Ticket
+from exl.streams import Stream
 from exl.text.logprobs import TokenLogprob
 from exl.token_html import tokens_html
+
+if TYPE_CHECKING:
+    from exl.engine.handle import Handle
+    from exl.engine.ticket import Event
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,9 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]  # without the end-of-sequence id; with the tokens of a stop string
-    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
+    # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up; "cancelled": its caller
+    # has ended it
+    finish_reason: str
     num_prompt_tokens: int
     num_reused_tokens: int  # prompt tokens taken from the cache instead of computed
     seed: int  # the seed that was used: the same request with it gives the same text on the same machine
@@ -26,6 +33,7 @@ class Completion:
     decode_seconds: float  # from the first token to the last
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per entry of token_ids; None unless top_logprobs was given
     limit: str | None = None  # "max_tokens" or "context": which one cut the text off, if finish_reason is "length"
+    stop_reason: int | str | None = None  # what ended it, if finish_reason is "stop": a token's id, a string, "grammar"
 
     @property
     def num_tokens(self) -> int:
@@ -62,22 +70,30 @@ class TextIterator(Stream[str]):
 
     def __init__(
         self,
-        pieces: Generator[str | Completion, None, None],
-        ticket: Ticket,
-        logprobs: Sequence[TokenLogprob] | None = None,
+        start: Callable[[bool], Handle[Completion]],
+        logprob_of: Callable[[tuple[tuple[int, float], ...]], TokenLogprob] | None = None,
+        keep: Callable[[str, Completion | None], None] | None = None,
     ) -> None:
-        super().__init__(pieces, ticket)
-        self._logprobs = logprobs
+        """``logprob_of`` makes an entry of ``logprobs``; None: they were not asked for. ``keep`` is called once at the
+        end, however that comes, with the text that was handed out, and with the completion if there is one."""
+        super().__init__(start, self._text_of, self._ended)
+        self._logprob_of, self._keep = logprob_of, keep
+        self._logprobs: list[TokenLogprob] = []
         self._completion: Completion | None = None
-        self._num_pieces = 0
+        self._pieces: list[str] = []
 
-    def __next__(self) -> str:
-        piece = super().__next__()
-        if isinstance(piece, Completion):
-            self._completion = piece
-            raise StopIteration
-        self._num_pieces += 1
-        return piece
+    def _text_of(self, event: Event) -> str | None:
+        if not event.text or event.choice != 0:
+            return None
+        self._pieces.append(event.text)
+        return event.text
+
+    def _ended(self) -> None:
+        handle = self._handle
+        if not self._closed and self._ended_by is None and handle is not None and handle.is_complete:
+            self._completion = handle.result()
+        if self._keep is not None:
+            self._keep("".join(self._pieces), self._completion)
 
     @property
     def completion(self) -> Completion:
@@ -89,15 +105,19 @@ class TextIterator(Stream[str]):
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """One per token so far, also if its text is not final yet; None unless ``top_logprobs`` was given."""
-        return None if self._logprobs is None else tuple(self._logprobs)
+        if self._logprob_of is None:
+            return None
+        ranked = () if self._handle is None else self._handle.answers[0].ranked
+        self._logprobs += map(self._logprob_of, ranked[len(self._logprobs) :])
+        return tuple(self._logprobs)
 
     @property
     def num_tokens(self) -> int:
         """So far, also those whose text is not final yet."""
-        return self._ticket.num_tokens
+        return 0 if self._handle is None else len(self._handle.answers[0].token_ids)
 
     def __repr__(self) -> str:
         if self._completion is not None:
             return f"TextIterator(ended: {self._completion!r})"
-        state = "closed" if self._ticket.closed else "unfinished"
-        return f"TextIterator({state}, {self._num_pieces} pieces so far)"
+        state = "closed" if self._closed or self._done else "unfinished"
+        return f"TextIterator({state}, {len(self._pieces)} pieces so far)"

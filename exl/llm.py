@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Generator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -18,6 +18,9 @@ from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.engine.build import Engine, load_engine
 from exl.engine.generator import Generator as TokenGenerator
+from exl.engine.handle import Handle
+from exl.engine.request import TokenRequest
+from exl.engine.ticket import Answer
 from exl.errors import ConfigError, ExlError
 from exl.keywords import explain_foreign_keywords, explain_options
 from exl.memory.device import release_cached
@@ -25,9 +28,9 @@ from exl.planning.from_headers import EngineOptions
 from exl.progress import Progress, shown_progress
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
-from exl.streams import Stream, Ticket, Turn
+from exl.streams import Stream
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
-from exl.text.text_stream import TextStream
+from exl.text.sink import TextSink
 from exl.text.tokenizer import Tokenizer
 from exl.units import format_bytes
 
@@ -43,7 +46,7 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A loaded model, made by ``exl.load``; a context manager. Thread-safe: requests run one after another."""
+    """A loaded model, made by ``exl.load``; a context manager. Thread-safe: requests of all threads run in one batch."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -52,7 +55,7 @@ class LLM:
     quant: QuantConfig | None
     plan: MemoryPlan
     _engine: Engine | None
-    _turn: Turn
+    _streams: weakref.WeakSet[Stream[Any]]
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         shown_args = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
@@ -64,7 +67,7 @@ class LLM:
         llm.folder, llm.tokenizer, llm.defaults = folder, tokenizer, defaults
         llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
         engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
-        llm._engine, llm._turn = engine, Turn()
+        llm._engine, llm._streams = engine, weakref.WeakSet()
         return llm
 
     @property
@@ -111,8 +114,8 @@ class LLM:
         """
         request = Request.of(params, options, self.defaults)
         if isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
-            return [self._complete(item, request) for item in prompt]
-        return self._complete(prompt, request)
+            return self._complete(list(prompt), request)
+        return self._complete([prompt], request)[0]
 
     @explain_options(RequestOptions)
     def stream(
@@ -122,7 +125,25 @@ class LLM:
 
         With ``top_logprobs``, the iterator's ``logprobs`` has one entry per token so far.
         """
-        return self._begin(prompt, Request.of(params, options, self.defaults))
+        return self._stream(self.encode(prompt), Request.of(params, options, self.defaults))
+
+    @explain_options(RequestOptions)
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> TextIterator:
+        """``stream``, for ``async for``: the engine's thread computes, the event loop stays free."""
+        return self.stream(prompt, params, **options)
+
+    @explain_options(RequestOptions)
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
+    ) -> Handle[Completion]:
+        """Begins a request and returns at once; it runs in one batch with all others, in a thread of the engine's.
+
+        The handle's ``result()`` waits for the completion; iterating gives pieces, ``async for`` too; ``events()`` gives
+        token ids beside the text; ``cancel()`` ends it. Options as for ``generate``.
+        """
+        return self._submit(self.encode(prompt), Request.of(params, options, self.defaults), inline=False)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids, with the model's BOS once; ids are returned as they are. Raises ``ConfigError``."""
@@ -215,32 +236,31 @@ class LLM:
 
     def iter_logits(self, ids: Sequence[int]) -> Stream[torch.Tensor]:
         """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk."""
-        ticket = Ticket()
-        return Stream(self._logit_chunks(ids, ticket), ticket)
+        ids = self.encode(ids)
+        request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, wants_all=True)
 
-    def _logit_chunks(self, ids: Sequence[int], ticket: Ticket) -> Generator[torch.Tensor, None, None]:
-        self._open_generator()
-        with self._turn.take(ticket), contextlib.closing(self._open_generator().logits(ids)) as chunks:
-            for chunk in chunks:
-                with self._turn.paused(ticket):
-                    yield chunk.cpu()
-                if not ticket.goes_on():
-                    return
+        def start(inline: bool) -> Handle[Any]:
+            return self._open_generator().submit(request, inline=inline)
+
+        return self._track(Stream(start, lambda event: event.logits))
 
     def close(self) -> None:
         """Frees the memory. Requests to the model after that raise ``ExlError``.
 
         Unfinished streams end: one that another thread is computing after its token, the others at once.
         """
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             return
-        with self._turn.take_over(f"{self.folder.name}: the model was closed"):
-            engine, self._engine = self._engine, None
-            if engine is not None:
-                device = engine.device
-                engine.close()
-                del engine
-                release_cached(device)
+        reason = f"{self.folder.name}: the model was closed"
+        engine.generator.seat.close(reason)
+        self._engine = None
+        for stream in list(self._streams):
+            stream.end(reason)
+        device = engine.device
+        engine.close()
+        del engine
+        release_cached(device)
 
     def __enter__(self) -> LLM:
         return self
@@ -262,78 +282,66 @@ class LLM:
         self._engine.generator.guard.check()
         return self._engine.generator
 
-    def _begin(self, prompt: Prompt, request: Request) -> TextIterator:
+    def _submit(self, prompt_ids: list[int], request: Request, *, inline: bool) -> Handle[Completion]:
+        generator = self._open_generator()
         check_top_logprobs(request.top_logprobs, self.config.vocab_size)
-        logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
-        ticket = Ticket()
-        return TextIterator(self._pieces_of(self.encode(prompt), request, logprobs, ticket), ticket, logprobs)
+        params, tokenizer = request.params, self.tokenizer
+        asked = TokenRequest(
+            prompt_ids,
+            params,
+            reuse_prefix=request.reuse_prefix,
+            top_logprobs=request.top_logprobs,
+            prompt_progress=request.prompt_progress,
+            make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop),
+        )
+        return generator.submit(asked, lambda answers: self._completion(asked, answers), inline=inline)
 
-    def _complete(self, prompt: Prompt, request: Request) -> Completion:
-        pieces = self._begin(prompt, request)
-        for _ in pieces:
-            pass
-        return pieces.completion
+    def _stream(
+        self,
+        prompt_ids: list[int],
+        request: Request,
+        keep: Callable[[str, Completion | None], None] | None = None,
+    ) -> TextIterator:
+        """``keep``: see ``TextIterator``."""
+        check_top_logprobs(request.top_logprobs, self.config.vocab_size)
 
-    def _pieces_of(
-        self, prompt_ids: list[int], request: Request, logprobs: list[TokenLogprob] | None, ticket: Ticket
-    ) -> Generator[str | Completion, None, None]:
-        """Yields pieces, then the ``Completion``. Appends to ``logprobs`` token by token."""
-        self._open_generator()  # a closed model says so at once
-        with self._turn.take(ticket):
-            generator = self._open_generator()
-            text = TextStream(self.tokenizer, prompt_ids, request.params.stop)
-            pieces: list[str] = []
-            token_ids: list[int] = []
-            reason = "length"
-            began = first = last = time.perf_counter()
-            num_reused = 0
-            asked = generator.stream(
-                prompt_ids,
-                request.params,
-                reuse_prefix=request.reuse_prefix,
-                top_logprobs=request.top_logprobs,
-                prompt_progress=request.prompt_progress,
-            )
-            with contextlib.closing(asked) as tokens:
-                for token in tokens:
-                    last = time.perf_counter()
-                    num_reused = token.num_reused
-                    first = first if token_ids else last
-                    if token.finish_reason == "stop":
-                        reason = "stop"
-                        break
-                    token_ids.append(token.token_id)
-                    ticket.num_tokens = len(token_ids)
-                    if logprobs is not None:
-                        logprobs.append(TokenLogprob.of(token.ranked, self.tokenizer))
-                    piece = text.push(token.token_id)
-                    if piece:
-                        pieces.append(piece)
-                        with self._turn.paused(ticket):
-                            yield piece
-                    if text.stopped is not None:
-                        reason = "stop"
-                        break
-                    if not ticket.goes_on():
-                        return
-            piece = text.finish()
-            if piece:
-                pieces.append(piece)
-                with self._turn.paused(ticket):
-                    yield piece
-            ticket.goes_on()
-            limit = "max_tokens" if len(token_ids) == request.params.max_tokens else "context"
-        yield Completion(
-            text="".join(pieces),
-            token_ids=tuple(token_ids),
-            finish_reason=reason,
-            num_prompt_tokens=len(prompt_ids),
-            num_reused_tokens=num_reused,
-            seed=request.params.seed,
-            prompt_seconds=first - began,
-            decode_seconds=last - first,
-            logprobs=None if logprobs is None else tuple(logprobs),
-            limit=limit if reason == "length" else None,
+        def start(inline: bool) -> Handle[Completion]:
+            return self._submit(prompt_ids, request, inline=inline)
+
+        logprob_of = None if request.top_logprobs is None else self._logprob_of
+        return self._track(TextIterator(start, logprob_of, keep))
+
+    def _track(self, stream: Any) -> Any:
+        """Closing the model ends the stream."""
+        self._streams.add(stream)
+        return stream
+
+    def _logprob_of(self, ranked: tuple[tuple[int, float], ...]) -> TokenLogprob:
+        return TokenLogprob.of(ranked, self.tokenizer)
+
+    def _complete(self, prompts: Sequence[Prompt], request: Request) -> list[Completion]:
+        """All in one batch; whatever goes wrong with one ends all."""
+        with contextlib.ExitStack() as stack:
+            handles = [
+                stack.enter_context(self._submit(ids, request, inline=True)) for ids in list(map(self.encode, prompts))
+            ]
+            return [handle.result() for handle in handles]
+
+    def _completion(self, asked: TokenRequest, answers: list[Answer]) -> Completion:
+        answer, params = answers[0], asked.params
+        logprobs = None if answer.ranked is None else tuple(map(self._logprob_of, answer.ranked))
+        return Completion(
+            text="".join(answer.pieces),
+            token_ids=tuple(answer.token_ids),
+            finish_reason=answer.outcome.finish_reason,
+            num_prompt_tokens=len(asked.prompt_ids),
+            num_reused_tokens=answer.num_reused,
+            seed=params.seed,
+            prompt_seconds=max(0.0, answer.first - answer.began),
+            decode_seconds=answer.last - answer.first,
+            logprobs=logprobs,
+            limit=answer.outcome.limit,
+            stop_reason=answer.outcome.stop_reason,
         )
 
 

@@ -145,11 +145,12 @@ def build_engine(
             from exl.engine.kernels_ahead import load_kernels
 
             load_kernels(Decoder(files.config, ops), weights, model, kv)
-        runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
+        short = min(_decode_prompt(model, backend), model.limits.max_rows)
+        decoder = Decoder(files.config, ops)
+        runner = Runner(decoder, weights, kv, model.limits, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
-        short = min(_decode_prompt(model, backend), model.limits.max_rows)
-        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
+        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 

@@ -6,42 +6,28 @@ decode step is a window of one chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from exl.batch import ForwardBatch, is_step, padded_step
+from exl.batch import ForwardBatch, SamplingBatch, is_step, padded_step
 from exl.cache.kv import KVCache
+from exl.engine.compose import ChunkRules
 from exl.engine.step_graph import StepGraphs
+from exl.layout.attention import MAX_NEW_TOKENS
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
-from exl.request_options import PromptProgress
+from exl.ops.base import Samples
+from exl.ops.rope import depends_on_length
 from exl.threads import layer_kind
 from exl.weights.loader import ModelWeights
 from exl.weights.stream import ResidentWeights, WeightSource
 
 _NOTHING = nullcontext()
-
-
-class _Teller:
-    """Calls a prompt's ``progress`` with what its windows have come to."""
-
-    def __init__(
-        self, progress: Callable[[PromptProgress], None], batches: Sequence[ForwardBatch], num_layers: int
-    ) -> None:
-        self._progress, self._num_layers = progress, num_layers
-        self._total = sum(batch.num_rows for batch in batches)
-        self._before = self._window = 0  # tokens of earlier windows, and of the present one
-
-    def begin(self, chunks: Sequence[ForwardBatch]) -> None:
-        self._before += self._window
-        self._window = sum(batch.num_rows for batch in chunks)
-
-    def layer_done(self, layer_idx: int) -> None:
-        layers = layer_idx + 1
-        tokens = self._before + self._window * layers // self._num_layers
-        self._progress(PromptProgress(tokens, self._total, layers, self._num_layers))
+OnLayer = Callable[[int, int], None]  # layers done, layers
+OnChunks = Callable[[range, int, int], None]  # which chunks of a step; layers that they went through, layers
 
 
 class Runner:
@@ -53,7 +39,9 @@ class Runner:
         limits: StepLimits,
         *,
         graphs: bool = True,
+        max_decode_prompt: int = 1,
     ) -> None:
+        """``max_decode_prompt``: prompts up to this length run as decode rows, whose kernels are faster there."""
         self.decoder, self.kv, self.limits = decoder, kv, limits
         self.weights: WeightSource = weights.source
         self._embed, self._final_norm, self._head = weights.embed, weights.final_norm, weights.head
@@ -64,6 +52,19 @@ class Runner:
         self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
         self._logits = buffer("logits")
         self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
+        self.rules = ChunkRules(
+            chunk=limits.max_rows,
+            logit_chunk=max(1, min(limits.max_rows, limits.max_logit_rows - limits.max_sequences)),
+            max_decode_prompt=min(max_decode_prompt, limits.max_rows),
+            max_decode_rows=min(MAX_NEW_TOKENS, limits.max_rows),
+            invariant_rows=decoder.ops.invariant_rows,
+            by_length=depends_on_length(decoder.config.rope),
+        )
+        # With streamed layers, one crossing of the bus serves all rows of a step.
+        self._one_window = not isinstance(self.weights, ResidentWeights)
+        self.step_tokens = limits.window_rows if self._one_window else limits.max_rows
+        self.max_sequences, self.vocab_size = limits.max_sequences, limits.vocab_size
+        self.runs_ahead = decoder.ops.runs_ahead
 
     @property
     def decode_steps(self) -> str | None:
@@ -72,31 +73,81 @@ class Runner:
             return None
         return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
 
-    def forward(
-        self, batches: Sequence[ForwardBatch], progress: Callable[[PromptProgress], None] | None = None
-    ) -> Iterator[torch.Tensor]:
+    # ---- what a scheduler asks for (``exl.engine.scheduler.Device``)
+
+    def step(
+        self, decode: ForwardBatch | None, chunks: Sequence[ForwardBatch], on_layer: OnChunks | None = None
+    ) -> torch.Tensor:
+        """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows: a view that is valid until the next
+        call. ``on_layer`` is called after each layer that chunks went through."""
+        at = first = 0
+        try:
+            if decode is not None and not (self._one_window and chunks):
+                at = len(self._pass([decode], at, None))
+                decode = None
+            if self._one_window:
+                windows = self._prefill_windows([batch for batch in (decode, *chunks) if batch is not None])
+            else:
+                windows = ([batch] for batch in chunks)
+            for window in windows:
+                count = len(window) - (window[0] is decode)
+                tell = None if on_layer is None else functools.partial(on_layer, range(first, first + count))
+                at += len(self._pass(window, at, tell))
+                first += count
+        finally:
+            self.decoder.ops.stage(())
+        return self._logits[:at]
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
+        return self.decoder.ops.sample(logits, params)
+
+    def zero_pages(self, pages: Sequence[int]) -> None:
+        self.decoder.ops.fence()
+        self.kv.zero_pages(pages)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.decoder.ops.fence()  # a late thread of the last step may still write to its page
+        self.kv.copy_pages([source], [target])
+
+    def abandon(self) -> None:
+        self.decoder.ops.stage(())
+
+    # ---- passes
+
+    def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:
         """Runs the batches, later ones seeing what earlier ones cached. Yields each batch's logits f32 [R, V],
         a view that is valid until the next is asked for. To be exhausted: a batch runs when its prefill
-        window's turn comes. ``progress`` is called after each layer of a window.
+        window's turn comes.
         """
-        ops = self.decoder.ops
-        tell = None if progress is None else _Teller(progress, batches, self.decoder.config.num_layers)
         try:
             for chunks in self._prefill_windows(batches):
-                small = chunks[0].num_rows <= ops.captures
-                if self.graphs is not None and len(chunks) == 1 and small and is_step(chunks[0]):
+                if self._replays(chunks):
                     yield self._step(self.graphs, chunks[0])
                     continue
-                if tell is not None:
-                    tell.begin(chunks)
-                rows = self._run_layers(chunks, tell)
+                rows = self._run_layers(chunks)
                 for i, h in enumerate(rows):
-                    ops.select(i)
-                    with self._like(h.shape[0]):
-                        logits = self.decoder.head(self._final_norm, self._head, h, self._logits)
-                    yield logits
+                    yield self._head_of(i, h, 0)
         finally:
-            ops.stage(())
+            self.decoder.ops.stage(())
+
+    def _pass(self, chunks: Sequence[ForwardBatch], at: int, on_layer: OnLayer | None) -> torch.Tensor:
+        """One window through all layers; its logits, which are at row ``at`` of the buffer."""
+        if at == 0 and self._replays(chunks):
+            return self._step(self.graphs, chunks[0])
+        rows, start = self._run_layers(chunks, on_layer), at
+        for i, h in enumerate(rows):
+            at += len(self._head_of(i, h, at))
+        return self._logits[start:at]
+
+    def _replays(self, chunks: Sequence[ForwardBatch]) -> bool:
+        small = len(chunks) == 1 and chunks[0].num_rows <= self.decoder.ops.captures
+        return self.graphs is not None and small and is_step(chunks[0])
+
+    def _head_of(self, i: int, h: torch.Tensor, at: int) -> torch.Tensor:
+        """Logits of batch i of the window, whose rows are ``h``."""
+        self.decoder.ops.select(i)
+        with self._like(h.shape[0]):
+            return self.decoder.head(self._final_norm, self._head, h, self._logits[at:])
 
     def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
         """One new token per sequence, in a batch padded to a power of two: few shapes, so few graphs."""
@@ -115,7 +166,7 @@ class Runner:
         graphs.run(ops.step_key, step)
         return self._logits[: batch.num_rows]
 
-    def _run_layers(self, chunks: Sequence[ForwardBatch], tell: _Teller | None) -> list[torch.Tensor]:
+    def _run_layers(self, chunks: Sequence[ForwardBatch], on_layer: OnLayer | None = None) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops
         ops.stage(chunks, self._embed_rows)
         rows: list[torch.Tensor] = []
@@ -125,10 +176,10 @@ class Runner:
             start += batch.num_rows
             ops.select(i)
             decoder.embed(self._embed, rows[i])
-        self._through_layers(rows, tell)
+        self._through_layers(rows, on_layer)
         return rows
 
-    def _through_layers(self, rows: Sequence[torch.Tensor], tell: _Teller | None = None) -> None:
+    def _through_layers(self, rows: Sequence[torch.Tensor], on_layer: OnLayer | None = None) -> None:
         decoder, ops = self.decoder, self.decoder.ops
         order = range(decoder.config.num_layers)
         buffers = [self._buffers.rows(h.shape[0]) for h in rows]
@@ -143,8 +194,8 @@ class Runner:
                     decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
             ops.launch()
             self.weights.release(layer_idx)
-            if tell is not None:
-                tell.layer_done(layer_idx)
+            if on_layer is not None:
+                on_layer(layer_idx + 1, len(order))
 
     def _measured(self, num_rows: int) -> AbstractContextManager[None]:
         """Around one layer: with as many threads as are fastest on the CPU for so many rows."""

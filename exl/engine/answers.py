@@ -1,0 +1,175 @@
+"""From drawn tokens to what callers get: what ends a sequence, its text, its events."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from exl.engine.draws import DrawRow, DrawState
+from exl.engine.request import Outcome, TokenRequest
+from exl.engine.sequence import Sequence
+from exl.engine.ticket import Event, Ticket
+from exl.errors import ConfigError, ExlError, MemoryBudgetError
+from exl.ops.base import SampleRows
+
+MAX_REWINDS = 32  # at one position, before a request that bans strings is given up
+_NOTHING = {  # codes of rows without a distribution, as ``cuda/sample.cu`` has them
+    -1: "a logit that is NaN",
+    -2: "a logit that is infinite",
+    -3: "no token that is allowed",
+}
+
+
+class Answers:
+    """Of all requests to one model."""
+
+    def __init__(self, context: int, vocab_size: int, num_pages: int, page_size: int) -> None:
+        self.context, self.vocab_size = context, vocab_size
+        self.eos_ids: frozenset[int] = frozenset()
+        self._most_tokens = num_pages * page_size
+
+    # ---- before anything runs
+
+    def check(self, request: TokenRequest) -> None:
+        """Raises ``ConfigError`` for a prompt that is empty, foreign or too long; ``MemoryBudgetError`` for one that the
+        cache has no room for even if it is empty."""
+        ids = request.prompt_ids
+        if not len(ids):
+            raise ConfigError("prompt: found no tokens, expected at least one")
+        if len(ids) > self.context:
+            raise ConfigError(f"prompt: found {len(ids)} tokens, the context holds {self.context}")
+        for token_id in ids:
+            if not isinstance(token_id, int | np.integer) or not 0 <= token_id < self.vocab_size:
+                raise ConfigError(
+                    f"prompt: found token id {token_id!r}, expected an integer from 0 to {self.vocab_size - 1}"
+                )
+        if len(ids) + (not request.wants_all) > self._most_tokens:
+            raise MemoryBudgetError(
+                f"prompt: found {len(ids)} tokens, the cache has room for {self._most_tokens}: load the model with "
+                f"cache_tokens={len(ids) + 1} or more"
+            )
+
+    def sequences(self, ticket: Ticket, arrival: int) -> list[Sequence]:
+        """One for each choice."""
+        request = ticket.request
+        ids = [int(token_id) for token_id in request.prompt_ids]
+        if request.wants_all:
+            sequence = Sequence(
+                ticket, ticket.answers[0], ids, len(ids), 1, None, None, None, (arrival, 0), wants_all=True
+            )
+            ticket.sequences.append(sequence)
+            return ticket.sequences
+        max_new = min(request.params.max_tokens, self.context - len(ids), self._most_tokens - len(ids))
+        stop_ids = self.eos_ids.union(getattr(request.params, "stop_token_ids", ()))
+        draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size)
+        for answer in ticket.answers:
+            sequence = Sequence(
+                ticket=ticket,
+                answer=answer,
+                ids=list(ids),
+                num_prompt=len(ids),
+                max_new=max(0, max_new),
+                draws=draws if answer.choice == 0 else draws.copy(answer.seed),
+                sink=None if request.make_sink is None else request.make_sink(),
+                matcher=None if request.make_matcher is None else request.make_matcher(),
+                arrival=(arrival, answer.choice),
+                stop_ids=stop_ids,
+            )
+            ticket.sequences.append(sequence)
+        return ticket.sequences
+
+    # ---- while it runs
+
+    def draw(self, sequence: Sequence, logits_row: int) -> DrawRow:
+        """How the next token is to be drawn."""
+        mask = None
+        if sequence.matcher is not None:
+            words = np.zeros(-(-self.vocab_size // 32), np.uint32)
+            if sequence.matcher.mask(words):
+                mask = words
+        top = sequence.ticket.request.top_logprobs
+        return sequence.draws.row(logits_row, mask, num_logprobs=-1 if top is None else top)
+
+    def take(self, sequence: Sequence, rows: SampleRows, i: int) -> bool:
+        """Takes draw i of a sequence. Returns whether it has ended."""
+        token_id, answer = rows.ids[i], sequence.answer
+        answer.last = time.perf_counter()
+        if not answer.token_ids:
+            answer.first = answer.last
+        sequence.ids.append(token_id)
+        if token_id in sequence.stop_ids:
+            answer.outcome = Outcome("stop", token_id)
+            return True
+        sequence.draws.accept(token_id, rows.surprise[i])
+        if sequence.matcher is not None:
+            sequence.matcher.consume(token_id)
+        answer.token_ids.append(token_id)
+        ranked = rows.ranked[i]
+        if ranked is not None:
+            answer.ranked.append(ranked)
+        text = ""
+        if sequence.sink is not None:
+            verdict = sequence.sink.push(token_id)
+            text = verdict.text
+            if verdict.stopped is not None:
+                answer.outcome = Outcome("stop", verdict.stopped)
+        if answer.outcome is None and sequence.matcher is not None and sequence.matcher.is_finished:
+            answer.outcome = Outcome("stop", "grammar")
+        if answer.outcome is None and len(answer.token_ids) >= sequence.max_new:
+            answer.outcome = self._length(sequence)
+        self._tell(sequence, text, (token_id,), None if ranked is None else (ranked,))
+        return answer.outcome is not None
+
+    def logits(self, sequence: Sequence, rows: torch.Tensor) -> bool:
+        """The logits after the next tokens of a text. Returns whether these were the last."""
+        sequence.ticket.put(Event(0, logits=rows.to("cpu", copy=True)))
+        if sequence.num_cached == len(sequence.ids):
+            sequence.answer.outcome = Outcome("stop")
+        return sequence.answer.outcome is not None
+
+    def _tell(self, sequence: Sequence, text: str, token_ids: tuple[int, ...] = (), ranked=None) -> None:
+        if text:
+            sequence.answer.pieces.append(text)
+        sequence.ticket.put(Event(sequence.answer.choice, text, token_ids, ranked))
+
+    def _length(self, sequence: Sequence) -> Outcome:
+        wanted = sequence.ticket.request.params.max_tokens
+        return Outcome("length", limit="max_tokens" if sequence.max_new == wanted else "context")
+
+    # ---- the end
+
+    def finish(self, sequence: Sequence) -> None:
+        """The rest of the text, and the outcome."""
+        answer, ticket = sequence.answer, sequence.ticket
+        text = ""
+        if sequence.sink is not None:
+            text = sequence.sink.finish()
+            if text:
+                answer.pieces.append(text)
+        ticket.put(Event(answer.choice, text, outcome=answer.outcome))
+        if all(other.outcome is not None for other in ticket.answers):
+            ticket.end()
+
+    def cut_off(self, sequence: Sequence) -> None:
+        """A sequence that may not draw any token."""
+        sequence.answer.outcome = self._length(sequence)
+        self.finish(sequence)
+
+    def cancelled(self, sequence: Sequence) -> None:
+        sequence.answer.outcome = Outcome("cancelled")
+        self.finish(sequence)
+
+    def refused(self, ticket: Ticket) -> None:
+        """A request that was cancelled before it began."""
+        for answer in ticket.answers:
+            answer.outcome = Outcome("cancelled")
+            ticket.put(Event(answer.choice, outcome=answer.outcome))
+        ticket.end()
+
+    def failed(self, ticket: Ticket, error: BaseException) -> None:
+        ticket.end(error)
+
+    def no_distribution(self, code: int) -> ExlError:
+        return ExlError(f"sample: found {_NOTHING[code]}, expected finite logits")

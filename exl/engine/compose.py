@@ -1,0 +1,153 @@
+"""Which rows a step runs: pure functions of sequences and limits; nothing here changes a sequence.
+
+Company decides *when* a row or a chunk runs, never *how large* the batch is that its bits may depend on. Decode rows
+are a batch of their own, of kernels whose rows do not depend on each other. A prompt is cut at multiples of the chunk
+from position 0 on. Chunks of several prompts share a batch only where the backend's rows are invariant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from exl.batch import PAGE_SIZE, ForwardBatch
+from exl.engine.sequence import Sequence as Tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New rows of one sequence: tokens ``start`` to ``stop``."""
+
+    sequence: Tokens
+    start: int
+    stop: int
+    as_decode: bool  # by the kernels of decode rows
+    wants_logits: bool  # after the last of them; of decode pieces after each
+    rope_len: int
+    drafts: tuple[int, ...] = ()  # of a decode piece: guesses at the tokens after ``stop``; logits after each, too
+    every: bool = False  # logits after each of its tokens are wanted
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start + len(self.drafts)
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_rows if self.every else 1 + len(self.drafts) if self.wants_logits else 0
+
+
+@dataclass(frozen=True)
+class ChunkRules:
+    """How prompts are cut."""
+
+    chunk: int  # borders at its multiples; the most rows of a batch
+    logit_chunk: int  # the same for texts of which all logits are wanted
+    max_decode_prompt: int  # whole prompts up to this length run as decode rows, where those are quicker
+    max_decode_rows: int  # of one sequence in a batch of decode rows
+    invariant_rows: int  # batches of fewer prompt rows than this have rows that do not depend on each other
+    by_length: bool = False  # RoPE's angles depend on the length of the text: rows of one batch share it
+
+    @property
+    def all_alike(self) -> bool:
+        """Whether a row has the same bits in any batch, as a decode row or in a prompt."""
+        return self.invariant_rows >= ALL_ALIKE
+
+    @property
+    def chunks_alike(self) -> bool:
+        """Whether prompt rows have the same bits in chunks of any length."""
+        return self.chunk < self.invariant_rows
+
+    def next_piece(self, sequence: Tokens, reuse_counts: bool, start: int | None = None) -> Piece:
+        """The next rows of a sequence whose known tokens are not all computed, from ``start`` on (default: the first
+        that is not computed). ``reuse_counts``: a short rest after what was reused may run as a short prompt does, which
+        the exact modes do not allow."""
+        start, total = sequence.num_cached if start is None else start, len(sequence.ids)
+        if sequence.wants_all:
+            stop = min(total, (start // self.logit_chunk + 1) * self.logit_chunk)
+            return Piece(sequence, start, stop, False, True, total, every=True)
+        end_of_prompt = sequence.num_prompt
+        merges = self.all_alike and not self.by_length
+        if start >= end_of_prompt and not merges:  # generated tokens of a sequence that was paused
+            stop = min(total, start + (1 if self.by_length else self.max_decode_rows))
+            return self._piece(sequence, start, stop, as_decode=True)
+        length = end_of_prompt - start if reuse_counts else end_of_prompt
+        as_decode = length <= self.max_decode_prompt
+        stop = min(total if merges else end_of_prompt, (start // self.chunk + 1) * self.chunk)
+        return self._piece(sequence, start, stop, as_decode=as_decode)
+
+    def _piece(self, sequence: Tokens, start: int, stop: int, *, as_decode: bool) -> Piece:
+        # In each chunk of a prompt the length is the whole prompt's, so that the result does not depend on the chunks.
+        rope_len = max(stop, sequence.num_prompt) if start < sequence.num_prompt else stop
+        return Piece(sequence, start, stop, as_decode, stop == len(sequence.ids), rope_len)
+
+    def exact_after(self, piece: Piece) -> int:
+        """How many of the sequence's leading tokens have the bits of a cold run once ``piece`` has run."""
+        sequence = piece.sequence
+        if self.all_alike:
+            return piece.stop
+        if sequence.num_exact != piece.start or piece.as_decode:
+            return sequence.num_exact
+        whole = piece.start % self.chunk == 0 and piece.stop % self.chunk == 0
+        return piece.stop if whole or self.chunks_alike else sequence.num_exact
+
+
+ALL_ALIKE = 1 << 30  # ``Ops.invariant_rows`` of a backend whose rows never depend on each other
+
+
+def pack_chunks(pieces: Iterable[Piece], rules: ChunkRules, max_sequences: int) -> list[list[Piece]]:
+    """Pieces in groups that share a batch."""
+    groups: list[list[Piece]] = []
+    num_rows = 0
+    for piece in pieces:
+        num_rows += piece.num_rows
+        most = rules.chunk if piece.as_decode else min(rules.chunk, rules.invariant_rows - 1)
+        alike = groups and groups[-1][0].as_decode == piece.as_decode and not (piece.every or groups[-1][0].every)
+        if alike and groups[-1][-1].sequence is not piece.sequence and num_rows <= most and len(groups[-1]) < max_sequences:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+            num_rows = piece.num_rows
+    return groups
+
+
+def decode_piece(sequence: Tokens, drafts: tuple[int, ...] = ()) -> Piece:
+    """The row of a sequence's last token, which may not be read yet, and of guesses at those after it."""
+    stop = sequence.num_tokens
+    return Piece(sequence, stop - 1, stop, True, True, stop, drafts)
+
+
+def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
+    """All of one kind."""
+    as_decode = pieces[0].as_decode
+    ids: list[int] = []
+    starts = [0]
+    logit_rows: list[int] = []
+    width = max(len(piece.sequence.pages) for piece in pieces)
+    table = np.zeros((len(pieces), width), np.int32)
+    positions, slots = [], []
+    for i, piece in enumerate(pieces):
+        sequence, start, stop = piece.sequence, piece.start, piece.start + piece.num_rows
+        pages = sequence.page_table
+        table[i, : len(pages)] = pages
+        ids += sequence.ids[start : piece.stop]
+        if piece.stop > len(sequence.ids):  # the token is still on the device
+            ids.append(-1 - sequence.sample_idx)
+        ids += piece.drafts
+        where = np.arange(start, stop, dtype=np.int32)
+        positions.append(where)
+        slots.append(pages[where // PAGE_SIZE] * PAGE_SIZE + where % PAGE_SIZE)
+        starts.append(starts[-1] + stop - start)
+        logit_rows += range(starts[-1] - piece.num_logits, starts[-1])
+    return ForwardBatch(
+        token_ids=np.array(ids, np.int32),
+        positions=np.concatenate(positions) if len(positions) > 1 else positions[0],
+        slots=np.concatenate(slots) if len(slots) > 1 else slots[0],
+        query_start=np.array(starts, np.int32),
+        context_len=np.array([piece.start + piece.num_rows for piece in pieces], np.int32),
+        rope_len=np.array([piece.rope_len for piece in pieces], np.int32),
+        page_table=table,
+        logit_rows=np.array(logit_rows, np.int32),
+        num_decode_rows=len(ids) if as_decode else 0,
+    )

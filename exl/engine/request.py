@@ -1,0 +1,55 @@
+"""What the engine is asked for, in token ids, and how a sequence ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from exl.request_options import PromptProgress
+from exl.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from exl.engine.constraints import Matcher
+    from exl.text.sink import Verdict
+
+Reuse = bool | Literal["exact"]
+
+
+class Sink(Protocol):
+    """What becomes of one sequence's tokens: a text, if it is ``exl.text.sink.TextSink``. Runs in whichever thread
+    drives the engine."""
+
+    def push(self, token_id: int) -> Verdict:
+        """The text that this token makes final; whether a stop string is complete; tokens to be taken back."""
+
+    def finish(self) -> str:
+        """The rest of the text."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why a sequence ended."""
+
+    finish_reason: str  # "stop", "length" or "cancelled"
+    stop_reason: int | str | None = None  # of "stop": the token's id, the string, or "grammar"
+    limit: str | None = None  # of "length": "max_tokens" or "context"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRequest:
+    """One request: a prompt and what is wanted of it.
+
+    ``params.seed`` None draws from the system's entropy. ``num_choices`` answers share the prompt; choice i draws with
+    ``child_seed(seed, i)``.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    reuse_prefix: Reuse = "exact"
+    top_logprobs: int | None = None
+    prompt_progress: Callable[[PromptProgress], None] | None = None
+    num_choices: int = 1
+    wants_all: bool = False  # no token is drawn: the logits after each token of the prompt are wanted
+    make_sink: Callable[[], Sink] | None = None  # None: token ids alone are wanted
+    make_matcher: Callable[[], Matcher] | None = None

@@ -1,0 +1,441 @@
+"""One batch that sequences join and leave at every step.
+
+Single-threaded: ``exl.engine.seat`` sees to it that one thread at a time drives. A step plans which rows run, runs
+them, and draws. On a device that runs ahead, step n + 1 is launched before the tokens of step n are read: its rows take
+them from the device's own samples. What needs the text only to draw (penalties, masks, bans) costs no wait, since step
+n is read before the draw of step n + 1.
+
+What a sequence is changes only after a pass was run, so a step that fails leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from exl.batch import PAGE_SIZE, ForwardBatch, SamplingBatch
+from exl.engine.admission import Pages
+from exl.engine.answers import Answers
+from exl.engine.compose import ChunkRules, Piece, batch_of, decode_piece, pack_chunks
+from exl.engine.draws import sampling_batch
+from exl.engine.sequence import Sequence as Tokens
+from exl.engine.sequence import State
+from exl.engine.ticket import Ticket
+from exl.errors import CheckpointError, MemoryBudgetError
+from exl.ops.base import Samples
+from exl.request_options import PromptProgress
+
+
+class Device(Protocol):
+    """What runs steps: ``exl.engine.runner.Runner``."""
+
+    rules: ChunkRules
+    runs_ahead: bool
+    max_sequences: int  # that run at once
+    step_tokens: int  # prompt rows of a step, at most; one chunk may be more
+    vocab_size: int
+
+    def step(
+        self,
+        decode: ForwardBatch | None,
+        chunks: Sequence[ForwardBatch],
+        on_layer: Callable[[range, int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows; valid until the next call.
+        ``on_layer(which chunks, layers done, layers)`` is called after each layer that chunks went through."""
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples: ...
+
+    def zero_pages(self, pages: Sequence[int]) -> None: ...
+
+    def abandon(self) -> None:
+        """After a pass that was interrupted."""
+
+
+@dataclass
+class Stats:
+    """Counts since the model was loaded."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # computed, of prompts
+    generated_tokens: int = 0
+    preemptions: int = 0  # sequences that were paused
+    recomputed_tokens: int = 0  # computed again after a pause
+    wasted_rows: int = 0  # computed after a stop that was found late
+
+
+@dataclass
+class _Step:
+    """A pass that was launched, and the draws that its logits are for."""
+
+    draws: list[Tokens] = field(default_factory=list)  # in the order of the samples
+    samples: Samples | None = None
+
+
+class _ProgressError(Exception):
+    """A request's own callback has failed in the middle of a pass."""
+
+    def __init__(self, sequence: Tokens) -> None:
+        self.sequence = sequence
+
+
+class Scheduler:
+    def __init__(self, device: Device, pages: Pages, answers: Answers) -> None:
+        self.device, self.pages, self.answers = device, pages, answers
+        self.stats = Stats()
+        self.waiting: list[Tokens] = []  # by arrival, as all lists of sequences
+        self.running: list[Tokens] = []  # have pages
+        self._inflight: _Step | None = None  # drawn and not read
+        self._arrivals = itertools.count()
+
+    @property
+    def live(self) -> list[Tokens]:
+        return [*self.running, *self.waiting]
+
+    # ---- requests
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queues a request that was checked (``Answers.check``)."""
+        for sequence in self.answers.sequences(ticket, next(self._arrivals)):
+            if sequence.max_new == 0:
+                self.answers.cut_off(sequence)
+            else:
+                self._wait(sequence)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends what is left of a request. Others notice nothing."""
+        for sequence in ticket.sequences:
+            if sequence.state is not State.DONE:
+                self._leave(sequence)
+                self.answers.cancelled(sequence)
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """Ends a request with an error, which its caller gets."""
+        for sequence in ticket.sequences:
+            if sequence.state is not State.DONE:
+                self._leave(sequence)
+        self.answers.failed(ticket, error)
+
+    def drop_all(self, tickets: Sequence[Ticket]) -> None:
+        """After an interrupt, which may have come anywhere: nothing of these requests, which are all there are, is run
+        any more. What was committed can still be reused, unless pages were on their way."""
+        self._inflight = None
+        self.device.abandon()
+        sequences = [sequence for ticket in tickets for sequence in ticket.sequences if sequence.state is not State.DONE]
+        self.running, self.waiting = [], []
+        self.pages.recover(sequences)
+        for sequence in sequences:
+            sequence.state = State.DONE
+
+    def _wait(self, sequence: Tokens) -> None:
+        sequence.state = State.WAITING
+        bisect.insort(self.waiting, sequence, key=lambda other: other.arrival)
+
+    def _leave(self, sequence: Tokens) -> None:
+        """The sequence is not run any more; its pages may be used by the next step: what an earlier one still writes
+        comes before, on the same stream."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        self.pages.give_back(sequence)
+        sequence.state = State.DONE
+
+    # ---- steps
+
+    def step(self) -> bool:
+        """Runs what can be run. False: there is nothing to do until a request comes or a reader takes tokens."""
+        if self._inflight is not None and (not self.device.runs_ahead or self._must_read_first()):
+            self._read()
+        decode, chunks = self._plan()
+        if not decode and not chunks:
+            if self._inflight is None:
+                return False
+            self._read()
+            return True
+        self.stats.steps += 1
+        logits = self._forward(decode, chunks)
+        if logits is None:
+            return True
+        drawing = self._commit(decode, chunks, logits)
+        if self._inflight is not None:
+            self._read()
+        self._draw(logits, drawing)
+        if self._inflight is not None and not self.device.runs_ahead:
+            self._read()
+        return True
+
+    def _must_read_first(self) -> bool:
+        """Whether which rows run depends on tokens that are not read yet."""
+        return False
+
+    # ---- plan
+
+    def _plan(self) -> tuple[list[Piece], list[list[Piece]]]:
+        """Decode rows, and chunks of prompts in groups that share a batch."""
+        self._grow()
+        self._admit()
+        decode = [decode_piece(sequence) for sequence in self.running if self._draws_next(sequence)]
+        return decode, self._chunks()
+
+    def _draws_next(self, sequence: Tokens) -> bool:
+        return (
+            sequence.state is State.RUNNING
+            and sequence.num_drawn < sequence.max_new  # those whose last token is drawn wait for it to be read
+            and not sequence.ticket.lags
+        )
+
+    def _grow(self) -> None:
+        """A page for each row that crosses a border, the oldest first. If there is none left, the newest sequence is
+        paused, first of those whose readers lag."""
+        for sequence in list(self.running):
+            while self._draws_next(sequence):
+                try:
+                    self.pages.grow(sequence, sequence.num_tokens)
+                    break
+                except MemoryBudgetError:
+                    if self._inflight is not None:  # a sequence whose token is not known cannot be paused
+                        self._read()
+                        continue
+                    self._pause(self._victim())
+
+    def _victim(self) -> Tokens:
+        return max(self.running, key=lambda sequence: (sequence.ticket.lags, sequence.arrival))
+
+    def _pause(self, sequence: Tokens) -> None:
+        self.stats.preemptions += 1
+        self.running.remove(sequence)
+        self.pages.pause(sequence)
+        self._wait(sequence)
+
+    def _admit(self) -> None:
+        """By arrival: nobody overtakes one that waits for pages. One whose prompt begins like one that is being
+        computed waits for that."""
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.device.max_sequences and not self._pause_lagging():
+                return
+            if sequence.ticket.lags or self._follows(sequence):
+                continue
+            while not self.pages.place(sequence, reserve=len(self.running)):
+                if not self._pause_lagging():
+                    return
+            self._begin(sequence)
+
+    def _pause_lagging(self) -> bool:
+        """Makes room by pausing a sequence whose reader lags, if there is one."""
+        lagging = [sequence for sequence in self.running if sequence.ticket.lags and sequence.sample_idx is None]
+        if lagging:
+            self._pause(lagging[-1])
+        return bool(lagging)
+
+    def _begin(self, sequence: Tokens) -> None:
+        self.waiting.remove(sequence)
+        if sequence.num_drawn and sequence.num_cached == len(sequence.ids) - 1:
+            sequence.state = State.RUNNING
+        else:
+            sequence.state = State.PREFILL
+        if sequence.answer.began == 0.0:
+            sequence.answer.began = time.perf_counter()
+        if sequence.num_drawn:
+            self.stats.recomputed_tokens += len(sequence.ids) - 1 - sequence.num_cached
+        bisect.insort(self.running, sequence, key=lambda other: other.arrival)
+
+    def _follows(self, sequence: Tokens) -> bool:
+        """Whether a prompt begins, for a page or more, like one that is being computed and will be found; so does that
+        of a request's other choices, however short."""
+        leader = sequence.ticket.sequences[0]
+        if sequence is not leader and leader.state is not State.DONE and not leader.num_drawn:
+            return True
+        if sequence.ticket.request.reuse_prefix is False:
+            return False
+        least = PAGE_SIZE if self.device.rules.chunks_alike else max(PAGE_SIZE, self.device.rules.chunk)
+        head = sequence.ids[:least]
+        return len(sequence.ids) > least and any(
+            other.state is State.PREFILL and other.ids[:least] == head and len(other.ids) > least
+            for other in self.running
+        )
+
+    def _chunks(self) -> list[list[Piece]]:
+        """The next chunks of the oldest prompts, under the budget of a step."""
+        rules, pieces, num_rows = self.device.rules, [], 0
+        for sequence in self.running:
+            if sequence.state is not State.PREFILL or sequence.ticket.lags:
+                continue
+            piece = rules.next_piece(sequence, reuse_counts=sequence.ticket.request.reuse_prefix is True)
+            if pieces and num_rows + piece.num_rows > self.device.step_tokens:
+                break
+            pieces.append(piece)
+            num_rows += piece.num_rows
+            while not piece.wants_logits and num_rows < self.device.step_tokens:
+                piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
+                if num_rows + piece.num_rows > self.device.step_tokens:
+                    break
+                pieces.append(piece)
+                num_rows += piece.num_rows
+            if num_rows >= self.device.step_tokens:
+                break
+        return pack_chunks(pieces, rules, self.device.max_sequences)
+
+    # ---- run
+
+    def _forward(self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]]) -> torch.Tensor | None:
+        """Logits; None if the pass failed, which those who took part in it know then."""
+        decode_rows = batch_of(decode) if decode else None
+        batches = [batch_of(pieces) for pieces in chunks]
+        on_layer = self._teller(chunks)
+        for attempt in range(2):
+            try:
+                return self.device.step(decode_rows, batches, on_layer)
+            except _ProgressError as failed:
+                self.device.abandon()
+                self.fail(failed.sequence.ticket, failed.__cause__)
+                return None
+            except CheckpointError as error:  # a layer could not be read
+                self.device.abandon()
+                if attempt:
+                    self._fail_all([*decode, *itertools.chain.from_iterable(chunks)], error)
+            except Exception as error:
+                self.device.abandon()
+                self._fail_all([*decode, *itertools.chain.from_iterable(chunks)], error)
+                return None
+        return None
+
+    def _fail_all(self, pieces: Sequence[Piece], error: Exception) -> None:
+        for piece in pieces:
+            if piece.sequence.state is not State.DONE:
+                self.fail(piece.sequence.ticket, error)
+
+    def _teller(self, chunks: Sequence[Sequence[Piece]]) -> Callable[[range, int, int], None] | None:
+        """Tells prompts how far they have come, if they want to know."""
+        if not any(piece.sequence.ticket.request.prompt_progress for pieces in chunks for piece in pieces):
+            return None
+
+        def on_layer(which: range, layers: int, num_layers: int) -> None:
+            for i in which:
+                for piece in chunks[i]:
+                    tell = piece.sequence.ticket.request.prompt_progress
+                    if tell is not None:
+                        before = piece.start - piece.sequence.answer.num_reused
+                        total = piece.sequence.num_prompt - piece.sequence.answer.num_reused
+                        tokens = min(total, before + piece.num_rows * layers // num_layers)
+                        try:
+                            tell(PromptProgress(tokens, total, layers, num_layers))
+                        except Exception as error:
+                            raise _ProgressError(piece.sequence) from error
+
+        return on_layer
+
+    def _commit(
+        self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]], logits: torch.Tensor
+    ) -> list[tuple[Tokens, int]]:
+        """What has been computed. Returns who draws next, and from which row of the logits."""
+        drawing = []
+        for row, piece in enumerate(decode):
+            sequence = piece.sequence
+            sequence.num_exact = self.device.rules.exact_after(piece)
+            sequence.num_cached = piece.stop
+            drawing.append((sequence, row))
+        row = len(decode)
+        for piece in itertools.chain.from_iterable(chunks):
+            sequence = piece.sequence
+            sequence.num_exact = self.device.rules.exact_after(piece)
+            sequence.num_cached = piece.stop
+            if sequence.num_drawn == 0:
+                self.stats.prompt_tokens += piece.num_rows
+            if piece.every:
+                if self.answers.logits(sequence, logits[row : row + piece.num_logits]):
+                    self._leave(sequence)
+                    self.answers.finish(sequence)
+            elif piece.wants_logits:
+                sequence.state = State.RUNNING
+                self.pages.remember(sequence)  # others that wait for it find it
+                drawing.append((sequence, row))
+                drawing += [(child, row) for child in self._fork(sequence)]
+            row += piece.num_logits
+        return drawing
+
+    def _fork(self, leader: Tokens) -> list[Tokens]:
+        """The other choices of a request whose prompt is computed, as far as there is room: they share its pages. The
+        rest wait and find it in the cache."""
+        ticket, forked = leader.ticket, []
+        if leader.num_drawn or leader is not ticket.sequences[0]:
+            return []
+        for child in ticket.sequences[1:]:
+            if child.state is not State.WAITING or child.num_drawn or len(self.running) >= self.device.max_sequences:
+                continue
+            if self.pages.pool.num_free <= len(self.running):
+                break
+            self.pages.fork(leader, child)
+            child.answer.num_reused = leader.num_cached
+            self._begin(child)
+            child.state = State.RUNNING
+            forked.append(child)
+        return forked
+
+    # ---- draw and read
+
+    def _draw(self, logits: torch.Tensor, drawing: Sequence[tuple[Tokens, int]]) -> None:
+        """Draws for all that are still there: a stop may have been found meanwhile."""
+        alive = [(sequence, row) for sequence, row in drawing if sequence.state is not State.DONE]
+        self.stats.wasted_rows += len(drawing) - len(alive)
+        rows, drawn = [], []
+        for sequence, row in alive:
+            try:
+                rows.append(self.answers.draw(sequence, row))
+                drawn.append(sequence)
+            except Exception as error:  # of this request's matcher
+                self.fail(sequence.ticket, error)
+        drawn = [sequence for sequence in drawn if sequence.state is not State.DONE]
+        rows = [row for row, sequence in zip(rows, drawn, strict=False) if sequence.state is not State.DONE]
+        if not drawn:
+            return
+        try:
+            samples = self.device.sample(logits, sampling_batch(rows, self.device.vocab_size))
+        except Exception as error:
+            for sequence in drawn:
+                if sequence.state is not State.DONE:
+                    self.fail(sequence.ticket, error)
+            return
+        for i, sequence in enumerate(drawn):
+            sequence.sample_idx = i
+        self._inflight = _Step(drawn, samples)
+
+    def _read(self) -> None:
+        """Tokens of the last draw, to those who asked for them."""
+        step, self._inflight = self._inflight, None
+        try:
+            found = step.samples.read()
+        except Exception as error:
+            for sequence in step.draws:
+                sequence.sample_idx = None
+                if sequence.state is not State.DONE:
+                    self.fail(sequence.ticket, error)
+            return
+        for i, sequence in enumerate(step.draws):
+            sequence.sample_idx = None
+            if sequence.state is State.DONE:
+                continue
+            self.stats.generated_tokens += 1
+            if found.ids[i] < 0:
+                self._poisoned(sequence, found.ids[i])
+                continue
+            try:
+                done = self.answers.take(sequence, found, i)
+            except Exception as error:  # of this request's sink, matcher or penalties
+                self.fail(sequence.ticket, error)
+                continue
+            if done:
+                self._leave(sequence)
+                self.answers.finish(sequence)
+
+    def _poisoned(self, sequence: Tokens, code: int) -> None:
+        """A row without a distribution ends its request alone. Its pages may hold NaN, which would reach their next
+        owner: a weight of 0 times NaN is NaN."""
+        self.device.zero_pages(self.pages.drop(sequence))
+        self.fail(sequence.ticket, self.answers.no_distribution(code))

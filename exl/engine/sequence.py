@@ -1,0 +1,81 @@
+"""A sequence: tokens, the pages of the cache that hold their K and V, and what its draws depend on."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.batch import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from exl.engine.constraints import Matcher
+    from exl.engine.draws import DrawState
+    from exl.engine.request import Sink
+    from exl.engine.ticket import Answer, Ticket
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # has no pages: it has not begun, or was paused
+    PREFILL = "prefill"  # tokens that are known are being computed: a prompt, or those of a sequence that was paused
+    RUNNING = "running"  # each step draws a token
+    DONE = "done"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Plain data; the scheduler changes it. At any time ``ids`` are all tokens that are known: the prompt's and those
+    that have been drawn and read."""
+
+    ticket: Ticket
+    answer: Answer  # what its caller gets
+    ids: list[int]
+    num_prompt: int
+    max_new: int  # tokens that it may draw
+    draws: DrawState
+    sink: Sink | None
+    matcher: Matcher | None
+    arrival: tuple[int, int]  # of its request, then its place in it: older ones go first
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it and are no part of its answer
+    wants_all: bool = False  # nothing is drawn: the logits after each of its tokens are wanted
+    state: State = State.WAITING
+    pages: list[int] = field(default_factory=list)
+    old_pages: list[tuple[int, int]] = field(default_factory=list)  # (page, epoch) of before a pause
+    old_cached: int = 0  # num_cached and num_exact of before a pause
+    old_exact: int = 0
+    num_cached: int = 0  # tokens whose K and V lie on the pages
+    num_exact: int = 0  # of those, the first ones, whose bits a run that reuses nothing would give them
+    sample_idx: int | None = None  # its place in the last draw, while that is not read; None: all its tokens are known
+    _table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def num_tokens(self) -> int:
+        """With the one that is drawn but not read."""
+        return len(self.ids) + (self.sample_idx is not None)
+
+    @property
+    def num_drawn(self) -> int:
+        """With the one that is not read."""
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def pages_needed(self) -> int:
+        """For the K and V of all tokens, and of one more."""
+        return -(-(self.num_tokens + 1) // PAGE_SIZE)
+
+    @property
+    def page_table(self) -> NDArray[np.int32]:
+        """``pages`` as an array, made anew only when pages were added or given back."""
+        if len(self._table) != len(self.pages):
+            self._table = np.asarray(self.pages, dtype=np.int32)
+        return self._table
+
+    def lose_pages(self) -> list[int]:
+        """The pages, which the caller releases. All tokens are to be computed again before the next is drawn."""
+        pages, self.pages = self.pages, []
+        self._table = np.empty(0, np.int32)
+        self.num_cached = self.num_exact = 0
+        return pages

@@ -1,0 +1,94 @@
+"""What the engine and a request's caller share: events on their way, and what has come of each choice so far."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from exl.engine.request import Outcome, TokenRequest
+
+if TYPE_CHECKING:
+    from exl.engine.sequence import Sequence
+
+MAX_UNREAD = 512  # tokens that an iterating reader may be behind, before its request waits for them to be taken
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one choice of a request. Its tokens' text may come with a later event, when it is final."""
+
+    choice: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    ranked: tuple[tuple[tuple[int, float], ...], ...] | None = None  # for each token: (id, log-probability), see Answer
+    outcome: Outcome | None = None  # of the choice's last event
+    logits: torch.Tensor | None = None  # f32 [n, V] on the host, of the next n tokens of the prompt
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) if self.logits is None else len(self.logits)
+
+
+@dataclass(eq=False)
+class Answer:
+    """One choice of a request, as far as it has come."""
+
+    choice: int
+    seed: int | None
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    ranked: list[tuple[tuple[int, float], ...]] | None = None  # per token: itself, then the likeliest
+    outcome: Outcome | None = None
+    num_reused: int = 0  # tokens of the prompt that were in the cache
+    began: float = 0.0  # seconds of ``time.perf_counter``: admitted, first token, last token
+    first: float = 0.0
+    last: float = 0.0
+
+
+class Ticket:
+    """A request on its way. Its fields are written by whoever drives the engine, but for ``taken``, ``iterated``,
+    ``cancelled`` and ``waiter``, which are its caller's.
+
+    Callers never see an event late: every event is put into ``outbox`` before ``ended`` is set.
+    """
+
+    def __init__(self, request: TokenRequest, answers: list[Answer], party: object) -> None:
+        """``party``: whose request it is; requests of one party may be driven by its own thread. None: by nobody's but
+        the engine's."""
+        self.request, self.answers, self.party = request, answers, party
+        self.outbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: look at ``ended``
+        self.sequences: list[Sequence] = []
+        self.num_put = self.num_taken = 0  # tokens
+        self.max_unread = 1 if request.wants_all else MAX_UNREAD
+        self.iterated = False  # somebody takes events as they come; else they are only collected
+        self.cancelled = False
+        self.ended = False
+        self.error: BaseException | None = None  # that ended it
+        self.waiter: tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None = None  # to be woken in its loop
+        self.woken: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = []  # the seat's: to be woken soon
+
+    @property
+    def lags(self) -> bool:
+        """Whether its reader is so far behind that it gets no more for now."""
+        return self.iterated and self.num_put - self.num_taken >= self.max_unread
+
+    def put(self, event: Event) -> None:
+        self.num_put += event.num_tokens
+        self._put(event)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No more events come. Called once; every reader that waits is woken."""
+        if not self.ended:
+            self.error, self.ended = error, True
+            self._put(None)
+
+    def _put(self, event: Event | None) -> None:
+        self.outbox.put(event)
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None:
+            self.woken.append(waiter)
