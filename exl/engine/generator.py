@@ -158,30 +158,17 @@ class Generator:
         Raises ``MemoryBudgetError`` if there are not enough pages.
         """
         self.guard.begin()
-        match = self.pool.find(known_ids)
         num_pages = -(-num_tokens // PAGE_SIZE)
-        pages, num_reused = list(match.pages), match.num_tokens
-        held = list(match.pages)
         try:
-            if match.copy_from is not None:
-                held.append(match.copy_from)
-                if num_pages - len(pages) <= self.pool.num_free:
-                    pages += self.pool.allocate(num_pages - len(pages))
-                    self.runner.decoder.ops.fence()  # a late thread of the last step may still write to its page
-                    self.runner.kv.copy_pages([match.copy_from], [pages[len(match.pages)]])
-                    self.pool.release([match.copy_from])
-                # The page to copy from is the one that lacks: it is written in place, or left to its other holders.
-                elif self.pool.claim(match.copy_from):
-                    pages.append(match.copy_from)
-                else:
-                    self.pool.release([held.pop()])
-                    num_reused = len(pages) * PAGE_SIZE
-            pages += self.pool.allocate(num_pages - len(pages))
+            taken = self.pool.take_prefix(known_ids, self._copy_pages, num_pages=num_pages)
         except MemoryBudgetError:
-            self.pool.release(held)
             self.guard.end()
             raise
-        return CachedSequence(pages, list(known_ids[:num_reused]), num_reused)
+        return CachedSequence(taken.pages, list(known_ids[: taken.num_reused]), taken.num_reused)
+
+    def _copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        self.runner.decoder.ops.fence()  # a late thread of the last step may still write to its page
+        self.runner.kv.copy_pages(src, dst)
 
     def extend(
         self, sequence: CachedSequence, ids: Sequence[int], progress: Callable[[PromptProgress], None] | None = None
