@@ -1,187 +1,353 @@
 """Which sequence holds which page of the cache, and which pages a later prompt may reuse as its prefix. Host only.
 
-A page is *in use* (one or more sequences hold it; reference-counted), *evictable* (nobody holds it, but its tokens are
-known and a prompt may reuse it), or *free*. If free pages run out, evictable pages are evicted, least recently used
-first.
+A page is *held* by one or more sequences (counted), *kept* (nobody holds it, but its tokens are known and a prompt may
+reuse it), *dirty* (its bytes must be zeroed before somebody else has it) or *free*. If free pages run out, kept pages
+are evicted, least recently used first, the end of a text before its beginning.
 
-The prefix cache is a tree: a page is identified by its parent, the page before it, and by its own tokens. Tokens are
-compared themselves, so that two texts can never be confused, as they could be by hashes alone.
+A page is written only behind the tokens that are remembered of it, and only by a sequence that is its single holder.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from exl.batch import PAGE_SIZE
+from exl.cache.free_pages import FreePages
+from exl.cache.prefix_tree import NOWHERE, PrefixPath, PrefixTree
 from exl.errors import MemoryBudgetError
 
+CopyPages = Callable[[Sequence[int], Sequence[int]], None]  # (src, dst), as ``KVCache.copy_pages``
 
-@dataclass(eq=False)
-class _Node:
-    """A page whose tokens are known. The root of the tree stands for the empty text and has no page."""
 
-    page: int
-    tokens: tuple[int, ...]
-    parent: _Node | None
-    children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
+class Tier(Protocol):
+    """Where evicted pages go, in slots. Whatever is queued for the cache later comes after these copies."""
+
+    num_slots: int
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None: ...
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None: ...
 
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """The cached prefix of a text. All its pages, and ``copy_from``, are held for the caller."""
+    """The known beginning of a text. Nothing of it is held."""
 
-    pages: tuple[int, ...]  # full, except that the last may be partly filled: then only the caller holds it
     num_tokens: int
-    copy_from: int | None = None  # a page with the tokens after ``pages``, up to num_tokens: copy it, then release it
+    num_exact: int  # its first tokens that have the bits of a cold run
+    pages: tuple[int, ...]  # full pages that a sequence would share; it needs others for the rest of the tokens
+
+
+@dataclass(frozen=True)
+class TakenPrefix:
+    """Pages that are a sequence's from here on, and what it need not compute."""
+
+    pages: list[int]
+    num_reused: int
+    num_exact: int  # of the reused tokens the first that have the bits of a cold run
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts since the pool was made."""
+
+    lookups: int = 0
+    hits: int = 0  # lookups that reused at least one token
+    tokens_reused: int = 0
+    evictions: int = 0  # kept pages that were given to others; if there is a RAM tier, their bytes went there
+    pages_restored: int = 0  # that came back from the RAM tier
 
 
 class PagePool:
-    """Reference counts, free pages, and the tree of cached prefixes."""
+    """Holders of pages, free pages, and the tree of known prefixes."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, *, null: bool = False, tier: Tier | None = None) -> None:
+        """``null``: page 0 is never given away and stays zeroed; it stands in tables of pages for pages that a sequence
+        has given back because no window reaches them. It may be held and released, which does nothing.
+        ``tier``: takes the bytes of full pages that are evicted, and gives them back."""
         self.num_pages = num_pages
-        self._free = list(range(num_pages))  # a heap: lowest pages first, so that allocations tend to be contiguous
-        self._in_use: dict[int, int] = {}  # page -> holders
-        self._root = _Node(-1, (), None)
-        self._nodes: dict[int, _Node] = {}  # page -> its node, if its tokens are known
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.null_page = 0 if null else None
+        self._num_usable = num_pages - null
+        self._free = FreePages(int(null), num_pages)
+        self._holders = [0] * num_pages
+        self._epochs = [0] * num_pages
+        self._tree = PrefixTree(self._free, tier.num_slots if tier else 0, self.null_page)
+        self._dirty: set[int] = set()
+        self._tier = tier
+        self._counts: Counter[str] = Counter()
 
     @property
     def num_free(self) -> int:
-        """Allocatable pages: free + evictable."""
-        return len(self._free) + len(self._evictable)
+        """Allocatable pages: free + kept."""
+        return len(self._free) + len(self._tree.kept)
 
-    def allocate(self, count: int) -> list[int]:
-        """Pages for one holder, contiguous if possible. Raises ``MemoryBudgetError`` if ``num_free`` is too small."""
-        if count > self.num_free:
-            raise MemoryBudgetError(
-                f"KV cache: {count} pages of {PAGE_SIZE} tokens requested, "
-                f"{self.num_free} of {self.num_pages} available"
-            )
-        while len(self._free) < count:
-            self._forget(self._leaf(next(iter(self._evictable))))
-        pages = self._take_run(count) or [heapq.heappop(self._free) for _ in range(count)]
+    @property
+    def num_kept(self) -> int:
+        """Pages that nobody holds and that a prompt may reuse."""
+        return len(self._tree.kept)
+
+    @property
+    def stats(self) -> PoolStats:
+        return PoolStats(**self._counts)
+
+    # ---- pages of a sequence ----------------------------------------------------------------------------------------
+
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """Pages for one holder, contiguous if possible; first those right behind page ``after``.
+
+        Raises ``MemoryBudgetError``, and nothing is changed, if ``num_free`` is too small."""
+        self._check_room(count, self.num_free)
+        self._make_room(count)
+        pages = self._free.take(count, after)
         for page in pages:
-            self._in_use[page] = 1
+            self._holders[page] = 1
+            self._epochs[page] += 1
         return pages
 
-    def _take_run(self, count: int) -> list[int] | None:
-        """The first contiguous run of ``count`` free pages, which attention can read as one view; None if none."""
-        free = sorted(self._free)
-        start = 0
-        for i, page in enumerate(free):
-            if page - free[start] != i - start:
-                start = i
-            if i - start + 1 == count:
-                self._free = free[:start] + free[i + 1 :]  # a sorted list is a heap
-                return free[start : i + 1]
-        return None
+    def grow(self, pages: list[int], count: int) -> None:
+        """Extends a sequence's list by ``count`` pages. Raises ``MemoryBudgetError``, and nothing is changed."""
+        pages += self.allocate(count, pages[-1] if pages else None)
 
     def hold(self, pages: Iterable[int]) -> None:
-        """Adds one holder to pages that are in use or evictable."""
+        """Adds one holder to pages that are held or kept."""
         for page in pages:
-            self._in_use[page] = self._in_use.get(page, 0) + 1
-            self._evictable.pop(page, None)
+            if page != self.null_page:
+                if not self._holders[page] and page not in self._tree.kept:
+                    raise ValueError(f"page {page} is free: expected one that is held or kept")
+                self._tree.kept.pop(page, None)
+                self._holders[page] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Removes one holder. A page without holders is evictable if its tokens are known, else free.
+    def release(self, pages: Sequence[int]) -> None:
+        """Removes one holder. A page without holders is kept if its tokens are known, else free.
 
         Goes from the last page to the first, so that a text's last pages are evicted first.
         """
-        for page in reversed(list(pages)):
-            if self._in_use[page] > 1:
-                self._in_use[page] -= 1
+        for page in reversed(pages):
+            if page == self.null_page:
                 continue
-            del self._in_use[page]
-            if page in self._nodes:
-                self._evictable[page] = None
+            if not self._holders[page]:
+                raise ValueError(f"page {page} is released once too often")
+            self._holders[page] -= 1
+            if self._holders[page] or page in self._dirty:
+                continue
+            if page in self._tree.on_page:
+                self._tree.kept[page] = None
             else:
-                heapq.heappush(self._free, page)
+                self._free.add([page])
 
-    def remember(self, token_ids: Sequence[int], pages: Sequence[int]) -> None:
-        """Enters a sequence's pages into the tree: ``pages`` hold ``token_ids``; the last may be partly filled.
+    def num_holders(self, page: int) -> int:
+        return self._holders[page]
 
-        If another page with the same text is already in the tree, neither this page nor those after it are entered.
-        The next sequence finds the other page; and a holder of any page in the tree must hold its parents too, which
-        this sequence does not.
-        """
-        node = self._root
-        for i, page in enumerate(pages):
-            tokens = tuple(token_ids[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
-            if not tokens:
-                return
-            known = node.children.get(tokens)
-            if known is None:
-                known = _Node(page, tokens, node)
-                node.children[tokens] = known
-                self._nodes[page] = known
-            if known.page != page or len(tokens) < PAGE_SIZE:
-                return
-            node = known
+    def epoch(self, page: int) -> int:
+        """Changes when the page gets an owner who may write to it: until then it holds what its last owner wrote."""
+        return self._epochs[page]
 
-    def find(self, token_ids: Sequence[int]) -> PrefixMatch:
-        """The longest cached prefix of a text. The pages found are held for the caller."""
-        node, pages = self._root, []
-        while True:
-            rest = tuple(token_ids[len(pages) * PAGE_SIZE : (len(pages) + 1) * PAGE_SIZE])
-            following = node.children.get(rest) if len(rest) == PAGE_SIZE else None
-            if following is None:
+    def reclaim(self, old: Sequence[tuple[int, int]]) -> list[int]:
+        """Takes back the pages of a sequence that has released them: (page, epoch at that time). Holds the longest
+        beginning that is unchanged, and returns it."""
+        pages: list[int] = []
+        for page, epoch in old:
+            if self._epochs[page] != epoch or page in self._dirty:
                 break
-            node = following
-            pages.append(node.page)
-        best, num_common = None, 0
-        for child in node.children.values():
-            common = _num_common(child.tokens, rest)
-            if common > num_common:
-                best, num_common = child, common
-        self.hold(pages)
-        num_tokens = len(pages) * PAGE_SIZE + num_common
-        if best is None:
-            return PrefixMatch(tuple(pages), num_tokens)
-        was_evictable = best.page in self._evictable
-        self.hold([best.page])
-        if was_evictable and num_common == len(best.tokens) < PAGE_SIZE:
-            # Nobody else holds the page and all its tokens match: the caller appends to it in place, without a copy,
-            # and calls ``remember`` again.
-            self._forget_node(best)
-            return PrefixMatch((*pages, best.page), num_tokens)
-        return PrefixMatch(tuple(pages), num_tokens, copy_from=best.page)
+            if page != self.null_page:
+                self._hold_unchanged(page)
+            pages.append(page)
+        return pages
 
-    def claim(self, page: int) -> bool:
-        """Makes a page that ``find`` gave as ``copy_from`` the caller's own: no prompt finds it any more, nor the pages
-        after it. False, and nothing is changed, if somebody else holds it too."""
-        if self._in_use[page] > 1:
-            return False
-        node = self._nodes[page]
-        while node.children:  # nobody holds them, since a holder of a page also holds its parents
-            self._forget(self._leaf(next(iter(node.children.values())).page))
-        self._forget_node(node)
-        return True
+    def fork(self, pages: Sequence[int], num_tokens: int, copy: CopyPages) -> list[int]:
+        """Pages of a second sequence with the same first ``num_tokens`` tokens: the full pages are shared, a partly
+        filled one is copied. Raises ``MemoryBudgetError``, and nothing is changed."""
+        num_full, rest = divmod(num_tokens, PAGE_SIZE)
+        forked = list(pages[:num_full])
+        fresh = self.allocate(1, forked[-1] if forked else None) if rest else []
+        try:
+            if fresh:
+                copy([pages[num_full]], fresh)
+        except BaseException:
+            self.release(fresh)
+            raise
+        self.hold(forked)
+        return forked + fresh
 
-    def _leaf(self, page: int) -> _Node:
-        """A leaf below ``page``, or the page itself: children are evicted before their parent, because without it
-        they could not be found. The leaf is evictable too, since a holder of a page also holds its parents."""
-        node = self._nodes[page]
-        while node.children:
-            node = next(iter(node.children.values()))
-        return node
+    def poison(self, pages: Iterable[int]) -> None:
+        """The bytes of these pages are not numbers. Those with a single holder, and all that was known to follow them,
+        are forgotten; once released they wait for ``clean``. Other holders' pages were good when they came to them."""
+        for page in pages:
+            if page != self.null_page and self._holders[page] == 1:
+                if page in self._tree.on_page:
+                    self._tree.forget(self._tree.on_page[page])
+                self._dirty.add(page)
 
-    def _forget(self, node: _Node) -> None:
-        self._forget_node(node)
-        del self._evictable[node.page]
-        heapq.heappush(self._free, node.page)
+    def clean(self, zero: Callable[[list[int]], None]) -> None:
+        """``zero`` is called with the poisoned pages that nobody holds any more; then they are free."""
+        pages = sorted(page for page in self._dirty if not self._holders[page])
+        if pages:
+            zero(pages)
+            for page in pages:
+                self._epochs[page] += 1
+            self._dirty.difference_update(pages)
+            self._free.add(pages)
 
-    def _forget_node(self, node: _Node) -> None:
-        del self._nodes[node.page]
-        if node.parent is not None:
-            del node.parent.children[node.tokens]
+    # ---- known prefixes ---------------------------------------------------------------------------------------------
 
+    def find(self, ids: Sequence[int], *, exact: bool = False, multiple: int = 1) -> PrefixMatch:
+        """The longest known beginning of a text. ``exact``: only tokens with the bits of a cold run. Its length is cut
+        to a multiple of ``multiple``. Holds and changes nothing."""
+        path = self._tree.find(ids, exact=exact, multiple=multiple)
+        pages = tuple(node.page for node in path.nodes if not node.is_away)
+        return PrefixMatch(path.num_tokens, path.num_exact, pages)
 
-def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    def take_prefix(
+        self,
+        ids: Sequence[int],
+        copy: CopyPages,
+        *,
+        num_pages: int = 0,
+        spare: int = 0,
+        exact: bool = False,
+        multiple: int = 1,
+    ) -> TakenPrefix:
+        """What ``find`` finds, as pages that a new sequence holds: full ones shared, a partly filled one its own: a
+        copy by ``copy``, or the page itself if nobody else needs it or there is none to copy it to. Then fresh pages up
+        to ``num_pages`` in all.
+
+        Raises ``MemoryBudgetError``, and nothing is changed, if that would leave less than ``spare`` pages to others.
+        """
+        path = self._tree.find(ids, exact=exact, multiple=multiple)
+        room = self.num_free - sum(node.page in self._tree.kept for node in path.nodes)
+        path, in_place = self._fit(path, room - spare, num_pages)
+        num_missing = len(path.away)
+        num_behind = max(num_pages - len(path.nodes), path.last is not None) - in_place
+        room -= path.last is not None and path.last.page in self._tree.kept
+        self._check_room(num_missing + num_behind + spare, room)
+        self._counts.update(lookups=len(ids) > 0, hits=path.num_tokens > 0, tokens_reused=path.num_tokens)
+        return TakenPrefix(self._take(path, in_place, num_missing, num_behind, copy), path.num_tokens, path.num_exact)
+
+    def remember(self, ids: Sequence[int], pages: Sequence[int], num_exact: int | None = None) -> None:
+        """Enters a sequence's pages into the tree: ``pages`` hold ``ids``; the last may be partly filled. To be called
+        again when the sequence has grown; only the new part costs time.
+
+        ``num_exact``: its first tokens that have the bits of a cold run (None: all). Where the tree has the text on
+        another page, that one stays if somebody holds it or if it is exact where the new one is not.
+        """
+        usable = next((i for i, page in enumerate(pages) if page in self._dirty), len(pages)) if self._dirty else None
+        self._tree.remember(ids, pages[:usable], len(ids) if num_exact is None else num_exact)
+
+    def clear(self, holders: Iterable[Sequence[int]] | None = None) -> None:
+        """Forgets all prefixes. ``holders``: the lists of pages that are in use, from which the counts are made anew,
+        after an interruption that ``check`` has found to have left them wrong."""
+        self._tree = PrefixTree(self._free, self._tier.num_slots if self._tier else 0, self.null_page)
+        if holders is not None:
+            self._holders = self._count_holders(holders)
+            self._epochs = [epoch + 1 for epoch in self._epochs]
+        unusable = {*self._dirty, self.null_page}
+        self._free.clear()
+        self._free.add(page for page in range(self.num_pages) if not self._holders[page] and page not in unusable)
+
+    def _count_holders(self, holders: Iterable[Sequence[int]]) -> list[int]:
+        counts = Counter(page for pages in holders for page in pages if page != self.null_page)
+        return [counts[page] for page in range(self.num_pages)]
+
+    def check(self, holders: Iterable[Sequence[int]] | None = None) -> None:
+        """Raises ``RuntimeError`` unless every page is in one place and the tree is in order. ``holders``: the lists of
+        pages that are in use, which must give the counts."""
+        free = set(self._free)
+        for page in range(self.num_pages):
+            places = [
+                *(["null"] if page == self.null_page else []),
+                *(["free"] if page in free else []),
+                *(["held"] if self._holders[page] else []),
+                *(["kept"] if page in self._tree.kept else []),
+                *(["dirty"] if page in self._dirty and not self._holders[page] else []),
+            ]
+            if len(places) != 1:
+                raise RuntimeError(f"page {page} is {' and '.join(places) or 'lost'}")
+        if holders is not None:
+            for page, count in enumerate(self._count_holders(holders)):
+                if self._holders[page] != count:
+                    raise RuntimeError(f"page {page} counts {self._holders[page]} holders, {count} have it")
+        self._tree.check()
+        if self._dirty & self._tree.on_page.keys():
+            raise RuntimeError("a page is known that is to be zeroed")
+
+    # ---- taking -----------------------------------------------------------------------------------------------------
+
+    def _check_room(self, count: int, room: int) -> None:
+        if count > room:
+            raise MemoryBudgetError(
+                f"KV cache: {count} pages of {PAGE_SIZE} tokens requested, {room} of {self._num_usable} available"
+            )
+
+    def _fit(self, path: PrefixPath, room: int, num_pages: int) -> tuple[PrefixPath, bool]:
+        """How the partly filled page comes to a sequence that may take ``room`` pages: the path, and whether the page
+        itself is taken. Where there is neither room for a copy nor the right to take it, it is left out."""
+        last = path.last
+        if last is None:
+            return path, False
+        is_kept = last.page in self._tree.kept
+        if is_kept and not last.is_full and path.num_last == len(last.tokens):
+            return path, True  # the caller writes on behind its tokens
+        num_fresh = max(num_pages - len(path.nodes), 1) + len(path.away)
+        if num_fresh <= room - is_kept:
+            return path, False
+        if is_kept:
+            return path, True  # the page to copy from is the one that lacks
+        return PrefixPath(path.nodes, None, 0), False
+
+    def _take(self, path: PrefixPath, in_place: bool, num_missing: int, num_behind: int, copy: CopyPages) -> list[int]:
+        """There is room. ``num_missing`` pages of the path are in the tier; ``num_behind`` fresh pages follow it."""
+        own = path.last.page if path.last is not None and in_place else NOWHERE
+        source = path.last.page if path.last is not None and not in_place else NOWHERE
+        away = [*path.away, *([path.last] if path.last is not None and path.last.is_away else [])]
+        held = [page for page in (*(node.page for node in path.nodes), own, source) if page != NOWHERE]
+        self.hold(held)
+        self._tree.pin(away)  # allocating may evict to the tier
+        fresh: list[int] = []
+        try:
+            if path.last is not None and in_place:
+                self._tree.forget(path.last)
+                self._epochs[own] += 1
+            fresh = self.allocate(num_missing + num_behind, held[-1] if held else None)
+            if self._tier is not None and away:
+                self._tier.load([node.slot for node in away], fresh[: len(away)])
+            if source != NOWHERE:
+                copy([source], fresh[num_missing : num_missing + 1])
+        except BaseException:
+            self._tree.unpin(away)
+            self.release(fresh)
+            self.release(held)
+            raise
+        for node, page in zip(away[:num_missing], fresh, strict=False):
+            self._tree.restored(node, page)
+        self._tree.unpin(away[num_missing:])
+        self._counts["pages_restored"] += len(away)
+        if source != NOWHERE:
+            self.release([source])
+        return [*(node.page for node in path.nodes), *([own] if in_place else []), *fresh[num_missing:]]
+
+    def _hold_unchanged(self, page: int) -> None:
+        if not self._holders[page] and page not in self._tree.kept:
+            self._free.discard(page)
+            self._holders[page] = 1
+        else:
+            self.hold([page])
+
+    def _make_room(self, count: int) -> None:
+        """Evicts until ``count`` pages are free. The bytes of full pages go to the tier, if there is one."""
+        saved: list[tuple[int, int]] = []
+        while len(self._free) < count:
+            page, slot = self._tree.evict()
+            self._counts["evictions"] += 1
+            if slot != NOWHERE:
+                saved.append((page, slot))
+        if self._tier is not None and saved:
+            try:
+                self._tier.save([page for page, _ in saved], [slot for _, slot in saved])
+            except BaseException:
+                for _, slot in saved:
+                    if slot in self._tree.in_slot:  # else it has gone with one before
+                        self._tree.forget(self._tree.in_slot[slot])
+                raise

@@ -1,0 +1,283 @@
+"""The texts whose pages are known, as a tree: a page is identified by its parent, the page before it, and its tokens.
+
+Tokens are compared themselves, so that two texts can never be confused, as they could be by hashes alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from exl.batch import PAGE_SIZE
+from exl.cache.free_pages import FreePages
+
+Tokens = tuple[int, ...]
+NOWHERE = -1
+
+
+@dataclass(eq=False)
+class PrefixNode:
+    """A page whose tokens are known: on a page of the cache, or away in a slot of the RAM tier. The root of the tree
+    stands for the empty text and is nowhere."""
+
+    tokens: Tokens  # 1 to PAGE_SIZE; only full pages have children
+    parent: PrefixNode | None
+    page: int = NOWHERE
+    slot: int = NOWHERE
+    num_exact: int = 0  # its first tokens that have the bits of a cold run; above 0 only if its parents are all exact
+    children: dict[Tokens, PrefixNode] = field(default_factory=dict)
+    _order: list[Tokens] = field(default_factory=list)  # the keys of ``children``, sorted
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.tokens) == PAGE_SIZE
+
+    @property
+    def is_away(self) -> bool:
+        return self.slot != NOWHERE
+
+    def attach(self, child: PrefixNode) -> None:
+        self.children[child.tokens] = child
+        self._order.insert(bisect_left(self._order, child.tokens), child.tokens)
+
+    def detach(self) -> None:
+        """Out of its parent's children."""
+        if self.parent is not None:
+            del self.parent.children[self.tokens]
+            del self.parent._order[bisect_left(self.parent._order, self.tokens)]
+
+    def closest(self, tokens: Tokens) -> tuple[PrefixNode | None, int]:
+        """The child that has the most first tokens in common with ``tokens``, and how many: in sorted order it is a
+        neighbour of where ``tokens`` would stand. Of several the one that has these alone."""
+        at = bisect_left(self._order, tokens)
+        found, num_common = None, 0
+        for key in self._order[max(at - 1, 0) : at + 1]:
+            common = count_common(key, tokens)
+            if common > num_common:
+                found, num_common = self.children[key], common
+        return self.children.get(tokens[:num_common], found), num_common
+
+    def subtree(self) -> Iterator[PrefixNode]:
+        """This node and all below, parents first."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack += node.children.values()
+
+
+@dataclass(frozen=True)
+class PrefixPath:
+    """Where a text's known beginning lies."""
+
+    nodes: tuple[PrefixNode, ...]  # full pages
+    last: PrefixNode | None  # a page whose first ``num_last`` tokens come next
+    num_last: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.nodes) * PAGE_SIZE + self.num_last
+
+    @property
+    def num_exact(self) -> int:
+        """How many of its first tokens have the bits of a cold run."""
+        for i, node in enumerate(self.nodes):
+            if node.num_exact < PAGE_SIZE:
+                return i * PAGE_SIZE + node.num_exact
+        return len(self.nodes) * PAGE_SIZE + (min(self.num_last, self.last.num_exact) if self.last else 0)
+
+    @property
+    def away(self) -> list[PrefixNode]:
+        """Full pages that are in the RAM tier."""
+        return [node for node in self.nodes if node.is_away]
+
+
+class PrefixTree:
+    """The nodes, by page and by slot; which pages are kept for them alone; least recent use of both. Pages that nobody
+    has any more go to ``free``."""
+
+    def __init__(self, free: FreePages, num_slots: int, null_page: int | None) -> None:
+        self.root = PrefixNode((), None)
+        self.on_page: dict[int, PrefixNode] = {}
+        self.kept: OrderedDict[int, None] = OrderedDict()  # pages without holders, least recently used first
+        self.in_slot: OrderedDict[int, PrefixNode] = OrderedDict()  # least recently used first
+        self._free, self._null_page, self._num_slots = free, null_page, num_slots
+        self._free_slots = list(range(num_slots))[::-1]
+
+    def find(self, ids: Sequence[int], *, exact: bool, multiple: int) -> PrefixPath:
+        """The longest known beginning of ``ids``: with ``exact`` of tokens that are marked so, cut to a multiple of
+        ``multiple`` tokens."""
+        node, nodes = self.root, list[PrefixNode]()
+        while True:
+            rest = tuple(ids[len(nodes) * PAGE_SIZE : (len(nodes) + 1) * PAGE_SIZE])
+            following = node.children.get(rest) if len(rest) == PAGE_SIZE else None
+            if following is None or (exact and following.num_exact < PAGE_SIZE):
+                break
+            node = following
+            nodes.append(node)
+        last, num_common = node.closest(rest)
+        if exact and last is not None:
+            num_common = min(num_common, last.num_exact)
+        num_tokens = len(nodes) * PAGE_SIZE + num_common
+        num_pages, num_last = divmod(num_tokens - num_tokens % multiple, PAGE_SIZE)
+        last = nodes[num_pages] if num_pages < len(nodes) else last
+        return PrefixPath(tuple(nodes[:num_pages]), last if num_last else None, num_last)
+
+    # ---- what is known ----------------------------------------------------------------------------------------------
+
+    def remember(self, ids: Sequence[int], pages: Sequence[int], num_exact: int) -> None:
+        """``PagePool.remember``."""
+        node, start = self._last_known(ids, pages)
+        self._mark(pages[:start], num_exact)
+        for i in range(start, min(len(pages), -(-len(ids) // PAGE_SIZE))):
+            if node is not self.root and node.num_exact < PAGE_SIZE:
+                num_exact = 0  # for what follows
+            tokens = tuple(ids[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
+            known = self.enter(node, tokens, pages[i], min(max(num_exact - i * PAGE_SIZE, 0), len(tokens)))
+            if known is None or not known.is_full:
+                return
+            node = known
+
+    def _last_known(self, ids: Sequence[int], pages: Sequence[int]) -> tuple[PrefixNode, int]:
+        """The last of a sequence's full pages that is in the tree as such, and how many pages come up to it: what is
+        before it is there, too."""
+        for i in range(min(len(ids) // PAGE_SIZE, len(pages)), 0, -1):
+            node = self.on_page.get(pages[i - 1])
+            if node is not None and node.tokens == tuple(ids[(i - 1) * PAGE_SIZE : i * PAGE_SIZE]):
+                return node, i
+        return self.root, 0
+
+    def _mark(self, pages: Sequence[int], num_exact: int) -> None:
+        """Of full pages that are in the tree, ``num_exact`` tokens are exact after all."""
+        marks: list[tuple[PrefixNode, int]] = []
+        for i in range(min(len(pages), -(-num_exact // PAGE_SIZE)), 0, -1):
+            node, exact = self.on_page.get(pages[i - 1]), min(num_exact - (i - 1) * PAGE_SIZE, PAGE_SIZE)
+            if node is None:  # the tree has this text on another page
+                return
+            if node.num_exact >= exact:
+                break
+            marks.append((node, exact))
+        for node, exact in marks:
+            node.num_exact = exact
+
+    def enter(self, parent: PrefixNode, tokens: Tokens, page: int, num_exact: int) -> PrefixNode | None:
+        """The node of these tokens, on ``page`` if it may be; None if that is the null page and they are not known."""
+        known = parent.children.get(tokens)
+        if page == self._null_page:
+            return known
+        own = self.on_page.get(page)
+        if own is not None and own is not known:  # it has grown since it was remembered
+            self.forget(own)
+        if known is None:
+            known = PrefixNode(tokens, parent, num_exact=num_exact)
+            parent.attach(known)
+            self.place(known, page)
+        elif known.page == page:
+            known.num_exact = max(known.num_exact, num_exact)
+        elif num_exact >= known.num_exact and (known.is_away or known.page in self.kept):
+            self._leave(known)
+            known.num_exact = num_exact
+            self.place(known, page)
+        return known
+
+    def place(self, node: PrefixNode, page: int) -> None:
+        """A node that is nowhere is on ``page`` from here on."""
+        node.page = page
+        self.on_page[page] = node
+
+    def _leave(self, node: PrefixNode) -> None:
+        """A node is nowhere from here on; a page that nobody holds is free then."""
+        if node.page != NOWHERE:
+            del self.on_page[node.page]
+            if node.page in self.kept:
+                del self.kept[node.page]
+                self._free.add([node.page])
+        elif self.in_slot.pop(node.slot, None) is not None:
+            self._free_slots.append(node.slot)
+        node.page = node.slot = NOWHERE
+
+    def forget(self, top: PrefixNode) -> None:
+        """Takes a node and all below out of the tree."""
+        top.detach()
+        for node in list(top.subtree()):
+            self._leave(node)
+
+    # ---- eviction ---------------------------------------------------------------------------------------------------
+
+    def evict(self) -> tuple[int, int]:
+        """Frees a page, and perhaps others: (page, slot) if its bytes are to be saved, else the slot is ``NOWHERE``."""
+        node = self._victim()
+        page = node.page
+        slot = self._take_slot() if node.is_full else NOWHERE
+        if node.page == NOWHERE:  # it was below the one that had the slot
+            self._free_slots.append(slot)
+            return page, NOWHERE
+        if slot == NOWHERE:
+            self.forget(node)
+            return page, NOWHERE
+        self._leave(node)
+        node.slot = slot
+        self.in_slot[slot] = node
+        return page, slot
+
+    def _victim(self) -> PrefixNode:
+        """The least recently used page or, where that has others below, the end of its text: without their parent they
+        could not be found."""
+        node = self.on_page[next(iter(self.kept))]
+        while True:
+            below = next((child for child in node.children.values() if child.page in self.kept), None)
+            if below is None:
+                return node
+            node = below
+
+    def _take_slot(self) -> int:
+        """A free slot, perhaps that of the least recently used page in the tier; ``NOWHERE`` if there is none."""
+        if not self._free_slots and self.in_slot:
+            self.forget(next(iter(self.in_slot.values())))
+        return self._free_slots.pop() if self._free_slots else NOWHERE
+
+    def pin(self, nodes: Iterable[PrefixNode]) -> None:
+        """Slots of these nodes are given to nobody, until ``unpin`` or ``restored``."""
+        for node in nodes:
+            del self.in_slot[node.slot]
+
+    def unpin(self, nodes: Iterable[PrefixNode]) -> None:
+        """They are the most recently used."""
+        for node in nodes:
+            self.in_slot[node.slot] = node
+
+    def restored(self, node: PrefixNode, page: int) -> None:
+        """A pinned node is on a page again; its slot is free."""
+        self._free_slots.append(node.slot)
+        node.slot = NOWHERE
+        self.place(node, page)
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` unless nodes, pages and slots agree."""
+        nodes = list(self.root.subtree())[1:]
+        on_page = {node.page: node for node in nodes if node.page != NOWHERE}
+        in_slot = {node.slot: node for node in nodes if node.is_away}
+        if on_page != self.on_page or in_slot != dict(self.in_slot) or len(on_page) + len(in_slot) != len(nodes):
+            raise RuntimeError("the tree and the pages that it knows differ")
+        if not self.kept.keys() <= on_page.keys():
+            raise RuntimeError("a page is kept that is not in the tree")
+        if sorted([*in_slot, *self._free_slots]) != list(range(self._num_slots)):
+            raise RuntimeError("the slots of the RAM tier do not add up")
+        for node in nodes:
+            parent = node.parent
+            if parent is None or parent.children.get(node.tokens) is not node or (node.children and not node.is_full):
+                raise RuntimeError(f"the tree is broken at page {node.page}")
+            if node.num_exact and parent is not self.root and parent.num_exact < PAGE_SIZE:
+                raise RuntimeError(f"page {node.page} is marked as exact, the page before it is not")
+
+
+def count_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Equal items at the beginning of both."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
