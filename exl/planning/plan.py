@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.config import ModelConfig
+from exl.layout.cpu_steps import CompiledSizes, compiled_sizes
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.layers import LayerLayout
 from exl.layout.specs import Target
@@ -73,6 +74,7 @@ class MemoryPlan:
     notes: tuple[Note, ...] = ()
     tokens: tuple[TokenBytes, ...] = ()  # what one token reads, at some depths of the cache
     speeds: Speeds = field(default_factory=Speeds)
+    num_kept_pages: int = 0  # pages in pinned RAM that a GPU's cache has no room for
 
     @property
     def verdict(self) -> str:
@@ -131,6 +133,7 @@ class MemoryPlan:
             "budgets": dict(self.budgets),
             "fits": self.fits,
             "context": self.context,
+            "cache_tokens": self.num_pages * PAGE_SIZE,
             "embedding": self.placement.embed.value,
             "layers": self.layer_counts,
         }
@@ -189,17 +192,18 @@ class PlanInput:
     target: Target
     kv_layout: KVLayout | DeviceKVLayout
     limits: StepLimits
-    num_sequences: int = 1
+    num_kept_pages: int = 0  # in pinned RAM, beside a GPU's cache
     tokenizer_bytes: int = 0  # size of tokenizer.json
     layer_file_bytes: int = 0  # bytes of the largest layer in the checkpoint
     arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
 
     @property
     def num_pages(self) -> int:
-        """Pages of the cache: whole pages for the context of each sequence."""
-        return self.num_sequences * -(-self.limits.max_context // PAGE_SIZE)
+        """Pages of the cache, the last of which may hold more tokens than were asked for."""
+        return -(-self.limits.cache_tokens // PAGE_SIZE)
 
     @property
-    def num_cache_tokens(self) -> int:
-        """Tokens that the cache was asked for; its pages may hold a few more."""
-        return self.num_sequences * self.limits.max_context
+    def compiled_sizes(self) -> CompiledSizes:
+        """What the CPU's own kernels compute in."""
+        head = self.head if self.head.linears else self.embed
+        return compiled_sizes(self.layers, self.limits, self.arithmetic, head)
