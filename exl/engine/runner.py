@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from exl.batch import ForwardBatch, is_step, padded_step
+from exl.batch import ForwardBatch, is_step, step_bucket
 from exl.cache.kv import KVCache
 from exl.engine.step_graph import StepGraphs
 from exl.layout.steps import StepLimits
@@ -99,10 +99,9 @@ class Runner:
             ops.stage(())
 
     def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
-        """One new token per sequence, in a batch padded to a power of two: few shapes, so few graphs."""
         decoder, ops = self.decoder, self.decoder.ops
-        bucket = min(1 << (batch.num_rows - 1).bit_length(), ops.captures, self.limits.max_sequences, len(self._logits))
-        padded = padded_step(batch, max(bucket, batch.num_rows))
+        fewest = 1 if ops.backend is None else 8  # a tensor core's product has eight rows
+        padded = step_bucket(batch, min(ops.captures, len(self._logits)), self.limits.max_sequences, fewest)
         ops.stage((padded,), self._embed_rows)
         h = self._residual[: padded.num_rows]
 

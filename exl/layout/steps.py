@@ -12,10 +12,10 @@ from exl.layout.specs import Target
 class StepLimits:
     """The largest step that the buffers are made for, and the widths of the model that runs in them."""
 
-    max_rows: int  # rows of one chunk
+    max_rows: int  # rows of one batch: of a chunk, or decode rows
     window_rows: int  # rows that go through a layer before the next layer's turn
     max_logit_rows: int
-    max_context: int
+    max_context: int  # of one sequence
     hidden_size: int
     qkv_width: int  # (H + 2 * Hkv) * D
     attn_width: int  # H * D
@@ -23,6 +23,18 @@ class StepLimits:
     vocab_size: int
     head_dim: int
     max_sequences: int = 1  # of one batch
+    decode_rows: int = 0  # of one batch, more than max_sequences where drafts are verified; 0: max_sequences
+    chunk_rows: int = 0  # of a prompt; 0: max_rows
+    cache_tokens: int = 0  # of all sequences; 0: a whole context for each of max_sequences
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "decode_rows": self.max_sequences,
+            "chunk_rows": self.max_rows,
+            "cache_tokens": self.max_sequences * self.max_context,
+        }
+        for name, value in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
 
     @property
     def num_heads(self) -> int:
@@ -40,7 +52,7 @@ class StepLimits:
     @property
     def window_sequences(self) -> int:
         """Sequences of all batches of a window, each counted as often as it is in one."""
-        return self.max_sequences + -(-self.window_rows // min(self.max_rows, self.max_logit_rows))
+        return self.max_sequences + -(-self.window_rows // min(self.chunk_rows, self.max_logit_rows))
 
 
 def step_bytes(limits: StepLimits) -> dict[str, int]:

@@ -16,11 +16,13 @@ from exl.kernels.attention_decode import (
     DecodeTables,
     attention_decode,
     check_tables,
+    first_parts,
     num_items,
     scratch_shapes,
 )
 from exl.kernels.attention_io import NO_NORMS, AttentionParams, HeadNorms, QkvRows
 from exl.kernels.launch import Backend
+from exl.layout.attention import items_of
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
 from tests.host.backends import CUPY
 
@@ -93,7 +95,8 @@ class Case:
             return torch.from_numpy(np.ascontiguousarray(array)).to(backend.device)
 
         T, max_context, max_new = len(take), max(max(self.lengths), 1), max(max(self.new), 1)
-        shapes = scratch_shapes(len(lengths), self.H, self.Hkv, self.D, max_context, max_new)
+        first_part, most = first_parts(lengths, len(lengths)), int(items_of(lengths).sum())
+        shapes = scratch_shapes(len(lengths), most, self.H, self.Hkv, self.D, max_new)
         scratch = DecodeScratch(
             torch.full((shapes["partial"][1],), float("nan"), device=backend.device),
             torch.zeros(shapes["arrived"][1], dtype=torch.int32, device=backend.device),
@@ -106,7 +109,9 @@ class Case:
         )
         attention_decode(
             backend, self.layout, QkvRows(device(self.rows[take]), one, zero, norms),
-            DecodeTables(device(start), device(lengths), device(table), device(slots), max_context, max_new),
+            DecodeTables(
+                *(device(array) for array in (start, lengths, table, slots, first_part)), most, max_context, max_new
+            ),
             pages, out, scratch, AttentionParams(self.scale, self.window, self.softcap), channel_map=channel_map,
         )  # fmt: skip
         assert not scratch.arrived.any()
