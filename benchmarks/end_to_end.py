@@ -198,7 +198,7 @@ def decode_row(machine: Machine, name: str, kind: str, depth: int, num_sequences
     """One row of the decoding table; it says so if there is no room for the case."""
     label, backend = f"| {name} | {kind} | {depth} | {num_sequences}", machine.backend
     options = {"kv_cache": kind, "max_sequences": num_sequences, "context": depth + PAGE_SIZE}
-    options |= {"prefill_chunk": 64, "prefill_window": 64}
+    options |= {"cache_tokens": num_sequences * (depth + PAGE_SIZE), "prefill_chunk": 64, "prefill_window": 64}
     try:
         with synthetic_engine(backend, SHAPES[name], vram=free_vram(backend), **options) as engine:
             found = time_steps(engine, step_batch(depth, num_sequences, engine.config.vocab_size))

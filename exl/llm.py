@@ -346,7 +346,9 @@ def load(
     ram: int | str | None = None,
     context: int | str | None = None,
     kv_cache: str = "f16",
-    max_sequences: int = 1,
+    max_sequences: int = 16,
+    cache_tokens: int | str | None = None,
+    kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
     resident_layers: int | None = None,
@@ -367,7 +369,9 @@ def load(
     do not fit in RAM, from a packed copy on disk (in ``packed_folder``). ``context``: the maximum number of tokens of
     prompt and answer together; the cache for them is allocated on loading. "auto" is as many as fit; the default is
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
-    ``max_sequences``: the number of contexts that the cache has room for. ``prefill_chunk``: rows computed at once.
+    ``max_sequences``: how many run at once; others wait. ``cache_tokens``: of all of them in the cache, by default one
+    context; "auto" is what the budgets leave. ``kv_ram``: with a GPU, how much pinned RAM keeps what leaves the cache.
+    ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the

@@ -30,6 +30,16 @@ Ram = Annotated[
 Context = Annotated[
     str | None, typer.Option(metavar="N", help="Tokens for prompt and answer together, or auto: as many as fit.")
 ]
+MaxSequences = Annotated[int, typer.Option(metavar="N", help="How many sequences run at once; others wait.")]
+CacheTokens = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help="Tokens of all sequences in the cache, or auto: what the budgets leave. Default: one context."
+    ),
+]
+KVRam = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="With a GPU, how much pinned RAM keeps what leaves the cache.")
+]
 KVCacheType = Annotated[str, typer.Option(metavar="TYPE", help="Type of the KV cache: f32, f16, q8, k8v4 or q4.")]
 Embed = Annotated[
     str,
@@ -86,6 +96,9 @@ class LoadOptions:
     ram: Ram = None
     context: Context = None
     kv_cache: KVCacheType = "f16"
+    max_sequences: MaxSequences = 16
+    cache_tokens: CacheTokens = None
+    kv_ram: KVRam = None
     embed: Embed = "auto"
     threads: Threads = None
     arithmetic: Arithmetic = None
@@ -98,8 +111,11 @@ class LoadOptions:
             "device": self.device,
             "vram": parse_vram(self.vram),
             "ram": self.ram,
-            "context": context if self.context is None else parse_context(self.context),
+            "context": context if self.context is None else parse_tokens("context", self.context),
             "kv_cache": self.kv_cache,
+            "max_sequences": self.max_sequences,
+            "cache_tokens": parse_tokens("cache_tokens", self.cache_tokens),
+            "kv_ram": self.kv_ram,
             "embed": self.embed,
             "threads": self.threads,
             "arithmetic": self.arithmetic,
@@ -174,10 +190,11 @@ def parse_vram(text: str | None) -> list[str] | None:
     return None if text is None else text.split(",")
 
 
-def parse_context(text: str | None) -> int | str | None:
+def parse_tokens(name: str, text: str | None) -> int | str | None:
+    """``parse_tokens("context", "4096") == 4096``. Raises ``ConfigError`` that names the option."""
     if text is None or text == "auto":
         return text
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"context: found {text!r}, expected a number of tokens or auto") from None
+        raise ConfigError(f"{name}: found {text!r}, expected a number of tokens or auto") from None

@@ -8,15 +8,18 @@ import typer
 
 from exl.commands.options import (
     Arithmetic,
+    CacheTokens,
     Context,
     Debug,
     Embed,
     KVCacheType,
+    KVRam,
+    MaxSequences,
     ModelName,
     Ram,
     Revision,
     Token,
-    parse_context,
+    parse_tokens,
     parse_vram,
     shared_options,
 )
@@ -79,7 +82,9 @@ def plan(
     depth: Annotated[
         int | None, typer.Option(help="Tokens in the cache for which speed is told. Default: none, and all.")
     ] = None,
-    max_sequences: Annotated[int, typer.Option(help="The cache has room for this many contexts.")] = 1,
+    max_sequences: MaxSequences = 16,
+    cache_tokens: CacheTokens = None,
+    kv_ram: KVRam = None,
     prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
     prefill_window: Annotated[
         int, typer.Option(help="Rows that go through one layer before the next layer starts.")
@@ -106,13 +111,15 @@ def plan(
         **vars(of_shape),
         **machine.keywords(),
         ram=ram,
-        context=parse_context(context),
+        context=parse_tokens("context", context),
         kv_cache=kv_cache,
         embed=embed,
         arithmetic=arithmetic,
         head=_parse_head(head),
         depth=depth,
         max_sequences=max_sequences,
+        cache_tokens=parse_tokens("cache_tokens", cache_tokens),
+        kv_ram=kv_ram,
         prefill_chunk=prefill_chunk,
         prefill_window=prefill_window,
         revision=revision,

@@ -148,7 +148,7 @@ def build_engine(
         runner = Runner(Decoder(files.config, ops), weights, kv, model.limits, graphs=graphs)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
-        short = min(_decode_prompt(model, backend), model.limits.max_rows)
+        short = min(_decode_prompt(model, backend), model.limits.chunk_rows)
         generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, short)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 

@@ -228,7 +228,7 @@ class Generator:
     def _batches(self, sequence: CachedSequence, ids: Sequence[int], *, every: bool) -> list[ForwardBatch]:
         """Cuts new tokens into chunks. Logits of every token, or only of the last."""
         limits = self.runner.limits
-        chunk = min(limits.max_rows, limits.max_logit_rows) if every else limits.max_rows
+        chunk = min(limits.chunk_rows, limits.max_logit_rows) if every else limits.chunk_rows
         pages = np.asarray(sequence.pages, dtype=np.int32)
         total = sequence.num_cached + len(ids)
         as_decode = not every and len(ids) <= self.max_decode_prompt

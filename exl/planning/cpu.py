@@ -41,7 +41,7 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
         PlanLine("head and final norm", device, model.head.num_bytes, True),
         PlanLine(
             "KV cache", device, model.kv_layout.slab_bytes(num_pages), True,
-            f"{model.kv_layout.kind}, {model.num_cache_tokens} tokens",
+            f"{model.kv_layout.kind}, {limits.cache_tokens} tokens",
         ),
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),

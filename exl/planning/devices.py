@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from exl.batch import PAGE_SIZE
 from exl.layout.arena import ArenaLayout, arena_layout
 from exl.layout.fields import BLOB_ALIGN, align_up
 from exl.planning.cpu import loading_bytes
@@ -164,6 +165,7 @@ def _split_over(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffe
         model.num_pages,
         num_buffers,
         budgets,
+        num_kept_pages=model.num_kept_pages,
     )
 
 
@@ -208,7 +210,7 @@ def _device_lines(asked: _Asked, share: _Share, num_buffers: int) -> list[PlanLi
         PlanLine("head and final norm", name, head, True),
         PlanLine(
             "KV cache", name, cache, True,
-            f"{model.kv_layout.kind}, {model.num_cache_tokens} tokens, {num_cached} layers",
+            f"{model.kv_layout.kind}, {limits.cache_tokens} tokens, {num_cached} layers",
         ),
         PlanLine("residual stream", name, residual, True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", name, activations, True, f"{limits.max_rows} rows"),
@@ -244,12 +246,16 @@ def _host_lines(asked: _Asked, num_resident: int, num_buffers: int) -> tuple[int
             PlanLine("embedding rows", HOST, arena.row_upload_bytes, True, "from the disk: a step waits for its ids"),
             PlanLine("pinned layers", HOST, sum(sizes[:pinned]), True, f"{pinned} of {len(model.layers)}{limited}"),
             PlanLine("pinned read buffers", HOST, read_bytes, True, f"for {on_disk} layers on the disk"),
+            PlanLine(
+                "kept pages", HOST, model.num_kept_pages * model.kv_layout.slab_bytes(1), True,
+                f"pinned, {model.num_kept_pages * PAGE_SIZE} tokens that the cache has no room for",
+            ),
             PlanLine("pinned tables", HOST, arena.upload_bytes, True, "of a step, twice"),
             # While loading; read buffers are not there yet.
             PlanLine(
                 "loading", HOST, max(0, loading - read_bytes), False, "the file's bytes of layers ahead, one packed"
             ),
-        ]
+        ]  # fmt: skip
         return [line for line in found if line.num_bytes]
 
     def fits(pinned: int, limit: int | None, exact: bool) -> bool:

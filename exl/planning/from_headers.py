@@ -15,12 +15,13 @@ from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_qua
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.formats.settle_quant import settle_quant
+from exl.layout.attention import MAX_NEW_TOKENS
 from exl.layout.cpu_steps import ARITHMETIC, DEFAULT_ARITHMETIC
 from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
-from exl.memory.host import pinned_limit
+from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
@@ -32,8 +33,10 @@ from exl.threads import check_threads
 from exl.units import format_apart, format_bytes, one_each, parse_budget
 
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
-_MAX_LOGITS_BYTES = 32 << 20
+_MAX_LOGITS_BYTES = 32 << 20  # at which a chunk's logits stop; decode rows may need more
+_OF_ALL_RAM = 2  # a cache of "auto" size without ram=: the plan takes one part in so many
 _MAX_TOKENS = 1 << 30
+_MAX_DRAFT_ROWS = 64  # decode rows of a step with drafts, if there are no more sequences
 EMBED = ("auto", "device", "disk")
 
 
@@ -47,7 +50,10 @@ class EngineOptions:
     ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
     kv_cache: str = "f16"
-    max_sequences: int = 1  # each with a context of its own
+    max_sequences: int = 16  # that run at once
+    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one.
+    cache_tokens: int | str | None = None
+    kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
     prefill_chunk: int = 512  # rows computed at once
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
     resident_layers: int | None = None  # at most this many, whatever the budget
@@ -73,17 +79,7 @@ class EngineOptions:
             raise ConfigError("vram: found an empty list, expected a size for each GPU")
         if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_BITS:
             raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
-        for name, low in (
-            ("context", 1), ("max_sequences", 1), ("prefill_chunk", 1), ("prefill_window", 1), ("resident_layers", 0)
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if (value is None and name in ("context", "resident_layers")) or (name == "context" and value == "auto"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
-                raise ConfigError(
-                    f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
-                    + (" or 'auto'" if name == "context" else "")
-                )
+        self._check_counts()
         if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
             raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
         if self.embed not in EMBED:
@@ -96,7 +92,21 @@ class EngineOptions:
             )
         if self.ram is not None:
             parse_budget(self.ram, "ram")
+        if self.kv_ram is not None:
+            parse_budget(self.kv_ram, "kv_ram")
         check_threads(self.threads)
+
+    def _check_counts(self) -> None:
+        least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0}
+        for name, low in ({"context": 1, "cache_tokens": 1} | least).items():
+            value, may_be_auto = getattr(self, name), name in ("context", "cache_tokens")
+            if (value is None and (may_be_auto or name == "resident_layers")) or (may_be_auto and value == "auto"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
+                raise ConfigError(
+                    f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
+                    + (" or 'auto'" if may_be_auto else "")
+                )
 
     @property
     def on_gpu(self) -> bool:
@@ -186,6 +196,8 @@ def plan_model(
     tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
     if options.context == "auto":
         options = dataclasses.replace(options, context=_largest_context(files, options, target))
+    if options.cache_tokens == "auto":
+        options = dataclasses.replace(options, cache_tokens=_largest_cache(files, options, target))
     plan, model = _attempt(files, options, target)
     if not plan.fits:
         raise MemoryBudgetError(_explain(files, options, target, plan))
@@ -220,7 +232,8 @@ def _checked_depth(depth: int, context: int) -> int:
 
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
-    context = options.context or min(config.max_position, _MAX_DEFAULT_CONTEXT)
+    context = options.context or _default_context(config)
+    cache_tokens = _cache_tokens(options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     model = PlanInput(
         config=config,
@@ -229,13 +242,13 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         head=layouts.head,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options),
-        num_sequences=options.max_sequences,
+        limits=step_limits(config, context, options, cache_tokens),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),
     )
     if target.kind == "cuda":
+        model = dataclasses.replace(model, num_kept_pages=_kept_pages(options, model))
         _check_pages(files, options)
         _check_embed(files, options, model)
         plan = plan_devices(
@@ -250,6 +263,11 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         if options.embed != "auto":
             raise ConfigError(
                 f"embed: found {options.embed!r}, which is for a GPU; a CPU has the embedding in RAM: expected 'auto'"
+            )
+        if options.kv_ram is not None:
+            raise ConfigError(
+                f"kv_ram: found {options.kv_ram!r}, which is for a GPU; a CPU's cache is in RAM already: expected "
+                "cache_tokens= for a larger one"
             )
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
     return plan, model
@@ -294,15 +312,68 @@ def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident
     return plan.fits and (plan.placement.num_streamed == 0 or not resident)
 
 
+def _default_context(config: ModelConfig) -> int:
+    return min(config.max_position, _MAX_DEFAULT_CONTEXT)
+
+
+def _cache_tokens(options: EngineOptions, context: int) -> int:
+    """Of the whole cache, which is at least one context: so the oldest sequence always gets to its end. Raises
+    ``ConfigError`` for fewer."""
+    if options.cache_tokens in (None, "auto"):
+        return context
+    if options.cache_tokens < context:
+        raise ConfigError(
+            f"cache_tokens: found {options.cache_tokens}, expected the context, {context}, or more; a sequence could "
+            "not get to its end"
+        )
+    return options.cache_tokens
+
+
+def _kept_pages(options: EngineOptions, model: PlanInput) -> int:
+    """Whole pages, of all layers, that ``kv_ram`` has room for. Raises ``ConfigError`` if that is none."""
+    if options.kv_ram is None:
+        return 0
+    page = model.kv_layout.slab_bytes(1)
+    found = parse_budget(options.kv_ram, "kv_ram") // page
+    if found == 0:
+        raise ConfigError(
+            f"kv_ram: found {options.kv_ram!r}, expected {format_bytes(page)} or more: a page of {PAGE_SIZE} tokens, "
+            "of all layers"
+        )
+    return found
+
+
 def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
-    """Whole pages, up to the model's maximum; with all layers in memory if ``resident``. If not even one
-    page fits like that, the default, and layers are streamed."""
-    low, high = 0, -(-files.config.max_position // PAGE_SIZE)
+    """Whole pages, up to the model's maximum and to what the cache holds; with all layers in memory if ``resident``.
+    If not even one page fits like that, the default, and layers are streamed."""
+    default, low, high = _default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
+    if isinstance(options.cache_tokens, int):
+        default, high = min(default, options.cache_tokens), min(high, options.cache_tokens // PAGE_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
         tried = dataclasses.replace(options, context=middle * PAGE_SIZE)
         low, high = (middle, high) if _fits(files, tried, target, resident=resident) else (low, middle - 1)
-    return low * PAGE_SIZE or min(files.config.max_position, _MAX_DEFAULT_CONTEXT)
+    return low * PAGE_SIZE or default
+
+
+def _largest_cache(files: ModelFiles, options: EngineOptions, target: Target) -> int:
+    """The tokens of ``cache_tokens="auto"``, in whole pages: as many as leave the layers where one context leaves them,
+    from one context to as many as there are sequences. A CPU without a budget: the plan takes half of the machine's
+    RAM."""
+    plan, model = _attempt(files, options, target)
+    if target.kind != "cuda" and options.ram is None:
+        total, _ = system_ram()
+        options = dataclasses.replace(options, ram=max(plan.num_bytes, (total or 0) // _OF_ALL_RAM))
+
+    def leaves_layers(pages: int) -> bool:
+        tried, _ = _attempt(files, dataclasses.replace(options, cache_tokens=pages * PAGE_SIZE), target)
+        return tried.fits and tried.placement == plan.placement
+
+    low, high = plan.num_pages, plan.num_pages * model.limits.max_sequences
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if leaves_layers(middle) else (low, middle - 1)
+    return low * PAGE_SIZE
 
 
 def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: MemoryPlan) -> str:
@@ -316,6 +387,10 @@ def _explain(files: ModelFiles, options: EngineOptions, target: Target, plan: Me
         {"prefill_chunk": 64, "prefill_window": 64},
     ]
     changes += [changes[1] | changes[2], {"context": min(context, 512)} | changes[1] | changes[2]]
+    if options.cache_tokens is not None:
+        changes.insert(0, {"cache_tokens": None})
+    if options.max_sequences > 1:
+        changes.append({"max_sequences": 1} | changes[-1])
     if options.embed == "device":
         changes.insert(0, {"embed": "auto"})
     for change in changes:
@@ -341,13 +416,18 @@ def _needed(least: MemoryPlan, option: str) -> str:
     return f"{option}={sizes[0] if len(sizes) == 1 else '[' + ', '.join(sizes) + ']'} or more"
 
 
-def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> StepLimits:
-    """The largest step that the options allow for."""
-    max_rows = min(options.prefill_chunk, context)
+def step_limits(
+    config: ModelConfig, context: int, options: EngineOptions, cache_tokens: int | None = None, *, drafts: bool = False
+) -> StepLimits:
+    """The largest step that the options allow for. ``cache_tokens``: of the whole cache; None: one context.
+    ``drafts``: a sequence may have several decode rows, which verify them."""
+    sequences, chunk = options.max_sequences, min(options.prefill_chunk, context)
+    decode_rows = max(sequences, min(_MAX_DRAFT_ROWS, sequences * MAX_NEW_TOKENS)) if drafts else sequences
     return StepLimits(
-        max_rows=max_rows,
-        window_rows=max(max_rows, min(options.prefill_window, context)),
-        max_logit_rows=max(1, min(max_rows, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
+        max_rows=max(chunk, decode_rows),
+        window_rows=max(chunk, min(options.prefill_window, context)) + decode_rows,
+        # All decode rows, and the last row of a prompt behind them.
+        max_logit_rows=max(decode_rows + 1, min(chunk, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
         max_context=context,
         hidden_size=config.hidden_size,
         qkv_width=config.qkv_width,
@@ -355,5 +435,8 @@ def step_limits(config: ModelConfig, context: int, options: EngineOptions) -> St
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         head_dim=config.head_dim,
-        max_sequences=options.max_sequences,
+        max_sequences=sequences,
+        decode_rows=decode_rows,
+        chunk_rows=chunk,
+        cache_tokens=cache_tokens or context,
     )

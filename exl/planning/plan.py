@@ -73,6 +73,7 @@ class MemoryPlan:
     notes: tuple[Note, ...] = ()
     tokens: tuple[TokenBytes, ...] = ()  # what one token reads, at some depths of the cache
     speeds: Speeds = field(default_factory=Speeds)
+    num_kept_pages: int = 0  # pages in pinned RAM that a GPU's cache has no room for
 
     @property
     def verdict(self) -> str:
@@ -131,6 +132,7 @@ class MemoryPlan:
             "budgets": dict(self.budgets),
             "fits": self.fits,
             "context": self.context,
+            "cache_tokens": self.num_pages * PAGE_SIZE,
             "embedding": self.placement.embed.value,
             "layers": self.layer_counts,
         }
@@ -189,17 +191,12 @@ class PlanInput:
     target: Target
     kv_layout: KVLayout | DeviceKVLayout
     limits: StepLimits
-    num_sequences: int = 1
+    num_kept_pages: int = 0  # in pinned RAM, beside a GPU's cache
     tokenizer_bytes: int = 0  # size of tokenizer.json
     layer_file_bytes: int = 0  # bytes of the largest layer in the checkpoint
     arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
 
     @property
     def num_pages(self) -> int:
-        """Pages of the cache: whole pages for the context of each sequence."""
-        return self.num_sequences * -(-self.limits.max_context // PAGE_SIZE)
-
-    @property
-    def num_cache_tokens(self) -> int:
-        """Tokens that the cache was asked for; its pages may hold a few more."""
-        return self.num_sequences * self.limits.max_context
+        """Pages of the cache, the last of which may hold more tokens than were asked for."""
+        return -(-self.limits.cache_tokens // PAGE_SIZE)

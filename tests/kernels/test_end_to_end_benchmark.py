@@ -55,7 +55,9 @@ def test_logits_of_random_models_are_finite(backend) -> None:
 
 def test_bytes_of_a_step_by_hand(backend) -> None:
     """The weights once, and each sequence's pages."""
-    with benchmark.synthetic_engine(backend, TINY, vram="1GB", context=128, max_sequences=4) as engine:
+    with benchmark.synthetic_engine(
+        backend, TINY, vram="1GB", context=128, max_sequences=4, cache_tokens=512
+    ) as engine:
         one, four = (benchmark.step_bytes_read(engine, 99, n) for n in (1, 4))
     assert four - one == 3 * 100 * 2 * 2 * 2 * 32 * 2  # tokens, layers, K and V, heads, channels, bytes
 

@@ -58,7 +58,7 @@ def test_a_page_that_is_reused_in_place_holds_what_a_copy_would(endless, folder,
         text = "Tell me about a dog" if same_prompt else "Tell me about a cat"
         return llm.chat().send(text, 1000, temperature=0, top_logprobs=3)
 
-    with exl.load(folder, context=4 * PAGE_SIZE, kv_cache="f32", max_sequences=4) as roomy:
+    with exl.load(folder, context=4 * PAGE_SIZE, kv_cache="f32", cache_tokens=16 * PAGE_SIZE) as roomy:
         roomy._engine.generator.eos_ids = frozenset()
         expected, found = second(roomy), second(endless)
     assert found.num_reused_tokens == expected.num_reused_tokens > 5

@@ -55,7 +55,7 @@ def opened(folder: Path, *, threads: int = 1, isa: str | None = None, **options)
     patch.setattr(build, "thread_limit", lambda asked: threads)
     if isa is not None:
         patch.setattr("exl.cpu_kernels.library.shared_library", lambda: Library(isa))
-    options = {"context": 128, "device": "cpu", "max_sequences": 4} | options
+    options = {"context": 128, "device": "cpu", "max_sequences": 4, "cache_tokens": 512} | options
     engine = load_engine(folder, EngineOptions(**options))
     patch.undo()
     try:

@@ -261,7 +261,7 @@ def test_several_sequences_have_their_own_rows(model, backend, tmp_path):
     """In a step padded to a power of two, with duplicates."""
     found = []
     for place in ("device", "disk"):
-        engine = load(model("f16"), backend, embed=place, packed_folder=tmp_path, max_sequences=4)
+        engine = load(model("f16"), backend, embed=place, packed_folder=tmp_path, cache_tokens=512)
         batch = batch_of([([7], 0, [0]), ([50], 0, [1]), ([7], 0, [2])], decode=True)
         found += [logits.to("cpu", copy=True) for logits in engine.generator.runner.forward([batch])]
         engine.close()

@@ -33,7 +33,8 @@ def test_replayed_steps_give_the_same_bits(backend, folder):
 def test_a_graph_for_each_bucket(backend, folder):
     """3 sequences run in a batch of 4, whose last row is unused."""
     recorder = RecordingBackend(backend)
-    captured, plain = load(folder, recorder, max_sequences=4), load(folder, backend, max_sequences=4)
+    options = {"max_sequences": 4, "cache_tokens": 512}
+    captured, plain = load(folder, recorder, **options), load(folder, backend, **options)
     prompts = [some_ids(n, n) for n in (5, 9, 17)]
     for step in range(4):
         results = []

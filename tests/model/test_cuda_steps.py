@@ -109,7 +109,7 @@ def test_batches_of_as_many_rows_go_through_programs_of_their_own(backend, folde
         batch_of([([token_id], 0, page) for token_id, page in zip(ids, pages, strict=True)], decode=True),
         replace(batch_of([(ids[:1], 0, [4]), (ids[1:], 0, [5])]), num_decode_rows=1),
     ]
-    options = {"max_sequences": 6, "context": 64}
+    options = {"max_sequences": 6, "context": 64, "cache_tokens": 6 * 64}
     fresh = [run(load(folder, backend, **options).generator.runner, batch) for batch in arrangements]
     runner = load(folder, backend, **options).generator.runner
     for i in [*range(6), *range(5, -1, -1)]:
@@ -172,7 +172,7 @@ def test_the_generator_runs_ahead_and_says_the_same(backend, folder):
 @pytest.mark.parametrize("kind", ["f16", "q4"])
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_among_new_tokens(backend, folder, kind):
     """Logits of a sequence's last 8 tokens: one by one, 8 at once, and together with other sequences."""
-    engine = load(folder, backend, kv_cache=kind, max_sequences=3)
+    engine = load(folder, backend, kv_cache=kind, max_sequences=3, cache_tokens=3 * 128)
     runner = engine.generator.runner
     ids, others = some_ids(73, 1), [some_ids(20, 2), some_ids(5, 3)]
     pages, other_pages = [3, 1], [[0], [5]]
@@ -190,7 +190,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_among_new_tokens(backend, 
 
 def test_decode_and_prefill_rows_in_one_batch(backend, folder):
     """A decode row's bits do not change if a prompt is in the batch, and the prompt's logits are those it has alone."""
-    engine = load(folder, backend, max_sequences=2)
+    engine = load(folder, backend, max_sequences=2, cache_tokens=2 * 128)
     runner = engine.generator.runner
     first, prompt = some_ids(31, 4), some_ids(40, 5)
     run(runner, batch_of([(first[:-1], 0, [2])]))
@@ -217,7 +217,7 @@ def test_the_next_step_takes_its_token_from_the_device(backend, folder):
 
 def test_pages_are_copied_without_an_index(backend, folder):
     """An index tensor would be copied to the device in every layer, and the host would wait for it."""
-    runner = load(folder, backend, max_sequences=2).generator.runner
+    runner = load(folder, backend, cache_tokens=2 * 128).generator.runner
     ids = some_ids(30)
     run(runner, batch_of([(ids[:29], 0, [0])]))
     expected = run(runner, batch_of([(ids[29:], 29, [0])], decode=True))

@@ -54,7 +54,8 @@ OPTIONS = st.fixed_dictionaries(
         "model": st.integers(0, 3),
         "context": st.integers(1, 200),
         "kv_cache": st.sampled_from(list(KV_BITS)),
-        "max_sequences": st.integers(1, 3),
+        "max_sequences": st.sampled_from([1, 2, 3, 16, 64]),
+        "contexts": st.integers(1, 3),
         "prefill_chunk": st.integers(1, 80),
         "extra_window": st.integers(0, 100),
     }
@@ -76,7 +77,8 @@ def frozen():
 def test_exact_lines_are_what_is_alive(folders, frozen, asked):
     folder = folders[asked.pop("model")]
     window = asked["prefill_chunk"] + asked.pop("extra_window")
-    options = EngineOptions(prefill_window=window, **asked)
+    cache_tokens = asked.pop("contexts") * asked["context"]
+    options = EngineOptions(prefill_window=window, cache_tokens=cache_tokens, **asked)
     before = live_bytes()
     engine = load_engine(folder, options)
     assert live_bytes() - before == engine.plan.exact_bytes

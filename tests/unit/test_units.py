@@ -104,7 +104,9 @@ def test_a_budget_that_is_hardly_too_small_is_not_shown_as_if_it_were_enough():
 # Counts
 
 
-@pytest.mark.parametrize("name", ["context", "max_sequences", "prefill_chunk", "prefill_window", "resident_layers"])
+@pytest.mark.parametrize(
+    "name", ["context", "cache_tokens", "max_sequences", "prefill_chunk", "prefill_window", "resident_layers"]
+)
 @pytest.mark.parametrize("value", [100_000_000_000, 1 << 30, -1, 1.5])
 def test_a_count_out_of_range_is_told_the_range(name, value):
     low = 0 if name == "resident_layers" else 1
@@ -119,7 +121,7 @@ def test_the_plan_shows_the_context_that_was_typed(options):
     assert done.returncode == 0, done.stderr
     assert "99999999 tokens" in done.stdout
     assert "100000000" not in done.stdout
-    plan = exl.plan(context=100, max_sequences=3)
+    plan = exl.plan(context=100, cache_tokens=300)
     assert "f16, 300 tokens" in [line.note for line in plan.lines]
 
 

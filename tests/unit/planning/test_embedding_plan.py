@@ -21,7 +21,7 @@ from tests.command_line import run_exl
 
 GB = 10**9
 TABLE = 32000 * 4096 * 2  # bytes of a 7B's embedding
-WINDOW_ROWS = 4096 * 4096 * 2  # 16-bit rows of a window of 4096 tokens
+WINDOW_ROWS = (4096 + 16) * 4096 * 2  # 16-bit rows of a window of 4096 tokens and of a decode row for each sequence
 TIED = Path(__file__).parents[2] / "data" / "stories260K"  # its embedding is also its head
 
 
@@ -103,11 +103,11 @@ def test_a_cpu_has_no_other_place(folder_7b, value):
 
 def test_short_ram_is_for_layers_first(seven):
     """A layer that is read from the disk costs much more time than a row that is."""
-    plan = seven(vram="3800MB", ram="1GB")
+    plan = seven(vram="3800MB", ram="1GB", max_sequences=1)
     assert plan.fits
     assert plan.placement.on_tier(Tier.DISK)
     assert plan.placement.embed is Tier.DISK
-    forced = seven(vram="3800MB", ram="1GB", embed="device")
+    forced = seven(vram="3800MB", ram="1GB", max_sequences=1, embed="device")
     assert len(plan.placement.on_tier(Tier.DISK)) < len(forced.placement.on_tier(Tier.DISK))
 
 
