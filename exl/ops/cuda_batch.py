@@ -219,6 +219,9 @@ class Staging:
                 f"batch of {batch.num_rows} rows, {B} sequences that decode: expected {limits.max_rows} rows and "
                 f"{limits.max_sequences} sequences, or fewer"
             )
+        first, last = int(batch.query_start[0]), int(batch.query_start[-1])
+        if first != 0 or last > batch.num_rows:
+            raise KernelError(f"sequences own rows {first} to {last}: expected 0 to {batch.num_rows} or fewer")
         if batch.num_sequences > B and int(batch.query_start[B]) != batch.num_decode_rows:
             raise KernelError(f"{batch.num_decode_rows} decode rows: expected whole sequences, they end inside of one")
         if batch.page_table.shape[1] > limits.max_pages:

@@ -213,6 +213,12 @@ class CudaOps:
         return found[1]
 
     @property
+    def invariant_rows(self) -> int:
+        """A prefill batch of fewer rows than this is row-invariant: from here on linears dequantize panels and leave
+        the products to cuBLAS, whose bits depend on the number of rows."""
+        return self.limits.max_rows + 1 if self._many is None else self._crossover
+
+    @property
     def step_key(self) -> BatchShape:
         return self._now.shape
 
