@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from benchmarks.machine import Machine, share
 from benchmarks.report import Measurement, Section
 from benchmarks.timing import Timer
 from exl.batch import PAGE_SIZE
-from exl.kernels.attention_decode import DecodeScratch, DecodeTables, attention_decode, scratch_shapes
+from exl.kernels.attention_decode import (
+    DecodeScratch,
+    DecodeTables,
+    attention_decode,
+    first_parts,
+    num_items,
+    scratch_shapes,
+)
 from exl.kernels.attention_io import AttentionParams, QkvRows
 from exl.kernels.launch import Backend
 from exl.layout.pages import KINDS, PageLayout
@@ -64,17 +72,20 @@ def make_step(shape: Shape, kind: str, depth: int, batch: int, device: torch.dev
     layout, pages_each = PageLayout(kind, D), -(-depth // PAGE_SIZE)
     table = torch.randperm(batch * pages_each, device=device).to(torch.int32).reshape(batch, pages_each)
     last = depth - 1
+    lengths = np.full(batch, depth, np.int32)
     tables = DecodeTables(
         torch.arange(batch + 1, dtype=torch.int32, device=device),
-        torch.full((batch,), depth, dtype=torch.int32, device=device),
+        torch.from_numpy(lengths).to(device),
         table,
         table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE,
+        torch.from_numpy(first_parts(lengths, batch)).to(device),
+        most_items=batch * num_items(depth),
         max_context=depth,
     )
     pages = torch.empty(batch * pages_each, Hkv, layout.num_bytes, dtype=torch.uint8, device=device)
     pages.random_(0, 0x3C)  # as halves below 1
     angles = torch.full((batch, D // 2), 0.5**0.5, device=device)  # cosine and sine alike
-    sizes = scratch_shapes(batch, H, Hkv, D, depth)
+    sizes = scratch_shapes(batch, tables.most_items, H, Hkv, D)
     return Step(
         shape, layout, depth,
         QkvRows(torch.randn(batch, (H + 2 * Hkv) * D, device=device).half(), angles, angles),

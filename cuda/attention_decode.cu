@@ -6,7 +6,9 @@
 //   context_len  i32 [B]: tokens of the sequence, the new ones included; 0: the sequence is empty
 //   page_table   i32 [B, max_pages]
 //   out          f16 [num_tokens, H * kD], saturated; channel n is stored at channel_map[n] (i32 [H * kD]) if not null
-//   partial      f32 [B][Hkv * column tiles][max_items][8][kD + 2]: O, then m and l, of each item's columns
+//   first_part   i32 [B]: items of the sequences before b, whose parts lie before those of b
+//   partial      f32 [items of all sequences, times Hkv * column tiles][8][kD + 2]: O, then m and l, of each item's
+//                columns; sequence by sequence, then by pair of kv head and column tile, then by item
 //   arrived      u32 [B][Hkv * column tiles], zero before the first launch and after every launch
 //
 // The context is cut into items: of 256 tokens up to token 4096, of 1024 after it. A column is one query head of the kv
@@ -62,9 +64,9 @@ EXL_DEVICE float combined(const float* o, const float* m, const float* l, int pa
 
 EXL_KERNEL(attention_decode, 128, 2)
 (const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm, const float* cosine, const float* sine,
- const i32* slots, const i32* query_start, const i32* context_len, const i32* page_table, u8* pages, half* out,
- const i32* __restrict__ channel_map, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles, int max_pages,
- int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
+ const i32* slots, const i32* query_start, const i32* context_len, const i32* page_table, const i32* first_part,
+ u8* pages, half* out, const i32* __restrict__ channel_map, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles,
+ int max_pages, int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
   EXL_DYNAMIC_SMEM(u8, smem);
   Shared& s = *reinterpret_cast<Shared*>(smem);
   griddepcontrol_launch_dependents();
@@ -158,7 +160,8 @@ EXL_KERNEL(attention_decode, 128, 2)
 
   // Combine the warps' results of this item's columns; the last block to arrive then combines all items.
   const size_t pair = static_cast<size_t>(sequence) * gridDim.y + blockIdx.y;
-  float* parts = partial + pair * gridDim.x * (kColumns * (kD + 2));
+  const size_t first = static_cast<size_t>(first_part[sequence]) * gridDim.y + blockIdx.y * static_cast<u32>(last_item + 1);
+  float* parts = partial + first * (kColumns * (kD + 2));
   float* mine = parts + static_cast<size_t>(item) * (kColumns * (kD + 2));
   for (int i = tid; i < num_columns * kD; i += kThreads) {
     const int column = i / kD, channel = i % kD;

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PAGE_SIZE = 64  # tokens per page of the KV cache
+MAX_STEP_TOKENS = 8  # new tokens of a sequence in a step: its last one, and drafts
 
 I32 = NDArray[np.int32]
 
@@ -44,29 +45,47 @@ class ForwardBatch:
 
 
 def is_step(batch: ForwardBatch) -> bool:
-    """Whether each sequence has one new token and wants its logits: the batches for which graphs are captured."""
-    rows = np.arange(batch.num_rows)
+    """Whether all are decode rows that want their logits, 1 to 8 of each sequence: the batches for which graphs are
+    captured. A sequence's rows are its last token and the drafts that are to be verified after it."""
+    num_new = np.diff(batch.query_start)
     return (
-        batch.num_decode_rows == batch.num_rows == batch.num_sequences
-        and np.array_equal(batch.query_start[1:], rows + 1)
-        and np.array_equal(batch.logit_rows, rows)
+        batch.num_decode_rows == batch.num_rows == batch.query_start[-1] == len(batch.logit_rows)
+        and int(num_new.min(initial=1)) > 0
+        and int(num_new.max(initial=1)) <= MAX_STEP_TOKENS
+        and bool((batch.logit_rows == np.arange(batch.num_rows)).all())
     )
 
 
-def padded_step(batch: ForwardBatch, num_rows: int) -> ForwardBatch:
-    """The step with padding rows up to ``num_rows``: they belong to no sequence and are not cached."""
+def step_bucket(batch: ForwardBatch, max_rows: int, max_sequences: int, fewest_rows: int = 8) -> ForwardBatch:
+    """The step in one of few shapes, so that few graphs serve all: rows and sequences padded to powers of two, or to
+    what the buffers are made for. With drafts to ``fewest_rows``, as many as cost no more than one, or more.
+
+    Rows of the padded step come first and have the same bits; its logits are those of all rows.
+    """
+    rows, sequences = (1 << (count - 1).bit_length() for count in (batch.num_rows, batch.num_sequences))
+    if batch.num_rows == batch.num_sequences:
+        rows = sequences = min(rows, max_rows, max_sequences)
+    else:
+        rows, sequences = min(max(rows, fewest_rows), max_rows), min(sequences, max_sequences)
+    return padded_step(batch, max(rows, batch.num_rows), max(sequences, batch.num_sequences))
+
+
+def padded_step(batch: ForwardBatch, num_rows: int, num_sequences: int | None = None) -> ForwardBatch:
+    """The step with padding rows up to ``num_rows``, which belong to no sequence and are not cached, and sequences
+    without rows up to ``num_sequences`` (None: as many as rows)."""
     more = num_rows - batch.num_rows
-    if more == 0:
+    empty = (num_rows if num_sequences is None else num_sequences) - batch.num_sequences
+    if more == empty == 0:
         return batch
-    zeros = np.zeros(more, np.int32)
+    rows, sequences = np.zeros(more, np.int32), np.zeros(empty, np.int32)
     return ForwardBatch(
-        token_ids=np.concatenate([batch.token_ids, zeros]),
-        positions=np.concatenate([batch.positions, zeros]),
-        slots=np.concatenate([batch.slots, zeros - 1]),
-        query_start=np.concatenate([batch.query_start, zeros + batch.num_rows]),
-        context_len=np.concatenate([batch.context_len, zeros]),
-        rope_len=np.concatenate([batch.rope_len, zeros + 1]),
-        page_table=np.concatenate([batch.page_table, np.zeros((more, batch.page_table.shape[1]), np.int32)]),
+        token_ids=np.concatenate([batch.token_ids, rows]),
+        positions=np.concatenate([batch.positions, rows]),
+        slots=np.concatenate([batch.slots, rows - 1]),
+        query_start=np.concatenate([batch.query_start, sequences + batch.num_rows]),
+        context_len=np.concatenate([batch.context_len, sequences]),
+        rope_len=np.concatenate([batch.rope_len, sequences + 1]),
+        page_table=np.concatenate([batch.page_table, np.zeros((empty, batch.page_table.shape[1]), np.int32)]),
         logit_rows=np.arange(num_rows, dtype=np.int32),
         num_decode_rows=num_rows,
     )

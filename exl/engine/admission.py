@@ -7,9 +7,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from exl.batch import PAGE_SIZE
-from exl.cache.page_pool import PagePool
+from exl.cache.page_pool import CopyPages, PagePool
 from exl.engine.compose import ChunkRules
 from exl.engine.sequence import Sequence, State
+from exl.errors import MemoryBudgetError
 
 
 class Pages:
@@ -19,12 +20,12 @@ class Pages:
         self,
         pool: PagePool,
         rules: ChunkRules,
-        copy_page: Callable[[int, int], None],
+        copy_pages: CopyPages,
         reusable: Callable[[int], bool],
     ) -> None:
-        """``copy_page(source, target)`` copies a page of all layers. ``reusable(n)``: whether the K and V of a text of n
+        """``copy_pages`` copies them in all layers. ``reusable(n)``: whether the K and V of a text of n
         tokens may be used for another text that begins alike."""
-        self.pool, self._rules, self._copy_page, self._reusable = pool, rules, copy_page, reusable
+        self.pool, self._rules, self._copy, self._reusable = pool, rules, copy_pages, reusable
 
     def never_fits(self, num_tokens: int) -> bool:
         """Whether a text of so many tokens has no room even if it is alone."""
@@ -33,36 +34,51 @@ class Pages:
     def place(self, sequence: Sequence, reserve: int) -> bool:
         """Pages for all tokens that are known and one more, among them those that hold its beginning already; leaves
         ``reserve`` pages to others. False, and nothing is changed, if there are too few now."""
-        pages, num_cached, num_exact = self._beginning(sequence)
-        more = sequence.pages_needed - len(pages)
-        if more + reserve > self.pool.num_free:
-            self.pool.release(pages)
+        try:
+            old = self.pool.reclaim(sequence.old_pages)
+            if old:
+                self._go_on_with(sequence, old, reserve)
+            else:
+                self._begin(sequence, reserve)
+        except MemoryBudgetError:
             return False
-        self.pool.grow(pages, more)
-        sequence.pages, sequence.num_cached, sequence.num_exact = pages, num_cached, num_exact
         sequence.old_pages = []
         return True
 
-    def _beginning(self, sequence: Sequence) -> tuple[list[int], int, int]:
-        """Pages that hold the beginning of the sequence, for how many tokens, and how many of these are exact. The last
-        known token is always computed, for its logits."""
-        most = len(sequence.ids) - 1
-        old = self.pool.reclaim(sequence.old_pages)
-        if old:
-            num_tokens = min(len(old) * PAGE_SIZE, sequence.old_cached)
-            return old, num_tokens, min(num_tokens, sequence.old_exact)
-        reuse = sequence.ticket.request.reuse_prefix
-        if reuse is False or not self._reusable(sequence.num_prompt + sequence.max_new):
-            return [], 0, 0
-        exact = reuse != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
-        multiple = 1 if self._rules.chunks_alike else self._rules.chunk
-        known = sequence.ids[: most if self._rules.all_alike else min(most, sequence.num_prompt)]
-        pages, num_tokens, num_exact = self.pool.take_prefix(
-            known, exact=exact and not self._rules.all_alike, multiple=multiple, copy=self._copy_page
+    def _go_on_with(self, sequence: Sequence, old: list[int], reserve: int) -> None:
+        """With those of its pages that nobody else got while it was paused."""
+        more = sequence.pages_needed - len(old)
+        try:
+            if more + reserve > self.pool.num_free:
+                raise MemoryBudgetError("KV cache: too few pages")
+            sequence.num_cached = min(len(old) * PAGE_SIZE, sequence.old_cached)
+            sequence.num_exact = min(sequence.num_cached, sequence.old_exact)
+            self.pool.grow(old, more)
+            sequence.pages = old
+        except BaseException:
+            self.pool.release(old)
+            raise
+
+    def _begin(self, sequence: Sequence, reserve: int) -> None:
+        """With pages that hold its beginning, as far as it may use them. The last known token is always computed, for
+        its logits."""
+        request, rules = sequence.ticket.request, self._rules
+        known: list[int] = []
+        if request.reuse_prefix is not False and self._reusable(sequence.num_prompt + sequence.max_new):
+            most = len(sequence.ids) - 1
+            known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_prompt)]
+        exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
+        taken = self.pool.take_prefix(
+            known,
+            self._copy,
+            num_pages=sequence.pages_needed,
+            spare=reserve,
+            exact=exact and not rules.all_alike,
+            multiple=1 if rules.chunks_alike or not exact else rules.chunk,
         )
+        sequence.pages, sequence.num_cached, sequence.num_exact = taken.pages, taken.num_reused, taken.num_exact
         if sequence.num_drawn == 0:
-            sequence.answer.num_reused = num_tokens
-        return pages, num_tokens, num_exact
+            sequence.answer.num_reused = taken.num_reused
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Pages for so many tokens in all. Raises ``MemoryBudgetError`` and changes nothing if there are too few."""
@@ -73,13 +89,7 @@ class Pages:
     def fork(self, leader: Sequence, child: Sequence) -> None:
         """The child, whose prompt the leader has computed, shares its whole pages and gets a copy of the last one.
         Raises ``MemoryBudgetError`` and changes nothing if there are too few."""
-        whole, rest = divmod(leader.num_cached, PAGE_SIZE)
-        own: list[int] = []
-        self.pool.grow(own, 1)
-        if rest:
-            self._copy_page(leader.pages[whole], own[0])
-        self.pool.hold(leader.pages[:whole])
-        child.pages = [*leader.pages[:whole], *own]
+        child.pages = self.pool.fork(leader.pages, leader.num_cached, self._copy)
         child.num_cached, child.num_exact = leader.num_cached, leader.num_exact
 
     def remember(self, sequence: Sequence) -> None:
@@ -93,12 +103,13 @@ class Pages:
             self.remember(sequence)
             self.pool.release(sequence.lose_pages())
 
-    def drop(self, sequence: Sequence) -> list[int]:
-        """Gives the pages back without remembering them. Returns those that nobody else holds: what they hold is
-        worth nothing."""
+    def poison(self, sequence: Sequence, zero: Callable[[list[int]], None]) -> None:
+        """Gives the pages back of a sequence with a row of no numbers. They are zeroed before somebody else gets them:
+        a weight of 0 times NaN is NaN."""
         pages = sequence.lose_pages()
+        self.pool.poison(pages)
         self.pool.release(pages)
-        return pages
+        self.pool.clean(zero)
 
     def pause(self, sequence: Sequence) -> None:
         """Takes all pages; the sequence waits, and remembers where its K and V were."""
@@ -110,11 +121,13 @@ class Pages:
     def recover(self, sequences: Many[Sequence]) -> None:
         """After an interrupt: takes the pages of these sequences, which are all there are. If pages were on their way
         between the pool and a sequence, nothing is known of any page, and all are free."""
-        held = [page for sequence in sequences for page in sequence.pages]
-        if self.pool.adds_up(held):
+        held = [sequence.pages for sequence in sequences]
+        try:
+            self.pool.check(held)
+        except RuntimeError:
             for sequence in sequences:
-                self.give_back(sequence)
+                sequence.lose_pages()
+            self.pool.clear(())
             return
-        self.pool.reset()
         for sequence in sequences:
-            sequence.lose_pages()
+            self.give_back(sequence)

@@ -55,7 +55,7 @@ class Generator:
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
         self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE)
         self.eos_ids = frozenset(eos_ids)
-        pages = Pages(pool, runner.rules, runner.copy_page, self._reusable)
+        pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable)
         self.scheduler = Scheduler(runner, pages, self.answers)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread)
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from exl.batch import ForwardBatch, SamplingBatch, is_step, padded_step
+from exl.batch import ForwardBatch, SamplingBatch, is_step, step_bucket
 from exl.cache.kv import KVCache
 from exl.engine.compose import ChunkRules
 from exl.engine.step_graph import StepGraphs
@@ -53,16 +53,16 @@ class Runner:
         self._logits = buffer("logits")
         self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
         self.rules = ChunkRules(
-            chunk=limits.max_rows,
-            logit_chunk=max(1, min(limits.max_rows, limits.max_logit_rows - limits.max_sequences)),
-            max_decode_prompt=min(max_decode_prompt, limits.max_rows),
+            chunk=limits.chunk_rows,
+            logit_chunk=max(1, min(limits.chunk_rows, limits.max_logit_rows - limits.max_sequences)),
+            max_decode_prompt=min(max_decode_prompt, limits.chunk_rows),
             max_decode_rows=min(MAX_NEW_TOKENS, limits.max_rows),
             invariant_rows=decoder.ops.invariant_rows,
             by_length=depends_on_length(decoder.config.rope),
         )
         # With streamed layers, one crossing of the bus serves all rows of a step.
         self._one_window = not isinstance(self.weights, ResidentWeights)
-        self.step_tokens = limits.window_rows if self._one_window else limits.max_rows
+        self.step_tokens = limits.window_rows - limits.decode_rows if self._one_window else limits.chunk_rows
         self.max_sequences, self.vocab_size = limits.max_sequences, limits.vocab_size
         self.runs_ahead = decoder.ops.runs_ahead
 
@@ -105,9 +105,9 @@ class Runner:
         self.decoder.ops.fence()
         self.kv.zero_pages(pages)
 
-    def copy_page(self, source: int, target: int) -> None:
+    def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
         self.decoder.ops.fence()  # a late thread of the last step may still write to its page
-        self.kv.copy_pages([source], [target])
+        self.kv.copy_pages(src, dst)
 
     def abandon(self) -> None:
         self.decoder.ops.stage(())
@@ -150,10 +150,9 @@ class Runner:
             return self.decoder.head(self._final_norm, self._head, h, self._logits[at:])
 
     def _step(self, graphs: StepGraphs, batch: ForwardBatch) -> torch.Tensor:
-        """One new token per sequence, in a batch padded to a power of two: few shapes, so few graphs."""
         decoder, ops = self.decoder, self.decoder.ops
-        bucket = min(1 << (batch.num_rows - 1).bit_length(), ops.captures, self.limits.max_sequences, len(self._logits))
-        padded = padded_step(batch, max(bucket, batch.num_rows))
+        fewest = 1 if ops.backend is None else 8  # a tensor core's product has eight rows
+        padded = step_bucket(batch, min(ops.captures, len(self._logits)), self.limits.max_sequences, fewest)
         ops.stage((padded,), self._embed_rows)
         h = self._residual[: padded.num_rows]
 

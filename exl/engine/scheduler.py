@@ -435,7 +435,6 @@ class Scheduler:
                 self.answers.finish(sequence)
 
     def _poisoned(self, sequence: Tokens, code: int) -> None:
-        """A row without a distribution ends its request alone. Its pages may hold NaN, which would reach their next
-        owner: a weight of 0 times NaN is NaN."""
-        self.device.zero_pages(self.pages.drop(sequence))
+        """A row without a distribution ends its request alone."""
+        self.pages.poison(sequence, self.device.zero_pages)
         self.fail(sequence.ticket, self.answers.no_distribution(code))

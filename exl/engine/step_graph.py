@@ -17,11 +17,14 @@ from exl.weights.stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
+MAX_GRAPHS = 24  # kept; each takes some MB of the device's memory
+_MAX_SEEN = 256  # shapes remembered that have run once
 _DEPENDENT_ARCH = 90  # below, dependent launches are plain ones
 
 
 class StepGraphs:
     """Runs steps: the first of a shape plainly, which loads its kernels; the second is captured; the rest are replayed.
+    Of more than ``MAX_GRAPHS`` the least recently used is given up; CUDA frees one that still runs when it has ended.
 
     A capture that fails with dependent launches is tried once more without them; if that works, steps stay without, and
     ``note`` says so. If it fails too, or if layers come from the disk, steps are launched one by one, and ``reason``
@@ -33,7 +36,7 @@ class StepGraphs:
         self._ops = ops
         self._weight_stream = weights if isinstance(weights, DeviceStream) else None
         self._replays: dict[Hashable, Callable[[], None]] = {}
-        self._seen: set[Hashable] = set()
+        self._seen: dict[Hashable, None] = {}  # in the order of their last use, as the replays are
         self.note: str | None = None
         self.reason: str | None = None if weights.capturable else "layers are read from the disk"
         if self.reason:
@@ -52,11 +55,15 @@ class StepGraphs:
         """``step`` launches on fixed addresses and nothing else; equal keys launch the same."""
         if self.reason is None and key in self._seen and key not in self._replays:
             self._capture(key, step)
-        replay = self._replays.get(key)
+        replay = self._replays.pop(key, None)
         if replay is None:
-            self._seen.add(key)
+            self._seen.pop(key, None)
+            self._seen[key] = None
+            if len(self._seen) > _MAX_SEEN:
+                del self._seen[next(iter(self._seen))]
             step()
             return
+        self._replays[key] = replay
         if self._weight_stream is None:
             replay()
             return
@@ -83,6 +90,8 @@ class StepGraphs:
         elif replay is None:
             self.reason = "this device has no graphs"
         else:
+            if len(self._replays) >= MAX_GRAPHS:
+                del self._replays[next(iter(self._replays))]
             self._replays[key] = replay
 
     def _try(self, step: Callable[[], None]) -> tuple[Callable[[], None] | None, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from exl.batch import PAGE_SIZE
@@ -22,9 +23,11 @@ NUM_WARPS = 8
 def check_slots(slots: Sequence[int], num_pages: int) -> None:
     """A batch's slots, on the host, before they are copied. Raises ``KernelError`` that names the first that is neither
     a slot of the cache nor -1."""
-    for i, slot in enumerate(slots):
-        if not -1 <= slot < num_pages * PAGE_SIZE:
-            raise KernelError(f"slot {slot} at row {i}: expected -1 to {num_pages * PAGE_SIZE - 1}")
+    found = np.asarray(slots)
+    wrong = (found < -1) | (found >= num_pages * PAGE_SIZE)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise KernelError(f"slot {found[i]} at row {i}: expected -1 to {num_pages * PAGE_SIZE - 1}")
 
 
 def append_kv(

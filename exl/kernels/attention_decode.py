@@ -13,12 +13,19 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
-from exl.kernels.attention_io import AttentionParams, QkvRows, check_dims, check_rows, check_window
+from exl.kernels.attention_io import (
+    AttentionParams,
+    QkvRows,
+    check_dims,
+    check_rows,
+    check_used_pages,
+    check_window,
+)
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear_io import OUT_TYPES
 from exl.kernels.spec import KernelSpec, Variant
-from exl.layout.attention import COLUMNS, MAX_NEW_TOKENS, column_tiles, num_items, scratch_shapes
+from exl.layout.attention import COLUMNS, MAX_NEW_TOKENS, column_tiles, items_of, num_items, scratch_shapes
 from exl.layout.pages import PageLayout
 
 NUM_WARPS = 4
@@ -37,13 +44,15 @@ def shared_bytes(head_dim: int, arch: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeTables:
-    """What a step's sequences have: on the device, all i32; and two bounds, which the grid is made for: what is within
-    them is read on the device."""
+    """What a step's sequences have: on the device, all i32; and bounds, which the grid and the scratch are made for:
+    what is within them is read on the device."""
 
     query_start: torch.Tensor  # [B + 1]: rows
     context_len: torch.Tensor  # [B]: tokens, the new ones included; 0: an empty sequence
     page_table: torch.Tensor  # [B, max_pages]
     slots: torch.Tensor  # [T]: page * 64 + place of each new token, -1: not kept
+    first_part: torch.Tensor  # [B]: items (``items_of`` the lengths) of the sequences before: ``first_parts``
+    most_items: int  # of all sequences together
     max_context: int  # of all sequences
     max_new: int = 1  # new tokens of a sequence
 
@@ -65,24 +74,39 @@ def check_tables(
 ) -> None:
     """A batch's tables on the host, before they are copied. Raises ``KernelError`` that names the first that is wrong:
     the device believes them."""
-    for b, length in enumerate(context_len):
-        num_new = int(query_start[b + 1] - query_start[b])
-        if not 0 <= num_new <= MAX_NEW_TOKENS:
-            raise KernelError(f"sequence {b} has {num_new} new tokens: expected 0 to {MAX_NEW_TOKENS}")
-        if not num_new <= length <= page_table.shape[1] * PAGE_SIZE:
-            raise KernelError(
-                f"sequence {b} has a context of {length}: expected {num_new} to {page_table.shape[1] * PAGE_SIZE}, the "
-                f"tokens of its {page_table.shape[1]} pages"
-            )
-        used = page_table[b, : -(-int(length) // PAGE_SIZE)]
-        if ((used < 0) | (used >= num_pages)).any():
-            wrong = used[(used < 0) | (used >= num_pages)][0]
-            raise KernelError(f"sequence {b} has page {wrong}: expected 0 to {num_pages - 1}")
-        for i in range(num_new):
-            place, slot = int(length) - num_new + i, int(slots[query_start[b] + i])
-            wanted = int(page_table[b, place // PAGE_SIZE]) * PAGE_SIZE + place % PAGE_SIZE
-            if slot not in (-1, wanted):
-                raise KernelError(f"slot {slot} of token {place} of sequence {b}: expected {wanted} or -1")
+    if not len(context_len):
+        return
+    num_new, room = np.diff(query_start), page_table.shape[1] * PAGE_SIZE
+    wrong = num_new.view(np.uint32) > MAX_NEW_TOKENS  # negative ones, too
+    if wrong.any():
+        b = int(wrong.argmax())
+        raise KernelError(f"sequence {b} has {num_new[b]} new tokens: expected 0 to {MAX_NEW_TOKENS}")
+    wrong = (context_len < num_new) | (context_len > room)
+    if wrong.any():
+        b = int(wrong.argmax())
+        raise KernelError(
+            f"sequence {b} has a context of {context_len[b]}: expected {num_new[b]} to {room}, the tokens of its "
+            f"{page_table.shape[1]} pages"
+        )
+    check_used_pages(context_len, page_table, num_pages)
+    row = np.arange(query_start[0], query_start[-1])
+    sequence = np.repeat(np.arange(len(context_len)), num_new)
+    place = row + (context_len - query_start[1:])[sequence]
+    wanted = page_table[sequence, place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE
+    found = slots[query_start[0] : query_start[-1]]
+    wrong = (found != wanted) & (found != -1)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise KernelError(f"slot {found[i]} of token {place[i]} of sequence {sequence[i]}: expected {wanted[i]} or -1")
+
+
+def first_parts(context_len: NDArray[np.int32], per_launch: int) -> NDArray[np.int32]:
+    """``DecodeTables.first_part`` of sequences that are attended ``per_launch`` at a time."""
+    items = items_of(context_len)
+    before = np.cumsum(items, dtype=np.int32) - items
+    if per_launch < len(items):
+        before -= np.repeat(before[::per_launch], per_launch)[: len(items)]
+    return before
 
 
 def attention_decode(
@@ -126,9 +150,10 @@ def attention_decode(
     check_tensor("context_len", tables.context_len, (torch.int32,), (num_sequences,), device)
     check_tensor("page_table", tables.page_table, (torch.int32,), (num_sequences, max_pages), device)
     check_tensor("slots", tables.slots, (torch.int32,), (num_tokens,), device)
+    check_tensor("first_part", tables.first_part, (torch.int32,), (num_sequences,), device)
     if channel_map is not None:
         check_tensor("channel_map", channel_map, (torch.int32,), (num_heads * D,), device)
-    shapes = scratch_shapes(num_sequences, num_heads, num_kv_heads, D, max_context, max_new)
+    shapes = scratch_shapes(num_sequences, tables.most_items, num_heads, num_kv_heads, D, max_new)
     for name, dtype in (("partial", torch.float32), ("arrived", torch.int32)):
         tensor = getattr(scratch, name)
         check_tensor(f"scratch.{name}", tensor, (dtype,), (tensor.numel(),), device)
@@ -136,7 +161,8 @@ def attention_decode(
             raise KernelError(f"scratch.{name} has {tensor.numel()} elements: expected {shapes[name][1]} or more")
     tiles = column_tiles(num_heads, num_kv_heads, max_new)
     args = [*rows.pointers(), ptr(tables.slots), ptr(tables.query_start), ptr(tables.context_len)]
-    args += [ptr(tables.page_table), ptr(pages), ptr(out), ptr(channel_map), ptr(scratch.partial), ptr(scratch.arrived)]
+    args += [ptr(tables.page_table), ptr(tables.first_part), ptr(pages), ptr(out), ptr(channel_map)]
+    args += [ptr(scratch.partial), ptr(scratch.arrived)]
     args += [i32(num_heads), i32(num_kv_heads), i32(tiles), i32(max_pages), i32(rows.half_dim)]
     args += [i32(OUT_TYPES[rows.qkv.dtype]), i32(rows.qkv.stride(0)), i32(params.window or 0)]
     args += [f32(params.scale), f32(params.softcap or 0.0), f32(rows.norms.eps)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.args import Pointer, ptr
 from exl.kernels.checks import check_tensor
@@ -77,6 +80,18 @@ def check_rows(
     for name, tensor in (("q_norm", rows.norms.q), ("k_norm", rows.norms.k)):
         if tensor is not None:
             check_tensor(name, tensor, (torch.float32,), (head_dim,), device)
+
+
+def check_used_pages(context_len: NDArray[np.int32], page_table: NDArray[np.int32], num_pages: int) -> None:
+    """Tables on the host: raises ``KernelError`` for the first page of a sequence that the cache does not have. What
+    lies beyond a sequence's pages may be anything."""
+    wrong = page_table.view(np.uint32) >= num_pages  # negative ones, too
+    if not wrong.any():
+        return
+    wrong &= np.arange(page_table.shape[1]) < -(-context_len // PAGE_SIZE)[:, None]
+    if wrong.any():
+        b, i = (int(found[0]) for found in wrong.nonzero())
+        raise KernelError(f"sequence {b} has page {page_table[b, i]}: expected 0 to {num_pages - 1}")
 
 
 def check_window(window: int | None) -> None:

@@ -13,7 +13,7 @@ from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
 from exl.kernels.append_kv import compiled_layouts
 from exl.kernels.args import f32, i32, ptr
-from exl.kernels.attention_io import AttentionParams, check_dims, check_window
+from exl.kernels.attention_io import AttentionParams, check_dims, check_used_pages, check_window
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
@@ -36,17 +36,17 @@ def check_pages(
     query_start: NDArray[np.int32], context_len: NDArray[np.int32], page_table: NDArray[np.int32], num_pages: int
 ) -> None:
     """A chunk's tables on the host, before they are copied. Raises ``KernelError`` that names the first wrong one."""
-    for b, length in enumerate(context_len):
-        num_new = int(query_start[b + 1] - query_start[b])
-        if not 0 <= num_new <= length <= page_table.shape[1] * PAGE_SIZE:
-            raise KernelError(
-                f"sequence {b} has {num_new} new tokens in a context of {length}: expected no more than the context, "
-                f"and that no more than the {page_table.shape[1] * PAGE_SIZE} of its {page_table.shape[1]} pages"
-            )
-        used = page_table[b, : -(-int(length) // PAGE_SIZE)]
-        wrong = used[(used < 0) | (used >= num_pages)]
-        if len(wrong):
-            raise KernelError(f"sequence {b} has page {wrong[0]}: expected 0 to {num_pages - 1}")
+    if not len(context_len):
+        return
+    num_new, room = np.diff(query_start), page_table.shape[1] * PAGE_SIZE
+    wrong = (num_new < 0) | (num_new > context_len) | (context_len > room)
+    if wrong.any():
+        b = int(wrong.argmax())
+        raise KernelError(
+            f"sequence {b} has {num_new[b]} new tokens in a context of {context_len[b]}: expected no more than the "
+            f"context, and that no more than the {room} of its {page_table.shape[1]} pages"
+        )
+    check_used_pages(context_len, page_table, num_pages)
 
 
 def column_groups(head_dim: int, arch: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from exl.errors import KernelError
@@ -19,9 +20,11 @@ NUM_THREADS, CHANNELS = 128, 8  # of a block; of a thread
 def check_ids(ids: Sequence[int], vocab_size: int, num_samples: int) -> None:
     """A batch's ids, on the host, before they are copied: of the vocabulary, or -1 - i for sample i of the previous
     step. Raises ``KernelError`` that names the first that is neither."""
-    for i, token_id in enumerate(ids):
-        if not -num_samples <= token_id < vocab_size:
-            raise KernelError(f"token id {token_id} at row {i}: expected {-num_samples} to {vocab_size - 1}")
+    found = np.asarray(ids)
+    wrong = (found < -num_samples) | (found >= vocab_size)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise KernelError(f"token id {found[i]} at row {i}: expected {-num_samples} to {vocab_size - 1}")
 
 
 def embed(

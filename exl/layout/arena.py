@@ -85,10 +85,10 @@ def arena_layout(
             many.add(name, dtype, (count,))
     handed_over = attention.scratch_shapes(
         limits.max_sequences,
+        attention_items(limits),
         limits.num_heads,
         limits.num_kv_heads,
         limits.head_dim,
-        limits.max_context,
         attention.MAX_NEW_TOKENS,
     )
     partial = Field(0, handed_over["partial"][1] * 4, "f32", (handed_over["partial"][1],))
@@ -135,6 +135,12 @@ def sample_rows(limits: StepLimits) -> int:
 def max_seen(limits: StepLimits) -> int:
     """Earlier tokens of all those rows, each counted once."""
     return sample_rows(limits) * min(limits.max_context, limits.vocab_size)
+
+
+def attention_items(limits: StepLimits) -> int:
+    """Items of one launch of decode attention: of a step whose sequences share no page. Others may take several."""
+    num_tokens = max(limits.max_context, limits.cache_tokens)
+    return attention.most_items(limits.max_sequences, num_tokens, limits.max_context)
 
 
 def table_words(limits: StepLimits) -> int:

@@ -5,9 +5,10 @@ The device believes what it reads, so every id, slot and page is looked at here,
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,18 +20,20 @@ from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.checkpoint.config import RopeConfig
 from exl.errors import KernelError
 from exl.kernels.append_kv import check_slots
-from exl.kernels.attention_decode import DecodeTables, check_tables
+from exl.kernels.attention_decode import DecodeTables, check_tables, first_parts
 from exl.kernels.attention_prefill import PrefillTables, check_pages
 from exl.kernels.embed import check_ids
 from exl.kernels.launch import Backend
-from exl.layout.arena import TABLE_ALIGN
+from exl.layout.arena import TABLE_ALIGN, attention_items
+from exl.layout.attention import num_items
 from exl.layout.fields import align_up
 from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
-from exl.ops.rope_tables import num_angles, rope_tables
+from exl.ops.rope_tables import fill_rope_tables, num_angles
 
 _MAX_SERIALS = 1024  # remembered; a forgotten one is never used again
+_MAX_STEPS = 64  # shapes of steps whose tables' places are remembered
 _FIRST_CONTEXT = 4096  # decode attention's grid is made for this many tokens, or four times as many, and so on
 
 
@@ -42,9 +45,11 @@ class BatchShape:
     num_decode_rows: int
     num_sequences: int
     num_decode_sequences: int
-    max_new: int  # of a decode sequence
+    max_new: int  # of a decode sequence: 1, 2, 4 or 8, or fewer
     max_chunk: int  # of a prefill sequence
     max_context: int  # upper bound of the lengths of decode sequences
+    max_pages: int  # of a sequence: columns of the page table
+    per_launch: int  # decode sequences that attention takes at a time
     logit_runs: tuple[tuple[int, int], ...]  # rows start:stop whose logits are wanted
 
     @property
@@ -52,18 +57,22 @@ class BatchShape:
         return self.num_rows == self.num_decode_rows
 
     @classmethod
-    def of(cls, batch: ForwardBatch, limits: StepLimits) -> BatchShape:
-        new = np.diff(batch.query_start)
-        decode = int(np.searchsorted(batch.query_start[1:], batch.num_decode_rows, side="right"))
-        longest = int(batch.context_len[:decode].max(initial=1))
+    def of(cls, batch: ForwardBatch, limits: StepLimits, most_items: int) -> BatchShape:
+        """``most_items``: that one launch of decode attention has scratch for."""
+        starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
+        new = [stop - start for start, stop in itertools.pairwise(starts)]
+        decode, room = bisect.bisect_right(starts, batch.num_decode_rows) - 1, limits.max_pages * PAGE_SIZE
+        longest = max(lengths[:decode], default=1)
         return cls(
             num_rows=batch.num_rows,
             num_decode_rows=batch.num_decode_rows,
             num_sequences=batch.num_sequences,
             num_decode_sequences=decode,
-            max_new=int(new[:decode].max(initial=1)),
-            max_chunk=int(new[decode:].max(initial=0)),
-            max_context=_context_bound(longest, limits.max_pages * PAGE_SIZE),
+            max_new=1 << (max((1, *new[:decode])) - 1).bit_length(),
+            max_chunk=max(new[decode:], default=0),
+            max_context=_context_bound(longest, room),
+            max_pages=_context_bound(max(lengths, default=1), room) // PAGE_SIZE,
+            per_launch=_per_launch(lengths[:decode], most_items),
             logit_runs=_runs(batch.logit_rows),
         )
 
@@ -79,18 +88,23 @@ class DeviceBatch:
     slots: torch.Tensor  # i32 [T]
     query_start: torch.Tensor  # i32 [B + 1]
     context_len: torch.Tensor  # i32 [B]
-    page_table: torch.Tensor  # i32 [B, pages of the longest context]
+    first_part: torch.Tensor  # i32 [B]
+    page_table: torch.Tensor  # i32 [B, max_pages]; what lies beyond a sequence's pages is left from earlier batches
     cosine: torch.Tensor  # f32 [T, angles]
     sine: torch.Tensor
 
-    @property
-    def decode_tables(self) -> DecodeTables:
-        shape, B, T = self.shape, self.shape.num_decode_sequences, self.shape.num_decode_rows
-        return DecodeTables(
-            *(self.query_start[: B + 1], self.context_len[:B], self.page_table[:B], self.slots[:T]),
-            max_context=shape.max_context,
-            max_new=shape.max_new,
-        )
+    def decode_tables(self, most_items: int) -> Iterator[DecodeTables]:
+        """Of each launch, whose sequences have no more than ``most_items`` items."""
+        shape, T = self.shape, self.shape.num_decode_rows
+        for start in range(0, shape.num_decode_sequences, shape.per_launch):
+            stop = min(start + shape.per_launch, shape.num_decode_sequences)
+            mine = (x[start:stop] for x in (self.context_len, self.page_table))
+            yield DecodeTables(
+                *(self.query_start[start : stop + 1], *mine, self.slots[:T], self.first_part[start:stop]),
+                most_items=most_items,
+                max_context=shape.max_context,
+                max_new=shape.max_new,
+            )
 
     @property
     def prefill_tables(self) -> PrefillTables:
@@ -115,22 +129,46 @@ class Upload:
             for buffer in self._buffers:
                 stack.enter_context(pinned(buffer, target.device))
         self._copied: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self.turn = 0  # of the buffer that was filled last
 
     def buffer(self) -> NDArray[np.uint8]:
         """The buffer to fill next: no copy reads it any more."""
-        self._turn = 1 - self._turn
-        event = self._copied[self._turn]
+        self.turn = 1 - self.turn
+        event = self._copied[self.turn]
         if event is not None:
             event.synchronize()  # of the pass before the last one: long done
-        return self._buffers[self._turn].array
+        return self._buffers[self.turn].array
 
     def send(self, num_bytes: int) -> None:
         """Queues the copy of the buffer's beginning."""
-        source = torch.from_numpy(self._buffers[self._turn].array[:num_bytes])
+        source = torch.from_numpy(self._buffers[self.turn].array[:num_bytes])
         self._backend.call(_copy, source, self._target[:num_bytes])
         if self._target.is_cuda:
-            self._copied[self._turn] = record_event(torch.cuda.current_stream(self._target.device))
+            self._copied[self.turn] = record_event(torch.cuda.current_stream(self._target.device))
+
+
+@dataclass(frozen=True)
+class _HostTables:
+    """A batch's tables in a buffer of the host: views, in the order of ``_sizes``."""
+
+    ids: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    query_start: NDArray[np.int32]
+    context_len: NDArray[np.int32]
+    first_part: NDArray[np.int32]
+    page_table: NDArray[np.int32]
+    cosine: NDArray[np.float32]
+    sine: NDArray[np.float32]
+
+    def fill(self, batch: ForwardBatch, per_launch: int) -> None:
+        """All but the angles."""
+        self.ids[:] = batch.token_ids
+        self.slots[:] = batch.slots
+        self.query_start[:] = batch.query_start
+        self.context_len[:] = batch.context_len
+        self.first_part[:] = first_parts(batch.context_len, per_launch)
+        width = min(self.page_table.shape[1], batch.page_table.shape[1])
+        self.page_table[:, :width] = batch.page_table[:, :width]
 
 
 class Staging:
@@ -147,30 +185,32 @@ class Staging:
     ) -> None:
         """``tables`` i32, a view of the arena. ``num_pages``: of the cache."""
         self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
+        self.most_items = attention_items(limits)  # of a launch of decode attention
         self._upload = Upload(backend, tables, "tables of a window", stack)
-        self._views: dict[BatchShape, DeviceBatch] = {}
+        self._steps: dict[tuple[BatchShape, int], tuple[DeviceBatch, _HostTables, int]] = {}
         self._serials: dict[tuple[BatchShape, int, int], int] = {}
         self._next_serial = itertools.count()
 
     def check(self, batches: Sequence[ForwardBatch], num_samples: int) -> list[BatchShape]:
         """Raises ``KernelError`` that names what is wrong."""
-        shapes = [BatchShape.of(batch, self._limits) for batch in batches]
-        for batch, shape in zip(batches, shapes, strict=True):
-            self._check(batch, shape, num_samples)
+        shapes = []
+        for batch in batches:
+            shapes.append(BatchShape.of(batch, self._limits, self.most_items))
+            self._check(batch, shapes[-1], num_samples)
         return shapes
 
     def fill(self, batches: Sequence[ForwardBatch], shapes: Sequence[BatchShape]) -> list[DeviceBatch]:
         """Queues the copy of batches that were checked, with the shapes that ``check`` returned."""
-        words, at = self._upload.buffer().view(np.int32), 0
-        for batch in batches:
-            for array in self._arrays(batch):
-                flat = np.ascontiguousarray(array).reshape(-1).view(np.int32)
-                if at + flat.size > words.size:
-                    raise KernelError(f"tables of {len(batches)} batches: expected {words.size} words or fewer")
-                words[at : at + flat.size] = flat
-                at = align_up(at + flat.size, TABLE_ALIGN)
+        words, at, start, found = self._upload.buffer().view(np.int32), 0, 0, []
+        for batch, shape in zip(batches, shapes, strict=True):
+            staged, host, at = self._places(words, shape, start, at)
+            host.fill(batch, shape.per_launch)
+            found.append(staged)
+            angles = (torch.from_numpy(x) for x in (host.cosine, host.sine))
+            fill_rope_tables(batch, self._rope, self._limits.head_dim, *angles)
+            start += shape.num_rows
         self._upload.send(4 * at)
-        return self._views_of(shapes)
+        return found
 
     def _check(self, batch: ForwardBatch, shape: BatchShape, num_samples: int) -> None:
         limits, B = self._limits, shape.num_decode_sequences
@@ -179,45 +219,48 @@ class Staging:
                 f"batch of {batch.num_rows} rows, {B} sequences that decode: expected {limits.max_rows} rows and "
                 f"{limits.max_sequences} sequences, or fewer"
             )
+        first, last = int(batch.query_start[0]), int(batch.query_start[-1])
+        if first != 0 or last > batch.num_rows:
+            raise KernelError(f"sequences own rows {first} to {last}: expected 0 to {batch.num_rows} or fewer")
         if batch.num_sequences > B and int(batch.query_start[B]) != batch.num_decode_rows:
             raise KernelError(f"{batch.num_decode_rows} decode rows: expected whole sequences, they end inside of one")
         if batch.page_table.shape[1] > limits.max_pages:
             raise KernelError(f"{batch.page_table.shape[1]} pages of a sequence: expected {limits.max_pages} or fewer")
         check_ids(batch.token_ids, limits.vocab_size, num_samples)
-        check_slots(batch.slots, self._num_pages)
+        check_slots(batch.slots[batch.num_decode_rows :], self._num_pages)  # check_tables knows the others
         first, lengths, table = batch.query_start, batch.context_len, batch.page_table
         check_tables(first[: B + 1], lengths[:B], table[:B], batch.slots, self._num_pages)
         check_pages(first[B:], lengths[B:], table[B:], self._num_pages)
 
-    def _arrays(self, batch: ForwardBatch) -> list[np.ndarray]:
-        """In the order of ``_sizes``."""
-        table = np.zeros((batch.num_sequences, self._limits.max_pages), np.int32)
-        table[:, : batch.page_table.shape[1]] = batch.page_table
-        cosine, sine = rope_tables(batch, self._rope, self._limits.head_dim)
-        own = [batch.token_ids, batch.slots, batch.query_start, batch.context_len, table]
-        return [*own, cosine.numpy(), sine.numpy()]
+    def _places(
+        self, words: NDArray[np.int32], shape: BatchShape, start: int, at: int
+    ) -> tuple[DeviceBatch, _HostTables, int]:
+        """Where a batch's tables lie on the device and in ``words``, the buffer to fill, if they begin at word ``at``;
+        and the word after them. Raises ``KernelError`` if there is no room."""
+        step = shape, self._upload.turn
+        if at == 0 and step in self._steps:
+            return self._steps[step]
+        serial, ours, theirs = self._serial(shape, start, at), [], []
+        for size in self._sizes(shape):
+            stop = at + math.prod(size)
+            if stop > len(words):
+                raise KernelError(f"tables of a window: expected {len(words)} words or fewer")
+            ours.append(words[at:stop].reshape(size))
+            theirs.append(self._tables[at:stop].view(size))
+            at = align_up(stop, TABLE_ALIGN)
+        host = _HostTables(*ours[:-2], *(x.view(np.float32) for x in ours[-2:]))
+        angles = (x.view(torch.float32) for x in theirs[-2:])
+        found = DeviceBatch(shape, start, serial, *theirs[:-2], *angles), host, at
+        if start == 0 and shape.is_decode:  # a decode step's come again
+            if len(self._steps) >= _MAX_STEPS:
+                self._steps.clear()
+            self._steps[step] = found
+        return found
 
     def _sizes(self, shape: BatchShape) -> list[tuple[int, ...]]:
         T, B = shape.num_rows, shape.num_sequences
         half = num_angles(self._rope, self._limits.head_dim)
-        return [(T,), (T,), (B + 1,), (B,), (B, self._limits.max_pages), (T, half), (T, half)]
-
-    def _views_of(self, shapes: Sequence[BatchShape]) -> list[DeviceBatch]:
-        if len(shapes) == 1 and shapes[0] in self._views:
-            return [self._views[shapes[0]]]
-        at, start, found = 0, 0, []
-        for shape in shapes:
-            serial, tensors = self._serial(shape, start, at), []
-            for size in self._sizes(shape):
-                num_words = math.prod(size)
-                tensors.append(self._tables[at : at + num_words].view(size))
-                at = align_up(at + num_words, TABLE_ALIGN)
-            angles = [tensor.view(torch.float32) for tensor in tensors[5:]]
-            found.append(DeviceBatch(shape, start, serial, *tensors[:5], *angles))
-            start += shape.num_rows
-        if len(shapes) == 1 and shapes[0].is_decode:
-            self._views[shapes[0]] = found[0]  # a decode step's come again
-        return found
+        return [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), (T, half), (T, half)]
 
     def _serial(self, *where: BatchShape | int) -> int:
         """Of a batch of a shape, from a row of the window and a word of the tables on."""
@@ -236,9 +279,18 @@ def _context_bound(length: int, most: int) -> int:
     return min(bound, most)
 
 
-def _runs(rows: np.ndarray) -> tuple[tuple[int, int], ...]:
+def _per_launch(lengths: Sequence[int], most_items: int) -> int:
+    """Sequences that decode attention takes at a time: all, or a half, a quarter, ... of them, where those that share
+    pages have more items together than there is scratch for."""
+    items, size = [num_items(length) for length in lengths], max(1, len(lengths))
+    while size > 1 and any(sum(items[i : i + size]) > most_items for i in range(0, len(items), size)):
+        size = -(-size // 2)
+    return size
+
+
+def _runs(rows: NDArray[np.int32]) -> tuple[tuple[int, int], ...]:
     """Rows in a row: ``_runs([0, 1, 2, 7]) == ((0, 3), (7, 8))``."""
     if not len(rows):
         return ()
-    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(rows, cuts))
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in itertools.pairwise(cuts))

@@ -89,7 +89,7 @@ class CudaOps:
         """
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
-        self.captures = limits.max_sequences
+        self.captures = limits.decode_rows
         self.dependent = dependent
         self._fenced = False
         self._slab = device_tensor(arena.num_bytes, self.device, "buffers of a step")
@@ -213,6 +213,12 @@ class CudaOps:
         return found[1]
 
     @property
+    def invariant_rows(self) -> int:
+        """A prefill batch of fewer rows than this is row-invariant: from here on linears dequantize panels and leave
+        the products to cuBLAS, whose bits depend on the number of rows."""
+        return self.limits.max_rows + 1 if self._many is None else self._crossover
+
+    @property
     def step_key(self) -> BatchShape:
         return self._now.shape
 
@@ -285,14 +291,12 @@ class CudaOps:
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
         rows = QkvRows(qkv, batch.cosine, batch.sine, _head_norms(spec))
         params = AttentionParams(spec.scale, spec.window, spec.softcap)
-        common = {
-            "channel_map": consumer[0].fields.get("channel_map") if consumer else None,
-            "dependent": self._may_overlap(),
-        }
-        if n:
+        channel_map = consumer[0].fields.get("channel_map") if consumer else None
+        for tables in batch.decode_tables(self._staging.most_items):
             attention_decode(
-                *(backend, self._pages, rows.rows(0, n), batch.decode_tables, pages, out[:n], self._attention, params),
-                **common,
+                *(backend, self._pages, rows.rows(0, n), tables, pages, out[:n], self._attention, params),
+                channel_map=channel_map,
+                dependent=self._may_overlap(),
             )
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
@@ -300,7 +304,11 @@ class CudaOps:
                 *(backend, self._pages, rows.rows(n, T), batch.slots[n:], pages, q[n:]),
                 dependent=self._may_overlap(),
             )
-            attention_prefill(*(backend, self._pages, q, batch.prefill_tables, pages, out, params), **common)
+            attention_prefill(
+                *(backend, self._pages, q, batch.prefill_tables, pages, out, params),
+                channel_map=channel_map,
+                dependent=self._may_overlap(),
+            )
 
     def gated_mlp(
         self,

@@ -16,13 +16,15 @@ from exl.kernels.attention_decode import (
     DecodeTables,
     attention_decode,
     check_tables,
+    first_parts,
     num_items,
     scratch_shapes,
 )
 from exl.kernels.attention_io import NO_NORMS, AttentionParams, HeadNorms, QkvRows
 from exl.kernels.launch import Backend
+from exl.layout.attention import items_of
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, unpack_pages
-from tests.host.backends import CUPY
+from tests.host.backends import CUPY, make_backend
 
 
 @dataclass
@@ -79,8 +81,9 @@ class Case:
         sequences: tuple[int, ...] | None = None,
         norms: HeadNorms = NO_NORMS,
         channel_map: torch.Tensor | None = None,
+        per_launch: int = 1000,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """-> out of the chosen sequences' rows, and the pages afterwards."""
+        """-> out of the chosen sequences' rows, and the pages afterwards. Scratch is as small as it may be."""
         chosen = range(len(self.lengths)) if sequences is None else sequences
         take = np.concatenate([np.arange(self.query_start[b], self.query_start[b + 1]) for b in chosen])
         new = [self.new[b] for b in chosen]
@@ -93,7 +96,9 @@ class Case:
             return torch.from_numpy(np.ascontiguousarray(array)).to(backend.device)
 
         T, max_context, max_new = len(take), max(max(self.lengths), 1), max(max(self.new), 1)
-        shapes = scratch_shapes(len(lengths), self.H, self.Hkv, self.D, max_context, max_new)
+        launches = [slice(i, i + per_launch) for i in range(0, len(lengths), per_launch)]
+        most = max(int(items_of(lengths[launch]).sum()) for launch in launches)
+        shapes = scratch_shapes(min(len(lengths), per_launch), most, self.H, self.Hkv, self.D, max_new)
         scratch = DecodeScratch(
             torch.full((shapes["partial"][1],), float("nan"), device=backend.device),
             torch.zeros(shapes["arrived"][1], dtype=torch.int32, device=backend.device),
@@ -104,11 +109,24 @@ class Case:
             torch.ones(T, self.D // 2, device=backend.device),
             torch.zeros(T, self.D // 2, device=backend.device),
         )
-        attention_decode(
-            backend, self.layout, QkvRows(device(self.rows[take]), one, zero, norms),
-            DecodeTables(device(start), device(lengths), device(table), device(slots), max_context, max_new),
-            pages, out, scratch, AttentionParams(self.scale, self.window, self.softcap), channel_map=channel_map,
-        )  # fmt: skip
+        rows = QkvRows(device(self.rows[take]), one, zero, norms)
+        parts, slots = first_parts(lengths, per_launch), device(slots)
+        for launch in launches:
+            first, length, pages_of = (device(x[launch]) for x in (parts, lengths, table))
+            tables = DecodeTables(
+                device(start[launch.start : launch.stop + 1]),
+                length,
+                pages_of,
+                slots,
+                first,
+                most,
+                max_context,
+                max_new,
+            )
+            attention_decode(
+                backend, self.layout, rows, tables, pages, out, scratch,
+                AttentionParams(self.scale, self.window, self.softcap), channel_map=channel_map,
+            )  # fmt: skip
         assert not scratch.arrived.any()
         return out.cpu().numpy(), pages.cpu().numpy()
 
@@ -301,6 +319,35 @@ def test_norm_rope_and_the_consumers_order(mode: str) -> None:
     expected = attention(normed[:, :4].astype(np.float16), k, case.rows.reshape(5, -1, 64)[:, 6:], np.arange(5), 0.125)
     magnitude = np.abs(case.rows.astype(np.float64)).max()
     assert_close(out, (expected.reshape(5, -1), np.full((5, 256), 4 * 2.0**-11 * magnitude)))
+
+
+@pytest.mark.parametrize(("mode", "arch"), [("asan", 86), ("asan", 61), *also_on_a_gpu((86,))])
+def test_sequences_in_turns_share_the_scratch(mode: str, arch: int) -> None:
+    """Two at a time, with scratch for the two longest: the same bits as all at once."""
+    backend = backend_or_skip(mode, arch)
+    case = Case("q8", 64, 8, 2, (300, 20, 0, 800, 513, 257, 1), (1, 8, 0, 3, 1, 2, 1))
+    out, pages = case.run(backend)
+    for per_launch in (1, 2, 5):
+        some, same = case.run(backend, per_launch=per_launch)
+        np.testing.assert_array_equal(some, out)
+        np.testing.assert_array_equal(same, pages)
+
+
+def test_scratch_for_fewer_items_than_the_sequences_have_is_refused() -> None:
+    case = Case("f16", 64, 4, 2, (300, 600), (1, 1))
+    shapes = scratch_shapes(2, 2 + 3, 4, 2, 64)
+    assert shapes == {"partial": ("f32", 5 * 2 * 8 * 66), "arrived": ("i32", 4)}
+    table = torch.zeros(2, dtype=torch.int32)
+    tables = DecodeTables(
+        torch.arange(3, dtype=torch.int32), table, torch.from_numpy(case.table), table, table, 6, max_context=600
+    )
+    rows = QkvRows(torch.from_numpy(case.rows), torch.zeros(2, 32), torch.zeros(2, 32))
+    scratch = DecodeScratch(torch.zeros(shapes["partial"][1]), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(KernelError, match=r"scratch\.partial has 5280 elements: expected 6336 or more"):
+        attention_decode(
+            make_backend("plain", 86), case.layout, rows, tables, torch.from_numpy(case.pages),
+            torch.zeros(2, 256, dtype=torch.float16), scratch, AttentionParams(0.125),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

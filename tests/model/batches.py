@@ -37,3 +37,8 @@ def batch_of(sequences, *, decode: bool = False, padding: int = 0) -> ForwardBat
 def run(runner, batch: ForwardBatch) -> torch.Tensor:
     (logits,) = runner.forward([batch])
     return logits.to("cpu", copy=True)
+
+
+def run_window(runner, batches: list[ForwardBatch]) -> list[torch.Tensor]:
+    """Each batch's logits, of batches that go through the layers side by side."""
+    return [logits.to("cpu", copy=True) for logits in runner.forward(batches)]

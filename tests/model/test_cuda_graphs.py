@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from exl.checkpoint.config import GenerationDefaults
 from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.engine.step_graph import MAX_GRAPHS, StepGraphs
 from exl.errors import KernelError
 from exl.llm import LLM
 from exl.text.tokenizer import Tokenizer
@@ -174,3 +177,31 @@ def test_a_capture_that_fails_leaves_plain_launches(backend, folder, caplog):
     assert "decode steps launched one by one: a graph could not be captured" in repr(llm)
     assert llm.decode_steps == engine.decode_steps
     assert "launched one by one: a graph could not be captured (RuntimeError: operation not permitted" in caplog.text
+
+
+def test_the_graphs_that_were_used_last_are_kept():
+    """As many as ``MAX_GRAPHS``; one that was given up is captured again when its shape comes again."""
+    captured = []
+
+    def capture(step):
+        captured.append(step)
+        return step
+
+    ops = SimpleNamespace(capture=capture, backend=None, dependent=False)
+    graphs, ran = StepGraphs(ops, SimpleNamespace(capturable=True)), []
+    steps = [partial(ran.append, i) for i in range(MAX_GRAPHS + 1)]
+
+    def times(key: int, count: int) -> int:
+        """Captures while a step of this shape runs ``count`` times."""
+        before, ran_before = len(captured), len(ran)
+        for _ in range(count):
+            graphs.run(key, steps[key])
+        assert ran[ran_before:] == [key] * count
+        return len(captured) - before
+
+    assert [times(key, 3) for key in range(MAX_GRAPHS)] == [1] * MAX_GRAPHS
+    assert times(0, 1) == 0  # now key 1 was not used for the longest time
+    assert times(MAX_GRAPHS, 2) == 1
+    assert [times(key, 1) for key in (0, *range(2, MAX_GRAPHS + 1))] == [0] * MAX_GRAPHS
+    assert times(1, 1) == 1
+    assert len(graphs._replays) == MAX_GRAPHS

@@ -1,0 +1,79 @@
+"""Steps and the few shapes that they are padded to."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from exl.batch import ForwardBatch, is_step, padded_step, step_bucket
+
+
+def step(*new: int) -> ForwardBatch:
+    """Sequences with so many new tokens each, after 5 cached ones."""
+    array = lambda values: np.asarray(values, np.int32)  # noqa: E731
+    count, sequences = sum(new), np.arange(len(new))
+    offset = np.concatenate([np.arange(n) for n in new])
+    return ForwardBatch(
+        token_ids=array(np.arange(count) + 10),
+        positions=array(5 + offset),
+        slots=array(np.repeat(sequences, new) * 64 + 5 + offset),
+        query_start=array([0, *np.cumsum(new)]),
+        context_len=array(np.asarray(new) + 5),
+        rope_len=array(np.asarray(new) + 5),
+        page_table=array(sequences[:, None]),
+        logit_rows=array(np.arange(count)),
+        num_decode_rows=count,
+    )
+
+
+@pytest.mark.parametrize(
+    ("new", "rows", "sequences"),
+    [
+        ((1,), 1, 1),
+        ((1,) * 3, 4, 4),
+        ((1,) * 16, 16, 16),
+        ((1,) * 33, 48, 48),  # what there is room for
+        ((2,), 8, 1),
+        ((8,), 8, 1),
+        ((3, 1, 1), 8, 4),
+        ((8, 1), 16, 2),
+        ((1,) * 32 + (2,), 60, 48),
+        ((8,) * 7, 60, 8),
+    ],
+)
+def test_buckets(new, rows, sequences):
+    """Buffers for 60 rows and 48 sequences."""
+    batch = step(*new)
+    padded = step_bucket(batch, 60, 48)
+    assert (padded.num_rows, padded.num_sequences, padded.num_decode_rows) == (rows, sequences, rows)
+    assert padded.logit_rows.tolist() == list(range(rows))
+    T, B = batch.num_rows, batch.num_sequences
+    for field in fields(batch):
+        if field.name not in ("num_decode_rows", "logit_rows"):
+            own = getattr(batch, field.name)
+            np.testing.assert_array_equal(getattr(padded, field.name)[: len(own)], own)
+            assert getattr(padded, field.name).dtype == np.int32
+    assert set(padded.slots[T:].tolist()) <= {-1}
+    assert set(padded.query_start[B:].tolist()) == {T}
+    assert set(padded.context_len[B:].tolist()) <= {0}
+
+
+def test_a_step_that_is_its_bucket_is_not_copied():
+    assert step_bucket(batch := step(1, 1), 64, 64) is batch
+    assert step_bucket(batch := step(4, 4), 64, 64) is batch
+    assert step_bucket(batch := step(2, 1), 64, 2, fewest_rows=1).num_rows == 4
+    assert step_bucket(batch, 2, 1).num_rows == 3  # larger than there is room for: who runs it says so
+
+
+def test_padded_with_as_many_sequences_as_rows():
+    padded = padded_step(step(1, 1, 1), 8)
+    assert (padded.num_rows, padded.num_sequences) == (8, 8)
+    assert padded.query_start.tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_steps():
+    assert all(map(is_step, (step(1), step(1, 1), step(8, 1), step(2, 3))))
+    assert not is_step(step(9))
+    assert not is_step(padded_step(step(2, 1), 8))
