@@ -453,7 +453,7 @@ EXL_DEVICE Drawn draw(const Params& p, const Row& row, const Scale& scale, Ranke
       if (stage == kMirostat && tid == 0) s.mass_before = kept;
       weight_cut = share_of(share, kept);
       cuts = weight_cut <= kUnit;
-      if (stage == kMirostat && !cuts) kept = kUnit;   // not even the likeliest token has the share: it is kept alone
+      if (stage == kMirostat && !cuts) cuts = true, weight_cut = 0;   // nobody has the share: the likeliest are kept
     } else if (stage == kXtcLast) {
       finds = group > 0;
       position = group - 1;
@@ -479,9 +479,10 @@ EXL_DEVICE Drawn draw(const Params& p, const Row& row, const Scale& scale, Ranke
     // Compared as on the CPU: in f64, rounded after the difference and after the quotient. Ties with the k-th are kept.
     const bool plain = stage == kSigma;   // logits themselves
     const double top = plain ? 0.0 : static_cast<double>(scale.top), divisor = plain ? 1.0 : static_cast<double>(p.temperature);
-    const double cut = plain              ? s.sigma_cut
-                       : stage == kTopK ? (static_cast<double>(value_of(key_in(place.order))) - top) / divisor
-                                        : p.log_min_p;
+    const double cut = plain                ? s.sigma_cut
+                       : stage == kTopK   ? (static_cast<double>(value_of(key_in(place.order))) - top) / divisor
+                       : stage == kMinP ? p.log_min_p
+                                        : 0.0;
     const u32 key = lowest_key(key_of(scale.top), s, [&](float v) {
       return weight_cut > 0 ? weight_of(scale, v) >= weight_cut : (static_cast<double>(v) - top) / divisor >= cut;
     });

@@ -66,7 +66,7 @@ class DeviceSamples:
                     continue
                 drawn[i] = told.results[n]
                 if self._batch.mirostat_mu[i] < math.inf and self._batch.temperature[i] > 0.0:
-                    rows.surprise[i] = math.log2(int(drawn[i]["mass"])) - math.log2(int(drawn[i]["weight"]))
+                    rows.surprise[i] = math.log2(int(drawn[i]["mass_before"])) - math.log2(int(drawn[i]["weight"]))
         for i, (surprise, ranked) in self._on_host.items():
             rows.surprise[i], rows.ranked[i] = surprise, ranked
         return rows
@@ -74,12 +74,14 @@ class DeviceSamples:
 
 def _log_probabilities(
     token_id: int, drawn: np.void, measured: np.void, ranked: NDArray[np.void]
-) -> tuple[tuple[int, float], ...]:
-    """Of the drawn token, then of the likeliest. The mass is less than V 2^-44 off, relatively."""
+) -> tuple[tuple[int, float], ...] | None:
+    """Of the drawn token, then of the likeliest; None: the row has NaN or inf. The mass is less than V 2^-44 off,
+    relatively."""
     mass, top = int(measured["mass"]), float(measured["logit"])
-    log_mass = math.log(mass) - _UNIT_BITS * math.log(2.0) if mass > 0 else math.nan  # 0: the plain row has NaN or inf
-    found = [(token_id, float(drawn["logit"]))]
-    found += ranked[: int(measured["num_ranked"])].tolist()
+    if mass == 0:
+        return None
+    log_mass = math.log(mass) - _UNIT_BITS * math.log(2.0)
+    found = [(token_id, float(drawn["logit"])), *ranked[: int(measured["num_ranked"])].tolist()]
     return tuple((other, logit - top - log_mass) for other, logit in found)
 
 
@@ -134,12 +136,7 @@ class Sampler:
         self, logits: torch.Tensor, params: SamplingBatch, draws: NDArray[np.int64]
     ) -> dict[int, tuple[float, tuple[tuple[int, float], ...] | None]]:
         """Copies the draws' rows here, draws, and sends the ids to where the next step reads them."""
-        wanted = np.unique(params.row[draws])
-        rows = torch.empty(len(wanted), logits.shape[1])
-        for at, row in enumerate(wanted.tolist()):  # slices: an index would have to go to the device
-            rows[at].copy_(logits[row])
-        batch = replace(some_draws(params, draws), row=np.searchsorted(wanted, params.row[draws]).astype(np.int32))
-        drawn, ids = sample_on_host(rows, batch), np.zeros(1, np.int32)
+        drawn, ids = sample_on_host(logits, some_draws(params, draws)), np.zeros(1, np.int32)
         for n, i in enumerate(draws.tolist()):
             ids[0] = drawn.ids[n]
             self._programs.backend.call(_copy, torch.from_numpy(ids), self._samples[i : i + 1])

@@ -94,7 +94,7 @@ def distribution(logits: np.ndarray, row: DrawRow) -> tuple[np.ndarray, np.ndarr
     weights = np.exp(x)
     if row.mirostat_mu < INF:  # Basu et al., arXiv 2007.14966, algorithm 2: surprise at most mu
         kept &= -np.log2(weights / weights[kept].sum()) <= row.mirostat_mu
-        kept[0] = True
+        kept |= x == 0.0
     else:
         if 0 < row.top_k < len(x):
             kept &= x >= x[row.top_k - 1]
@@ -165,7 +165,7 @@ def test_borders_lie_where_the_definitions_say(backend: Backend, name: str) -> N
 
 
 def test_equal_logits_are_cut_by_id(backend: Backend) -> None:
-    """Crowds of equals: XTC keeps the last of them, mirostat all or, beyond the likeliest's surprise, the first."""
+    """Crowds of equals are parted by top-p and by XTC, and by nothing else."""
     logits = torch.zeros(1, 1800)
     logits[0, 900:] = -3.0
     share = np.log2(900 * (1 + np.exp(-3.0)))  # bits of surprise of a token of the first half
@@ -174,12 +174,14 @@ def test_equal_logits_are_cut_by_id(backend: Backend) -> None:
         DrawRow(row=0, temperature=1.0, xtc_threshold=0.0, top_k=900, top_p=0.5),
         DrawRow(row=0, temperature=1.0, mirostat_mu=share + 1e-10),
         DrawRow(row=0, temperature=1.0, mirostat_mu=share - 1e-10),
+        DrawRow(row=0, temperature=1.0, mirostat_mu=share + 3 / np.log(2) - 1e-10),
+        DrawRow(row=0, temperature=1.0, mirostat_mu=share + 3 / np.log(2) + 1e-10),
         DrawRow(row=0, temperature=1.0, top_n_sigma=1.0),
     ]
     first = draw(backend, logits, sampling_batch(rows, 1800))
     last = draw(backend, logits, sampling_batch([row._replace(uniform=ALMOST_ONE) for row in rows], 1800))
-    assert first == [899, 449, 0, 0, 0]
-    assert last == [899, 449, 899, 0, 899]
+    assert first == [899, 449, 0, 0, 0, 0, 0]
+    assert last == [899, 449, 899, 899, 899, 1799, 899]
 
 
 def test_a_standard_deviation_of_large_and_of_close_logits(backend: Backend) -> None:

@@ -42,8 +42,7 @@ struct alignas(16) Adjustment {
 EXL_DEVICE float adjusted(float v, const Adjustment& a) {
   v += a.bias;
   v = v < 0.0f ? v * a.factor : v / a.factor;
-  const float minus_infinity = value_of(kKeyMinusInfinity);
-  return a.subtract == -minus_infinity ? minus_infinity : v - a.subtract;
+  return v - a.subtract;
 }
 
 // 32 tokens: which of them are adjusted, and the first one's place among all adjustments.
