@@ -1,4 +1,4 @@
-"""What a step's draws come back as: log-probabilities, surprise, codes; draws on the host; more draws than a launch has."""
+"""What draws on a device come back as: log-probabilities, surprise, codes; draws on the host; more than a launch has."""
 
 from __future__ import annotations
 
