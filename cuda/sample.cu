@@ -25,23 +25,53 @@ constexpr int kList = kThreads;   // one thread per token of the list
 constexpr u32 kAll = 0xffffffffu;
 constexpr i32 kNan = -1, kInfinite = -2, kForbidden = -3;
 
+constexpr u64 kUnit = 1ull << kUnitBits;   // the likeliest token's weight
+
+// Shares of a mass are times 2^64, rounded up to at least 1; 0 turns their filter off.
 struct Params {
   u64 uniform;           // times 2^64, rounded down
-  u64 top_p;             // times 2^64, rounded up; 0: off
+  u64 top_p;
+  u64 mirostat;          // 2^-mu: the least share of a token that is kept
+  u64 xtc;               // the threshold
   double log_min_p;      // -inf: off
+  double sigmas;         // 0: off
   float temperature;     // 0: greedy
   float scale_hi, scale_lo;   // log2(e) / temperature
-  float penalty;         // 1: off
   i32 top_k;             // 0: off
-  i32 seen_start, seen_stop;
-  i32 unused;
+  i32 row;               // of the logits
+  i32 sample;            // where the token goes; -1: nowhere, the row of logits is measured
+  i32 num_ranked;        // how many of a measured row's first tokens are wanted
+  i32 adjust_start, adjust_stop;
+  i32 mask;              // its first word; -1: all tokens are allowed
 };
+
+// What blocks of the first launch find in their parts.
+struct Part {
+  u64 first;               // ~order_of the first token in the order of drawing
+  u64 count;               // allowed tokens. From here on only where top-n-sigma or a measured row wants them
+  u64 sum;                 // of their logits in units of 2^-16, as two's complement
+  u64 squares[2];          // the sum of those squared: the lower 32 bits of each thread's sum, and the upper ones
+};
+
+struct Result {
+  u64 weight, mass;   // of the token, and of all that it was drawn from; a measured row: 0, and the mass of all
+  u64 mass_before;    // before mirostat's cut
+  float logit;        // the token's, as it was before any adjustment; a measured row's largest
+  i32 num_ranked;     // of a measured row
+};
+struct Ranked {
+  i32 id;
+  float logit;
+};
+constexpr int kMaxRanked = 20;
 
 // ---- the first launch ----------------------------------------------------------------------------------------------
 
+constexpr float kMaxSummed = 8192.0f;   // logits are clamped to it either way before they are summed
+
 struct TopShared {
-  u64 first[kWarps];
-  u32 seen[kPart / 32];
+  u64 first[kWarps], sums[4][kWarps];
+  Word words[kPart / 32];
 };
 constexpr int kTopBytes = sizeof(TopShared);
 
@@ -52,40 +82,80 @@ EXL_DEVICE u64 largest_of_warp(u64 v) {
   }
   return v;
 }
+EXL_DEVICE u64 sum_of_warp(u64 v) {
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kAll, v, d);
+  return v;
+}
+EXL_DEVICE bool wants_sums(const Params& p) { return p.sigmas > 0.0 || p.sample < 0; }
+
+// Applies the adjustments of the part from token `start` on. All threads must call it.
+EXL_DEVICE void adjust(Row& row, const Params& p, const Adjustment* adjustments, float* values, int start, TopShared& s) {
+  const int tid = static_cast<int>(threadIdx.x);
+  for (int i = tid; i < kPart / 32; i += kThreads) s.words[i] = Word{0, kAll};
+  __syncthreads();
+  for (int i = p.adjust_start + tid; i < p.adjust_stop; i += kThreads) {
+    const Adjustment a = adjustments[i];
+    const int at = a.id - start;
+    if (at < 0 || at >= kPart) continue;
+    values[i] = adjusted(row.logits[a.id], a);
+    atomicOr(&s.words[at / 32].bits, 1u << (at % 32));
+    atomicMin(&s.words[at / 32].first, static_cast<u32>(i));
+  }
+  __syncthreads();
+  row.words = s.words;
+}
 
 EXL_KERNEL(sample_top, 512, 2)
-(const float* logits, const Params* params, const i32* seen_ids, u64* tops, u32* seen, int V) {
+(const float* logits, const Params* params, const Adjustment* adjustments, const u32* masks, Part* parts, Word* words,
+ float* values, int V) {
   EXL_DYNAMIC_SMEM(u8, smem);
   TopShared& s = *reinterpret_cast<TopShared*>(smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int tid = static_cast<int>(threadIdx.x), part = static_cast<int>(blockIdx.x), r = static_cast<int>(blockIdx.y);
   const int start = part * kPart, stop = start + kPart < V ? start + kPart : V;
-  const Params p = params[r];
-  Row row{logits + static_cast<size_t>(r) * V, nullptr, start, V, p.penalty};
-  if (p.penalty != 1.0f) {
-    row.seen = s.seen;
-    for (int i = tid; i < kPart / 32; i += kThreads) s.seen[i] = 0;
-    __syncthreads();
-    for (int i = p.seen_start + tid; i < p.seen_stop; i += kThreads) {
-      const int id = seen_ids[i] - start;
-      if (id >= 0 && id < kPart) atomicOr(s.seen + id / 32, 1u << (id % 32));
-    }
-    __syncthreads();
-    u32* out = seen + static_cast<size_t>(r) * ((V + 31) / 32) + start / 32;
-    for (int i = tid; i < (stop - start + 31) / 32; i += kThreads) out[i] = s.seen[i];
+  const Params& p = params[r];
+  const u32* mask = p.mask >= 0 ? masks + p.mask : nullptr;
+  Row row{logits + static_cast<size_t>(p.row) * V, mask, nullptr, values, start, V};
+  if (p.adjust_start < p.adjust_stop) {
+    adjust(row, p, adjustments, values, start, s);
+    Word* out = words + static_cast<size_t>(r) * ((V + 31) / 32) + start / 32;
+    for (int i = tid; i < (stop - start + 31) / 32; i += kThreads) out[i] = s.words[i];
   }
+  const bool sums = wants_sums(p);
   u64 first = 0;   // largest ~order, which is the smallest order
+  u64 count = 0, sum = 0, squares = 0;
   for_each<2>(row, start, stop, [&](int id, float v) {
     const u64 order = ~order_of(key_of(v), static_cast<u32>(id));
     first = order > first ? order : first;
+    if (!sums || key_of(v) <= kKeyMinusInfinity) return;
+    const i64 unit = __float2int_rn(fminf(fmaxf(v, -kMaxSummed), kMaxSummed) * 65536.0f);   // at most 2^29
+    count += 1;
+    sum += static_cast<u64>(unit);
+    squares += static_cast<u64>(unit * unit);   // a thread has 8 tokens, or 12 in two partial quads: less than 2^62
   });
   first = largest_of_warp(first);
   if (tid % 32 == 0) s.first[tid / 32] = first;
+  if (sums) {
+    const u64 mine[4] = {count, sum, squares & kAll, squares >> 32};
+    EXL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const u64 total = sum_of_warp(mine[i]);
+      if (tid % 32 == 0) s.sums[i][tid / 32] = total;
+    }
+  }
   __syncthreads();
   if (tid >= 32) return;
+  Part& out = parts[static_cast<size_t>(r) * gridDim.x + static_cast<size_t>(part)];
   first = largest_of_warp(tid < kWarps ? s.first[tid] : 0);
-  if (tid == 0) tops[static_cast<size_t>(r) * gridDim.x + part] = first;
+  if (tid == 0) out.first = first;
+  if (!sums) return;
+  u64* const totals[4] = {&out.count, &out.sum, out.squares, out.squares + 1};
+  EXL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const u64 total = sum_of_warp(tid < kWarps ? s.sums[i][tid] : 0);
+    if (tid == 0) *totals[i] = total;
+  }
 }
 
 // ---- the second launch ---------------------------------------------------------------------------------------------
@@ -124,10 +194,12 @@ struct Place {
 struct DrawShared {
   Histogram coarse, fine;
   u64 list[kList], sorted[kList], through[kList];   // orders as found, orders ascending, cumulated weights
-  Sum warp[kWarps];
+  Sum warp[kWarps], total;
   Found found;
   Place place;
-  u32 key, num_listed, arrived;
+  u64 mass_before;    // before mirostat's cut
+  double sigma_cut;   // the least logit that top-n-sigma keeps
+  u32 key, num_listed, arrived, num_allowed;
 };
 constexpr int kDrawBytes = sizeof(DrawShared);
 
@@ -241,8 +313,12 @@ EXL_DEVICE Place find(List& list, u64 position, bool by_count, const Row& row, c
       });
       return order_of(key, kMaxId) + 1;
     };
-    Found found = locate(s.coarse, position, by_count, s);
-    list = List{found.before, 0, order_after(found.bin) - 1, 0};
+    // Tokens without weight are in no bin, but may be wanted by count: they are one crowd behind all bins.
+    const bool weightless = by_count && position >= s.total.count;
+    Found found{s.total, Sum{0, kList + 1}, kBins};
+    if (!weightless) found = locate(s.coarse, position, by_count, s);
+    const u64 last = weightless ? order_of(kKeyMinusInfinity + 1, kMaxId) : order_after(found.bin) - 1;
+    list = List{found.before, 0, last, 0};
     u32 count = found.in.count;
     if (found.before.count + count <= kList) {   // list from the row's first token: later searches hit it too
       list.before = Sum{0, 0};
@@ -262,8 +338,8 @@ EXL_DEVICE Place find(List& list, u64 position, bool by_count, const Row& row, c
       __syncthreads();
       found = locate(s.fine, position - (by_count ? list.before.count : list.before.weight), by_count, s);
       list.first += static_cast<u64>(found.bin) << shift;
-      const u64 last = list.first + ((1ull << shift) - 1);
-      list.last = last < list.last ? last : list.last;
+      const u64 end = list.first + ((1ull << shift) - 1);
+      list.last = end < list.last ? end : list.last;
       list.before = list.before + found.before;
       count = found.in.count;
     }
@@ -302,72 +378,154 @@ EXL_DEVICE u64 mass_from(u32 cut, const List& list, const Row& row, const Scale&
   return total.weight;
 }
 
-// Draws a row's token from the complete histogram s.coarse. Each filter keeps a prefix of the order of drawing and is thus
-// described by that prefix's weight alone; `kept` is the smallest of them.
-EXL_DEVICE i32 draw(const Params& p, const Row& row, const Scale& scale, DrawShared& s) {
-  const double top = static_cast<double>(scale.top), temperature = static_cast<double>(p.temperature);
+// What the first launch has summed: s.num_allowed, and s.sigma_cut = top - n * the standard deviation of the allowed logits
+// (top-n-sigma: Tang et al., "Top-nsigma: Not All Logits Are You Need", arXiv 2411.07641; the population's, as llama.cpp's).
+// The sums are exact, of logits rounded to 2^-16 and clamped to +-2^13; then f64. Within +-256 the deviation is less than
+// 2^-16 off.
+EXL_DEVICE void take_sums(const Params& p, const Part* parts, int num_parts, float top, DrawShared& s) {
+  if (threadIdx.x < 32) {
+    u64 totals[4] = {0, 0, 0, 0};
+    for (int i = static_cast<int>(threadIdx.x); i < num_parts; i += 32) {
+      totals[0] += parts[i].count;
+      totals[1] += parts[i].sum;
+      totals[2] += parts[i].squares[0];
+      totals[3] += parts[i].squares[1];
+    }
+    EXL_UNROLL
+    for (int i = 0; i < 4; ++i) totals[i] = sum_of_warp(totals[i]);
+    if (threadIdx.x == 0) {
+      const double n = static_cast<double>(totals[0]), mean = static_cast<double>(static_cast<i64>(totals[1])) / n;
+      const double squares = static_cast<double>(totals[3]) * 0x1p32 + static_cast<double>(totals[2]);
+      const double variance = squares / n - mean * mean;
+      s.sigma_cut = static_cast<double>(top) - p.sigmas * (sqrt(variance > 0.0 ? variance : 0.0) * 0x1p-16);
+      s.num_allowed = static_cast<u32>(totals[0]);
+    }
+  }
+  __syncthreads();
+}
+
+EXL_DEVICE u64 share_of(u64 share, u64 mass) {   // rounded up to whole units
+  return mul_high(share, mass) + (share * mass != 0 ? 1 : 0);
+}
+
+struct Drawn {
+  u64 order;          // of the token; 0: none, the row was measured
+  u64 mass;
+};
+
+// Draws a row's token from the complete histogram s.coarse, or finds its first tokens if it is measured. Each filter keeps a
+// prefix of the order of drawing and is thus described by that prefix's weight alone; `kept` is the smallest of them. XTC
+// alone takes from the front: the tokens drawn from weigh from `begin` to `kept`.
+EXL_DEVICE Drawn draw(const Params& p, const Row& row, const Scale& scale, Ranked* ranked, DrawShared& s) {
+  const int tid = static_cast<int>(threadIdx.x);
   Sum mine{0, 0}, total;
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) mine = mine + bin_of(s.coarse, i);
+  for (int i = tid; i < kBins; i += kThreads) mine = mine + bin_of(s.coarse, i);
   sum_before(mine, total, s);
-  u64 kept = total.weight, top_p_share = total.weight;
+  if (tid == 0) s.total = total, s.mass_before = total.weight;
+  __syncthreads();
+  u64 kept = total.weight, begin = 0;
+  u64 group = 0;                    // top-p: the mass that it takes its share of; XTC: that of the tokens above the threshold
+  u32 rank = 0;
   List list{Sum{0, 0}, 0, 0, 0};
   Place place{0, 0};
-  enum { kTopK, kMinP, kTopP, kDraw };
-  for (int stage = kTopK; stage <= kDraw; ++stage) {   // a loop, so that each function below is compiled once
-    const bool by_count = stage == kTopK;
-    u64 position = 0;
-    if (by_count) {
+  // A loop, so that each function below is compiled once. kXtcLast finds the last token of XTC's group.
+  enum { kSigma, kTopK, kMinP, kTopP, kMirostat, kXtc, kXtcLast, kDraw, kRank };
+  for (int stage = p.sample < 0 ? kRank : kSigma; stage <= kRank; ++stage) {
+    u64 position = 0, weight_cut = 0;
+    bool finds = false, cuts = false;
+    if (stage == kSigma) {
+      cuts = p.sigmas > 0.0;
+    } else if (stage == kTopK) {
       // Tokens of weight 0 are in no bin: if k reaches them, all tokens that have weight are kept.
-      if (p.top_k <= 0 || static_cast<u32>(p.top_k) >= total.count) continue;
+      finds = cuts = p.top_k > 0 && static_cast<u32>(p.top_k) < s.total.count;
       position = static_cast<u64>(p.top_k) - 1;
+      group = kept;
     } else if (stage == kMinP) {
-      if (p.log_min_p == -static_cast<double>(__uint_as_float(0x7f800000u))) continue;
+      cuts = p.log_min_p > -static_cast<double>(__uint_as_float(0x7f800000u));
     } else if (stage == kTopP) {
-      // The share, rounded up to whole units; the token whose cumulated weight reaches it is kept.
-      if (p.top_p == 0) continue;
-      position = mul_high(p.top_p, top_p_share) + (p.top_p * top_p_share != 0 ? 1 : 0) - 1;
-      if (position >= kept) continue;
+      // The token whose cumulated weight reaches the share is kept.
+      position = share_of(p.top_p, group) - 1;
+      finds = p.top_p != 0 && position < kept;
+    } else if (stage == kMirostat || stage == kXtc) {
+      const u64 share = stage == kXtc ? p.xtc : p.mirostat;
+      group = 0;
+      if (share == 0) continue;
+      if (stage == kMirostat && tid == 0) s.mass_before = kept;
+      weight_cut = share_of(share, kept);
+      cuts = weight_cut <= kUnit;
+      if (stage == kMirostat && !cuts) cuts = true, weight_cut = 0;   // nobody has the share: the likeliest are kept
+    } else if (stage == kXtcLast) {
+      finds = group > 0;
+      position = group - 1;
+    } else if (stage == kDraw) {
+      finds = true;
+      position = begin + mul_high(p.uniform, kept - begin);
     } else {
-      position = mul_high(p.uniform, kept);
+      const u32 wanted = static_cast<u32>(p.num_ranked);
+      finds = p.sample < 0 && rank < (wanted < s.num_allowed ? wanted : s.num_allowed);
+      position = rank;
     }
-    if (stage != kMinP) place = find(list, position, by_count, row, scale, s);
-    if (stage == kTopP) kept = place.through;
-    if (stage == kTopP || stage == kDraw) continue;
+    if (finds) place = find(list, position, stage == kTopK || stage == kRank, row, scale, s);
+    if (stage == kTopP && finds) kept = place.through;
+    if (stage == kXtcLast && finds) begin = place.through - weight_of(scale, value_of(key_in(place.order)));
+    if (stage == kRank && finds) {
+      const u32 at = list.before.count + static_cast<u32>(tid);
+      if (tid < list.num && at >= rank && at < static_cast<u32>(p.num_ranked))
+        ranked[at] = Ranked{static_cast<i32>(s.sorted[tid] & kMaxId), value_of(key_in(s.sorted[tid]))};
+      rank = list.before.count + static_cast<u32>(list.num);
+      --stage;   // until there are enough
+    }
+    if (!cuts) continue;
     // Compared as on the CPU: in f64, rounded after the difference and after the quotient. Ties with the k-th are kept.
-    const double cut = by_count ? (static_cast<double>(value_of(key_in(place.order))) - top) / temperature : p.log_min_p;
-    const u32 key = lowest_key(key_of(scale.top), s, [&](float v) { return (static_cast<double>(v) - top) / temperature >= cut; });
-    const u64 mass = mass_from(key, list, row, scale, s);
-    if (mass < kept) kept = mass;
-    if (by_count) top_p_share = kept;
+    const bool plain = stage == kSigma;   // logits themselves
+    const double top = plain ? 0.0 : static_cast<double>(scale.top), divisor = plain ? 1.0 : static_cast<double>(p.temperature);
+    const double cut = plain                ? s.sigma_cut
+                       : stage == kTopK   ? (static_cast<double>(value_of(key_in(place.order))) - top) / divisor
+                       : stage == kMinP ? p.log_min_p
+                                        : 0.0;
+    const u32 key = lowest_key(key_of(scale.top), s, [&](float v) {
+      return weight_cut > 0 ? weight_of(scale, v) >= weight_cut : (static_cast<double>(v) - top) / divisor >= cut;
+    });
+    u64 mass = mass_from(key, list, row, scale, s);
+    mass = mass < kept ? mass : kept;
+    if (stage == kTopK) group = mass;
+    if (stage == kXtc) group = mass;
+    else kept = mass;
   }
-  return static_cast<i32>(place.order & kMaxId);
+  return Drawn{place.order, kept - begin};
 }
 
 EXL_KERNEL(sample_draw, 512, 1)
-(const float* logits, const Params* params, const u64* tops, const u32* seen, u32* bin_counts,
- u64* bin_weights, u32* arrived, i32* samples, int V) {
+(const float* logits, const Params* params, const u32* masks, const Part* parts, const Word* words, const float* values,
+ u32* bin_counts, u64* bin_weights, u32* arrived, i32* samples, Result* results, Ranked* ranked, int V) {
   EXL_DYNAMIC_SMEM(u8, smem);
   DrawShared& s = *reinterpret_cast<DrawShared*>(smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int tid = static_cast<int>(threadIdx.x), part = static_cast<int>(blockIdx.x), num_parts = static_cast<int>(gridDim.x);
   const int r = static_cast<int>(blockIdx.y);
-  const Params p = params[r];
+  const Params& p = params[r];
+  const Part* mine = parts + static_cast<size_t>(r) * num_parts;
   u64 first = 0;
   for (int i = tid % 32; i < num_parts; i += 32) {
-    const u64 other = tops[static_cast<size_t>(r) * num_parts + i];
+    const u64 other = mine[i].first;
     first = other > first ? other : first;
   }
   first = ~largest_of_warp(first);   // computed by every warp, so no barrier is needed
   const u32 top_key = key_in(first);
+  const float* own = logits + static_cast<size_t>(p.row) * V;
   const bool finite = top_key > kKeyMinusInfinity && top_key < kKeyInfinity;
   if (!finite || p.temperature == 0.0f) {   // the whole block
-    const i32 code = top_key == kKeyNan ? kNan : top_key == kKeyInfinity ? kInfinite : kForbidden;
-    if (part == 0 && tid == 0) samples[r] = finite ? static_cast<i32>(first & kMaxId) : code;
+    const i32 id = finite ? static_cast<i32>(first & kMaxId) : top_key == kKeyNan ? kNan : top_key == kKeyInfinity ? kInfinite : kForbidden;
+    if (part == 0 && tid == 0) {
+      if (p.sample >= 0) samples[p.sample] = id;
+      results[r] = Result{0, 0, 0, id >= 0 ? own[id] : 0.0f, 0};
+    }
     return;
   }
-  const u32* bits = p.penalty != 1.0f ? seen + static_cast<size_t>(r) * ((V + 31) / 32) : nullptr;
-  const Row row{logits + static_cast<size_t>(r) * V, bits, 0, V, p.penalty};
+  const u32* mask = p.mask >= 0 ? masks + p.mask : nullptr;
+  const Word* adjusted = p.adjust_start < p.adjust_stop ? words + static_cast<size_t>(r) * ((V + 31) / 32) : nullptr;
+  const Row row{own, mask, adjusted, values, 0, V};
   const Scale scale{value_of(top_key), p.scale_hi, p.scale_lo};
   clear(s.coarse);
   __syncthreads();
@@ -401,6 +559,15 @@ EXL_KERNEL(sample_draw, 512, 1)
     }
     __syncthreads();
   }
-  const i32 id = draw(p, row, scale, s);
-  if (tid == 0) samples[r] = id;
+  if (wants_sums(p)) take_sums(p, mine, num_parts, scale.top, s);
+  const Drawn drawn = draw(p, row, scale, ranked + static_cast<size_t>(r) * kMaxRanked, s);
+  if (tid != 0) return;
+  if (p.sample < 0) {
+    const u32 wanted = static_cast<u32>(p.num_ranked);
+    results[r] = Result{0, drawn.mass, s.mass_before, scale.top, static_cast<i32>(wanted < s.num_allowed ? wanted : s.num_allowed)};
+    return;
+  }
+  const i32 id = static_cast<i32>(drawn.order & kMaxId);
+  samples[p.sample] = id;
+  results[r] = Result{weight_of(scale, value_of(key_in(drawn.order))), drawn.mass, s.mass_before, own[id], 0};
 }

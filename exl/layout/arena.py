@@ -21,6 +21,7 @@ from exl.layout.tiles import ROWS
 ARENA_ALIGN = 256  # as the driver aligns an allocation; at least what every kernel's vector loads need
 TABLE_ALIGN = 4  # words: tables of a batch start at multiples of 16 bytes
 _TABLES = 8  # tables per batch
+_SAMPLE_ROWS_EACH = 16
 # Multiprocessors of the largest GPU of an architecture, for plans without that GPU (NVIDIA's data sheets): TITAN RTX,
 # A100, RTX A6000, Orin, RTX 6000 Ada, H100, B200, Thor, RTX PRO 6000.
 _MOST_MULTIPROCESSORS = {75: 72, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 110: 20, 120: 188}
@@ -32,7 +33,7 @@ class ArenaLayout:
 
     - ``residual`` f32 [window rows, C], ``sums of squares`` f32 [window rows, C / 16]
     - ``qkv``, ``attn``, ``mlp``: 16 bits, [rows of a chunk, width]; mlp's rows are padded to eights
-    - ``logits`` f32 [logit rows, V], ``samples`` i32 [logit rows]
+    - ``logits`` f32 [logit rows, V], ``samples`` i32 [draws]
     - ``tables`` i32: a window's ids, slots, pages and angles, copied from the host in one piece
     - ``normed`` 16 bits: normalised input, or q of a prefill chunk
     - ``fused`` 16 bits: gate and up, if they are two launches
@@ -40,7 +41,7 @@ class ArenaLayout:
       attention hands over: never two of them at once
     - ``linear arrived``, ``attention arrived`` i32: counters, zero between launches
     - ``embedding rows`` 16 bits [window rows, C]: only if the embedding is on the disk; a window's rows, each once
-    - ``sampling tables`` u8: what the rows of a step ask for; ``sampling <name>``: what its blocks hand over
+    - ``sampling tables`` u8: what the draws of a step ask for; ``sampling <name>``: what its blocks hand over
     """
 
     fields: Mapping[str, Field]
@@ -53,7 +54,8 @@ class ArenaLayout:
     def upload_bytes(self) -> int:
         """Bytes of page-locked buffers on the host: two for each table copied, and two for samples that come back."""
         tables = self.fields["tables"].num_bytes + self.fields["sampling tables"].num_bytes
-        return 2 * (tables + self.fields["sampling arrived"].num_bytes)  # one counter per row: as large as the samples
+        (draws,), (rows,) = self.fields["samples"].shape, self.fields["sampling arrived"].shape
+        return 2 * (tables + sum(samples.found_bytes(draws, rows)))
 
     @property
     def row_upload_bytes(self) -> int:
@@ -99,7 +101,7 @@ def arena_layout(
     step.add("attn", "f16", (limits.max_rows, align_up(limits.attn_width, DENSE_STEP)))
     step.add("mlp", "f16", (limits.max_rows, align_up(limits.intermediate_size, DENSE_STEP)))
     step.add("logits", "f32", (limits.max_logit_rows, limits.vocab_size))
-    step.add("samples", "i32", (limits.max_logit_rows,))
+    step.add("samples", "i32", (max_draws(limits),))
     step.add("tables", "i32", (table_words(limits),))
     if rows_of is not None:
         table = rows_of.fields["weight"]
@@ -115,7 +117,7 @@ def arena_layout(
     dtype, count = handed_over["arrived"]
     step.add("attention arrived", dtype, (count,))
     rows = sample_rows(limits)
-    step.add("sampling tables", "u8", (samples.table_bytes(rows, max_seen(limits)),))
+    step.add("sampling tables", "u8", (samples.table_bytes(rows, limits.vocab_size),))
     for name, (dtype, count) in samples.scratch_shapes(rows, limits.vocab_size).items():
         step.add(f"sampling {name}", dtype, (count,))
     return ArenaLayout(
@@ -128,13 +130,13 @@ def arena_layout(
 
 
 def sample_rows(limits: StepLimits) -> int:
-    """Rows sampled by one launch."""
-    return min(limits.max_logit_rows, limits.max_sequences, samples.MAX_ROWS)
+    """Rows of one launch of the sampler. A sequence may take several: verified drafts, log-probabilities."""
+    return min(_SAMPLE_ROWS_EACH * limits.max_sequences, samples.MAX_ROWS)
 
 
-def max_seen(limits: StepLimits) -> int:
-    """Earlier tokens of all those rows, each counted once."""
-    return sample_rows(limits) * min(limits.max_context, limits.vocab_size)
+def max_draws(limits: StepLimits) -> int:
+    """Draws of one step, in as many launches as they take: several may read one row of logits."""
+    return max(limits.max_logit_rows, samples.MAX_ROWS)
 
 
 def attention_items(limits: StepLimits) -> int:

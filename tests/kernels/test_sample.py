@@ -13,24 +13,16 @@ from exl.batch import SamplingBatch
 from exl.errors import KernelError
 from exl.kernels.embed import embed
 from exl.kernels.launch import Backend
-from exl.kernels.sample import (
-    MAX_VOCAB,
-    SampleScratch,
-    SampleTables,
-    pack_tables,
-    sample,
-    scratch_shapes,
-    table_bytes,
-    tables_at,
-)
+from exl.kernels.sample import MAX_VOCAB, SampleTables, sample
+from exl.kernels.sample_tables import LaunchRows, check_batch, pack_tables
+from exl.layout.samples import table_bytes
 from exl.sampling import probabilities
 from exl.sampling import sample as cpu_sample
 from exl.sampling_params import SamplingParams
+from tests.device_draws import INF, draw, joined, one_row, packed, scratch_for
 from tests.draws import draws_of
 from tests.host.shim import HostShim, ShimBackend
 
-DTYPES = {"i32": torch.int32, "i64": torch.int64}
-INF = float("inf")
 ALMOST_ONE = 1 - 2**-53
 
 FILTERS = [
@@ -57,32 +49,6 @@ FILTERS = [
 ]
 
 
-def scratch_for(num_rows: int, vocab_size: int, device: torch.device) -> SampleScratch:
-    shapes = scratch_shapes(num_rows, vocab_size)
-    return SampleScratch(**{name: torch.zeros(n, dtype=DTYPES[t], device=device) for name, (t, n) in shapes.items()})
-
-
-def tables_of(batch: SamplingBatch, vocab_size: int, device: torch.device, num_rows: int = 0) -> SampleTables:
-    num_rows, max_seen = num_rows or len(batch.temperature), len(batch.adjust_id)
-    buffer = torch.full((table_bytes(num_rows, max_seen),), 255, dtype=torch.uint8, device=device)
-    put(buffer, pack_tables(batch, num_rows, max_seen, vocab_size))
-    return tables_at(buffer, num_rows, max_seen)
-
-
-def put(buffer: torch.Tensor, packed: np.ndarray) -> None:
-    buffer[: len(packed)].copy_(torch.from_numpy(packed))
-
-
-def draw(backend: Backend, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
-    R, V = logits.shape
-    scratch = scratch_for(R, V, backend.device)
-    samples = torch.full((R,), -99, dtype=torch.int32, device=backend.device)
-    sample(backend, logits.to(backend.device), tables_of(batch, V, backend.device), samples, scratch)
-    for counter in (scratch.bin_counts, scratch.bin_weights, scratch.arrived):
-        assert not counter.any()
-    return samples.tolist()
-
-
 def cumulated(logits: torch.Tensor, batch: SamplingBatch, i: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Row i's kept tokens in the order of drawing, the upper borders of their shares of [0, 1), and the largest error
     of a border on the device.
@@ -94,28 +60,6 @@ def cumulated(logits: torch.Tensor, batch: SamplingBatch, i: int) -> tuple[np.nd
     p = probabilities(logits[i : i + 1], one_row(batch, i))[0].numpy()
     order = np.lexsort((np.arange(len(p)), -p))[: np.count_nonzero(p)]
     return order, np.cumsum(p[order]), len(p) * (2 * 2.0**-44 * p.max() + 2 * 2.0**-53)
-
-
-COLUMNS = ("row", "uniform", "temperature", "dynamic_range", "dynamic_exponent", "temperature_last", "top_n_sigma")
-COLUMNS += ("top_k", "typical_p", "top_p", "min_p", "mirostat_mu", "xtc_threshold", "mask_idx", "num_logprobs")
-ADJUSTMENTS = ("adjust_id", "adjust_bias", "adjust_factor", "adjust_subtract")
-
-
-def one_row(batch: SamplingBatch, i: int, **changed: float) -> SamplingBatch:
-    """Draw i alone, from row 0."""
-    values = {name: getattr(batch, name)[i : i + 1].copy() for name in COLUMNS}
-    for name, value in {"row": 0, **changed}.items():
-        values[name][:] = value
-    span = slice(batch.adjust_start[i], batch.adjust_start[i + 1])
-    values |= {name: getattr(batch, name)[span] for name in ADJUSTMENTS}
-    return SamplingBatch(**values, adjust_start=np.array([0, span.stop - span.start], np.int32), masks=batch.masks)
-
-
-def joined(rows: list[SamplingBatch]) -> SamplingBatch:
-    arrays = {name: np.concatenate([getattr(row, name) for row in rows]) for name in (*COLUMNS, *ADJUSTMENTS)}
-    arrays["row"] = np.arange(len(rows), dtype=np.int32)
-    starts = np.cumsum([0, *(len(row.adjust_id) for row in rows)], dtype=np.int32)
-    return SamplingBatch(**arrays, adjust_start=starts, masks=rows[0].masks)
 
 
 def mixed(rng: np.random.Generator, num_rows: int, V: int) -> tuple[torch.Tensor, SamplingBatch]:
@@ -301,30 +245,26 @@ def test_the_number_of_multiprocessors_does_not_show() -> None:
 
 
 def test_buffers_serve_one_step_after_another(backend: Backend) -> None:
-    """As in a graph: the same buffers, made for four rows, serve steps with different parameters; rows that a step does
-    not fill are greedy."""
+    """The same buffers, made for four rows, serve steps of different parameters and numbers of draws."""
     V, device = 9001, backend.device
     scratch, samples = scratch_for(4, V, device), torch.zeros(4, dtype=torch.int32, device=device)
-    buffer = torch.zeros(table_bytes(4, 100), dtype=torch.uint8, device=device)
-    tables = tables_at(buffer, 4, 100)
+    tables = SampleTables(torch.zeros(table_bytes(4, V), dtype=torch.uint8, device=device), 4)
     for step in range(3):
         logits, batch = mixed(np.random.default_rng(step), 20, V)
         logits, batch = logits[14:18], joined([one_row(batch, i) for i in (14, 15 + step)])
-        put(buffer, pack_tables(batch, 4, 100, V))
-        sample(backend, logits.to(device).contiguous(), tables, samples, scratch)
+        tables.buffer.copy_(torch.from_numpy(packed(batch, 4, V)))
+        sample(backend, logits.to(device).contiguous(), tables, samples, scratch, 2)
         assert_same_ids(samples[:2].tolist(), logits[:2], batch)
-        assert samples[2:].tolist() == logits[2:].argmax(1).tolist()
-        few = samples[:1].clone()
-        sample(backend, logits[:1].to(device).contiguous(), tables, few, scratch)  # fewer rows than the buffers have
-        assert few[0] == samples[0]
+        both = samples[:2].tolist()
+        sample(backend, logits.to(device).contiguous(), tables, samples, scratch, 1)
+        assert samples[:2].tolist() == both
 
 
 def test_the_next_step_reads_the_samples(backend: Backend) -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, float("nan"), 1.0]])
     batch = draws_of([(SamplingParams(temperature=0.0), 0, ())] * 2)
     device = backend.device
-    samples = torch.zeros(2, dtype=torch.int32, device=device)
-    sample(backend, logits.to(device), tables_of(batch, 3, device), samples, scratch_for(2, 3, device))
+    samples = torch.tensor(draw(backend, logits, batch), dtype=torch.int32, device=device)
     table = torch.arange(24, device=device).reshape(3, 8).half()
     h, sumsq = torch.full((2, 8), 9.0, device=device), torch.zeros(2, 1, device=device)
     embed(backend, table, torch.tensor([-1, -2], dtype=torch.int32, device=device), h, sumsq, samples=samples)
@@ -365,34 +305,48 @@ def test_a_penalty_that_overflows(backend: Backend) -> None:
     assert draw(backend, logits, batch) == [-2, 0, 0]
 
 
-def test_tables_are_checked_on_the_host() -> None:
+def test_a_batch_is_checked_on_the_host() -> None:
     params = SamplingParams(seed=0, repetition_penalty=1.5)
-    batch = draws_of([(params, 0, [3, 5]), (params, 0, [4])])
-    pack_tables(batch, 2, 3, 6)
-    with pytest.raises(KernelError) as said_by_cpu:
-        cpu_sample(torch.zeros(2, 5), batch)
-    cases = [
-        (str(said_by_cpu.value), batch, (2, 3, 5)),
-        ("3 seen token ids in all: expected 2 or fewer", batch, (2, 2, 6)),
-        ("a batch of 2 rows: expected 1 or fewer", batch, (1, 3, 6)),
-        (r"top_k has shape \(1,\): expected \(2,\)", replace(batch, top_k=batch.top_k[:1]), (2, 3, 6)),
-        (
-            "adjust_start is .* expected 3 rising numbers up to 3",
-            replace(batch, adjust_start=batch.adjust_start + 1),
-            (2, 3, 6),
-        ),
-    ]
-    values = {"temperature": [-1.0, 101.0, float("nan")], "top_k": [-1], "top_p": [-0.5, 1.5], "min_p": [-0.1, 2.0]}
-    values |= {"uniform": [1.0, -0.5]}
-    for name, bad_values in values.items():
-        for bad in bad_values:
+    batch = draws_of([(params, 0, [3, 5]), (params, 0, [4])], 6)
+    check_batch(batch, 2, 6)
+    bad_values = {
+        "temperature": [-1.0, 101.0, float("nan")],
+        "top_k": [-1],
+        "top_p": [-0.5, 1.5],
+        "min_p": [-0.1, 2.0],
+        "uniform": [1.0, -0.5],
+        "top_n_sigma": [-1.0, INF],
+        "mirostat_mu": [float("nan")],
+        "xtc_threshold": [-0.1],
+        "num_logprobs": [-2],
+    }
+    cases = []
+    for name, values in bad_values.items():
+        for bad in values:
             array = getattr(batch, name).copy()
             array[1] = bad
-            cases.append((f"row 1: {name} is .* expected", replace(batch, **{name: array}), (2, 3, 6)))
-    for words, bad_batch, shape in cases:
+            cases.append((f"draw 1: {name} is .* expected", replace(batch, **{name: array})))
+    for name, bad in (("adjust_bias", INF), ("adjust_factor", 0.0), ("adjust_factor", INF), ("adjust_subtract", -INF)):
+        array = getattr(batch, name).copy()
+        array[2] = bad
+        cases.append((f"draw 1: found an {name} that", replace(batch, **{name: array})))
+    ids, mask = np.array([5, 3, 4], np.int32), np.full((1, 1), 7, np.uint32)
+    cases += [
+        ("draw 0: found adjusted token ids that do not rise", replace(batch, adjust_id=ids)),
+        (r"top_k has shape \(1,\): expected \(2,\)", replace(batch, top_k=batch.top_k[:1])),
+        ("adjust_start is .* 3 rising numbers up to 3", replace(batch, adjust_start=batch.adjust_start + 1)),
+        (r"draws from rows \[0, 2\]: expected 0 to 1", replace(batch, row=np.array([0, 2], np.int32))),
+        (r"mask_idx is \[0, 1\]: expected -1 to 0", replace(batch, masks=mask, mask_idx=np.array([0, 1], np.int32))),
+        (r"masks are uint32 \(1, 2\): expected uint32 \[masks, 1\]", replace(batch, masks=np.ones((1, 2), np.uint32))),
+    ]
+    for words, bad_batch in cases:
         with pytest.raises(KernelError, match=words):
-            pack_tables(bad_batch, *shape)
-    assert len(pack_tables(batch, 5, 9, 6)) == 5 * 56 + 3 * 4 <= table_bytes(5, 9)
+            check_batch(bad_batch, 2, 6)
+    with pytest.raises(KernelError, match="draw 0: found an adjusted token id outside 0 to 4"):
+        check_batch(batch, 2, 5)
+    both = LaunchRows(np.arange(2), np.zeros(2, np.bool_))
+    with pytest.raises(KernelError, match="a launch of 2 rows: expected 1 to 1"):
+        pack_tables(batch, both, 1, 6, np.zeros(table_bytes(1, 6), np.uint8))
 
 
 class NeverLaunches:
@@ -405,30 +359,27 @@ class NeverLaunches:
 
 def test_bad_arguments_are_refused_before_a_launch() -> None:
     nobody, logits, samples = NeverLaunches(), torch.zeros(2, 100), torch.zeros(2, dtype=torch.int32)
-    batch = draws_of([(SamplingParams(seed=0), 0, ())] * 2)
-    tables, scratch = tables_of(batch, 100, nobody.device), scratch_for(2, 100, nobody.device)
-    one = tables_of(one_row(batch, 0), 100, nobody.device)
-    small = scratch_for(1, 100, nobody.device)
+    tables, scratch = SampleTables(torch.zeros(table_bytes(2, 100), dtype=torch.uint8), 2), scratch_for(2, 100)
+    odd = SampleTables(torch.zeros(len(tables.buffer) + 1, dtype=torch.uint8)[1:], 2)
+    small = scratch_for(1, 100)
     cases = [
-        (r"logits: expected \[R, V\]", lambda: sample(nobody, logits[0], tables, samples, scratch)),
-        ("logits is torch.float16", lambda: sample(nobody, logits.half(), tables, samples, scratch)),
-        ("expected a contiguous tensor", lambda: sample(nobody, logits[:, :50], tables, samples, scratch)),
-        ("1 to 64 rows", lambda: sample(nobody, torch.zeros(65, 4), tables, samples, scratch)),
-        ("1 to 64 rows", lambda: sample(nobody, torch.zeros(2, 0), tables, samples, scratch)),
-        (f"1 to {MAX_VOCAB}", lambda: sample(nobody, torch.zeros(1, MAX_VOCAB + 1), tables, samples, scratch)),
-        (r"samples has shape \(1,\)", lambda: sample(nobody, logits, tables, samples[:1], scratch)),
-        ("samples is torch.int64", lambda: sample(nobody, logits, tables, samples.long(), scratch)),
+        (r"logits: expected \[L, V\]", lambda: sample(nobody, logits[0], tables, samples, scratch, 2)),
+        ("logits is torch.float16", lambda: sample(nobody, logits.half(), tables, samples, scratch, 2)),
         (
-            r"tables.params has shape \(1, 56\): expected \(2, 56\)",
-            lambda: sample(nobody, logits, one, samples, scratch),
+            "expected a contiguous tensor",
+            lambda: sample(nobody, torch.zeros(2, 200)[:, :100], tables, samples, scratch, 2),
         ),
-        ("scratch.tops has 1 elements: expected 2 or more", lambda: sample(nobody, logits, tables, samples, small)),
+        ("launch of 3 rows: expected 1 to 2", lambda: sample(nobody, logits, tables, samples, scratch, 3)),
+        (f"1 to {MAX_VOCAB}", lambda: sample(nobody, torch.zeros(2, 0), tables, samples, scratch, 1)),
+        (f"1 to {MAX_VOCAB}", lambda: sample(nobody, torch.zeros(1, MAX_VOCAB + 1), tables, samples, scratch, 1)),
+        ("samples is torch.int64", lambda: sample(nobody, logits, tables, samples.long(), scratch, 2)),
+        (r"tables has shape", lambda: sample(nobody, torch.zeros(2, 101), tables, samples, scratch, 2)),
+        ("starts at address", lambda: sample(nobody, logits, odd, samples, scratch, 2)),
+        ("scratch.parts has 5 elements: expected 10", lambda: sample(nobody, logits, tables, samples, small, 2)),
         (
             "scratch.bin_weights is torch.int32",
-            lambda: sample(nobody, logits, tables, samples, replace(scratch, bin_weights=scratch.bin_counts)),
+            lambda: sample(nobody, logits, tables, samples, replace(scratch, bin_weights=scratch.bin_counts), 2),
         ),
-        (r"tables has shape \(111,\)", lambda: tables_at(torch.zeros(111, dtype=torch.uint8), 2, 0)),
-        ("starts at address", lambda: tables_at(torch.zeros(113, dtype=torch.uint8)[1:], 2, 0)),
     ]
     for words, call in cases:
         with pytest.raises(KernelError, match=words):

@@ -1,6 +1,6 @@
 #pragma once
-// How the sampler reads a row of logits: with the repetition penalty applied, as integer keys in the order of drawing, and
-// as integer weights.
+// How the sampler reads a row of logits: as integer keys in the order of drawing, and as integer weights; tokens that a mask
+// forbids as -inf, and tokens that an adjustment changes with their changed logit.
 //
 // A weight is exp((logit - largest) / temperature) in units of 2^-44, computed with integers and with f32 operations that
 // IEEE 754 defines, so it is the same on every machine. Sums of weights are exact: they depend neither on the order of
@@ -34,18 +34,37 @@ EXL_DEVICE u32 key_in(u64 order) { return ~static_cast<u32>(order >> kIdBits); }
 
 // ---- a row ---------------------------------------------------------------------------------------------------------
 
-struct Row {
-  const float* logits;
-  const u32* seen;   // one bit per token from seen_start on, set if penalised; null: no penalty
-  int seen_start, V;
-  float penalty;
+// What is asked for one token of a row: SamplingBatch of exl/batch.py says where each number comes from.
+struct alignas(16) Adjustment {
+  i32 id;
+  float bias, factor, subtract;
+};
+EXL_DEVICE float adjusted(float v, const Adjustment& a) {
+  v += a.bias;
+  v = v < 0.0f ? v * a.factor : v / a.factor;
+  return v - a.subtract;
+}
+
+// 32 tokens: which of them are adjusted, and the first one's place among all adjustments.
+struct alignas(8) Word {
+  u32 bits, first;
 };
 
-EXL_DEVICE float penalised(const Row& row, float v, int id) {
-  if (row.seen == nullptr) return v;
-  const u32 bit = static_cast<u32>(id - row.seen_start);
-  if (!(row.seen[bit / 32] >> (bit % 32) & 1u)) return v;
-  return v < 0.0f ? v * row.penalty : v / row.penalty;
+struct Row {
+  const float* logits;
+  const u32* mask;       // bit i % 32 of word i / 32 is set if token i is allowed; null: all are
+  const Word* words;     // of the tokens from words_start on; null: none is adjusted
+  const float* values;   // adjusted logits, by place
+  int words_start, V;
+};
+
+EXL_DEVICE float logit_of(const Row& row, float v, int id) {
+  if (row.mask != nullptr && !(row.mask[id / 32] >> (id % 32) & 1u)) return value_of(kKeyMinusInfinity);
+  if (row.words == nullptr) return v;
+  const u32 at = static_cast<u32>(id - row.words_start), bit = at % 32;
+  const Word word = row.words[at / 32];
+  if (!(word.bits >> bit & 1u)) return v;
+  return row.values[word.first + static_cast<u32>(__popc(word.bits & ((1u << bit) - 1)))];
 }
 
 // Calls visit(id, logit) for the tokens [start, stop) of the row, spread over the block's threads, with kQuads 16-byte loads
@@ -71,7 +90,7 @@ template <int kQuads, class Visit> EXL_DEVICE void for_each(const Row& row, int 
       EXL_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int id = 4 * (q0 + i * kThreads) - shift + j;
-        if (id >= start && id < stop) visit(id, penalised(row, v[i][j], id));
+        if (id >= start && id < stop) visit(id, logit_of(row, v[i][j], id));
       }
     }
   }
