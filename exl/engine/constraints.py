@@ -211,7 +211,8 @@ class Grammars:
         if constraint.kind == "regex":
             return str(made.grammar_from_regex(text))
         if constraint.kind == "choices":
-            return str(made.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(text)))))
+            # As a terminal they are one regular expression; as a rule's alternatives, 2,000 would be too many.
+            return str(made.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, json.loads(text)))))
         from llguidance.gbnf_to_lark import any_to_lark
 
         return str(made.grammar_from_lark(any_to_lark(text)))
