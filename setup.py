@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 CHAT_MODEL = ["gguf>=0.17", "filelock>=3.12"]  # what `make chat` fetches its model with
+CONSTRAINTS = ["llguidance>=1.9,<2"]
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
 
 # The kernel sources are in `cuda/`, where readers look for them, and are installed as the package `exl._cuda`. `cuda/`
@@ -41,6 +42,7 @@ setup(
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=13.6"],
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
+        "constraints": CONSTRAINTS,
         "demo": ["gradio>=6"],
         # Runs the demo in the system's Chromium; downloads no browser.
         "browser": ["playwright>=1.50"],
@@ -48,10 +50,12 @@ setup(
         "notebook": NOTEBOOK,
         "test": [
             *CHAT_MODEL,
+            *CONSTRAINTS,
             *NOTEBOOK,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "transformers>=4.57",
             "ruff>=0.6",
             "mypy>=1.11",

@@ -31,6 +31,10 @@ class MemoryBudgetError(ExlError):
     """What was asked for does not fit in the memory that was given."""
 
 
+class ConstraintError(ExlError):
+    """A request's text cannot go on under its constraint: too complex at this place, or a token that it forbids."""
+
+
 class KernelError(ExlError):
     """A kernel could not be compiled, or was called with arguments it must not be given."""
 

@@ -13,8 +13,8 @@ _MAX_TEMPERATURE = 100.0
 _MIN_PENALTY, _MAX_PENALTY = 0.01, 100.0
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
-_MAX_STOPS = 64
-_MAX_STOP_CHARS = 1024
+_MAX_STRINGS = 64
+_MAX_STRING_CHARS = 1024
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,23 @@ OPTIONS: dict[str, SamplingOption] = {
 
 def checked_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as ``SamplingParams`` keeps them. Raises ``ConfigError`` for anything but texts."""
-    if stop is None:
+    return checked_strings("stop", stop)
+
+
+def checked_strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The texts of an option: one text, or a list of them. Raises ``ConfigError`` for anything else."""
+    if value is None:
         return ()
-    if isinstance(stop, str):
-        stop = (stop,)
-    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
-        raise ConfigError(f"stop: found {stop!r} ({type(stop).__name__}), expected a text or a list of texts")
-    if len(stop) > _MAX_STOPS:
-        raise ConfigError(f"stop: found {len(stop)} strings, expected at most {_MAX_STOPS}")
-    for text in stop:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise ConfigError(f"{name}: found {value!r} ({type(value).__name__}), expected a text or a list of texts")
+    if len(value) > _MAX_STRINGS:
+        raise ConfigError(f"{name}: found {len(value)} strings, expected at most {_MAX_STRINGS}")
+    for text in value:
         if not isinstance(text, str):
-            raise ConfigError(f"stop: found {text!r} ({type(text).__name__}), expected strings only")
-        if not 1 <= len(text) <= _MAX_STOP_CHARS:
-            raise ConfigError(f"stop: found a string of {len(text)} characters, expected from 1 to {_MAX_STOP_CHARS}")
-    return tuple(stop)
+            raise ConfigError(f"{name}: found {text!r} ({type(text).__name__}), expected strings only")
+        if not 1 <= len(text) <= _MAX_STRING_CHARS:
+            found = f"{name}: found a string of {len(text)} characters"
+            raise ConfigError(f"{found}, expected from 1 to {_MAX_STRING_CHARS}")
+    return tuple(value)

@@ -23,7 +23,8 @@ if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
 
 ASAN_ONE_IN = 4  # a sample runs one case in this many under AddressSanitizer
 
-# Packages that only tests import, and llvmlite, without which torch computes on the CPU. If one is missing, only the
+# Packages that only tests import; llguidance, without which there are no constraints; llvmlite, without which torch
+# computes on the CPU. If one is missing, only the
 # test modules that need it are skipped.
 TEST_ONLY = frozenset(
     {
@@ -31,6 +32,8 @@ TEST_ONLY = frozenset(
         "gradio",
         "hypothesis",
         "ipykernel",
+        "jsonschema",
+        "llguidance",
         "llvmlite",
         "matplotlib",
         "nbclient",

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from exl.errors import UnsupportedModelError
@@ -108,6 +109,15 @@ def _step(step: dict[str, Any], fused: bool, alone: bool) -> dict[str, Any] | No
     return None
 
 
+@dataclass(frozen=True)
+class DecoderState:
+    """A place in a text: ``TextDecoder.state``."""
+
+    pending: bytes
+    at_start: bool
+    to_strip: int
+
+
 class TextDecoder:
     """Turns tokens into text one by one: each character is returned as soon as its last byte has arrived.
 
@@ -125,11 +135,24 @@ class TextDecoder:
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes."""
-        return self._text(self._bytes(token_id))
+        return self.text_of(self.bytes_of(token_id))
 
     def finish(self) -> str:
         """U+FFFD for the bytes of a character that is still incomplete."""
-        return self._text(b"", final=True)
+        return self.text_of(b"", final=True)
+
+    def state(self) -> DecoderState:
+        """What ``restore`` goes back to."""
+        return DecoderState(self._utf8.getstate()[0], self._at_start, self._to_strip)
+
+    def restore(self, state: DecoderState) -> None:
+        self._utf8.setstate((state.pending, 0))
+        self._at_start, self._to_strip = state.at_start, state.to_strip
+
+    @property
+    def pending(self) -> bytes:
+        """The bytes of a character that is still incomplete."""
+        return self._utf8.getstate()[0]
 
     def skip(self, token_ids: Sequence[int]) -> None:
         """Takes these tokens as already decoded, without returning their text. The last character may be incomplete.
@@ -142,12 +165,13 @@ class TextDecoder:
             done += 1
         tail = b""
         for token_id in reversed(token_ids[done:]):
-            tail = self._bytes(token_id) + tail
+            tail = self.bytes_of(token_id) + tail
             if len(tail) >= _MAX_OPEN_BYTES:  # a character that is still incomplete starts within these
                 break
         self._utf8.decode(tail)
 
-    def _bytes(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that the next token adds here; ``text_of`` must get them next."""
         token = self._token_of(token_id)
         if token is None:
             return b""
@@ -156,7 +180,8 @@ class TextDecoder:
             token = token.replace(self._rules.dropped_at_start, "") if self._rules.dropped_at_start else token
         return self._rules.token_bytes(token)
 
-    def _text(self, data: bytes, final: bool = False) -> str:
+    def text_of(self, data: bytes, final: bool = False) -> str:
+        """The characters that these bytes complete."""
         text = self._utf8.decode(data, final)
         while self._to_strip and text:
             if text[0] != self._rules.strip_char:
@@ -164,3 +189,29 @@ class TextDecoder:
                 break
             text, self._to_strip = text[1:], self._to_strip - 1
         return text
+
+    def char_starts(self, state: DecoderState, data: bytes) -> list[int]:
+        """Where the characters begin that ``data`` completes from a state on: offsets in ``state.pending + data``.
+
+        One more at the end: where the bytes begin that complete none, or the length. Characters that are stripped from
+        the start of the text are not among them.
+        """
+        data = state.pending + data
+        text, sizes, done = "", [], 0
+        while done < len(data):
+            utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+            try:
+                whole, broken = utf8.decode(data[done:]), 0
+            except UnicodeDecodeError as error:
+                whole, broken = data[done : done + error.start].decode(), error.end - error.start
+            text += whole
+            sizes += [len(char.encode()) for char in whole]
+            if not broken:
+                break
+            replaced = [1] * broken if self._rules.byte_fallback else [broken]
+            text += "\ufffd" * len(replaced)
+            sizes += replaced
+            done = sum(sizes)
+        stripped = text[: state.to_strip]
+        num_stripped = len(stripped) - len(stripped.lstrip(self._rules.strip_char)) if stripped else 0
+        return [0, *accumulate(sizes)][num_stripped:]

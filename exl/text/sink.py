@@ -1,0 +1,199 @@
+"""The text of one generated sequence, token by token: whole characters, stop strings, strings that must not occur."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from exl.sampling_params import checked_stop, checked_strings
+from exl.text.token_bytes import DecoderState
+from exl.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """A banned string is complete: its tokens are taken back, and another one is drawn for the first of them."""
+
+    num_tokens: int  # the last ones, the token just pushed among them
+    blocked: int  # the first of them: it must not be drawn again at its position
+
+
+@dataclass(frozen=True)
+class Verdict:
+    text: str = ""  # what is final now
+    stopped: str | None = None  # the stop string that ended the text
+    rewind: Rewind | None = None
+
+
+_NOTHING = Verdict()
+
+
+@dataclass(frozen=True)
+class _Pushed:
+    token_id: int
+    data: bytes  # what it added
+    num_chars: int  # characters that were complete before it
+    state: DecoderState  # before it
+
+
+class TextSink:
+    """Takes the tokens that continue a prompt; gives out their text as soon as nothing can change it any more.
+
+    The pieces join to the decoded text of prompt + continuation, without the prompt's text, up to the first stop
+    string. So a space between prompt and continuation is kept if the tokens have one, and without a prompt the text
+    is decoded as the start of a text. A character that the prompt left incomplete belongs to the continuation.
+
+    The first stop string is the one that is complete first; of several that end at the same place, the longest. So the
+    result does not depend on how the text is cut into tokens. The stop string itself is not part of the text.
+
+    A banned string that is complete before any stop string, or with it, takes tokens back: those from the one that
+    holds its first byte on; of several that end at the same place, the shortest. The sink has then taken them back
+    itself, and ``Verdict.rewind`` tells everyone else. Both kinds of strings are compared as they are written, case and
+    all, with the text of the continuation alone.
+
+    The cost per token does not grow with the length of the text. Held back are at most three bytes of an incomplete
+    character, the longest end of the text that may still become a stop string, and where a banned string may have
+    begun, all from the token on that would be taken back.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        stop: str | Sequence[str] | None = (),
+        banned: str | Sequence[str] | None = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """``prompt_ids``: tokens before the continuation; empty if there is no prompt.
+
+        Raises ``ConfigError`` for strings that ``SamplingParams`` also refuses.
+        """
+        self.stopped: str | None = None  # the stop string that ended the text
+        self.num_tokens = 0  # that were pushed and not taken back
+        self._stop = checked_stop(stop)
+        self._banned = checked_strings("banned_strings", banned)
+        self._held = ""  # complete characters that are not given out
+        self._num_given = 0  # characters
+        self._recent: list[_Pushed] = []  # the tokens from the first on whose text is not all given out
+        self._finished = False
+        self._decoder = tokenizer.text_decoder(skip_special_tokens=skip_special_tokens)
+        self._decoder.skip(prompt_ids)
+        self._num_final = 0
+
+    @property
+    def num_final_tokens(self) -> int:
+        """How many tokens no banned string can take back any more."""
+        return self.num_tokens if self._ended or not self._banned else self._num_final
+
+    def push(self, token_id: int) -> Verdict:
+        """What this token makes of the text. Nothing comes after a stop string."""
+        if self._ended:
+            return _NOTHING
+        state = self._decoder.state()
+        data = self._decoder.bytes_of(token_id)
+        self._recent.append(_Pushed(token_id, data, self._num_given + len(self._held), state))
+        self.num_tokens += 1
+        self._held += self._decoder.text_of(data)
+        stop_end, stop_start, stopped = self._first_stop()
+        for ban_end, ban_start in self._first_ban():
+            if ban_end <= stop_end:
+                return Verdict(rewind=self._rewind(ban_start))
+        if stopped is not None:
+            return self._stop_at(stop_start, stopped)
+        return Verdict(self._give())
+
+    def finish(self) -> str:
+        """The rest: what was held back, with U+FFFD for the bytes of an incomplete character. Ends the text.
+
+        A stop string may be complete only now. A banned one may not take anything back any more: of those that are not
+        complete before, only one with U+FFFD can be.
+        """
+        if self._ended:
+            return ""
+        self._held += self._decoder.finish()
+        self._finished = True
+        _, start, stopped = self._first_stop()
+        if stopped is not None:
+            return self._stop_at(start, stopped).text
+        return self._given(len(self._held))
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keeps the first ``num_tokens`` tokens; the others were never pushed.
+
+        Raises ``ValueError`` if their text has been given out in part, and after the end.
+        """
+        kept = num_tokens - (self.num_tokens - len(self._recent))
+        if kept == len(self._recent):
+            return
+        if self._ended or not 0 <= kept < len(self._recent) or self._recent[kept].num_chars < self._num_given:
+            raise ValueError(f"truncate: found {num_tokens}, expected a number of tokens whose text is not given out")
+        first = self._recent[kept]
+        self._decoder.restore(first.state)
+        self._held = self._held[: first.num_chars - self._num_given]
+        del self._recent[kept:]
+        self.num_tokens = num_tokens
+        self._num_final = min(self._num_final, num_tokens)
+
+    @property
+    def _ended(self) -> bool:
+        return self._finished or self.stopped is not None
+
+    def _first_stop(self) -> tuple[int, int, str | None]:
+        """End, start and string of the first stop string in the text that is held; the end is beyond it if none."""
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        return min(found) if found else (len(self._held) + 1, 0, None)
+
+    def _first_ban(self) -> list[tuple[int, int]]:
+        """End and start of the first banned string in the text that is held, if there is one."""
+        found = [(start + len(ban), -start) for ban in self._banned if (start := self._held.find(ban)) >= 0]
+        return [(end, -start) for end, start in sorted(found)[:1]]
+
+    def _rewind(self, start: int) -> Rewind:
+        first = self._owner(start)
+        rewind = Rewind(len(self._recent) - first, self._recent[first].token_id)
+        self.truncate(self.num_tokens - rewind.num_tokens)
+        return rewind
+
+    def _stop_at(self, start: int, stopped: str) -> Verdict:
+        self.stopped = stopped
+        return Verdict(self._given(start), stopped)
+
+    def _give(self) -> str:
+        """Gives out what no stop string can cut off and no banned one take back; forgets its tokens."""
+        open_stop = self._num_open(self._stop)
+        open_ban = self._num_open(self._banned)
+        pending = bool(self._decoder.pending)
+        num = len(self._held) - open_stop
+        final = len(self._recent)
+        if self._banned and (open_ban or pending):
+            final = self._owner(len(self._held) - open_ban)
+            num = min(num, self._recent[final].num_chars - self._num_given)
+        self._num_final = self.num_tokens - len(self._recent) + final
+        kept = final if not open_stop and (self._banned or not pending) else min(final, self._owner(num))
+        text = self._given(num)
+        del self._recent[:kept]
+        return text
+
+    def _given(self, num: int) -> str:
+        text, self._held = self._held[:num], self._held[num:]
+        self._num_given += num
+        return text
+
+    def _num_open(self, strings: Sequence[str]) -> int:
+        """Length of the longest end of the held text that is a beginning of one of the strings, and not all of it."""
+        longest = max(map(len, strings), default=1) - 1
+        for start in range(max(len(self._held) - longest, 0), len(self._held)):
+            if any(string.startswith(self._held[start:]) for string in strings):
+                return len(self._held) - start
+        return 0
+
+    def _owner(self, char: int) -> int:
+        """Which of the recent tokens holds the first byte of a character that is held, or of what is incomplete."""
+        first = self._recent[0]
+        starts = self._decoder.char_starts(first.state, b"".join(token.data for token in self._recent))
+        byte = starts[self._num_given + char - first.num_chars]
+        ends = accumulate((len(token.data) for token in self._recent[:-1]), initial=len(first.state.pending))
+        return max(bisect_right(list(ends), byte) - 1, 0)
