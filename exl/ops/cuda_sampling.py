@@ -18,19 +18,27 @@ from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.cuda_batch import Upload
+from exl.sampling import ranked_tokens
 
 
 class DeviceSamples:
     """See ``exl.ops.base.Samples``: a copy on its way, to a place that the call after the next overwrites."""
 
-    def __init__(self, ids: torch.Tensor, copied: torch.cuda.Event | None) -> None:
-        self._ids, self._copied = ids, copied
+    def __init__(
+        self, ids: torch.Tensor, copied: torch.cuda.Event | None, ranked: Mapping[int, tuple[torch.Tensor, int]]
+    ) -> None:
+        """``ranked``: the logits of rows that want log-probabilities, and of how many likeliest tokens."""
+        self._ids, self._copied, self._ranked = ids, copied, ranked
 
     def read(self) -> SampleRows:
         if self._copied is not None:
             self._copied.synchronize()
         ids = self._ids.tolist()
-        return SampleRows(ids, [math.nan] * len(ids), [None] * len(ids))
+        ranked: list[tuple[tuple[int, float], ...] | None] = [None] * len(ids)
+        for i, (row, count) in self._ranked.items():
+            if ids[i] >= 0:
+                ranked[i] = ranked_tokens(row, ids[i], count)
+        return SampleRows(ids, [math.nan] * len(ids), ranked)
 
 
 class Sampler:
@@ -69,4 +77,5 @@ class Sampler:
         found = torch.from_numpy(self._found[self._turn].array).view(torch.int32)[:R]
         found.copy_(ids, non_blocking=True)
         copied = record_event(torch.cuda.current_stream(ids.device)) if ids.is_cuda else None
-        return DeviceSamples(found, copied)
+        wanted = {i: count for i, count in enumerate(params.num_logprobs.tolist()) if count >= 0}
+        return DeviceSamples(found, copied, {i: (logits[i].cpu(), count) for i, count in wanted.items()})
