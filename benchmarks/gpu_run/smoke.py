@@ -21,10 +21,10 @@ from exl.kernels.launch import Backend, CudaBackend, launch
 from exl.kernels.linear_many import multiply_f32
 from exl.kernels.spec import KernelSpec
 from exl.layout.arch import arch_limits
+from exl.memory.copies import TorchCopyEngine
 from exl.memory.device import pinned
 from exl.memory.host import HostBuffer
 from exl.memory.mapped import mapped
-from exl.weights.device_stream import TorchCopyEngine
 
 KERNELS = Path(__file__).resolve().parents[2] / "tests" / "host" / "kernels"
 N = 128 * 50

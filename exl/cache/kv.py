@@ -27,7 +27,12 @@ class KVPages:
 
 
 class KVCache:
-    """K and V of all layers and pages. Zeroed once: an attention weight of 0 times a stale NaN would be NaN."""
+    """K and V of all layers and pages. Zeroed once: an attention weight of 0 times a stale NaN would be NaN.
+
+    Whole pages are moved as words of 64 bits. On a GPU all that is queued on the current stream, and the host waits for
+    nothing except in ``read_page`` and ``write_page``. On a CPU ``Ops.fence`` must have come before: a thread may be
+    late in the last step.
+    """
 
     def __init__(self, layout: KVLayout | DeviceKVLayout, num_pages: int, device: torch.device) -> None:
         self.layout = layout
@@ -40,20 +45,62 @@ class KVCache:
             self._layers = [blob.view(shape) for blob in blobs]
         else:
             self._layers = [_cpu_pages(layout, num_pages, blob) for blob in blobs]
+        self._arrays = _page_words(layout, num_pages, self.slab)
+        self.page_bytes = sum(array[:, 0].nbytes for array in self._arrays) if num_pages else 0
 
     def layer(self, layer_idx: int) -> KVPages | torch.Tensor:
         """One layer's pages as its backend reads them: u8 [page, kv_head, head_page_bytes]; torch's kernels KVPages."""
         return self._layers[layer_idx]
 
+    def page_words(self, page: int) -> list[torch.Tensor]:
+        """All bytes of a page, views i64 [layer, words]: on a GPU and for exl's own kernels one, for torch's kernels
+        those of K, V and their scales."""
+        return [array[:, page] for array in self._arrays]
+
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """All layers' contents of pages ``src`` to as many other pages ``dst``. Page by page: an index that is a list
-        would be copied to a GPU in every layer, and waited for."""
-        if set(src) & set(dst) or len(src) != len(dst):
+        """All layers' contents of pages ``src`` to as many other pages ``dst``: one kernel a page on a GPU. Indices
+        would have to be copied there first, and take memory for what they gather."""
+        if set(src) & set(dst) or len(src) != len(dst) or len(set(dst)) != len(dst):
             raise ValueError(f"pages {list(src)} to {list(dst)}: expected as many others")
-        for pages in self._layers:
-            for array in [pages] if isinstance(pages, torch.Tensor) else pages.arrays():
-                for one, other in zip(src, dst, strict=True):
-                    array[other].copy_(array[one])
+        for one, other in zip(src, dst, strict=True):
+            for array in self._arrays:
+                array[:, other].copy_(array[:, one])
+
+    def zero_pages(self, pages: Sequence[int]) -> None:
+        """One kernel a page on a GPU."""
+        for page in pages:
+            for array in self._arrays:
+                array[:, page].zero_()
+
+    def read_page(self, page: int, out: torch.Tensor) -> None:
+        """A page's bytes, array by array and in each layer by layer, to ``out``: u8 [page_bytes] on the host."""
+        for words, part in zip(self.page_words(page), self.split_words(out), strict=True):
+            part.copy_(words)
+
+    def write_page(self, page: int, data: torch.Tensor) -> None:
+        """What ``read_page`` gave."""
+        for words, part in zip(self.page_words(page), self.split_words(data), strict=True):
+            words.copy_(part)
+
+    def split_words(self, data: torch.Tensor) -> list[torch.Tensor]:
+        """u8 [page_bytes] as ``page_words`` has a page: views, contiguous each."""
+        if data.dtype != torch.uint8 or data.shape != (self.page_bytes,):
+            raise ValueError(f"{data.dtype} {list(data.shape)}: expected uint8 [{self.page_bytes}]")
+        sizes = [array[:, 0].numel() for array in self._arrays]
+        parts = data.view(torch.int64).split(sizes)
+        return [part.view(len(array), -1) for part, array in zip(parts, self._arrays, strict=True)]
+
+
+def _page_words(layout: KVLayout | DeviceKVLayout, num_pages: int, slab: torch.Tensor) -> list[torch.Tensor]:
+    """The slab's arrays as views i64 [layer, page, words]. Fields begin at multiples of 64 bytes, and 64 tokens of any
+    type are whole words."""
+    words = slab.view(torch.int64).view(layout.num_layers, -1)
+    if isinstance(layout, DeviceKVLayout):
+        return [words.unflatten(1, (num_pages, -1))] if num_pages else []
+    fields = layout.fields(num_pages)
+    arrays = [fields[name] for name in ("k", "v", "k_scales", "v_scales") if name in fields]
+    spans = [(field.offset // 8, (field.offset + field.num_bytes) // 8) for field in arrays]
+    return [words[:, start:stop].unflatten(1, (num_pages, -1)) for start, stop in spans] if num_pages else []
 
 
 def _cpu_pages(layout: KVLayout, num_pages: int, blob: torch.Tensor) -> KVPages:

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from exl.batch import PAGE_SIZE
 from exl.cache.free_pages import FreePages
-from exl.cache.prefix_tree import NOWHERE, PrefixPath, PrefixTree
+from exl.cache.prefix_tree import NOWHERE, KnownPage, PrefixNode, PrefixPath, PrefixTree
 from exl.errors import MemoryBudgetError
+
+if TYPE_CHECKING:
+    import torch
 
 CopyPages = Callable[[Sequence[int], Sequence[int]], None]  # (src, dst), as ``KVCache.copy_pages``
 
@@ -30,6 +33,9 @@ class Tier(Protocol):
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None: ...
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None: ...
+
+    def read(self, slot: int, out: torch.Tensor) -> None:
+        """A page's bytes, u8 on the host."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class PagePool:
         self._epochs = [0] * num_pages
         self._tree = PrefixTree(self._free, tier.num_slots if tier else 0, self.null_page)
         self._dirty: set[int] = set()
-        self._tier = tier
+        self.tier = tier
         self._counts: Counter[str] = Counter()
 
     @property
@@ -236,10 +242,44 @@ class PagePool:
         usable = next((i for i, page in enumerate(pages) if page in self._dirty), len(pages)) if self._dirty else None
         self._tree.remember(ids, pages[:usable], len(ids) if num_exact is None else num_exact)
 
+    def known_pages(self) -> list[KnownPage]:
+        """All that the tree knows, each after the page before it; else what was used last comes first."""
+        return self._tree.known_pages(self._holders)
+
+    def adopt(self, known: Sequence[KnownPage], fill: Callable[[int, int], None]) -> int:
+        """Enters pages that come from elsewhere, in the order of ``known_pages``; their ``page`` and ``slot`` mean
+        nothing. Only as many as are free or kept: others are evicted, the last of ``known`` are left out. ``fill(i,
+        page)`` writes the i-th to its page. If it raises, nothing has been entered. Returns how many tokens of
+        ``known`` can be found now, those that were here before included."""
+        nodes: list[PrefixNode | None] = []  # those that are here
+        for entry in known:
+            parent = self._tree.root if entry.parent < 0 else nodes[entry.parent]
+            node = parent.children.get(entry.tokens) if parent is not None else None
+            nodes.append(node if node is not None and not node.is_away else None)
+        pages = {i: node.page for i, node in enumerate(nodes) if node is not None}
+        missing = [i for i in range(len(known)) if i not in pages]
+        self.hold(pages.values())
+        fresh: list[int] = []
+        try:
+            fresh = self.allocate(min(len(missing), self.num_free))
+            for i, page in zip(missing, fresh, strict=False):
+                fill(i, page)
+        except BaseException:
+            self.release(fresh)
+            self.release(list(pages.values()))
+            raise
+        for i, page in zip(missing, fresh, strict=False):
+            pages[i] = page
+            parent = self._tree.root if known[i].parent < 0 else nodes[known[i].parent]
+            if parent is not None:
+                nodes[i] = self._tree.enter(parent, known[i].tokens, page, known[i].num_exact)
+        self.release([pages[i] for i in sorted(pages)])
+        return sum(len(known[i].tokens) for i in pages)
+
     def clear(self, holders: Iterable[Sequence[int]] | None = None) -> None:
         """Forgets all prefixes. ``holders``: the lists of pages that are in use, from which the counts are made anew,
         after an interruption that ``check`` has found to have left them wrong."""
-        self._tree = PrefixTree(self._free, self._tier.num_slots if self._tier else 0, self.null_page)
+        self._tree = PrefixTree(self._free, self.tier.num_slots if self.tier else 0, self.null_page)
         if holders is not None:
             self._holders = self._count_holders(holders)
             self._epochs = [epoch + 1 for epoch in self._epochs]
@@ -311,8 +351,8 @@ class PagePool:
                 self._tree.forget(path.last)
                 self._epochs[own] += 1
             fresh = self.allocate(num_missing + num_behind, held[-1] if held else None)
-            if self._tier is not None and away:
-                self._tier.load([node.slot for node in away], fresh[: len(away)])
+            if self.tier is not None and away:
+                self.tier.load([node.slot for node in away], fresh[: len(away)])
             if source != NOWHERE:
                 copy([source], fresh[num_missing : num_missing + 1])
         except BaseException:
@@ -343,9 +383,9 @@ class PagePool:
             self._counts["evictions"] += 1
             if slot != NOWHERE:
                 saved.append((page, slot))
-        if self._tier is not None and saved:
+        if self.tier is not None and saved:
             try:
-                self._tier.save([page for page, _ in saved], [slot for _, slot in saved])
+                self.tier.save([page for page, _ in saved], [slot for _, slot in saved])
             except BaseException:
                 for _, slot in saved:
                     if slot in self._tree.in_slot:  # else it has gone with one before

@@ -69,6 +69,17 @@ class PrefixNode:
 
 
 @dataclass(frozen=True)
+class KnownPage:
+    """A node as others see it."""
+
+    parent: int  # place in the list of the page before it; -1: it begins a text
+    tokens: Tokens
+    num_exact: int
+    page: int = NOWHERE
+    slot: int = NOWHERE
+
+
+@dataclass(frozen=True)
 class PrefixPath:
     """Where a text's known beginning lies."""
 
@@ -203,6 +214,24 @@ class PrefixTree:
         top.detach()
         for node in list(top.subtree()):
             self._leave(node)
+
+    def known_pages(self, holders: Sequence[int]) -> list[KnownPage]:
+        """``PagePool.known_pages``."""
+        held = [node for page, node in self.on_page.items() if holders[page]]
+        by_use = [*self.in_slot.values(), *(self.on_page[page] for page in self.kept), *held]
+        places: dict[PrefixNode, int] = {self.root: -1}
+        for node in reversed(by_use):
+            chain: list[PrefixNode] = []
+            while node not in places and node.parent is not None:
+                chain.append(node)
+                node = node.parent
+            for new in reversed(chain):
+                places[new] = len(places) - 1
+        return [
+            KnownPage(places[node.parent], node.tokens, node.num_exact, node.page, node.slot)
+            for node in places
+            if node.parent is not None
+        ]
 
     # ---- eviction ---------------------------------------------------------------------------------------------------
 

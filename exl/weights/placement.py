@@ -15,19 +15,13 @@ from numpy.typing import NDArray
 
 from exl.errors import KernelError, MemoryBudgetError
 from exl.layout.layers import LayerLayout
+from exl.memory.copies import HostCopyEngine, TorchCopyEngine
 from exl.memory.device import device_tensor, pinned
 from exl.memory.host import HostBuffer
 from exl.memory.mapped import mapped
 from exl.ops.base import LayerWeights
 from exl.planning.plan import Tier
-from exl.weights.device_stream import (
-    DeviceStream,
-    DiskLayers,
-    HostCopyEngine,
-    HostLayers,
-    PinnedLayers,
-    TorchCopyEngine,
-)
+from exl.weights.device_stream import DeviceStream, DiskLayers, HostLayers, PinnedLayers
 from exl.weights.packed import PackedFile
 from exl.weights.reader import BufferReader
 from exl.weights.stream import LayerStream, ResidentWeights, WeightSource

@@ -17,9 +17,9 @@ import torch
 
 import exl
 from exl.errors import KernelError, MemoryBudgetError
+from exl.memory.copies import TorchCopyEngine
 from exl.memory.device import TorchRuntime, free_bytes, pinned
 from exl.memory.host import HostBuffer
-from exl.weights.device_stream import TorchCopyEngine
 
 GPU = torch.device("cuda", 1)
 

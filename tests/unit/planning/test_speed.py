@@ -15,13 +15,14 @@ from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import load_engine
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
+from exl.memory.copies import HostCopyEngine
 from exl.ops.base import LayerWeights
 from exl.planning.ask import _open_shape
 from exl.planning.from_headers import EngineOptions, plan_model
 from exl.planning.plan import MemoryPlan, Placement, Tier
 from exl.planning.speed import Speeds, TokenBytes
 from exl.planning.traffic import token_bytes
-from exl.weights.device_stream import DeviceStream, HostCopyEngine, PinnedLayers
+from exl.weights.device_stream import DeviceStream, PinnedLayers
 
 GB = 10**9
 # Llama 2 7B at 4 bits in groups of 128, by hand: codes, one f16 scale per group, two norms of f32.
