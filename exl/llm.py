@@ -292,7 +292,7 @@ class LLM:
             reuse_prefix=request.reuse_prefix,
             top_logprobs=request.top_logprobs,
             prompt_progress=request.prompt_progress,
-            make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop),
+            make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop, params.banned_strings),
         )
         return generator.submit(asked, lambda answers: self._completion(asked, answers), inline=inline)
 

@@ -16,10 +16,6 @@ _MAX_TEMPERATURE = 100.0
 _MIN_PENALTY, _MAX_PENALTY = 0.01, 100.0
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
-<<<<<<< HEAD
-_MAX_STRINGS = 64
-_MAX_STRING_CHARS = 1024
-=======
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 MAX_LISTED = 1024  # token ids in one parameter
@@ -35,7 +31,6 @@ class Kind:
     check: Callable[[str, Any, SamplingOption], Any]  # the name, what was given -> the value as it is kept
     parse: Callable[[str], Any]  # from what was typed; raises ValueError
     typed: str  # what is expected to be typed
->>>>>>> h-A
 
 
 @dataclass(frozen=True)
@@ -395,6 +390,9 @@ class SamplingParams:
             ("max_completion_tokens", "max_length", "max_new_tokens", "n_predict", "num_predict"), ""
         ),
     )
+    banned_strings: str | Sequence[str] = _option(
+        (), TEXTS, "Texts that must not occur: where one has, the tokens are drawn again, another one first.", off=()
+    )
     # the text ends before the first of these strings to occur; kept as a tuple
     stop: str | Sequence[str] | None = ()
 
@@ -412,28 +410,6 @@ OPTIONS: dict[str, SamplingOption] = {
 
 def checked_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as ``SamplingParams`` keeps them. Raises ``ConfigError`` for anything but texts."""
-<<<<<<< HEAD
-    return checked_strings("stop", stop)
-
-
-def checked_strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The texts of an option: one text, or a list of them. Raises ``ConfigError`` for anything else."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise ConfigError(f"{name}: found {value!r} ({type(value).__name__}), expected a text or a list of texts")
-    if len(value) > _MAX_STRINGS:
-        raise ConfigError(f"{name}: found {len(value)} strings, expected at most {_MAX_STRINGS}")
-    for text in value:
-        if not isinstance(text, str):
-            raise ConfigError(f"{name}: found {text!r} ({type(text).__name__}), expected strings only")
-        if not 1 <= len(text) <= _MAX_STRING_CHARS:
-            found = f"{name}: found a string of {len(text)} characters"
-            raise ConfigError(f"{found}, expected from 1 to {_MAX_STRING_CHARS}")
-    return tuple(value)
-=======
     return () if stop is None else checked_texts("stop", stop)
 
 
@@ -451,4 +427,3 @@ def checked_texts(name: str, texts: Any) -> tuple[str, ...]:
         if not 1 <= len(text) <= _MAX_STOP_CHARS:
             raise ConfigError(f"{name}: found a string of {len(text)} characters, expected from 1 to {_MAX_STOP_CHARS}")
     return tuple(texts)
->>>>>>> h-A

@@ -6,20 +6,17 @@ import time
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from exl.batch import SampleRows
 from exl.engine.draws import DrawRow, DrawState
 from exl.engine.request import Outcome, TokenRequest
 from exl.engine.sequence import Sequence
 from exl.engine.ticket import Event, Ticket
 from exl.errors import ConfigError, ExlError, MemoryBudgetError
-from exl.ops.base import SampleRows
+from exl.text.sink import Rewind
 
 MAX_REWINDS = 32  # at one position, before a request that bans strings is given up
-_NOTHING = {  # codes of rows without a distribution, as ``cuda/sample.cu`` has them
-    -1: "a logit that is NaN",
-    -2: "a logit that is infinite",
-    -3: "no token that is allowed",
-}
 
 
 class Answers:
@@ -29,12 +26,13 @@ class Answers:
         self.context, self.vocab_size = context, vocab_size
         self.eos_ids: frozenset[int] = frozenset()
         self._most_tokens = num_pages * page_size
+        self._num_words = -(-vocab_size // 32)  # of a mask
 
     # ---- before anything runs
 
     def check(self, request: TokenRequest) -> None:
-        """Raises ``ConfigError`` for a prompt that is empty, foreign or too long; ``MemoryBudgetError`` for one that the
-        cache has no room for even if it is empty."""
+        """Raises ``ConfigError`` for a prompt that is empty, foreign or too long; ``MemoryBudgetError`` for one for which
+        even an empty cache has no room."""
         ids = request.prompt_ids
         if not len(ids):
             raise ConfigError("prompt: found no tokens, expected at least one")
@@ -62,8 +60,8 @@ class Answers:
             ticket.sequences.append(sequence)
             return ticket.sequences
         max_new = min(request.params.max_tokens, self.context - len(ids), self._most_tokens - len(ids))
-        stop_ids = self.eos_ids.union(getattr(request.params, "stop_token_ids", ()))
-        draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size)
+        stop_ids = self.eos_ids.union(request.params.stop_token_ids)
+        draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
         for answer in ticket.answers:
             sequence = Sequence(
                 ticket=ticket,
@@ -82,21 +80,30 @@ class Answers:
 
     # ---- while it runs
 
-    def draw(self, sequence: Sequence, logits_row: int) -> DrawRow:
-        """How the next token is to be drawn."""
-        mask = None
-        if sequence.matcher is not None:
-            words = np.zeros(-(-self.vocab_size // 32), np.uint32)
-            if sequence.matcher.mask(words):
-                mask = words
+    def draw(self, sequence: Sequence, logits_row: int, drafts: tuple[int, ...] = ()) -> list[DrawRow]:
+        """How the next tokens are to be drawn: the next one, and those after each draft, from the rows that follow.
+        Fewer of them if a constraint forbids a draft."""
+        masks: list[NDArray[np.uint32] | None] = [None] * (1 + len(drafts))
+        matcher = sequence.matcher
+        if matcher is not None and drafts:
+            words = np.zeros((1 + len(drafts), self._num_words), np.uint32)
+            drafts = drafts[: matcher.masks_ahead(drafts, words)]
+            masks = list(words)
+        elif matcher is not None:
+            words = np.zeros(self._num_words, np.uint32)
+            masks = [words if matcher.mask(words) else None]
         top = sequence.ticket.request.top_logprobs
-        return sequence.draws.row(logits_row, mask, num_logprobs=-1 if top is None else top)
+        return [
+            sequence.draws.row(logits_row + j, masks[j], drafts[:j], num_logprobs=-1 if top is None else top)
+            for j in range(1 + len(drafts))
+        ]
 
     def take(self, sequence: Sequence, rows: SampleRows, i: int) -> bool:
-        """Takes draw i of a sequence. Returns whether it has ended."""
+        """Takes draw i of a sequence. Returns whether it has ended. A banned string may have taken tokens back: then
+        the sequence is shorter than before."""
         token_id, answer = rows.ids[i], sequence.answer
         answer.last = time.perf_counter()
-        if not answer.token_ids:
+        if answer.first == 0.0:
             answer.first = answer.last
         sequence.ids.append(token_id)
         if token_id in sequence.stop_ids:
@@ -106,21 +113,54 @@ class Answers:
         if sequence.matcher is not None:
             sequence.matcher.consume(token_id)
         answer.token_ids.append(token_id)
-        ranked = rows.ranked[i]
-        if ranked is not None:
-            answer.ranked.append(ranked)
-        text = ""
+        if rows.ranked[i] is not None:
+            answer.ranked.append(rows.ranked[i])
+        text, num_final = "", len(answer.token_ids)
         if sequence.sink is not None:
             verdict = sequence.sink.push(token_id)
-            text = verdict.text
+            if verdict.rewind is not None:
+                self._take_back(sequence, verdict.rewind)
+                return False
+            text, num_final = verdict.text, sequence.sink.num_final_tokens
             if verdict.stopped is not None:
                 answer.outcome = Outcome("stop", verdict.stopped)
         if answer.outcome is None and sequence.matcher is not None and sequence.matcher.is_finished:
             answer.outcome = Outcome("stop", "grammar")
         if answer.outcome is None and len(answer.token_ids) >= sequence.max_new:
             answer.outcome = self._length(sequence)
-        self._tell(sequence, text, (token_id,), None if ranked is None else (ranked,))
+        self._tell(sequence, text, len(answer.token_ids) if answer.outcome is not None else num_final)
         return answer.outcome is not None
+
+    def _take_back(self, sequence: Sequence, rewind: Rewind) -> None:
+        """Tokens of a banned string: another one is drawn in the place of the first of them."""
+        answer, position = sequence.answer, len(sequence.ids) - rewind.num_tokens
+        sequence.rewinds[position] = sequence.rewinds.get(position, 0) + 1
+        if sequence.rewinds[position] > MAX_REWINDS:
+            raise ExlError(
+                f"banned_strings: {MAX_REWINDS} ways to go on after {position - sequence.num_prompt} tokens were "
+                "tried, and each one came to a banned string"
+            )
+        del sequence.ids[position:]
+        num_kept = position - sequence.num_prompt
+        del answer.token_ids[num_kept:]
+        if answer.ranked is not None:
+            del answer.ranked[num_kept:]
+        sequence.draws.truncate(num_kept)
+        sequence.draws.block(rewind.blocked)
+        if sequence.matcher is not None:
+            sequence.matcher.rollback(rewind.num_tokens)
+
+    def _tell(self, sequence: Sequence, text: str, num_tokens: int) -> None:
+        """An event with a text and the tokens up to ``num_tokens`` that no event has told of."""
+        answer = sequence.answer
+        if text:
+            answer.pieces.append(text)
+        new = slice(answer.num_told, num_tokens)
+        answer.num_told = num_tokens
+        token_ids = tuple(answer.token_ids[new])
+        if text or token_ids:
+            ranked = None if answer.ranked is None else tuple(answer.ranked[new])
+            sequence.ticket.put(Event(answer.choice, text, token_ids, ranked))
 
     def logits(self, sequence: Sequence, rows: torch.Tensor) -> bool:
         """The logits after the next tokens of a text. Returns whether these were the last."""
@@ -128,11 +168,6 @@ class Answers:
         if sequence.num_cached == len(sequence.ids):
             sequence.answer.outcome = Outcome("stop")
         return sequence.answer.outcome is not None
-
-    def _tell(self, sequence: Sequence, text: str, token_ids: tuple[int, ...] = (), ranked=None) -> None:
-        if text:
-            sequence.answer.pieces.append(text)
-        sequence.ticket.put(Event(sequence.answer.choice, text, token_ids, ranked))
 
     def _length(self, sequence: Sequence) -> Outcome:
         wanted = sequence.ticket.request.params.max_tokens
@@ -143,12 +178,9 @@ class Answers:
     def finish(self, sequence: Sequence) -> None:
         """The rest of the text, and the outcome."""
         answer, ticket = sequence.answer, sequence.ticket
-        text = ""
-        if sequence.sink is not None:
-            text = sequence.sink.finish()
-            if text:
-                answer.pieces.append(text)
-        ticket.put(Event(answer.choice, text, outcome=answer.outcome))
+        text = "" if sequence.sink is None else sequence.sink.finish()
+        self._tell(sequence, text, len(answer.token_ids))
+        ticket.put(Event(answer.choice, outcome=answer.outcome))
         if all(other.outcome is not None for other in ticket.answers):
             ticket.end()
 
@@ -170,6 +202,3 @@ class Answers:
 
     def failed(self, ticket: Ticket, error: BaseException) -> None:
         ticket.end(error)
-
-    def no_distribution(self, code: int) -> ExlError:
-        return ExlError(f"sample: found {_NOTHING[code]}, expected finite logits")

@@ -61,8 +61,8 @@ class ChunkRules:
 
     def next_piece(self, sequence: Tokens, reuse_counts: bool, start: int | None = None) -> Piece:
         """The next rows of a sequence whose known tokens are not all computed, from ``start`` on (default: the first
-        that is not computed). ``reuse_counts``: a short rest after what was reused may run as a short prompt does, which
-        the exact modes do not allow."""
+        that is not computed). ``reuse_counts``: a short rest after what was reused may run as a short prompt does,
+        which the exact modes do not allow."""
         start, total = sequence.num_cached if start is None else start, len(sequence.ids)
         if sequence.wants_all:
             stop = min(total, (start // self.logit_chunk + 1) * self.logit_chunk)
@@ -104,7 +104,12 @@ def pack_chunks(pieces: Iterable[Piece], rules: ChunkRules, max_sequences: int) 
         num_rows += piece.num_rows
         most = rules.chunk if piece.as_decode else min(rules.chunk, rules.invariant_rows - 1)
         alike = groups and groups[-1][0].as_decode == piece.as_decode and not (piece.every or groups[-1][0].every)
-        if alike and groups[-1][-1].sequence is not piece.sequence and num_rows <= most and len(groups[-1]) < max_sequences:
+        if (
+            alike
+            and groups[-1][-1].sequence is not piece.sequence
+            and num_rows <= most
+            and len(groups[-1]) < max_sequences
+        ):
             groups[-1].append(piece)
         else:
             groups.append([piece])

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exl.batch import PAGE_SIZE
+from exl.batch import MAX_STEP_TOKENS, PAGE_SIZE
 from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.compose import ALL_ALIKE, Piece, batch_of
-from exl.engine.draws import child_seed
+from exl.engine.drafts import Drafts
 from exl.engine.handle import Handle
+from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.request import Reuse, TokenRequest
 from exl.engine.runner import Runner
 from exl.engine.scheduler import Scheduler
@@ -25,6 +26,7 @@ from exl.engine.seat import Seat
 from exl.engine.ticket import Answer, Ticket
 from exl.forks import ForkGuard
 from exl.ops.rope import depends_on_length
+from exl.philox import child_seed
 from exl.request_options import PromptProgress
 from exl.sampling_params import SamplingParams
 
@@ -56,7 +58,8 @@ class Generator:
         self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE)
         self.eos_ids = frozenset(eos_ids)
         pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable)
-        self.scheduler = Scheduler(runner, pages, self.answers)
+        drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
+        self.scheduler = Scheduler(runner, pages, self.answers, drafts)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread)
 
     @property

@@ -193,7 +193,9 @@ class Handle(Generic[Result]):
     def __enter__(self) -> Handle[Result]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         self.close()
 
     async def __aenter__(self) -> Handle[Result]:

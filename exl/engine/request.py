@@ -51,5 +51,8 @@ class TokenRequest:
     prompt_progress: Callable[[PromptProgress], None] | None = None
     num_choices: int = 1
     wants_all: bool = False  # no token is drawn: the logits after each token of the prompt are wanted
+    speculate: str | None = None  # a drafter's name, see ``exl.engine.drafts``
+    draft_tokens: int | None = None  # drafts in each step; None: as many as pay
+    dry_breakers: frozenset[int] = frozenset()  # tokens that contain one of ``params.dry_breakers``
     make_sink: Callable[[], Sink] | None = None  # None: token ids alone are wanted
     make_matcher: Callable[[], Matcher] | None = None

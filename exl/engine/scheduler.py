@@ -14,22 +14,24 @@ import bisect
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from exl.batch import PAGE_SIZE, ForwardBatch, SamplingBatch
+from exl.batch import PAGE_SIZE, ForwardBatch, SampleRows, SamplingBatch
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.compose import ChunkRules, Piece, batch_of, decode_piece, pack_chunks
-from exl.engine.draws import sampling_batch
+from exl.engine.drafts import Drafts
+from exl.engine.draws import DrawRow, sampling_batch
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
 from exl.errors import CheckpointError, MemoryBudgetError
 from exl.ops.base import Samples
 from exl.request_options import PromptProgress
+from exl.sampling import no_distribution
 
 
 class Device(Protocol):
@@ -70,12 +72,22 @@ class Stats:
     wasted_rows: int = 0  # computed after a stop that was found late
 
 
-@dataclass
-class _Step:
-    """A pass that was launched, and the draws that its logits are for."""
+@dataclass(frozen=True)
+class _Drawing:
+    """A sequence whose next token is to be drawn from a row of the logits; behind that row are those of its drafts."""
 
-    draws: list[Tokens] = field(default_factory=list)  # in the order of the samples
-    samples: Samples | None = None
+    sequence: Tokens
+    row: int
+    num_tokens: int  # that it must have by then: fewer if a stop or a banned string was found meanwhile
+    drafts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Draws that are not read: of each sequence the first sample, and the drafts that the samples behind it follow."""
+
+    draws: list[tuple[Tokens, int, tuple[int, ...]]]
+    samples: Samples
 
 
 class _ProgressError(Exception):
@@ -86,8 +98,8 @@ class _ProgressError(Exception):
 
 
 class Scheduler:
-    def __init__(self, device: Device, pages: Pages, answers: Answers) -> None:
-        self.device, self.pages, self.answers = device, pages, answers
+    def __init__(self, device: Device, pages: Pages, answers: Answers, drafts: Drafts) -> None:
+        self.device, self.pages, self.answers, self.drafts = device, pages, answers, drafts
         self.stats = Stats()
         self.waiting: list[Tokens] = []  # by arrival, as all lists of sequences
         self.running: list[Tokens] = []  # have pages
@@ -127,10 +139,13 @@ class Scheduler:
         any more. What was committed can still be reused, unless pages were on their way."""
         self._inflight = None
         self.device.abandon()
-        sequences = [sequence for ticket in tickets for sequence in ticket.sequences if sequence.state is not State.DONE]
+        sequences = [
+            sequence for ticket in tickets for sequence in ticket.sequences if sequence.state is not State.DONE
+        ]
         self.running, self.waiting = [], []
         self.pages.recover(sequences)
         for sequence in sequences:
+            self.drafts.release(sequence)
             sequence.state = State.DONE
 
     def _wait(self, sequence: Tokens) -> None:
@@ -145,6 +160,7 @@ class Scheduler:
         else:
             self.running.remove(sequence)
         self.pages.give_back(sequence)
+        self.drafts.release(sequence)
         sequence.state = State.DONE
 
     # ---- steps
@@ -160,9 +176,12 @@ class Scheduler:
             self._read()
             return True
         self.stats.steps += 1
+        began = time.perf_counter()
         logits = self._forward(decode, chunks)
         if logits is None:
             return True
+        if not chunks and not self.device.runs_ahead:
+            self.drafts.costs.measured(sum(piece.num_rows for piece in decode), time.perf_counter() - began)
         drawing = self._commit(decode, chunks, logits)
         if self._inflight is not None:
             self._read()
@@ -173,7 +192,7 @@ class Scheduler:
 
     def _must_read_first(self) -> bool:
         """Whether which rows run depends on tokens that are not read yet."""
-        return False
+        return any(map(self.drafts.wanted, self.running))
 
     # ---- plan
 
@@ -181,8 +200,20 @@ class Scheduler:
         """Decode rows, and chunks of prompts in groups that share a batch."""
         self._grow()
         self._admit()
-        decode = [decode_piece(sequence) for sequence in self.running if self._draws_next(sequence)]
-        return decode, self._chunks()
+        drawing = [sequence for sequence in self.running if self._draws_next(sequence)]
+        proposed = self._drafted(drawing)
+        return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], self._chunks()
+
+    def _drafted(self, drawing: list[Tokens]) -> dict[Tokens, tuple[int, ...]]:
+        """Drafts that there are pages for."""
+        proposed = self.drafts.propose(drawing)
+        for sequence, drafts in proposed.items():
+            try:
+                self.pages.grow(sequence, sequence.num_tokens + len(drafts))
+            except MemoryBudgetError:
+                room = len(sequence.pages) * PAGE_SIZE - sequence.num_tokens
+                proposed[sequence] = drafts[:room]
+        return proposed
 
     def _draws_next(self, sequence: Tokens) -> bool:
         return (
@@ -211,6 +242,7 @@ class Scheduler:
     def _pause(self, sequence: Tokens) -> None:
         self.stats.preemptions += 1
         self.running.remove(sequence)
+        self.drafts.release(sequence)
         self.pages.pause(sequence)
         self._wait(sequence)
 
@@ -333,15 +365,15 @@ class Scheduler:
 
     def _commit(
         self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]], logits: torch.Tensor
-    ) -> list[tuple[Tokens, int]]:
-        """What has been computed. Returns who draws next, and from which row of the logits."""
-        drawing = []
-        for row, piece in enumerate(decode):
+    ) -> list[_Drawing]:
+        """What has been computed. Returns who draws next."""
+        drawing, row = [], 0
+        for piece in decode:
             sequence = piece.sequence
             sequence.num_exact = self.device.rules.exact_after(piece)
             sequence.num_cached = piece.stop
-            drawing.append((sequence, row))
-        row = len(decode)
+            drawing.append(_Drawing(sequence, row, piece.stop, piece.drafts))
+            row += piece.num_rows
         for piece in itertools.chain.from_iterable(chunks):
             sequence = piece.sequence
             sequence.num_exact = self.device.rules.exact_after(piece)
@@ -355,8 +387,8 @@ class Scheduler:
             elif piece.wants_logits:
                 sequence.state = State.RUNNING
                 self.pages.remember(sequence)  # others that wait for it find it
-                drawing.append((sequence, row))
-                drawing += [(child, row) for child in self._fork(sequence)]
+                drawing.append(_Drawing(sequence, row, piece.stop))
+                drawing += [_Drawing(child, row, piece.stop) for child in self._fork(sequence)]
             row += piece.num_logits
         return drawing
 
@@ -380,61 +412,97 @@ class Scheduler:
 
     # ---- draw and read
 
-    def _draw(self, logits: torch.Tensor, drawing: Sequence[tuple[Tokens, int]]) -> None:
-        """Draws for all that are still there: a stop may have been found meanwhile."""
-        alive = [(sequence, row) for sequence, row in drawing if sequence.state is not State.DONE]
-        self.stats.wasted_rows += len(drawing) - len(alive)
-        rows, drawn = [], []
-        for sequence, row in alive:
+    def _draw(self, logits: torch.Tensor, drawing: Sequence[_Drawing]) -> None:
+        """Draws for all that are still there: a stop or a banned string may have been found meanwhile."""
+        rows: list[DrawRow] = []
+        draws: list[tuple[Tokens, int, tuple[int, ...]]] = []
+        for one in drawing:
+            sequence = one.sequence
+            if sequence.state is State.DONE or len(sequence.ids) != one.num_tokens:
+                self.stats.wasted_rows += 1
+                continue
             try:
-                rows.append(self.answers.draw(sequence, row))
-                drawn.append(sequence)
+                drawn = self.answers.draw(sequence, one.row, one.drafts)
             except Exception as error:  # of this request's matcher
                 self.fail(sequence.ticket, error)
-        drawn = [sequence for sequence in drawn if sequence.state is not State.DONE]
-        rows = [row for row, sequence in zip(rows, drawn, strict=False) if sequence.state is not State.DONE]
-        if not drawn:
+                continue
+            draws.append((sequence, len(rows), one.drafts[: len(drawn) - 1]))
+            rows += drawn
+        draws = [(sequence, i, drafts) for sequence, i, drafts in draws if sequence.state is not State.DONE]
+        if not draws:
             return
         try:
             samples = self.device.sample(logits, sampling_batch(rows, self.device.vocab_size))
         except Exception as error:
-            for sequence in drawn:
+            for sequence, _, _ in draws:
                 if sequence.state is not State.DONE:
                     self.fail(sequence.ticket, error)
             return
-        for i, sequence in enumerate(drawn):
+        for sequence, i, _ in draws:
             sequence.sample_idx = i
-        self._inflight = _Step(drawn, samples)
+        self._inflight = _Step(draws, samples)
 
     def _read(self) -> None:
         """Tokens of the last draw, to those who asked for them."""
         step, self._inflight = self._inflight, None
+        for sequence, _, _ in step.draws:
+            sequence.sample_idx = None
         try:
             found = step.samples.read()
         except Exception as error:
-            for sequence in step.draws:
-                sequence.sample_idx = None
+            for sequence, _, _ in step.draws:
                 if sequence.state is not State.DONE:
                     self.fail(sequence.ticket, error)
             return
-        for i, sequence in enumerate(step.draws):
-            sequence.sample_idx = None
-            if sequence.state is State.DONE:
-                continue
+        for sequence, i, drafts in step.draws:
+            if sequence.state is not State.DONE:
+                self._take(sequence, found, i, drafts)
+
+    def _take(self, sequence: Tokens, found: SampleRows, i: int, drafts: tuple[int, ...]) -> None:
+        """A sequence's draws, as far as its drafts were what was drawn."""
+        num_accepted = 0
+        for j in range(1 + len(drafts)):
+            if found.ids[i + j] < 0:
+                self._poisoned(sequence, found.ids[i + j])
+                return
             self.stats.generated_tokens += 1
-            if found.ids[i] < 0:
-                self._poisoned(sequence, found.ids[i])
-                continue
+            num_before = len(sequence.ids)
             try:
-                done = self.answers.take(sequence, found, i)
+                done = self.answers.take(sequence, found, i + j)
             except Exception as error:  # of this request's sink, matcher or penalties
                 self.fail(sequence.ticket, error)
-                continue
+                return
+            kept = j < len(drafts) and found.ids[i + j] == drafts[j]
+            num_accepted += kept
             if done:
+                self.drafts.drawn(sequence, len(drafts), num_accepted)
                 self._leave(sequence)
                 self.answers.finish(sequence)
+                return
+            if len(sequence.ids) <= num_before:
+                self._step_back(sequence)
+                break
+            if not kept:
+                break
+            sequence.num_cached += 1  # the draft's row was computed with the others
+            if self.device.rules.all_alike:
+                sequence.num_exact = sequence.num_cached
+        self.drafts.drawn(sequence, len(drafts), num_accepted)
+
+    def _step_back(self, sequence: Tokens) -> None:
+        """After tokens were taken back: the row of the last one that is left runs again, for its logits."""
+        rules, last = self.device.rules, len(sequence.ids) - 1
+        self.drafts.truncated(sequence)
+        if sequence.num_drawn:
+            sequence.num_cached = min(sequence.num_cached, last)
+        else:  # the prompt's last chunk, as it was
+            sequence.num_cached = min(
+                sequence.num_cached, last if rules.all_alike else last // rules.chunk * rules.chunk
+            )
+            sequence.state = State.PREFILL
+        sequence.num_exact = min(sequence.num_exact, sequence.num_cached)
 
     def _poisoned(self, sequence: Tokens, code: int) -> None:
         """A row without a distribution ends its request alone."""
         self.pages.poison(sequence, self.device.zero_pages)
-        self.fail(sequence.ticket, self.answers.no_distribution(code))
+        self.fail(sequence.ticket, no_distribution(code))

@@ -49,6 +49,7 @@ class Sequence:
     num_cached: int = 0  # tokens whose K and V lie on the pages
     num_exact: int = 0  # of those, the first ones, whose bits a run that reuses nothing would give them
     sample_idx: int | None = None  # its place in the last draw, while that is not read; None: all its tokens are known
+    rewinds: dict[int, int] = field(default_factory=dict)  # how often its text was taken back, by position
     _table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property

@@ -23,7 +23,6 @@ from exl.layout.steps import StepLimits
 from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.cuda_batch import Upload
-<<<<<<< HEAD
 from exl.sampling import sample as sample_on_host
 
 _UNIT_BITS = 44  # a weight is in units of 2^-44 of the likeliest token's
@@ -36,16 +35,12 @@ class _Told:
     rows: LaunchRows
     results: NDArray[np.void]  # RESULT [n]
     ranked: NDArray[np.void]  # RANKED [n, MAX_RANKED]
-=======
-from exl.sampling import ranked_tokens
->>>>>>> h-A
 
 
 class DeviceSamples:
     """See ``exl.ops.base.Samples``: copies on their way, to a place that the call after the next overwrites."""
 
     def __init__(
-<<<<<<< HEAD
         self,
         batch: SamplingBatch,
         ids: NDArray[np.int32],
@@ -55,18 +50,11 @@ class DeviceSamples:
     ) -> None:
         """``on_host``: surprise and log-probabilities of draws that were made there."""
         self._batch, self._ids, self._told, self._on_host, self._copied = batch, ids, told, on_host, copied
-=======
-        self, ids: torch.Tensor, copied: torch.cuda.Event | None, ranked: Mapping[int, tuple[torch.Tensor, int]]
-    ) -> None:
-        """``ranked``: the logits of rows that want log-probabilities, and of how many likeliest tokens."""
-        self._ids, self._copied, self._ranked = ids, copied, ranked
->>>>>>> h-A
 
     def read(self) -> SampleRows:
         if self._copied is not None:
             self._copied.synchronize()
         ids = self._ids.tolist()
-<<<<<<< HEAD
         rows = SampleRows(ids, [math.nan] * len(ids), [None] * len(ids))
         drawn: dict[int, np.void] = {}
         for told in self._told:  # every draw comes before all that is measured
@@ -95,13 +83,6 @@ def _log_probabilities(
     log_mass = math.log(mass) - _UNIT_BITS * math.log(2.0)
     found = [(token_id, float(drawn["logit"])), *ranked[: int(measured["num_ranked"])].tolist()]
     return tuple((other, logit - top - log_mass) for other, logit in found)
-=======
-        ranked: list[tuple[tuple[int, float], ...] | None] = [None] * len(ids)
-        for i, (row, count) in self._ranked.items():
-            if ids[i] >= 0:
-                ranked[i] = ranked_tokens(row, ids[i], count)
-        return SampleRows(ids, [math.nan] * len(ids), ranked)
->>>>>>> h-A
 
 
 class Sampler:
@@ -127,7 +108,6 @@ class Sampler:
             raise KernelError(f"{count} draws: expected 1 to {self._max_draws}")
         check_batch(params, len(logits), self._vocab_size)
         self._turn = 1 - self._turn
-<<<<<<< HEAD
         found, on_host = self._found[self._turn], host_rows(params)
         told = []
         for n, rows in enumerate(launch_rows(params, on_host, self._num_rows)):
@@ -205,10 +185,3 @@ def some_draws(batch: SamplingBatch, draws: NDArray[np.int64]) -> SamplingBatch:
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
     target.copy_(source)
-=======
-        found = torch.from_numpy(self._found[self._turn].array).view(torch.int32)[:R]
-        found.copy_(ids, non_blocking=True)
-        copied = record_event(torch.cuda.current_stream(ids.device)) if ids.is_cuda else None
-        wanted = {i: count for i, count in enumerate(params.num_logprobs.tolist()) if count >= 0}
-        return DeviceSamples(found, copied, {i: (logits[i].cpu(), count) for i, count in wanted.items()})
->>>>>>> h-A

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from exl.sampling_params import checked_stop, checked_strings
+from exl.sampling_params import checked_stop, checked_texts
 from exl.text.token_bytes import DecoderState
 from exl.text.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ class TextSink:
         self.stopped: str | None = None  # the stop string that ended the text
         self.num_tokens = 0  # that were pushed and not taken back
         self._stop = checked_stop(stop)
-        self._banned = checked_strings("banned_strings", banned)
+        self._banned = checked_texts("banned_strings", banned or ())
         self._held = ""  # complete characters that are not given out
         self._num_given = 0  # characters
         self._recent: list[_Pushed] = []  # the tokens from the first on whose text is not all given out
