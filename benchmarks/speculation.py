@@ -13,8 +13,8 @@ run with drafts would do: while drafts are kept, the draft model sees the text i
 - prompt lookup, on the texts and on summaries, kept if they are the token.
 
 Each line gives tokens per pass of the target for drafts of 1, 2, 4 and 7 tokens. Seeded rows are at temperature 1 and
-0.7, without filters. Beside them stands how often two models that draw by one random source would draw the same token:
-the mean over the positions, exact, for several such sources. Times are not measured here.
+0.7, without filters. Beside them stands what other random sources that two models may share would keep; expectations
+follow without any draw, as those of rejection sampling do. Times are not measured here.
 """
 
 from __future__ import annotations
@@ -119,47 +119,53 @@ def lookup_passes(text: Text, length: int) -> float:
     return float(passes)
 
 
-def overlap(p: F64, q: F64, order_p: NDArray[np.intp], order_q: NDArray[np.intp]) -> float:
-    """How much of [0, 1) draws the same token from both, where each gives its tokens intervals in its order."""
-    top_p, top_q = np.empty_like(p), np.empty_like(q)
-    top_p[order_p], top_q[order_q] = np.cumsum(p[order_p]), np.cumsum(q[order_q])
-    return float(np.maximum(0.0, np.minimum(top_p, top_q) - np.maximum(top_p - p, top_q - q)).sum())
+def rejection_sampling(p: F64, q: F64) -> F64:
+    """By token: how often it is the token and a draft, freely drawn, that rejection sampling keeps."""
+    return np.minimum(p, q)
 
 
-def gumbel(p: F64, q: F64) -> float:
-    """The same for a noise of each token's own, as in the Gumbel-max trick: two races with common exponential clocks
-    are won by x with probability 1 / sum over y of max(p_y / p_x, q_y / q_x)."""
-    kept = (p > 0) & (q > 0)
-    with np.errstate(divide="ignore", over="ignore"):
-        ratios = np.maximum(p / p[kept, None], q / q[kept, None])
-    return float((1.0 / ratios.sum(axis=1)).sum())
+def likeliest_first(p: F64, q: F64) -> F64:
+    """By token: how often one number draws it from both, as ``draw`` does."""
+    return _overlap(p, q, np.argsort(-p, kind="stable"), np.argsort(-q, kind="stable"))
 
 
-def couplings(texts: Sequence[Text]) -> str:
-    rows = [
-        (p, q)
-        for text in texts
-        for p, q in zip(softmax(text.target, text.temperature), softmax(text.draft, text.temperature), strict=True)
-    ]
-    by_id = np.arange(len(rows[0][0]))
-    found = {
-        "rejection sampling": [np.minimum(p, q).sum() for p, q in rows],
-        "one number, likeliest first (exl)": [
-            overlap(p, q, np.argsort(-p, kind="stable"), np.argsort(-q, kind="stable")) for p, q in rows
-        ],
-        "one number, by id": [overlap(p, q, by_id, by_id) for p, q in rows],
-        "a noise for each token": [gumbel(p, q) for p, q in rows],
-        "greedy draft": [p[q.argmax()] for p, q in rows],
-    }
-    return "  a draft is kept: " + ", ".join(f"{name} {np.mean(values):.3f}" for name, values in found.items())
+def by_id(p: F64, q: F64) -> F64:
+    """The same, where tokens have their places in [0, 1) by id."""
+    return _overlap(p, q, np.arange(len(p)), np.arange(len(q)))
 
 
-def rejection(text: Text) -> F64:
-    """By position: the probability that a freely drawn draft was kept there, given the text's token."""
-    rows = np.arange(len(text.new_ids))
-    p = softmax(text.target, text.temperature)[rows, text.new_ids]
-    q = softmax(text.draft, text.temperature)[rows, text.new_ids]
-    return np.minimum(1.0, q / p)
+def _overlap(p: F64, q: F64, order_p: NDArray[np.intp], order_q: NDArray[np.intp]) -> F64:
+    end_p, end_q = np.empty_like(p), np.empty_like(q)
+    end_p[order_p], end_q[order_q] = np.cumsum(p[order_p]), np.cumsum(q[order_q])
+    return np.maximum(0.0, np.minimum(end_p, end_q) - np.maximum(end_p - p, end_q - q))
+
+
+def gumbel(p: F64, q: F64) -> F64:
+    """The same, where each token has a noise of its own, as in the Gumbel-max trick: two races with common exponential
+    clocks are won by x with probability 1 / sum over y of max(p_y / p_x, q_y / q_x)."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        ratios = np.maximum(p / p[:, None], q / q[:, None])
+        return np.nan_to_num(1.0 / ratios.sum(axis=1))
+
+
+COUPLINGS: dict[str, Callable[[F64, F64], F64]] = {
+    "rejection sampling": rejection_sampling,
+    "one number, likeliest first": likeliest_first,
+    "one number, by id": by_id,
+    "a noise for each token": gumbel,
+}
+
+
+def kept_by(coupling: Callable[[F64, F64], F64]) -> Callable[[Text], F64]:
+    """By position of a text: the probability that a draft was kept there, given that the text has the token it has."""
+
+    def kept(text: Text) -> F64:
+        rows = zip(
+            softmax(text.target, text.temperature), softmax(text.draft, text.temperature), text.new_ids, strict=True
+        )
+        return np.array([coupling(p, q)[token_id] / p[token_id] for p, q, token_id in rows])
+
+    return kept
 
 
 def greedy(text: Text) -> F64:
@@ -210,8 +216,7 @@ def draft_model_lines(target: LLM, draft: LLM, prompts: Sequence[Sequence[int]],
         lines.append(line("draft model, greedy drafts", texts, by_position(greedy)))
         if temperature > 0:
             lines.append(line("draft model, coupled drafts", texts, by_position(coupled)))
-            lines.append(line("draft model, rejection sampling", texts, by_position(rejection)))
-            lines.append(couplings(texts))
+            lines += [line(f"expected: {name}", texts, by_position(kept_by(f))) for name, f in COUPLINGS.items()]
         lines.append(line("prompt lookup", texts, lookup_passes))
     return lines
 

@@ -101,6 +101,8 @@ def share_rows(asks: Sequence[Ask], costs: StepCosts, max_rows: int, num_rows: i
     each of ``asks``. Probes are served first. With an acceptance of a, the j-th draft of a sequence gives a^j tokens
     (their sum is Leviathan et al., 2023, equation 1), so that the drafts that give most are every sequence's first.
     """
+    if not asks:
+        return []
     num_rows = len(asks) if num_rows is None else num_rows
     budget = max(0, max_rows - num_rows)
     lengths = [0] * len(asks)

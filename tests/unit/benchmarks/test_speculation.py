@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from benchmarks import speculation
-from benchmarks.speculation import Text, draw, expected_passes, gumbel, lookup_passes, overlap, rejection, softmax
+from benchmarks.speculation import (
+    COUPLINGS,
+    Text,
+    by_id,
+    draw,
+    expected_passes,
+    gumbel,
+    kept_by,
+    likeliest_first,
+    lookup_passes,
+    softmax,
+)
 
 RNG = np.random.default_rng(0)
 NUM_DRAWS = 4000
@@ -42,13 +53,20 @@ def test_how_often_two_models_draw_the_same_token():
     a, b = RNG.standard_normal(6), RNG.standard_normal(6)
     p, q = softmax(a, 1.0), softmax(b, 1.0)
     numbers = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
-    same = np.mean([draw(a, 1.0, u) == draw(b, 1.0, u) for u in numbers])
-    assert overlap(p, q, np.argsort(-p), np.argsort(-q)) == pytest.approx(same, abs=12 / NUM_DRAWS)
+    first, second = (np.array([draw(logits, 1.0, u) for u in numbers]) for logits in (a, b))
+    assert likeliest_first(p, q) == pytest.approx(same_by_token(first, second), abs=12 / NUM_DRAWS)
+    first, second = (np.searchsorted(np.cumsum(weights), numbers) for weights in (p, q))
+    assert by_id(p, q) == pytest.approx(same_by_token(first, second), abs=12 / NUM_DRAWS)
     noise = RNG.gumbel(size=(NUM_DRAWS, 6))
-    same = np.mean((np.log(p) + noise).argmax(1) == (np.log(q) + noise).argmax(1))
-    assert gumbel(p, q) == pytest.approx(same, abs=5 * (same * (1 - same) / NUM_DRAWS) ** 0.5)
-    assert gumbel(p, p) == pytest.approx(1)
-    assert overlap(p, p, np.arange(6), np.arange(6)) == pytest.approx(1)
+    first, second = ((np.log(weights) + noise).argmax(1) for weights in (p, q))
+    assert gumbel(p, q) == pytest.approx(same_by_token(first, second), abs=5 * 0.5 / NUM_DRAWS**0.5)
+    assert gumbel(np.array([0.5, 0.5, 0.0]), np.array([0.5, 0.0, 0.5])) == pytest.approx([1 / 3, 0, 0])
+    for coupling in COUPLINGS.values():
+        assert coupling(p, p) == pytest.approx(p)
+
+
+def same_by_token(first, second) -> list[float]:
+    return [float(np.mean((first == i) & (second == i))) for i in range(6)]
 
 
 def test_rejection_given_the_texts_tokens_adds_up_to_the_overlap_of_the_models():
@@ -56,7 +74,8 @@ def test_rejection_given_the_texts_tokens_adds_up_to_the_overlap_of_the_models()
     text = text_of(range(5), 0, temperature=0.7)
     text.target, text.draft = np.tile(text.target[0], (5, 1)), np.tile(text.draft[0], (5, 1))
     p, q = softmax(text.target[0], 0.7), softmax(text.draft[0], 0.7)
-    assert (p * rejection(text)).sum() == pytest.approx(1 - 0.5 * np.abs(p - q).sum())
+    kept = kept_by(COUPLINGS["rejection sampling"])(text)
+    assert (p * kept).sum() == pytest.approx(1 - 0.5 * np.abs(p - q).sum())
 
 
 def test_lookup_is_replayed_as_it_would_run():

@@ -69,7 +69,7 @@ def test_a_small_budget_goes_to_those_whose_drafts_are_kept():
     assert share_rows(asks, CHEAP, max_rows=8) == [0, 5, 0]
     assert share_rows(asks, CHEAP, max_rows=12) == [0, 7, 2]
     assert share_rows(asks, CHEAP, max_rows=3) == [0, 0, 0]
-    assert share_rows([], CHEAP, max_rows=3) == []
+    assert share_rows([], STEEP, max_rows=3) == []
 
 
 def test_company_makes_drafts_dearer():
