@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from exl.cpu_kernels.attention_tiles import SPLIT, queries_of_a_block
 
 ITEM, ROW = 8, 4  # numbers of an entry
+_FEW_PIECES = 64
 
 
 class DecodeTables(NamedTuple):
@@ -36,6 +37,18 @@ def decode_items(
     ``first_sequence`` in the page table. Sequences without rows have no pieces. ``num_rows``: rows behind those of the
     sequences, up to this one, belong to none; they get entries without splits, so that the merge writes zeros.
     """
+    pieces = int(np.sum(context_len)) // SPLIT + len(context_len)
+    make = _few_items if pieces <= _FEW_PIECES else _many_items
+    return make(query_start, context_len, window, first_sequence, num_rows)
+
+
+def _few_items(
+    query_start: NDArray[np.int32],
+    context_len: NDArray[np.int32],
+    window: int | None,
+    first_sequence: int,
+    num_rows: int | None,
+) -> DecodeTables:
     items, rows, partials = [], [], 0
     for b, context in enumerate(context_len):
         start, count = int(query_start[b]), int(query_start[b + 1] - query_start[b])
@@ -50,6 +63,39 @@ def decode_items(
             partials += count
     rows += [(row, 0, 0, 0) for row in range(int(query_start[-1]), num_rows or 0)]
     return DecodeTables(_table(items, ITEM), _table(rows, ROW), partials)
+
+
+def _many_items(
+    query_start: NDArray[np.int32],
+    context_len: NDArray[np.int32],
+    window: int | None,
+    first_sequence: int,
+    num_rows: int | None,
+) -> DecodeTables:
+    """The same by whole columns, whose few dozen steps take as long as some sixty entries one by one."""
+    start, count = query_start[:-1], np.diff(query_start)
+    position = context_len - count
+    low = _first_splits(position, window)
+    num_splits = np.where(count > 0, (context_len - 1) // SPLIT + 1 - low, 0)
+    partials = num_splits * count
+    before = np.cumsum(partials) - partials
+    of = np.repeat(np.arange(len(count)), num_splits)
+    nth = np.arange(len(of)) - (np.cumsum(num_splits) - num_splits)[of]
+    items = np.zeros((len(of), ITEM), np.int32)
+    columns = (first_sequence + of, start[of], count[of], position[of], low[of] + nth, before[of] + nth * count[of])
+    for i, column in enumerate(columns):
+        items[:, i] = column
+    of = np.repeat(np.arange(len(count)), count)
+    nth = np.arange(len(of)) - (start - start[0])[of]
+    at = position[of] + nth
+    first = _first_splits(at, window)
+    end, own = int(query_start[-1]), len(of)
+    rows = np.zeros((own + max(0, (num_rows or 0) - end), ROW), np.int32)
+    columns = (start[of] + nth, before[of] + (first - low[of]) * count[of] + nth, count[of], at // SPLIT + 1 - first)
+    for i, column in enumerate(columns):
+        rows[:own, i] = column
+    rows[own:, 0] = np.arange(end, end + len(rows) - own)
+    return DecodeTables(items, rows, int(partials.sum()))
 
 
 def most_splits(max_context: int, window: int | None, most_rows: int) -> int:
@@ -85,6 +131,10 @@ def prefill_items(
 
 def _first_split(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position + 1 - window) // SPLIT
+
+
+def _first_splits(positions: NDArray[np.int32], window: int | None) -> NDArray[np.int32]:
+    return np.zeros_like(positions) if window is None else np.maximum(positions + (1 - window), 0) // SPLIT
 
 
 def _last_split(position: int) -> int:

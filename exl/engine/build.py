@@ -23,7 +23,6 @@ from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
 from exl.layout.attention import MAX_NEW_TOKENS
-from exl.layout.cpu_steps import arena_bytes, scratch_sizes
 from exl.layout.layers import LayerLayout
 from exl.layout.specs import Target
 from exl.memory.device import free_bytes
@@ -239,13 +238,10 @@ def _cpu_ops(model: PlanInput, stack: ExitStack, num_threads: int) -> Ops:
         return TorchOps(model.target, model.kv_layout, model.limits, Threads(num_threads))
     from exl.cpu_kernels.library import shared_library
     from exl.cpu_kernels.pool import Pool
-    from exl.ops.compiled_ops import CompiledOps, CompiledSizes
+    from exl.ops.compiled_ops import CompiledOps
 
-    head = model.head if model.head.linears else model.embed
-    scratch = scratch_sizes((*model.layers, head), model.limits, model.arithmetic)
-    sizes = CompiledSizes(scratch, arena_bytes(model.layers, model.limits, model.arithmetic, head))
     pool = Pool(shared_library(), num_threads)
-    ops = CompiledOps(pool, model.target, model.kv_layout, model.limits, sizes, model.arithmetic)
+    ops = CompiledOps(pool, model.target, model.kv_layout, model.limits, model.compiled_sizes, model.arithmetic)
     stack.callback(ops.close)
     return ops
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from exl.layout.columns import activation_bytes
 from exl.layout.fields import FIELD_ALIGN, align_up
@@ -12,9 +13,25 @@ from exl.layout.steps import StepLimits
 # Signed bytes of a quantized activation, by the name of the arithmetic; f32 activations are not quantized.
 ARITHMETIC = {"int16": 2, "int8": 1, "f32": 0}
 DEFAULT_ARITHMETIC = "int16"
-RECORDED_ROWS = 8  # of the largest step that is recorded: each of its values has memory of its own, twice
+RECORDED_ROWS = 64  # of the largest step that is recorded
 FEW_ROWS = 8  # rows of a sequence that attend as decode does, and the most that one pass over a linear's words takes
 SPLIT = 256  # tokens that one piece of attention covers
+_ARENA_BYTES = 8 << 20  # at which the rows of an arena stop: at 16 MB, two of a small model's would double its plan
+_PARTIAL_BYTES = 16 << 20  # of attention's pieces that are computed before they are merged: enough for many threads
+
+
+@dataclass(frozen=True)
+class CompiledSizes:
+    """What the operations own: bytes of scratch by purpose, of each of two arenas, and rows of the largest step that
+    an arena has room for."""
+
+    scratch: dict[str, int]
+    arena: int = 0
+    arena_rows: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.scratch.values()) + 2 * self.arena
 
 
 def input_bytes(layout: LinearLayout, arithmetic: str) -> int:
@@ -27,10 +44,23 @@ def input_bytes(layout: LinearLayout, arithmetic: str) -> int:
     return 4 * columns.padded_K if "source" in layout.fields else 0
 
 
-def partial_bytes(limits: StepLimits, num_rows: int) -> int:
-    """Results of attention's pieces before they are merged: maximum, sum and weighted values, for each query head."""
+def a_partial_bytes(limits: StepLimits) -> int:
+    """Of a row's result in one split before it is merged: maximum, sum and weighted values, for each query head."""
+    return limits.num_heads * (align_up(limits.head_dim, 16) + 2) * 4
+
+
+def step_partials(limits: StepLimits, num_rows: int) -> int:
+    """Of a step of so many sequences, results in splits that a recorded one has room for. There are no more where
+    sequences share no pages: a sequence has one for each whole split of its tokens, and one for the rest."""
+    return min(num_rows * -(-limits.max_context // SPLIT), -(-limits.cache_tokens // SPLIT) + num_rows)
+
+
+def scratch_partials(limits: StepLimits) -> int:
+    """The same for batches that are not recorded, which are computed in groups of sequences if they have more: at
+    least as many as one sequence may have."""
     splits = -(-limits.max_context // SPLIT)
-    return num_rows * limits.num_heads * splits * (align_up(limits.head_dim, 16) + 2) * 4
+    some = min(step_partials(limits, limits.max_sequences), _PARTIAL_BYTES // a_partial_bytes(limits))
+    return min(limits.max_rows * splits, max(FEW_ROWS * splits, some))
 
 
 def angle_bytes(limits: StepLimits, num_rows: int) -> int:
@@ -50,26 +80,38 @@ def scratch_sizes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic:
     """Bytes of the buffers that operations share, by purpose."""
     T, head = limits.max_rows, max(limits.max_rows, limits.max_logit_rows)
     linears = _linears(layers, "qkv", "o", "gate_up", "down", "head", "embed")
-    few = min(T, FEW_ROWS * limits.max_sequences)
     return {
         "normed": _rows(head, 4 * limits.hidden_size),
         "inputs": _rows(head, max((input_bytes(linear, arithmetic) for linear in linears), default=0)),
         "gate and up": _rows(T, 8 * limits.intermediate_size),
         "branch": _rows(T, 4 * limits.hidden_size),
         "queries": _rows(T, 4 * limits.attn_width),
-        "partials": align_up(partial_bytes(limits, few), FIELD_ALIGN),
+        "partials": align_up(scratch_partials(limits) * a_partial_bytes(limits), FIELD_ALIGN),
         "samples": 8 * limits.max_logit_rows,
     }
 
 
-def arena_bytes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: str, head: LayerLayout) -> int:
-    """Of one of the two arenas of recorded steps: every value of the largest recorded step in memory of its
-    own. ``head``: the blob of the head, or of the embedding if that is the head."""
-    T, hidden = min(RECORDED_ROWS, limits.max_sequences), 4 * limits.hidden_size
+def compiled_sizes(
+    layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: str, head: LayerLayout
+) -> CompiledSizes:
+    """``head``: the blob of the head, or of the embedding if that is the head. An arena has room for a step of all
+    sequences, or of the largest power of two with which it stays small; of one, however large it is."""
+    rows = min(RECORDED_ROWS, limits.max_sequences)
+    while rows > 1 and arena_bytes(layers, limits, arithmetic, head, rows) > _ARENA_BYTES:
+        rows = 1 << (rows - 1).bit_length() - 1
+    scratch = scratch_sizes((*layers, head), limits, arithmetic)
+    return CompiledSizes(scratch, arena_bytes(layers, limits, arithmetic, head, rows), rows)
+
+
+def arena_bytes(
+    layers: Sequence[LayerLayout], limits: StepLimits, arithmetic: str, head: LayerLayout, num_rows: int
+) -> int:
+    """Of one of the two arenas of recorded steps of ``num_rows`` rows at most: every value in memory of its own."""
+    T, hidden = num_rows, 4 * limits.hidden_size
     widths = (limits.qkv_width, 2 * limits.attn_width, 3 * limits.intermediate_size)  # with queries; gate, up, product
     a_layer = sum(_rows(T, 4 * width) for width in widths) + 8 * FIELD_ALIGN
     a_layer += 6 * _rows(T, hidden)  # two norms, two branches, the residual stream twice
-    a_layer += align_up(partial_bytes(limits, T), FIELD_ALIGN)
+    a_layer += align_up(step_partials(limits, T) * a_partial_bytes(limits), FIELD_ALIGN)
     total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + angle_bytes(limits, T)
     for layer in layers:
         linears = _linears([layer], "qkv", "o", "gate_up", "down")

@@ -26,6 +26,8 @@ from exl.layout.layers import LayerLayout, LinearLayout
 from exl.layout.specs import Target
 from exl.threads import Threads
 
+ALL_ROWS = 1 << 30  # more than any batch has
+
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "u8": torch.uint8,
     "i32": torch.int32,
@@ -186,6 +188,7 @@ class Ops(Protocol):
     threads: Threads | None  # how many of torch's compute; None: torch does not
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
     captures: int  # rows of the largest step that ``capture`` takes; 0: it does nothing
+    invariant_rows: int  # a batch of fewer rows is row-invariant as a whole, not only its decode rows
     runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout
 

@@ -13,7 +13,7 @@ from exl.cpu_kernels.rope_tables import RopeTables
 from exl.layout.kv import DeviceKVLayout
 from exl.ops.base import AttentionSpec
 from exl.ops.compiled_batch import BatchTables
-from exl.ops.compiled_tape import RecordForm, Records, Rows, SharedMemory, Tape
+from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 from exl.ops.rope import depends_on_length
 from exl.ops.rope_tables import num_angles
 
@@ -78,23 +78,25 @@ class AttentionStages:
         form: RecordForm | None,
         records: Records | None,
     ) -> None:
-        """Sequences with few rows: a chunk for each split of tokens, and then the results of the splits together."""
-        items, rows = batch.splits(spec.window)
+        """Sequences with few rows: a chunk for each split of tokens, and then the results of the splits together; some
+        sequences after others if there is not room for the results of all."""
         a_partial = spec.num_heads * partial_bytes(spec.head_dim)
-        partials = tape.memory.scratch("partials", items.most * a_partial)
         kind, capped = self._kv_layout.kind, spec.softcap is not None
-        tape.add_changing(
-            DecodeAttention(kind, spec.head_dim, capped), ("splits", spec.window), (items.count, items.most),
-            spec.num_kv_heads,
-            *(queries, pages, batch.page_table, batch.page_table.shape[1], items.array, partials),
-            *_parameters(spec),
-        )  # fmt: skip
+        attend = DecodeAttention(kind, spec.head_dim, capped)
         merge = MergeAttention(kind, spec.head_dim, None if records is None else form.form)
-        tape.add_changing(
-            merge, ("rows", spec.window), (rows.count, rows.most), spec.num_kv_heads,
-            *(partials, rows.array, out.address, spec.num_heads, spec.num_kv_heads),
-            *(() if records is None else (records.address, records.num_rows)),
-        )  # fmt: skip
+        for pieces in batch.splits(spec.window):
+            items, rows = pieces.items, pieces.rows
+            partials = tape.memory.scratch("partials", pieces.num_partials * a_partial)
+            tape.add_changing(
+                attend, ("splits", spec.window), (items.count, items.most), spec.num_kv_heads,
+                *(queries, pages, batch.page_table, batch.page_table.shape[1], items.array, partials),
+                *_parameters(spec),
+            )  # fmt: skip
+            tape.add_changing(
+                merge, ("rows", spec.window), (rows.count, rows.most), spec.num_kv_heads,
+                *(partials, rows.array, out.address, spec.num_heads, spec.num_kv_heads),
+                *(() if records is None else (records.address, records.num_rows)),
+            )  # fmt: skip
 
     def _angles(self, tape: Tape, rope: RopeConfig, head_dim: int, half: int, batch: BatchTables) -> tuple[int, int]:
         """Addresses of cos and sin f32 [T, half]. A recorded step computes them each time; else they are kept with the
@@ -108,8 +110,8 @@ class AttentionStages:
             sizes = (half, factor, batch.num_rows, _ANGLE_ROWS)
             return (batch.positions, frequencies, place, place + num_bytes, *sizes, chosen)
 
-        if not isinstance(tape.memory, SharedMemory):
-            place = tape.made(
+        if tape.recorded:
+            place = tape.once(
                 ("angles", rope, head_dim), "angles", 2 * num_bytes,
                 lambda place: tape.add(kernel, chunks, *arguments(place)),
             )  # fmt: skip

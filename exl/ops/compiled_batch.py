@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
 from exl.checkpoint.config import RopeConfig
-from exl.cpu_kernels.attention_items import ITEM, ROW, decode_items, most_splits, prefill_items
-from exl.layout.cpu_steps import FEW_ROWS
+from exl.cpu_kernels.attention_items import ITEM, ROW, DecodeTables, decode_items, most_splits, prefill_items
+from exl.layout.cpu_steps import FEW_ROWS, scratch_partials
 from exl.layout.steps import StepLimits
 from exl.ops.rope import depends_on_length, inverse_frequencies
 
@@ -25,16 +25,36 @@ class StagedBatch:
 
     def __init__(self, batch: ForwardBatch, ids: NDArray[np.int32], limits: StepLimits) -> None:
         """``ids``: the batch's tokens, all known."""
-        self.batch, self.ids, self._limits = batch, ids, limits
+        self.batch, self.ids, self.limits = batch, ids, limits
+        self._pieces: dict[int | None, DecodeTables] = {}
 
     @cached_property
     def tables(self) -> BatchTables:
-        return BatchTables(self.batch, self.ids, self._limits)
+        return BatchTables(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Batches of one shape run the same stages."""
+        """Batches of one shape run the same stages, but for how their sequences attend."""
         return self.batch.num_rows, self.batch.num_sequences, len(self.batch.logit_rows)
+
+    @cached_property
+    def num_few(self) -> int:
+        """Sequences, the first ones, that have few rows."""
+        many = np.flatnonzero(np.diff(self.batch.query_start) > FEW_ROWS)
+        return int(many[0]) if len(many) else self.batch.num_sequences
+
+    def pieces(self, window: int | None) -> DecodeTables:
+        """Of attention of the sequences with few rows."""
+        if window not in self._pieces:
+            self._pieces[window] = self.some_pieces(window, 0, self.num_few)
+        return self._pieces[window]
+
+    def some_pieces(self, window: int | None, first: int, last: int) -> DecodeTables:
+        """Those of sequences ``first`` to ``last - 1``. Rows of no sequence are with the last one."""
+        batch = self.batch
+        num_rows = batch.num_rows if last == batch.num_sequences else None
+        starts, lengths = batch.query_start[first : last + 1], batch.context_len[first:last]
+        return decode_items(starts, lengths, window, first, num_rows)
 
 
 @dataclass
@@ -43,6 +63,10 @@ class Items:
 
     array: NDArray[np.int32]  # [most, numbers of an entry]
     count: int
+
+    @classmethod
+    def of(cls, entries: NDArray[np.int32]) -> Items:
+        return cls(entries, len(entries))
 
     @property
     def most(self) -> int:
@@ -53,25 +77,37 @@ class Items:
         self.count = len(entries)
 
 
+@dataclass
+class Pieces:
+    """Attention's items of some sequences, their rows' entries, and how many partial rows there may be."""
+
+    items: Items
+    rows: Items
+    num_partials: int
+
+
 class BatchTables:
     """Arrays i32 of one batch: ``ids``, ``positions``, ``slots`` [T], ``query_start`` [B + 1], ``context_len`` and
     ``rope_len`` [B], ``page_table`` [B, pages of the longest context], ``logit_rows`` [R], ``row_sequences`` [T]."""
 
-    def __init__(self, batch: ForwardBatch, ids: NDArray[np.int32], limits: StepLimits) -> None:
-        """``ids``: the batch's tokens, all known."""
-        self._limits = limits
-        self.ids = np.array(ids, np.int32)
+    def __init__(self, staged: StagedBatch, num_partials: int | None = None) -> None:
+        """``num_partials``: of a recorded step, for which other batches are filled in later; None: it is not."""
+        self._staged, self._num_partials = staged, num_partials
+        batch, limits = staged.batch, staged.limits
+        self.ids = np.array(staged.ids, np.int32)
         self.positions, self.slots, self.query_start, self.context_len, self.rope_len, self.logit_rows = (
             np.array(getattr(batch, name), np.int32) for name in _NAMES
         )
-        self.page_table = np.zeros((batch.num_sequences, limits.max_pages), np.int32)
-        self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
+        if num_partials is None:
+            self.page_table = np.ascontiguousarray(batch.page_table, np.int32)
+        else:
+            self.page_table = np.zeros((batch.num_sequences, limits.max_pages), np.int32)
+            self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
         self.row_sequences = self._row_sequences()
-        many = np.flatnonzero(np.diff(self.query_start) > FEW_ROWS)
-        self.num_few = int(many[0]) if len(many) else batch.num_sequences  # sequences, the first ones, with few rows
+        self.num_few = staged.num_few
         self.angles: dict[Hashable, torch.Tensor] = {}
         self._frequencies: dict[tuple[RopeConfig, int], NDArray[np.float32]] = {}
-        self._splits: dict[int | None, tuple[Items, Items]] = {}
+        self._splits: dict[int | None, list[Pieces]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -85,9 +121,16 @@ class BatchTables:
         rows = np.searchsorted(self.query_start, np.arange(self.num_rows), side="right") - 1
         return np.minimum(rows, self.num_sequences - 1).astype(np.int32)  # padding: any
 
-    def fill(self, batch: ForwardBatch, ids: NDArray[np.int32]) -> None:
-        """The values of another step of the same shape, in place, and all that was made from them."""
-        self.ids[:] = ids
+    def takes(self, staged: StagedBatch) -> bool:
+        """Whether a recorded step has room for another batch of its shape: for how its sequences attend."""
+        if staged.num_few < staged.batch.num_sequences:
+            return False
+        return all(staged.pieces(window).num_partials <= made.num_partials for window, (made,) in self._splits.items())
+
+    def fill(self, staged: StagedBatch) -> None:
+        """The values of another batch that the step ``takes``, in place, and all that was made from them."""
+        self._staged, batch = staged, staged.batch
+        self.ids[:] = staged.ids
         for name in _NAMES:
             getattr(self, name)[:] = getattr(batch, name)
         self.row_sequences[:] = self._row_sequences()
@@ -95,31 +138,49 @@ class BatchTables:
         for (rope, head_dim), values in self._frequencies.items():
             if depends_on_length(rope):
                 values[...] = self._frequencies_now(rope, head_dim)
-        for window, items in self._splits.items():
-            self._fill_splits(window, items)
+        for window, (made,) in self._splits.items():
+            pieces = staged.pieces(window)
+            made.items.fill(pieces.items)
+            made.rows.fill(pieces.rows)
 
     # attention
 
-    def splits(self, window: int | None) -> tuple[Items, Items]:
-        """Pieces of attention of the sequences with few rows, and their rows: see ``attention_items.decode_items``."""
+    def splits(self, window: int | None) -> list[Pieces]:
+        """Pieces of attention of the sequences with few rows, and their rows: see ``attention_items.decode_items``. In
+        groups of sequences whose partial rows fit into the memory that there is for them; of a recorded step, one."""
         if window not in self._splits:
-            rows = self.num_rows if self.num_few == self.num_sequences else int(self.query_start[self.num_few])
-            most = rows * most_splits(self._limits.max_context, window, FEW_ROWS)
-            self._splits[window] = items = Items(_entries(most, ITEM), 0), Items(_entries(rows, ROW), 0)
-            self._fill_splits(window, items)
+            self._splits[window] = self._groups(window) if self._num_partials is None else [self._room(window)]
         return self._splits[window]
 
-    def _fill_splits(self, window: int | None, items: tuple[Items, Items]) -> None:
-        few = self.num_few
-        num_rows = self.num_rows if few == self.num_sequences else None
-        tables = decode_items(self.query_start[: few + 1], self.context_len[:few], window, num_rows=num_rows)
-        items[0].fill(tables.items)
-        items[1].fill(tables.rows)
+    def _room(self, window: int | None) -> Pieces:
+        staged = self._staged
+        most = min(self._num_partials, self.num_rows * most_splits(staged.limits.max_context, window, FEW_ROWS))
+        made = Pieces(Items(_entries(most, ITEM), 0), Items(_entries(self.num_rows, ROW), 0), most)
+        pieces = staged.pieces(window)
+        if len(pieces.items) <= most:  # else it is recorded for batches to come
+            made.items.fill(pieces.items)
+        made.rows.fill(pieces.rows)
+        return made
+
+    def _groups(self, window: int | None) -> list[Pieces]:
+        staged, few, most = self._staged, self.num_few, scratch_partials(self._staged.limits)
+        pieces = staged.pieces(window)
+        if pieces.num_partials <= most:
+            groups = [pieces]
+        else:
+            counts = np.bincount(pieces.items[:, 0], pieces.items[:, 2], few).astype(np.int64)
+            groups, first = [], 0
+            while first < few:
+                last = max(first + 1, first + int(np.searchsorted(np.cumsum(counts[first:]), most, side="right")))
+                groups.append(staged.some_pieces(window, first, last))
+                first = last
+        return [Pieces(Items.of(group.items), Items.of(group.rows), group.num_partials) for group in groups]
 
     def num_items(self, key: tuple[str, int | None]) -> int:
-        """Of a table that ``splits`` has made: ``("splits", window)`` or ``("rows", window)``."""
+        """Of a recorded step's table that ``splits`` has made: ``("splits", window)`` or ``("rows", window)``."""
         what, window = key
-        return self._splits[window][0 if what == "splits" else 1].count
+        (made,) = self._splits[window]
+        return (made.items if what == "splits" else made.rows).count
 
     def blocks(self, group: int, head_dim: int) -> NDArray[np.int32]:
         """Pieces of attention of the other sequences: see ``attention_items.prefill_items``."""

@@ -1,16 +1,15 @@
 """The operations on the CPU through exl's own kernels, compiled at run time.
 
 Each operation adds stages to a tape, which runs when it is told to (``launch``) or a result is asked for: a layer's
-stages are one call. A decode step whose weights all stay in memory is recorded instead (``capture``): twice, over two
-sets of buffers that take turns, and each step is then one call. What a row's values are never depends on which of the
-two happens, on other rows, or on the number of threads.
+stages are one call. A decode step whose weights all stay in memory is recorded instead (``capture``), and is then one
+call: a small one twice, over two sets of buffers that take turns; a large one over the buffers that all share. What a
+row's values are never depends on which of these happens, on other rows, or on the number of threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.pool import Pool, Program
 from exl.cpu_kernels.sampling_weights import CompiledMath
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
-from exl.layout.cpu_steps import RECORDED_ROWS
+from exl.layout.cpu_steps import RECORDED_ROWS, CompiledSizes, scratch_partials, step_partials
 from exl.layout.kv import DeviceKVLayout
 from exl.layout.layers import LinearLayout
 from exl.layout.specs import Target
@@ -30,6 +29,7 @@ from exl.layout.steps import StepLimits
 from exl.memory.host import host_tensor
 from exl.ops import compiled_rows
 from exl.ops.base import (
+    ALL_ROWS,
     PLAIN_BRANCH,
     AttentionSpec,
     Branch,
@@ -42,23 +42,15 @@ from exl.ops.base import (
     TableRows,
 )
 from exl.ops.compiled_attention import AttentionStages
-from exl.ops.compiled_batch import StagedBatch
+from exl.ops.compiled_batch import BatchTables, StagedBatch
 from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
-from exl.ops.compiled_tape import ArenaMemory, NoMemory, RecordForm, Records, Rows, SharedMemory, Tape
+from exl.ops.compiled_tape import ArenaMemory, NoMemory, RecordedMemory, RecordForm, Records, Rows, SharedMemory, Tape
 from exl.ops.cpu_buffers import refuse_output_order, step_buffer
 from exl.ops.torch_ops import TokenIds
 from exl.sampling import sample
 from exl.threads import using
-
-
-@dataclass(frozen=True)
-class CompiledSizes:
-    """Bytes of what the operations own (``exl.layout.cpu_steps``)."""
-
-    scratch: dict[str, int]
-    arena: int
 
 
 class CompiledOps:
@@ -70,7 +62,7 @@ class CompiledOps:
     threads = None
     dependent = False
     runs_ahead = False
-    captures = RECORDED_ROWS
+    invariant_rows = ALL_ROWS
 
     def __init__(
         self,
@@ -86,6 +78,8 @@ class CompiledOps:
         library = pool.library
         self.library, self.target, self.kv_layout, self.limits = library, target, kv_layout, limits
         self.arithmetic, self._pool = arithmetic, pool
+        self.captures = min(RECORDED_ROWS, limits.max_sequences) if sizes.arena_rows else 0
+        self._arena_rows = sizes.arena_rows
         scratch = {name: host_tensor([size], torch.uint8, name) for name, size in sizes.scratch.items()}
         self._samples = scratch.pop("samples").view(torch.int64)
         self._shared = SharedMemory(scratch)
@@ -124,19 +118,39 @@ class CompiledOps:
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """The operations that ``step`` calls, on the selected batch, as a function that runs them for whichever batch
-        of the same shape is selected when it is called."""
-        sets = tuple(self._record(step, arena) for arena in self._arenas)
-        return lambda: self._steps.run(sets, self._now)
+        of the same shape is selected when it is called. What no recording has room for runs as ``step`` itself does."""
+        small = self._now.batch.num_rows <= self._arena_rows
+        sets = tuple(self._record(step, arena) for arena in self._arenas) if small else ()
+        shared: list[RecordedSet] = [] if small else [self._record(step)]
+
+        def replay() -> None:
+            now = self._now
+            if sets and sets[0].takes(now):
+                self._steps.run(sets, now)
+                return
+            if not shared:  # the first whose sequences share so many pages that an arena lacks room
+                shared.append(self._record(step))
+            if shared[0].takes(now):
+                self._steps.run_alone(shared[0], now)
+            else:
+                step()
+
+        return replay
 
     def kernels_of(self, step: Callable[[], None], batch: ForwardBatch) -> set[KernelSpec]:
         """The kernels of all stages that ``step`` adds for a batch. None is run."""
-        tape, _ = self._taped(step, StagedBatch(batch, batch.token_ids, self.limits), Tape(NoMemory()))
+        staged = StagedBatch(batch, batch.token_ids, self.limits)
+        tape, _ = self._taped(step, staged, Tape(NoMemory(), recorded=True))
         return {stage.kernel for stage in tape.stages}
 
-    def _record(self, step: Callable[[], None], arena: torch.Tensor) -> RecordedSet:
-        staged = StagedBatch(self._now.batch, self._now.ids, self.limits)  # with tables of its own
-        tape, results = self._taped(step, staged, Tape(ArenaMemory(arena)))
-        return RecordedSet(self.library, tape, staged.tables, results)
+    def _record(self, step: Callable[[], None], arena: torch.Tensor | None = None) -> RecordedSet:
+        """In an arena, so that chunks may be repeated; else over the buffers that all operations share."""
+        staged = StagedBatch(self._now.batch, self._now.ids, self.limits)
+        room = scratch_partials(self.limits) if arena is None else step_partials(self.limits, staged.batch.num_rows)
+        staged.tables = BatchTables(staged, room)
+        memory = RecordedMemory(self._shared.buffers) if arena is None else ArenaMemory(arena)
+        tape, results = self._taped(step, staged, Tape(memory, recorded=True))
+        return RecordedSet(self.library, tape, staged.tables, results, repeats=arena is not None)
 
     def _taped(
         self, step: Callable[[], None], staged: StagedBatch, tape: Tape
@@ -154,11 +168,9 @@ class CompiledOps:
     @contextmanager
     def _stages(self) -> Iterator[Tape]:
         """The tape that an operation adds to."""
-        if self._tape is not None:
-            yield self._tape
-            return
-        self._pending.forget()  # scratch is another operation's now
-        yield self._pending
+        tape = self._pending if self._tape is None else self._tape
+        tape.forget()  # scratch is another operation's now
+        yield tape
 
     def launch(self) -> None:
         """Runs what was added since the last time."""
@@ -286,7 +298,8 @@ class CompiledOps:
                 plain, written = written, tape.memory.write(out)
                 compiled_rows.logits(tape, plain, spec, written)
         if self._tape is not None:
-            self._results.append((written, out))
+            if written.address != out.data_ptr():
+                self._results.append((written, out))
         else:
             self.launch()
         return out

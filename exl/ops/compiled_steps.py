@@ -1,9 +1,11 @@
-"""A recorded decode step: its stages as two programs, which take turns, over two sets of buffers.
+"""A recorded decode step: its stages as two programs, which take turns, over two sets of buffers; or as one, over
+buffers that everything shares.
 
 A program that repeats chunks may still have a thread in it when the next step begins (see ``Pool``). That thread reads
 and writes only its own set's buffers, which the step after the next overwrites, and for which that one waits; and the
 places in the cache of its own tokens, where it stores what is there already. So the next step must not write to these
-places: if it would, as after a step that was taken back, it waits, too.
+places: if it would, as after a step that was taken back, it waits, too. A program over shared buffers waits for all
+others, and leaves no thread behind.
 """
 
 from __future__ import annotations
@@ -20,18 +22,28 @@ from exl.ops.compiled_tape import Rows, Tape
 
 
 class RecordedSet:
-    """One of the two: where its stages read the batch, and where they leave what the caller reads."""
+    """A program: where its stages read the batch, and where they leave what the caller reads."""
 
     def __init__(
-        self, library: Library, tape: Tape, tables: BatchTables, results: Sequence[tuple[Rows, torch.Tensor]]
+        self,
+        library: Library,
+        tape: Tape,
+        tables: BatchTables,
+        results: Sequence[tuple[Rows, torch.Tensor]],
+        *,
+        repeats: bool,
     ) -> None:
-        """``results``: rows that are copied to tensors at the end."""
-        self.program, self.tables = Program(library, tape.stages, repeats=True), tables
-        self._changing = tape.changing
+        """``results``: rows that are copied to tensors at the end. ``repeats``: as for ``Program``."""
+        self.program, self.tables = Program(library, tape.stages, repeats=repeats), tables
+        self._memory, self._changing = tape.memory, tape.changing
         self._results = [(rows.array(), tensor.numpy()) for rows, tensor in results]
 
+    def takes(self, staged: StagedBatch) -> bool:
+        """Whether there is room for the batch."""
+        return self.tables.takes(staged)
+
     def fill(self, staged: StagedBatch) -> None:
-        self.tables.fill(staged.batch, staged.ids)
+        self.tables.fill(staged)
         for stage_idx, key, chunks in self._changing:
             self.program.set_chunks(stage_idx, chunks * self.tables.num_items(key))
 
@@ -61,6 +73,14 @@ class StepRunner:
         self._last[turn], self._slots = now.program, slots
         self._pool.run(now.program)
         now.copy_results()
+
+    def run_alone(self, recorded: RecordedSet, staged: StagedBatch) -> None:
+        """A program that does not repeat."""
+        self.settle()  # late threads may still write to the cache
+        self._pool.settle(recorded.program)
+        recorded.fill(staged)
+        self._pool.run(recorded.program)
+        recorded.copy_results()
 
     def settle(self) -> None:
         """Waits until no thread is in any step."""

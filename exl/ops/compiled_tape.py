@@ -1,9 +1,10 @@
 """What the CPU's own kernels are to do, as a list of stages, and the memory between them.
 
 An operation adds its stages to a tape. Either they run at once, over buffers that every operation shares; or a whole
-step is recorded, to be run as one program that may repeat chunks. Such a program must never write what it reads, so
-each result of a recorded step has memory of its own: ``ArenaMemory`` gives a buffer that the decoder writes a new place
-at each write, and tells where it was written last.
+step is recorded, to be run as one program. One that may repeat chunks must never write what it reads, so that each of
+its results has memory of its own: ``ArenaMemory`` gives a buffer that the decoder writes a new place at each write, and
+tells where it was written last. A step that is too large for that is recorded over the shared buffers, and repeats no
+chunk.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class SharedMemory:
 
     def __init__(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """``buffers``: u8, by purpose."""
-        self._buffers = buffers
+        self.buffers = buffers
 
     def read(self, tensor: torch.Tensor) -> Rows:
         return Rows.of(tensor)
@@ -96,10 +97,24 @@ class SharedMemory:
         return Rows.of(tensor)
 
     def scratch(self, purpose: str, num_bytes: int) -> int:
-        buffer = self._buffers[purpose]
+        buffer = self.buffers[purpose]
         if num_bytes > buffer.numel():
             raise ValueError(f"{purpose}: {num_bytes} bytes, the buffer has {buffer.numel()}")
         return buffer.data_ptr()
+
+
+class RecordedMemory(SharedMemory):
+    """For a recorded step over the shared buffers: what lives as long as the step is not in them."""
+
+    def __init__(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(buffers)
+        self._own: list[NDArray[np.uint8]] = []
+
+    def scratch(self, purpose: str, num_bytes: int) -> int:
+        if purpose in self.buffers:
+            return super().scratch(purpose, num_bytes)
+        self._own.append(np.empty(num_bytes, np.uint8))
+        return self._own[-1].ctypes.data
 
 
 class ArenaMemory:
@@ -142,12 +157,15 @@ class NoMemory:
 
 @dataclass
 class Tape:
-    """Stages so far. ``changing``: those whose number of chunks the batch's tables say, by a key of theirs."""
+    """Stages so far. ``recorded``: they run again, for other batches. ``changing``: those whose number of chunks the
+    batch's tables say, by a key of theirs."""
 
     memory: Memory
+    recorded: bool = False
     stages: list[Stage] = field(default_factory=list)
     changing: list[tuple[int, Hashable, int]] = field(default_factory=list)  # stage, key, chunks of an item
     _made: dict[Hashable, int] = field(default_factory=dict)
+    _kept: dict[Hashable, int] = field(default_factory=dict)
 
     def add(self, kernel: KernelSpec, num_chunks: int, *args: NDArray | torch.Tensor | int | float | None) -> None:
         self.stages.append(Stage(kernel, num_chunks, tuple(map(_slot, args))))
@@ -175,9 +193,17 @@ class Tape:
             make(self._made[key])
         return self._made[key]
 
+    def once(self, key: Hashable, purpose: str, num_bytes: int, make: Callable[[int], None]) -> int:
+        """The same for what the whole of a recorded step keeps."""
+        if key not in self._kept:
+            self._kept[key] = self.memory.scratch(purpose, num_bytes)
+            make(self._kept[key])
+        return self._kept[key]
+
     def forget(self) -> None:
-        """What was made is overwritten by what comes now."""
-        self._made.clear()
+        """What was made in shared memory is overwritten by what comes now."""
+        if isinstance(self.memory, SharedMemory):
+            self._made.clear()
 
 
 def _slot(value: NDArray | torch.Tensor | int | float | None) -> NDArray | int | float | None:

@@ -64,6 +64,7 @@ class TorchOps:
     backend = None
     dependent = False
     captures = 0
+    invariant_rows = 1
     runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits, threads: Threads | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exl.layout.cpu_steps import angle_bytes, arena_bytes, scratch_sizes
+from exl.layout.cpu_steps import angle_bytes
 from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
 from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
@@ -73,16 +73,19 @@ def _torch_lines(model: PlanInput) -> list[PlanLine]:
 
 def _compiled_lines(model: PlanInput) -> list[PlanLine]:
     device, limits = model.target.kind, model.limits
-    layers = (*model.layers, model.head) if model.head.linears else (*model.layers, model.embed)
-    scratch = sum(scratch_sizes(layers, limits, model.arithmetic).values())
-    arena = arena_bytes(model.layers, limits, model.arithmetic, layers[-1])
+    sizes = model.compiled_sizes
     temporaries = _SAMPLING_BYTES * limits.vocab_size + angle_bytes(limits, limits.window_rows)
     return [
-        PlanLine("scratch of operations", device, scratch, True, f"activations in {model.arithmetic}"),
-        PlanLine("recorded steps", device, 2 * arena, True, "a place for each value, twice"),
+        PlanLine(
+            "scratch of operations", device, sum(sizes.scratch.values()), True, f"activations in {model.arithmetic}"
+        ),
+        PlanLine(
+            "recorded steps", device, 2 * sizes.arena, True,
+            f"a place for each value of {sizes.arena_rows} row{'s' if sizes.arena_rows > 1 else ''}, twice",
+        ),
         PlanLine("kernels", device, _KERNEL_BYTES, False, "compiled for this processor; llvmlite"),
         PlanLine("temporaries", device, temporaries, False, "RoPE's angles, and what a token is drawn from"),
-    ]
+    ]  # fmt: skip
 
 
 # Over the interpreter with torch: 59 to 63 MB with kernels from the cache, 101 to 120 MB where they are compiled first,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.config import ModelConfig
+from exl.layout.cpu_steps import CompiledSizes, compiled_sizes
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.layers import LayerLayout
 from exl.layout.specs import Target
@@ -200,3 +201,9 @@ class PlanInput:
     def num_pages(self) -> int:
         """Pages of the cache, the last of which may hold more tokens than were asked for."""
         return -(-self.limits.cache_tokens // PAGE_SIZE)
+
+    @property
+    def compiled_sizes(self) -> CompiledSizes:
+        """What the CPU's own kernels compute in."""
+        head = self.head if self.head.linears else self.embed
+        return compiled_sizes(self.layers, self.limits, self.arithmetic, head)

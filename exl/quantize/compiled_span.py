@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from exl.cpu_kernels.pool import Pool
-from exl.layout.cpu_steps import scratch_sizes
+from exl.layout.cpu_steps import CompiledSizes, scratch_sizes
 from exl.layout.kv import DeviceKVLayout
 from exl.layout.steps import StepLimits
 from exl.ops.base import Norm
-from exl.ops.compiled_ops import CompiledOps, CompiledSizes
+from exl.ops.compiled_ops import CompiledOps
 from exl.ops.cpu_target import COMPILED
 from exl.quantize.span_ops import Span
 
@@ -17,7 +17,7 @@ from exl.quantize.span_ops import Span
 class CompiledSpan(Span, CompiledOps):
     def __init__(self, limits: StepLimits, num_kv_heads: int, pool: Pool) -> None:
         layout = DeviceKVLayout("f32", 1, num_kv_heads, limits.head_dim)
-        sizes = CompiledSizes(scratch_sizes((), limits, "f32"), arena=0)  # no step is recorded
+        sizes = CompiledSizes(scratch_sizes((), limits, "f32"))  # no step is recorded
         super().__init__(pool, COMPILED, layout, limits, sizes, "f32")
 
     def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from exl.batch import PAGE_SIZE, padded_step
 from exl.cache.kv import KVCache
 from exl.checkpoint.config import ModelConfig
 from exl.cpu_kernels.processor import usable_isas
-from exl.layout.cpu_steps import ARITHMETIC, FEW_ROWS, arena_bytes, scratch_sizes
+from exl.layout.cpu_steps import ARITHMETIC, FEW_ROWS, compiled_sizes
 from exl.layout.kv import KV_BITS, DeviceKVLayout
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, MatrixSpec, NormSpec, fuse
@@ -27,8 +27,7 @@ if not usable_isas():
 
 from exl.cpu_kernels.library import shared_library
 from exl.cpu_kernels.pool import Pool
-from exl.ops.compiled_ops import CompiledOps, CompiledSizes
-from exl.ops.compiled_tape import ArenaMemory, Tape
+from exl.ops.compiled_ops import CompiledOps
 
 
 def random_matrix(rng: np.random.Generator, name: str, K: int, N: int) -> MatrixSpec:
@@ -84,13 +83,14 @@ def random_model(seed: int) -> SimpleNamespace:
     head = layer_layout(head_spec, COMPILED)
     table = MatrixSpec("embed", hidden, vocab, 16, "f16")
     embed = layer_layout(BlobSpec((), (("embed", fuse([table])),)), COMPILED)
-    options = EngineOptions(max_sequences=pick(1, 2, 3, 8), prefill_chunk=pick(1, 7, 100, 512), prefill_window=512)
+    options = EngineOptions(
+        max_sequences=pick(1, 2, 3, 8, 16, 64), prefill_chunk=pick(1, 7, 100, 512), prefill_window=512
+    )
     context, arithmetic, kind = pick(1, 63, 300, 1025), pick(*ARITHMETIC), pick(*KV_BITS)
-    limits = step_limits(config, context, options)
+    limits = step_limits(config, context, options, context * pick(1, 2, options.max_sequences))
     if rng.integers(2):
         limits = type(limits)(**(vars(limits) | {"max_logit_rows": pick(1, 600)}))
-    arena = arena_bytes(layers, limits, arithmetic, head)
-    sizes = CompiledSizes(scratch_sizes((*layers, head), limits, arithmetic), arena)
+    sizes = compiled_sizes(layers, limits, arithmetic, head)
     layout = DeviceKVLayout(kind, 3, heads, head_dim)
     ops = CompiledOps(Pool(shared_library(), pick(1, 2, 7)), COMPILED, layout, limits, sizes, arithmetic)
 
@@ -101,8 +101,8 @@ def random_model(seed: int) -> SimpleNamespace:
         decoder=Decoder(config, ops),
         ops=ops,
         limits=limits,
-        arena=arena,
-        kv=KVCache(layout, limits.max_sequences * limits.max_pages, torch.device("cpu")),
+        sizes=sizes,
+        kv=KVCache(layout, 1, torch.device("cpu")),
         layers=[LayerWeights.view(blob, memory(blob)) for blob in layers],
         head=view_segments(head, memory(head), "head")[0],
         embed=view_segments(embed, memory(embed), "embed")[0],
@@ -122,13 +122,12 @@ def step(model: SimpleNamespace) -> None:
     decoder.head(model.norm, model.head, h, torch.empty(limits.max_logit_rows, limits.vocab_size))
 
 
-def at_the_end(model: SimpleNamespace, lengths: list[int]):
-    """New tokens of sequences that fill their contexts."""
-    context = model.limits.max_context
-    pages = -(-context // PAGE_SIZE)
-    return [
-        ([0] * n, context - n, list(range(i * pages, (i + 1) * pages))) for i, n in enumerate(lengths) if n <= context
-    ]
+def at_the_end(model: SimpleNamespace, lengths: list[int], *, shared: bool = False):
+    """New tokens of sequences that together fill the cache, or that all fill their contexts, with pages in common."""
+    limits = model.limits
+    context = limits.max_context if shared else min(limits.max_context, limits.cache_tokens // len(lengths))
+    pages = list(range(-(-context // PAGE_SIZE)))  # no stage is run: which ones they are does not matter
+    return [([0] * min(n, context), context - min(n, context), pages) for n in lengths if context]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -136,19 +135,28 @@ def test_no_batch_needs_more_than_the_plan_counts(seed, monkeypatch):
     model = random_model(seed)
     ops, limits = model.ops, model.limits
     monkeypatch.setattr(ops, "launch", lambda: None)  # no stage is run
-    most = min(limits.max_sequences, limits.max_logit_rows)
-    for count in range(1, most + 1):
-        batch = padded_step(batch_of(at_the_end(model, [1] * count), decode=True), most)
-        ops.stage((batch,))
-        tape = Tape(ArenaMemory(torch.empty(model.arena, dtype=torch.uint8)))
-        ops._taped(lambda: step(model), ops._now, tape)
-        assert tape.memory._used > 0.5 * model.arena or most < limits.max_sequences
-    most_rows = min(limits.max_rows, limits.max_context)
-    some = min(FEW_ROWS, limits.max_context, limits.max_rows // limits.max_sequences)
-    for lengths in ([most_rows], [min(most_rows, FEW_ROWS)], [some] * limits.max_sequences):
-        if lengths[0] == 0:
+    rows = min(model.sizes.arena_rows, limits.max_logit_rows)
+    for count in {1, rows // 2, rows} - {0}:
+        steps = at_the_end(model, [1] * count)
+        if not steps:
             continue
-        batch = batch_of(at_the_end(model, lengths))
+        ops.stage((padded_step(batch_of(steps, decode=True), rows),))
+        for arena in ops._arenas:
+            recorded = ops._record(lambda: step(model), arena)
+            assert recorded.takes(ops._now)
+        used = recorded._memory._used
+        assert used > 0.5 * model.sizes.arena or rows < model.sizes.arena_rows
+    most = min(ops.captures, limits.max_logit_rows)
+    for shared in (False, True):
+        steps = at_the_end(model, [1] * most, shared=shared)
+        ops.stage((padded_step(batch_of(steps, decode=True), most),) if steps else ())
+        if steps:
+            assert ops._record(lambda: step(model)).takes(ops._now) or shared
+            step(model)
+    most_rows = min(limits.max_rows, limits.max_context)
+    some = max(1, min(FEW_ROWS, limits.max_context, limits.max_rows // limits.max_sequences))
+    for lengths in ([most_rows], [min(most_rows, FEW_ROWS)], [some] * limits.max_sequences):
+        batch = batch_of(at_the_end(model, lengths, shared=True))
         rows = np.arange(min(batch.num_rows, limits.max_logit_rows), dtype=np.int32)
         ops.stage((type(batch)(**(vars(batch) | {"logit_rows": rows})),))
         step(model)

@@ -13,7 +13,7 @@ import torch
 from exl.batch import padded_step
 from exl.cpu_kernels.processor import usable_isas
 from exl.layout.steps import StepLimits
-from exl.ops.compiled_batch import BatchTables
+from exl.ops.compiled_batch import BatchTables, StagedBatch
 from exl.ops.compiled_steps import StepRunner
 from exl.ops.compiled_tape import ArenaMemory
 from tests.model.batches import batch_of, run
@@ -144,10 +144,11 @@ def test_a_batch_may_be_larger_than_the_one_that_was_recorded(tmp_path):
 def test_tables_that_are_filled_again_are_those_of_the_new_batch():
     limits = StepLimits(8, 8, 8, 128, 64, 128, 64, 64, 100, 16, max_sequences=8)
     steps = [([7], 60 + i, [i, 8 + i]) for i in range(8)]
-    first, second = (padded_step(batch_of(steps[:count], decode=True), 8) for count in (5, 7))
-    tables = BatchTables(first, first.token_ids, limits)
-    tables.fill(second, second.token_ids)
-    for name, expected in vars(BatchTables(second, second.token_ids, limits)).items():
+    batches = (padded_step(batch_of(steps[:count], decode=True), 8) for count in (5, 7))
+    first, second = (StagedBatch(batch, batch.token_ids, limits) for batch in batches)
+    tables = BatchTables(first, 64)
+    tables.fill(second)
+    for name, expected in vars(BatchTables(second, 64)).items():
         if isinstance(expected, np.ndarray):
             np.testing.assert_array_equal(getattr(tables, name), expected, name)
 
