@@ -1,4 +1,4 @@
-"""What draws on a device come back as: log-probabilities, surprise, codes; draws on the host; more than a launch has."""
+"""What draws on a device give besides ids: log-probabilities, surprise, codes; draws on the host; several launches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exl.engine.draws import Adjustments, DrawRow, sampling_batch
 from exl.errors import KernelError
 from exl.kernels.launch import Backend
 from exl.kernels.program import Programs
-from exl.kernels.sample_tables import host_rows
+from exl.kernels.sample_tables import check_batch, host_rows
 from exl.layout.arena import max_draws, sample_rows
 from exl.layout.samples import MAX_ADJUSTMENTS, MAX_RANKED, scratch_shapes, table_bytes
 from exl.layout.steps import StepLimits
@@ -181,7 +181,7 @@ def test_what_no_launch_can_do_is_drawn_on_the_host(backend: Backend, stack: Exi
         DrawRow(row=2, temperature=1.0, temperature_last=True),
     ]
     batch = sampling_batch(rows, V)
-    assert np.nonzero(host_rows(batch))[0].tolist() == [1, 2, 3, 4, 5]
+    assert np.nonzero(host_rows(check_batch(batch, 4, V)))[0].tolist() == [1, 2, 3, 4, 5]
     found = Sampling(backend, V, stack)(logits, batch)
     wanted = cpu_sample(logits, batch)
     assert found.ids == wanted.ids
