@@ -10,14 +10,14 @@ import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.page_pool import PagePool
-from exl.engine.draws import draw_row, sampling_batch
+from exl.engine.draws import DrawState, sampling_batch
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.forks import ForkGuard
 from exl.ops.base import Samples
 from exl.ops.rope import depends_on_length
 from exl.request_options import PromptProgress
-from exl.sampling import likeliest, no_distribution
+from exl.sampling import no_distribution
 from exl.sampling_params import SamplingParams
 
 
@@ -100,49 +100,43 @@ class Generator:
         n: the device takes it from its own samples and never waits for the host."""
         ops = self.runner.decoder.ops
         ahead = ops.runs_ahead and top_logprobs is None
-        seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
+        vocab_size, num_logprobs = logits.shape[1], -1 if top_logprobs is None else top_logprobs
+        state = DrawState(params, prompt_ids, self.eos_ids, vocab_size)
+        ends = self.eos_ids | set(params.stop_token_ids)
         drawn: Samples | None = None  # of the previous step, not read yet
         token_id: int | None = None  # its token, once it has been read
         for step in range(num_new):
             if step > 0 and ahead:
                 logits = self._forward(sequence, (-1,))
-                token_id = self._read(drawn, seen)
+                token_id, _ = self._read(drawn, state)
                 sequence.token_ids.append(token_id)
             elif step > 0:
                 logits = self.extend(sequence, (token_id,))
-            if ahead and token_id in self.eos_ids:
+            if ahead and token_id in ends:
                 yield GeneratedToken(token_id, "stop", sequence.num_reused)
                 return
-            # Before sampling, which may overwrite the logits.
-            log_probs = None if top_logprobs is None else torch.log_softmax(logits[0].double(), dim=-1)
-            drawn = ops.sample(logits, sampling_batch([draw_row(params, step, seen or ())], logits.shape[1]))
+            drawn = ops.sample(logits, sampling_batch([state.row(0, num_logprobs=num_logprobs)], vocab_size))
             if ahead:
                 if token_id is not None:
                     yield GeneratedToken(token_id, None, sequence.num_reused)
                 continue
-            token_id = self._read(drawn, seen)
-            ranked = None
-            if log_probs is not None:
-                ranked = ((token_id, float(log_probs[token_id])), *likeliest(log_probs, top_logprobs))
-            reason = self._reason(token_id, is_last=step == num_new - 1)
+            token_id, ranked = self._read(drawn, state)
+            reason = "stop" if token_id in ends else "length" if step == num_new - 1 else None
             yield GeneratedToken(token_id, reason, sequence.num_reused, ranked)
             if reason == "stop":
                 return
         if ahead:
-            token_id = self._read(drawn, seen)
-            yield GeneratedToken(token_id, self._reason(token_id, is_last=True), sequence.num_reused)
+            token_id, _ = self._read(drawn, state)
+            yield GeneratedToken(token_id, "stop" if token_id in ends else "length", sequence.num_reused)
 
-    def _read(self, drawn: Samples, seen: set[int] | None) -> int:
+    def _read(self, drawn: Samples, state: DrawState) -> tuple[int, tuple[tuple[int, float], ...] | None]:
         self.guard.check()
-        (token_id,) = drawn.read().ids
+        rows = drawn.read()
+        token_id = rows.ids[0]
         if token_id < 0:
             raise no_distribution(token_id)
-        if seen is not None:
-            seen.add(token_id)
-        return token_id
-
-    def _reason(self, token_id: int, *, is_last: bool) -> str | None:
-        return "stop" if token_id in self.eos_ids else "length" if is_last else None
+        state.accept(token_id, rows.surprise[0])
+        return token_id, rows.ranked[0]
 
     def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
         """Logits of every position, f32 [n, V] per chunk; each chunk is valid until the next is asked for."""

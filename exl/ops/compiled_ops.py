@@ -293,7 +293,7 @@ class CompiledOps:
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> HostSamples:
         # torch's own threads would spin beside the pool's; the largest logit is found without torch.
-        with using(1) if params.temperature.any() else nullcontext():
+        with using(1) if params.temperature.any() or (params.num_logprobs >= 0).any() else nullcontext():
             rows = sample(logits, params, self._sampling)
         keep_samples(rows, self._samples)
         return HostSamples(rows)

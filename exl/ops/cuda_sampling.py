@@ -32,6 +32,7 @@ from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.cuda_batch import Upload
 from exl.sampling import sample as sample_on_host
+from exl.sampling_params import SamplingParams
 
 _UNIT_BITS = 44  # a weight is in units of 2^-44 of the likeliest token's
 
@@ -43,6 +44,16 @@ class _Told:
     rows: LaunchRows
     results: NDArray[np.void]  # RESULT [n]
     ranked: NDArray[np.void]  # RANKED [n, MAX_RANKED]
+
+
+def needs_host(params: SamplingParams, num_logprobs: int = -1) -> bool:
+    """Whether a request's draws are made on the host, which waits for each. A single draw may be even if not: where
+    more than 4,096 tokens are adjusted."""
+    if num_logprobs > MAX_RANKED:
+        return True
+    typical = params.typical_p < 1.0 and params.mirostat_tau == 0.0
+    later = params.temperature_last and params.temperature != 1.0
+    return params.temperature > 0.0 and (typical or later or params.dynamic_range > 0.0)
 
 
 class DeviceSamples:

@@ -22,7 +22,8 @@ from transformers.generation.logits_process import (
 
 from exl.batch import INFINITE_LOGIT, NAN_LOGIT, NOTHING_ALLOWED
 from exl.errors import ConfigError, ExlError, KernelError
-from exl.sampling import no_distribution, probabilities, sample, uniform
+from exl.philox import uniform
+from exl.sampling import no_distribution, probabilities, sample
 from exl.sampling_params import SamplingParams
 from tests.draws import draws_of
 
