@@ -1,22 +1,28 @@
-// sample: logits -> token ids, as exl/sampling.py draws them, in two launches.
+// sample: rows of logits -> token ids, as exl/sampling.py draws them, in two launches.
 //
-//   logits       f32 [R, V], V up to 2^19
-//   params       Params [R] (below; ROW of exl/kernels/sample.py): sampling parameters per row
-//   seen_ids     i32 [S]; row r's earlier tokens are seen_ids[seen_start:seen_stop]
-//   tops         u64 [R, ceil(V / 4096)]: per part of a row, ~order_of its first token in the order of drawing
-//   seen         u32 [R, ceil(V / 32)]: one bit per token, set if it is penalised; not written if the penalty is 1
+//   logits       f32 [L, V], V up to 2^19
+//   params       Params [R] (below; ROW of exl/layout/samples.py): what each row of a launch asks for
+//   adjustments  Adjustment [S]; row r's are [adjust_start, adjust_stop), of rising ids
+//   masks        u32 [..]; a mask is ceil(V / 32) words from params.mask on
+//   parts        Part [R, ceil(V / 4096)]: what the first launch finds in 4096 tokens of a row
+//   words        Word [R, ceil(V / 32)]: which tokens are adjusted; only of rows that have adjustments
+//   values       f32 [S]: adjusted logits, at the place of their adjustment
 //   bin_counts   u32 [R, kBins], bin_weights u64 [R, kBins], arrived u32 [R]: zero before the first and after every launch
-//   samples      i32 [R]: token ids, or kNan, kInfinite, kForbidden for a row that has no distribution
+//   samples      i32 [..]: at params.sample a token id, or kNan, kInfinite, kForbidden if there is no distribution
+//   results      Result [R]; ranked Ranked [R, kMaxRanked]: the first tokens of rows that are measured
 //
-// The order of drawing is descending logits, ties by lower id. A part is 4096 tokens of a row. sample_top finds the first
-// token of each part. sample_draw takes the first of all; a greedy row ends there. Otherwise weights are relative to
-// that token's. Each block adds its part's weights to the row's 720 bins, each a sixteenth of an octave wide, and the last
-// block to arrive draws the token. It finds a token by its place in the cumulated counts or weights: first the bin, then
-// the place in a sorted list of at most 512 tokens, picked out of the row. A bin with more tokens is subdivided until one
-// part fits the list. All sums are of integers, so a row's token depends on nothing but the row.
+// A row of a launch is a draw from a row of logits, or it measures one: the mass of its plain distribution and its first
+// tokens, for log-probabilities. Several may read one row of logits.
+//
+// The order of drawing is descending logits, ties by lower id. A part is 4096 tokens of a row. sample_top adjusts logits and
+// finds the first token of each part. sample_draw takes the first of all; a greedy row ends there. Otherwise weights are
+// relative to that token's. Each block adds its part's weights to the row's 720 bins, each a sixteenth of an octave wide, and
+// the last block to arrive draws the token. It finds a token by its place in the cumulated counts or weights: first the bin,
+// then the place in a sorted list of at most 512 tokens, picked out of the row. A bin with more tokens is subdivided until
+// one part fits the list. All sums are of integers, so a token depends on nothing but its draw and its row of logits.
 //
 // Grid of both: (ceil(V / 4096), R), 512 threads. Shared bytes: kTopBytes, kDrawBytes (sample.py has the same sums).
-// Macros: none. Architectures: all. Tests: tests/kernels/test_sample.py
+// Macros: none. Architectures: all. Tests: tests/kernels/test_sample.py, test_sample_filters.py, test_device_sampling.py
 #include <exl/logit_row.cuh>
 #include <exl/ptx.cuh>
 
@@ -24,7 +30,6 @@ constexpr int kBinsPerOctave = 16, kBins = 45 * kBinsPerOctave;
 constexpr int kList = kThreads;   // one thread per token of the list
 constexpr u32 kAll = 0xffffffffu;
 constexpr i32 kNan = -1, kInfinite = -2, kForbidden = -3;
-
 constexpr u64 kUnit = 1ull << kUnitBits;   // the likeliest token's weight
 
 // Shares of a mass are times 2^64, rounded up to at least 1; 0 turns their filter off.
@@ -409,8 +414,8 @@ EXL_DEVICE u64 share_of(u64 share, u64 mass) {   // rounded up to whole units
 }
 
 struct Drawn {
-  u64 order;          // of the token; 0: none, the row was measured
-  u64 mass;
+  u64 order;   // of the token; 0: none, the row is measured
+  u64 mass;    // of all that it was drawn from
 };
 
 // Draws a row's token from the complete histogram s.coarse, or finds its first tokens if it is measured. Each filter keeps a
@@ -516,7 +521,8 @@ EXL_KERNEL(sample_draw, 512, 1)
   const float* own = logits + static_cast<size_t>(p.row) * V;
   const bool finite = top_key > kKeyMinusInfinity && top_key < kKeyInfinity;
   if (!finite || p.temperature == 0.0f) {   // the whole block
-    const i32 id = finite ? static_cast<i32>(first & kMaxId) : top_key == kKeyNan ? kNan : top_key == kKeyInfinity ? kInfinite : kForbidden;
+    const i32 code = top_key == kKeyNan ? kNan : top_key == kKeyInfinity ? kInfinite : kForbidden;
+    const i32 id = finite ? static_cast<i32>(first & kMaxId) : code;
     if (part == 0 && tid == 0) {
       if (p.sample >= 0) samples[p.sample] = id;
       results[r] = Result{0, 0, 0, id >= 0 ? own[id] : 0.0f, 0};
@@ -563,8 +569,8 @@ EXL_KERNEL(sample_draw, 512, 1)
   const Drawn drawn = draw(p, row, scale, ranked + static_cast<size_t>(r) * kMaxRanked, s);
   if (tid != 0) return;
   if (p.sample < 0) {
-    const u32 wanted = static_cast<u32>(p.num_ranked);
-    results[r] = Result{0, drawn.mass, s.mass_before, scale.top, static_cast<i32>(wanted < s.num_allowed ? wanted : s.num_allowed)};
+    const i32 allowed = static_cast<i32>(s.num_allowed);
+    results[r] = Result{0, drawn.mass, s.mass_before, scale.top, p.num_ranked < allowed ? p.num_ranked : allowed};
     return;
   }
   const i32 id = static_cast<i32>(drawn.order & kMaxId);

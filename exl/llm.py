@@ -46,7 +46,7 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A loaded model, made by ``exl.load``; a context manager. Thread-safe: requests of all threads run in one batch."""
+    """A loaded model, made by ``exl.load``; a context manager. Thread-safe: all threads' requests run in one batch."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -140,8 +140,8 @@ class LLM:
     ) -> Handle[Completion]:
         """Begins a request and returns at once; it runs in one batch with all others, in a thread of the engine's.
 
-        The handle's ``result()`` waits for the completion; iterating gives pieces, ``async for`` too; ``events()`` gives
-        token ids beside the text; ``cancel()`` ends it. Options as for ``generate``.
+        The handle's ``result()`` waits for the completion; iterating gives pieces, ``async for`` too; ``events()``
+        gives token ids beside the text; ``cancel()`` ends it. Options as for ``generate``.
         """
         return self._submit(self.encode(prompt), Request.of(params, options, self.defaults), inline=False)
 

@@ -27,10 +27,10 @@ def scratch_for(num_rows: int, vocab_size: int, device: torch.device = CPU) -> S
 
 def packed(batch: SamplingBatch, num_rows: int, vocab_size: int) -> np.ndarray:
     """Tables of all draws as one launch; bytes that are not written are no zeros."""
-    check_batch(batch, int(batch.row.max()) + 1, vocab_size)
+    checked = check_batch(batch, int(batch.row.max()) + 1, vocab_size)
     out = np.full(table_bytes(num_rows, vocab_size), 255, np.uint8)
-    (rows,) = launch_rows(batch, np.zeros(len(batch.row), np.bool_), num_rows)
-    pack_tables(batch, rows, num_rows, vocab_size, out)
+    (rows,) = launch_rows(checked, np.zeros(len(batch.row), np.bool_), num_rows)
+    pack_tables(checked, rows, num_rows, vocab_size, out)
     return out
 
 

@@ -31,8 +31,8 @@ class Answers:
     # ---- before anything runs
 
     def check(self, request: TokenRequest) -> None:
-        """Raises ``ConfigError`` for a prompt that is empty, foreign or too long; ``MemoryBudgetError`` for one for which
-        even an empty cache has no room."""
+        """Raises ``ConfigError`` for a prompt that is empty, foreign or too long; ``MemoryBudgetError`` for one
+        for which even an empty cache has no room."""
         ids = request.prompt_ids
         if not len(ids):
             raise ConfigError("prompt: found no tokens, expected at least one")

@@ -103,14 +103,11 @@ def pack_chunks(pieces: Iterable[Piece], rules: ChunkRules, max_sequences: int) 
     for piece in pieces:
         num_rows += piece.num_rows
         most = rules.chunk if piece.as_decode else min(rules.chunk, rules.invariant_rows - 1)
-        alike = groups and groups[-1][0].as_decode == piece.as_decode and not (piece.every or groups[-1][0].every)
-        if (
-            alike
-            and groups[-1][-1].sequence is not piece.sequence
-            and num_rows <= most
-            and len(groups[-1]) < max_sequences
-        ):
-            groups[-1].append(piece)
+        last = groups[-1] if groups else []
+        alike = last and last[0].as_decode == piece.as_decode and not (piece.every or last[0].every)
+        apart = alike and last[-1].sequence is not piece.sequence  # its next chunk reads what this one writes
+        if apart and num_rows <= most and len(last) < max_sequences:
+            last.append(piece)
         else:
             groups.append([piece])
             num_rows = piece.num_rows

@@ -94,8 +94,8 @@ class Generator:
         *,
         inline: bool = False,
     ) -> Handle:
-        """Begins a request. ``inline``: the calling thread will wait for it, and may drive. Raises ``ConfigError`` for a
-        prompt that is empty, foreign or too long."""
+        """Begins a request. ``inline``: the calling thread will wait for it, and may drive. Raises ``ConfigError`` for
+        a prompt that is empty, foreign or too long."""
         self.answers.check(request)
         seed, ranked = request.params.seed, request.top_logprobs is not None
         answers = [

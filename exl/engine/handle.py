@@ -19,12 +19,12 @@ _LOOK = 0.25  # seconds between two looks at the engine, of a coroutine that wai
 
 
 class Handle(Generic[Result]):
-    """One request. Iterating gives pieces of the first choice's text, in a thread or with ``async for``; ``events`` gives
-    all there is to know. ``cancel()`` or ``close()``, the end of a ``with`` block or dropping the handle ends the request;
-    nobody else notices.
+    """One request. Iterating gives pieces of the first choice's text, in a thread or with ``async for``; ``events``
+    gives all there is to know. ``cancel()`` or ``close()``, the end of a ``with`` block or dropping the handle ends the
+    request; nobody else notices.
 
-    A reader that takes pieces may be 512 tokens behind (``max_unread``); then the request waits for it. One whose pieces
-    nobody takes runs to its end.
+    A reader that takes pieces may be 512 tokens behind; then the request waits for it. One whose pieces nobody takes
+    runs to its end.
     """
 
     def __init__(self, seat: Seat, ticket: Ticket, finish: Callable[[list[Answer]], Result]) -> None:

@@ -15,6 +15,7 @@ from exl.logarithm import natural_log
 
 _LOG2_E = math.log2(math.e)
 _MOST_F32 = float(np.finfo(np.float32).max)
+_LEAST = float(np.finfo(np.float32).smallest_subnormal)
 _BELOW_ONE = 1.0 - 2.0**-53  # as a share, more than any token has beside another one
 # Columns, their least and largest values: as ``SamplingParams`` has them. The kernel's arithmetic is proven for these.
 _RANGES = {
@@ -27,9 +28,27 @@ _RANGES = {
     "mirostat_mu": (-math.inf, math.inf, "a number"),
     "xtc_threshold": (0.0, math.inf, "0 or more"),
     "num_logprobs": (-1, 2**31 - 1, "-1 or more"),
+    "typical_p": (0.0, 1.0, "0 to 1"),
+    "dynamic_range": (0.0, 100.0, "0 to 100"),
+    "temperature_last": (0, 1, "False or True"),
 }
+_COLUMNS = {name: i for i, name in enumerate(_RANGES)}
 _LOWEST = np.array([[low] for low, _, _ in _RANGES.values()], np.float64)
 _HIGHEST = np.array([[high] for _, high, _ in _RANGES.values()], np.float64)
+# What only the host can do, with the values at which it is off; after the last column of what a launch can do.
+_ON_HOST = slice(_COLUMNS["typical_p"], None)
+_OFF = np.array([[1.0], [0.0], [0.0]])
+
+
+@dataclass(frozen=True)
+class CheckedBatch:
+    """A batch that a launch may believe."""
+
+    batch: SamplingBatch
+    numbers: NDArray[np.float64]  # [columns, R]: those of ``_RANGES``
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        return self.numbers[_COLUMNS[name]]
 
 
 @dataclass(frozen=True)
@@ -40,45 +59,48 @@ class LaunchRows:
     measured: NDArray[np.bool_]  # [n]; whether the draw's row of logits is measured, not drawn from
 
 
-def launch_rows(batch: SamplingBatch, on_host: NDArray[np.bool_], num_rows: int) -> list[LaunchRows]:
+def launch_rows(checked: CheckedBatch, on_host: NDArray[np.bool_], num_rows: int) -> list[LaunchRows]:
     """All draws but those on the host, then a measured row for each of them that asks for log-probabilities, in as few
     launches of ``num_rows`` rows as they take."""
-    drawn, asked = np.nonzero(~on_host)[0], np.nonzero(~on_host & (batch.num_logprobs >= 0))[0]
+    drawn, asked = np.flatnonzero(~on_host), np.flatnonzero(~on_host & (checked.column("num_logprobs") >= 0.0))
     draws = np.concatenate([drawn, asked])
     measured = np.arange(len(draws)) >= len(drawn)
     starts = range(0, len(draws), num_rows)
     return [LaunchRows(draws[i : i + num_rows], measured[i : i + num_rows]) for i in starts]
 
 
-def host_rows(batch: SamplingBatch) -> NDArray[np.bool_]:
+def host_rows(checked: CheckedBatch) -> NDArray[np.bool_]:
     """[R]: which draws no launch can do. Typical sampling keeps no interval of the falling order; dynamic temperature
     needs the entropy before the first weight; a temperature after the filters has two sets of weights. A launch ranks
     20 tokens, and takes 4,096 adjustments of a draw."""
-    typical = (batch.typical_p < 1.0) & np.isposinf(batch.mirostat_mu)
-    later = batch.temperature_last & (batch.temperature != 1.0)
-    drawn = (batch.temperature > 0.0) & (typical | later | (batch.dynamic_range > 0.0))
-    many = np.diff(batch.adjust_start) > MAX_ADJUSTMENTS
-    return drawn | many | (batch.num_logprobs > MAX_RANKED)
+    many = np.diff(checked.batch.adjust_start) > MAX_ADJUSTMENTS
+    found = many | (checked.column("num_logprobs") > MAX_RANKED)
+    if not (checked.numbers[_ON_HOST] != _OFF).any():
+        return found
+    temperature = checked.column("temperature")
+    typical = (checked.column("typical_p") < 1.0) & (checked.column("mirostat_mu") == math.inf)
+    later = (checked.column("temperature_last") != 0.0) & (temperature != 1.0)
+    return found | (temperature > 0.0) & (typical | later | (checked.column("dynamic_range") > 0.0))
 
 
-def check_batch(batch: SamplingBatch, num_logits: int, vocab_size: int) -> None:
+def check_batch(batch: SamplingBatch, num_logits: int, vocab_size: int) -> CheckedBatch:
     """Raises ``KernelError`` that names the first draw and value that is wrong: the device believes them.
     ``num_logits``: rows of logits."""
     count = len(batch.row)
     for name in (*_RANGES, "row", "mask_idx"):
-        values = getattr(batch, name)
-        if values.shape != (count,):
-            raise KernelError(f"sample: {name} has shape {values.shape}: expected ({count},)")
-    values = np.array([getattr(batch, name) for name in _RANGES], np.float64)
-    wrong = ~((values >= _LOWEST) & (values <= _HIGHEST))
-    if wrong.any():
-        at, i = np.argwhere(wrong)[0].tolist()
+        if (shape := getattr(batch, name).shape) != (count,):
+            raise KernelError(f"sample: {name} has shape {shape}: expected ({count},)")
+    numbers = np.array([getattr(batch, name) for name in _RANGES], np.float64)
+    right = (numbers >= _LOWEST) & (numbers <= _HIGHEST)
+    if not right.all():
+        at, i = np.argwhere(~right)[0].tolist()
         name = list(_RANGES)[at]
-        raise KernelError(f"sample: draw {i}: {name} is {values[at, i]}: expected {_RANGES[name][2]}")
+        raise KernelError(f"sample: draw {i}: {name} is {numbers[at, i]}: expected {_RANGES[name][2]}")
     if count and not 0 <= batch.row.min() <= batch.row.max() < num_logits:
         raise KernelError(f"sample: draws from rows {batch.row.tolist()}: expected 0 to {num_logits - 1}")
     _check_masks(batch, vocab_size)
     _check_adjustments(batch, count, vocab_size)
+    return CheckedBatch(batch, numbers)
 
 
 def _check_masks(batch: SamplingBatch, vocab_size: int) -> None:
@@ -116,43 +138,45 @@ def _check_adjustments(batch: SamplingBatch, count: int, vocab_size: int) -> Non
     check(~(subtract >= -_MOST_F32), "an adjust_subtract that is neither a finite number nor inf")
 
 
-def pack_tables(batch: SamplingBatch, rows: LaunchRows, num_rows: int, vocab_size: int, out: NDArray[np.uint8]) -> int:
-    """Writes a launch of a checked batch into ``out``, u8 [table_bytes(num_rows, vocab_size)], and returns how many of
-    its bytes, from the beginning, are to be copied. What a launch does not read is left out."""
-    draws, count = rows.draws, len(rows.draws)
+def pack_tables(checked: CheckedBatch, rows: LaunchRows, num_rows: int, vocab_size: int, out: NDArray[np.uint8]) -> int:
+    """Writes a launch into ``out``, u8 [table_bytes(num_rows, vocab_size)], and returns how many of its bytes, from the
+    beginning, are to be copied. What a launch does not read is left out."""
+    batch, draws, measured, count = checked.batch, rows.draws, rows.measured, len(rows.draws)
     if not 1 <= count <= num_rows:
         raise KernelError(f"sample: a launch of {count} rows: expected 1 to {num_rows}")
     params = out[: count * ROW.itemsize].view(ROW)
-    params[:] = _params(batch, draws)
-    measured = rows.measured
-    plain = params[measured]
-    if len(plain):
-        params[measured] = _measured(plain, batch.num_logprobs[draws[measured]])
+    params[:] = _params(checked, draws)
+    masks = batch.mask_idx[draws]
+    if measured.any():
+        params[measured] = _measured(params[measured], batch.num_logprobs[draws[measured]])
+        draws, masks = np.where(measured, -1, draws), np.where(measured, -1, masks)
     at = params_bytes(num_rows)
-    at += _pack_adjustments(batch, np.where(measured, -1, draws), params, out[at:])
-    return at + _pack_masks(batch, np.where(measured, -1, batch.mask_idx[draws]), params, out, at)
+    at += _pack_adjustments(batch, draws, params, out[at:])
+    return at + _pack_masks(batch, masks, params, out, at)
 
 
-def _params(batch: SamplingBatch, draws: NDArray[np.int64]) -> NDArray[np.void]:
+def _params(checked: CheckedBatch, draws: NDArray[np.int64]) -> NDArray[np.void]:
     """Rows of ``ROW`` without adjustments and masks, for draws."""
-    temperature, mu = batch.temperature[draws].astype(np.float64), batch.mirostat_mu[draws]
-    mirostat = mu < np.inf
+    numbers = dict(zip(_COLUMNS, checked.numbers[:, draws], strict=True))
+    temperature, mu = numbers["temperature"], numbers["mirostat_mu"]
+    mirostat = mu < math.inf
+    if mirostat.any():  # in the place of these
+        for name, off in (("top_k", 0.0), ("top_p", 1.0), ("min_p", 0.0)):
+            numbers[name] = np.where(mirostat, off, numbers[name])
     params = np.zeros(len(draws), ROW)
-    params["uniform"] = (batch.uniform[draws] * 2.0**64).astype(np.uint64)
-    params["top_p"] = _shares(batch.top_p[draws], ~mirostat & (batch.top_p[draws] < 1.0))
-    if mirostat.any():
-        params["mirostat"] = _shares(np.exp2(-np.maximum(mu, 0.0)), mirostat)
-    params["xtc"] = _shares(batch.xtc_threshold[draws], batch.xtc_threshold[draws] <= 0.5)
-    params["log_min_p"] = _logarithms(np.where(mirostat, 0.0, batch.min_p[draws]))
-    params["sigmas"] = batch.top_n_sigma[draws]
+    params["uniform"] = numbers["uniform"] * 2.0**64
+    on = np.array([numbers["top_p"] < 1.0, mirostat, numbers["xtc_threshold"] <= 0.5])
+    if on.any():
+        values = np.array([numbers["top_p"], np.exp2(-np.maximum(mu, 0.0)), numbers["xtc_threshold"]])
+        shares = np.maximum(np.ceil(np.minimum(values, _BELOW_ONE) * 2.0**64), 1.0)
+        params["top_p"], params["mirostat"], params["xtc"] = np.where(on, shares, 0.0)
+    params["log_min_p"] = _logarithms(numbers["min_p"])
+    params["sigmas"], params["temperature"], params["top_k"] = numbers["top_n_sigma"], temperature, numbers["top_k"]
     # Where the scale is no f32, what is not equal to the largest logit weighs nothing anyway.
-    with np.errstate(divide="ignore", over="ignore"):
-        scale = np.minimum(_LOG2_E / temperature, _MOST_F32)
-    params["temperature"], params["scale_hi"] = temperature, scale
+    scale = np.minimum(_LOG2_E / np.maximum(temperature, _LEAST), _MOST_F32)
+    params["scale_hi"] = scale
     params["scale_lo"] = scale - params["scale_hi"]
-    params["top_k"] = np.where(mirostat, 0, batch.top_k[draws])
-    params["row"], params["sample"] = batch.row[draws], draws
-    params["mask"] = -1
+    params["row"], params["sample"], params["mask"] = checked.batch.row[draws], draws, -1
     return params
 
 
@@ -166,18 +190,11 @@ def _measured(params: NDArray[np.void], num_ranked: NDArray[np.int32]) -> NDArra
     return found
 
 
-def _shares(values: NDArray[np.floating], on: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Times 2^64, rounded up to at least 1; 0 where ``on`` is false."""
-    shares = np.minimum(np.where(on, values, 0.0).astype(np.float64), _BELOW_ONE) * 2.0**64
-    return np.where(on, np.maximum(np.ceil(shares), 1.0), 0.0).astype(np.uint64)
-
-
-def _logarithms(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Natural, with the same bits on every machine; -inf for 0. Requests share few values."""
+def _logarithms(values: NDArray[np.float64]) -> NDArray[np.float64] | float:
+    """Natural, with the same bits on every machine; -inf for 0."""
     if not values.any():
-        return np.full(len(values), -np.inf)
-    distinct, places = np.unique(values, return_inverse=True)
-    return np.array([natural_log(float(value)) for value in distinct], np.float64)[places]
+        return -math.inf
+    return np.array([natural_log(value) for value in values.tolist()])  # remembered: requests share few values
 
 
 def _pack_adjustments(
@@ -209,9 +226,9 @@ def _pack_masks(
 ) -> int:
     """The masks that the launch's rows name, -1: none, each once, from byte ``at`` of the tables on. Returns their
     bytes."""
-    wanted = np.unique(masks[masks >= 0])
-    if not len(wanted):
+    if not (masks >= 0).any():
         return 0
+    wanted = np.unique(masks[masks >= 0])
     words = batch.masks.shape[1]
     params["mask"] = np.where(masks >= 0, at // 4 + np.searchsorted(wanted, masks) * words, -1)
     num_bytes = 4 * len(wanted) * words

@@ -16,7 +16,15 @@ from exl.batch import SampleRows, SamplingBatch
 from exl.errors import KernelError
 from exl.kernels.program import Programs, place
 from exl.kernels.sample import SampleScratch, SampleTables, sample
-from exl.kernels.sample_tables import LaunchRows, adjustments_of, check_batch, host_rows, launch_rows, pack_tables
+from exl.kernels.sample_tables import (
+    CheckedBatch,
+    LaunchRows,
+    adjustments_of,
+    check_batch,
+    host_rows,
+    launch_rows,
+    pack_tables,
+)
 from exl.layout.arena import max_draws, sample_rows
 from exl.layout.samples import MAX_RANKED, RANKED, RESULT, found_bytes, scratch_shapes
 from exl.layout.steps import StepLimits
@@ -24,6 +32,7 @@ from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.cuda_batch import Upload
 from exl.sampling import sample as sample_on_host
+from exl.sampling_params import SamplingParams
 
 _UNIT_BITS = 44  # a weight is in units of 2^-44 of the likeliest token's
 
@@ -35,6 +44,16 @@ class _Told:
     rows: LaunchRows
     results: NDArray[np.void]  # RESULT [n]
     ranked: NDArray[np.void]  # RANKED [n, MAX_RANKED]
+
+
+def needs_host(params: SamplingParams, num_logprobs: int = -1) -> bool:
+    """Whether a request's draws are made on the host, which waits for each. A single draw may be even if not: where
+    more than 4,096 tokens are adjusted."""
+    if num_logprobs > MAX_RANKED:
+        return True
+    typical = params.typical_p < 1.0 and params.mirostat_tau == 0.0
+    later = params.temperature_last and params.temperature != 1.0
+    return params.temperature > 0.0 and (typical or later or params.dynamic_range > 0.0)
 
 
 class DeviceSamples:
@@ -106,14 +125,13 @@ class Sampler:
         count = len(params.row)
         if not 1 <= count <= self._max_draws:
             raise KernelError(f"{count} draws: expected 1 to {self._max_draws}")
-        check_batch(params, len(logits), self._vocab_size)
+        checked = check_batch(params, len(logits), self._vocab_size)
         self._turn = 1 - self._turn
-        found, on_host = self._found[self._turn], host_rows(params)
+        found, on_host = self._found[self._turn], host_rows(checked)
         told = []
-        for n, rows in enumerate(launch_rows(params, on_host, self._num_rows)):
-            self._launch(logits, params, rows, dependent)
-            wanted = rows.measured.any() or (params.num_logprobs[rows.draws] >= 0).any()
-            if wanted or (params.mirostat_mu[rows.draws] < math.inf).any():
+        for n, rows in enumerate(launch_rows(checked, on_host, self._num_rows)):
+            self._launch(logits, checked, rows, dependent)
+            if (params.num_logprobs >= 0).any() or (params.mirostat_mu < math.inf).any():
                 told.append(found.take(n, rows, self._scratch))
         drawn = self._draw_on_host(logits, params, np.nonzero(on_host)[0]) if on_host.any() else {}
         ids = found.ids[:count]
@@ -121,8 +139,8 @@ class Sampler:
         stream = torch.cuda.current_stream(logits.device) if logits.is_cuda else None
         return DeviceSamples(params, ids, told, drawn, None if stream is None else record_event(stream))
 
-    def _launch(self, logits: torch.Tensor, params: SamplingBatch, rows: LaunchRows, dependent: bool) -> None:
-        self._upload.send(pack_tables(params, rows, self._num_rows, self._vocab_size, self._upload.buffer()))
+    def _launch(self, logits: torch.Tensor, checked: CheckedBatch, rows: LaunchRows, dependent: bool) -> None:
+        self._upload.send(pack_tables(checked, rows, self._num_rows, self._vocab_size, self._upload.buffer()))
         count = len(rows.draws)
         self._programs.run(
             ("sample", place(logits), count, dependent),

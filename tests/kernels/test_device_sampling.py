@@ -1,4 +1,4 @@
-"""What draws on a device come back as: log-probabilities, surprise, codes; draws on the host; more than a launch has."""
+"""What draws on a device give besides ids: log-probabilities, surprise, codes; draws on the host; several launches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from exl.engine.draws import Adjustments, DrawRow, sampling_batch
 from exl.errors import KernelError
 from exl.kernels.launch import Backend
 from exl.kernels.program import Programs
-from exl.kernels.sample_tables import host_rows
+from exl.kernels.sample_tables import check_batch, host_rows
 from exl.layout.arena import max_draws, sample_rows
 from exl.layout.samples import MAX_ADJUSTMENTS, MAX_RANKED, scratch_shapes, table_bytes
 from exl.layout.steps import StepLimits
-from exl.ops.cuda_sampling import Sampler, some_draws
+from exl.ops.cuda_sampling import Sampler, needs_host, some_draws
 from exl.sampling import sample as cpu_sample
+from exl.sampling_params import SamplingParams
 from tests.device_draws import DTYPES, INF
+from tests.draws import draws_of
 
 
 class Sampling:
@@ -181,12 +183,29 @@ def test_what_no_launch_can_do_is_drawn_on_the_host(backend: Backend, stack: Exi
         DrawRow(row=2, temperature=1.0, temperature_last=True),
     ]
     batch = sampling_batch(rows, V)
-    assert np.nonzero(host_rows(batch))[0].tolist() == [1, 2, 3, 4, 5]
+    assert np.nonzero(host_rows(check_batch(batch, 4, V)))[0].tolist() == [1, 2, 3, 4, 5]
     found = Sampling(backend, V, stack)(logits, batch)
     wanted = cpu_sample(logits, batch)
     assert found.ids == wanted.ids
     assert [ranked is None for ranked in found.ranked] == [ranked is None for ranked in wanted.ranked]
     assert found.ranked[4] == wanted.ranked[4]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({}, {"top_p": 0.5, "xtc_probability": 1.0}, {"typical_p": 0.9}, {"typical_p": 0.9, "mirostat_tau": 3.0}),
+        *({"dynamic_range": 0.3}, {"temperature_last": True}, {"temperature_last": True, "dynamic_range": 0.1}),
+    ],
+    ids=str,
+)
+def test_it_is_known_beforehand_what_the_host_draws(values: dict, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=0, **values)
+    (on_host,) = host_rows(check_batch(draws_of([(params, 0, ())]), 1, 10))
+    assert needs_host(params) == on_host
+    assert needs_host(params, MAX_RANKED) == on_host
+    assert needs_host(params, MAX_RANKED + 1)
 
 
 def test_some_draws_of_a_batch_are_those_draws() -> None:

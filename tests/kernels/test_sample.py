@@ -308,7 +308,7 @@ def test_a_penalty_that_overflows(backend: Backend) -> None:
 def test_a_batch_is_checked_on_the_host() -> None:
     params = SamplingParams(seed=0, repetition_penalty=1.5)
     batch = draws_of([(params, 0, [3, 5]), (params, 0, [4])], 6)
-    check_batch(batch, 2, 6)
+    checked = check_batch(batch, 2, 6)
     bad_values = {
         "temperature": [-1.0, 101.0, float("nan")],
         "top_k": [-1],
@@ -346,7 +346,7 @@ def test_a_batch_is_checked_on_the_host() -> None:
         check_batch(batch, 2, 5)
     both = LaunchRows(np.arange(2), np.zeros(2, np.bool_))
     with pytest.raises(KernelError, match="a launch of 2 rows: expected 1 to 1"):
-        pack_tables(batch, both, 1, 6, np.zeros(table_bytes(1, 6), np.uint8))
+        pack_tables(checked, both, 1, 6, np.zeros(table_bytes(1, 6), np.uint8))
 
 
 class NeverLaunches:
