@@ -33,6 +33,10 @@ class Completion:
     decode_seconds: float  # from the first token to the last
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per entry of token_ids; None unless top_logprobs was given
     limit: str | None = None  # "max_tokens" or "context": which one cut the text off, if finish_reason is "length"
+    choices: tuple[Completion, ...] = ()  # all n of a request with n= or best_of=, this one first; else ()
+    mean_logprob: float | None = None  # of its tokens, with best_of=: the choices are ordered by it
+    num_drafted: int = 0  # tokens that were guessed, with speculate=; and those of them that the model drew
+    num_accepted: int = 0
     stop_reason: int | str | None = None  # what ended it, if finish_reason is "stop": a token's id, a string, "grammar"
 
     @property

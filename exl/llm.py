@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -17,6 +19,7 @@ from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.engine.build import Engine, load_engine
+from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
 from exl.engine.request import TokenRequest
@@ -56,6 +59,8 @@ class LLM:
     plan: MemoryPlan
     _engine: Engine | None
     _streams: weakref.WeakSet[Stream[Any]]
+    _grammars: Grammars | None  # made for the first request with a constraint
+    _known_breakers: dict[tuple[str, ...], frozenset[int]]  # tokens that contain a text, see ``_dry_breakers``
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         shown_args = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
@@ -68,6 +73,7 @@ class LLM:
         llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
         engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
         llm._engine, llm._streams = engine, weakref.WeakSet()
+        llm._grammars, llm._known_breakers = None, {}
         return llm
 
     @property
@@ -106,8 +112,9 @@ class LLM:
         Text gets the model's BOS; special tokens in it are plain text. ``params``: a number of tokens (by default 256),
         or a ``SamplingParams``. ``options``: see ``exl.request_options.RequestOptions``; a sampling option that is left
         out is taken from ``params``, else from the model's generation_config; if that has none, decoding is greedy.
-        ``reuse_prefix`` reuses the part of the prompt that the cache still holds from earlier requests: faster; on a
-        GPU results are then equal only up to rounding. ``top_logprobs=5`` fills ``Completion.logprobs``: each token's
+        The part of the prompt that the cache still holds from earlier requests is not computed again where its bits
+        are the same (``reuse_prefix``). A list is computed in one batch, and each of its texts gets the answer that it
+        would get alone. ``top_logprobs=5`` fills ``Completion.logprobs``: each token's
         log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and filters;
         0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
         the context.
@@ -222,7 +229,7 @@ class LLM:
         **options: Unpack[RequestOptions],
     ) -> TextIterator:
         """Like ``complete_chat``, but yields pieces."""
-        options.setdefault("reuse_prefix", False)  # a Chat's own default is True
+        options.setdefault("reuse_prefix", "exact")  # a Chat's own default is True
         return self.chat(messages=messages, tools=tools, variables=variables).stream(None, params, **options)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -286,15 +293,45 @@ class LLM:
         generator = self._open_generator()
         check_top_logprobs(request.top_logprobs, self.config.vocab_size)
         params, tokenizer = request.params, self.tokenizer
+        ranks = request.best_of is not None and request.best_of > request.n
         asked = TokenRequest(
             prompt_ids,
             params,
             reuse_prefix=request.reuse_prefix,
-            top_logprobs=request.top_logprobs,
+            top_logprobs=0 if ranks and request.top_logprobs is None else request.top_logprobs,
             prompt_progress=request.prompt_progress,
+            num_choices=request.best_of or request.n,
+            speculate=request.speculate,
+            draft_tokens=request.draft_tokens,
+            dry_breakers=self._dry_breakers(params),
             make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop, params.banned_strings),
+            make_matcher=self._matchers(request.constraint),
         )
-        return generator.submit(asked, lambda answers: self._completion(asked, answers), inline=inline)
+        return generator.submit(asked, lambda answers: self._completion(asked, request, answers), inline=inline)
+
+    def _matchers(self, options: Mapping[str, Any]) -> Callable[[], Matcher] | None:
+        """Makes a matcher for each choice of a request; the grammar is compiled now, in the calling thread."""
+        constraint = Constraint.of(**options)
+        if constraint is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.tokenizer.eos_ids)
+        return self._grammars.matcher(constraint).copy
+
+    def _dry_breakers(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens at which a repetition ends for DRY: those that contain one of the texts."""
+        if params.dry_multiplier == 0.0:
+            return frozenset()
+        texts = [text.encode() for text in params.dry_breakers]
+        known = self._known_breakers.get(params.dry_breakers)
+        if known is None:
+            known = self._known_breakers[params.dry_breakers] = frozenset(
+                i
+                for i in range(self.config.vocab_size)
+                if self.tokenizer.id_to_token(i) is not None
+                and any(text in self.tokenizer.token_bytes(i) for text in texts)
+            )
+        return known
 
     def _stream(
         self,
@@ -327,20 +364,34 @@ class LLM:
             ]
             return [handle.result() for handle in handles]
 
-    def _completion(self, asked: TokenRequest, answers: list[Answer]) -> Completion:
-        answer, params = answers[0], asked.params
-        logprobs = None if answer.ranked is None else tuple(map(self._logprob_of, answer.ranked))
+    def _completion(self, asked: TokenRequest, request: Request, answers: list[Answer]) -> Completion:
+        made = [self._choice(asked, request, answer) for answer in answers]
+        if len(made) == 1:
+            return made[0]
+        if request.best_of is not None:
+            made.sort(key=lambda one: math.inf if one.mean_logprob is None else -one.mean_logprob)
+        made = made[: request.n]
+        return replace(made[0], choices=tuple(made))
+
+    def _choice(self, asked: TokenRequest, request: Request, answer: Answer) -> Completion:
+        mean = None
+        if request.best_of is not None and answer.ranked:
+            mean = math.fsum(ranked[0][1] for ranked in answer.ranked) / len(answer.ranked)
+        logprobs = None if request.top_logprobs is None else tuple(map(self._logprob_of, answer.ranked))
         return Completion(
             text="".join(answer.pieces),
             token_ids=tuple(answer.token_ids),
             finish_reason=answer.outcome.finish_reason,
             num_prompt_tokens=len(asked.prompt_ids),
             num_reused_tokens=answer.num_reused,
-            seed=params.seed,
+            seed=answer.seed,
             prompt_seconds=max(0.0, answer.first - answer.began),
             decode_seconds=answer.last - answer.first,
             logprobs=logprobs,
             limit=answer.outcome.limit,
+            mean_logprob=mean,
+            num_drafted=answer.num_drafted,
+            num_accepted=answer.num_accepted,
             stop_reason=answer.outcome.stop_reason,
         )
 

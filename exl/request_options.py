@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 from exl.errors import ConfigError
 from exl.sampling_params import OPTIONS, SamplingParams
@@ -37,7 +37,21 @@ class RequestOptions(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | None
     stop: str | Sequence[str] | None  # the text ends before the first of these to occur
-    reuse_prefix: bool  # reuse what the cache still holds of the prompt: faster; equal only up to rounding on a GPU
+    # What the cache still holds of the prompt: "exact", the default, takes what has the bits that computing it again
+    # would give; True takes all there is, which is equal up to rounding where rows depend on their chunk (on a GPU, and
+    # where torch computes); False takes nothing.
+    reuse_prefix: bool | Literal["exact"]
+    n: int | None  # answers to the same prompt, each with a seed of its own; the first is that of n=1
+    best_of: int | None  # so many answers are made, and the n with the highest mean log-probability are kept
+    json_schema: (
+        Any  # the text must be JSON of this schema: a dictionary, JSON text, a pydantic model; True: any object
+    )
+    regex: str | None  # the text must match all of this regular expression
+    grammar: str | None  # the text must follow this grammar, in Lark's syntax or llama.cpp's GBNF
+    choices: Sequence[str] | None  # the text must be one of these
+    after: str | Sequence[int] | None  # json_schema, regex, grammar or choices hold once this text or these ids came
+    speculate: str | None  # "prompt": what followed in the text before is guessed and checked; the text is the same
+    draft_tokens: int | None  # guesses in each step; by default as many as pay, none where it does not pay
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
 
@@ -47,7 +61,12 @@ class Request:
     """The options of one request, with all defaults filled in."""
 
     params: SamplingParams
-    reuse_prefix: bool = False
+    reuse_prefix: bool | Literal["exact"] = "exact"
+    n: int = 1
+    best_of: int | None = None
+    constraint: Mapping[str, Any] = field(default_factory=dict)  # json_schema, regex, ...: those that were given
+    speculate: str | None = None
+    draft_tokens: int | None = None
     top_logprobs: int | None = None
     prompt_progress: Callable[[PromptProgress], None] | None = None
 
@@ -83,13 +102,53 @@ class Request:
         chosen = {name: asked.pop(name, base.get(name)) for name in names if name in asked or name in base}
         if chosen.get("seed") is None:
             chosen["seed"] = secrets.randbits(63)  # reported by the completion, so that it can be repeated
-        for name in ("reuse_prefix", "prompt_progress"):
-            _check_kind(name, asked.get(name))
-        return cls(SamplingParams(**chosen), **asked)
+        for name, check in _CHECKS.items():
+            if name in asked:
+                check(name, asked[name])
+        request = cls(
+            SamplingParams(**chosen),
+            constraint={name: asked.pop(name) for name in CONSTRAINTS if name in asked},
+            **asked,
+        )
+        if request.best_of is not None and request.best_of < request.n:
+            raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
+        if request.draft_tokens is not None and request.speculate is None:
+            raise ConfigError(f"draft_tokens: found {request.draft_tokens} without speculate=, expected both")
+        return request
 
 
-def _check_kind(name: str, value: object) -> None:
-    if name == "prompt_progress" and value is not None and not callable(value):
-        raise ConfigError(f"prompt_progress: found {value!r}, expected a function of a PromptProgress")
-    if name == "reuse_prefix" and value is not None and not isinstance(value, bool):
-        raise ConfigError(f"reuse_prefix: found {value!r}, expected True or False")
+CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
+SPECULATE = ("prompt",)
+_MAX_CHOICES = 128
+_MAX_DRAFT_TOKENS = 64
+
+
+def _check_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise ConfigError(f"{name}: found {value!r}, expected a function of a PromptProgress")
+
+
+def _check_reuse(name: str, value: object) -> None:
+    if not isinstance(value, bool) and value != "exact":
+        raise ConfigError(f"{name}: found {value!r}, expected 'exact', True or False")
+
+
+def _check_count(name: str, value: object) -> None:
+    most = _MAX_DRAFT_TOKENS if name == "draft_tokens" else _MAX_CHOICES
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"{name}: found {value!r}, expected a whole number from 1 to {most}")
+
+
+def _check_speculate(name: str, value: object) -> None:
+    if value not in SPECULATE:
+        raise ConfigError(f"{name}: found {value!r}, expected {' or '.join(map(repr, SPECULATE))}")
+
+
+_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "reuse_prefix": _check_reuse,
+    "prompt_progress": _check_callable,
+    "n": _check_count,
+    "best_of": _check_count,
+    "draft_tokens": _check_count,
+    "speculate": _check_speculate,
+}
