@@ -26,16 +26,39 @@ class RequestOptions(TypedDict, total=False):
     """Keywords of a request; those that ``exl.sampling_params.OPTIONS`` lists are explained there.
 
     A sampling option that is left out or None is taken from ``SamplingParams`` if they were given, else from the
-    model's generation_config; if that has none, decoding is greedy, and filters and penalty are off.
+    model's generation_config; if that has none, decoding is greedy, and filters and penalties are off.
     """
 
-    max_tokens: int | None
     temperature: float | None
+    dynamic_range: float | None
+    dynamic_exponent: float | None
+    temperature_last: bool | None
+    top_n_sigma: float | None
     top_k: int | None
+    typical_p: float | None
     top_p: float | None
     min_p: float | None
+    mirostat_tau: float | None
+    mirostat_eta: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    penalty_window: int | None
+    penalize_prompt: bool | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_window: int | None
+    dry_breakers: str | Sequence[str] | None
+    logit_bias: Mapping[int, float] | None
+    banned_tokens: Sequence[int] | None
+    min_tokens: int | None
+    ignore_eos: bool | None
+    stop_token_ids: Sequence[int] | None
     seed: int | None
+    max_tokens: int | None
     stop: str | Sequence[str] | None  # the text ends before the first of these to occur
     # What the cache still holds of the prompt: "exact", the default, takes what has the bits that computing it again
     # would give; True takes all there is, which is equal up to rounding where rows depend on their chunk (on a GPU, and
