@@ -60,7 +60,6 @@ class LLM:
     _engine: Engine | None
     _streams: weakref.WeakSet[Stream[Any]]
     _grammars: Grammars | None  # made for the first request with a constraint
-    _known_breakers: dict[tuple[str, ...], frozenset[int]]  # tokens that contain a text, see ``_dry_breakers``
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         shown_args = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
@@ -73,7 +72,7 @@ class LLM:
         llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
         engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
         llm._engine, llm._streams = engine, weakref.WeakSet()
-        llm._grammars, llm._known_breakers = None, {}
+        llm._grammars = None
         return llm
 
     @property
@@ -303,7 +302,7 @@ class LLM:
             num_choices=request.best_of or request.n,
             speculate=request.speculate,
             draft_tokens=request.draft_tokens,
-            dry_breakers=self._dry_breakers(params),
+            dry_breakers=tokenizer.ids_with(params.dry_breakers) if params.dry_multiplier else frozenset(),
             make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop, params.banned_strings),
             make_matcher=self._matchers(request.constraint),
         )
@@ -317,21 +316,6 @@ class LLM:
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.tokenizer.eos_ids)
         return self._grammars.matcher(constraint).copy
-
-    def _dry_breakers(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens at which a repetition ends for DRY: those that contain one of the texts."""
-        if params.dry_multiplier == 0.0:
-            return frozenset()
-        texts = [text.encode() for text in params.dry_breakers]
-        known = self._known_breakers.get(params.dry_breakers)
-        if known is None:
-            known = self._known_breakers[params.dry_breakers] = frozenset(
-                i
-                for i in range(self.config.vocab_size)
-                if self.tokenizer.id_to_token(i) is not None
-                and any(text in self.tokenizer.token_bytes(i) for text in texts)
-            )
-        return known
 
     def _stream(
         self,

@@ -59,6 +59,7 @@ class RequestOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     seed: int | None
     max_tokens: int | None
+    banned_strings: str | Sequence[str] | None
     stop: str | Sequence[str] | None  # the text ends before the first of these to occur
     # What the cache still holds of the prompt: "exact", the default, takes what has the bits that computing it again
     # would give; True takes all there is, which is equal up to rounding where rows depend on their chunk (on a GPU, and
@@ -66,9 +67,8 @@ class RequestOptions(TypedDict, total=False):
     reuse_prefix: bool | Literal["exact"]
     n: int | None  # answers to the same prompt, each with a seed of its own; the first is that of n=1
     best_of: int | None  # so many answers are made, and the n with the highest mean log-probability are kept
-    json_schema: (
-        Any  # the text must be JSON of this schema: a dictionary, JSON text, a pydantic model; True: any object
-    )
+    # the text must be JSON of this schema: a dictionary, JSON text or a pydantic model; True: any object
+    json_schema: Any
     regex: str | None  # the text must match all of this regular expression
     grammar: str | None  # the text must follow this grammar, in Lark's syntax or llama.cpp's GBNF
     choices: Sequence[str] | None  # the text must be one of these

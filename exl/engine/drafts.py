@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from exl.engine.draft_length import DraftLength, StepCosts, share_rows
@@ -10,6 +11,7 @@ from exl.engine.speculation import Drafter
 
 _SLOPE = 0.12  # of a step's cost, for each row more, while nothing was measured: eight rows cost less than two
 _FRESH = 0.2  # weight of the newest measurement
+_WARM = 3  # steps of a shape that are not measured: they load, record and capture what the later ones only run
 
 
 class MeasuredCosts:
@@ -17,8 +19,12 @@ class MeasuredCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._counts: Counter[int] = Counter()
 
     def measured(self, num_rows: int, seconds: float) -> None:
+        self._counts[num_rows] += 1
+        if self._counts[num_rows] <= _WARM:
+            return
         before = self._seconds.get(num_rows)
         self._seconds[num_rows] = seconds if before is None else before + _FRESH * (seconds - before)
 

@@ -1,10 +1,11 @@
-"""A request gets the same tokens in any company as alone, bit for bit: mixed lengths, seeds, samplers, stops, drafts and
-choices in one batch, with pages short and requests given up, through every backend."""
+"""A request gets the same tokens in any company as alone, bit for bit: mixed lengths, seeds, samplers, stops, drafts
+and choices in one batch, with pages short and requests given up, through every backend."""
 
 from __future__ import annotations
 
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from exl.engine import build
 from exl.engine.build import Engine, load_engine
 from exl.engine.request import Outcome, TokenRequest
+from exl.philox import child_seed
 from exl.planning.from_headers import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.host.backends import make_backend
@@ -35,7 +37,8 @@ def folder_of(tmp_path_factory):
                 make(made[kind], 4, 32)
             else:
                 sizes = {"intermediate_size": kind, "max_position_embeddings": CONTEXT}
-                hf_models.save(hf_models.build(hf_models.Case("wide", "llama", sizes), projection_scale=2.0), made[kind])
+                model = hf_models.build(hf_models.Case("wide", "llama", sizes), projection_scale=2.0)
+                hf_models.save(model, made[kind])
         return made[kind]
 
     return folder
@@ -105,20 +108,16 @@ SAMPLERS = {
 
 
 def results(handle) -> list[tuple]:
-    return [(answer.token_ids, answer.ranked, answer.outcome) for answer in handle.result(timeout=120) or handle.answers]
+    handle.result(timeout=120)
+    return [(answer.token_ids, answer.ranked, answer.outcome) for answer in handle.answers]
 
 
 def run_alone(engine: Engine, request: TokenRequest) -> list[tuple]:
     """Each choice on its own, and nothing reused."""
-    import dataclasses
-
-    from exl.philox import child_seed
-
     found = []
     for i in range(request.num_choices):
-        params = dataclasses.replace(request.params, seed=child_seed(request.params.seed, i))
-        one = dataclasses.replace(request, params=params, num_choices=1, reuse_prefix=False, speculate=None)
-        one = dataclasses.replace(one, draft_tokens=None)
+        params = replace(request.params, seed=child_seed(request.params.seed, i))
+        one = replace(request, params=params, num_choices=1, reuse_prefix=False, speculate=None)
         found += results(engine.generator.submit(one, inline=True))
     return found
 
