@@ -19,6 +19,7 @@ from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.engine.build import Engine, load_engine
+from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -249,6 +250,21 @@ class LLM:
             return self._open_generator().submit(request, inline=inline)
 
         return self._track(Stream(start, lambda event: event.logits))
+
+    def save_cache(self, path: str | Path) -> int:
+        """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
+        Returns their number of tokens. Waits for the step that runs now. Raises ``ConfigError`` if the file cannot be
+        written; the file has its name only when it is whole."""
+        self._open_generator()
+        return save_cache(self._engine, self.folder, path)
+
+    def load_cache(self, path: str | Path) -> int:
+        """Takes what ``save_cache`` wrote into the cache, as far as there are pages that no request uses: prompts that
+        begin like a text in it are computed from where it ends, with the same bits. Returns the number of tokens that
+        can be found now. Raises ``ConfigError`` if the file cannot be read, or is of another model, cache type, chunk
+        or kind of kernels; ``CheckpointError`` if it is damaged. Then nothing has changed."""
+        self._open_generator()
+        return load_cache(self._engine, self.folder, path)
 
     def close(self) -> None:
         """Frees the memory. Requests to the model after that raise ``ExlError``.

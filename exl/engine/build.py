@@ -14,6 +14,7 @@ import torch
 from exl import forks
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
+from exl.cache.tier import ram_tier
 from exl.checkpoint.config import GenerationDefaults, ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.generator import Generator
@@ -149,7 +150,10 @@ def build_engine(
         runner = Runner(decoder, weights, kv, model.limits, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
-        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids)
+        tier = None
+        if model.num_kept_pages:
+            tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
+        generator = Generator(runner, PagePool(plan.num_pages, tier=tier), plan.context, eos_ids)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 
