@@ -73,7 +73,9 @@ class RequestOptions(TypedDict, total=False):
     grammar: str | None  # the text must follow this grammar, in Lark's syntax or llama.cpp's GBNF
     choices: Sequence[str] | None  # the text must be one of these
     after: str | Sequence[int] | None  # json_schema, regex, grammar or choices hold once this text or these ids came
-    speculate: str | None  # "prompt": what followed in the text before is guessed and checked; the text is the same
+    # Guesses that the model checks, several tokens a step; the text is the same. "prompt": what followed in the text
+    # before; "draft", the default if the model was loaded with draft=: what that model says; False: none.
+    speculate: str | Literal[False] | None
     draft_tokens: int | None  # guesses in each step; by default as many as pay, none where it does not pay
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
@@ -88,7 +90,7 @@ class Request:
     n: int = 1
     best_of: int | None = None
     constraint: Mapping[str, Any] = field(default_factory=dict)  # json_schema, regex, ...: those that were given
-    speculate: str | None = None
+    speculate: str | Literal[False] | None = None
     draft_tokens: int | None = None
     top_logprobs: int | None = None
     prompt_progress: Callable[[PromptProgress], None] | None = None
@@ -135,13 +137,11 @@ class Request:
         )
         if request.best_of is not None and request.best_of < request.n:
             raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
-        if request.draft_tokens is not None and request.speculate is None:
-            raise ConfigError(f"draft_tokens: found {request.draft_tokens} without speculate=, expected both")
         return request
 
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
-SPECULATE = ("prompt",)
+SPECULATE = ("prompt", "draft")
 _MAX_CHOICES = 128
 _MAX_DRAFT_TOKENS = 64
 
@@ -163,8 +163,8 @@ def _check_count(name: str, value: object) -> None:
 
 
 def _check_speculate(name: str, value: object) -> None:
-    if value not in SPECULATE:
-        raise ConfigError(f"{name}: found {value!r}, expected {' or '.join(map(repr, SPECULATE))}")
+    if value is not False and value not in SPECULATE:
+        raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
 _CHECKS: dict[str, Callable[[str, object], None]] = {

@@ -55,6 +55,9 @@ class Drafts:
         self._granted: dict[Tokens, int] = {}
         self.costs = MeasuredCosts()
 
+    def add(self, name: str, drafter: Drafter) -> None:
+        self._drafters[name] = drafter
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._drafters)

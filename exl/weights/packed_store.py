@@ -71,9 +71,7 @@ def _describe_tensor(checkpoint: Checkpoint, name: str) -> list:
 
 def model_digest(checkpoint: Checkpoint) -> str:
     """Of the tensors alone, wherever their files lie and whenever they were written: names, types, shapes, samples."""
-    parts = [
-        (name, dtype, shape, sample) for name, _, dtype, shape, _, _, sample in _describe_tensors(checkpoint)
-    ]
+    parts = [(name, dtype, shape, sample) for name, _, dtype, shape, _, _, sample in _describe_tensors(checkpoint)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
