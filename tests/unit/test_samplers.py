@@ -38,6 +38,7 @@ ALONE = {
     "mirostat_high": {"mirostat_mu": 40.0, "top_k": 2, "min_p": 0.9},  # which it replaces
     "xtc": {"xtc_threshold": 0.1},
     "xtc_fine": {"xtc_threshold": 0.001},
+    "xtc_finest": {"xtc_threshold": 3e-5},  # more good tokens than are sorted at first
     "xtc_edge": {"xtc_threshold": 0.5},
     "xtc_off": {"xtc_threshold": 0.50001},
     "last": {"temperature": 1.7, "temperature_last": True},
