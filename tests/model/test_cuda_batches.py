@@ -123,8 +123,7 @@ def test_drafts_have_the_same_bits_in_every_bucket(filled, captured):
 
 
 def test_64_rows(folder, backend):
-    """Of 64 sequences, and of 8 with drafts: a row of some of them as alone, in a bucket that is full and in one that is
-    not."""
+    """Of 64 sequences, and of 8 with drafts: rows of some as alone, in buckets that are full and that are not."""
     engine = load(folder, RecordingBackend(backend), context=64, max_sequences=64, cache_tokens=64 * 64)
     runner, graphs = engine.generator.runner, engine.generator.runner.graphs
     texts = [Text(some_ids(9 + i % 15, i), 1 + i % 15, [i]) for i in range(64)]
