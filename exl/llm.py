@@ -449,8 +449,8 @@ def load(
     disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
     activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
-    ``draft``: a smaller model with the same vocabulary, whose guesses this one checks, several tokens a step, where that
-    is faster; the text is the same with and without.
+    ``draft``: a smaller model with the same vocabulary, whose guesses this one checks, several tokens a step, where
+    that is faster; the text is the same with and without.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False
