@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import exl
-from exl.request_options import RequestOptions
+from exl.request_options import CONSTRAINTS, RequestOptions
 from exl.sampling_params import NUMBER, OPTIONS
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260K"
@@ -216,7 +216,8 @@ def test_the_table_of_options_is_whole():
     options = get_type_hints(RequestOptions)
     params = get_type_hints(exl.SamplingParams)
     assert [*OPTIONS, "stop"] == list(params)
-    asked_for_otherwise = {"stop", "reuse_prefix", "top_logprobs", "prompt_progress"}
+    asked_for_otherwise = {"stop", "reuse_prefix", "top_logprobs", "prompt_progress", "n", "best_of", *CONSTRAINTS}
+    asked_for_otherwise |= {"speculate", "draft_tokens"}
     assert list(OPTIONS) == [name for name in options if name not in asked_for_otherwise]
     defaults = exl.SamplingParams()
     for name, option in OPTIONS.items():
@@ -240,6 +241,7 @@ def test_every_option_reaches_the_text(llm):
     values = {
         "logit_bias": {5: 1.5}, "banned_tokens": [7, 5], "stop_token_ids": (3,), "dry_breakers": ["a"], "seed": 4,
         "temperature_last": True, "penalize_prompt": False, "ignore_eos": True, "min_tokens": 2, "max_tokens": 3,
+        "banned_strings": ["zq"],
     }  # fmt: skip
     values = {name: values.get(name, 0.5 if option.kind is NUMBER else 2) for name, option in OPTIONS.items()}
     values |= {"repetition_penalty": 1.5, "dry_base": 2.0}
