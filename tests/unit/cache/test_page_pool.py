@@ -161,6 +161,17 @@ def test_pages_before_the_window_are_given_back_and_still_found():
     pool.check([[other]])
 
 
+def test_the_end_of_a_text_goes_first_even_if_its_beginning_was_given_back_before():
+    pool = PagePool(4, null=True)
+    ids = text(192)
+    pages = pool.allocate(3)
+    pool.remember(ids, pages)
+    pool.release(pages[:1])
+    pool.release([0, *pages[1:]])
+    pool.allocate(1)
+    assert pool.find(ids).num_tokens == 128
+
+
 # ---- prefixes -------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +242,17 @@ def test_the_longest_of_several_continuations_wins():
     assert pool.find(ids + [1] * 4 + [2] * 2 + [3]).num_tokens == 70
     assert pool.find(ids + [1] * 6 + [3]).num_tokens == 70
     assert first[0] == taken.pages[0]
+
+
+def test_of_several_that_agree_as_far_the_one_that_needs_no_copy_is_taken():
+    pool = PagePool(8)
+    ids = text(64)
+    first = pool.allocate(2)
+    pool.remember([*ids, 1, 1], first)
+    store(pool, [*ids, 1, 1, 0])
+    pool.release(first)
+    taken, copies = take(pool, [*ids, 1, 1, 2])
+    assert (taken.num_reused, taken.pages[1], copies) == (66, first[1], [])
 
 
 def test_the_page_to_copy_from_is_taken_if_it_is_the_one_that_lacks():

@@ -182,6 +182,24 @@ def test_least_recently_used_pages_leave_ram_first():
         pool.check([])
 
 
+def test_a_page_whose_beginning_loses_its_slot_needs_none():
+    """A sequence with a window has given its first page back; that one is in the only slot when the next is evicted."""
+    kv = filled(SMALL, 4)
+    with ExitStack() as stack:
+        pool = PagePool(4, null=True, tier=ram_tier(kv, kv.page_bytes, no_fence, stack))
+        ids = text(1, 2)
+        pages = pool.allocate(2)
+        pool.remember(ids, pages)
+        pool.release(pages[:1])
+        others = pool.allocate(2)
+        assert pool.find(ids).num_tokens == 128
+        pool.release([0, pages[1]])
+        pool.check([others])
+        others += pool.allocate(1)
+        pool.check([others])
+        assert pool.find(ids).num_tokens == 0
+
+
 def test_memory_for_less_than_a_page_is_no_tier():
     kv = filled(SMALL, 2)
     with ExitStack() as stack:
