@@ -149,7 +149,7 @@ def build_engine(
         runner = Runner(decoder, weights, kv, model.limits, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
-        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids)
+        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, options.max_queue)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 
