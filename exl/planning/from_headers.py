@@ -51,6 +51,7 @@ class EngineOptions:
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
     kv_cache: str = "f16"
     max_sequences: int = 16  # that run at once
+    max_queue: int | None = None  # requests that may wait for that; None: any number
     # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one.
     cache_tokens: int | str | None = None
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
@@ -98,10 +99,12 @@ class EngineOptions:
         check_threads(self.threads)
 
     def _check_counts(self) -> None:
-        least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0}
+        least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0, "max_queue": 0}
         for name, low in ({"context": 1, "cache_tokens": 1} | least).items():
             value, may_be_auto = getattr(self, name), name in ("context", "cache_tokens")
-            if (value is None and (may_be_auto or name == "resident_layers")) or (may_be_auto and value == "auto"):
+            if (value is None and (may_be_auto or name in ("resident_layers", "max_queue"))) or (
+                may_be_auto and value == "auto"
+            ):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
                 raise ConfigError(
