@@ -89,13 +89,17 @@ class Seat:
 
     def check(self) -> None:
         """Raises ``ExlError`` if no request can be made from here."""
+        self.check_open()
+        if self._lock._is_owned():
+            raise ExlError(_OWN_CALLBACK)
+
+    def check_open(self) -> None:
+        """Raises ``ExlError`` if the model is closed, or does not work in this process."""
         self.guard.check()
         if self._closed is not None:
             raise ExlError(self._closed)
         if self._broken is not None:
             raise ExlError(f"the engine has stopped: {self._broken}") from self._broken
-        if self._lock._is_owned():
-            raise ExlError(_OWN_CALLBACK)
 
     def close(self, reason: str) -> None:
         """Ends all requests with this reason, after the step in flight. Raises ``ExlError`` if this thread is in it."""
@@ -110,6 +114,14 @@ class Seat:
         if thread is not None:
             self._wake.put(None)
             thread.join(_JOIN)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Between two steps, after the one in flight: nothing else runs meanwhile."""
+        self.check()
+        with self._driving():
+            self.check_open()
+            yield
 
     # ---- the inbox
 
