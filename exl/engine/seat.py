@@ -174,7 +174,7 @@ class Seat:
         return not left
 
     def apart(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, called between two steps: nothing else runs meanwhile. What it raises is raised here."""
+        """What ``work`` returns, called between two steps: nothing else runs meanwhile. Its errors are raised here."""
         self.check()
         found: list[Result] = []
 
