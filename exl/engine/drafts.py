@@ -74,7 +74,9 @@ class Drafts:
 
     def wanted(self, sequence: Tokens) -> bool:
         """Whether the sequence may have drafts in its next step: its tokens must be known before."""
-        return sequence.ticket.request.speculate is not None and not sequence.wants_all
+        request = sequence.ticket.request
+        # Mirostat's draws depend on how likely all tokens before were, which is known only when they are drawn.
+        return request.speculate is not None and not sequence.wants_all and request.params.mirostat_tau == 0.0
 
     def propose(self, sequences: Sequence[Tokens]) -> dict[Tokens, tuple[int, ...]]:
         """Drafts for the decode rows of a step, those of sequences that want none included."""
@@ -87,8 +89,8 @@ class Drafts:
         granted = share_rows(asks, StepCosts(self.costs.rows, self.costs.draft), self._max_rows, len(sequences))
         left = self._max_rows - len(sequences)
         for i, (ask, count) in enumerate(zip(asks, fixed, strict=True)):
-            if count is not None:  # as many as were asked for, whether they pay or not
-                granted[i] = min(count, ask.most, max(left, 0))
+            wanted = granted[i] if count is None else min(count, ask.most)  # whether they pay or not
+            granted[i] = min(wanted, max(left, 0))
             left -= granted[i]
         began, found = time.perf_counter(), {}
         for name, drafter in self._drafters.items():

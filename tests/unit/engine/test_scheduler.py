@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
@@ -60,7 +59,7 @@ def test_pages_for_drafts_that_are_not_needed_any_more_are_given_back_when_a_seq
     world = World(FakeDevice(8, invariant_rows=invariant_rows))
     ticket = world.submit(request(prompt(60), 40, temperature=0.0, speculate="prompt", draft_tokens=7))
     (sequence,) = ticket.sequences
-    while sequence.num_tokens < PAGE_SIZE or len(sequence.pages) == sequence.pages_needed:
+    while len(sequence.pages) <= sequence.pages_needed:
         world.scheduler.step()
         assert not ticket.ended
     world.scheduler._pause(sequence)
@@ -159,10 +158,9 @@ def test_a_short_prompt_reuses_nothing_that_other_kernels_have_computed() -> Non
 def test_no_token_is_read_before_the_next_step_is_launched() -> None:
     world = World(FakeDevice(16, runs_ahead=True))
     run_all(world, [request(prompt(20 + i, i), 8 + i, seed=i) for i in range(3)])
-    log = world.device.log
-    assert "read" in log
-    for before, after in pairwise(log):
-        assert (before, after) != ("sample", "read") or log.count("step") == log[: log.index(after)].count("step")
+    calls = " ".join(world.device.log)
+    assert "sample step read sample step" in calls
+    assert "sample read step" not in calls
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
