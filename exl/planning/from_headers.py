@@ -64,6 +64,7 @@ class EngineOptions:
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
+    verifies_drafts: bool = False  # set by the planner, beside a draft model: a sequence may have several decode rows
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -249,7 +250,7 @@ def _plan_both(
             )
         draft, _ = plan_model(draft_files, draft_options(options, context), target)
     needed = draft.num_bytes
-    less = dataclasses.replace(options, draft=None)
+    less = dataclasses.replace(options, draft=None, verifies_drafts=True)
     if options.budget is not None:
         if needed >= options.budget:
             found = f"{format_bytes(needed)}, the budget is {format_bytes(options.budget)}"
@@ -292,7 +293,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         head=layouts.head,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options, cache_tokens),
+        limits=step_limits(config, context, options, cache_tokens, drafts=options.verifies_drafts),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),

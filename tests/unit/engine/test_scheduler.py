@@ -188,7 +188,9 @@ def test_drafts_change_nothing(draft_tokens: int | None, runs_ahead: bool) -> No
         [
             request(prompt(20), 30, temperature=0.0, **options),
             request(prompt(30, 1), 30, mirostat_tau=2.0, **options),
-            request(prompt(40, 2), 30, repetition_penalty=1.2, make_sink=lambda: PairSink(banned=("bc", "ea")), **options),
+            request(
+                prompt(40, 2), 30, repetition_penalty=1.2, make_sink=lambda: PairSink(banned=("bc", "ea")), **options
+            ),
             request(prompt(50, 3), 30, make_matcher=StepMatcher, **options),
         ],
     )
