@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,12 @@ def char(token_id: int) -> str:
     return chr(ord("a") + token_id)
 
 
+@functools.lru_cache
+def _starts(strings: tuple[str, ...]) -> tuple[frozenset[str], int]:
+    """Their beginnings, and the length of the longest one."""
+    return frozenset(s[:n] for s in strings for n in range(1, len(s))), max(map(len, strings), default=1) - 1
+
+
 @dataclass
 class CharSink:
     """A text of one character a token, with stop strings and banned strings."""
@@ -47,10 +54,10 @@ class CharSink:
     def _num_open(self, strings: Sequence[str]) -> int:
         """Tokens that one of the strings may begin with; so may those before, if these are taken back."""
         text = "".join(map(char, self.ids))
-        starts = {string[:count] for string in strings for count in range(1, len(string))}
+        starts, longest = _starts(tuple(strings))
         end = len(text)
-        while found := [len(start) for start in starts if text.endswith(start, 0, end)]:
-            end -= max(found)
+        while found := next((n for n in range(min(longest, end), 0, -1) if text[end - n : end] in starts), 0):
+            end -= found
         return len(text) - end
 
     def push(self, token_id: int) -> Verdict:

@@ -217,8 +217,9 @@ class EngineMachine(RuleBasedStateMachine):
             for i, answer in enumerate(ticket.answers):
                 ids, text = told(self.world.events[ticket], i)
                 assert ids == answer.token_ids[: len(ids)]
-                if answer.outcome is not None and answer.outcome.finish_reason == "cancelled":
-                    ids, text = [], ""  # its end may be that of a stop string, or of a banned one
+                cancelled = answer.outcome is not None and answer.outcome.finish_reason == "cancelled"
+                if cancelled and request.make_sink is not None:
+                    continue  # the end of its text may be the beginning of a stop string, or of a banned one
                 if expected is not None:
                     assert ids == expected[i][4][: len(ids)]
                     assert expected[i][5].startswith(text)
@@ -248,5 +249,5 @@ def _interrupted(what: Callable[[], object], lines: int) -> None:
         sys.settrace(before)
 
 
-EngineMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None, derandomize=True)
+EngineMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
 TestEngineMachine = EngineMachine.TestCase

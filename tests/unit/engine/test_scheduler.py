@@ -220,11 +220,14 @@ def text_of(ids: list[int]) -> str:
     return "".join(map(char, ids))
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("invariant_rows", DEVICES)
 @pytest.mark.parametrize("length", [100, 127, 128, 129])
-def test_taking_back_the_first_token_writes_to_no_page_of_others(length: int, invariant_rows: int) -> None:
+def test_taking_back_the_first_token_writes_to_no_page_of_others(
+    length: int, invariant_rows: int, runs_ahead: bool
+) -> None:
     """The last rows of the prompt run again, but its pages are shared by then. The device checks who writes."""
-    world = World(FakeDevice(16, invariant_rows=invariant_rows))
+    world = World(FakeDevice(16, invariant_rows=invariant_rows, runs_ahead=runs_ahead))
     plain = request(prompt(length), 12, num_choices=3)
     banned = tuple(text_of(found[0][:2]) for found in alone(plain, world.device))
     tickets = run_all(world, [plain, replace(plain, make_sink=lambda: CharSink(banned=banned))])
