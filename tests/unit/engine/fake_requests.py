@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,9 +30,15 @@ def char(token_id: int) -> str:
     return chr(ord("a") + token_id)
 
 
+@functools.lru_cache
+def _starts(strings: tuple[str, ...]) -> tuple[frozenset[str], int]:
+    """Their beginnings, and the length of the longest one."""
+    return frozenset(s[:n] for s in strings for n in range(1, len(s))), max(map(len, strings), default=1) - 1
+
+
 @dataclass
-class PairSink:
-    """A text of one character a token; stop strings and banned strings of two."""
+class CharSink:
+    """A text of one character a token, with stop strings and banned strings."""
 
     stops: tuple[str, ...] = ()
     banned: tuple[str, ...] = ()
@@ -42,24 +49,32 @@ class PairSink:
 
     @property
     def num_final_tokens(self) -> int:
-        return len(self.ids) - (not self.ended and self._opens(self.banned))
+        return len(self.ids) - (0 if self.ended else self._num_open(self.banned))
 
-    def _opens(self, pairs: Sequence[str]) -> bool:
-        return bool(self.ids) and any(pair[0] == char(self.ids[-1]) for pair in pairs)
+    def _num_open(self, strings: Sequence[str]) -> int:
+        """Tokens that one of the strings may begin with; so may those before, if these are taken back."""
+        text = "".join(map(char, self.ids))
+        starts, longest = _starts(tuple(strings))
+        end = len(text)
+        while found := next((n for n in range(min(longest, end), 0, -1) if text[end - n : end] in starts), 0):
+            end -= found
+        return len(text) - end
 
     def push(self, token_id: int) -> Verdict:
         if len(self.ids) == self.fails_at:
             raise ZeroDivisionError("sink")
         self.ids.append(token_id)
-        pair = "".join(map(char, self.ids[-2:]))
-        if pair in self.banned:
-            blocked = self.ids[-2]
-            del self.ids[-2:]
-            return Verdict(rewind=Rewind(2, blocked))
-        if pair in self.stops:
-            self.ended = True
-            return Verdict(self._given(len(self.ids) - 2), stopped=pair)
-        return Verdict(self._given(len(self.ids) - self._opens((*self.stops, *self.banned))))
+        text = "".join(map(char, self.ids))
+        for banned in self.banned:
+            if text.endswith(banned):
+                rewind = Rewind(len(banned), self.ids[-len(banned)])
+                del self.ids[-len(banned) :]
+                return Verdict(rewind=rewind)
+        for stop in self.stops:
+            if text.endswith(stop):
+                self.ended = True
+                return Verdict(self._given(len(self.ids) - len(stop)), stopped=stop)
+        return Verdict(self._given(len(self.ids) - self._num_open((*self.stops, *self.banned))))
 
     def finish(self) -> str:
         if self.fails_at == -1:

@@ -19,9 +19,11 @@ from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
 from exl.errors import CheckpointError, ExlError
 from exl.sampling_params import SamplingParams
-from tests.unit.engine.fake_device import EOS, FakeDevice, Faults
-from tests.unit.engine.fake_requests import PairSink, StepMatcher, World, alone, results, told
+from tests.unit.engine.fake_device import FakeDevice, Faults
+from tests.unit.engine.fake_requests import CharSink, StepMatcher, World, alone, results, told
 
+STOPS = ("ab", "cd", "fa")
+BANS = tuple(a + b + c for a in "aceg" for b in "bdfh" for c in "abcdefghijklm")  # a pair, whatever comes then
 CONTEXT = 3 * PAGE_SIZE
 TEXTS = ([(i * i + i // 3) % 11 for i in range(300)], [(i * 5 + i // 7) % 11 for i in range(300)])
 
@@ -42,7 +44,7 @@ def requests(draw: st.DrawFn) -> TokenRequest:
     shared = draw(st.sampled_from((60, 62, 126, 63, 64, 65, 100, 120, 127, 128, 40, 3, 0)))
     more = draw(st.integers(1, 6))
     most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1)))
-    stops, banned = draw(st.sampled_from(((), ("ab", "cd", "fa")))), draw(st.sampled_from(((), ("bc", "ea", "af"))))
+    stops, banned = draw(st.sampled_from(((), STOPS))), draw(st.sampled_from(((), BANS)))
     with_sink, matcher = bool(stops or banned) or draw(st.booleans()), draw(st.sampled_from((None, None, 5, 1000)))
     return TokenRequest(
         prompt_ids=text[:shared] + other[:more],
@@ -52,7 +54,7 @@ def requests(draw: st.DrawFn) -> TokenRequest:
         num_choices=draw(st.sampled_from((1, 1, 2, 3, 4))),
         speculate=draw(st.sampled_from((None, None, "prompt"))),
         draft_tokens=draw(st.sampled_from((None, 3))),
-        make_sink=(lambda: PairSink(stops, banned)) if with_sink else None,
+        make_sink=(lambda: CharSink(stops, banned)) if with_sink else None,
         make_matcher=None if matcher is None else (lambda: StepMatcher(matcher)),
     )
 
@@ -118,7 +120,8 @@ class EngineMachine(RuleBasedStateMachine):
         """What steps change."""
         scheduler = self.world.scheduler
         live = [
-            (s.arrival, s.state, s.num_tokens, s.num_cached, s.sample_idx, s.ticket.num_put) for s in scheduler.live
+            (s.arrival, s.state, s.num_tokens, s.num_cached, s.sample_idx, s.ticket.num_put, dict(s.rewinds))
+            for s in scheduler.live
         ]
         return live, scheduler._inflight is None
 
@@ -214,8 +217,9 @@ class EngineMachine(RuleBasedStateMachine):
             for i, answer in enumerate(ticket.answers):
                 ids, text = told(self.world.events[ticket], i)
                 assert ids == answer.token_ids[: len(ids)]
-                if answer.outcome is not None and answer.outcome.finish_reason == "cancelled":
-                    ids, text = ids[:-1], text[:-1]  # the last one may have begun a stop string, or a banned one
+                cancelled = answer.outcome is not None and answer.outcome.finish_reason == "cancelled"
+                if cancelled and request.make_sink is not None:
+                    continue  # the end of its text may be the beginning of a stop string, or of a banned one
                 if expected is not None:
                     assert ids == expected[i][4][: len(ids)]
                     assert expected[i][5].startswith(text)
@@ -245,5 +249,5 @@ def _interrupted(what: Callable[[], object], lines: int) -> None:
         sys.settrace(before)
 
 
-EngineMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None, derandomize=True)
+EngineMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
 TestEngineMachine = EngineMachine.TestCase

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,8 +14,8 @@ from exl.engine.ticket import Ticket
 from exl.errors import CheckpointError, ExlError
 from exl.request_options import PromptProgress
 from exl.sampling_params import SamplingParams
-from tests.unit.engine.fake_device import EOS, FakeDevice, Faults, V
-from tests.unit.engine.fake_requests import PairSink, StepMatcher, World, alone, results
+from tests.unit.engine.fake_device import EOS, FakeDevice, Faults
+from tests.unit.engine.fake_requests import CharSink, StepMatcher, World, alone, char, results
 
 DEVICES = (ALL_ALIKE, 100, 1)  # invariant rows: compiled kernels, a GPU, torch on a CPU
 
@@ -181,6 +180,9 @@ def test_a_stop_that_is_found_late_costs_a_row(runs_ahead: bool) -> None:
 @pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("draft_tokens", [None, 1, 7])
 def test_drafts_change_nothing(draft_tokens: int | None, runs_ahead: bool) -> None:
+    def banning() -> CharSink:
+        return CharSink(banned=("bc", "ea"))
+
     options = {"speculate": "prompt", "draft_tokens": draft_tokens}
     world = World(FakeDevice(16, runs_ahead=runs_ahead))
     tickets = run_all(
@@ -189,7 +191,7 @@ def test_drafts_change_nothing(draft_tokens: int | None, runs_ahead: bool) -> No
             request(prompt(20), 30, temperature=0.0, **options),
             request(prompt(30, 1), 30, mirostat_tau=2.0, **options),
             request(
-                prompt(40, 2), 30, repetition_penalty=1.2, make_sink=lambda: PairSink(banned=("bc", "ea")), **options
+                prompt(40, 2), 30, repetition_penalty=1.2, make_sink=lambda: CharSink(banned=("bc", "ea")), **options
             ),
             request(prompt(50, 3), 30, make_matcher=StepMatcher, **options),
         ],
@@ -214,53 +216,64 @@ def test_drafts_that_were_asked_for_leave_those_of_others_their_rows() -> None:
 # ---- tokens that are taken back
 
 
-def banning(*pairs: str) -> Callable[[], PairSink]:
-    return lambda: PairSink(banned=pairs)
+def text_of(ids: list[int]) -> str:
+    return "".join(map(char, ids))
 
 
-ALL_PAIRS = [a + b for a in "abcdef" for b in "ghijk"]
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("invariant_rows", DEVICES)
+@pytest.mark.parametrize("length", [100, 127, 128, 129])
+def test_taking_back_the_first_token_writes_to_no_page_of_others(
+    length: int, invariant_rows: int, runs_ahead: bool
+) -> None:
+    """The last rows of the prompt run again, but its pages are shared by then. The device checks who writes."""
+    world = World(FakeDevice(16, invariant_rows=invariant_rows, runs_ahead=runs_ahead))
+    plain = request(prompt(length), 12, num_choices=3)
+    banned = tuple(text_of(found[0][:2]) for found in alone(plain, world.device))
+    tickets = run_all(world, [plain, replace(plain, make_sink=lambda: CharSink(banned=banned))])
+    assert all(sequence.rewinds for sequence in tickets[1].sequences)
 
 
 @pytest.mark.parametrize("invariant_rows", DEVICES)
-@pytest.mark.parametrize("reuse", ["exact", True])
-def test_taking_back_the_first_token_writes_to_no_page_of_others(invariant_rows: int, reuse: bool | str) -> None:
-    for length in (100, 127, 128, 129):
-        world = World(FakeDevice(16, invariant_rows=invariant_rows))
-        other = request(prompt(length), 20, num_choices=3)
-        again = request(prompt(length) + [1], 20, reuse_prefix=reuse, make_sink=banning(*ALL_PAIRS), num_choices=2)
-        tickets = [world.submit(other), world.submit(again)]
-        world.run()
-        assert results(world, tickets[0]) == alone(other, world.device)
-        if reuse == "exact":
-            assert results(world, tickets[1]) == alone(again, world.device)
+def test_who_reuses_inexactly_and_takes_its_first_token_back_leaves_others_alone(invariant_rows: int) -> None:
+    world = World(FakeDevice(16, invariant_rows=invariant_rows))
+    first = request(prompt(100), 60)
+    (ticket,) = run_all(world, [first])
+    again = request(prompt(100) + ticket.answers[0].token_ids, 12, reuse_prefix=True)
+    run_all(world, [request(prompt(130, 3), 4)])
+    found = World(FakeDevice(16, invariant_rows=invariant_rows))
+    run_all(found, [first])
+    plain = found.submit(again)
+    found.run()
+    banned = (text_of(plain.answers[0].token_ids[:2]),)
+    tickets = [world.submit(replace(again, make_sink=make)) for make in (CharSink, lambda: CharSink(banned=banned))]
+    world.run()
+    assert tickets[1].sequences[0].rewinds
+    assert tickets[0].answers[0].token_ids == plain.answers[0].token_ids
 
 
 def test_a_page_that_others_found_is_not_written_when_its_tokens_are_taken_back() -> None:
-    """A is paused with a full page of its answer; B, whose prompt is A's text, shares that page; then A takes tokens of
-    that page back."""
+    """A is paused with a full page, of which its answer is the end; B, whose prompt is A's text, shares that page; then
+    A takes tokens of that page back and draws others."""
     world = World(FakeDevice(16))
-    plain = alone(request(prompt(60), 4), world.device)[0][0]
-    pair = chr(97 + plain[3]) + "?"
-    sink = PairSink()
-    a = world.submit(request(prompt(60), 40, make_sink=lambda: sink))
+    plain = alone(request(prompt(60), 20), world.device)[0][0]
+    banned = text_of(plain[3:6])
+    a = world.submit(request(prompt(60), 20, make_sink=lambda: CharSink(banned=(banned,))))
     (sequence,) = a.sequences
     while len(sequence.ids) < PAGE_SIZE + 1:
         world.scheduler.step()
+    assert not sequence.rewinds
     world.scheduler._pause(sequence)
-    b = world.submit(request(sequence.ids[:PAGE_SIZE] + [5], 40))
-    while b.sequences[0].state is not State.RUNNING or sequence.state is not State.RUNNING:
+    b = world.submit(request([*sequence.ids[:PAGE_SIZE], 5], 40))
+    c = request([*sequence.ids[:PAGE_SIZE], 6], 8)
+    while not b.sequences[0].pages:
         world.scheduler.step()
-    assert sequence.pages[0] == b.sequences[0].pages[0]
-    last = len(sequence.ids)
-    number = last - (PAGE_SIZE - 1)  # back to the last token of the first page
-    del pair, number
-    sink.banned = tuple(char_pair(sequence.ids[-1], token_id) for token_id in range(V))
+    assert b.answers[0].num_reused == PAGE_SIZE
     world.run()
-    assert results(world, b) == alone(b.request, world.device)
-
-
-def char_pair(a: int, b: int) -> str:
-    return chr(97 + a) + chr(97 + b)
+    assert sequence.rewinds
+    for ticket in (a, b):
+        assert results(world, ticket) == alone(ticket.request, world.device)
+    run_all(world, [c])
 
 
 # ---- failures
@@ -287,7 +300,7 @@ def test_a_prompt_of_no_numbers_is_not_remembered(runs_ahead: bool) -> None:
     world = World(FakeDevice(12, runs_ahead=runs_ahead))
     world.device.nan_row = 3
     bad = world.submit(request(prompt(150), 30, num_choices=3))
-    follower = world.submit(request(prompt(150) + [1], 30))
+    follower = world.submit(request([*prompt(150), 1], 30))
     world.run()
     assert "nan" in str(bad.error)
     assert not any(map(world.device.is_poisoned, range(12)))
@@ -302,12 +315,12 @@ def test_what_a_request_brings_fails_alone(culprit: str, num_choices: int, runs_
     def progress(_: PromptProgress) -> None:
         raise ZeroDivisionError("progress")
 
-    def broken() -> PairSink:
+    def broken() -> CharSink:
         raise ZeroDivisionError("make_sink")
 
     options = {
-        "sink": {"make_sink": lambda: PairSink(fails_at=3)},
-        "finish": {"make_sink": lambda: PairSink(fails_at=-1)},
+        "sink": {"make_sink": lambda: CharSink(fails_at=3)},
+        "finish": {"make_sink": lambda: CharSink(fails_at=-1)},
         "make_sink": {"make_sink": broken},
         "matcher": {"make_matcher": lambda: StepMatcher(fails_at=3)},
         "progress": {"prompt_progress": progress},
@@ -328,7 +341,7 @@ def test_what_a_request_brings_fails_alone(culprit: str, num_choices: int, runs_
 
 def test_a_sink_that_fails_when_its_request_is_given_up_fails_alone() -> None:
     world = World(FakeDevice(12))
-    bad = world.submit(request(prompt(70, 1), 6, make_sink=lambda: PairSink(fails_at=-1), num_choices=2))
+    bad = world.submit(request(prompt(70, 1), 6, make_sink=lambda: CharSink(fails_at=-1), num_choices=2))
     good = world.submit(request(prompt(60), 12))
     for _ in range(2):
         world.scheduler.step()
@@ -340,7 +353,7 @@ def test_a_sink_that_fails_when_its_request_is_given_up_fails_alone() -> None:
 
 def test_a_sink_of_a_full_context_that_fails() -> None:
     world = World(FakeDevice(12))
-    bad = world.submit(request(prompt(4 * PAGE_SIZE), 6, make_sink=lambda: PairSink(fails_at=-1), num_choices=2))
+    bad = world.submit(request(prompt(4 * PAGE_SIZE), 6, make_sink=lambda: CharSink(fails_at=-1), num_choices=2))
     assert isinstance(bad.error, ZeroDivisionError)
     assert not world.scheduler.live
 
