@@ -110,8 +110,8 @@ class Seat:
     def cancel(self, ticket: Ticket) -> None:
         """The request gets no more rows. Never waits: it is done at once if nobody drives now, else by who does."""
         if not ticket.ended and not ticket.cancelled:
-            ticket.cancelled = True
             self._put(lambda: self._cancel(ticket))
+            ticket.cancelled = True  # not before: an interrupt may come between the two
             self._look_after()
 
     def attend(self, ticket: Ticket) -> None:
@@ -273,6 +273,7 @@ class Seat:
     def _cancel(self, ticket: Ticket) -> None:
         if ticket.ended:
             return
+        ticket.cancelled = True
         if ticket.sequences:
             self.scheduler.cancel(ticket)
         else:

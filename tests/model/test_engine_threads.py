@@ -214,7 +214,7 @@ def test_after_close_all_raise_but_what_is_done(began):
         handle.cancel()
     assert done.result().num_tokens == 3
     for call in (lambda: next(stream), lambda: llm.submit("A", 1), lambda: llm.generate("A", 1), lambda: llm.stats()):
-        with pytest.raises(exl.ExlError, match="the model (is|was) closed"):
+        with pytest.raises(exl.ExlError, match=r"the model (is|was) closed"):
             call()
 
 
