@@ -280,10 +280,10 @@ class Seat:
             self.scheduler.answers.refused(ticket)
 
     def _look_after(self) -> None:
-        """What is in the inbox is done now, if nobody drives. A finalizer may call this in the middle of a step of the
-        same thread: then the step's end does it."""
-        while not self._inbox.empty() and not self._threaded and not self.guard.is_lost and not self._in_own_step():
-            if self._hold(self._tidy, timeout=0) is None:
+        """What is in the inbox is done now, and what is torn mended, if nobody drives. A finalizer may call this in the
+        middle of a step of the same thread: then the step's end does it."""
+        while self._torn or not self._inbox.empty():
+            if self._threaded or self.guard.is_lost or self._in_own_step() or self._hold(self._tidy, timeout=0) is None:
                 return
 
     def _tidy(self) -> bool:
