@@ -44,6 +44,7 @@ from exl.weights.placement import DeviceWeights
 
 ARCH, NUM_MULTIPROCESSORS = 86, 82  # an RTX 3090
 ROUNDS = 15
+STEPS = (1, 16, 64)  # sequences of a step
 PROMPTS = (512, 2048)  # rows of a chunk: below and above the crossover to panels
 NO_DRIVER = """
 int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) { return 0; }
@@ -115,7 +116,8 @@ def model(shape: ModelShape, act_order: bool) -> Iterator[tuple[Engine, NoDevice
                 layers = tuple(_sorted(layer) for layer in files.manifest.layers)
                 files = replace(files, manifest=replace(files.manifest, layers=layers))
             options = EngineOptions(
-                context=max(PROMPTS) + PAGE_SIZE, vram="32GB", prefill_chunk=max(PROMPTS), prefill_window=max(PROMPTS)
+                **{"context": max(PROMPTS) + PAGE_SIZE, "max_sequences": max(STEPS), "cache_tokens": 4 * max(PROMPTS)},
+                **{"prefill_chunk": max(PROMPTS), "prefill_window": max(PROMPTS), "vram": "32GB"},
             )
             engine = build_engine(files, options, backend, lambda ops, plan: _weights(files, ops, plan))
     try:
@@ -199,8 +201,7 @@ def report(shape: str) -> Iterator[str]:
         with model(SHAPES[shape], act_order) as (engine, backend):
             vocab = engine.config.vocab_size
             forward(engine, [prompt(PROMPTS[0] + 64)])  # work that is done once per process
-            step = step_batch(100, 1, vocab)
-            cases = {"a step of one row": [step] * ROUNDS}
+            cases = {f"a step of {rows} rows": [step_batch(100, rows, vocab)] * ROUNDS for rows in STEPS}
             for num_rows in PROMPTS:  # each is a new shape
                 cases[f"a prompt of {num_rows} rows"] = [prompt(num_rows - i) for i in range(ROUNDS)]
             for name, batches in cases.items():

@@ -21,7 +21,7 @@ from gradio_parts.chat_tab import FREE, ChatTab, Update
 from gradio_parts.completion_tab import CompletionTab
 from gradio_parts.model_tab import ModelTab, known_models
 from gradio_parts.session import Sessions
-from gradio_parts.settings import LoadSettings, load_settings
+from gradio_parts.settings import MAIN_SLIDERS, MORE_SLIDERS, SLIDERS, LoadSettings, load_settings
 from gradio_parts.worker import Worker, one_line, talks
 
 import exl
@@ -32,7 +32,7 @@ from exl.user_cache import chat_model_folder
 PARTS = Path(__file__).parent / "gradio_parts"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
-MAX_TOKENS = 256
+MAX_TOKENS = SLIDERS["max_tokens"].value
 # Whatever Markdown a model writes, the page shows no picture from elsewhere.
 POLICY = (
     """<meta http-equiv="Content-Security-Policy" content="img-src 'self' data: blob:; media-src 'self' data: blob:">"""
@@ -66,18 +66,15 @@ class Page:
         self.system = gr.Textbox(
             elem_id="system", label="System prompt", lines=2, max_lines=6, placeholder="What the model should know"
         )
-        self.max_tokens = slider("max_tokens", "Max tokens", 1, 4096, MAX_TOKENS, 1)
-        self.temperature = slider("temperature", "Temperature", 0, 2, 0.3 if talks(self.worker.llm) else 0.8, 0.05)
-        self.top_k = slider("top_k", "Top-k", 0, 200, 0, 1)
-        self.top_p = slider("top_p", "Top-p", 0.01, 1, 0.95, 0.01)
-        self.min_p = slider("min_p", "Min-p", 0, 1, 0, 0.01)
-        self.penalty = slider("repetition_penalty", "Repetition penalty", 0.5, 2, 1, 0.05)
+        starts = {"temperature": 0.3} if talks(self.worker.llm) else {}
+        sliders = {name: slider(name, starts.get(name)) for name in MAIN_SLIDERS}
         self.seed = gr.Textbox(
             elem_id="seed", label="Seed", info=OPTIONS["seed"].help, placeholder="another each time", max_lines=1
         )
-        self.sampling = [
-            self.temperature, self.top_k, self.top_p, self.min_p, self.penalty, self.max_tokens, self.seed,
-        ]  # fmt: skip
+        with gr.Accordion("More", open=False, elem_id="more-sampling"):
+            sliders |= {name: slider(name) for name in MORE_SLIDERS}
+        self.max_tokens = sliders["max_tokens"]
+        self.sampling = [*sliders.values(), self.seed]
 
     def connect(self) -> None:
         self.chat.connect(self.system, self.sampling)
@@ -144,10 +141,14 @@ class Page:
         self.sessions.leave(request.session_hash)
 
 
-def slider(name: str, label: str, low: float, high: float, value: float, step: float) -> gr.Slider:
+def slider(name: str, value: float | None = None) -> gr.Slider:
     """For one of ``exl``'s sampling options, with its help."""
+    asked = SLIDERS[name]
+    start = asked.start(name) if value is None else value
     elem_id = name.replace("_", "-")
-    return gr.Slider(low, high, value, step=step, label=label, info=OPTIONS[name].help, elem_id=elem_id)
+    return gr.Slider(
+        asked.low, asked.high, start, step=asked.step, label=asked.label, info=OPTIONS[name].help, elem_id=elem_id
+    )
 
 
 def talking_model() -> str | None:

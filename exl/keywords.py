@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from exl.sampling_params import OPTIONS
+
 _GPTQ = "the weights' width is the file's own: load a GPTQ checkpoint (exl quantize makes one)"
 _ONE_GPU = "exl computes on one GPU; vram= limits what it takes of it"
 
@@ -21,10 +23,7 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "cache_type_k": ("kv_cache", ""),
     "ctx_size": ("context", ""),
     "device_map": ("device", 'device, "cuda" or "cpu"; what does not fit into vram= is streamed'),
-    "do_sample": ("temperature", "temperature (0 is greedy)"),
     "dtype": (None, "weights keep the file's type; kv_cache= chooses the cache's"),
-    "eos_token_id": ("stop", "stop, with texts; end-of-sequence tokens come from the model's files"),
-    "frequency_penalty": ("repetition_penalty", "exl has no frequency_penalty; the nearest is repetition_penalty"),
     "generation_config": ("params", "params, a SamplingParams"),
     "gpu_memory_utilization": ("vram", 'vram (a size such as "6GB")'),
     "gpu_split": ("vram", 'vram (a size such as "6GB")'),
@@ -36,17 +35,13 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "logprobs": ("top_logprobs", ""),
     "low_vram": ("vram", 'vram (a size such as "6GB")'),
     "max_batch_size": ("max_sequences", ""),
-    "max_completion_tokens": ("max_tokens", ""),
-    "max_length": ("max_tokens", ""),
     "max_memory": ("vram", 'vram (a size such as "6GB"), and ram'),
     "max_model_len": ("context", ""),
-    "max_new_tokens": ("max_tokens", ""),
     "max_num_tokens": ("cache_tokens", "cache_tokens, of all sequences"),
     "max_num_seqs": ("max_sequences", ""),
     "max_seq_len": ("context", ""),
     "max_sequence_length": ("context", ""),
     "messages": (None, "LLM.complete_chat(messages) answers messages; LLM.chat(messages=...) goes on with them"),
-    "min_new_tokens": (None, "exl has no minimum length"),
     "model_name": ("model", ""),
     "model_path": ("model", ""),
     "n": (None, "one call gives one completion: call it with several seeds"),
@@ -54,29 +49,25 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "n_ctx": ("context", ""),
     "n_gpu_layers": ("resident_layers", ""),
     "n_parallel": ("max_sequences", ""),
-    "n_predict": ("max_tokens", ""),
     "n_seq_max": ("max_sequences", ""),
     "n_threads": ("threads", ""),
+    "no_repeat_ngram_size": ("dry_multiplier", "dry_multiplier above 0, which makes repetitions less likely"),
     "num_beams": (None, "exl has no beam search"),
     "num_ctx": ("context", ""),
-    "num_predict": ("max_tokens", ""),
-    "num_return_sequences": (None, "one call gives one completion: call it with several seeds"),
+    "num_return_sequences": ("n", ""),
     "num_threads": ("threads", ""),
     "path": ("model", ""),
     "pretrained_model_name_or_path": ("model", ""),
     "prompts": ("prompt", "prompt, which may be a list"),
     "quantization": (None, _GPTQ),
-    "repeat_penalty": ("repetition_penalty", ""),
     "sampling_params": ("params", "params, a SamplingParams"),
     "seq_len": ("context", ""),
     "stop_sequences": ("stop", ""),
     "stop_strings": ("stop", ""),
-    "stop_token_ids": ("stop", "stop, with texts; end-of-sequence tokens come from the model's files"),
     "stop_words": ("stop", ""),
     "stream": (None, "LLM.stream, LLM.stream_chat and Chat.stream give the text in pieces"),
     "swap_space": ("kv_ram", 'kv_ram (a size such as "4GB")'),
     "system_prompt": ("system", ""),
-    "temp": ("temperature", ""),
     "tensor_parallel_size": (None, _ONE_GPU),
     "tensor_split": (None, _ONE_GPU),
     "tokenizer": (None, "the tokenizer is read from the model's folder"),
@@ -84,6 +75,8 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "trust_remote_code": (None, "exl never runs code of a repository"),
     "use_cache": ("reuse_prefix", "the cache is always used; reuse_prefix= keeps it between requests"),
 }
+
+_HINTS |= {alias: (name, text) for name, option in OPTIONS.items() for alias, text in option.aliases.items()}
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -19,6 +19,7 @@ from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.engine.build import Engine, load_engine
+from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -36,6 +37,7 @@ from exl.streams import Stream
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
 from exl.text.sink import TextSink
 from exl.text.tokenizer import Tokenizer
+from exl.text.vocabulary import check_same_vocabulary
 from exl.units import format_bytes
 
 if TYPE_CHECKING:
@@ -61,7 +63,6 @@ class LLM:
     _engine: Engine | None
     _streams: weakref.WeakSet[Stream[Any]]
     _grammars: Grammars | None  # made for the first request with a constraint
-    _known_breakers: dict[tuple[str, ...], frozenset[int]]  # tokens that contain a text, see ``_dry_breakers``
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         shown_args = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
@@ -74,7 +75,7 @@ class LLM:
         llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
         engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
         llm._engine, llm._streams = engine, weakref.WeakSet()
-        llm._grammars, llm._known_breakers = None, {}
+        llm._grammars = None
         return llm
 
     @property
@@ -252,6 +253,21 @@ class LLM:
 
         return self._track(Stream(start, lambda event: event.logits))
 
+    def save_cache(self, path: str | Path) -> int:
+        """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
+        Returns their number of tokens. Waits for the step that runs now. Raises ``ConfigError`` if the file cannot be
+        written; the file has its name only when it is whole."""
+        self._open_generator()
+        return save_cache(self._engine, self.folder, path)
+
+    def load_cache(self, path: str | Path) -> int:
+        """Takes what ``save_cache`` wrote into the cache, as far as there are pages that no request uses: prompts that
+        begin like a text in it are computed from where it ends, with the same bits. Returns the number of tokens that
+        can be found now. Raises ``ConfigError`` if the file cannot be read, or is of another model, cache type, chunk
+        or kind of kernels; ``CheckpointError`` if it is damaged. Then nothing has changed."""
+        self._open_generator()
+        return load_cache(self._engine, self.folder, path)
+
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
         return self._open_generator().stats()
@@ -311,15 +327,25 @@ class LLM:
             top_logprobs=0 if ranks and request.top_logprobs is None else request.top_logprobs,
             prompt_progress=request.prompt_progress,
             num_choices=request.best_of or request.n,
-            speculate=request.speculate,
+            speculate=self._drafter(request),
             draft_tokens=request.draft_tokens,
-            dry_breakers=self._dry_breakers(params),
+            dry_breakers=tokenizer.ids_with(params.dry_breakers) if params.dry_multiplier else frozenset(),
             make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop, params.banned_strings),
             make_matcher=self._matchers(request.constraint),
             deadline=request.deadline,
             max_unread=request.max_unread,
         )
         return generator.submit(asked, lambda answers: self._completion(asked, request, answers), inline=inline)
+
+    def _drafter(self, request: Request) -> str | None:
+        """The name of what makes the drafts of a request."""
+        names, asked = self._open_generator().scheduler.drafts.names, request.speculate
+        if asked and asked not in names:
+            raise ConfigError(f"speculate: found {asked!r}, but the model was loaded without draft=")
+        name = asked or ("draft" if asked is None and "draft" in names else None)
+        if name is None and request.draft_tokens is not None:
+            raise ConfigError(f"draft_tokens: found {request.draft_tokens} without speculate=, expected both")
+        return name
 
     def _matchers(self, options: Mapping[str, Any]) -> Callable[[], Matcher] | None:
         """Makes a matcher for each choice of a request; the grammar is compiled now, in the calling thread."""
@@ -329,21 +355,6 @@ class LLM:
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.tokenizer.eos_ids)
         return self._grammars.matcher(constraint).copy
-
-    def _dry_breakers(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens at which a repetition ends for DRY: those that contain one of the texts."""
-        if params.dry_multiplier == 0.0:
-            return frozenset()
-        texts = [text.encode() for text in params.dry_breakers]
-        known = self._known_breakers.get(params.dry_breakers)
-        if known is None:
-            known = self._known_breakers[params.dry_breakers] = frozenset(
-                i
-                for i in range(self.config.vocab_size)
-                if self.tokenizer.id_to_token(i) is not None
-                and any(text in self.tokenizer.token_bytes(i) for text in texts)
-            )
-        return known
 
     def _stream(
         self,
@@ -429,6 +440,7 @@ def load(
     packed_folder: str | Path | None = None,
     threads: int | None = None,
     arithmetic: str | None = None,
+    draft: str | Path | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -451,6 +463,8 @@ def load(
     disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
     activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
+    ``draft``: a smaller model with the same vocabulary, whose guesses this one checks, several tokens a step, where
+    that is faster; the text is the same with and without.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False
@@ -460,6 +474,8 @@ def load(
     Raises ``ExlError``: ``CheckpointError`` for damaged files, ``ConfigError`` for invalid options,
     ``MemoryBudgetError`` if the model does not fit, ``UnsupportedModelError`` for models that exl does not have.
     """
+    if draft is not None:
+        draft = find_model(draft, token=token, quiet=progress is False)
     options = EngineOptions.from_arguments(locals())
     folder = find_model(model, revision=revision, token=token, quiet=progress is False)
     with shown_progress(progress, "loading") as tell:
@@ -469,6 +485,8 @@ def load(
         defaults = GenerationDefaults.from_folder(folder)
         bos_id = engine.config.bos_id if defaults.bos_id is None else defaults.bos_id
         tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
+        if draft is not None:
+            check_same_vocabulary(tokenizer, Tokenizer.from_folder(draft if draft.is_dir() else draft.parent))
         return LLM._of(folder, engine, tokenizer, defaults)
     except BaseException:
         engine.close()

@@ -27,16 +27,40 @@ class RequestOptions(TypedDict, total=False):
     """Keywords of a request; those that ``exl.sampling_params.OPTIONS`` lists are explained there.
 
     A sampling option that is left out or None is taken from ``SamplingParams`` if they were given, else from the
-    model's generation_config; if that has none, decoding is greedy, and filters and penalty are off.
+    model's generation_config; if that has none, decoding is greedy, and filters and penalties are off.
     """
 
-    max_tokens: int | None
     temperature: float | None
+    dynamic_range: float | None
+    dynamic_exponent: float | None
+    temperature_last: bool | None
+    top_n_sigma: float | None
     top_k: int | None
+    typical_p: float | None
     top_p: float | None
     min_p: float | None
+    mirostat_tau: float | None
+    mirostat_eta: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    penalty_window: int | None
+    penalize_prompt: bool | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_window: int | None
+    dry_breakers: str | Sequence[str] | None
+    logit_bias: Mapping[int, float] | None
+    banned_tokens: Sequence[int] | None
+    min_tokens: int | None
+    ignore_eos: bool | None
+    stop_token_ids: Sequence[int] | None
     seed: int | None
+    max_tokens: int | None
+    banned_strings: str | Sequence[str] | None
     stop: str | Sequence[str] | None  # the text ends before the first of these to occur
     # What the cache still holds of the prompt: "exact", the default, takes what has the bits that computing it again
     # would give; True takes all there is, which is equal up to rounding where rows depend on their chunk (on a GPU, and
@@ -44,14 +68,15 @@ class RequestOptions(TypedDict, total=False):
     reuse_prefix: bool | Literal["exact"]
     n: int | None  # answers to the same prompt, each with a seed of its own; the first is that of n=1
     best_of: int | None  # so many answers are made, and the n with the highest mean log-probability are kept
-    json_schema: (
-        Any  # the text must be JSON of this schema: a dictionary, JSON text, a pydantic model; True: any object
-    )
+    # the text must be JSON of this schema: a dictionary, JSON text or a pydantic model; True: any object
+    json_schema: Any
     regex: str | None  # the text must match all of this regular expression
     grammar: str | None  # the text must follow this grammar, in Lark's syntax or llama.cpp's GBNF
     choices: Sequence[str] | None  # the text must be one of these
     after: str | Sequence[int] | None  # json_schema, regex, grammar or choices hold once this text or these ids came
-    speculate: str | None  # "prompt": what followed in the text before is guessed and checked; the text is the same
+    # Guesses that the model checks, several tokens a step; the text is the same. "prompt": what followed in the text
+    # before; "draft", the default if the model was loaded with draft=: what that model says; False: none.
+    speculate: str | Literal[False] | None
     draft_tokens: int | None  # guesses in each step; by default as many as pay, none where it does not pay
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
@@ -68,7 +93,7 @@ class Request:
     n: int = 1
     best_of: int | None = None
     constraint: Mapping[str, Any] = field(default_factory=dict)  # json_schema, regex, ...: those that were given
-    speculate: str | None = None
+    speculate: str | Literal[False] | None = None
     draft_tokens: int | None = None
     top_logprobs: int | None = None
     prompt_progress: Callable[[PromptProgress], None] | None = None
@@ -117,13 +142,11 @@ class Request:
         )
         if request.best_of is not None and request.best_of < request.n:
             raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
-        if request.draft_tokens is not None and request.speculate is None:
-            raise ConfigError(f"draft_tokens: found {request.draft_tokens} without speculate=, expected both")
         return request
 
 
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
-SPECULATE = ("prompt",)
+SPECULATE = ("prompt", "draft")
 _MAX_CHOICES = 128
 _MAX_DRAFT_TOKENS = 64
 
@@ -155,8 +178,8 @@ def _check_unread(name: str, value: object) -> None:
 
 
 def _check_speculate(name: str, value: object) -> None:
-    if value not in SPECULATE:
-        raise ConfigError(f"{name}: found {value!r}, expected {' or '.join(map(repr, SPECULATE))}")
+    if value is not False and value not in SPECULATE:
+        raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
 _CHECKS: dict[str, Callable[[str, object], None]] = {

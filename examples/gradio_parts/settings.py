@@ -12,6 +12,46 @@ from exl.engine.build import choose_device
 from exl.errors import ConfigError
 from exl.planning.devices import STARTED_LINES
 from exl.planning.from_headers import EngineOptions
+from exl.sampling_params import INTEGER, OPTIONS
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Of the sampling form: what it is called, and which values are handy. What they mean is in exl's own table."""
+
+    label: str
+    low: float
+    high: float
+    step: float
+    value: float | None = None  # None: the one at which the option is off
+
+    def start(self, name: str) -> float:
+        return OPTIONS[name].off if self.value is None else self.value
+
+
+# By option, in the order of the form.
+MAIN_SLIDERS = {
+    "max_tokens": Slider("Max tokens", 1, 4096, 1, 256),
+    "temperature": Slider("Temperature", 0, 2, 0.05, 0.8),
+    "top_k": Slider("Top-k", 0, 200, 1),
+    "top_p": Slider("Top-p", 0.01, 1, 0.01, 0.95),
+    "min_p": Slider("Min-p", 0, 1, 0.01),
+    "repetition_penalty": Slider("Repetition penalty", 0.5, 2, 0.05),
+}
+MORE_SLIDERS = {
+    "frequency_penalty": Slider("Frequency penalty", -2, 2, 0.1),
+    "presence_penalty": Slider("Presence penalty", -2, 2, 0.1),
+    "penalty_window": Slider("Window of the penalties", 0, 4096, 64, 0),
+    "dry_multiplier": Slider("DRY", 0, 5, 0.1),
+    "xtc_probability": Slider("XTC: probability", 0, 1, 0.05),
+    "xtc_threshold": Slider("XTC: threshold", 0.01, 0.5, 0.01, 0.1),
+    "typical_p": Slider("Typical", 0.01, 1, 0.01),
+    "top_n_sigma": Slider("Top-n-sigma", 0, 5, 0.1),
+    "dynamic_range": Slider("Dynamic temperature", 0, 2, 0.05),
+    "mirostat_tau": Slider("Mirostat", 0, 10, 0.1),
+    "min_tokens": Slider("Min tokens", 0, 1024, 1),
+}
+SLIDERS = MAIN_SLIDERS | MORE_SLIDERS
 
 
 @dataclass(frozen=True)
@@ -71,25 +111,17 @@ def load_settings(
     return LoadSettings(model, options)
 
 
-def sampling_options(
-    temperature: float | None,
-    top_k: float | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    max_tokens: float | None,
-    seed: str | None,
-) -> dict[str, Any]:
-    """Keywords of ``LLM.stream``. None, from a slider whose number was deleted, leaves the value to the model."""
-    return {
-        "temperature": temperature,
-        "top_k": None if top_k is None else int(top_k),
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "max_tokens": 256 if max_tokens is None else int(max_tokens),
-        "seed": _seed((seed or "").strip()),
+def sampling_options(*values: float | str | None) -> dict[str, Any]:
+    """Keywords of ``LLM.stream`` from the form's values: those of SLIDERS, then the seed. None, from a slider whose
+    number was deleted, leaves the value to the model."""
+    *numbers, seed = values
+    options: dict[str, Any] = {
+        name: int(value) if value is not None and OPTIONS[name].kind is INTEGER else value
+        for name, value in zip(SLIDERS, numbers, strict=True)
     }
+    if options["max_tokens"] is None:
+        options["max_tokens"] = OPTIONS["max_tokens"].default
+    return options | {"seed": _seed((seed or "").strip())}
 
 
 def _freed_bytes(loaded: exl.MemoryPlan) -> int:

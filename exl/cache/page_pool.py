@@ -178,6 +178,29 @@ class PagePool:
         self.hold(forked)
         return forked + fresh
 
+    def rewind(self, pages: list[int], num_tokens: int, copy: CopyPages) -> None:
+        """Behind the first ``num_tokens`` tokens of a sequence its pages are going to be written anew: those that
+        others hold are replaced in the list, and what is known of the rest is forgotten. Raises ``MemoryBudgetError``,
+        and nothing is changed."""
+        first, rest = divmod(num_tokens, PAGE_SIZE)
+        behind = [i for i in range(first, len(pages)) if pages[i] != self.null_page]
+        shared = [i for i in behind if self._holders[pages[i]] > 1]
+        fresh = self.allocate(len(shared))
+        try:
+            if rest and shared[:1] == [first]:
+                copy([pages[first]], fresh[:1])
+        except BaseException:
+            self.release(fresh)
+            raise
+        for i, page in zip(shared, fresh, strict=True):
+            self.release([pages[i]])
+            pages[i] = page
+        for i in behind:
+            node = self._tree.on_page.get(pages[i])
+            if node is not None and (i > first or len(node.tokens) > rest):
+                self._tree.forget(node)
+            self._epochs[pages[i]] += 1  # a sequence that is paused may have had this page, too
+
     def poison(self, pages: Iterable[int]) -> None:
         """The bytes of these pages are not numbers. Those with a single holder, and all that was known to follow them,
         are forgotten; once released they wait for ``clean``. Other holders' pages were good when they came to them."""

@@ -7,7 +7,7 @@ for neither. On a CPU there is no such tier: the cache is in RAM already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -18,9 +18,10 @@ from exl.memory.device import device_tensor, pinned
 from exl.memory.host import HostBuffer
 
 
-def ram_tier(kv: KVCache, num_bytes: int, stack: ExitStack) -> RamTier | None:
+def ram_tier(kv: KVCache, num_bytes: int, fence: Callable[[], None], stack: ExitStack) -> RamTier | None:
     """A tier of at most ``num_bytes``, None if that is less than a page. It takes a page's bytes on the device, too.
-    ``stack`` gives the memory back; before that the device must have done its work. Raises ``MemoryBudgetError``."""
+    ``fence``: ``Ops.fence``. ``stack`` gives the memory back; before that the device must have done its work. Raises
+    ``MemoryBudgetError``."""
     num_slots = num_bytes // kv.page_bytes
     if num_slots == 0:
         return None
@@ -29,15 +30,18 @@ def ram_tier(kv: KVCache, num_bytes: int, stack: ExitStack) -> RamTier | None:
     stack.callback(buffer.close)
     if device.type == "cuda":
         stack.enter_context(pinned(buffer, device))
-    return RamTier(kv, torch.from_numpy(buffer.array), copy_engine(device))
+    return RamTier(kv, torch.from_numpy(buffer.array), copy_engine(device), fence)
 
 
 class RamTier:
     """A ``Tier`` of a ``PagePool``: which page is in which slot is the pool's business."""
 
-    def __init__(self, kv: KVCache, memory: torch.Tensor, engine: CopyEngine) -> None:
-        """``memory``: u8 on the host, a multiple of ``kv.page_bytes``."""
-        self._kv, self._engine = kv, engine
+    def __init__(
+        self, kv: KVCache, memory: torch.Tensor, engine: CopyEngine, fence: Callable[[], None] = lambda: None
+    ) -> None:
+        """``memory``: u8 on the host, a multiple of ``kv.page_bytes``. ``fence`` is called before each time that copies
+        are queued: the next kernel must not begin before what is in front of it has ended."""
+        self._kv, self._engine, self._fence = kv, engine, fence
         self._slots = memory.view(-1, kv.page_bytes)
         self.num_slots = len(self._slots)
         # A page's layers lie apart on the device. One copy over the bus is faster than one for each of them.
@@ -46,6 +50,7 @@ class RamTier:
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         """Pages whose bytes no arithmetic changes that is queued already."""
+        self._fence()
         event = self._engine.record()
         for page, slot in zip(pages, slots, strict=True):
             for part, words in self._staged(page):
@@ -55,6 +60,7 @@ class RamTier:
         self._saved = event
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        self._fence()
         event = self._engine.record()
         for slot, page in zip(slots, pages, strict=True):
             self._engine.copy(self._staging, self._slots[slot], None)

@@ -19,7 +19,8 @@ from exl.llm import LLM
 from exl.sampling_params import OPTIONS, SamplingParams
 from exl.units import format_bytes
 
-SETTINGS: dict[str, type] = {name: option.kind for name, option in OPTIONS.items()} | {"stop": str}
+SETTINGS = (*OPTIONS, "stop")
+_ALWAYS_SHOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop")
 ALIASES = {"bye": "quit", "exit": "quit", "clear": "reset", "regen": "retry", "?": "help"}
 FILE_COMMANDS = ("save", "load")  # what follows is the name of a file
 
@@ -177,8 +178,8 @@ class ChatSession:
                 settings[name] = _parsed(name, text.strip())
             SamplingParams(**{"max_tokens": 1, "temperature": 0.0, **settings})  # raises for an invalid value
             self.settings = settings
-        shown = [f"{name} {self.settings.get(name, 'none')}" for name in SETTINGS]
-        self.say(", ".join(shown))
+        shown = [name for name in SETTINGS if name in _ALWAYS_SHOWN or name in self.settings]
+        self.say(", ".join(f"{name} {self.settings.get(name, 'none')}" for name in shown))
 
     def _stats(self) -> None:
         self.say(self.status())
@@ -220,13 +221,13 @@ def _file_name(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogatepass"))
 
 
-def _parsed(name: str, text: str) -> float | int | str:
-    kind = SETTINGS[name]
+def _parsed(name: str, text: str) -> Any:
+    if name == "stop":
+        return text
     try:
-        return kind(text)
+        return OPTIONS[name].kind.parse(text)
     except ValueError:
-        expected = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"/set {name}: found {text!r}, expected {expected} or none") from None
+        raise ConfigError(f"/set {name}: found {text!r}, expected {OPTIONS[name].kind.typed} or none") from None
 
 
 class _Stopped(Exception):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Optional, Union, get_args, get_origin, get_ty
 import typer
 
 from exl.errors import ConfigError
-from exl.sampling_params import OPTIONS
+from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ModelOption = Annotated[
@@ -127,17 +127,27 @@ class LoadOptions:
         return {"revision": self.revision, "token": self.token}
 
 
+_TYPED = {NUMBER: (float, None), INTEGER: (int, None), FLAG: (bool, None), TEXTS: (list[str], "TEXT")}
+_WRITTEN = {IDS: "ID,ID", BIASES: "ID=X,ID=X"}
+
+
 def _draw_options() -> type:
-    options = [
-        (name, Annotated[Optional[option.kind], typer.Option(help=option.help)], None)  # noqa: UP045
-        for name, option in OPTIONS.items()
-        if name != "max_tokens"  # for which each command has a default of its own
-    ]
-
-    def asked(self: Any) -> dict[str, float | int]:
+    def asked(self: Any) -> dict[str, Any]:
         """The options that the user gave, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None and value != []}
+        return {
+            name: OPTIONS[name].parsed("--" + name.replace("_", "-"), value)
+            if OPTIONS[name].kind in _WRITTEN
+            else value
+            for name, value in given.items()
+        }
 
+    options = []
+    for name, option in OPTIONS.items():
+        if name != "max_tokens":  # for which each command has a default of its own
+            kind, metavar = _TYPED.get(option.kind, (str, _WRITTEN.get(option.kind)))
+            info = typer.Option(help=option.help, metavar=metavar)
+            options.append((name, Annotated[Optional[kind], info], None))  # noqa: UP045
     return dataclasses.make_dataclass("DrawOptions", options, frozen=True, namespace={"asked": asked})
 
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import re
+import struct
 import threading
 import time
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from exl.errors import KernelError
 logger = logging.getLogger(__name__)
 
 _INVOKE = Invoke()
+_F32, _U32 = struct.Struct("<f"), struct.Struct("<I")
 _TOLD_SECONDS = 0.5  # a compilation that takes longer is announced by a line when it ends
 
 
@@ -128,10 +130,12 @@ def slots(*values: NDArray | int | float | None) -> NDArray[np.int64]:
 
 
 def _slot(value: NDArray | int | float | None) -> int:
+    if type(value) is int:
+        return value
     if value is None:
         return 0
     if isinstance(value, np.ndarray):
         return value.ctypes.data
     if isinstance(value, float):
-        return int(np.float32(value).view(np.uint32))
+        return _U32.unpack(_F32.pack(value))[0]
     return int(value)

@@ -36,8 +36,11 @@ class Pages:
         ``reserve`` pages to others. False, and nothing is changed, if there are too few now."""
         try:
             old = self.pool.reclaim(sequence.old_pages)
-            if old:
-                self._go_on_with(sequence, old, reserve)
+            num_cached = self._still_cached(sequence, len(old))
+            num_kept = -(-num_cached // PAGE_SIZE)
+            self.pool.release(old[num_kept:])
+            if num_cached:
+                self._go_on_with(sequence, old[:num_kept], num_cached, reserve)
             else:
                 self._begin(sequence, reserve)
         except MemoryBudgetError:
@@ -45,29 +48,39 @@ class Pages:
         sequence.old_pages = []
         return True
 
-    def _go_on_with(self, sequence: Sequence, old: list[int], reserve: int) -> None:
+    def _still_cached(self, sequence: Sequence, num_pages: int) -> int:
+        """Of a sequence that was paused and has its first pages still: of a chunk that has lost pages nothing is left,
+        as it runs whole or not at all."""
+        chunk, num_cached = self._rules.chunk, min(num_pages * PAGE_SIZE, sequence.old_cached)
+        cut = num_cached < min(sequence.old_cached, sequence.num_prompt) and not self._rules.chunks_alike
+        return num_cached // chunk * chunk if cut else num_cached
+
+    def _go_on_with(self, sequence: Sequence, old: list[int], num_cached: int, reserve: int) -> None:
         """With those of its pages that nobody else got while it was paused."""
-        more = sequence.pages_needed - len(old)
         try:
+            self.pool.rewind(old, num_cached, self._copy)
+            more = sequence.pages_needed - len(old)
             if more + reserve > self.pool.num_free:
                 raise MemoryBudgetError("KV cache: too few pages")
-            sequence.num_cached = min(len(old) * PAGE_SIZE, sequence.old_cached)
-            sequence.num_exact = min(sequence.num_cached, sequence.old_exact)
             self.pool.grow(old, more)
-            sequence.pages = old
         except BaseException:
             self.pool.release(old)
             raise
+        sequence.pages, sequence.num_cached = old, num_cached
+        sequence.num_exact = min(num_cached, sequence.old_exact)
 
     def _begin(self, sequence: Sequence, reserve: int) -> None:
         """With pages that hold its beginning, as far as it may use them. The last known token is always computed, for
         its logits."""
         request, rules = sequence.ticket.request, self._rules
         known: list[int] = []
-        if request.reuse_prefix is not False and self._reusable(sequence.num_prompt + sequence.max_new):
+        exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
+        # What a cold run computes as decode rows has other bits than a longer prompt that begins alike.
+        differs = exact and not rules.all_alike and sequence.num_prompt <= rules.max_decode_prompt
+        may_reuse = request.reuse_prefix is not False and not sequence.wants_all and not differs
+        if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
             most = len(sequence.ids) - 1
             known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_prompt)]
-        exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
         taken = self.pool.take_prefix(
             known,
             self._copy,
@@ -91,6 +104,15 @@ class Pages:
         Raises ``MemoryBudgetError`` and changes nothing if there are too few."""
         child.pages = self.pool.fork(leader.pages, leader.num_cached, self._copy)
         child.num_cached, child.num_exact = leader.num_cached, leader.num_exact
+        child.old_pages = []
+
+    def rewind(self, sequence: Sequence, num_tokens: int) -> None:
+        """Only the sequence's first tokens stay computed. Raises ``MemoryBudgetError`` if what is to be computed again
+        lies on pages that others have, and there are too few others; the sequence is shorter all the same."""
+        sequence.num_cached = min(sequence.num_cached, num_tokens)
+        sequence.num_exact = min(sequence.num_exact, sequence.num_cached)
+        self.pool.rewind(sequence.pages, sequence.num_cached, self._copy)
+        sequence.pages_changed()
 
     def remember(self, sequence: Sequence) -> None:
         """Others may use what the sequence has computed so far."""
@@ -103,12 +125,13 @@ class Pages:
             self.remember(sequence)
             self.pool.release(sequence.lose_pages())
 
-    def poison(self, sequence: Sequence, zero: Callable[[list[int]], None]) -> None:
-        """Gives the pages back of a sequence with a row of no numbers. They are zeroed before somebody else gets them:
-        a weight of 0 times NaN is NaN."""
-        pages = sequence.lose_pages()
-        self.pool.poison(pages)
-        self.pool.release(pages)
+    def poison(self, sequences: Many[Sequence], zero: Callable[[list[int]], None]) -> None:
+        """Gives the pages back of a request with a row of no numbers, whose choices share them. They are zeroed before
+        somebody else gets them: a weight of 0 times NaN is NaN."""
+        for sequence in sequences:
+            pages = sequence.lose_pages()
+            self.pool.poison(pages)
+            self.pool.release(pages)
         self.pool.clean(zero)
 
     def pause(self, sequence: Sequence) -> None:
@@ -118,9 +141,13 @@ class Pages:
         self.give_back(sequence)
         sequence.state = State.WAITING
 
-    def recover(self, sequences: Many[Sequence]) -> None:
+    def recover(self, sequences: Many[Sequence], zero: Callable[[list[int]], None]) -> None:
         """After an interrupt: takes the pages of these sequences, which are all there are. If pages were on their way
         between the pool and a sequence, nothing is known of any page, and all are free."""
+        self._take_all(sequences)
+        self.pool.clean(zero)
+
+    def _take_all(self, sequences: Many[Sequence]) -> None:
         held = [sequence.pages for sequence in sequences]
         try:
             self.pool.check(held)

@@ -62,6 +62,7 @@ class Answers:
         max_new = min(request.params.max_tokens, self.context - len(ids), self._most_tokens - len(ids))
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
+        made: list[Sequence] = []
         for answer in ticket.answers:
             sequence = Sequence(
                 ticket=ticket,
@@ -75,8 +76,9 @@ class Answers:
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
             )
-            ticket.sequences.append(sequence)
-        return ticket.sequences
+            made.append(sequence)
+        ticket.sequences += made
+        return made
 
     # ---- while it runs
 
@@ -163,8 +165,11 @@ class Answers:
             sequence.ticket.put(Event(answer.choice, text, token_ids, ranked))
 
     def logits(self, sequence: Sequence, rows: torch.Tensor) -> bool:
-        """The logits after the next tokens of a text. Returns whether these were the last."""
-        sequence.ticket.put(Event(0, logits=rows.to("cpu", copy=True)))
+        """The logits after the last tokens of a text that were computed. Returns whether these were all. Of a text that
+        was paused some may be computed for the second time."""
+        num_new = sequence.num_cached - sequence.ticket.num_put
+        if num_new > 0:
+            sequence.ticket.put(Event(0, logits=rows[-num_new:].to("cpu", copy=True)))
         if sequence.num_cached == len(sequence.ids):
             sequence.answer.outcome = Outcome("stop")
         return sequence.answer.outcome is not None

@@ -14,8 +14,11 @@ import torch
 from exl import forks
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
+from exl.cache.tier import ram_tier
 from exl.checkpoint.config import GenerationDefaults, ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
+from exl.engine.draft_model import DraftModel
+from exl.engine.draft_runner import BatchedDrafts
 from exl.engine.generator import Generator
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError, warn_user
@@ -32,7 +35,7 @@ from exl.ops.cpu_target import cpu_target
 from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps
 from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
-from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
+from exl.planning.from_headers import EngineOptions, ModelFiles, draft_options, open_model, plan_model
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.threads import Threads, thread_limit, using
@@ -109,7 +112,27 @@ def load_engine(
             with using(thread_limit(options.threads)):
                 return load_weights(files, ops, places, progress)
 
-        return build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
+        engine = build_engine(files, options, backend, load, dependent=dependent, graphs=graphs, cpu=cpu)
+    if options.draft is None:
+        return engine
+    try:
+        return _with_draft(engine, options, cpu)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _with_draft(engine: Engine, options: EngineOptions, cpu: Target | None) -> Engine:
+    """Loads the draft model, which the engine owns from here on."""
+    with open_model(options.draft) as files:
+        context = min(engine.plan.context, files.config.max_position)
+    draft = load_engine(options.draft, draft_options(options, context), cpu=cpu)
+    engine.owned.callback(draft.close)
+    generator = engine.generator
+    runner = BatchedDrafts(draft.generator.runner, draft.generator.pool)
+    model = DraftModel(runner, draft.generator.context, generator.runner.vocab_size)
+    generator.scheduler.drafts.add("draft", model)
+    return engine
 
 
 def build_engine(
@@ -149,7 +172,11 @@ def build_engine(
         runner = Runner(decoder, weights, kv, model.limits, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
-        generator = Generator(runner, PagePool(plan.num_pages), plan.context, eos_ids, options.max_queue)
+        tier = None
+        if model.num_kept_pages:
+            tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
+        pool = PagePool(plan.num_pages, tier=tier)
+        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 

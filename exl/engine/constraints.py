@@ -301,7 +301,7 @@ class Matcher:
         kept = max(len(self._ids) - num_tokens, 0)
         back = len(self._ids) - kept
         del self._ids[kept:], self._before[len(self._before) - (num_tokens - back) :]
-        if self._inner.is_error() or not self._inner.rollback(back):  # an error is for ever
+        if not self._inner.rollback(back):  # never after an error
             self._inner = self._compiled.deep_copy()
             self._inner.consume_tokens(self._ids)
             self._check()
@@ -356,9 +356,8 @@ class _Opening:
     def __init__(self, after: str | tuple[int, ...], token_bytes: Sequence[bytes]) -> None:
         self._pattern: Any = after.encode() if isinstance(after, str) else after
         self._token_bytes = token_bytes
-        self._crossing: list[
-            int
-        ] = []  # tokens that can go beyond the text: they hold its last byte and others after it
+        # Tokens that can go beyond the text: they hold its last byte and others after it.
+        self._crossing: list[int] = []
         if isinstance(after, str):
             last = self._pattern[-1:]
             self._crossing = [i for i, token in enumerate(token_bytes) if last in token[:-1]]

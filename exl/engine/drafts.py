@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from exl.engine.draft_length import DraftLength, StepCosts, share_rows
@@ -10,6 +12,7 @@ from exl.engine.speculation import Drafter
 
 _SLOPE = 0.12  # of a step's cost, for each row more, while nothing was measured: eight rows cost less than two
 _FRESH = 0.2  # weight of the newest measurement
+_WARM = 3  # steps of a shape that are not measured: they load, record and capture what the later ones only run
 
 
 class MeasuredCosts:
@@ -17,8 +20,21 @@ class MeasuredCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._counts: Counter[int] = Counter()
+        self._draft = 0.0  # of proposing one token more for each sequence
+
+    def drafted(self, longest: int, seconds: float) -> None:
+        """Proposing up to ``longest`` tokens for each sequence of a step has taken so long."""
+        each = seconds / longest
+        self._draft += (each - self._draft) * (_FRESH if self._draft else 1.0)
+
+    def draft(self, longest: int) -> float:
+        return longest * self._draft
 
     def measured(self, num_rows: int, seconds: float) -> None:
+        self._counts[num_rows] += 1
+        if self._counts[num_rows] <= _WARM:
+            return
         before = self._seconds.get(num_rows)
         self._seconds[num_rows] = seconds if before is None else before + _FRESH * (seconds - before)
 
@@ -49,13 +65,18 @@ class Drafts:
         self._granted: dict[Tokens, int] = {}
         self.costs = MeasuredCosts()
 
+    def add(self, name: str, drafter: Drafter) -> None:
+        self._drafters[name] = drafter
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._drafters)
 
     def wanted(self, sequence: Tokens) -> bool:
         """Whether the sequence may have drafts in its next step: its tokens must be known before."""
-        return sequence.ticket.request.speculate is not None and not sequence.wants_all
+        request = sequence.ticket.request
+        # Mirostat's draws depend on how likely all tokens before were, which is known only when they are drawn.
+        return request.speculate is not None and not sequence.wants_all and request.params.mirostat_tau == 0.0
 
     def propose(self, sequences: Sequence[Tokens]) -> dict[Tokens, tuple[int, ...]]:
         """Drafts for the decode rows of a step, those of sequences that want none included."""
@@ -65,13 +86,13 @@ class Drafts:
         lengths = [self._lengths.setdefault(sequence, DraftLength()) for sequence in asking]
         asks = [length.ask(self._room(sequence)) for sequence, length in zip(asking, lengths, strict=True)]
         fixed = [sequence.ticket.request.draft_tokens for sequence in asking]
-        granted = share_rows(asks, StepCosts(self.costs.rows), self._max_rows, len(sequences))
+        granted = share_rows(asks, StepCosts(self.costs.rows, self.costs.draft), self._max_rows, len(sequences))
         left = self._max_rows - len(sequences)
         for i, (ask, count) in enumerate(zip(asks, fixed, strict=True)):
-            if count is not None:  # as many as were asked for, whether they pay or not
-                granted[i] = min(count, ask.most, max(left, 0))
+            wanted = granted[i] if count is None else min(count, ask.most)  # whether they pay or not
+            granted[i] = min(wanted, max(left, 0))
             left -= granted[i]
-        found: dict[Tokens, tuple[int, ...]] = {}
+        began, found = time.perf_counter(), {}
         for name, drafter in self._drafters.items():
             want = [
                 (sequence, count)
@@ -82,6 +103,8 @@ class Drafts:
                 found[sequence] = drafts
         for sequence, count in zip(asking, granted, strict=True):
             self._granted[sequence] = count
+        if max(granted) > 0:
+            self.costs.drafted(max(granted), time.perf_counter() - began)
         return found
 
     def _room(self, sequence: Tokens) -> int:

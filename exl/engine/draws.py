@@ -134,11 +134,11 @@ class DrawState:
             for _ in drafted:
                 self._pop()
 
-    def copy(self, seed: int) -> DrawState:
-        """The same state for another choice, whose draws are those of another seed."""
+    def copy(self, seed: int | None) -> DrawState:
+        """The same state for another choice, whose draws are those of another seed; None: of the system's entropy."""
         other = object.__new__(DrawState)
         other.__dict__.update(self.__dict__)
-        other._seed = seed
+        other._seed = secrets.randbits(64) if seed is None else seed
         other._mus = list(self._mus)
         other._blocked = {place: set(ids) for place, ids in self._blocked.items()}
         other._adjusted = self._adjusted.copy()

@@ -120,11 +120,15 @@ class Scheduler:
         """Queues a request that was checked (``Answers.check``)."""
         if ticket.deadline is not None:
             self._timed.append(ticket)
-        for sequence in self.answers.sequences(ticket, next(self._arrivals)):
+        sequences = self.answers.sequences(ticket, next(self._arrivals))
+        for sequence in sequences:
             if sequence.max_new == 0:
-                self.answers.cut_off(sequence)
+                sequence.state = State.DONE
             else:
                 self._wait(sequence)
+        for sequence in sequences:
+            if sequence.max_new == 0:
+                self._tell_end(self.answers.cut_off, sequence)
 
     def cancel(self, ticket: Ticket, limit: str | None = None) -> None:
         """Ends what is left of a request. Others notice nothing."""
@@ -134,10 +138,13 @@ class Scheduler:
                 self._finish(sequence)
 
     def _finish(self, sequence: Tokens) -> None:
-        """The sequence has an outcome, and nothing more is run of it."""
+        """A sequence has its outcome, and nothing more is run of it."""
         self._leave(sequence)
+        self._tell_end(self.answers.finish, sequence)
+
+    def _tell_end(self, how: Callable[[Tokens], None], sequence: Tokens) -> None:
         try:
-            self.answers.finish(sequence)
+            how(sequence)
         except Exception as error:  # of this request's sink
             self.fail(sequence.ticket, error)
 
@@ -164,7 +171,7 @@ class Scheduler:
             sequence for ticket in tickets for sequence in ticket.sequences if sequence.state is not State.DONE
         ]
         self.running, self.waiting = [], []
-        self.pages.recover(sequences)
+        self.pages.recover(sequences, self.device.zero_pages)
         for sequence in sequences:
             self.drafts.release(sequence)
             sequence.state = State.DONE
@@ -264,6 +271,9 @@ class Scheduler:
 
     def _pause(self, sequence: Tokens) -> None:
         self.stats.preemptions += 1
+        self._suspend(sequence)
+
+    def _suspend(self, sequence: Tokens) -> None:
         self.running.remove(sequence)
         self.drafts.release(sequence)
         self.pages.pause(sequence)
@@ -273,10 +283,10 @@ class Scheduler:
         """By arrival: nobody overtakes one that waits for pages. One whose prompt begins like one that is being
         computed waits for that."""
         for sequence in list(self.waiting):
-            if len(self.running) >= self.device.max_sequences and not self._pause_lagging():
-                return
             if sequence.ticket.lags or self._follows(sequence):
                 continue
+            if len(self.running) >= self.device.max_sequences and not self._pause_lagging():
+                return
             while not self.pages.place(sequence, reserve=len(self.running)):
                 if not self._pause_lagging():
                     return
@@ -305,14 +315,18 @@ class Scheduler:
         """Whether a prompt begins, for a page or more, like one that is being computed and will be found; so does that
         of a request's other choices, however short."""
         leader = sequence.ticket.sequences[0]
-        if sequence is not leader and leader.state is not State.DONE and not leader.num_drawn:
+        if sequence is not leader and leader.state is not State.DONE and leader.num_read == 0:
             return True
         if sequence.ticket.request.reuse_prefix is False:
             return False
         least = PAGE_SIZE if self.device.rules.chunks_alike else max(PAGE_SIZE, self.device.rules.chunk)
         head = sequence.ids[:least]
         return len(sequence.ids) > least and any(
-            other.state is State.PREFILL and other.ids[:least] == head and len(other.ids) > least
+            (other.state is State.PREFILL or other.num_read == 0)
+            and len(other.ids) > least
+            and other.ids[:least] == head
+            and not other.wants_all  # whose chunks are others
+            and not other.ticket.lags
             for other in self.running
         )
 
@@ -376,7 +390,7 @@ class Scheduler:
                 for piece in chunks[i]:
                     tell = piece.sequence.ticket.request.prompt_progress
                     if tell is not None:
-                        before = piece.start - piece.sequence.answer.num_reused
+                        before = max(0, piece.start - piece.sequence.answer.num_reused)
                         total = piece.sequence.num_prompt - piece.sequence.answer.num_reused
                         tokens = min(total, before + piece.num_rows * layers // num_layers)
                         try:
@@ -408,7 +422,8 @@ class Scheduler:
                     self._finish(sequence)
             elif piece.wants_logits:
                 sequence.state = State.RUNNING
-                self.pages.remember(sequence)  # others that wait for it find it
+                if sequence.num_read:  # else once it is known that the logits are numbers
+                    self.pages.remember(sequence)
                 drawing.append(_Drawing(sequence, row, piece.stop))
                 drawing += [_Drawing(child, row, piece.stop) for child in self._fork(sequence)]
             row += piece.num_logits
@@ -489,6 +504,8 @@ class Scheduler:
                 return
             self.stats.generated_tokens += 1
             num_before = len(sequence.ids)
+            if sequence.num_read == 0:
+                self.pages.remember(sequence)  # others that wait for its prompt find it
             try:
                 done = self.answers.take(sequence, found, i + j)
             except Exception as error:  # of this request's sink, matcher or penalties
@@ -519,16 +536,15 @@ class Scheduler:
         """After tokens were taken back: the row of the last one that is left runs again, for its logits."""
         rules, last = self.device.rules, len(sequence.ids) - 1
         self.drafts.truncated(sequence)
-        if sequence.num_drawn:
-            sequence.num_cached = min(sequence.num_cached, last)
-        else:  # the prompt's last chunk, as it was
-            sequence.num_cached = min(
-                sequence.num_cached, last if rules.all_alike else last // rules.chunk * rules.chunk
-            )
+        if sequence.num_read == 0:  # the prompt's last chunk, as it was
+            last = last if rules.all_alike else last // rules.chunk * rules.chunk
             sequence.state = State.PREFILL
-        sequence.num_exact = min(sequence.num_exact, sequence.num_cached)
+        try:
+            self.pages.rewind(sequence, last)
+        except MemoryBudgetError:
+            self._suspend(sequence)
 
     def _poisoned(self, sequence: Tokens, code: int) -> None:
         """A row without a distribution ends its request alone."""
-        self.pages.poison(sequence, self.device.zero_pages)
+        self.pages.poison(sequence.ticket.sequences, self.device.zero_pages)
         self.fail(sequence.ticket, no_distribution(code))

@@ -25,12 +25,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 from exl import forks
 from exl.engine.scheduler import Scheduler
 from exl.engine.ticket import Event, Ticket
 from exl.errors import ExlError, QueueFullError, with_causes
 
+Result = TypeVar("Result")
 _LOOK = 0.25  # seconds between two looks whether the engine's thread is still there
 _IDLE = 1.0  # seconds without a request after which that thread ends; a later request starts another
 _JOIN = 10.0  # seconds that closing waits for the step in flight
@@ -170,6 +172,27 @@ class Seat:
         while self.unfinished and time.monotonic() < until:
             time.sleep(_NAP)
         return not left
+
+    def apart(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, called between two steps: nothing else runs meanwhile. Its errors are raised here."""
+        self.check()
+        found: list[Result] = []
+
+        def between() -> bool:
+            self._intake()
+            found.append(work())
+            return True
+
+        while self._hold(between, _LOOK, torn=self._not_torn) is None:
+            self.check()
+        return found[0]
+
+    def _not_torn(self, error: BaseException) -> None:
+        """After an error of work that leaves requests as they are."""
+        if isinstance(error, Exception):
+            self._torn = False
+        else:
+            self._mend(error)
 
     # ---- who sits
 

@@ -63,20 +63,29 @@ class Sequence:
         return self.num_tokens - self.num_prompt
 
     @property
+    def num_read(self) -> int:
+        """Drawn tokens that are known."""
+        return len(self.ids) - self.num_prompt
+
+    @property
     def pages_needed(self) -> int:
-        """For the K and V of all tokens, and of one more."""
-        return -(-(self.num_tokens + 1) // PAGE_SIZE)
+        """For the K and V of all tokens, and of the next one if there is one."""
+        return -(-(self.num_tokens + (not self.wants_all)) // PAGE_SIZE)
 
     @property
     def page_table(self) -> NDArray[np.int32]:
-        """``pages`` as an array, made anew only when pages were added or given back."""
+        """``pages`` as an array, made anew only when their number has changed, or ``pages_changed`` was called."""
         if len(self._table) != len(self.pages):
             self._table = np.asarray(self.pages, dtype=np.int32)
         return self._table
 
+    def pages_changed(self) -> None:
+        """Some of the pages are others now."""
+        self._table = np.empty(0, np.int32)
+
     def lose_pages(self) -> list[int]:
         """The pages, which the caller releases. All tokens are to be computed again before the next is drawn."""
         pages, self.pages = self.pages, []
-        self._table = np.empty(0, np.int32)
+        self.pages_changed()
         self.num_cached = self.num_exact = 0
         return pages

@@ -149,7 +149,7 @@ def table_words(limits: StepLimits) -> int:
     """i32 and f32 words of the tables of a window: see ``exl/ops/cuda_batch.py``."""
     half = (limits.head_dim + 1) // 2
     sequences = limits.window_sequences
-    a_row, a_sequence = 2 + 2 * half, limits.max_pages + 2
+    a_row, a_sequence = 2 + 2 * half, limits.max_pages + 3
     return limits.window_rows * a_row + sequences * (a_sequence + 1 + _TABLES * TABLE_ALIGN)
 
 

@@ -46,6 +46,7 @@ from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
 from exl.ops.base import (
+    ALL_ROWS,
     PLAIN_BRANCH,
     TORCH_DTYPES,
     AttentionSpec,
@@ -214,9 +215,9 @@ class CudaOps:
 
     @property
     def invariant_rows(self) -> int:
-        """A prefill batch of fewer rows than this is row-invariant: from here on linears dequantize panels and leave
-        the products to cuBLAS, whose bits depend on the number of rows."""
-        return self.limits.max_rows + 1 if self._many is None else self._crossover
+        """From here on linears dequantize panels and leave the products to cuBLAS, whose bits depend on the number of
+        rows. Attention of a chunk and all else is row-invariant at any size."""
+        return ALL_ROWS if self._many is None else self._crossover
 
     @property
     def step_key(self) -> BatchShape:

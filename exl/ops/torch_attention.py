@@ -15,6 +15,7 @@ from exl.ops.rope_tables import rope_tables
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 from exl.threads import Threads
 
+_ALIGNED_BYTES = 64  # as torch allocates
 _QUERY_BLOCK = 128  # rows that share a mask: bounds the mask to 128 x context, and skips keys that no row sees
 
 
@@ -145,6 +146,8 @@ def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attenti
     group = spec.num_heads // Hkv
     # The query group becomes rows: [Hkv, group * n, D] against [Hkv, S, D], no copy of the keys.
     rows = q.view(n, Hkv, group, -1).permute(1, 2, 0, 3).reshape(1, Hkv, group * n, -1)
+    if rows.data_ptr() % _ALIGNED_BYTES:  # products would be summed in another order than where a row is alone
+        rows = rows.clone()
     mask = None if n == 1 else _causal_mask(n, S, spec.window, q.dtype).repeat(group, 1)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     if spec.softcap is None:

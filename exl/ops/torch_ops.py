@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -38,12 +37,21 @@ from exl.ops.torch_linear import Scratch, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
 
-_GRAIN_SIZE = 32768  # at::internal::GRAIN_SIZE
 
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    """``F.silu`` has other bits where a thread's share of the elements ends: its last few are computed by other code
+    than whole vectors. exp and plain arithmetic are not, so that a row's bits depend on no other row."""
+    denominator = torch.neg(x).exp_().add_(1.0)
+    return torch.div(x, denominator, out=denominator)
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """In place of ``F.gelu``, for the same reason."""
+    y = torch.mul(x, x).mul_(0.044715).add_(1.0).mul_(x).mul_(math.sqrt(2 / math.pi))
+    return y.tanh_().add_(1.0).mul_(x).mul_(0.5)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
 @dataclass(frozen=True)
@@ -187,14 +195,7 @@ class TorchOps:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
         self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
-        with self._split(T * width):
-            gate = activation(both[:, :width])
-        torch.mul(gate, both[:, width:], out=out)
-
-    def _split(self, num_elements: int) -> AbstractContextManager[None]:
-        """Around a function of many elements. torch's vectors and the last few elements of a share round differently,
-        so that bits depend on where shares end; up to its grain size there is one share."""
-        return nullcontext() if num_elements <= _GRAIN_SIZE else self.threads.all()
+        torch.mul(activation(both[:, :width]), both[:, width:], out=out)
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         y = self._fused[: h.numel()].view(h.shape)
@@ -212,10 +213,7 @@ class TorchOps:
         if spec.scale != 1.0:
             out.mul_(spec.scale)
         if spec.softcap is not None:
-            out.div_(spec.softcap)
-            with self._split(out.numel()):
-                out.tanh_()
-            out.mul_(spec.softcap)
+            out.div_(spec.softcap).tanh_().mul_(spec.softcap)
         return out
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> HostSamples:

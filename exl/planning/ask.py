@@ -42,6 +42,7 @@ def plan(
     head: str | int = "file",
     embed: str = "auto",
     arithmetic: str | None = None,
+    draft: str | Path | None = None,
     depth: int | None = None,
     vram_speed: int | str | Sequence[int | str] | None = None,
     pcie: int | str | Sequence[int | str] | None = None,
@@ -64,6 +65,8 @@ def plan(
     ``vram_speed``, ``pcie`` (also ``"3.0 x4"``), ``disk`` and ``ram_speed``, in bytes per second (``"360GB"``), it has
     the bound of the speed that follows. Raises as ``exl.load`` does.
     """
+    if draft is not None:
+        draft = find_headers(draft, revision=None, token=token)
     options = EngineOptions.from_arguments(locals())
     machine = describe_machine(gpu, vram, arch, Links(vram_speed, pcie, disk, ram_speed))
     if gpu is not None:

@@ -97,6 +97,8 @@ _TOKENIZER_FACTOR = 8
 _TABLE_PIECE_BYTES = 4 << 20
 _READ_AHEAD_BYTES = 16 << 20
 _SMALL_ITEMS = 8
+_SHORT_PROMPT = 32  # which is computed as decode rows where all layers are int4pack
+_ALIGNED_ELEMENTS = 16
 _READ_EDGES = 256 << 10  # pages are read whole, of which neighbours have the rest
 _UNPACKED_BYTES = 8  # per code, while it is unpacked, sorted, fused and packed
 _LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size; 4 to 13 MB were measured
@@ -137,5 +139,7 @@ def torch_temporaries(model: PlanInput) -> int:
     run = context * config.kv_width * (2 * element + (element if kv.quantized else 0))
     attend = rotate + mask + rows + run
     gate = T * limits.intermediate_size * 4 + norm
-    decode = 32 * 2 * (2 * limits.intermediate_size + limits.hidden_size)
+    # Of decode rows: bf16 inputs and outputs, or f32 inputs whose rows are aligned.
+    widest = max(2 * limits.intermediate_size + limits.hidden_size, 2 * (_max_k(limits) + _ALIGNED_ELEMENTS))
+    decode = max(_SHORT_PROMPT, limits.decode_rows) * 2 * widest
     return align_up(_LIBRARY_BYTES + max(attend, gate, norm + decode), BLOB_ALIGN)

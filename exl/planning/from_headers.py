@@ -26,7 +26,7 @@ from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.notes import plan_notes
-from exl.planning.plan import MemoryPlan, PlanInput
+from exl.planning.plan import MemoryPlan, PlanInput, PlanLine
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
 from exl.threads import check_threads
@@ -63,6 +63,7 @@ class EngineOptions:
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
+    draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -197,6 +198,8 @@ def plan_model(
 ) -> tuple[MemoryPlan, PlanInput]:
     """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit. ``depth``:
     tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
+    if options.draft is not None:
+        return _plan_both(files, options, target, speeds, depth)
     if options.context == "auto":
         options = dataclasses.replace(options, context=_largest_context(files, options, target))
     if options.cache_tokens == "auto":
@@ -212,6 +215,50 @@ def plan_model(
         speeds=speeds or Speeds(),
     )
     return plan, model
+
+
+def draft_options(options: EngineOptions, context: int) -> EngineOptions:
+    """How the draft model of ``options`` is loaded beside a model of ``context`` tokens: all of it in memory. What it
+    has no choice in is as for the model."""
+    return dataclasses.replace(
+        options,
+        draft=None,
+        context=context,
+        cache_tokens=options.cache_tokens if isinstance(options.cache_tokens, int) else None,
+        vram=None,
+        ram=None,
+        kv_ram=None,
+        resident_layers=None,
+        head="file",
+        embed="auto",
+        prefill_window=options.prefill_chunk,
+    )
+
+
+def _plan_both(
+    files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
+) -> tuple[MemoryPlan, PlanInput]:
+    """The draft model is placed first, and the model in what it leaves."""
+    with open_model(options.draft) as draft_files:
+        longest = draft_files.config.max_position
+        context = min(options.context if isinstance(options.context, int) else _default_context(files.config), longest)
+        if target.kind == "cuda":
+            raise ConfigError(
+                f"draft: found {draft_files.folder}: this version has draft models on the CPU; on a GPU "
+                "speculate='prompt' guesses without one"
+            )
+        draft, _ = plan_model(draft_files, draft_options(options, context), target)
+    needed = draft.num_bytes
+    less = dataclasses.replace(options, draft=None)
+    if options.budget is not None:
+        if needed >= options.budget:
+            found = f"{format_bytes(needed)}, the budget is {format_bytes(options.budget)}"
+            raise MemoryBudgetError(f"draft: {draft_files.folder} needs {found}")
+        less = dataclasses.replace(less, ram=options.budget - needed)
+    plan, model = plan_model(files, less, target, speeds, depth)
+    line = PlanLine("draft model", target.kind, needed, False, f"{draft_files.folder.name}, {context} tokens")
+    budgets = {} if options.budget is None else {target.kind: options.budget}
+    return dataclasses.replace(plan, lines=(*plan.lines, line), budgets=budgets), model
 
 
 def _with_rounded_head(

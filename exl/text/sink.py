@@ -35,6 +35,7 @@ class _Pushed:
     token_id: int
     data: bytes  # what it added
     num_chars: int  # characters that were complete before it
+    num_safe: int  # characters that no stop string could cut off before it
     state: DecoderState  # before it
 
 
@@ -50,12 +51,15 @@ class TextSink:
 
     A banned string that is complete before any stop string, or with it, takes tokens back: those from the one that
     holds its first byte on; of several that end at the same place, the shortest. The sink has then taken them back
-    itself, and ``Verdict.rewind`` tells everyone else. Both kinds of strings are compared as they are written, case and
-    all, with the text of the continuation alone.
+    itself, and ``Verdict.rewind`` tells everyone else. Where another token, drawn in the place of one taken back, makes
+    a banned string of text that is already given out, only the tokens behind that are taken back. So no banned string
+    is ever given out. Both kinds of strings are compared as they are written, case and all, with the text of the
+    continuation alone.
 
     The cost per token does not grow with the length of the text. Held back are at most three bytes of an incomplete
     character, the longest end of the text that may still become a stop string, and where a banned string may have
-    begun, all from the token on that would be taken back.
+    begun, all from the token on that would be taken back, and the end of what is before that token which may still
+    become a stop string.
     """
 
     def __init__(
@@ -77,11 +81,13 @@ class TextSink:
         self._banned = checked_texts("banned_strings", banned or ())
         self._held = ""  # complete characters that are not given out
         self._num_given = 0  # characters
+        self._last_given = ""  # the last of them, as many as a banned string may have there
+        self._num_safe = 0  # characters that no stop string can cut off
         self._recent: list[_Pushed] = []  # the tokens from the first on whose text is not all given out
         self._finished = False
         self._decoder = tokenizer.text_decoder(skip_special_tokens=skip_special_tokens)
         self._decoder.skip(prompt_ids)
-        self._num_final = 0
+        self._num_final = 0  # tokens that no banned string takes back any more
 
     @property
     def num_final_tokens(self) -> int:
@@ -94,16 +100,14 @@ class TextSink:
             return _NOTHING
         state = self._decoder.state()
         data = self._decoder.bytes_of(token_id)
-        self._recent.append(_Pushed(token_id, data, self._num_given + len(self._held), state))
+        self._recent.append(_Pushed(token_id, data, self._num_given + len(self._held), self._num_safe, state))
         self.num_tokens += 1
         self._held += self._decoder.text_of(data)
         stop_end, stop_start, stopped = self._first_stop()
         for ban_end, ban_start in self._first_ban():
             if ban_end <= stop_end:
                 return Verdict(rewind=self._rewind(ban_start))
-        if stopped is not None:
-            return self._stop_at(stop_start, stopped)
-        return Verdict(self._give())
+        return Verdict(self._give()) if stopped is None else self._stop_at(stop_start, stopped)
 
     def finish(self) -> str:
         """The rest: what was held back, with U+FFFD for the bytes of an incomplete character. Ends the text.
@@ -135,6 +139,7 @@ class TextSink:
         self._held = self._held[: first.num_chars - self._num_given]
         del self._recent[kept:]
         self.num_tokens = num_tokens
+        self._num_safe = first.num_safe
         self._num_final = min(self._num_final, num_tokens)
 
     @property
@@ -147,12 +152,13 @@ class TextSink:
         return min(found) if found else (len(self._held) + 1, 0, None)
 
     def _first_ban(self) -> list[tuple[int, int]]:
-        """End and start of the first banned string in the text that is held, if there is one."""
-        found = [(start + len(ban), -start) for ban in self._banned if (start := self._held.find(ban)) >= 0]
-        return [(end, -start) for end, start in sorted(found)[:1]]
+        """End and start, in the text that is held, of the first banned string, if there is one."""
+        text, offset = self._last_given + self._held, len(self._last_given)
+        found = [(start + len(ban), -start) for ban in self._banned if (start := text.find(ban)) >= 0]
+        return [(end - offset, -start - offset) for end, start in sorted(found)[:1]]
 
     def _rewind(self, start: int) -> Rewind:
-        first = self._owner(start)
+        first = self._first_revocable(start)
         rewind = Rewind(len(self._recent) - first, self._recent[first].token_id)
         self.truncate(self.num_tokens - rewind.num_tokens)
         return rewind
@@ -163,37 +169,47 @@ class TextSink:
 
     def _give(self) -> str:
         """Gives out what no stop string can cut off and no banned one take back; forgets its tokens."""
-        open_stop = self._num_open(self._stop)
-        open_ban = self._num_open(self._banned)
-        pending = bool(self._decoder.pending)
-        num = len(self._held) - open_stop
-        final = len(self._recent)
-        if self._banned and (open_ban or pending):
-            final = self._owner(len(self._held) - open_ban)
-            num = min(num, self._recent[final].num_chars - self._num_given)
-        self._num_final = self.num_tokens - len(self._recent) + final
-        kept = final if not open_stop and (self._banned or not pending) else min(final, self._owner(num))
+        num = len(self._held) - self._num_open(self._held, self._stop)
+        self._num_safe = self._num_given + num
+        is_incomplete = bool(self._decoder.pending)
+        open_ban = self._num_open(self._last_given + self._held, self._banned)
+        first = len(self._recent)  # the first that may be taken back
+        if open_ban or (is_incomplete and self._banned):
+            first = self._first_revocable(len(self._held) - open_ban)
+        self._num_final = self.num_tokens - len(self._recent) + first
+        if first < len(self._recent):  # then the text may go on otherwise from what was before it
+            num = min(num, self._recent[first].num_safe - self._num_given)
+        forgotten = min(first, self._owner(num)) if num < len(self._held) or is_incomplete else first
         text = self._given(num)
-        del self._recent[:kept]
+        del self._recent[:forgotten]
         return text
+
+    def _first_revocable(self, char: int) -> int:
+        """The first of the recent tokens to take back if a banned string begins at this place of the held text."""
+        num_final = self._num_final - (self.num_tokens - len(self._recent))
+        return max(num_final, self._owner(char))
 
     def _given(self, num: int) -> str:
         text, self._held = self._held[:num], self._held[num:]
         self._num_given += num
+        longest = max(map(len, self._banned), default=1) - 1
+        self._last_given = (self._last_given + text)[-longest:] if longest else ""
         return text
 
-    def _num_open(self, strings: Sequence[str]) -> int:
-        """Length of the longest end of the held text that is a beginning of one of the strings, and not all of it."""
+    @staticmethod
+    def _num_open(text: str, strings: Sequence[str]) -> int:
+        """Length of the longest end of a text that is a beginning of one of the strings, and not all of it."""
         longest = max(map(len, strings), default=1) - 1
-        for start in range(max(len(self._held) - longest, 0), len(self._held)):
-            if any(string.startswith(self._held[start:]) for string in strings):
-                return len(self._held) - start
+        for start in range(max(len(text) - longest, 0), len(text)):
+            if any(string.startswith(text[start:]) for string in strings):
+                return len(text) - start
         return 0
 
     def _owner(self, char: int) -> int:
-        """Which of the recent tokens holds the first byte of a character that is held, or of what is incomplete."""
+        """Which of the recent tokens holds the first byte of a character that is held, or of what is incomplete; 0 for
+        characters before those of these tokens."""
         first = self._recent[0]
         starts = self._decoder.char_starts(first.state, b"".join(token.data for token in self._recent))
-        byte = starts[self._num_given + char - first.num_chars]
-        ends = accumulate((len(token.data) for token in self._recent[:-1]), initial=len(first.state.pending))
-        return max(bisect_right(list(ends), byte) - 1, 0)
+        byte = starts[max(self._num_given + char - first.num_chars, 0)]
+        sizes = (len(token.data) for token in self._recent[:-1])
+        return max(bisect_right(list(accumulate(sizes, initial=len(first.state.pending))), byte) - 1, 0)

@@ -70,6 +70,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self._given_eos_ids = tuple(eos_ids)
         self._token_of = lru_cache(maxsize=1 << 16)(backend.id_to_token)
+        self._ids_with = lru_cache(maxsize=16)(self._find_ids_with)
         self._plain_copy: tokenizers.Tokenizer | None = None
 
     @classmethod
@@ -136,6 +137,14 @@ class Tokenizer:
         if token is None:
             raise ConfigError(f"{self._source}: found token id {token_id}, expected one below {self.vocab_size}")
         return self._rules.token_bytes(token)
+
+    def ids_with(self, texts: Sequence[str]) -> frozenset[int]:
+        """The tokens that contain one of these texts. Looks at each token, once for the same texts."""
+        return self._ids_with(tuple(text.encode("utf-8", "surrogatepass") for text in texts))
+
+    def _find_ids_with(self, texts: tuple[bytes, ...]) -> frozenset[int]:
+        known = (i for i in range(self.vocab_size) if self._backend.id_to_token(i) is not None)
+        return frozenset(i for i in known if any(text in self.token_bytes(i) for text in texts))
 
     # Text to ids
 

@@ -69,6 +69,12 @@ def _describe_tensor(checkpoint: Checkpoint, name: str) -> list:
     return [name, info.file, info.dtype, info.shape, info.start, info.stop, sample.tobytes().hex()]
 
 
+def model_digest(checkpoint: Checkpoint) -> str:
+    """Of the tensors alone, wherever their files lie and whenever they were written: names, types, shapes, samples."""
+    parts = [(name, dtype, shape, sample) for name, _, dtype, shape, _, _, sample in _describe_tensors(checkpoint)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     fields = [(name, f.offset, f.num_bytes, f.dtype, f.shape) for name, f in layout.fields.items()]
     linears = [(name, linear.kind, repr(linear.spec)) for name, some in layout.linears.items() for linear in some]

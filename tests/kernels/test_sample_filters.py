@@ -9,6 +9,7 @@ import torch
 from exl.batch import SamplingBatch
 from exl.engine.draws import Adjustments, DrawRow, sampling_batch
 from exl.kernels.launch import Backend
+from exl.sampling import sample as cpu_sample
 from tests.device_draws import INF, draw, joined, one_row
 from tests.host.shim import HostShim, ShimBackend
 
@@ -132,18 +133,20 @@ def random_logits(rng: np.random.Generator, num_rows: int, V: int) -> torch.Tens
 
 @pytest.mark.parametrize("V", [77, 4097, 32_001])
 def test_draws_follow_the_definitions(backend: Backend, V: int) -> None:
-    """All filters in one launch; a second draw of each has another uniform and the same row of logits."""
+    """All filters in one launch; a second draw of each has another uniform and the same row of logits. The CPU too."""
     rng = np.random.default_rng(V)
     logits = random_logits(rng, 5, V)
     rows = [draw_of(name, rng, V)._replace(row=i % 5) for i, name in enumerate(FILTERS)]
     rows += [row._replace(uniform=rng.random()) for row in rows]
     wanted = [expected(logits[row.row].numpy(), row) for row in rows]
-    found = draw(backend, logits, sampling_batch(rows, V))
-    near = [distance < 1 for _, distance in wanted]
-    assert sum(near) <= 1
-    assert [a for a, skip in zip(found, near, strict=True) if not skip] == [
-        token for (token, _), skip in zip(wanted, near, strict=True) if not skip
-    ]
+    batch = sampling_batch(rows, V)
+    far = [distance > 1 for _, distance in wanted]
+    assert far.count(False) <= 1
+    tokens = [token for token, _ in wanted]
+    for found in (draw(backend, logits, batch), cpu_sample(logits, batch).ids):
+        assert [a for a, is_far in zip(found, far, strict=True) if is_far] == [
+            a for a, is_far in zip(tokens, far, strict=True) if is_far
+        ]
 
 
 @pytest.mark.parametrize("name", FILTERS)

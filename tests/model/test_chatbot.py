@@ -16,6 +16,7 @@ from pexpect import EOF
 
 import exl
 from exl.commands.chat_session import SETTINGS, ChatSession
+from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
 from tests.command_line import run_exl, without_compiling
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,9 @@ def test_commands(session, tmp_path):
         ("/set temperature hot", ["temperature", "hot", "a number"]),
         ("/set top_k 1.5", ["top_k", "1.5", "a whole number"]),
         ("/set temperature -1", ["temperature", "-1"]),
+        ("/set banned_tokens five", ["banned_tokens", "five", "token ids, such as"]),
+        ("/set logit_bias 5", ["logit_bias", "5", "biases, such as"]),
+        ("/set ignore_eos maybe", ["ignore_eos", "maybe", "on or off"]),
     ],
 )
 def test_what_goes_wrong_is_one_line(session, line, words):
@@ -144,19 +148,22 @@ def test_lines_that_are_messages(session, line, message):
 
 
 def test_every_option_can_be_set(session):
-    values = {
-        "temperature": "0.5", "top_k": "5", "top_p": "0.5", "min_p": "0.1", "repetition_penalty": "1.1", "seed": "3",
-        "max_tokens": "4", "stop": "the end",
-    }  # fmt: skip
-    assert values.keys() == SETTINGS.keys()
-    for name, value in values.items():
-        session.handle(f"/set {name} {value}")
+    written = {NUMBER: "0.5", INTEGER: "3", FLAG: "on", IDS: "7,5", BIASES: "5=-2,17=0.5", TEXTS: "the end"}
+    meant = {NUMBER: 0.5, INTEGER: 3, FLAG: True, IDS: (7, 5), BIASES: {5: -2.0, 17: 0.5}, TEXTS: ("the end",)}
+    values = {name: (written[option.kind], meant[option.kind]) for name, option in OPTIONS.items()}
+    values |= {"dry_base": ("2", 2.0), "repetition_penalty": ("1.1", 1.1), "stop": ("the end", "the end")}
+    assert values.keys() == set(SETTINGS)
+    for name, (typed, value) in values.items():
+        session.handle(f"/set {name} {typed}")
+        assert session.settings[name] == value
         assert f"{name} {value}" in session.said[-1]
     session.handle("Hello.")
-    assert session.last.num_tokens <= 4
+    assert session.last.num_tokens <= 3
     for name in values:
         session.handle(f"/set {name} none")
     assert session.settings == {}
+    assert "typical_p" not in session.said[-1]
+    assert "temperature none" in session.said[-1]
 
 
 def test_a_stop_text(session):

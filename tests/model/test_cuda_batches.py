@@ -11,6 +11,7 @@ import torch
 
 from exl.batch import ForwardBatch, is_step
 from exl.layout.attention import num_items
+from exl.ops.base import ALL_ROWS
 from exl.ops.cuda_batch import BatchShape
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend
@@ -121,6 +122,29 @@ def test_drafts_have_the_same_bits_in_every_bucket(filled, captured):
     assert len(recorder.graphs) - before == len(shapes) < len(RAGGED)
 
 
+def test_64_rows(folder, backend):
+    """Of 64 sequences, and of 8 with drafts: rows of some as alone, in buckets that are full and that are not."""
+    engine = load(folder, RecordingBackend(backend), context=64, max_sequences=64, cache_tokens=64 * 64)
+    runner, graphs = engine.generator.runner, engine.generator.runner.graphs
+    texts = [Text(some_ids(9 + i % 15, i), 1 + i % 15, [i]) for i in range(64)]
+    for i in range(0, 64, 4):
+        run(runner, batch_of([(text.ids[: text.num_cached], 0, text.pages) for text in texts[i : i + 4]]))
+    eager(engine)
+    alone = {i: run(runner, batch_of([texts[i].next(1)], decode=True))[0] for i in range(0, 64, 9)}
+    drafted = {i: token_by_token(runner, texts[i], 8) for i in (0, 3, 7)}
+    runner.graphs = graphs
+    for used in (64, 57):
+        for _ in range(3):
+            found = run(runner, step_of([text.next(1) for text in texts[:used]]))
+            assert all(torch.equal(found[i], row) for i, row in alone.items() if i < used)
+    for counts in ([8] * 8, [8, 1, 7, 8, 2, 8, 8, 5]):
+        start = np.cumsum([0, *counts])
+        for _ in range(3):
+            found = run(runner, step_of([text.next(n) for text, n in zip(texts, counts, strict=False)]))
+            assert all(torch.equal(found[start[i] : start[i + 1]], drafted[i][: counts[i]]) for i in drafted)
+    assert len(graphs._replays) == 2
+
+
 def bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
@@ -203,7 +227,7 @@ def test_below_the_crossover_a_prompts_bits_do_not_depend_on_its_chunks(folder, 
     ``most`` rows: without tensor cores products of 32 rows are cuBLAS's."""
     engine = load(folder, make_backend("plain", arch), kv_cache=kind, **MANY)
     runner, (text, other) = engine.generator.runner, some_texts([100, 40])
-    assert runner.decoder.ops.invariant_rows == (129 if arch == 86 else 32)
+    assert runner.decoder.ops.invariant_rows == (ALL_ROWS if arch == 86 else 32)
     found = []
     for borders in (range(0, 100, most), [0, 1, 32, 63, 94], range(0, 100, 9)):
         for chunk in chunks_of(text, list(borders)):

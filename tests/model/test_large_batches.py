@@ -19,9 +19,12 @@ from exl.ops.cpu_target import torch_target, why_not_compiled
 from exl.planning.from_headers import EngineOptions
 from tests.model.batches import batch_of, run
 from tests.model.cpu_targets import needs_kernels
+from tests.model.hf_models import CASES as DENSE_CASES
+from tests.model.hf_models import Case, save
+from tests.model.hf_models import build as build_dense
 from tests.model.test_quantized import make
 
-CONTEXT = 448
+CONTEXT = 320
 COUNTS = (16, 33, 64)
 
 
@@ -32,22 +35,27 @@ def lengths_of(count: int) -> list[int]:
 
 
 class Cached:
-    """Sequences with the first tokens of one text in the cache, on pages that are no neighbours, or that are."""
+    """Sequences with the first tokens of texts in the cache, on pages that are no neighbours."""
 
-    def __init__(self, engine: Engine, count: int, *, scattered: bool = True) -> None:
+    def __init__(self, engine: Engine, count: int) -> None:
         self._runner, self.lengths = engine.generator.runner, lengths_of(count)
         self._vocab_size = engine.config.vocab_size
         per = CONTEXT // PAGE_SIZE
-        pages = np.arange(count * per)
-        if scattered:
-            pages = np.random.default_rng(1).permutation(pages)
-        self._pages = pages.reshape(count, per).tolist()
+        self._pages = np.random.default_rng(1).permutation(count * per).reshape(count, per).tolist()
         for b, length in enumerate(self.lengths):
             for start in range(0, length, 64):  # whatever the largest chunk is
                 run(self._runner, batch_of([(self.ids(b, start, min(length, start + 64)), start, self._pages[b])]))
 
     def ids(self, b: int, first: int, last: int) -> list[int]:
         return [3 + (7 * b + 5 * i) % (self._vocab_size - 3) for i in range(first, last)]
+
+    def gather(self) -> None:
+        """Copies each one's pages to neighbours, behind all others."""
+        num_pages = sum(map(len, self._pages))
+        moved = np.arange(num_pages, 2 * num_pages).reshape(len(self._pages), -1).tolist()
+        for old, new in zip(self._pages, moved, strict=True):
+            self._runner.kv.copy_pages(old, new)
+        self._pages = moved
 
     def step(self, chosen: list[int]) -> torch.Tensor:
         """Logits of each one's next token."""
@@ -118,7 +126,7 @@ def test_what_scratch_has_no_room_for_is_computed_in_groups(monkeypatch):
         for most in (2, 5, 11):
             monkeypatch.setattr(compiled_batch, "scratch_partials", lambda limits, most=most: most)
             staged = compiled_batch.StagedBatch(
-                batch_of([([5], length, [0] * 7) for length in cached.lengths], decode=True), [5] * 16, None
+                batch_of([([5], length, [0] * 5) for length in cached.lengths], decode=True), [5] * 16, None
             )
             groups = compiled_batch.BatchTables(staged).splits(None)
             assert max(group.num_partials for group in groups) <= most < sum(group.num_partials for group in groups)
@@ -170,6 +178,49 @@ class Counted:
         self._call(*args)
 
 
+# Rows of heads that begin anywhere, an MLP of which threads share rows in the middle.
+ODD = Case(
+    "odd", "llama",
+    {"hidden_size": 36, "intermediate_size": 1500, "head_dim": 18, "num_attention_heads": 3, "num_key_value_heads": 1},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    made: dict[str, Path] = {"bundled": BUNDLED_MODEL}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("model")
+            if name == "int4":
+                make(made[name], 4, 32, order="shared")
+            else:
+                cases = {case.name: case for case in (*DENSE_CASES, ODD)}
+                save(build_dense(cases[name]), made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:a context of:exl.errors.ExlWarning")
+@pytest.mark.parametrize("name", ["bundled", "int4", "qwen3-tied", "mistral", "odd"])
+@pytest.mark.parametrize(("kv_cache", "threads"), [("f32", 1), ("f32", 4), ("f16", 2), ("q8", 3)])
+def test_through_torch_too_on_whatever_pages(folder_of, name, kv_cache, threads):
+    """Pages that are neighbours are read where they are, others from a copy: the bits are the same."""
+    options = {"kv_cache": kv_cache, "cache_tokens": 32 * CONTEXT, "cpu": torch_target()}
+    with opened(folder_of(name), 16, threads, **options) as engine:
+        scattered = Cached(engine, 16)
+        everyone = list(range(16))
+        alone = torch.cat([scattered.step([b]) for b in everyone])
+        assert torch.isfinite(alone).all()
+        for chosen in (everyone, everyone[::-1], everyone[3:10]):
+            assert same(scattered.step(chosen), alone[chosen])
+        if name != ODD.name:  # where a prompt's bits depend on the number of threads, which is as many as are quickest
+            check_offset(engine, scattered)
+        scattered.gather()
+        assert same(scattered.step(everyone), alone)
+
+
 def check_offset(engine: Engine, cached: Cached) -> None:
     runner = engine.generator.runner
     ops, chosen = runner.decoder.ops, list(range(8, 16))
@@ -178,7 +229,8 @@ def check_offset(engine: Engine, cached: Cached) -> None:
     for _ in range(4):
         expected = cached.step(chosen)
         (h,) = runner._run_layers([prompt], None)
-        found = runner.decoder.head(runner._final_norm, runner._head, h, runner._logits[8:])
+        with runner._like(h.shape[0]):
+            found = runner.decoder.head(runner._final_norm, runner._head, h, runner._logits[8:])
         assert found.data_ptr() == runner._logits[8].data_ptr()
         assert same(found, alone)
         assert same(runner._logits[:8], expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 import exl
-from exl.request_options import RequestOptions
-from exl.sampling_params import OPTIONS
+from exl.request_options import CONSTRAINTS, RequestOptions
+from exl.sampling_params import NUMBER, OPTIONS
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260K"
 
@@ -166,8 +167,14 @@ def test_other_libraries_keywords(llm):
     with pytest.raises(TypeError, match="it takes model, device"):
         exl.load(STORIES, speed="high")
     for name, words in {
-        "n": "one call gives one completion: call it with several seeds",
-        "stop_token_ids": "exl calls it stop, with texts",
+        "num_beams": "exl has no beam search",
+        "num_return_sequences": "exl calls it n",
+        "eos_token_id": "exl calls it stop_token_ids; the model's own come from its files",
+        "repeat_penalty": "exl calls it repetition_penalty",
+        "dry_sequence_breakers": "exl calls it dry_breakers",
+        "typ_p": "exl calls it typical_p",
+        "mirostat": "exl calls it mirostat_tau; above 0",
+        "min_new_tokens": "exl calls it min_tokens",
         "stream": "LLM.stream, LLM.stream_chat",
         "messages": r"LLM.complete_chat\(messages\)",
         "sampling_params": "exl calls it params",
@@ -209,11 +216,44 @@ def test_the_table_of_options_is_whole():
     """What a new sampler must be entered in: SamplingParams, and the keywords that type checkers know."""
     options = get_type_hints(RequestOptions)
     params = get_type_hints(exl.SamplingParams)
-    assert set(OPTIONS) | {"stop"} == set(params)
+    assert [*OPTIONS, "stop"] == list(params)
+    asked_for_otherwise = {"stop", "reuse_prefix", "top_logprobs", "prompt_progress", "n", "best_of", *CONSTRAINTS}
+    asked_for_otherwise |= {"speculate", "draft_tokens"}
+    assert list(OPTIONS) == [name for name in options if name not in asked_for_otherwise]
+    defaults = exl.SamplingParams()
     for name, option in OPTIONS.items():
-        assert options[name] == (option.kind | None), name
-        assert params[name] in (option.kind, option.kind | None), name
+        assert options[name] == (option.kind.type | None), name
+        assert options[name] == params[name] | None or name == "logit_bias", name  # which also takes pairs
+        assert getattr(defaults, name) == option.default, name
+        assert option.off is None or option.off == option.default, name  # nothing is done unless asked for
         assert option.help.endswith("."), name
+
+
+def test_every_name_of_an_option_in_other_libraries_is_explained(llm):
+    for name, option in OPTIONS.items():
+        for alias, words in option.aliases.items():
+            assert alias not in OPTIONS
+            with pytest.raises(TypeError, match=f"has no keyword '{alias}': exl calls it {re.escape(words or name)}"):
+                llm.generate("One day", **{alias: 1})
+
+
+def test_every_option_reaches_the_text(llm):
+    """Values at which each would be told apart, if it did anything; and bad ones are refused before anything runs."""
+    values = {
+        "logit_bias": {5: 1.5}, "banned_tokens": [7, 5], "stop_token_ids": (3,), "dry_breakers": ["a"], "seed": 4,
+        "temperature_last": True, "penalize_prompt": False, "ignore_eos": True, "min_tokens": 2, "max_tokens": 3,
+        "banned_strings": ["zq"],
+    }  # fmt: skip
+    values = {name: values.get(name, 0.5 if option.kind is NUMBER else 2) for name, option in OPTIONS.items()}
+    values |= {"repetition_penalty": 1.5, "dry_base": 2.0}
+    assert llm.generate("One day", **values).num_tokens == 3
+    assert llm.generate("One day", exl.SamplingParams(**values)).num_tokens == 3
+    for name in OPTIONS:
+        with pytest.raises(exl.ConfigError, match=rf"^{name}: found"):
+            llm.generate("One day", **{name: object()})
+    for name in ("banned_tokens", "stop_token_ids", "logit_bias"):
+        with pytest.raises(exl.ConfigError, match=rf"^{name}: found token id 99999, expected 0 to"):
+            llm.generate("One day", **{name: {99999: 1.0} if name == "logit_bias" else [99999]})
 
 
 def test_sampling_params_stand_for_options(llm):
@@ -289,16 +329,15 @@ def test_prompt_progress(llm):
         llm.generate("One", 3, reuse_prefix="no")
 
 
-def test_unfinished_stream_in_the_same_thread_is_an_error_not_a_hang(llm):
+def test_an_unfinished_stream_of_the_same_thread_keeps_nobody_waiting(llm):
+    expected = llm.generate("One day", 50).text
     stream = llm.stream("One day", 50)
-    next(stream)
-    with pytest.raises(exl.ExlError, match="another stream"):
-        llm.generate("One day", 5)
-    stream.close()
+    first = next(stream)
     assert llm.generate("One day", 5).num_tokens == 5
+    assert first + "".join(stream) == expected
 
 
-def test_threads_take_turns(llm):
+def test_threads_share_a_batch(llm):
     prompts = ["One day", "The dog", "Lily", "Once"]
     expected = [llm.generate(p, 30).text for p in prompts]
     answers: dict[int, str] = {}

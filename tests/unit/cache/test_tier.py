@@ -118,6 +118,10 @@ TierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=2
 TestTierMachine = TierMachine.TestCase
 
 
+def no_fence() -> None:
+    pass
+
+
 def text(seed: int, num_pages: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 1000, num_pages * PAGE_SIZE).tolist()
 
@@ -134,7 +138,8 @@ def test_a_page_comes_back_from_ram(layout):
     """Also a part of it, for a text that goes on otherwise."""
     kv = filled(layout, 4)
     with ExitStack() as stack:
-        tier = ram_tier(kv, 3 * kv.page_bytes + 100, stack)
+        fences: list[int] = []
+        tier = ram_tier(kv, 3 * kv.page_bytes + 100, lambda: fences.append(1), stack)
         assert tier is not None
         assert tier.num_slots == 3
         pool = PagePool(4, tier=tier)
@@ -142,6 +147,7 @@ def test_a_page_comes_back_from_ram(layout):
         pages = store(pool, ids)
         before = [page_bytes(kv, page) for page in pages]
         pool.release(pool.allocate(4))
+        assert len(fences) == 1  # the next kernel writes to a page that is being copied
         kv.slab.zero_()
         assert (pool.find(ids).num_tokens, pool.num_kept) == (192, 0)
         pool.allocate(1)
@@ -150,6 +156,7 @@ def test_a_page_comes_back_from_ram(layout):
         for page, expected in zip(part.pages, before, strict=False):
             assert all(map(np.array_equal, page_bytes(kv, page), expected))
         assert pool.stats.pages_restored == 2
+        assert len(fences) == 2
         pool.check()
         pool.release(part.pages)
         taken = pool.take_prefix(ids, None)
@@ -162,7 +169,7 @@ def test_a_page_comes_back_from_ram(layout):
 def test_least_recently_used_pages_leave_ram_first():
     kv = filled(SMALL, 2)
     with ExitStack() as stack:
-        pool = PagePool(2, tier=ram_tier(kv, 3 * kv.page_bytes, stack))
+        pool = PagePool(2, tier=ram_tier(kv, 3 * kv.page_bytes, no_fence, stack))
         first, second, third = text(1, 2), text(2, 2), text(3, 2)
         for ids in (first, second):
             store(pool, ids)
@@ -175,16 +182,34 @@ def test_least_recently_used_pages_leave_ram_first():
         pool.check([])
 
 
+def test_a_page_whose_beginning_loses_its_slot_needs_none():
+    """A sequence with a window has given its first page back; that one is in the only slot when the next is evicted."""
+    kv = filled(SMALL, 4)
+    with ExitStack() as stack:
+        pool = PagePool(4, null=True, tier=ram_tier(kv, kv.page_bytes, no_fence, stack))
+        ids = text(1, 2)
+        pages = pool.allocate(2)
+        pool.remember(ids, pages)
+        pool.release(pages[:1])
+        others = pool.allocate(2)
+        assert pool.find(ids).num_tokens == 128
+        pool.release([0, pages[1]])
+        pool.check([others])
+        others += pool.allocate(1)
+        pool.check([others])
+        assert pool.find(ids).num_tokens == 0
+
+
 def test_memory_for_less_than_a_page_is_no_tier():
     kv = filled(SMALL, 2)
     with ExitStack() as stack:
-        assert ram_tier(kv, kv.page_bytes - 1, stack) is None
+        assert ram_tier(kv, kv.page_bytes - 1, no_fence, stack) is None
 
 
 def test_pages_in_ram_are_saved_too(tmp_path):
     kv = filled(SMALL, 4)
     with ExitStack() as stack:
-        pool = PagePool(4, tier=ram_tier(kv, 4 * kv.page_bytes, stack))
+        pool = PagePool(4, tier=ram_tier(kv, 4 * kv.page_bytes, no_fence, stack))
         first, second = text(1, 3), text(2, 3)
         pages = store(pool, first)
         before = [page_bytes(kv, page) for page in pages]

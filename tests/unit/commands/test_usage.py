@@ -87,6 +87,12 @@ def test_generate_takes_a_prompt_or_a_model_and_a_prompt():
         (["chat", "--max-tokens", "many"], "--max-tokens: found 'many', expected a whole number, such as 1000"),
         (["chat", "--temperature", "0,8"], "--temperature: found '0,8', expected a number, such as 0.8"),
         (["generate", "--top-k", "1.5"], "--top-k: found '1.5', expected a whole number, such as 1000"),
+        (["generate", "--typical-p", "all"], "--typical-p: found 'all', expected a number, such as 0.8"),
+        (["generate", "--banned-tokens", "5;6"], "--banned-tokens: found '5;6', expected token ids, such as 5,17"),
+        (
+            ["chat", "--logit-bias", "5:2"],
+            "--logit-bias: found '5:2', expected token ids and biases, such as 5=-2,17=0.5",
+        ),
         (["bench", "--pp", ""], "--pp: found '', expected a whole number, such as 1000"),
         (["plan", "--max-sequences", "two"], "--max-sequences: found 'two', expected a whole number, such as 1000"),
         (["quantize", "a", "b", "--damp", "x"], "--damp: found 'x', expected a number, such as 0.8"),
@@ -123,7 +129,7 @@ def test_a_seed_of_19_digits_is_kept():
         (["generate", "--max-token", "5"], "--max-token: no such option of exl generate: did you mean --max-tokens"),
         (
             ["generate", "--temprature", "5"],
-            "--temprature: no such option of exl generate: did you mean --temperature?",
+            "--temprature: no such option of exl generate: did you mean --temperature",
         ),
         (["chat", "--sys", "x"], "--sys: no such option of exl chat: did you mean --system?"),
         (["plan", "--xyzzy"], "--xyzzy: no such option of exl plan; exl plan --help shows them"),

@@ -319,13 +319,22 @@ def test_what_is_typed_right(parts):
     assert (found.model, found.name, found.is_local) == ("owner/name", "owner/name", False)
     expected = {"device": "auto", "kv_cache": "q8", "ram": "6GB", "vram": ["8GB", "24GB"], "context": "auto", "head": 4}
     assert found.options == expected
-    options = parts["settings"].sampling_options(0.5, 40.0, 0.9, 0, 1, 20.0, " 7 ")
-    assert options == {
-        "temperature": 0.5, "top_k": 40, "top_p": 0.9, "min_p": 0, "repetition_penalty": 1, "max_tokens": 20, "seed": 7
-    }  # fmt: skip
-    assert parts["settings"].sampling_options(None, None, None, None, None, None, None)["seed"] is None
+
+
+def test_the_form_of_sampling_options_is_of_the_table(parts):
+    settings = parts["settings"]
+    typed = {name: slider.start(name) for name, slider in settings.SLIDERS.items()} | {"top_k": 40.0, "min_tokens": 3.0}
+    options = settings.sampling_options(*typed.values(), " 7 ")
+    assert options == typed | {"seed": 7}
+    assert type(options["top_k"]) is type(options["min_tokens"]) is int
+    assert exl.SamplingParams(**options).top_k == 40
+    for name, slider in settings.SLIDERS.items():  # the ends can be asked for, and a value is off where it should be
+        for value in (slider.low, slider.high, slider.start(name)):
+            exl.SamplingParams(**{name: int(value) if float(value).is_integer() else value})
+    nothing = settings.sampling_options(*(None for _ in typed), None)
+    assert {name for name, value in nothing.items() if value is not None} == {"max_tokens"}
     with pytest.raises(ConfigError, match="seed: found 'x'"):
-        parts["settings"].sampling_options(1, 0, 1, 0, 1, 5, "x")
+        settings.sampling_options(*typed.values(), "x")
 
 
 def test_a_gpu_that_is_not_there_is_planned_for_and_not_loaded_on(parts, monkeypatch):

@@ -14,6 +14,7 @@ from exl.layout.specs import LinearSpec, MatrixSpec, Target
 from exl.layout.steps import StepLimits
 from exl.ops.base import Branch, EmbedSpec, GatedMlp, Linear, LogitsSpec, Norm
 from exl.ops.torch_ops import TorchOps
+from exl.threads import Threads, using
 from tests.model.batches import batch_of
 
 T, C, INNER, V = 9, 40, 75, 52  # widths that torch's vectors do not divide
@@ -99,6 +100,45 @@ def test_the_gated_mlps_activations(ops, rng, activation):
         ops.stage([step(1)])
         ops.gated_mlp(h[i : i + 1], norm, (linear,), GatedMlp(activation.__name__), alone)
         assert torch.equal(alone[0], out[i])
+
+
+MANY = (2, 3, 7, 8, 13, 16, 21, 33, 47, 64)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1500, 5632, 1000])
+def test_a_decode_row_has_the_same_bits_in_any_number_of_rows(rng, width, threads):
+    """Through everything besides attention, at widths that threads share in the middle of a row, and with rows that do
+    not begin at multiples of 64 bytes."""
+    vocab, channels = 1003, 37
+    limits = StepLimits(64, 64, 64, 64, channels, 3 * channels, channels, width, vocab, channels, max_sequences=64)
+    ops = TorchOps(TARGET, KVLayout("f32", 1, 1, channels), limits, Threads(threads))
+    rows, norm = random_rows(rng, 64, channels), random_norm(rng, channels)
+    both, down = (random_linear(rng, *size)[0] for size in ((channels, 2 * width), (width, channels)))
+    head, qkv = (random_linear(rng, channels, N)[0] for N in (vocab, 3 * channels))
+
+    def outputs(h: torch.Tensor) -> list[torch.Tensor]:
+        T = len(h)
+        ops.stage([batch_of([([7], 0, [i]) for i in range(T)], decode=True)])
+        found = [torch.empty(T, 3 * channels)]
+        ops.project(h, norm, (qkv,), found[0])
+        for activation in ("silu", "gelu_tanh"):
+            product = torch.empty(T, width)
+            ops.gated_mlp(h, norm, (both,), GatedMlp(activation), product)
+            found.append(product)
+            for branch in (Branch(), Branch(0.22, norm)):
+                residual = h.clone()
+                ops.add_projection(product, (down,), residual, branch)
+                found.append(residual)
+        for spec in (LogitsSpec(), LogitsSpec(30.0, 0.7)):
+            found.append(ops.logits(h, norm, head, spec, torch.empty(T, vocab)))
+        return found
+
+    with using(threads):
+        alone = [torch.cat(parts) for parts in zip(*(outputs(rows[i : i + 1]) for i in range(64)), strict=True)]
+        for T in MANY:
+            for which, (found, expected) in enumerate(zip(outputs(rows[:T]), alone, strict=True)):
+                assert found.equal(expected[:T]), f"{T} rows, output {which}"
 
 
 def test_an_activation_that_there_is_not_is_named(ops, rng):

@@ -1,0 +1,212 @@
+"""A device for ``exl.engine.scheduler`` without a model: what it keeps at a slot of the cache is the token id that was
+written there, and the bits' history; its logits are a hash of what a row finds on its pages. So a wrong page, a wrong
+slot or a row with other bits than it should have shows in the text."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from exl.batch import PAGE_SIZE, ForwardBatch, SampleRows, SamplingBatch
+from exl.engine.compose import ALL_ALIKE, ChunkRules
+from exl.sampling import sample
+
+V = 13
+EOS = V - 1
+_RANDOM = np.random.RandomState(0)
+_BY_TEXT = _RANDOM.standard_normal((4096, V)).astype(np.float32) * 2.0
+_BY_LAST = _RANDOM.standard_normal((V, V)).astype(np.float32) * 2.0  # so that texts repeat, and lookups find drafts
+_BY_TEXT[:, EOS] -= 2.0
+
+ALIKE, AS_DECODE, AS_PROMPT, IN_COMPANY = 0, 1, 2, 3  # whose bits a row has
+NOT_A_NUMBER = -7  # an id
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What happens to a step, once."""
+
+    error: BaseException
+    after_rows: int = 0  # that have been written by then
+    times: int = 1
+
+
+@dataclass(eq=False)
+class FakeDevice:
+    """See ``exl.engine.scheduler.Device``."""
+
+    num_pages: int = 64
+    runs_ahead: bool = False
+    invariant_rows: int = ALL_ALIKE
+    chunk: int = 64
+    logit_chunk: int = 16
+    max_decode_prompt: int = 4
+    max_decode_rows: int = 8
+    max_sequences: int = 4
+    step_tokens: int = 128
+    decode_rows: int = 16  # of a batch of decode rows, drafts included
+    vocab_size: int = V
+    num_holders: Callable[[int], int] | None = None  # of a page, to see that only its owner writes to it
+    log: list[str] = field(default_factory=list)  # "step", "sample", "read", in order
+    rows: Counter[str] = field(default_factory=Counter)  # that ran: "decode", "prompt"
+    zeroed: list[int] = field(default_factory=list)  # pages
+    faults: Faults | None = None
+    nan_row: int | None = None  # of the next step's rows in all: what it writes is not a number
+
+    def __post_init__(self) -> None:
+        self.rules = ChunkRules(
+            chunk=self.chunk,
+            logit_chunk=self.logit_chunk,
+            max_decode_prompt=self.max_decode_prompt,
+            max_decode_rows=self.max_decode_rows,
+            invariant_rows=self.invariant_rows,
+        )
+        self.ids = np.full(self.num_pages * PAGE_SIZE, -1, np.int64)
+        self.bits = np.zeros(self.num_pages * PAGE_SIZE, np.int64)
+        self._logits = torch.zeros(64, V)  # one buffer, as on a device: what comes later overwrites it
+        self._last: list[int] = []
+        self._num_rows = 0
+
+    # ---- what a scheduler asks for
+
+    def step(
+        self,
+        decode: ForwardBatch | None,
+        chunks: Sequence[ForwardBatch],
+        on_layer: Callable[[range, int, int], None] | None = None,
+    ) -> torch.Tensor:
+        self.log.append("step")
+        self._logits.fill_(float("nan"))
+        self._num_rows, at = 0, 0
+        if decode is not None:
+            assert decode.num_decode_rows == decode.num_rows <= self.decode_rows
+            at = self._run(decode, at)
+        for i, batch in enumerate(chunks):
+            assert batch.num_rows <= self.chunk
+            assert batch.num_sequences <= self.max_sequences
+            at = self._run(batch, at)
+            if on_layer is not None:
+                on_layer(range(i, i + 1), 1, 2)
+                on_layer(range(i, i + 1), 2, 2)
+        self._fail(at_end=True)
+        self.nan_row = None
+        return self._logits[:at]
+
+    def sample(self, logits: torch.Tensor, params: SamplingBatch) -> FakeSamples:
+        self.log.append("sample")
+        found = sample(logits, params)
+        self._last = found.ids
+        return FakeSamples(self, found)
+
+    def zero_pages(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._slots(page)[:] = 0
+            self.bits[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
+            self.zeroed.append(page)
+
+    def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        for a, b in zip(src, dst, strict=True):
+            self._owned(b)
+            self._slots(b)[:] = self._slots(a)
+            of_a, of_b = (slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in (a, b))
+            self.bits[of_b] = self.bits[of_a]
+
+    def abandon(self) -> None:
+        self._logits.fill_(float("nan"))
+
+    # ---- for tests
+
+    def found(self, pages: Sequence[int], num_tokens: int) -> list[int]:
+        """The ids that lie on these pages."""
+        return [int(self._slots(pages[i // PAGE_SIZE])[i % PAGE_SIZE]) for i in range(num_tokens)]
+
+    def found_bits(self, pages: Sequence[int], num_tokens: int) -> list[int]:
+        slots = [pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(num_tokens)]
+        return self.bits[slots].tolist()
+
+    def cold_bits(self, num_tokens: int) -> list[int]:
+        """Those of the beginning of a prompt in whole chunks that reuses nothing."""
+        if self.rules.all_alike:
+            return [ALIKE] * num_tokens
+        return [self._prompt_bits(self.chunk, i % self.chunk) for i in range(num_tokens)]
+
+    def is_poisoned(self, page: int) -> bool:
+        return NOT_A_NUMBER in self._slots(page)
+
+    # ---- rows
+
+    def _run(self, batch: ForwardBatch, at: int) -> int:
+        kind = "decode" if batch.num_decode_rows else "prompt"
+        assert batch.num_decode_rows in (0, batch.num_rows)
+        self.rows[kind] += batch.num_rows
+        starts = batch.query_start
+        assert starts[-1] == batch.num_rows
+        for b in range(batch.num_sequences):  # all rows are written before any is read, as a kernel may do it
+            first = int(batch.context_len[b] - (starts[b + 1] - starts[b]))
+            for row in range(starts[b], starts[b + 1]):
+                position = first + row - int(starts[b])
+                assert batch.positions[row] == position
+                slot = int(batch.page_table[b, position // PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE
+                assert batch.slots[row] == slot
+                self._write(slot, int(batch.token_ids[row]), self._row_bits(batch, row))
+        wanted = batch.logit_rows.tolist()
+        for row in wanted:
+            b = int(np.searchsorted(starts, row, side="right")) - 1
+            self._logits[at] = torch.from_numpy(self._row_logits(batch.page_table[b], int(batch.positions[row]) + 1))
+            at += 1
+        return at
+
+    def _row_bits(self, batch: ForwardBatch, row: int) -> int:
+        if self.rules.all_alike:
+            return ALIKE
+        return AS_DECODE if batch.num_decode_rows else self._prompt_bits(batch.num_rows, row)
+
+    def _prompt_bits(self, num_rows: int, row: int) -> int:
+        return AS_PROMPT if num_rows < self.invariant_rows else IN_COMPANY + num_rows * 1000 + row
+
+    def _write(self, slot: int, token_id: int, bits: int) -> None:
+        self._fail()
+        self._owned(slot // PAGE_SIZE)
+        if token_id < 0:
+            token_id = self._last[-1 - token_id]
+        assert token_id < V
+        self.ids[slot] = NOT_A_NUMBER if self._num_rows == self.nan_row else token_id
+        self.bits[slot] = bits
+        self._num_rows += 1
+
+    def _row_logits(self, table: np.ndarray, num_tokens: int) -> np.ndarray:
+        pages = table[: -(-num_tokens // PAGE_SIZE)]
+        slots = (pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
+        if NOT_A_NUMBER in self.ids[slots]:  # behind the text, too: 0 times NaN is NaN
+            return np.full(V, np.nan, np.float32)
+        slots = slots[:num_tokens]
+        text = zlib.crc32(self.bits[slots].tobytes(), zlib.crc32(self.ids[slots].tobytes()))
+        return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[self.ids[slots[-1]]]
+
+    def _owned(self, page: int) -> None:
+        if self.num_holders is not None:
+            assert self.num_holders(page) == 1, f"page {page} is written, and has {self.num_holders(page)} holders"
+
+    def _slots(self, page: int) -> np.ndarray:
+        return self.ids[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+
+    def _fail(self, at_end: bool = False) -> None:
+        faults = self.faults
+        if faults is not None and (at_end or self._num_rows >= faults.after_rows):
+            self.faults = Faults(faults.error, faults.after_rows, faults.times - 1) if faults.times > 1 else None
+            raise faults.error
+
+
+@dataclass(eq=False)
+class FakeSamples:
+    device: FakeDevice
+    rows: SampleRows
+
+    def read(self) -> SampleRows:
+        self.device.log.append("read")
+        return self.rows

@@ -1,0 +1,231 @@
+"""Requests to a scheduler over a ``FakeDevice``, and the whole around it, without a seat: whoever calls drives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from exl.batch import PAGE_SIZE
+from exl.cache.page_pool import PagePool
+from exl.engine.admission import Pages
+from exl.engine.answers import Answers
+from exl.engine.drafts import Drafts
+from exl.engine.prompt_lookup import PromptLookup
+from exl.engine.request import TokenRequest
+from exl.engine.scheduler import Scheduler
+from exl.engine.ticket import Answer, Event, Ticket
+from exl.errors import ConstraintError
+from exl.philox import child_seed
+from exl.text.sink import Rewind, Verdict
+from tests.unit.engine.fake_device import EOS, FakeDevice, V
+
+CONTEXT = 4 * PAGE_SIZE
+
+
+def char(token_id: int) -> str:
+    return chr(ord("a") + token_id)
+
+
+@dataclass
+class PairSink:
+    """A text of one character a token; stop strings and banned strings of two."""
+
+    stops: tuple[str, ...] = ()
+    banned: tuple[str, ...] = ()
+    fails_at: int | None = None  # tokens after which it raises; -1: when it is finished
+    ids: list[int] = field(default_factory=list)
+    num_given: int = 0
+    ended: bool = False
+
+    @property
+    def num_final_tokens(self) -> int:
+        return len(self.ids) - (not self.ended and self._opens(self.banned))
+
+    def _opens(self, pairs: Sequence[str]) -> bool:
+        return bool(self.ids) and any(pair[0] == char(self.ids[-1]) for pair in pairs)
+
+    def push(self, token_id: int) -> Verdict:
+        if len(self.ids) == self.fails_at:
+            raise ZeroDivisionError("sink")
+        self.ids.append(token_id)
+        pair = "".join(map(char, self.ids[-2:]))
+        if pair in self.banned:
+            blocked = self.ids[-2]
+            del self.ids[-2:]
+            return Verdict(rewind=Rewind(2, blocked))
+        if pair in self.stops:
+            self.ended = True
+            return Verdict(self._given(len(self.ids) - 2), stopped=pair)
+        return Verdict(self._given(len(self.ids) - self._opens((*self.stops, *self.banned))))
+
+    def finish(self) -> str:
+        if self.fails_at == -1:
+            raise ZeroDivisionError("finish")
+        return "" if self.ended else self._given(len(self.ids))
+
+    def _given(self, stop: int) -> str:
+        start, self.num_given = self.num_given, max(stop, self.num_given)
+        return "".join(map(char, self.ids[start:stop]))
+
+
+@dataclass
+class StepMatcher:
+    """A constraint: a token follows another one only if it differs from it by 1, 2, 5 or 7 (modulo V). After
+    ``most`` tokens the text is complete."""
+
+    most: int = 1000
+    fails_at: int | None = None
+    ids: list[int] = field(default_factory=list)
+
+    def _allowed(self, ids: Sequence[int]) -> list[int]:
+        last = ids[-1] if ids else 0
+        return sorted({(last + step) % V for step in (1, 2, 5, 7)})
+
+    def _fill(self, ids: Sequence[int], out: np.ndarray) -> None:
+        for token_id in self._allowed(ids):
+            out[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def mask(self, out: np.ndarray) -> bool:
+        if len(self.ids) == self.fails_at:
+            raise ConstraintError("matcher")
+        self._fill(self.ids, out)
+        return True
+
+    def masks_ahead(self, drafts: Sequence[int], out: np.ndarray) -> int:
+        if len(self.ids) == self.fails_at:
+            raise ConstraintError("matcher")
+        ids = list(self.ids)
+        for j in range(len(drafts) + 1):
+            self._fill(ids, out[j])
+            if j == len(drafts) or drafts[j] not in self._allowed(ids):
+                return j
+            ids.append(drafts[j])
+        raise AssertionError
+
+    def consume(self, token_id: int) -> None:
+        assert token_id in self._allowed(self.ids)
+        self.ids.append(token_id)
+
+    def rollback(self, num_tokens: int) -> None:
+        assert num_tokens <= len(self.ids)
+        del self.ids[len(self.ids) - num_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.ids) >= self.most
+
+
+def tickets_of(request: TokenRequest) -> Ticket:
+    """As ``Generator.submit`` makes it."""
+    seed, ranked = request.params.seed, request.top_logprobs is not None
+    answers = [
+        Answer(i, None if seed is None else child_seed(seed, i), ranked=[] if ranked else None)
+        for i in range(request.num_choices)
+    ]
+    return Ticket(request, answers, None)
+
+
+class World:
+    """A scheduler with all that belongs to it."""
+
+    def __init__(self, device: FakeDevice, context: int = CONTEXT) -> None:
+        self.device, self.context = device, context
+        self.pool = PagePool(device.num_pages)
+        device.num_holders = self.pool.num_holders
+        self.answers = Answers(context, V, device.num_pages, PAGE_SIZE)
+        self.answers.eos_ids = frozenset({EOS})
+        pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True)
+        drafts = Drafts({"prompt": PromptLookup((2, 1))}, device.decode_rows, device.max_decode_rows - 1)
+        self.scheduler = Scheduler(device, pages, self.answers, drafts)
+        self.tickets: list[Ticket] = []
+        self.events: dict[Ticket, list[Event]] = {}
+
+    @property
+    def stats(self):
+        return self.scheduler.stats
+
+    def submit(self, request: TokenRequest, *, most_unread: int | None = None) -> Ticket:
+        """``most_unread``: its reader takes events as they come, and may be so many tokens behind."""
+        self.answers.check(request)
+        ticket = tickets_of(request)
+        if most_unread is not None:
+            ticket.iterated, ticket.max_unread = True, most_unread
+        self.tickets.append(ticket)
+        self.events[ticket] = []
+        try:
+            self.scheduler.submit(ticket)
+        except Exception as error:  # as Seat does
+            self.scheduler.fail(ticket, error)
+        return ticket
+
+    def take(self, ticket: Ticket) -> None:
+        """The reader takes all there is."""
+        while not ticket.outbox.empty():
+            event = ticket.outbox.get_nowait()
+            if event is not None:
+                self.events[ticket].append(event)
+                ticket.num_taken += event.num_tokens
+
+    def held(self) -> list[list[int]]:
+        return [sequence.pages for sequence in self.scheduler.live]
+
+    def check(self) -> None:
+        self.pool.check(self.held())
+
+    def run(self, most_steps: int = 5000) -> None:
+        """To rest. Readers take all they get."""
+        for _ in range(most_steps):
+            worked = self.scheduler.step()
+            self.check()
+            for ticket in self.tickets:
+                self.take(ticket)
+            if not worked and not self.scheduler.live:
+                return
+        raise AssertionError("the scheduler makes no progress")
+
+
+def told(events: Sequence[Event], choice: int) -> tuple[list[int], str]:
+    """What events said of a choice: its tokens and its text."""
+    mine = [event for event in events if event.choice == choice]
+    return list(itertools.chain.from_iterable(e.token_ids for e in mine)), "".join(e.text for e in mine)
+
+
+def results(world: World, ticket: Ticket) -> list[tuple]:
+    """All that a request's caller gets."""
+    return [
+        (answer.token_ids, "".join(answer.pieces), answer.outcome, answer.ranked, *told(world.events[ticket], i))
+        for i, answer in enumerate(ticket.answers)
+    ]
+
+
+def alone(request: TokenRequest, like: FakeDevice, context: int = CONTEXT) -> list[tuple]:
+    """What a request gives on a device of its own that reads each token at once."""
+    device = FakeDevice(
+        like.num_pages,
+        invariant_rows=like.invariant_rows,
+        chunk=like.chunk,
+        logit_chunk=like.logit_chunk,
+        max_decode_prompt=like.max_decode_prompt,
+        max_decode_rows=like.max_decode_rows,
+    )
+    world = World(device, context)
+    found = []
+    for choice in range(request.num_choices):  # each choice by itself
+        seed = None if request.params.seed is None else child_seed(request.params.seed, choice)
+        own = replace(
+            request,
+            params=replace(request.params, seed=seed),
+            num_choices=1,
+            reuse_prefix=False,
+            speculate=None,
+            prompt_progress=None,
+        )
+        ticket = world.submit(own)
+        world.run()
+        if ticket.error is not None:
+            raise ticket.error
+        found += results(world, ticket)
+    return found

@@ -1,0 +1,249 @@
+"""Requests of all kinds come, go and fail in any order over few pages: the books are right after each event, and in the
+end everybody has what it would have got alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from exl.batch import PAGE_SIZE
+from exl.engine.compose import ALL_ALIKE
+from exl.engine.request import TokenRequest
+from exl.engine.sequence import State
+from exl.engine.ticket import Ticket
+from exl.errors import CheckpointError, ExlError
+from exl.sampling_params import SamplingParams
+from tests.unit.engine.fake_device import EOS, FakeDevice, Faults
+from tests.unit.engine.fake_requests import PairSink, StepMatcher, World, alone, results, told
+
+CONTEXT = 3 * PAGE_SIZE
+TEXTS = ([(i * i + i // 3) % 11 for i in range(300)], [(i * 5 + i // 7) % 11 for i in range(300)])
+
+SAMPLERS = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5, "min_tokens": 3},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "penalty_window": 8, "stop_token_ids": (3,)},
+    {"temperature": 0.0, "dry_multiplier": 2.0, "presence_penalty": 0.5, "ignore_eos": True},
+    {"temperature": 1.0, "mirostat_tau": 2.0},
+    {"temperature": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.1, "banned_tokens": (0, 4)},
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> TokenRequest:
+    text, other = draw(st.permutations(TEXTS))
+    shared = draw(st.sampled_from((60, 62, 126, 63, 64, 65, 100, 120, 127, 128, 40, 3, 0)))
+    more = draw(st.integers(1, 6))
+    most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1)))
+    stops, banned = draw(st.sampled_from(((), ("ab", "cd", "fa")))), draw(st.sampled_from(((), ("bc", "ea", "af"))))
+    with_sink, matcher = bool(stops or banned) or draw(st.booleans()), draw(st.sampled_from((None, None, 5, 1000)))
+    return TokenRequest(
+        prompt_ids=text[:shared] + other[:more],
+        params=SamplingParams(max_tokens=most, seed=draw(st.integers(0, 3)), **draw(st.sampled_from(SAMPLERS))),
+        reuse_prefix=draw(st.sampled_from((False, "exact", "exact", True))),
+        top_logprobs=draw(st.sampled_from((None, None, 2))),
+        num_choices=draw(st.sampled_from((1, 1, 2, 3, 4))),
+        speculate=draw(st.sampled_from((None, None, "prompt"))),
+        draft_tokens=draw(st.sampled_from((None, 3))),
+        make_sink=(lambda: PairSink(stops, banned)) if with_sink else None,
+        make_matcher=None if matcher is None else (lambda: StepMatcher(matcher)),
+    )
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        runs_ahead=st.booleans(),
+        invariant_rows=st.sampled_from((1, 40, 100, ALL_ALIKE)),
+        chunk=st.sampled_from((32, 64, 128)),
+        num_pages=st.sampled_from((3, 4, 5)),
+        max_sequences=st.sampled_from((4, 3, 2, 1)),
+    )
+    def begin(self, runs_ahead: bool, invariant_rows: int, chunk: int, num_pages: int, max_sequences: int) -> None:
+        self.device = FakeDevice(
+            num_pages,
+            runs_ahead=runs_ahead,
+            invariant_rows=invariant_rows,
+            chunk=chunk,
+            max_sequences=max_sequences,
+            step_tokens=chunk,
+            decode_rows=8,
+        )
+        self.world = World(self.device, CONTEXT)
+        self.errors: list[BaseException] = []  # that requests may end with
+        self.num_nan = 0
+        scheduler, pause = self.world.scheduler, self.world.scheduler._pause
+
+        def checked_pause(sequence: Any) -> None:
+            oldest = min(scheduler.running, key=lambda other: other.arrival)
+            assert sequence is not oldest or sequence.ticket.lags
+            pause(sequence)
+
+        scheduler._pause = checked_pause
+
+    def live(self) -> list[Ticket]:
+        return [ticket for ticket in self.world.tickets if not ticket.ended]
+
+    # ---- what happens
+
+    @rule(request=requests(), most_unread=st.sampled_from((None, None, None, 1, 3)))
+    def submit(self, request: TokenRequest, most_unread: int | None) -> None:
+        self.world.submit(request, most_unread=most_unread)
+
+    @rule(request=requests())
+    def submit_another(self, request: TokenRequest) -> None:
+        self.world.submit(request)
+
+    @precondition(lambda self: self.live())
+    @rule(count=st.integers(8, 30))
+    def many_steps(self, count: int) -> None:
+        self.step(count)
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            before = self.state()
+            worked = self.world.scheduler.step()
+            assert not worked or self.state() != before
+            assert worked or not self.world.scheduler.live or any(ticket.lags for ticket in self.live())
+            self.everything_adds_up()
+
+    def state(self) -> object:
+        """What steps change."""
+        scheduler = self.world.scheduler
+        live = [
+            (s.arrival, s.state, s.num_tokens, s.num_cached, s.sample_idx, s.ticket.num_put) for s in scheduler.live
+        ]
+        return live, scheduler._inflight is None
+
+    @precondition(lambda self: self.live())
+    @rule(which=st.integers(0, 100))
+    def cancel(self, which: int) -> None:
+        live = self.live()
+        self.world.scheduler.cancel(live[which % len(live)])
+
+    @precondition(lambda self: self.live())
+    @rule(which=st.integers(0, 100))
+    def read(self, which: int) -> None:
+        live = self.live()
+        self.world.take(live[which % len(live)])
+
+    @precondition(lambda self: self.live())
+    @rule(after_rows=st.integers(0, 70), times=st.integers(1, 2), kind=st.sampled_from((CheckpointError, RuntimeError)))
+    def failing_step(self, after_rows: int, times: int, kind: type[Exception]) -> None:
+        error = kind("injected")
+        if kind is RuntimeError or times == 2:
+            self.errors.append(error)
+        self.device.faults = Faults(error, after_rows, times)
+        self.world.scheduler.step()
+        self.device.faults = None
+
+    @precondition(lambda self: self.live())
+    @rule(row=st.integers(0, 5))
+    def row_of_no_numbers(self, row: int) -> None:
+        self.device.nan_row = row
+        self.world.scheduler.step()
+        self.device.nan_row = None
+        self.num_nan += 1
+
+    @precondition(lambda self: self.live())
+    @rule(lines=st.integers(1, 3000))
+    def interrupt(self, lines: int) -> None:
+        """Ctrl-C at any line of a step."""
+        tickets = self.live()
+        try:
+            _interrupted(self.world.scheduler.step, lines)
+        except KeyboardInterrupt as error:
+            self.errors.append(error)
+            self.device.faults = None
+            self.world.scheduler.drop_all(tickets)
+            for ticket in tickets:
+                ticket.end(error)
+            assert not self.world.scheduler.live
+
+    # ---- what holds
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        world, scheduler = self.world, self.world.scheduler
+        world.check()
+        assert len(scheduler.running) <= self.device.max_sequences
+        for sequence in scheduler.live:
+            assert (sequence.state is State.WAITING) == (sequence in scheduler.waiting) == (not sequence.pages)
+            count = min(sequence.num_cached, len(sequence.ids))
+            if self.num_nan == 0:
+                assert self.device.found(sequence.pages, count) == sequence.ids[:count]
+            if self.num_nan == 0 and not self.device.rules.chunks_alike:
+                exact = min(count, sequence.num_exact)
+                assert self.device.found_bits(sequence.pages, exact) == self.device.cold_bits(exact)
+            if sequence.ticket.iterated:
+                assert sequence.ticket.num_put - sequence.ticket.num_taken <= sequence.ticket.max_unread + 40
+        self.known_pages_hold_their_texts()
+
+    def known_pages_hold_their_texts(self) -> None:
+        device = self.device
+        for known in self.world.pool.known_pages():
+            if self.num_nan == 0:
+                assert tuple(device.found([known.page], len(known.tokens))) == known.tokens
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        self.world.run()
+        assert self.world.pool.num_free == self.device.num_pages
+        nan = 0
+        for ticket in self.world.tickets:
+            self.world.take(ticket)
+            request = ticket.request
+            assert ticket.ended
+            comparable = request.reuse_prefix is not True or self.device.rules.all_alike
+            expected = alone(request, self.device, CONTEXT) if comparable else None
+            if ticket.error is not None:
+                if not any(ticket.error is error for error in self.errors):
+                    assert isinstance(ticket.error, ExlError), ticket.error
+                    assert "nan" in str(ticket.error), ticket.error
+                    nan += 1
+            elif expected is not None and all(a.outcome.finish_reason != "cancelled" for a in ticket.answers):
+                assert results(self.world, ticket) == expected
+            for i, answer in enumerate(ticket.answers):
+                ids, text = told(self.world.events[ticket], i)
+                assert ids == answer.token_ids[: len(ids)]
+                if answer.outcome is not None and answer.outcome.finish_reason == "cancelled":
+                    ids, text = ids[:-1], text[:-1]  # the last one may have begun a stop string, or a banned one
+                if expected is not None:
+                    assert ids == expected[i][4][: len(ids)]
+                    assert expected[i][5].startswith(text)
+        assert nan <= self.num_nan
+
+
+def _interrupted(what: Callable[[], object], lines: int) -> None:
+    """Raises ``KeyboardInterrupt`` after so many lines of the engine, if it comes so far."""
+    left = lines
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        name = frame.f_code.co_filename
+        if "/exl/engine/" not in name and "/exl/cache/" not in name and "fake_device" not in name:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        what()
+    finally:
+        sys.settrace(before)
+
+
+EngineMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None, derandomize=True)
+TestEngineMachine = EngineMachine.TestCase
