@@ -68,7 +68,9 @@ def test_a_child_computes_what_its_parent_computes(scenario, cpu):
 
 
 @with_both
-@pytest.mark.parametrize("scenario", ["unfinished_stream", "unfinished_logits", "request_in_thread", "submitted_request"])
+@pytest.mark.parametrize(
+    "scenario", ["unfinished_stream", "unfinished_logits", "request_in_thread", "submitted_request"]
+)
 def test_a_child_that_was_forked_during_a_request_gets_an_error_and_its_parent_goes_on(scenario, cpu):
     result = run(scenario, *through(cpu))
     assert result["errors"]
