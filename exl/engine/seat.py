@@ -30,7 +30,7 @@ from typing import TypeVar
 from exl import forks
 from exl.engine.scheduler import Scheduler
 from exl.engine.ticket import Event, Ticket
-from exl.errors import ExlError, QueueFullError, with_causes
+from exl.errors import DeviceLostError, ExlError, QueueFullError, with_causes
 
 Result = TypeVar("Result")
 _LOOK = 0.25  # seconds between two looks whether the engine's thread is still there
@@ -232,6 +232,12 @@ class Seat:
             self._lock.release()
         return False
 
+    def _interrupted(self, error: BaseException, own: Ticket) -> None:
+        if isinstance(error, DeviceLostError):
+            self._break(error)
+        else:
+            self._mend(error, own)
+
     def _mend(self, error: BaseException | None = None, own: Ticket | None = None) -> None:
         """After an interrupt, which may have come anywhere: ends the requests that have begun, as nothing is known of
         them. Those are all of the party of the interrupted thread, whose request ``own`` is just cancelled; others, if
@@ -254,6 +260,9 @@ class Seat:
         try:
             if not self.guard.is_lost:
                 self.scheduler.drop_all(tickets)
+        except Exception:
+            if self._broken is None:
+                raise
         finally:
             for ticket in tickets:
                 if ticket is own:
@@ -367,7 +376,7 @@ class Seat:
         try:
             return (
                 self._hold(
-                    lambda: self._steps(ticket, until), _wait(until), lambda error: self._mend(error, own=ticket)
+                    lambda: self._steps(ticket, until), _wait(until), lambda error: self._interrupted(error, ticket)
                 )
                 is not None
             )
@@ -462,6 +471,7 @@ class Seat:
         self._broken = error
         stopped = self._stopped()
         self._end(list(self._live), stopped)
+        self._torn = False
         return False
 
     def _stopped(self) -> ExlError:

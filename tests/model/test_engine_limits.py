@@ -217,6 +217,51 @@ def test_a_driver_that_fails_tells_everybody(llm, how, monkeypatch):
     check_at_rest(llm)
 
 
+@pytest.mark.parametrize("how", ["inline", "threaded"])
+def test_a_device_that_is_lost_ends_the_engine_and_everybody_learns_it(llm, how, monkeypatch):
+    """As after an illegal access on a GPU: all that is asked of it from then on fails, also what tidies up."""
+    runner = llm._engine.generator.runner
+
+    def fail(*_) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    streams = [llm.stream(prompt, **LONG) for prompt in ("One day", "The dog")]
+    handles = [llm.submit("Lily", **LONG)] if how == "threaded" else []
+    for one in streams + handles:
+        next(one)
+    for name in ("step", "sample", "abandon", "zero_pages", "copy_pages"):
+        monkeypatch.setattr(runner, name, fail)
+    monkeypatch.setattr(runner, "is_lost", lambda: True)
+    for one in streams + handles:
+        with pytest.raises(exl.ExlError, match="the GPU answers no more: RuntimeError: CUDA error: an illegal memory"):
+            for _ in one:
+                pass
+    for _ in range(2):
+        with pytest.raises(exl.ExlError, match="the engine has stopped: DeviceLostError: the GPU answers no more"):
+            llm.generate("One day", 3)
+    llm.close()
+    with pytest.raises(exl.ExlError, match="the model is closed"):
+        llm.generate("One day", 3)
+
+
+def test_a_pass_that_fails_ends_those_who_took_part_alone(llm, monkeypatch):
+    """A fault of ours or too little memory, on a device that goes on."""
+    runner = llm._engine.generator.runner
+    expected = llm.generate("The dog", 20).token_ids
+    step, bad = runner.step, llm.stream("One day", **LONG)
+    next(bad)
+
+    def fail(*_) -> None:
+        raise MemoryError("no memory for this pass")
+
+    monkeypatch.setattr(runner, "step", fail)
+    with pytest.raises(MemoryError, match="no memory for this pass"):
+        list(bad)
+    monkeypatch.setattr(runner, "step", step)
+    assert llm.generate("The dog", 20).token_ids == expected
+    check_at_rest(llm)
+
+
 def test_a_thread_that_cannot_be_started_is_told(llm, monkeypatch):
     def fail(_) -> None:
         raise RuntimeError("can't start new thread")

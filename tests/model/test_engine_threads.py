@@ -317,3 +317,23 @@ def test_a_sink_that_fails_ends_its_request_alone(llm, where, inline):
     if good is not None:
         assert good.result(SECONDS).token_ids == expected
     assert llm.generate("The dog", 20).token_ids == expected
+
+
+def test_an_interrupt_ends_requests_of_its_own_thread_alone(llm):
+    """Another thread's request comes while the interrupted thread is in the middle of a step."""
+    expected = llm.generate("The dog", 20).token_ids
+    others: list = []
+
+    def interrupt(_) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            others.append(pool.submit(llm.submit, "The dog", 20).result(SECONDS))
+        raise KeyboardInterrupt
+
+    own = llm.stream("Lily", 50)
+    next(own)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("One day in the park", 20, prompt_progress=interrupt, reuse_prefix=False)
+    with pytest.raises(exl.ExlError, match="the request was interrupted, as its thread was in the middle"):
+        list(own)
+    assert others[0].result(SECONDS).token_ids == expected
+    assert llm.generate("The dog", 20).token_ids == expected
