@@ -337,3 +337,35 @@ def test_an_interrupt_ends_requests_of_its_own_thread_alone(llm):
         list(own)
     assert others[0].result(SECONDS).token_ids == expected
     assert llm.generate("The dog", 20).token_ids == expected
+
+
+def test_a_request_on_its_way_outlives_another_threads_interrupt(llm, monkeypatch):
+    """It was taken from the inbox, and the interrupt came before the scheduler had it."""
+    expected = llm.generate("The dog", 20).token_ids
+    seat = llm._engine.generator.seat
+
+    def interrupt(_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seat, "_needs_thread", lambda: False)  # not yet
+    with ThreadPoolExecutor(1) as pool:
+        handle = pool.submit(llm.submit, "The dog", 20).result(SECONDS)
+    monkeypatch.setattr(seat.scheduler, "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("One day", 3)
+    monkeypatch.undo()
+    assert handle.result(SECONDS).token_ids == expected
+
+
+def test_a_seat_that_an_interrupt_left_taken_is_left_by_the_next_call(llm):
+    """Ctrl-C after the last statement of a step and before the lock's release."""
+    expected = llm.generate("The dog", 20).token_ids
+    seat = llm._engine.generator.seat
+    for call in (lambda: llm.generate("The dog", 20), lambda: llm.submit("The dog", 20).result(SECONDS)):
+        seat._lock.acquire()
+        seat._torn = True
+        assert call().token_ids == expected
+    seat._lock.acquire()
+    llm.submit("One day", 1).cancel()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(llm.generate, "The dog", 20).result(SECONDS).token_ids == expected
