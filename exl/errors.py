@@ -43,6 +43,10 @@ class KernelError(ExlError):
     """A kernel could not be compiled, or was called with arguments it must not be given."""
 
 
+class DeviceLostError(ExlError):
+    """The GPU answers no more: whatever is asked of it in this process fails, too."""
+
+
 class NoGpuError(KernelError):
     """There is no NVIDIA GPU, or none that the driver shows: nothing is broken, and nothing has to be installed."""
 

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import queue
 import time
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -37,9 +36,6 @@ class Handle(Generic[Result]):
         """``finish`` makes what ``result`` returns of the request's choices."""
         self._seat, self._ticket, self._finish = seat, ticket, finish
         self._result: Result | None = None
-        # The engine holds the ticket, never the handle.
-        self._finalizer = weakref.finalize(self, seat.cancel, ticket)
-        self._finalizer.atexit = False
 
     # ---- threads
 
@@ -213,6 +209,11 @@ class Handle(Generic[Result]):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # The engine holds the ticket, never the handle. No ``weakref.finalize``: that would hold the ticket for ever if
+        # what ended it was raised from here, as its traceback holds the handle.
+        self.cancel()
 
     def __repr__(self) -> str:
         num_tokens = sum(len(answer.token_ids) for answer in self._ticket.answers)

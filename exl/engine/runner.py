@@ -112,6 +112,15 @@ class Runner:
     def abandon(self) -> None:
         self.decoder.ops.stage(())
 
+    def is_lost(self) -> bool:
+        """CUDA's worst errors stay: from then on, every call returns them (CUDA's documentation of its error codes)."""
+        try:
+            if self.decoder.ops.device.type == "cuda":
+                torch.cuda.synchronize(self.decoder.ops.device)
+        except RuntimeError:
+            return True
+        return False
+
     # ---- passes
 
     def forward(self, batches: Sequence[ForwardBatch]) -> Iterator[torch.Tensor]:

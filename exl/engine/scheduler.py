@@ -29,7 +29,7 @@ from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
-from exl.errors import CheckpointError, MemoryBudgetError
+from exl.errors import CheckpointError, DeviceLostError, MemoryBudgetError, with_causes
 from exl.ops.base import Samples
 from exl.request_options import PromptProgress
 from exl.sampling import no_distribution
@@ -59,6 +59,9 @@ class Device(Protocol):
 
     def abandon(self) -> None:
         """After a pass that was interrupted."""
+
+    def is_lost(self) -> bool:
+        """After an error: whether everything else would fail, too."""
 
 
 @dataclass
@@ -355,12 +358,11 @@ class Scheduler:
 
     def _forward(self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]]) -> torch.Tensor | None:
         """Logits; None if the pass failed, which those who took part in it know then."""
-        decode_rows = batch_of(decode) if decode else None
-        batches = [batch_of(pieces) for pieces in chunks]
         on_layer = self._teller(chunks)
         for attempt in range(2):
             try:
-                return self.device.step(decode_rows, batches, on_layer)
+                decode_rows = batch_of(decode) if decode else None
+                return self.device.step(decode_rows, [batch_of(pieces) for pieces in chunks], on_layer)
             except _ProgressError as failed:
                 self.device.abandon()
                 self.fail(failed.sequence.ticket, failed.__cause__)
@@ -370,15 +372,24 @@ class Scheduler:
                 if attempt:
                     self._fail_all([*decode, *itertools.chain.from_iterable(chunks)], error)
             except Exception as error:
+                self._check_device(error)
                 self.device.abandon()
                 self._fail_all([*decode, *itertools.chain.from_iterable(chunks)], error)
                 return None
         return None
 
     def _fail_all(self, pieces: Sequence[Piece], error: Exception) -> None:
-        for piece in pieces:
-            if piece.sequence.state is not State.DONE:
-                self.fail(piece.sequence.ticket, error)
+        self._fail_each([piece.sequence for piece in pieces], error)
+
+    def _fail_each(self, sequences: Sequence[Tokens], error: Exception) -> None:
+        for sequence in sequences:
+            if sequence.state is not State.DONE:
+                self.fail(sequence.ticket, error)
+
+    def _check_device(self, error: Exception) -> None:
+        """Raises ``DeviceLostError``, which ends the engine, if the error was not one of these requests' alone."""
+        if self.device.is_lost():
+            raise DeviceLostError(f"the GPU answers no more: {with_causes(error)}") from error
 
     def _teller(self, chunks: Sequence[Sequence[Piece]]) -> Callable[[range, int, int], None] | None:
         """Tells prompts how far they have come, if they want to know."""
@@ -471,9 +482,8 @@ class Scheduler:
         try:
             samples = self.device.sample(logits, sampling_batch(rows, self.device.vocab_size))
         except Exception as error:
-            for sequence, _, _ in draws:
-                if sequence.state is not State.DONE:
-                    self.fail(sequence.ticket, error)
+            self._check_device(error)
+            self._fail_each([sequence for sequence, _, _ in draws], error)
             return
         for sequence, i, _ in draws:
             sequence.sample_idx = i
@@ -487,9 +497,8 @@ class Scheduler:
         try:
             found = step.samples.read()
         except Exception as error:
-            for sequence, _, _ in step.draws:
-                if sequence.state is not State.DONE:
-                    self.fail(sequence.ticket, error)
+            self._check_device(error)
+            self._fail_each([sequence for sequence, _, _ in step.draws], error)
             return
         for sequence, i, drafts in step.draws:
             if sequence.state is not State.DONE:

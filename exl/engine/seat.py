@@ -30,7 +30,7 @@ from typing import TypeVar
 from exl import forks
 from exl.engine.scheduler import Scheduler
 from exl.engine.ticket import Event, Ticket
-from exl.errors import ExlError, QueueFullError, with_causes
+from exl.errors import DeviceLostError, ExlError, QueueFullError, with_causes
 
 Result = TypeVar("Result")
 _LOOK = 0.25  # seconds between two looks whether the engine's thread is still there
@@ -112,8 +112,8 @@ class Seat:
     def cancel(self, ticket: Ticket) -> None:
         """The request gets no more rows. Never waits: it is done at once if nobody drives now, else by who does."""
         if not ticket.ended and not ticket.cancelled:
-            ticket.cancelled = True
             self._put(lambda: self._cancel(ticket))
+            ticket.cancelled = True  # not before: an interrupt may come between the two
             self._look_after()
 
     def attend(self, ticket: Ticket) -> None:
@@ -232,6 +232,12 @@ class Seat:
             self._lock.release()
         return False
 
+    def _interrupted(self, error: BaseException, own: Ticket) -> None:
+        if isinstance(error, DeviceLostError):
+            self._break(error)
+        else:
+            self._mend(error, own)
+
     def _mend(self, error: BaseException | None = None, own: Ticket | None = None) -> None:
         """After an interrupt, which may have come anywhere: ends the requests that have begun, as nothing is known of
         them. Those are all of the party of the interrupted thread, whose request ``own`` is just cancelled; others, if
@@ -254,6 +260,9 @@ class Seat:
         try:
             if not self.guard.is_lost:
                 self.scheduler.drop_all(tickets)
+        except Exception:
+            if self._broken is None:
+                raise
         finally:
             for ticket in tickets:
                 if ticket is own:
@@ -296,16 +305,17 @@ class Seat:
     def _cancel(self, ticket: Ticket) -> None:
         if ticket.ended:
             return
+        ticket.cancelled = True
         if ticket.sequences:
             self.scheduler.cancel(ticket)
         else:
             self.scheduler.answers.refused(ticket)
 
     def _look_after(self) -> None:
-        """What is in the inbox is done now, if nobody drives. A finalizer may call this in the middle of a step of the
-        same thread: then the step's end does it."""
-        while not self._inbox.empty() and not self._threaded and not self.guard.is_lost and not self._in_own_step():
-            if self._hold(self._tidy, timeout=0) is None:
+        """What is in the inbox is done now, and what is torn mended, if nobody drives. A finalizer may call this in the
+        middle of a step of the same thread: then the step's end does it."""
+        while self._torn or not self._inbox.empty():
+            if self._threaded or self.guard.is_lost or self._in_own_step() or self._hold(self._tidy, timeout=0) is None:
                 return
 
     def _tidy(self) -> bool:
@@ -366,7 +376,7 @@ class Seat:
         try:
             return (
                 self._hold(
-                    lambda: self._steps(ticket, until), _wait(until), lambda error: self._mend(error, own=ticket)
+                    lambda: self._steps(ticket, until), _wait(until), lambda error: self._interrupted(error, ticket)
                 )
                 is not None
             )
@@ -461,6 +471,7 @@ class Seat:
         self._broken = error
         stopped = self._stopped()
         self._end(list(self._live), stopped)
+        self._torn = False
         return False
 
     def _stopped(self) -> ExlError:

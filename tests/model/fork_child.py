@@ -6,6 +6,7 @@ has no threads that a fork could lose. A child that hangs is killed by its alarm
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import multiprocessing
@@ -220,6 +221,50 @@ def idle_threads() -> dict:
     thread.start()
     thread.join()
     return {"child": found["child"], "before": before, "parent": text(llm)}
+
+
+def submitted(llm: exl.LLM) -> list[int]:
+    handle = llm.submit(PROMPT, max_tokens=8, temperature=1.0, seed=3)
+    return list(handle.result(CHILD_SECONDS).token_ids)
+
+
+def idle_engine_thread() -> dict:
+    """Forked again and again just when a request has ended, while the engine's thread is still there; the child's
+    engine starts its own. A handle that had ended tells the child what it told its parent."""
+    llm = exl.load(context=64)
+    before = text(llm)
+    handle = llm.submit(PROMPT, max_tokens=8, temperature=1.0, seed=3)
+    found = {"before": list(handle.result(CHILD_SECONDS).token_ids)}
+
+    def use() -> list:
+        return [text(llm), submitted(llm), text(llm), list(handle.result(0).token_ids)]
+
+    for i in range(8):
+        for j, value in enumerate(in_child(use)):
+            found[f"child {i} {j}"] = value
+        found[f"parent {i}"] = submitted(llm)
+    return {"parent": before, **found}
+
+
+def submitted_request() -> dict:
+    """Forked while the engine's thread computes: the child can use nothing, the parent notices nothing."""
+    llm = exl.load(context=512)
+    options = {"max_tokens": 200, "temperature": 1.0, "seed": 3}
+    expected = list(llm.generate(PROMPT, **options).token_ids)
+    handle, waiting = llm.submit(PROMPT, **options), llm.submit(PROMPT, **options)
+    next(handle)
+
+    def use() -> list:
+        asks = [lambda: text(llm), lambda: submitted(llm), lambda: next(handle), lambda: handle.result(1)]
+        asks += [lambda: waiting.result(1), lambda: asyncio.run(handle.anext_event()), lambda: next(llm.stream("A", 1))]
+        results = [outcome(ask) for ask in asks]
+        handle.cancel()  # none of these hangs or raises
+        llm.close()
+        return results
+
+    errors = in_child(use)
+    parent = [list(one.result(CHILD_SECONDS).token_ids) for one in (handle, waiting)]
+    return {"errors": errors, "before": [expected, expected], "parent": parent, "again": submitted(llm) == text(llm)}
 
 
 def streamed() -> dict:

@@ -214,7 +214,7 @@ def test_after_close_all_raise_but_what_is_done(began):
         handle.cancel()
     assert done.result().num_tokens == 3
     for call in (lambda: next(stream), lambda: llm.submit("A", 1), lambda: llm.generate("A", 1), lambda: llm.stats()):
-        with pytest.raises(exl.ExlError, match="the model (is|was) closed"):
+        with pytest.raises(exl.ExlError, match=r"the model (is|was) closed"):
             call()
 
 
@@ -317,3 +317,55 @@ def test_a_sink_that_fails_ends_its_request_alone(llm, where, inline):
     if good is not None:
         assert good.result(SECONDS).token_ids == expected
     assert llm.generate("The dog", 20).token_ids == expected
+
+
+def test_an_interrupt_ends_requests_of_its_own_thread_alone(llm):
+    """Another thread's request comes while the interrupted thread is in the middle of a step."""
+    expected = llm.generate("The dog", 20).token_ids
+    others: list = []
+
+    def interrupt(_) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            others.append(pool.submit(llm.submit, "The dog", 20).result(SECONDS))
+        raise KeyboardInterrupt
+
+    own = llm.stream("Lily", 50)
+    next(own)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("One day in the park", 20, prompt_progress=interrupt, reuse_prefix=False)
+    with pytest.raises(exl.ExlError, match="the request was interrupted, as its thread was in the middle"):
+        list(own)
+    assert others[0].result(SECONDS).token_ids == expected
+    assert llm.generate("The dog", 20).token_ids == expected
+
+
+def test_a_request_on_its_way_outlives_another_threads_interrupt(llm, monkeypatch):
+    """It was taken from the inbox, and the interrupt came before the scheduler had it."""
+    expected = llm.generate("The dog", 20).token_ids
+    seat = llm._engine.generator.seat
+
+    def interrupt(_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seat, "_needs_thread", lambda: False)  # not yet
+    with ThreadPoolExecutor(1) as pool:
+        handle = pool.submit(llm.submit, "The dog", 20).result(SECONDS)
+    monkeypatch.setattr(seat.scheduler, "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("One day", 3)
+    monkeypatch.undo()
+    assert handle.result(SECONDS).token_ids == expected
+
+
+def test_a_seat_that_an_interrupt_left_taken_is_left_by_the_next_call(llm):
+    """Ctrl-C after the last statement of a step and before the lock's release."""
+    expected = llm.generate("The dog", 20).token_ids
+    seat = llm._engine.generator.seat
+    for call in (lambda: llm.generate("The dog", 20), lambda: llm.submit("The dog", 20).result(SECONDS)):
+        seat._lock.acquire()
+        seat._torn = True
+        assert call().token_ids == expected
+    seat._lock.acquire()
+    llm.submit("One day", 1).cancel()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(llm.generate, "The dog", 20).result(SECONDS).token_ids == expected

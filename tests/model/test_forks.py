@@ -53,6 +53,7 @@ def run(scenario: str, *backend: str) -> dict:
         "loaded_in_child",
         "threads_in_child",
         "idle_threads",
+        "idle_engine_thread",
         "streamed",
         "closed_in_child",
         "exits_without_closing",
@@ -67,7 +68,9 @@ def test_a_child_computes_what_its_parent_computes(scenario, cpu):
 
 
 @with_both
-@pytest.mark.parametrize("scenario", ["unfinished_stream", "unfinished_logits", "request_in_thread"])
+@pytest.mark.parametrize(
+    "scenario", ["unfinished_stream", "unfinished_logits", "request_in_thread", "submitted_request"]
+)
 def test_a_child_that_was_forked_during_a_request_gets_an_error_and_its_parent_goes_on(scenario, cpu):
     result = run(scenario, *through(cpu))
     assert result["errors"]

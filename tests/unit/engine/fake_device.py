@@ -119,6 +119,9 @@ class FakeDevice:
     def abandon(self) -> None:
         self._logits.fill_(float("nan"))
 
+    def is_lost(self) -> bool:
+        return False
+
     # ---- for tests
 
     def found(self, pages: Sequence[int], num_tokens: int) -> list[int]:
