@@ -31,6 +31,7 @@ from exl.units import format_bytes
 ROOF_BYTES = 1 << 28  # the roof is measured on this many, far more than the caches hold
 GPU_ROOF_BYTES = 1 << 30
 ROOF_PASSES = 8
+MOST_PASSES = 64  # of a memory that is much smaller
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,13 @@ def _ids(engine: Engine, count: int) -> list[int]:
     return [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(count)]
 
 
-def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes per second of the fastest of some read-only passes over memory, on a CPU with torch's threads."""
+def read_bandwidth(device: torch.device | str = "cpu", num_bytes: int | None = None) -> float:
+    """Bytes per second of the fastest of some read-only passes over memory, on a CPU with torch's threads.
+    ``num_bytes``: what a pass reads (default: far more than the caches hold)."""
     on_gpu = torch.device(device).type == "cuda"
-    num_bytes = GPU_ROOF_BYTES if on_gpu else ROOF_BYTES
+    num_bytes = num_bytes or (GPU_ROOF_BYTES if on_gpu else ROOF_BYTES)
     memory = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    passes = [_pass_seconds(memory) for _ in range(ROOF_PASSES)]
+    passes = [_pass_seconds(memory) for _ in range(max(ROOF_PASSES, min(MOST_PASSES, ROOF_BYTES // num_bytes)))]
     if on_gpu:
         del memory
         torch.cuda.empty_cache()
