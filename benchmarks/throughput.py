@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -48,6 +47,7 @@ from exl.engine.build import Engine, load_engine
 from exl.engine.generator import Generator
 from exl.engine.request import TokenRequest
 from exl.llm import LLM
+from exl.load_test import percentile, prompt_ids
 from exl.ops.cpu_target import cpu_target
 from exl.planning.from_headers import EngineOptions, open_model, plan_model
 from exl.planning.shapes import SHAPES
@@ -99,12 +99,6 @@ class Subjects:
 # ---- numbers
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of all do not exceed (the nearest-rank definition)."""
-    ordered = sorted(values)
-    return ordered[max(1, math.ceil(len(ordered) * percent / 100)) - 1]
-
-
 def spread(values: Sequence[float]) -> float:
     """Of the middle half of the values, in proportion to the median."""
     if len(values) < 2:
@@ -131,14 +125,9 @@ def table(rows: Sequence[Row]) -> str:
 # ---- requests
 
 
-def prompt_of(length: int, which: int, vocab_size: int) -> list[int]:
-    """Tokens without meaning; no two prompts begin alike."""
-    return [3 + (i * 37 + which * 101 + 11) % (vocab_size - 3) for i in range(length)]
-
-
 def request_of(engine: Engine, length: int, which: int, num_tokens: int) -> TokenRequest:
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-    return TokenRequest(prompt_of(length, which, engine.config.vocab_size), params, reuse_prefix=False)
+    return TokenRequest(prompt_ids(length, which, engine.config.vocab_size), params, reuse_prefix=False)
 
 
 @contextmanager
@@ -212,6 +201,8 @@ def gaps_while_arriving(generator: Generator, running: TokenRequest, arriving: T
                 gaps.append(now - before)
                 before = now
             other.result()
+        reading.cancel()
+        reading.result()
     return gaps
 
 
@@ -246,7 +237,9 @@ def gaps_part(subjects: Subjects) -> list[Row]:
             found: dict[str, list[float]] = defaultdict(list)
             for _ in range(amounts.rounds):
                 found["between tokens"] += gaps_while_arriving(engine.generator, running, arriving)
-                chunks, steps = alone(engine.generator, arriving.prompt_ids, chunk)
+                chunks, steps = engine.generator.seat.apart(
+                    lambda: alone(engine.generator, arriving.prompt_ids, chunk)  # noqa: B023, called at once
+                )
                 found["a chunk alone"] += chunks
                 found["a step alone"] += steps
         rows += [
@@ -309,7 +302,7 @@ def single_part(subjects: Subjects) -> list[Row]:
     checkouts = {"now": ROOT} | ({} if subjects.base is None else {"base": subjects.base})
     for name, model, num_tokens in subjects.models:
         context = -(-(SHORT_PROMPT + num_tokens) // 16) * 16
-        prompt = prompt_of(SHORT_PROMPT, 0, 500)
+        prompt = prompt_ids(SHORT_PROMPT, 0, 500)
         runs: dict[str, list[tuple[float, float]]] = defaultdict(list)
         with ExitStack() as stack:
             streams = {}

@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from benchmarks import single_stream_child, throughput
@@ -22,8 +21,6 @@ from benchmarks.throughput import (
     accepted_a_step,
     checkout_commit,
     measure,
-    percentile,
-    prompt_of,
     spread,
     table,
 )
@@ -33,13 +30,6 @@ from exl.planning.shapes import SHAPES
 FEW = replace(
     QUICK, single_runs=2, sequences=(1, 3), tokens=5, large_tokens=3, arriving=200, chunks=(64,), text_tokens=8
 )
-
-
-@pytest.mark.parametrize("percent", [1, 50, 90, 99, 100])
-@pytest.mark.parametrize("count", [1, 2, 99, 100, 101])
-def test_percentiles_are_those_of_numpy(count, percent):
-    values = np.random.default_rng(count).permutation(count) * 1.5
-    assert percentile(list(values), percent) == np.percentile(values, percent, method="inverted_cdf")
 
 
 def test_the_spread_is_that_of_the_middle_half():
@@ -59,12 +49,6 @@ def test_accepted_a_step():
     assert accepted_a_step([completion(6, 9, 3)]) == 1.0
     assert accepted_a_step([completion(4, 0, 0)]) == 0.0
     assert accepted_a_step([completion(6, 9, 3), completion(3, 0, 0)]) == 0.5
-
-
-def test_prompts_differ_from_their_first_token_on():
-    prompts = [prompt_of(8, i, 512) for i in range(64)]
-    assert len({ids[0] for ids in prompts}) == 64
-    assert all(3 <= token_id < 512 for ids in prompts for token_id in ids)
 
 
 def test_a_clock_counts_what_its_functions_take_and_not_their_callers(monkeypatch):
