@@ -33,7 +33,7 @@ from benchmarks.report import RESULTS
 from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.speculation import accepted
 from exl.llm import LLM
-from exl.sampling import uniform
+from exl.philox import uniform
 from exl.text.vocabulary import check_same_vocabulary
 from exl.user_cache import chat_model_folder
 

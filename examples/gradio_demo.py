@@ -198,7 +198,7 @@ def main() -> None:
     model = args.models[0] if args.models else talking_model() or str(BUNDLED_MODEL)
     first = load_settings(model, "auto", args.kv_cache, args.ram, "", "", "stored")
     worker = Worker()
-    job = worker.submit(lambda job: worker.load(first, job))
+    job = worker.submit(lambda job: worker.load(first, job), alone=True)
     for _ in job.watch():
         pass
     if job.failure:

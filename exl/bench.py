@@ -11,19 +11,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from exl.batch import PAGE_SIZE
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, choose_device, load_engine
 from exl.errors import ConfigError
+from exl.load_test import LoadFigures, LoadTest, prompt_ids, run_load
 from exl.memory.host import proc_bytes, trim_heap
 from exl.planning.from_headers import EngineOptions
 from exl.planning.plan import MemoryPlan
 from exl.planning.traffic import model_bytes_a_token
 from exl.progress import Progress
+from exl.request_options import SPECULATE
 from exl.sampling_params import SamplingParams
 from exl.threads import thread_limit
 from exl.units import format_bytes
@@ -31,16 +34,18 @@ from exl.units import format_bytes
 ROOF_BYTES = 1 << 28  # the roof is measured on this many, far more than the caches hold
 GPU_ROOF_BYTES = 1 << 30
 ROOF_PASSES = 8
+MOST_PASSES = 64  # of a memory that is much smaller
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """One test, after a warm-up that does not count."""
 
-    name: str  # "pp512", "tg128", with "@d4096" at a depth
+    name: str  # "pp512", "tg128", with "@d4096" at a depth; "16 x pp512+tg128" of requests at once
     num_tokens: int
     seconds: tuple[float, ...]  # of each repetition
     bytes_a_token: int | None = None  # read to generate one token: weights, and the cache at half way
+    load: LoadFigures | None = None  # of requests at once
 
     @property
     def speeds(self) -> tuple[float, ...]:
@@ -94,10 +99,13 @@ def run_bench(
     repeats: int = 5,
     progress: Progress | None = None,
     name: str | None = None,
+    concurrency: int | None = None,
+    speculate: str | None = None,
 ) -> BenchReport:
     """Loads the model and measures it; 0 tokens leave a test out. ``options.context`` must hold depth and tokens; None
-    is exactly that many. ``name``: what rows call the model; None: the folder's name. Raises ``ConfigError``, and what
-    loading raises."""
+    is exactly that many. ``name``: what rows call the model; None: the folder's name. ``concurrency``: instead of both
+    tests, so many requests at once, each with a prompt and an answer; ``speculate``: with drafts, by whom. Raises
+    ``ConfigError``, and what loading raises."""
     for option, value, least in (
         ("pp", num_prompt, 0),
         ("tg", num_generated, 0),
@@ -106,9 +114,13 @@ def run_bench(
     ):
         if value < least:
             raise ConfigError(f"{option}: found {value}, expected {least} or more")
-    needed = depth + max(num_prompt, num_generated + 2)
+    load = _load_test(options, num_prompt, num_generated, depth, concurrency, speculate)
+    needed = depth + max(num_prompt, num_generated + 2) if load is None else num_prompt + num_generated
     if options.context is None:
-        options = EngineOptions(**{**vars(options), "context": needed})
+        options = replace(options, context=needed)
+    if load is not None and options.cache_tokens is None:  # room for all that run at once
+        pages = -(-needed // PAGE_SIZE) + 1
+        options = replace(options, cache_tokens=min(load.concurrency, options.max_sequences) * pages * PAGE_SIZE)
     options, backend = choose_device(options)
     if backend is None:
         _run_tiny()
@@ -118,16 +130,16 @@ def run_bench(
     try:
         if engine.generator.context < needed:
             raise ConfigError(f"context: found {engine.generator.context}, expected {needed} tokens or more")
+        results = _load_results(engine, load, repeats) if load is not None else []
         tests: list[tuple[str, int, Callable[[], float], int | None]] = []
         at = f"@d{depth}" if depth else ""
-        if num_prompt:
+        if num_prompt and load is None:
             tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt), None))
-        if num_generated:
+        if num_generated and load is None:
             num_bytes = model_bytes_a_token(engine.model, depth + num_generated // 2)
             tests.append(
                 (f"tg{num_generated}{at}", num_generated, lambda: _generate(engine, depth, num_generated), num_bytes)
             )
-        results = []
         for test, count, run, num_bytes in tests:
             run()
             results.append(BenchResult(test, count, tuple(run() for _ in range(repeats)), num_bytes))
@@ -137,6 +149,37 @@ def run_bench(
         return BenchReport(subject, engine.plan, tuple(results), roof, peak, engine.decode_steps)
     finally:
         engine.close()
+
+
+def _load_test(
+    options: EngineOptions,
+    num_prompt: int,
+    num_generated: int,
+    depth: int,
+    concurrency: int | None,
+    speculate: str | None,
+) -> LoadTest | None:
+    """None: no requests at once are asked for. Raises ``ConfigError``."""
+    if options.draft is not None and speculate is None:
+        speculate = "draft"
+    if concurrency is None:
+        if speculate is not None:
+            raise ConfigError(f"speculate: found {speculate!r} without concurrency, expected both")
+        return None
+    if speculate is not None and speculate not in SPECULATE:
+        raise ConfigError(f"speculate: found {speculate!r}, expected {' or '.join(map(repr, SPECULATE))}")
+    if speculate == "draft" and options.draft is None:
+        raise ConfigError("speculate: found 'draft' without a draft model, expected draft, too")
+    if depth:
+        raise ConfigError(f"depth: found {depth} with concurrency, expected 0: a longer prompt, pp, is the same")
+    return LoadTest(concurrency, num_prompt, num_generated, speculate)
+
+
+def _load_results(engine: Engine, test: LoadTest, repeats: int) -> list[BenchResult]:
+    run_load(engine, test)  # does not count
+    runs = [run_load(engine, test) for _ in range(repeats)]
+    seconds = tuple(run.seconds for run in runs)
+    return [BenchResult(test.name, test.num_tokens, seconds, load=LoadFigures.of(test, runs))]
 
 
 def model_name(model: str | None, folder: Path) -> str:
@@ -191,16 +234,16 @@ def _generate(engine: Engine, depth: int, count: int) -> float:
 
 
 def _ids(engine: Engine, count: int) -> list[int]:
-    """Tokens without meaning, each different from its neighbours."""
-    return [3 + i * 37 % (engine.config.vocab_size - 3) for i in range(count)]
+    return prompt_ids(count, 0, engine.config.vocab_size)
 
 
-def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes per second of the fastest of some read-only passes over memory, on a CPU with torch's threads."""
+def read_bandwidth(device: torch.device | str = "cpu", num_bytes: int | None = None) -> float:
+    """Bytes per second of the fastest of some read-only passes over memory, on a CPU with torch's threads.
+    ``num_bytes``: what a pass reads (default: far more than the caches hold)."""
     on_gpu = torch.device(device).type == "cuda"
-    num_bytes = GPU_ROOF_BYTES if on_gpu else ROOF_BYTES
+    num_bytes = num_bytes or (GPU_ROOF_BYTES if on_gpu else ROOF_BYTES)
     memory = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    passes = [_pass_seconds(memory) for _ in range(ROOF_PASSES)]
+    passes = [_pass_seconds(memory) for _ in range(max(ROOF_PASSES, min(MOST_PASSES, ROOF_BYTES // num_bytes)))]
     if on_gpu:
         del memory
         torch.cuda.empty_cache()
@@ -271,20 +314,31 @@ def rows_of(report: BenchReport) -> list[dict[str, object]]:
                 "deviation": round(result.deviation, 2),
                 "repeats": len(result.seconds),
                 "share_of_roof": None if share is None else round(share, 3),
+                **({} if result.load is None else result.load.row()),
             }
         )
     return rows
 
 
 def markdown(rows: Sequence[dict[str, object]]) -> str:
-    """The same as a Markdown table, with llama-bench's columns."""
-    lines = [
-        "| model | size | bits | device | threads | cache | test | t/s |",
-        "| --- | ---: | ---: | --- | ---: | --- | ---: | ---: |",
-    ]
+    """The same as a Markdown table, with llama-bench's columns; of requests at once also what each waits for."""
+    names, loaded = ["model", "size", "bits", "device", "threads", "cache", "test", "t/s"], {}
+    if any("first_p50_ms" in row for row in rows):
+        loaded = {"first ms": "first", "next ms": "between"}
+    drafted = any(row.get("accepted_per_step") is not None for row in rows)
+    names += [*(f"{name}, p50 / p99" for name in loaded), *(["accepted a step"] if drafted else [])]
+    aligned = ["---", "---:", "---:", "---", "---:", "---", *["---:"] * (len(names) - 6)]
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(aligned)} |"]
     for row in rows:
         cells = [str(row["model"]).replace("|", "\\|"), format_bytes(row["size"])]
         cells += [str(row[name]) for name in ("bits", "device", "threads", "cache", "test")]
         speed = f"{row['tokens_per_second']:.2f} ± {row['deviation']:.2f}"
-        lines.append(f"| {' | '.join([*cells, speed])} |")
+        cells.append(speed)
+        cells += [" / ".join(_shown(row[f"{key}_p{percent}_ms"]) for percent in (50, 99)) for key in loaded.values()]
+        cells += [_shown(row["accepted_per_step"])] if drafted else []
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -37,7 +37,7 @@ STARTERS = {
     ],
 }
 SCRIPT = (Path(__file__).parent / "conversations.js").read_text(encoding="utf-8")
-# Events wait in the worker's queue, which shows their position, and not in Gradio's.
+# The model answers all at once: events never wait in Gradio's queue.
 FREE = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
 

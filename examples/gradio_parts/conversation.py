@@ -90,7 +90,7 @@ class Conversation:
             raise ConfigError(f"{asked}: an answer is still being written: stop it, or wait for its end")
 
     def answer(self, worker: Worker, turn: list[Message], system: str | None, options: Mapping[str, Any]) -> Job:
-        """Queues a job that answers ``turn``, or goes on with the answer at its end. Its state is an ``Answer``; if it
+        """Begins a job that answers ``turn``, or goes on with the answer at its end. Its state is an ``Answer``; if it
         fails before there is a piece of the answer, the messages stay as they are."""
         self.check_idle("message")
         self._turn = turn
@@ -143,14 +143,19 @@ def reader(job: Job) -> Callable[[exl.PromptProgress], None]:
 
 
 def follow(job: Job, llm: exl.LLM, stream: exl.TextIterator) -> Iterator[Answer]:
-    """The answer so far after each piece, until it ends or the job is stopped."""
+    """The answer so far after each piece, until it ends or the job is stopped: also while it waits for its first piece,
+    perhaps behind many others."""
     text, first = "", None
+    job.when_stopped(stream.close)
     for piece in stream:
+        job.when_stopped(None)
         now = time.perf_counter()
         first = now if first is None else first
         text += piece
         yield Answer(text, None, stream.logprobs or (), stream.num_tokens, now - first)
         if job.stopped:
             return
+    if job.stopped:
+        return
     done = stream.completion
     yield Answer(done.text, done, done.logprobs or (), done.num_prompt_tokens + done.num_tokens, context=llm.context)

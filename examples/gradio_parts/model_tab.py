@@ -93,7 +93,7 @@ class ModelTab:
             settings = load_settings(*typed)
             found = settings.plan(self.loaded_plan)
             settings.check_device()
-            job = session.submit(lambda job: self.worker.load(settings, job))
+            job = session.submit(lambda job: self.worker.load(settings, job), alone=True)
         except Exception as error:
             shown = render.notice(one_line(error))
             yield {self.load: gr.Button(interactive=True), self.planned: shown, self.notice: ""}
@@ -112,7 +112,9 @@ class ModelTab:
         }  # fmt: skip
 
     def shown_status(self) -> str:
-        return render.status(self.worker.llm, self.worker.settings, self.worker.num_jobs)
+        return render.status(
+            self.worker.llm, self.worker.settings, self.worker.num_waiting, loading=self.worker.num_jobs > 0
+        )
 
     def shown_memory(self) -> str:
         return render.plan("In memory now", self.loaded_plan, "nothing")

@@ -35,17 +35,17 @@ def notice(text: str, kind: str = "error") -> str:
     return f'<div class="exl-notice exl-{kind}" role="{role}">{html.escape(text)}</div>'
 
 
-def status(llm: exl.LLM | None, settings: LoadSettings | None, num_jobs: int) -> str:
-    """The loaded model, and how many requests wait for it."""
+def status(llm: exl.LLM | None, settings: LoadSettings | None, num_waiting: int, *, loading: bool) -> str:
+    """The loaded model, and how many requests wait for another one. ``loading``: if there is none, whether it comes."""
     if llm is None or settings is None:
-        told = "a model is being loaded" if num_jobs else "no model is loaded"
+        told = "a model is being loaded" if loading else "no model is loaded"
         return f'<div class="exl-status exl-off"><i></i><span>{told}</span></div>'
     bits = f"{llm.quant.bits}-bit" if llm.quant else "dense"
     found = llm.plan
     devices = ", ".join(device for device in found.devices if device != HOST)
     parts = [bits, devices, f"{settings.options['kv_cache']} cache", f"context {found.context}"]
     parts.append(format_bytes(found.num_bytes))
-    queue = f'<b class="exl-queue">{num_jobs - 1} waiting</b>' if num_jobs > 1 else ""
+    queue = f'<b class="exl-queue">{num_waiting} waiting</b>' if num_waiting else ""
     return (
         f'<div class="exl-status"><i></i><b>{html.escape(settings.name)}</b>'
         f"<span>{html.escape(' · '.join(parts))}</span>{queue}</div>"

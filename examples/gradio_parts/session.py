@@ -1,4 +1,4 @@
-"""The state of one browser tab: its conversations and its other jobs in the queue."""
+"""The state of one browser tab: its conversations and its other jobs."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Session:
 
     # ---- completions and loads
 
-    def submit(self, run: Callable[[Job], None]) -> Job:
-        """Queues a job. Raises ``ConfigError`` if the tab still has an unfinished one."""
+    def submit(self, run: Callable[[Job], None], *, alone: bool = False) -> Job:
+        """Begins a job (``Worker.submit``). Raises ``ConfigError`` if the tab still has an unfinished one."""
         if self.job is not None and not self.job.is_done:
             raise ConfigError("this tab still waits for its model: stop it, or wait for its end")
-        self.job = self.worker.submit(run)
+        self.job = self.worker.submit(run, alone=alone)
         return self.job
 
     def complete(self, prompt: str, top_logprobs: int, options: dict[str, Any]) -> Job:
-        """Queues a job that tells ``Answer`` with the tokens' probabilities. ``prompt`` may be empty."""
+        """Begins a job that tells ``Answer`` with the tokens' probabilities. ``prompt`` may be empty."""
 
         def run(job: Job) -> None:
             llm = self.worker.loaded()

@@ -1,11 +1,11 @@
-"""The model and its queue: one thread owns the model and runs the requests of all browser tabs, one after another."""
+"""The model, and the jobs of all browser tabs: each is a thread of its own, and the model answers them in one batch.
+Only what changes the model has it alone."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,9 @@ from .settings import LoadSettings
 
 @dataclass(frozen=True)
 class Waiting:
-    """The state of a job that waits in the queue."""
+    """The state of a job that has not begun."""
 
-    ahead: int  # number of jobs before it, including the running one
+    ahead: int  # number of jobs that end before it begins
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,19 @@ class Stopped(Exception):
 
 
 class Job:
-    """A request in the queue. A new state replaces the one before, so that a slow browser never delays the model, and
+    """What a tab has asked for. A new state replaces the one before, so that a slow browser never delays the model, and
     any number of pages may watch, each from any time on."""
 
-    def __init__(self, run: Callable[[Job], None], worker: Worker) -> None:
-        self.stopped = False
+    def __init__(self, run: Callable[[Job], None], worker: Worker, alone: bool) -> None:
+        """``alone``: no other job runs meanwhile."""
+        self.alone, self.has_begun, self.stopped = alone, False, False
         self.failure: str | None = None  # one line
         self._run, self._worker = run, worker
         self._changed = threading.Condition()
         self._state: Any = None
         self._version = 0  # number of states so far
         self._done = False
+        self._on_stop: Callable[[], None] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -69,12 +71,21 @@ class Job:
             raise Stopped
 
     def stop(self) -> None:
-        """Asks a running job to end; removes a waiting job from the queue."""
+        """Asks a running job to end; one that has not begun never does."""
         self.stopped = True
         self._worker.withdraw(self)
+        on_stop = self._on_stop
+        if on_stop is not None:
+            on_stop()
+
+    def when_stopped(self, on_stop: Callable[[], None] | None) -> None:
+        """``on_stop`` is called by whoever stops the job, also if that was before; None: nothing is, from now on."""
+        self._on_stop = on_stop
+        if self.stopped and on_stop is not None:
+            on_stop()
 
     def watch(self, every: float = 0.05, until: threading.Event | None = None) -> Iterator[Any]:
-        """Yields ``Waiting`` while other jobs come first, then the newest state, at most one per ``every`` seconds.
+        """Yields ``Waiting`` until the job may begin, then the newest state, at most one per ``every`` seconds.
         Ends with the job, or when ``until`` is set."""
         shown, seen = None, 0
         while True:
@@ -113,35 +124,66 @@ class Job:
 
 
 class Worker:
-    """Owns the model. Any thread may read ``llm``, but only jobs may run it."""
+    """Has the model, and sees to it that no job runs while another one changes it."""
 
     def __init__(self) -> None:
         self.llm: exl.LLM | None = None
         self.settings: LoadSettings | None = None  # of llm
-        self._jobs: deque[Job] = deque()  # the first one runs
+        self._jobs: list[Job] = []  # that have not ended, by arrival
         self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="model", daemon=True).start()
 
     @property
     def num_jobs(self) -> int:
         return len(self._jobs)
 
-    def submit(self, run: Callable[[Job], None]) -> Job:
-        job = Job(run, self)
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have not begun."""
+        return sum(not job.has_begun for job in list(self._jobs))
+
+    def submit(self, run: Callable[[Job], None], *, alone: bool = False) -> Job:
+        """Runs a job beside the others, in a thread of its own. ``alone``, for what changes the model: once those
+        before it have ended, while those after it wait."""
+        job = Job(run, self, alone)
         with self._changed:
             self._jobs.append(job)
-            self._changed.notify_all()
+        threading.Thread(target=self._work, args=(job,), name="job", daemon=True).start()
         return job
 
     def ahead(self, job: Job) -> int:
+        """How many jobs end before this one begins."""
         with self._changed:
-            return self._jobs.index(job) if job in self._jobs else 0
+            return 0 if job.has_begun or job not in self._jobs else self._before(job)
 
     def withdraw(self, job: Job) -> None:
+        """A job that has not begun ends."""
         with self._changed:
-            if job in self._jobs and self._jobs[0] is not job:
-                self._jobs.remove(job)
+            if job in self._jobs and not job.has_begun:
+                self._leave(job)
                 job.finish()
+
+    def _before(self, job: Job) -> int:
+        earlier = self._jobs[: self._jobs.index(job)]
+        if not job.alone:  # those up to the last one that has the model alone
+            while earlier and not earlier[-1].alone:
+                earlier.pop()
+        return len(earlier)
+
+    def _leave(self, job: Job) -> None:
+        self._jobs.remove(job)
+        self._changed.notify_all()
+
+    def _work(self, job: Job) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: job.is_done or not self._before(job))
+            if job.is_done:
+                return
+            job.has_begun = True
+        try:
+            job.execute()
+        finally:
+            with self._changed:
+                self._leave(job)
 
     def loaded(self) -> exl.LLM:
         if self.llm is None:
@@ -149,8 +191,8 @@ class Worker:
         return self.llm
 
     def load(self, settings: LoadSettings, job: Job | None = None) -> None:
-        """Call this in a job only. Closes the old model first, because there may be no room for two. If the new one
-        cannot be loaded, loads the old one again and raises an error that says so."""
+        """Call this only in a job that has the model alone. Closes the old model first, because there may be no room
+        for two. If the new one cannot be loaded, loads the old one again and raises an error that says so."""
         before, old = self.settings, self.llm
         if old is not None:
             self.llm = None
@@ -179,21 +221,11 @@ class Worker:
 
     def close(self) -> None:
         """Stops all jobs and frees the model's memory."""
-        with self._changed:
-            for job in self._jobs:
-                job.stopped = True
-        job = self.submit(lambda job: self.llm.close() if self.llm is not None else None)
+        for job in list(self._jobs):
+            job.stop()
+        job = self.submit(lambda job: self.llm.close() if self.llm is not None else None, alone=True)
         for _ in job.watch():
             pass
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs)
-                job = self._jobs[0]
-            job.execute()
-            with self._changed:
-                self._jobs.popleft()
 
 
 def one_line(error: BaseException) -> str:

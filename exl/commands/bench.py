@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -19,16 +20,31 @@ def bench(
     tg: Annotated[int, typer.Option("--tg", help="Tokens to generate; 0: no generation test.")] = 128,
     depth: Annotated[int, typer.Option(help="Tokens that are already in the cache.")] = 0,
     repeats: Annotated[int, typer.Option(help="Measurements of each, after one warm-up.")] = 5,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            help="Instead: so many requests at once, each with a prompt of --pp tokens and --tg tokens to generate."
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="With --concurrency: a smaller model that drafts, folder or repository."),
+    ] = None,
+    speculate: Annotated[
+        str | None, typer.Option(help="With --concurrency: prompt (what followed before) or draft (that model).")
+    ] = None,
     output: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
     *,
     loading: LoadOptions,
     debug: Debug = False,
 ) -> None:
-    """Measure the speed of prompts and of generation.
+    """Measure the speed of prompts and of generation, or of many requests at once.
 
     exl bench path/to/model
 
     exl bench path/to/model --pp 0 --tg 64 --depth 1024 --output json
+
+    exl bench path/to/model --concurrency 16 --pp 128 --tg 64
     """
     if output not in ("table", "csv", "json"):
         raise ConfigError(f"output: found {output!r}, expected table, csv or json")
@@ -38,7 +54,12 @@ def bench(
     from exl.units import format_bytes
 
     folder, options = find_model(which.name, **loading.source), EngineOptions(**loading.engine())
-    report = run_bench(folder, options, pp, tg, depth, repeats, name=model_name(which.name, folder))
+    if draft is not None:
+        options = replace(options, draft=find_model(draft, token=loading.token))
+    shown = model_name(which.name, folder)
+    report = run_bench(
+        folder, options, pp, tg, depth, repeats, name=shown, concurrency=concurrency, speculate=speculate
+    )
     rows = rows_of(report)
     advice = [note.text for note in report.plan.notes if note.kind == "advice"]
     if output == "json":

@@ -24,6 +24,10 @@ class Sink(Protocol):
     def push(self, token_id: int) -> Verdict:
         """The text that this token makes final; whether a stop string is complete; tokens to be taken back."""
 
+    @property
+    def num_final_tokens(self) -> int:
+        """Of the tokens so far, the first ones that nothing can take back any more."""
+
     def finish(self) -> str:
         """The rest of the text."""
 

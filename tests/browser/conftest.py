@@ -47,7 +47,7 @@ def worker(server):
 
 
 def run(worker, work) -> None:
-    job = worker.submit(work)
+    job = worker.submit(work, alone=True)
     for _ in job.watch():
         pass
     assert job.failure is None, job.failure
@@ -102,12 +102,12 @@ def is_foreign(requested: str, url: str) -> bool:
 @pytest.fixture
 def slow(monkeypatch):
     """Tokens take their time."""
-    from exl.engine.generator import Generator
+    from exl.engine.runner import Runner
 
-    plain = Generator.extend
+    plain = Runner.step
 
-    def extend(self, *asked):
+    def step(self, *asked):
         time.sleep(SECONDS_A_TOKEN)
         return plain(self, *asked)
 
-    monkeypatch.setattr(Generator, "extend", extend)
+    monkeypatch.setattr(Runner, "step", step)

@@ -30,7 +30,7 @@ LADDER = (
     ("planning", "quantize"),
     ("weights",),
     ("engine",),
-    ("completion",),
+    ("completion", "load_test"),
     ("llm", "bench"),
     ("chat", "evaluate"),
     ("commands",),

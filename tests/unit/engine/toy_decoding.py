@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.engine.speculation import Drafter, accepted
-from exl.sampling import uniform
+from exl.philox import uniform
 
 V = 11
 

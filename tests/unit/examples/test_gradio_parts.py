@@ -45,20 +45,76 @@ def settings_of(parts, model=BUNDLED_MODEL, kv_cache="f16"):
     return parts["settings"].load_settings(str(model), "auto", kv_cache, "", "", "", "stored")
 
 
-def test_jobs_take_turns_in_order(worker):
+def test_jobs_run_side_by_side(worker):
+    together = threading.Barrier(3, timeout=10)
+    jobs = [worker.submit(lambda job: job.tell(together.wait())) for _ in range(3)]
+    assert sorted(finish(job)[-1] for job in jobs) == [0, 1, 2]
+    assert all(job.failure is None for job in jobs)
+
+
+def test_what_changes_the_model_has_it_alone(worker):
+    """It waits for those before it, and those after it wait for it."""
     ran, gate = [], threading.Event()
     first = worker.submit(lambda job: (gate.wait(10), ran.append(1)))
-    others = [worker.submit(lambda job, i=i: ran.append(i)) for i in (2, 3, 4)]
-    assert [worker.ahead(job) for job in others] == [1, 2, 3]
+    change = worker.submit(lambda job: ran.append(2), alone=True)
+    others = [worker.submit(lambda job, i=i: ran.append(i)) for i in (3, 4)]
+    last = worker.submit(lambda job: ran.append(5), alone=True)
+    assert [worker.ahead(job) for job in (first, change, *others, last)] == [0, 1, 2, 2, 4]
+    assert next(last.watch()).ahead == 4
     others[1].stop()
     assert others[1].is_done
-    assert [worker.ahead(job) for job in (others[0], others[2])] == [1, 2]
-    waiting = next(others[2].watch())
-    assert waiting.ahead == 2
+    assert [worker.ahead(job) for job in (others[0], last)] == [2, 3]
+    assert worker.num_waiting == 3
     gate.set()
-    for job in (first, *others):
+    for job in (first, change, *others, last):
         finish(job)
-    assert ran == [1, 2, 4]
+    assert ran == [1, 2, 3, 5]
+    assert worker.num_jobs == 0
+
+
+def test_tabs_get_their_answers_at_once(parts, worker, monkeypatch):
+    """One tab's answer begins and ends while another one's is in progress; a model change waits for both."""
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
+    sessions, begun, gate = [parts["session"].Session(worker) for _ in range(2)], threading.Event(), threading.Event()
+    plain = parts["worker"].Job.tell
+
+    def tell(job, state):
+        plain(job, state)
+        if job is sessions[0].conversation.job and getattr(state, "text", ""):
+            begun.set()
+            gate.wait(10)
+
+    monkeypatch.setattr(parts["worker"].Job, "tell", tell)
+    slow = sessions[0].send("Hello.", "", {"max_tokens": 40, "temperature": 0})
+    assert begun.wait(10)
+    change = worker.submit(lambda job: worker.load(settings_of(parts, kv_cache="q8"), job), alone=True)
+    assert worker.ahead(change) == 1
+    change.stop()
+    quick = sessions[1].complete("Once", 1, {"max_tokens": 8, "temperature": 0})
+    assert finish(quick)[-1].done.num_tokens == 8
+    assert not slow.is_done
+    gate.set()
+    shown = finish(slow)[-1].done
+    alone = worker.llm.chat().send("Hello.", max_tokens=40, temperature=0)
+    assert shown.token_ids == alone.token_ids
+
+
+def test_a_request_that_waits_for_its_first_token_can_be_stopped(parts, worker, monkeypatch):
+    """Its thread sleeps in the engine meanwhile."""
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
+    seat, gate, at_work = worker.llm._engine.generator.seat, threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: seat.apart(lambda: (at_work.set(), gate.wait(10))))
+    other.start()
+    assert at_work.wait(10)
+    session = parts["session"].Session(worker)
+    job = session.complete("Once", 1, {"max_tokens": 8})
+    while job._on_stop is None:
+        threading.Event().wait(0.001)
+    job.stop()
+    finish(job)
+    assert job.failure is None
+    gate.set()
+    other.join()
 
 
 def test_who_watches_sees_the_newest_state_and_the_end(worker):
@@ -89,15 +145,15 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_before(parts, worker, tmp_
     damaged = tmp_path / "damaged"
     shutil.copytree(BUNDLED_MODEL, damaged)
     (damaged / "tokenizer.json").write_text("{")
-    job = worker.submit(lambda job: worker.load(settings_of(parts, damaged), job))
+    job = worker.submit(lambda job: worker.load(settings_of(parts, damaged), job), alone=True)
     finish(job)
     assert worker.llm is None
     assert "tokenizer.json" in job.failure
     with pytest.raises(exl.ExlError, match="no model is loaded: choose one"):
         worker.loaded()
-    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
     first = worker.llm
-    job = worker.submit(lambda job: worker.load(settings_of(parts, damaged), job))
+    job = worker.submit(lambda job: worker.load(settings_of(parts, damaged), job), alone=True)
     finish(job)
     assert job.failure.endswith(". stories is loaded again, as it was.")
     assert "closed" in repr(first)
@@ -108,20 +164,20 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_before(parts, worker, tmp_
 def test_if_the_one_before_is_gone_too_it_says_that_none_is_loaded(parts, worker, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(BUNDLED_MODEL, model)
-    finish(worker.submit(lambda job: worker.load(settings_of(parts, model), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts, model), job), alone=True))
     shutil.rmtree(model)
-    job = worker.submit(lambda job: worker.load(settings_of(parts, tmp_path / "nothing"), job))
+    job = worker.submit(lambda job: worker.load(settings_of(parts, tmp_path / "nothing"), job), alone=True)
     finish(job)
     assert "No model is loaded now" in job.failure
     assert worker.llm is None
 
 
 def test_a_conversation_goes_on_with_another_model(parts, worker):
-    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
     session = parts["session"].Session(worker)
     finish(session.send("Hello.", "", {"max_tokens": 4}))
     before = session.messages
-    finish(worker.submit(lambda job: worker.load(settings_of(parts, kv_cache="q8"), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts, kv_cache="q8"), job), alone=True))
     states = finish(session.send("Why?", "Be kind.", {"max_tokens": 4}))
     assert states[-1].done.num_tokens == 4
     assert states[-1].context == 512
@@ -133,7 +189,7 @@ def test_a_conversation_goes_on_with_another_model(parts, worker):
 def test_one_request_at_a_time_for_a_conversation_and_for_a_completion(parts, worker):
     gate = threading.Event()
     session = parts["session"].Session(worker)
-    first = worker.submit(lambda job: gate.wait(10))
+    first = worker.submit(lambda job: gate.wait(10), alone=True)
     jobs = [session.send("Hello.", "", {}), session.complete("Once", 1, {})]
     options = ("", {})
     for call in (
@@ -159,10 +215,10 @@ def test_a_stopped_or_failed_answer_without_a_piece_changes_nothing(parts, worke
     finish(job)
     assert "no model is loaded" in job.failure
     assert session.messages == []
-    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
     finish(session.send("Hello.", "", {"max_tokens": 4}))
     before, gate = session.messages, threading.Event()
-    worker.submit(lambda job: gate.wait(10))
+    worker.submit(lambda job: gate.wait(10), alone=True)
     for ask in (
         lambda: session.send("Why?", "", {}),
         lambda: session.retry("", {}),
@@ -179,7 +235,7 @@ def test_a_stopped_or_failed_answer_without_a_piece_changes_nothing(parts, worke
 
 
 def test_a_prompt_that_is_read_tells_how_far_it_is_and_can_be_stopped(parts, worker, monkeypatch):
-    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
     session, told = parts["session"].Session(worker), []
     plain = parts["worker"].Job.tell
     monkeypatch.setattr(parts["worker"].Job, "tell", lambda job, state: (told.append(state), plain(job, state)))
@@ -198,7 +254,7 @@ def test_a_prompt_that_is_read_tells_how_far_it_is_and_can_be_stopped(parts, wor
 
 
 def test_edits_continuations_and_records(parts, worker):
-    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
     session = parts["session"].Session(worker)
     options = {"max_tokens": 4, "temperature": 0}
     for text in ("One.", "Two."):
@@ -224,7 +280,7 @@ def test_edits_continuations_and_records(parts, worker):
 
 
 def test_an_imported_conversation_keeps_the_name_of_its_model_until_another_answers(parts, worker):
-    finish(worker.submit(lambda job: worker.load(settings_of(parts), job)))
+    finish(worker.submit(lambda job: worker.load(settings_of(parts), job), alone=True))
     session = parts["session"].Session(worker)
     messages = [{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}]
     chat = {"format": "exl chat", "version": 1, "model": "Other", "system": None, "messages": messages}
@@ -249,7 +305,7 @@ def test_a_conversation_of_the_browser_that_is_none(parts, worker):
 def test_a_tab_that_comes_back_goes_on_and_one_that_does_not_is_stopped(parts, worker, monkeypatch):
     monkeypatch.setattr(parts["session"], "GRACE", 0.2)
     sessions, gate = parts["session"].Sessions(worker), threading.Event()
-    blocking = worker.submit(lambda job: gate.wait(10))
+    blocking = worker.submit(lambda job: gate.wait(10), alone=True)
     session, is_back = sessions.enter("key 1", "tab")
     assert not is_back
     job = session.send("Hello.", "", {})
