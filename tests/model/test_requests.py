@@ -141,7 +141,9 @@ def test_200_random_schemas_at_a_high_temperature(llm):
         assert done.finish_reason in ("stop", "length")
         if done.finish_reason == "stop":
             num_finished += 1
-            jsonschema.validate(json.loads(done.text), schema, format_checker=jsonschema.FormatChecker())
+            jsonschema.validate(
+                json.loads(done.text), schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+            )
     assert num_finished >= 120
 
 
