@@ -21,12 +21,14 @@ from exl.errors import (
     ExlWarning,
     KernelError,
     MemoryBudgetError,
+    QueueFullError,
     UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.completion import Completion, TextIterator
+    from exl.engine.stats import EngineStats
     from exl.llm import LLM, load
     from exl.planning.ask import plan
     from exl.planning.plan import MemoryPlan
@@ -40,6 +42,7 @@ _HOMES = {
     "Chat": "exl.chat",
     "LLM": "exl.llm",
     "Completion": "exl.completion",
+    "EngineStats": "exl.engine.stats",
     "MemoryPlan": "exl.planning.plan",
     "PromptProgress": "exl.request_options",
     "SamplingParams": "exl.sampling_params",
@@ -55,12 +58,14 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "ConfigError",
+    "EngineStats",
     "ExlError",
     "ExlWarning",
     "KernelError",
     "MemoryBudgetError",
     "MemoryPlan",
     "PromptProgress",
+    "QueueFullError",
     "SamplingParams",
     "TextIterator",
     "TokenLogprob",

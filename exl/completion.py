@@ -32,7 +32,8 @@ class Completion:
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per entry of token_ids; None unless top_logprobs was given
-    limit: str | None = None  # "max_tokens" or "context": which one cut the text off, if finish_reason is "length"
+    # What cut the text off: "max_tokens" or "context", if finish_reason is "length"; "deadline", if it is "cancelled".
+    limit: str | None = None
     choices: tuple[Completion, ...] = ()  # all n of a request with n= or best_of=, this one first; else ()
     mean_logprob: float | None = None  # of its tokens, with best_of=: the choices are ordered by it
     num_drafted: int = 0  # tokens that were guessed, with speculate=; and those of them that the model drew

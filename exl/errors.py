@@ -31,6 +31,10 @@ class MemoryBudgetError(ExlError):
     """What was asked for does not fit in the memory that was given."""
 
 
+class QueueFullError(ExlError):
+    """So many requests wait already that no more are taken (``max_queue=`` of ``exl.load``)."""
+
+
 class ConstraintError(ExlError):
     """A request's text cannot go on under its constraint: too complex at this place, or a token that it forbids."""
 

@@ -82,7 +82,8 @@ def gpu_error() -> ExlError:
 
 
 class ForkGuard:
-    """Whether a model works in this process. Every request calls ``begin`` and ``end``, every pass ``check``."""
+    """Whether a model works in this process. Every request calls ``check``; who uses it outside of requests, ``begin``
+    and ``end``. Whoever is told of a fork and knows that a request was running calls ``lose`` in the child."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
@@ -94,6 +95,11 @@ class ForkGuard:
     def lost_gpu(self) -> bool:
         """Whether the model's device does not exist in this process: nothing of it may be touched, or freed."""
         return self._on_gpu and self._error is not None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the model does not work in this process."""
+        return self._error is not None
 
     def check(self) -> None:
         """Raises ``ExlError`` in a child of the process that loaded the model, if the model does not work there."""
@@ -116,10 +122,19 @@ class ForkGuard:
         if self._on_gpu:
             self._error = gpu_error()
         elif self._num_open:
-            self._error = ExlError(
-                "this process was forked while a request to the model was running or a stream was unfinished, so the "
-                f"fork cannot use the model: finish requests before you fork, {_REMEDY}"
-            )
+            self.lose()
+
+    def lose(self) -> None:
+        """In a child: a request was running."""
+        if self._error is None:
+            self._error = gpu_error() if self._on_gpu else _running_error()
+
+
+def _running_error() -> ExlError:
+    return ExlError(
+        "this process was forked while a request to the model was running or a stream was unfinished, so the fork "
+        f"cannot use the model: finish requests before you fork, {_REMEDY}"
+    )
 
 
 # --- hooks -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
 from exl.engine.request import TokenRequest
+from exl.engine.stats import EngineStats
 from exl.engine.ticket import Answer
 from exl.errors import ConfigError, ExlError
 from exl.keywords import explain_foreign_keywords, explain_options
@@ -267,6 +268,15 @@ class LLM:
         self._open_generator()
         return load_cache(self._engine, self.folder, path)
 
+    def stats(self) -> EngineStats:
+        """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
+        return self._open_generator().stats()
+
+    def drain(self, seconds: float) -> bool:
+        """Before closing: no more requests are taken (``ExlError``), and those that there are get so many seconds to
+        end; then they are cancelled. Returns whether none had to be. Unread streams do not end by themselves."""
+        return self._open_generator().seat.drain(seconds)
+
     def close(self) -> None:
         """Frees the memory. Requests to the model after that raise ``ExlError``.
 
@@ -322,6 +332,8 @@ class LLM:
             dry_breakers=tokenizer.ids_with(params.dry_breakers) if params.dry_multiplier else frozenset(),
             make_sink=lambda: TextSink(tokenizer, prompt_ids, params.stop, params.banned_strings),
             make_matcher=self._matchers(request.constraint),
+            deadline=request.deadline,
+            max_unread=request.max_unread,
         )
         return generator.submit(asked, lambda answers: self._completion(asked, request, answers), inline=inline)
 
@@ -417,6 +429,7 @@ def load(
     context: int | str | None = None,
     kv_cache: str = "f16",
     max_sequences: int = 16,
+    max_queue: int | None = None,
     cache_tokens: int | str | None = None,
     kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
@@ -440,7 +453,8 @@ def load(
     do not fit in RAM, from a packed copy on disk (in ``packed_folder``). ``context``: the maximum number of tokens of
     prompt and answer together; the cache for them is allocated on loading. "auto" is as many as fit; the default is
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
-    ``max_sequences``: how many run at once; others wait. ``cache_tokens``: of all of them in the cache, by default one
+    ``max_sequences``: how many run at once; others wait, but no more than ``max_queue`` (by default any number): beyond
+    that a request is refused with ``QueueFullError``. ``cache_tokens``: of all of them in the cache, by default one
     context; "auto" is what the budgets leave. ``kv_ram``: with a GPU, how much pinned RAM keeps what leaves the cache.
     ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most

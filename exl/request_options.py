@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ class RequestOptions(TypedDict, total=False):
     draft_tokens: int | None  # guesses in each step; by default as many as pay, none where it does not pay
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
+    deadline: float | None  # seconds after which it ends as it is, with finish_reason "cancelled", limit "deadline"
+    max_unread: int | None  # tokens that whoever iterates may be behind before the request waits; by default 512
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Request:
     draft_tokens: int | None = None
     top_logprobs: int | None = None
     prompt_progress: Callable[[PromptProgress], None] | None = None
+    deadline: float | None = None
+    max_unread: int = 512
 
     @classmethod
     def of(
@@ -162,6 +167,16 @@ def _check_count(name: str, value: object) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected a whole number from 1 to {most}")
 
 
+def _check_deadline(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name}: found {value!r}, expected a number of seconds above 0")
+
+
+def _check_unread(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: found {value!r}, expected a number of tokens, 1 or more")
+
+
 def _check_speculate(name: str, value: object) -> None:
     if value is not False and value not in SPECULATE:
         raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
@@ -174,4 +189,6 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "best_of": _check_count,
     "draft_tokens": _check_count,
     "speculate": _check_speculate,
+    "deadline": _check_deadline,
+    "max_unread": _check_unread,
 }

@@ -318,6 +318,8 @@ class PagePool:
         """Raises ``RuntimeError`` unless every page is in one place and the tree is in order. ``holders``: the lists of
         pages that are in use, which must give the counts."""
         free = set(self._free)
+        if len(self._free) != len(free):
+            raise RuntimeError(f"{len(self._free)} free pages are counted, there are {len(free)}")
         for page in range(self.num_pages):
             places = [
                 *(["null"] if page == self.null_page else []),

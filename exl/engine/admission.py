@@ -151,7 +151,7 @@ class Pages:
         held = [sequence.pages for sequence in sequences]
         try:
             self.pool.check(held)
-        except RuntimeError:
+        except Exception:  # also of the tree itself, which may be half changed
             for sequence in sequences:
                 sequence.lose_pages()
             self.pool.clear(())

@@ -194,15 +194,12 @@ class Answers:
         sequence.answer.outcome = self._length(sequence)
         self.finish(sequence)
 
-    def cancelled(self, sequence: Sequence) -> None:
-        sequence.answer.outcome = Outcome("cancelled")
-        self.finish(sequence)
-
     def refused(self, ticket: Ticket) -> None:
-        """A request that was cancelled before it began."""
+        """A request that was cancelled before it began, or interrupted anywhere: its text is what has been told."""
         for answer in ticket.answers:
-            answer.outcome = Outcome("cancelled")
-            ticket.put(Event(answer.choice, outcome=answer.outcome))
+            if answer.outcome is None:
+                answer.outcome = Outcome("cancelled")
+                ticket.put(Event(answer.choice, outcome=answer.outcome))
         ticket.end()
 
     def failed(self, ticket: Ticket, error: BaseException) -> None:

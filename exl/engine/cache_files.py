@@ -16,17 +16,23 @@ from exl.weights.packed_store import LAYOUT_VERSION, model_digest
 def save_cache(engine: Engine, folder: Path, path: str | Path) -> int:
     """Writes all prefixes that the cache holds. Returns their number of tokens. See ``LLM.save_cache``."""
     generator, key = engine.generator, cache_key(engine, folder)
-    with generator.seat.apart():
+
+    def save() -> int:
         _settle(engine)
         return save_prefixes(path, generator.pool, generator.runner.kv, key)
+
+    return generator.seat.apart(save)
 
 
 def load_cache(engine: Engine, folder: Path, path: str | Path) -> int:
     """Enters a file's prefixes into the cache. Returns their number of tokens. See ``LLM.load_cache``."""
     generator, key = engine.generator, cache_key(engine, folder)
-    with generator.seat.apart():
+
+    def load() -> int:
         _settle(engine)
         return load_prefixes(path, generator.pool, generator.runner.kv, key)
+
+    return generator.seat.apart(load)
 
 
 def cache_key(engine: Engine, folder: Path) -> Key:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from exl.engine.request import Reuse, TokenRequest
 from exl.engine.runner import Runner
 from exl.engine.scheduler import Scheduler
 from exl.engine.seat import Seat
+from exl.engine.stats import EngineStats
 from exl.engine.ticket import Answer, Ticket
 from exl.forks import ForkGuard
 from exl.ops.rope import depends_on_length
@@ -52,7 +54,10 @@ class ManualSequence:
 
 
 class Generator:
-    def __init__(self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_queue: int | None = None
+    ) -> None:
+        """``max_queue``: how many requests may wait to begin; None: any number."""
         self.runner, self.pool, self.context = runner, pool, context
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
         self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE)
@@ -60,7 +65,7 @@ class Generator:
         pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable)
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
         self.scheduler = Scheduler(runner, pages, self.answers, drafts)
-        self.seat = Seat(self.scheduler, self.guard, self._enter_thread)
+        self.seat = Seat(self.scheduler, self.guard, self._enter_thread, max_queue)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -85,6 +90,10 @@ class Generator:
         rope = self.runner.decoder.config.rope
         return not depends_on_length(rope) or num_tokens <= rope.max_position
 
+    def stats(self) -> EngineStats:
+        """From any thread; waits for nobody."""
+        return EngineStats.of(self.seat, self.scheduler, self.pool)
+
     # ---- requests
 
     def submit(
@@ -97,11 +106,10 @@ class Generator:
         """Begins a request. ``inline``: the calling thread will wait for it, and may drive. Raises ``ConfigError`` for
         a prompt that is empty, foreign or too long."""
         self.answers.check(request)
+        if request.params.seed is None:
+            request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
         seed, ranked = request.params.seed, request.top_logprobs is not None
-        answers = [
-            Answer(i, None if seed is None else child_seed(seed, i), ranked=[] if ranked else None)
-            for i in range(request.num_choices)
-        ]
+        answers = [Answer(i, child_seed(seed, i), ranked=[] if ranked else None) for i in range(request.num_choices)]
         ticket = Ticket(request, answers, threading.get_ident() if inline else None)
         handle = Handle(self.seat, ticket, finish)
         self.seat.submit(ticket)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
 import time
 import weakref
@@ -18,13 +19,18 @@ Result = TypeVar("Result")
 _LOOK = 0.25  # seconds between two looks at the engine, of a coroutine that waits
 
 
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
 class Handle(Generic[Result]):
     """One request. Iterating gives pieces of the first choice's text, in a thread or with ``async for``; ``events``
     gives all there is to know. ``cancel()`` or ``close()``, the end of a ``with`` block or dropping the handle ends the
     request; nobody else notices.
 
-    A reader that takes pieces may be 512 tokens behind; then the request waits for it. One whose pieces nobody takes
-    runs to its end.
+    A reader that takes pieces may be 512 tokens behind (``max_unread``); then the request waits for it. One whose
+    pieces nobody takes runs to its end.
     """
 
     def __init__(self, seat: Seat, ticket: Ticket, finish: Callable[[list[Answer]], Result]) -> None:
@@ -113,8 +119,8 @@ class Handle(Generic[Result]):
         """Sleeps until the engine's thread wakes this loop."""
         ticket, loop = self._ticket, asyncio.get_running_loop()
         while True:
-            woken = asyncio.Event()
-            ticket.waiter = (loop, woken.set)  # before looking, so that no news is missed
+            woken = loop.create_future()
+            ticket.waiter = (loop, functools.partial(_wake, woken))  # before looking, so that no news is missed
             ended = ticket.ended
             with contextlib.suppress(queue.Empty):
                 event = ticket.outbox.get_nowait()
@@ -126,12 +132,14 @@ class Handle(Generic[Result]):
                 return None
             self._seat.guard.check()
             self._seat.attend(ticket)
+            look = loop.call_later(_LOOK, _wake, woken)
             try:
-                with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-                    await asyncio.wait_for(woken.wait(), _LOOK)
-            except asyncio.CancelledError:
+                await woken
+            except BaseException:  # the task was cancelled, or its loop is closed
                 self.cancel()
                 raise
+            finally:
+                look.cancel()
 
     def __aiter__(self) -> Handle[Result]:
         return self

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exl.text.sink import Verdict
 
 Reuse = bool | Literal["exact"]
+MAX_UNREAD = 512  # tokens that an iterating reader may be behind, before its request waits for them to be taken
 
 
 class Sink(Protocol):
@@ -31,9 +32,9 @@ class Sink(Protocol):
 class Outcome:
     """Why a sequence ended."""
 
-    finish_reason: str  # "stop", "length" or "cancelled"
+    finish_reason: str  # "stop", "length" or "cancelled": by its caller, or at its deadline
     stop_reason: int | str | None = None  # of "stop": the token's id, the string, or "grammar"
-    limit: str | None = None  # of "length": "max_tokens" or "context"
+    limit: str | None = None  # of "length": "max_tokens" or "context"; of "cancelled": "deadline", or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,3 +57,5 @@ class TokenRequest:
     dry_breakers: frozenset[int] = frozenset()  # tokens that contain one of ``params.dry_breakers``
     make_sink: Callable[[], Sink] | None = None  # None: token ids alone are wanted
     make_matcher: Callable[[], Matcher] | None = None
+    deadline: float | None = None  # seconds after which it ends with what it has
+    max_unread: int = MAX_UNREAD

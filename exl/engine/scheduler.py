@@ -25,6 +25,7 @@ from exl.engine.answers import Answers
 from exl.engine.compose import ChunkRules, Piece, batch_of, decode_piece, pack_chunks
 from exl.engine.drafts import Drafts
 from exl.engine.draws import DrawRow, sampling_batch
+from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
@@ -70,6 +71,8 @@ class Stats:
     preemptions: int = 0  # sequences that were paused
     recomputed_tokens: int = 0  # computed again after a pause
     wasted_rows: int = 0  # computed after a stop that was found late
+    drafts_tried: int = 0
+    drafts_accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Scheduler:
         self.waiting: list[Tokens] = []  # by arrival, as all lists of sequences
         self.running: list[Tokens] = []  # have pages
         self._inflight: _Step | None = None  # drawn and not read
+        self._timed: list[Ticket] = []  # with a deadline
         self._arrivals = itertools.count()
 
     @property
@@ -114,6 +118,8 @@ class Scheduler:
 
     def submit(self, ticket: Ticket) -> None:
         """Queues a request that was checked (``Answers.check``)."""
+        if ticket.deadline is not None:
+            self._timed.append(ticket)
         sequences = self.answers.sequences(ticket, next(self._arrivals))
         for sequence in sequences:
             if sequence.max_new == 0:
@@ -124,15 +130,15 @@ class Scheduler:
             if sequence.max_new == 0:
                 self._tell_end(self.answers.cut_off, sequence)
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Ticket, limit: str | None = None) -> None:
         """Ends what is left of a request. Others notice nothing."""
         for sequence in ticket.sequences:
             if sequence.state is not State.DONE:
-                self._leave(sequence)
-                self._tell_end(self.answers.cancelled, sequence)
+                sequence.answer.outcome = Outcome("cancelled", limit=limit)
+                self._finish(sequence)
 
     def _finish(self, sequence: Tokens) -> None:
-        """A sequence has its outcome."""
+        """A sequence has its outcome, and nothing more is run of it."""
         self._leave(sequence)
         self._tell_end(self.answers.finish, sequence)
 
@@ -141,6 +147,14 @@ class Scheduler:
             how(sequence)
         except Exception as error:  # of this request's sink
             self.fail(sequence.ticket, error)
+
+    def _expire(self) -> None:
+        """Ends requests whose deadline has passed."""
+        now = time.monotonic()
+        for ticket in self._timed:
+            if now >= ticket.deadline and not ticket.ended:
+                self.cancel(ticket, "deadline")
+        self._timed = [ticket for ticket in self._timed if not ticket.ended]
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
         """Ends a request with an error, which its caller gets."""
@@ -153,7 +167,6 @@ class Scheduler:
         """After an interrupt, which may have come anywhere: nothing of these requests, which are all there are, is run
         any more. What was committed can still be reused, unless pages were on their way."""
         self._inflight = None
-        self.device.abandon()
         sequences = [
             sequence for ticket in tickets for sequence in ticket.sequences if sequence.state is not State.DONE
         ]
@@ -162,6 +175,7 @@ class Scheduler:
         for sequence in sequences:
             self.drafts.release(sequence)
             sequence.state = State.DONE
+        self.device.abandon()
 
     def _wait(self, sequence: Tokens) -> None:
         sequence.state = State.WAITING
@@ -170,10 +184,9 @@ class Scheduler:
     def _leave(self, sequence: Tokens) -> None:
         """The sequence is not run any more; its pages may be used by the next step: what an earlier one still writes
         comes before, on the same stream."""
-        if sequence.state is State.WAITING:
-            self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
+        others = self.waiting if sequence.state is State.WAITING else self.running
+        if sequence in others:  # not if making its request has failed half way
+            others.remove(sequence)
         self.pages.give_back(sequence)
         self.drafts.release(sequence)
         sequence.state = State.DONE
@@ -182,6 +195,8 @@ class Scheduler:
 
     def step(self) -> bool:
         """Runs what can be run. False: there is nothing to do until a request comes or a reader takes tokens."""
+        if self._timed:
+            self._expire()
         if self._inflight is not None and (not self.device.runs_ahead or self._must_read_first()):
             self._read()
         decode, chunks = self._plan()
@@ -499,7 +514,7 @@ class Scheduler:
             kept = j < len(drafts) and found.ids[i + j] == drafts[j]
             num_accepted += kept
             if done:
-                self.drafts.drawn(sequence, len(drafts), num_accepted)
+                self._drafted_and_kept(sequence, len(drafts), num_accepted)
                 self._finish(sequence)
                 return
             if len(sequence.ids) <= num_before:
@@ -510,7 +525,12 @@ class Scheduler:
             sequence.num_cached += 1  # the draft's row was computed with the others
             if self.device.rules.all_alike:
                 sequence.num_exact = sequence.num_cached
-        self.drafts.drawn(sequence, len(drafts), num_accepted)
+        self._drafted_and_kept(sequence, len(drafts), num_accepted)
+
+    def _drafted_and_kept(self, sequence: Tokens, num_drafted: int, num_accepted: int) -> None:
+        self.stats.drafts_tried += num_drafted
+        self.stats.drafts_accepted += num_accepted
+        self.drafts.drawn(sequence, num_drafted, num_accepted)
 
     def _step_back(self, sequence: Tokens) -> None:
         """After tokens were taken back: the row of the last one that is left runs again, for its logits."""

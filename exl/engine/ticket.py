@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,8 +15,6 @@ from exl.engine.request import Outcome, TokenRequest
 
 if TYPE_CHECKING:
     from exl.engine.sequence import Sequence
-
-MAX_UNREAD = 512  # tokens that an iterating reader may be behind, before its request waits for them to be taken
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Answer:
     """One choice of a request, as far as it has come."""
 
     choice: int
-    seed: int | None
+    seed: int
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     ranked: list[tuple[tuple[int, float], ...]] | None = None  # per token: itself, then the likeliest
@@ -67,7 +66,8 @@ class Ticket:
         self.outbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: look at ``ended``
         self.sequences: list[Sequence] = []
         self.num_put = self.num_taken = 0  # tokens
-        self.max_unread = 1 if request.wants_all else MAX_UNREAD
+        self.max_unread = 1 if request.wants_all else request.max_unread
+        self.deadline = None if request.deadline is None else time.monotonic() + request.deadline
         self.iterated = False  # somebody takes events as they come; else they are only collected
         self.cancelled = False
         self.ended = False
@@ -78,7 +78,13 @@ class Ticket:
     @property
     def lags(self) -> bool:
         """Whether its reader is so far behind that it gets no more for now."""
-        return self.iterated and self.num_put - self.num_taken >= self.max_unread
+        behind = self.num_put - self.num_taken  # also by events that an interrupt has lost on their way
+        return self.iterated and behind >= self.max_unread and not self.outbox.empty()
+
+    @property
+    def began(self) -> bool:
+        """Whether a choice has begun to run."""
+        return any(answer.began for answer in self.answers)
 
     def put(self, event: Event) -> None:
         self.num_put += event.num_tokens

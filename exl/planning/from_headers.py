@@ -51,6 +51,7 @@ class EngineOptions:
     context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
     kv_cache: str = "f16"
     max_sequences: int = 16  # that run at once
+    max_queue: int | None = None  # requests that may wait for that; None: any number
     # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one.
     cache_tokens: int | str | None = None
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
@@ -63,6 +64,7 @@ class EngineOptions:
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
+    verifies_drafts: bool = False  # set by the planner, beside a draft model: a sequence may have several decode rows
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -98,10 +100,12 @@ class EngineOptions:
         check_threads(self.threads)
 
     def _check_counts(self) -> None:
-        least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0}
+        least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0, "max_queue": 0}
         for name, low in ({"context": 1, "cache_tokens": 1} | least).items():
             value, may_be_auto = getattr(self, name), name in ("context", "cache_tokens")
-            if (value is None and (may_be_auto or name == "resident_layers")) or (may_be_auto and value == "auto"):
+            if (value is None and (may_be_auto or name in ("resident_layers", "max_queue"))) or (
+                may_be_auto and value == "auto"
+            ):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
                 raise ConfigError(
@@ -246,7 +250,7 @@ def _plan_both(
             )
         draft, _ = plan_model(draft_files, draft_options(options, context), target)
     needed = draft.num_bytes
-    less = dataclasses.replace(options, draft=None)
+    less = dataclasses.replace(options, draft=None, verifies_drafts=True)
     if options.budget is not None:
         if needed >= options.budget:
             found = f"{format_bytes(needed)}, the budget is {format_bytes(options.budget)}"
@@ -289,7 +293,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         head=layouts.head,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options, cache_tokens),
+        limits=step_limits(config, context, options, cache_tokens, drafts=options.verifies_drafts),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),

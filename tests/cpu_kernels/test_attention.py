@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from exl.cpu_kernels import attention_items
 from exl.cpu_kernels.append_kv import AppendKV
 from exl.cpu_kernels.attention import DecodeAttention, PrefillAttention, partial_bytes
 from exl.cpu_kernels.attention_items import decode_items, most_splits, prefill_items
@@ -192,6 +193,21 @@ def test_merge_writes_activations_as_quantizing_does(
     width = 2 * num_heads * head_dim
     library.call(QuantizeRows(form, False), slots(out, expected, width, num_records, 3, None, num_records, width), 3)
     assert same_bits(records, expected)
+
+
+@pytest.mark.parametrize("window", [None, 1, 300])
+def test_items_of_many_sequences_are_made_as_those_of_few(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        counts = rng.integers(0, 9, rng.integers(1, 6))
+        starts = (3 + np.concatenate([[0], np.cumsum(counts)])).astype(np.int32)
+        lengths = (counts + rng.integers(0, 3000, len(counts))).astype(np.int32)
+        found = []
+        for limit in (0, 1 << 30):
+            monkeypatch.setattr(attention_items, "_FEW_PIECES", limit)
+            found.append(decode_items(starts, lengths, window, 5, int(starts[-1]) + 2))
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_decode_items_cover_what_is_seen() -> None:

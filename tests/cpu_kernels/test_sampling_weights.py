@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from exl.cpu_kernels.library import Library, slots
 from exl.cpu_kernels.sampling_weights import CompiledMath, Exponentials, Mass, PrefixSums
+from exl.engine.draws import DrawRow, sampling_batch
 from exl.sampling import probabilities, sample
 from exl.sampling_params import SamplingParams
 from tests.cpu_kernels.guards import guarded_array
@@ -60,6 +61,28 @@ def test_draws_are_those_of_torchs_functions(library: Library, values):
         probabilities(logits, batch, own), probabilities(logits, batch), rtol=1e-13, atol=0, check_dtype=True
     )
     assert sample(logits, batch, own).ids == sample(logits, batch).ids
+
+
+def test_filters_that_need_sums_are_those_of_torchs_functions(library: Library, libraries: list[Library]):
+    """Deviations, entropies and their powers; and with the same bits whatever the instructions."""
+    logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(6)) * 3
+    logits[1, ::3] = -torch.inf
+    values = [
+        {"top_n_sigma": 1.2},
+        {"typical_p": 0.7},
+        {"temperature": 0.9, "dynamic_range": 0.5, "dynamic_exponent": 0.7},
+        {"mirostat_mu": 5.0},
+        {"temperature": 1.4, "temperature_last": True, "top_p": 0.9, "xtc_threshold": 0.02},
+    ]
+    draws = [
+        DrawRow(i % 2, 0.37 * i % 1, **({"temperature": 1.0} | asked), num_logprobs=4)
+        for i, asked in enumerate([*values, *values[::-1]])
+    ]
+    batch, own = sampling_batch(draws, 3000), CompiledMath(library)
+    torch.testing.assert_close(probabilities(logits, batch, own), probabilities(logits, batch), rtol=1e-11, atol=0)
+    assert sample(logits, batch, own).ids == sample(logits, batch).ids
+    found = [sample(logits, batch, CompiledMath(each)) for each in libraries]
+    assert all(repr(each) == repr(found[0]) for each in found)
 
 
 def test_views_are_read_as_they_lie(library: Library):

@@ -135,13 +135,15 @@ def test_quantized_caches_as_torch_has_them(backend, plain_folder, name, kind):
 
 def test_bad_batches_are_refused_before_any_launch(backend, folder):
     recorder = RecordingBackend(backend)
-    runner = load(folder, recorder).generator.runner
+    runner = load(folder, recorder, max_sequences=1).generator.runner
     good = batch_of([([5], 70, [0, 1])], decode=True)
     array = lambda *values: np.asarray(values, np.int32)  # noqa: E731
     for changes, words in (
         ({"page_table": array([0, 2])}, "sequence 0 has page 2: expected 0 to 1"),
         ({"context_len": array(129)}, "has a context of 129"),
-        ({"slots": array(128)}, "slot 128 at row 0"),
+        ({"slots": array(128)}, "slot 128 of token 70"),
+        ({"slots": array(128), "num_decode_rows": 0}, "slot 128 at row 0"),
+        ({"query_start": array(0, 2)}, "sequences own rows 0 to 2: expected 0 to 1 or fewer"),
         ({"slots": array(7)}, "slot 7 of token 70"),
         ({"token_ids": array(96)}, "token id 96 at row 0"),
         ({"page_table": array([0, 1, 1])}, "3 pages of a sequence"),

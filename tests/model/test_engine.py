@@ -182,7 +182,7 @@ def test_pages_that_are_short_pause_sequences_which_go_on_as_if_nothing_had_been
         engine.generator.pool.check([])
 
 
-def test_64_requests_on_a_gpus_kernels(folder_of):
+def test_requests_in_one_batch_on_a_gpus_kernels(folder_of):
     """On the shim, a few short ones: f16, and the order in which a GPU runs ahead."""
     options = {"kv_cache": "f16", "device": "auto", "vram": "2GB", "max_sequences": 8, "cache_tokens": 4 * CONTEXT}
     with opened(folder_of("int4"), backend=make_backend("plain"), **options) as engine:

@@ -235,6 +235,9 @@ def test_repetitions_are_those_of_comparing_everything(prompt, more, window, lea
         assert found.continued(window, least) == dry_lengths(text, window, least, breakers)
         if length < len(more):
             found.append(more[length])
+    for length in reversed(range(len(more))):
+        found.pop()
+        assert found.continued(window, least) == dry_lengths(prompt + more[:length], window, least, breakers)
 
 
 @settings(max_examples=100, deadline=None)

@@ -166,7 +166,7 @@ BYTES = st.sampled_from([bytes([byte]) for char in ALPHABET for byte in char.enc
 RAW = st.lists(st.sampled_from([byte for char in ALPHABET for byte in char.encode()]), max_size=5).map(bytes)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data(), st.sampled_from([BYTE_LEVEL, SENTENCEPIECE]))
 def test_it_does_what_the_reference_does(data, rules):
     kinds = BYTES | PIECES | RAW if rules.byte_level else BYTES | PIECES
@@ -201,6 +201,14 @@ def test_what_is_given_out_stays_though_a_ban_begins_in_it():
     # The last x is taken back, and so would the one before it be for a y in its place: but that one is given out.
     assert [sink.push(1).rewind for _ in range(2)] == [Rewind(2, 0), Rewind(1, 1)]
     assert (sink.num_tokens, sink.num_final_tokens, sink.finish()) == (2, 2, "")
+
+
+def test_a_final_token_whose_text_is_held_for_a_stop_string_is_not_taken_back():
+    sink = TextSink(Cuts([b"x", b"y"], BYTE_LEVEL), [], stop="xxz", banned="xy")  # type: ignore[arg-type]
+    assert [sink.push(0).text for _ in range(2)] == ["", ""]
+    assert sink.num_final_tokens == 1
+    assert [sink.push(1).rewind for _ in range(2)] == [Rewind(2, 0), Rewind(1, 1)]
+    assert (sink.num_tokens, sink.num_final_tokens, sink.finish()) == (1, 1, "x")
 
 
 def test_case_counts(stories):

@@ -313,6 +313,17 @@ def test_token_bytes(tmp_path):
     assert bpe.token_bytes(bpe.vocab_size - 1) == "<|终|>".encode()
 
 
+def test_ids_with_a_text_are_those_whose_bytes_contain_it(tmp_path):
+    for tokenizer in (Tokenizer.from_folder(STORIES), Tokenizer.from_folder(write_folder(tmp_path, byte_level()))):
+        texts = ("\n", ":", "th")
+        expected = {
+            i for i in range(tokenizer.vocab_size) if any(text.encode() in tokenizer.token_bytes(i) for text in texts)
+        }
+        assert tokenizer.ids_with(texts) == expected
+        assert any(tokenizer.token_bytes(i) != b"th" for i in tokenizer.ids_with(["th"]))
+        assert tokenizer.ids_with([]) == frozenset()
+
+
 # Text that pretends
 
 
