@@ -249,5 +249,5 @@ def _interrupted(what: Callable[[], object], lines: int) -> None:
         sys.settrace(before)
 
 
-EngineMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
+EngineMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None, derandomize=True)
 TestEngineMachine = EngineMachine.TestCase
