@@ -90,7 +90,7 @@ def test_pages_in_any_order(cpu, models):
     model, folder = models(case)
     engine = _load(folder, cpu)
     allocate = engine.generator.pool.allocate
-    engine.generator.pool.allocate = lambda count: allocate(count)[::-1]
+    engine.generator.pool.allocate = lambda count, after=None: allocate(count, after)[::-1]
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
 
 
