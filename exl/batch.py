@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +122,16 @@ class SamplingBatch:
     mask_idx: I32  # [R]; a row of masks; -1: every token is allowed
     masks: NDArray[np.uint32]  # [m, ceil(V / 32)]; bit i % 32 of word i // 32: whether token i is allowed
     num_logprobs: I32  # [R]; -1: none; n: of the drawn token and of the n likeliest, in the plain row's distribution
+
+    @cached_property
+    def takes_largest(self) -> bool:
+        """Whether each draw is the largest logit of its row, and nothing else is asked for."""
+        changed = len(self.adjust_id) or self.temperature.any() or (self.mask_idx >= 0).any()
+        return not changed and not (self.num_logprobs >= 0).any()
+
+    @cached_property
+    def rows(self) -> list[int]:
+        return self.row.tolist()
 
 
 # What a drawn "id" says of a row that has no distribution.

@@ -76,6 +76,8 @@ def sample(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath =
     import torch
 
     _check(logits, batch)
+    if batch.takes_largest and not logits.is_cuda:
+        return _largest(logits.numpy(), batch.rows)
     ids, surprise, ranked = [], [], []
     for i in range(len(batch.row)):  # draw by draw, so that no bit of a row can depend on the others
         row = _adjusted(logits, batch, i)
@@ -89,6 +91,15 @@ def sample(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath =
         count = int(batch.num_logprobs[i])
         ranked.append(None if code or count < 0 else ranked_tokens(logits[int(batch.row[i])], found, count, functions))
     return SampleRows(ids, surprise, ranked)
+
+
+def _largest(logits: NDArray[np.float32], rows: list[int]) -> SampleRows:
+    ids = []
+    for row in rows:
+        values = logits[row]
+        found = int(values.argmax())  # the lowest id of the largest; the first NaN, if there is any
+        ids.append(_code(float(values[found])) or found)
+    return SampleRows(ids, [math.nan] * len(ids), [None] * len(ids))
 
 
 def probabilities(logits: torch.Tensor, batch: SamplingBatch, functions: SamplingMath = _TORCH_MATH) -> torch.Tensor:
@@ -150,10 +161,12 @@ def _check(logits: torch.Tensor, batch: SamplingBatch) -> None:
             f"sample: found logits of {logits.dtype} {list(logits.shape)}, expected torch.float32 [rows, vocabulary]"
         )
     num_rows, vocab_size = logits.shape
-    if not len(batch.row):
+    if not batch.rows:
         return
-    if not 0 <= batch.row.min() <= batch.row.max() < num_rows:
-        raise KernelError(f"sample: found draws from rows {batch.row.tolist()}, expected 0 to {num_rows - 1}")
+    if not 0 <= min(batch.rows) <= max(batch.rows) < num_rows:
+        raise KernelError(f"sample: found draws from rows {batch.rows}, expected 0 to {num_rows - 1}")
+    if batch.takes_largest:
+        return
     ids = batch.adjust_id
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise KernelError(f"sample: found an adjusted token id outside 0 to {vocab_size - 1}")

@@ -85,8 +85,10 @@ class Answers:
     def draw(self, sequence: Sequence, logits_row: int, drafts: tuple[int, ...] = ()) -> list[DrawRow]:
         """How the next tokens are to be drawn: the next one, and those after each draft, from the rows that follow.
         Fewer of them if a constraint forbids a draft."""
+        matcher, top = sequence.matcher, sequence.ticket.request.top_logprobs
+        if matcher is None and not drafts:
+            return [sequence.draws.row(logits_row, num_logprobs=-1 if top is None else top)]
         masks: list[NDArray[np.uint32] | None] = [None] * (1 + len(drafts))
-        matcher = sequence.matcher
         if matcher is not None and drafts:
             words = np.zeros((1 + len(drafts), self._num_words), np.uint32)
             drafts = drafts[: matcher.masks_ahead(drafts, words)]
@@ -94,7 +96,6 @@ class Answers:
         elif matcher is not None:
             words = np.zeros(self._num_words, np.uint32)
             masks = [words if matcher.mask(words) else None]
-        top = sequence.ticket.request.top_logprobs
         return [
             sequence.draws.row(logits_row + j, masks[j], drafts[:j], num_logprobs=-1 if top is None else top)
             for j in range(1 + len(drafts))

@@ -122,6 +122,8 @@ def decode_piece(sequence: Tokens, drafts: tuple[int, ...] = ()) -> Piece:
 
 def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
     """All of one kind."""
+    if all(piece.as_decode and piece.num_rows == 1 and piece.wants_logits for piece in pieces):
+        return _last_rows(pieces)
     as_decode = pieces[0].as_decode
     ids: list[int] = []
     starts = [0]
@@ -152,4 +154,33 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=np.array(logit_rows, np.int32),
         num_decode_rows=len(ids) if as_decode else 0,
+    )
+
+
+def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
+    """One row of each sequence: what nearly all steps are."""
+    count, tables = len(pieces), [piece.sequence.page_table for piece in pieces]
+    ids, slots = [], []
+    for piece, pages in zip(pieces, tables, strict=True):
+        sequence, place = piece.sequence, piece.start
+        ids.append(sequence.ids[place] if place < len(sequence.ids) else -1 - sequence.sample_idx)
+        slots.append(int(pages[place // PAGE_SIZE]) * PAGE_SIZE + place % PAGE_SIZE)
+    lengths = np.array([piece.stop for piece in pieces], np.int32)
+    if count == 1:
+        table = tables[0][None]
+    else:
+        table = np.zeros((count, max(map(len, tables))), np.int32)
+        for row, pages in zip(table, tables, strict=True):
+            row[: len(pages)] = pages
+    rows = np.arange(count + 1, dtype=np.int32)
+    return ForwardBatch(
+        token_ids=np.array(ids, np.int32),
+        positions=lengths - 1,
+        slots=np.array(slots, np.int32),
+        query_start=rows,
+        context_len=lengths,
+        rope_len=np.array([piece.rope_len for piece in pieces], np.int32),
+        page_table=table,
+        logit_rows=rows[:-1],
+        num_decode_rows=count,
     )

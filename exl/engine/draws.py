@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections import Counter
@@ -89,6 +90,8 @@ class DrawState:
             params.top_p,
             params.min_p,
         )
+        if params.temperature == 0.0:  # ignores them
+            self._fixed = DrawRow(0)[2:11]
 
     @property
     def num_generated(self) -> int:
@@ -315,8 +318,23 @@ _NUM_SCALARS = len(_SCALARS)
 _NO_ADJUSTMENTS = Adjustments(np.empty(0, np.int32), *(np.empty(0, np.float32) for _ in range(3)))
 
 
+_PLAIN_GREEDY = DrawRow(0)[1:]  # all but the row
+
+
 def sampling_batch(rows: Sequence[DrawRow], vocab_size: int) -> SamplingBatch:
     """The draws of a step, as arrays; the columns of single numbers are views of one table."""
+    if all(draw[1:] == _PLAIN_GREEDY for draw in rows):
+        return _greedy_batch(tuple(draw.row for draw in rows), vocab_size)
+    return _batch_of(rows, vocab_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _greedy_batch(rows: tuple[int, ...], vocab_size: int) -> SamplingBatch:
+    """Made once: a step that takes the largest logits needs no other numbers than those before it."""
+    return _batch_of([DrawRow(row) for row in rows], vocab_size)
+
+
+def _batch_of(rows: Sequence[DrawRow], vocab_size: int) -> SamplingBatch:
     table = np.array([draw[:_NUM_SCALARS] for draw in rows], dtype=_SCALARS)
     starts = np.zeros(len(rows) + 1, np.int32)
     mask_idx = np.full(len(rows), -1, np.int32)

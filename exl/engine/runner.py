@@ -73,7 +73,7 @@ class Runner:
             return None
         return "launched one by one, as asked" if self.graphs is None else self.graphs.describe()
 
-    # ---- what a scheduler asks for (``exl.engine.scheduler.Device``)
+    # ---- what a scheduler asks for (``exl.engine.device.Device``)
 
     def step(
         self, decode: ForwardBatch | None, chunks: Sequence[ForwardBatch], on_layer: OnChunks | None = None
@@ -83,7 +83,7 @@ class Runner:
         at = first = 0
         try:
             if decode is not None and not (self._one_window and chunks):
-                at = len(self._pass([decode], at, None))
+                at = len(self._decode(decode))
                 decode = None
             if self._one_window:
                 windows = self._prefill_windows([batch for batch in (decode, *chunks) if batch is not None])
@@ -147,6 +147,12 @@ class Runner:
         for i, h in enumerate(rows):
             at += len(self._head_of(i, h, at))
         return self._logits[start:at]
+
+    def _decode(self, batch: ForwardBatch) -> torch.Tensor:
+        """A scheduler's decode rows, whose logits come first."""
+        if self.graphs is not None and batch.num_rows <= self.decoder.ops.captures:
+            return self._step(self.graphs, batch)
+        return self._pass([batch], 0, None)
 
     def _replays(self, chunks: Sequence[ForwardBatch]) -> bool:
         small = len(chunks) == 1 and chunks[0].num_rows <= self.decoder.ops.captures

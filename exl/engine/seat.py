@@ -362,7 +362,8 @@ class Seat:
                     return event
 
     def _drive(self, ticket: Ticket, until: float | None) -> bool:
-        """Steps until the ticket has news. False: the engine's thread drives, or another one of the same party."""
+        """Steps until the ticket has news, if somebody takes them one by one, else until it has ended. False: the
+        engine's thread drives, or another one of the same party."""
         if self._in_own_step():
             raise ExlError(_OWN_CALLBACK)
         if not self._threaded and self._needs_thread():
@@ -384,7 +385,9 @@ class Seat:
             self._look_after()
 
     def _steps(self, ticket: Ticket, until: float | None) -> bool:
-        while ticket.outbox.empty() and not ticket.ended and not self._threaded and self._closed is None:
+        while not ticket.ended and not self._threaded and self._closed is None:
+            if ticket.iterated and not ticket.outbox.empty():
+                break
             if until is not None and time.monotonic() >= until:
                 break
             self._intake()

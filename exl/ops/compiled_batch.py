@@ -40,6 +40,8 @@ class StagedBatch:
     @cached_property
     def num_few(self) -> int:
         """Sequences, the first ones, that have few rows."""
+        if self.batch.num_rows <= FEW_ROWS:
+            return self.batch.num_sequences
         many = np.flatnonzero(np.diff(self.batch.query_start) > FEW_ROWS)
         return int(many[0]) if len(many) else self.batch.num_sequences
 

@@ -306,7 +306,7 @@ class CompiledOps:
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> HostSamples:
         # torch's own threads would spin beside the pool's; the largest logit is found without torch.
-        with using(1) if params.temperature.any() or (params.num_logprobs >= 0).any() else nullcontext():
+        with nullcontext() if params.takes_largest else using(1):
             rows = sample(logits, params, self._sampling)
         keep_samples(rows, self._samples)
         return HostSamples(rows)

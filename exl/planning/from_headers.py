@@ -64,7 +64,6 @@ class EngineOptions:
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
-    verifies_drafts: bool = False  # set by the planner, beside a draft model: a sequence may have several decode rows
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -199,8 +198,13 @@ def plan_model(
 ) -> tuple[MemoryPlan, PlanInput]:
     """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit. ``depth``:
     tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
-    if options.draft is not None:
-        return _plan_both(files, options, target, speeds, depth)
+    plan = _plan_alone if options.draft is None else _plan_both
+    return plan(files, options, target, speeds, depth)
+
+
+def _plan_alone(
+    files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
+) -> tuple[MemoryPlan, PlanInput]:
     if options.context == "auto":
         options = dataclasses.replace(options, context=_largest_context(files, options, target))
     if options.cache_tokens == "auto":
@@ -250,13 +254,13 @@ def _plan_both(
             )
         draft, _ = plan_model(draft_files, draft_options(options, context), target)
     needed = draft.num_bytes
-    less = dataclasses.replace(options, draft=None, verifies_drafts=True)
+    less = options
     if options.budget is not None:
         if needed >= options.budget:
             found = f"{format_bytes(needed)}, the budget is {format_bytes(options.budget)}"
             raise MemoryBudgetError(f"draft: {draft_files.folder} needs {found}")
-        less = dataclasses.replace(less, ram=options.budget - needed)
-    plan, model = plan_model(files, less, target, speeds, depth)
+        less = dataclasses.replace(options, ram=options.budget - needed)
+    plan, model = _plan_alone(files, less, target, speeds, depth)
     line = PlanLine("draft model", target.kind, needed, False, f"{draft_files.folder.name}, {context} tokens")
     budgets = {} if options.budget is None else {target.kind: options.budget}
     return dataclasses.replace(plan, lines=(*plan.lines, line), budgets=budgets), model
@@ -293,7 +297,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         head=layouts.head,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options, cache_tokens, drafts=options.verifies_drafts),
+        limits=step_limits(config, context, options, cache_tokens, drafts=options.draft is not None),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),

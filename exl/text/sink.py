@@ -79,6 +79,7 @@ class TextSink:
         self.num_tokens = 0  # that were pushed and not taken back
         self._stop = checked_stop(stop)
         self._banned = checked_texts("banned_strings", banned or ())
+        self._cuts_nothing = not self._stop and not self._banned
         self._held = ""  # complete characters that are not given out
         self._num_given = 0  # characters
         self._last_given = ""  # the last of them, as many as a banned string may have there
@@ -100,9 +101,13 @@ class TextSink:
             return _NOTHING
         state = self._decoder.state()
         data = self._decoder.bytes_of(token_id)
-        self._recent.append(_Pushed(token_id, data, self._num_given + len(self._held), self._num_safe, state))
+        text = self._decoder.text_of(data)
         self.num_tokens += 1
-        self._held += self._decoder.text_of(data)
+        if self._cuts_nothing and not self._recent and not self._decoder.pending:  # as with most requests
+            self._num_given += len(text)
+            return Verdict(text)
+        self._recent.append(_Pushed(token_id, data, self._num_given + len(self._held), self._num_safe, state))
+        self._held += text
         stop_end, stop_start, stopped = self._first_stop()
         for ban_end, ban_start in self._first_ban():
             if ban_end <= stop_end:

@@ -43,13 +43,13 @@ def computed(monkeypatch):
     """Number of rows of each pass through the model."""
     from exl.engine.runner import Runner
 
-    counts, plain = [], Runner.forward
+    counts, plain = [], Runner.step
 
-    def forward(self, batches, *rest):
-        counts.append(sum(batch.num_rows for batch in batches))
-        return plain(self, batches, *rest)
+    def step(self, decode, chunks, *rest):
+        counts.append(sum(batch.num_rows for batch in (decode, *chunks) if batch is not None))
+        return plain(self, decode, chunks, *rest)
 
-    monkeypatch.setattr(Runner, "forward", forward)
+    monkeypatch.setattr(Runner, "step", step)
     return counts
 
 

@@ -157,7 +157,7 @@ def test_messages_begin_a_chat(small):
     assert done.num_prompt_tokens == len(small.chat_prompt(messages))
     assert small.complete_chat(messages, 10, temperature=0).text == done.text
     assert "".join(small.stream_chat(messages, 10, temperature=0)) == done.text
-    assert small.complete_chat(messages, 10, temperature=0).num_reused_tokens == 0
+    assert small.complete_chat(messages, 10, temperature=0, reuse_prefix=False).num_reused_tokens == 0
     assert small.complete_chat(messages, 10, reuse_prefix=True).num_reused_tokens > 0
     assert small.complete_chat(messages, exl.SamplingParams(max_tokens=3)).num_tokens == 3
     for bad, words in [

@@ -208,5 +208,5 @@ def test_a_cache_comes_back_from_its_file_with_the_same_bits(llm, tmp_path):
             with pytest.raises(exl.ConfigError, match="was saved for something else"):
                 third.load_cache(tmp_path / "cache")
             assert third.generate("One", 3).num_reused_tokens == 0
-    with pytest.raises(exl.ConfigError, match="was saved for something else: .*'tensors'"):
+    with pytest.raises(exl.ConfigError, match=r"was saved for something else: .*'tensors'"):
         llm.load_cache(tmp_path / "cache")

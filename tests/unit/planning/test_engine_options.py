@@ -9,6 +9,7 @@ import pytest
 
 import exl
 from exl import llm
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.planning import ask
 from exl.planning.from_headers import EngineOptions
 
@@ -16,12 +17,12 @@ from exl.planning.from_headers import EngineOptions
 PLANNED = {"model", "shape", "bits", "group_size", "gpu", "arch", "depth", "revision", "token"}
 PLANNED |= {"vram_speed", "pcie", "disk", "ram_speed"}
 OWN = {"load": {"model", "revision", "token", "progress"}, "plan": PLANNED}
-MISSING = {"load": set(), "plan": {"device", "packed_folder", "threads"}}
+MISSING = {"load": set(), "plan": {"device", "packed_folder", "threads", "max_queue"}}
 CHANGED = {
     "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
     "cache_tokens": 300, "kv_ram": "1GB",
     "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "embed": "disk",
-    "packed_folder": "somewhere", "threads": 1, "arithmetic": "int8",
+    "packed_folder": "somewhere", "threads": 1, "arithmetic": "int8", "max_queue": 5, "draft": BUNDLED_MODEL,
 }  # fmt: skip
 
 

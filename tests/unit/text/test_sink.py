@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl.errors import ConfigError
-from exl.sampling_params import checked_strings
+from exl.sampling_params import checked_texts
 from exl.text.sink import Rewind, TextSink, Verdict
 from exl.text.token_bytes import DecodingRules, TextDecoder, _byte_level_alphabet
 from exl.text.tokenizer import Tokenizer
@@ -276,6 +276,6 @@ def test_wrong_strings_are_named(stories, value):
 
 
 def test_strings_are_kept_as_a_tuple():
-    assert checked_strings("banned_strings", "a") == ("a",)
-    assert checked_strings("banned_strings", ["a", "b"]) == ("a", "b")
-    assert checked_strings("banned_strings", None) == ()
+    assert checked_texts("banned_strings", "a") == ("a",)
+    assert checked_texts("banned_strings", ["a", "b"]) == ("a", "b")
+    assert checked_texts("banned_strings", ()) == ()
