@@ -103,11 +103,11 @@ def test_a_cpu_has_no_other_place(folder_7b, value):
 
 def test_short_ram_is_for_layers_first(seven):
     """A layer that is read from the disk costs much more time than a row that is."""
-    plan = seven(vram="3800MB", ram="1GB", max_sequences=1)
+    plan = seven(vram="3700MB", ram="1GB", max_sequences=1)
     assert plan.fits
     assert plan.placement.on_tier(Tier.DISK)
     assert plan.placement.embed is Tier.DISK
-    forced = seven(vram="3800MB", ram="1GB", max_sequences=1, embed="device")
+    forced = seven(vram="3700MB", ram="1GB", max_sequences=1, embed="device")
     assert len(plan.placement.on_tier(Tier.DISK)) < len(forced.placement.on_tier(Tier.DISK))
 
 

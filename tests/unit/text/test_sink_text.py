@@ -12,7 +12,7 @@ from tokenizers import decoders, models
 
 from exl.errors import ConfigError
 from exl.sampling_params import SamplingParams
-from exl.text.text_stream import TextStream
+from exl.text.sink import TextSink
 from exl.text.token_bytes import DecodingRules, TextDecoder
 from exl.text.tokenizer import Tokenizer
 from tests.unit.text.tokenizer_folders import CORPUS, STORIES, byte_level, plain, sentencepiece, write_folder
@@ -68,6 +68,13 @@ def is_character(tokens: list[str]) -> bool:
         return len(b"".join(values).decode()) == 1
     except UnicodeDecodeError:
         return False
+
+
+class TextStream(TextSink):
+    """A sink that bans nothing, of which only the text is wanted."""
+
+    def push(self, token_id: int) -> str:
+        return super().push(token_id).text
 
 
 def streamed(stream: TextStream, ids: list[int]) -> str:
