@@ -318,12 +318,16 @@ _NUM_SCALARS = len(_SCALARS)
 _NO_ADJUSTMENTS = Adjustments(np.empty(0, np.int32), *(np.empty(0, np.float32) for _ in range(3)))
 
 
-_PLAIN_GREEDY = DrawRow(0)[1:]  # all but the row
+_PLAIN_GREEDY = DrawRow(0)[1:_NUM_SCALARS]  # all but the row
+
+
+def _is_plain_greedy(draw: DrawRow) -> bool:
+    return draw.mask is None and draw.adjustments is None and draw[1:_NUM_SCALARS] == _PLAIN_GREEDY
 
 
 def sampling_batch(rows: Sequence[DrawRow], vocab_size: int) -> SamplingBatch:
     """The draws of a step, as arrays; the columns of single numbers are views of one table."""
-    if all(draw[1:] == _PLAIN_GREEDY for draw in rows):
+    if all(map(_is_plain_greedy, rows)):
         return _greedy_batch(tuple(draw.row for draw in rows), vocab_size)
     return _batch_of(rows, vocab_size)
 
