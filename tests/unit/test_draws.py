@@ -164,7 +164,7 @@ def test_without_a_seed_each_state_has_its_own():
 def test_a_greedy_draw_asks_for_nothing():
     params = SamplingParams(temperature=0.0, mirostat_tau=5.0, xtc_probability=1.0, top_k=3)
     row = DrawState(params, [1, 2, 3], EOS, V).row(4)
-    assert row == DrawRow(4, top_k=3)
+    assert row == DrawRow(4)
     assert sampling_batch([row], V).adjust_id.size == 0
 
 

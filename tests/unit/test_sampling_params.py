@@ -43,7 +43,7 @@ def test_values_of_the_wrong_type_and_out_of_range_are_refused_by_name(name):
         bad += [1, "on", 0.0]
     elif name == "logit_bias":
         bad += [{5: 101}, {5: "1"}, {-1: 1}, {"5": 1}, {5: float("nan")}, {5: True}, [5], dict.fromkeys(range(1025), 1)]
-    elif name == "dry_breakers":
+    elif name in ("dry_breakers", "banned_strings"):
         bad += [5, [""], ["a" * 1025], ["a", 5], ["a"] * 65]
     else:
         bad += [5, "5", [-1], [1.0], [True], {5: 1}, range(MAX_LISTED + 1)]
