@@ -54,7 +54,7 @@ class Runner:
         self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
         self.rules = ChunkRules(
             chunk=limits.chunk_rows,
-            logit_chunk=max(1, min(limits.chunk_rows, limits.max_logit_rows - limits.max_sequences)),
+            logit_chunk=min(limits.chunk_rows, limits.max_logit_rows),
             max_decode_prompt=min(max_decode_prompt, limits.chunk_rows),
             max_decode_rows=min(MAX_NEW_TOKENS, limits.max_rows),
             invariant_rows=decoder.ops.invariant_rows,

@@ -190,9 +190,12 @@ class Scheduler:
         """Decode rows, and chunks of prompts in groups that share a batch."""
         self._grow()
         self._admit()
+        chunks = self._chunks()
+        if any(piece.every for pieces in chunks for piece in pieces):
+            return [], chunks  # its logits take the whole buffer
         drawing = [sequence for sequence in self.running if self._draws_next(sequence)]
         proposed = self._drafted(drawing)
-        return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], self._chunks()
+        return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], chunks
 
     def _drafted(self, drawing: list[Tokens]) -> dict[Tokens, tuple[int, ...]]:
         """Drafts that there are pages for."""
@@ -297,10 +300,12 @@ class Scheduler:
             if sequence.state is not State.PREFILL or sequence.ticket.lags:
                 continue
             piece = rules.next_piece(sequence, reuse_counts=sequence.ticket.request.reuse_prefix is True)
-            if pieces and num_rows + piece.num_rows > self.device.step_tokens:
+            if pieces and (piece.every or num_rows + piece.num_rows > self.device.step_tokens):
                 break
             pieces.append(piece)
             num_rows += piece.num_rows
+            if piece.every:
+                break
             while not piece.wants_logits and num_rows < self.device.step_tokens:
                 piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
                 if num_rows + piece.num_rows > self.device.step_tokens:

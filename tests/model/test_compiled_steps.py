@@ -200,6 +200,6 @@ def test_a_page_is_copied_once_no_thread_is_in_the_last_step(tmp_path, monkeypat
         first = generator.begin(30)
         generator.extend(first, IDS[:30])
         generator.end(first)
-        with a_late_thread(engine, lambda: generator.end(generator.begin(50, IDS[:20]))):
+        with a_late_thread(engine, lambda: generator.runner.copy_pages([0], [1])):
             assert not copies
     assert copies
