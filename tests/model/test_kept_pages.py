@@ -47,9 +47,9 @@ def engine(request):
 def test_pages_that_went_to_ram_and_back_are_the_same(engine):
     kv = engine.generator.runner.kv
     with ExitStack() as stack:
-        engine.generator.pool = PagePool(
-            kv.num_pages, tier=ram_tier(kv, 4 * kv.page_bytes, engine.generator.runner.decoder.ops.fence, stack)
-        )
+        fence = engine.generator.runner.decoder.ops.fence
+        pool = PagePool(kv.num_pages, tier=ram_tier(kv, 4 * kv.page_bytes, fence, stack))
+        engine.generator.pool = engine.generator.scheduler.pages.pool = pool
         answer(engine, PROMPT)
         again, num_reused = answer(engine, PROMPT)  # from the pages that are still there
         assert num_reused == len(PROMPT) - 1
