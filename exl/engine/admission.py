@@ -27,10 +27,6 @@ class Pages:
         tokens may be used for another text that begins alike."""
         self.pool, self._rules, self._copy, self._reusable = pool, rules, copy_pages, reusable
 
-    def never_fits(self, num_tokens: int) -> bool:
-        """Whether a text of so many tokens has no room even if it is alone."""
-        return -(-num_tokens // PAGE_SIZE) > self.pool.num_pages
-
     def place(self, sequence: Sequence, reserve: int) -> bool:
         """Pages for all tokens that are known and one more, among them those that hold its beginning already; leaves
         ``reserve`` pages to others. False, and nothing is changed, if there are too few now."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from exl.cache.file import Key, load_prefixes, save_prefixes
+from exl.cache.kv import KVCache
+from exl.cache.page_pool import PagePool
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.engine.build import Engine
 from exl.weights.packed_store import LAYOUT_VERSION, model_digest
@@ -15,24 +18,25 @@ from exl.weights.packed_store import LAYOUT_VERSION, model_digest
 
 def save_cache(engine: Engine, folder: Path, path: str | Path) -> int:
     """Writes all prefixes that the cache holds. Returns their number of tokens. See ``LLM.save_cache``."""
-    generator, key = engine.generator, cache_key(engine, folder)
-
-    def save() -> int:
-        _settle(engine)
-        return save_prefixes(path, generator.pool, generator.runner.kv, key)
-
-    return generator.seat.apart(save)
+    return _between_steps(engine, folder, path, save_prefixes)
 
 
 def load_cache(engine: Engine, folder: Path, path: str | Path) -> int:
     """Enters a file's prefixes into the cache. Returns their number of tokens. See ``LLM.load_cache``."""
+    return _between_steps(engine, folder, path, load_prefixes)
+
+
+def _between_steps(
+    engine: Engine, folder: Path, path: str | Path, work: Callable[[str | Path, PagePool, KVCache, Key], int]
+) -> int:
     generator, key = engine.generator, cache_key(engine, folder)
 
-    def load() -> int:
-        _settle(engine)
-        return load_prefixes(path, generator.pool, generator.runner.kv, key)
+    def apart() -> int:
+        generator.runner.decoder.ops.fence()  # no kernel, and no late thread, writes to a page any more
+        engine.synchronize()
+        return work(path, generator.pool, generator.runner.kv, key)
 
-    return generator.seat.apart(load)
+    return generator.seat.apart(apart)
 
 
 def cache_key(engine: Engine, folder: Path) -> Key:
@@ -55,9 +59,3 @@ def cache_key(engine: Engine, folder: Path) -> Key:
         "arithmetic": str(model.arithmetic),
         "prefill_chunk": model.limits.chunk_rows,
     }
-
-
-def _settle(engine: Engine) -> None:
-    """No kernel, and no late thread, writes to a page any more."""
-    engine.generator.runner.decoder.ops.fence()
-    engine.synchronize()

@@ -47,12 +47,13 @@ class ChunkRules:
     max_decode_prompt: int  # whole prompts up to this length run as decode rows, where those are quicker
     max_decode_rows: int  # of one sequence in a batch of decode rows
     invariant_rows: int  # batches of fewer prompt rows than this have rows that do not depend on each other
+    decode_alike: bool = False  # rows of prompts have the bits of decode rows
     by_length: bool = False  # RoPE's angles depend on the length of the text: rows of one batch share it
 
     @property
     def all_alike(self) -> bool:
         """Whether a row has the same bits in any batch, as a decode row or in a prompt."""
-        return self.invariant_rows >= ALL_ALIKE
+        return self.decode_alike and self.chunks_alike
 
     @property
     def chunks_alike(self) -> bool:
@@ -91,9 +92,6 @@ class ChunkRules:
             return sequence.num_exact
         whole = piece.start % self.chunk == 0 and piece.stop % self.chunk == 0
         return piece.stop if whole or self.chunks_alike else sequence.num_exact
-
-
-ALL_ALIKE = 1 << 30  # ``Ops.invariant_rows`` of a backend whose rows never depend on each other
 
 
 def pack_chunks(pieces: Iterable[Piece], rules: ChunkRules, max_sequences: int) -> list[list[Piece]]:

@@ -16,7 +16,7 @@ from exl.batch import MAX_STEP_TOKENS, PAGE_SIZE
 from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
-from exl.engine.compose import ALL_ALIKE, Piece, batch_of
+from exl.engine.compose import Piece, batch_of
 from exl.engine.drafts import Drafts
 from exl.engine.handle import Handle
 from exl.engine.prompt_lookup import PromptLookup
@@ -74,11 +74,6 @@ class Generator:
     @eos_ids.setter
     def eos_ids(self, ids: frozenset[int]) -> None:
         self.answers.eos_ids = ids
-
-    @property
-    def exact_reuse(self) -> bool:
-        """Whether what the cache holds has the bits that computing it again would give."""
-        return self.runner.rules.invariant_rows >= ALL_ALIKE
 
     def _enter_thread(self) -> None:
         device = self.runner.decoder.ops.device

@@ -58,6 +58,7 @@ class Runner:
             max_decode_prompt=min(max_decode_prompt, limits.chunk_rows),
             max_decode_rows=min(MAX_NEW_TOKENS, limits.max_rows),
             invariant_rows=decoder.ops.invariant_rows,
+            decode_alike=decoder.ops.decode_alike,
             by_length=depends_on_length(decoder.config.rope),
         )
         # With streamed layers, one crossing of the bus serves all rows of a step.

@@ -189,6 +189,7 @@ class Ops(Protocol):
     dependent: bool  # launches may start before their predecessors have ended; may be switched off at any time
     captures: int  # rows of the largest step that ``capture`` takes; 0: it does nothing
     invariant_rows: int  # a batch of fewer rows is row-invariant as a whole, not only its decode rows
+    decode_alike: bool  # a prompt's row has the bits that it has as a decode row
     runs_ahead: bool  # step n + 1 may be launched before the host reads the samples of step n
     kv_layout: KVLayout | DeviceKVLayout
 

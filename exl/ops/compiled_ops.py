@@ -63,6 +63,7 @@ class CompiledOps:
     dependent = False
     runs_ahead = False
     invariant_rows = ALL_ROWS
+    decode_alike = True
 
     def __init__(
         self,

@@ -213,6 +213,8 @@ class CudaOps:
             found = self._bound[key] = (objects, self._programs.bind(tensors, tuple(forms)))
         return found[1]
 
+    decode_alike = False  # a prompt's attention is another kernel
+
     @property
     def invariant_rows(self) -> int:
         """From here on linears dequantize panels and leave the products to cuBLAS, whose bits depend on the number of

@@ -78,6 +78,7 @@ class TorchOps:
     dependent = False
     captures = 0
     invariant_rows = 1
+    decode_alike = False
     runs_ahead = False
 
     def __init__(self, target: Target, kv_layout: KVLayout, limits: StepLimits, threads: Threads | None = None) -> None:

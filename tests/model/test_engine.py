@@ -193,3 +193,17 @@ def test_requests_in_one_batch_on_a_gpus_kernels(folder_of):
         found = run_together(engine, requests, 1)
         assert [found[i] for i in range(8)] == alone
         engine.generator.pool.check([])
+
+
+def test_what_a_gpu_has_generated_is_not_exact_in_a_prompt(folder_of):
+    """Decode rows and prompt rows run through different kernels, also where no chunk is long enough for panels."""
+    options = {"kv_cache": "f16", "device": "auto", "vram": "2GB", "max_sequences": 2}
+    with opened(folder_of("int4"), backend=make_backend("plain"), **options) as engine:
+        prompt = list(range(6, 26))
+        first = TokenRequest(prompt, SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+        ((token_ids, _, _),) = results(engine.generator.submit(first, inline=True))
+        longer = replace(first, prompt_ids=[*prompt, *token_ids], params=replace(first.params, max_tokens=2))
+        handle = engine.generator.submit(longer, inline=True)
+        found = results(handle)
+        assert handle.answers[0].num_reused == len(prompt)  # not what was generated
+        assert found == run_alone(engine, longer)

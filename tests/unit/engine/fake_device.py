@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch, SampleRows, SamplingBatch
-from exl.engine.compose import ALL_ALIKE, ChunkRules
+from exl.engine.compose import ChunkRules
+from exl.ops.base import ALL_ROWS as ALL_ALIKE
 from exl.sampling import sample
 
 V = 13
@@ -65,6 +66,7 @@ class FakeDevice:
             max_decode_prompt=self.max_decode_prompt,
             max_decode_rows=self.max_decode_rows,
             invariant_rows=self.invariant_rows,
+            decode_alike=self.invariant_rows == ALL_ALIKE,
         )
         self.ids = np.full(self.num_pages * PAGE_SIZE, -1, np.int64)
         self.bits = np.zeros(self.num_pages * PAGE_SIZE, np.int64)

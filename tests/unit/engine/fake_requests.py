@@ -13,7 +13,7 @@ from exl.batch import PAGE_SIZE
 from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
-from exl.engine.drafts import Drafts
+from exl.engine.drafts import Drafts, MeasuredCosts
 from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.request import TokenRequest
 from exl.engine.scheduler import Scheduler
@@ -143,6 +143,16 @@ def tickets_of(request: TokenRequest) -> Ticket:
     return Ticket(request, answers, None)
 
 
+class UsualCosts(MeasuredCosts):
+    """Nothing is measured: how many drafts there are does not depend on the machine."""
+
+    def measured(self, num_rows: int, seconds: float) -> None:
+        pass
+
+    def drafted(self, longest: int, seconds: float) -> None:
+        pass
+
+
 class World:
     """A scheduler with all that belongs to it."""
 
@@ -154,6 +164,7 @@ class World:
         self.answers.eos_ids = frozenset({EOS})
         pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True)
         drafts = Drafts({"prompt": PromptLookup((2, 1))}, device.decode_rows, device.max_decode_rows - 1)
+        drafts.costs = UsualCosts()
         self.scheduler = Scheduler(device, pages, self.answers, drafts)
         self.tickets: list[Ticket] = []
         self.events: dict[Ticket, list[Event]] = {}

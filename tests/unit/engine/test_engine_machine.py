@@ -13,11 +13,11 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from exl.batch import PAGE_SIZE
-from exl.engine.compose import ALL_ALIKE
 from exl.engine.request import TokenRequest
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
 from exl.errors import CheckpointError, ExlError
+from exl.ops.base import ALL_ROWS as ALL_ALIKE
 from exl.sampling_params import SamplingParams
 from tests.unit.engine.fake_device import FakeDevice, Faults
 from tests.unit.engine.fake_requests import CharSink, StepMatcher, World, alone, results, told

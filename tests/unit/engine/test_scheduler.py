@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from exl.batch import PAGE_SIZE
-from exl.engine.compose import ALL_ALIKE
 from exl.engine.request import TokenRequest
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
 from exl.errors import CheckpointError, ExlError
+from exl.ops.base import ALL_ROWS as ALL_ALIKE
 from exl.request_options import PromptProgress
 from exl.sampling_params import SamplingParams
 from tests.unit.engine.fake_device import EOS, FakeDevice, Faults
