@@ -10,7 +10,6 @@ What a sequence is changes only after a pass was run, so a step that fails leave
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +20,11 @@ import torch
 from exl.batch import PAGE_SIZE, SampleRows
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
-from exl.engine.compose import Piece, batch_of, decode_piece, pack_chunks
+from exl.engine.compose import Piece, batch_of, decode_piece
 from exl.engine.device import Device, Stats
 from exl.engine.drafts import Drafts
 from exl.engine.draws import DrawRow, sampling_batch
+from exl.engine.lineup import Lineup
 from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
@@ -64,11 +64,18 @@ class Scheduler:
     def __init__(self, device: Device, pages: Pages, answers: Answers, drafts: Drafts) -> None:
         self.device, self.pages, self.answers, self.drafts = device, pages, answers, drafts
         self.stats = Stats()
-        self.waiting: list[Tokens] = []  # by arrival, as all lists of sequences
-        self.running: list[Tokens] = []  # have pages
+        self.lineup = Lineup(device, pages, drafts, self.stats)
         self._inflight: _Step | None = None  # drawn and not read
         self._timed: list[Ticket] = []  # with a deadline
         self._arrivals = itertools.count()
+
+    @property
+    def running(self) -> list[Tokens]:
+        return self.lineup.running
+
+    @property
+    def waiting(self) -> list[Tokens]:
+        return self.lineup.waiting
 
     @property
     def live(self) -> list[Tokens]:
@@ -85,7 +92,7 @@ class Scheduler:
             if sequence.max_new == 0:
                 sequence.state = State.DONE
             else:
-                self._wait(sequence)
+                self.lineup.wait(sequence)
         for sequence in sequences:
             if sequence.max_new == 0:
                 self._tell_end(self.answers.cut_off, sequence)
@@ -99,7 +106,7 @@ class Scheduler:
 
     def _finish(self, sequence: Tokens) -> None:
         """A sequence has its outcome, and nothing more is run of it."""
-        self._leave(sequence)
+        self.lineup.leave(sequence)
         self._tell_end(self.answers.finish, sequence)
 
     def _tell_end(self, how: Callable[[Tokens], None], sequence: Tokens) -> None:
@@ -120,7 +127,7 @@ class Scheduler:
         """Ends a request with an error, which its caller gets."""
         for sequence in ticket.sequences:
             if sequence.state is not State.DONE:
-                self._leave(sequence)
+                self.lineup.leave(sequence)
         self.answers.failed(ticket, error)
 
     def drop_all(self, tickets: Sequence[Ticket]) -> None:
@@ -130,26 +137,8 @@ class Scheduler:
         sequences = [
             sequence for ticket in tickets for sequence in ticket.sequences if sequence.state is not State.DONE
         ]
-        self.running, self.waiting = [], []
-        self.pages.recover(sequences, self.device.zero_pages)
-        for sequence in sequences:
-            self.drafts.release(sequence)
-            sequence.state = State.DONE
+        self.lineup.drop_all(sequences)
         self.device.abandon()
-
-    def _wait(self, sequence: Tokens) -> None:
-        sequence.state = State.WAITING
-        bisect.insort(self.waiting, sequence, key=lambda other: other.arrival)
-
-    def _leave(self, sequence: Tokens) -> None:
-        """The sequence is not run any more; its pages may be used by the next step: what an earlier one still writes
-        comes before, on the same stream."""
-        others = self.waiting if sequence.state is State.WAITING else self.running
-        if sequence in others:  # not if making its request has failed half way
-            others.remove(sequence)
-        self.pages.give_back(sequence)
-        self.drafts.release(sequence)
-        sequence.state = State.DONE
 
     # ---- steps
 
@@ -189,11 +178,11 @@ class Scheduler:
     def _plan(self) -> tuple[list[Piece], list[list[Piece]]]:
         """Decode rows, and chunks of prompts in groups that share a batch."""
         self._grow()
-        self._admit()
-        chunks = self._chunks()
+        self.lineup.admit()
+        chunks = self.lineup.chunks()
         if any(piece.every for pieces in chunks for piece in pieces):
             return [], chunks  # its logits take the whole buffer
-        drawing = [sequence for sequence in self.running if self._draws_next(sequence)]
+        drawing = [sequence for sequence in self.running if self.lineup.draws_next(sequence)]
         proposed = self._drafted(drawing)
         return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], chunks
 
@@ -208,113 +197,15 @@ class Scheduler:
                 proposed[sequence] = drafts[:room]
         return proposed
 
-    def _draws_next(self, sequence: Tokens) -> bool:
-        return (
-            sequence.state is State.RUNNING
-            and sequence.num_drawn < sequence.max_new  # those whose last token is drawn wait for it to be read
-            and not sequence.ticket.lags
-        )
-
     def _grow(self) -> None:
         """A page for each row that crosses a border, the oldest first. If there is none left, the newest sequence is
         paused, first of those whose readers lag."""
         for sequence in list(self.running):
-            while self._draws_next(sequence):
-                try:
-                    self.pages.grow(sequence, sequence.num_tokens)
-                    break
-                except MemoryBudgetError:
-                    if self._inflight is not None:  # a sequence whose token is not known cannot be paused
-                        self._read()
-                        continue
-                    self._pause(self._victim())
-
-    def _victim(self) -> Tokens:
-        return max(self.running, key=lambda sequence: (sequence.ticket.lags, sequence.arrival))
-
-    def _pause(self, sequence: Tokens) -> None:
-        self.stats.preemptions += 1
-        self._suspend(sequence)
-
-    def _suspend(self, sequence: Tokens) -> None:
-        self.running.remove(sequence)
-        self.drafts.release(sequence)
-        self.pages.pause(sequence)
-        self._wait(sequence)
-
-    def _admit(self) -> None:
-        """By arrival: nobody overtakes one that waits for pages. One whose prompt begins like one that is being
-        computed waits for that."""
-        for sequence in list(self.waiting):
-            if sequence.ticket.lags or self._follows(sequence):
-                continue
-            if len(self.running) >= self.device.max_sequences and not self._pause_lagging():
-                return
-            while not self.pages.place(sequence, reserve=len(self.running)):
-                if not self._pause_lagging():
-                    return
-            self._begin(sequence)
-
-    def _pause_lagging(self) -> bool:
-        """Makes room by pausing a sequence whose reader lags, if there is one."""
-        lagging = [sequence for sequence in self.running if sequence.ticket.lags and sequence.sample_idx is None]
-        if lagging:
-            self._pause(lagging[-1])
-        return bool(lagging)
-
-    def _begin(self, sequence: Tokens) -> None:
-        self.waiting.remove(sequence)
-        if sequence.num_drawn and sequence.num_cached == len(sequence.ids) - 1:
-            sequence.state = State.RUNNING
-        else:
-            sequence.state = State.PREFILL
-        if sequence.answer.began == 0.0:
-            sequence.answer.began = time.perf_counter()
-        if sequence.num_drawn:
-            self.stats.recomputed_tokens += len(sequence.ids) - 1 - sequence.num_cached
-        bisect.insort(self.running, sequence, key=lambda other: other.arrival)
-
-    def _follows(self, sequence: Tokens) -> bool:
-        """Whether a prompt begins, for a page or more, like one that is being computed and will be found; so does that
-        of a request's other choices, however short."""
-        leader = sequence.ticket.sequences[0]
-        if sequence is not leader and leader.state is not State.DONE and leader.num_read == 0:
-            return True
-        if sequence.ticket.request.reuse_prefix is False:
-            return False
-        least = PAGE_SIZE if self.device.rules.chunks_alike else max(PAGE_SIZE, self.device.rules.chunk)
-        head = sequence.ids[:least]
-        return len(sequence.ids) > least and any(
-            (other.state is State.PREFILL or other.num_read == 0)
-            and len(other.ids) > least
-            and other.ids[:least] == head
-            and not other.wants_all  # whose chunks are others
-            and not other.ticket.lags
-            for other in self.running
-        )
-
-    def _chunks(self) -> list[list[Piece]]:
-        """The next chunks of the oldest prompts, under the budget of a step."""
-        rules, pieces, num_rows = self.device.rules, [], 0
-        for sequence in self.running:
-            if sequence.state is not State.PREFILL or sequence.ticket.lags:
-                continue
-            piece = rules.next_piece(sequence, reuse_counts=sequence.ticket.request.reuse_prefix is True)
-            if pieces and (piece.every or num_rows + piece.num_rows > self.device.step_tokens):
-                break
-            pieces.append(piece)
-            num_rows += piece.num_rows
-            if piece.every:
-                break
-            while not piece.wants_logits and num_rows < self.device.step_tokens:
-                piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
-                if num_rows + piece.num_rows > self.device.step_tokens:
-                    break
-                pieces.append(piece)
-                num_rows += piece.num_rows
-            if num_rows >= self.device.step_tokens:
-                break
-        return pack_chunks(pieces, rules, self.device.max_sequences)
+            while self.lineup.draws_next(sequence) and not self.lineup.grow(sequence):
+                if self._inflight is not None:  # a sequence whose token is not known cannot be paused
+                    self._read()
+                else:
+                    self.lineup.pause_newest()
 
     # ---- run
 
@@ -398,27 +289,9 @@ class Scheduler:
                 if sequence.num_read:  # else once it is known that the logits are numbers
                     self.pages.remember(sequence)
                 drawing.append(_Drawing(sequence, row, piece.stop))
-                drawing += [_Drawing(child, row, piece.stop) for child in self._fork(sequence)]
+                drawing += [_Drawing(child, row, piece.stop) for child in self.lineup.fork(sequence)]
             row += piece.num_logits
         return drawing
-
-    def _fork(self, leader: Tokens) -> list[Tokens]:
-        """The other choices of a request whose prompt is computed, as far as there is room: they share its pages. The
-        rest wait and find it in the cache."""
-        ticket, forked = leader.ticket, []
-        if leader.num_drawn or leader is not ticket.sequences[0]:
-            return []
-        for child in ticket.sequences[1:]:
-            if child.state is not State.WAITING or child.num_drawn or len(self.running) >= self.device.max_sequences:
-                continue
-            if self.pages.pool.num_free <= len(self.running):
-                break
-            self.pages.fork(leader, child)
-            child.answer.num_reused = leader.num_cached
-            self._begin(child)
-            child.state = State.RUNNING
-            forked.append(child)
-        return forked
 
     # ---- draw and read
 
@@ -513,7 +386,7 @@ class Scheduler:
         try:
             self.pages.rewind(sequence, last)
         except MemoryBudgetError:
-            self._suspend(sequence)
+            self.lineup.suspend(sequence)
 
     def _poisoned(self, sequence: Tokens, code: int) -> None:
         """A row without a distribution ends its request alone."""

@@ -109,9 +109,9 @@ def test_tasks_that_are_cancelled_anywhere_leave_nothing(llm, seed):
 
 def test_a_loop_that_ends_with_unfinished_requests(llm):
     async def begin() -> tuple:
-        first, second = llm.submit("One day", 200), llm.submit("The dog", 9)
+        first, second = llm.submit("One day", 200), llm.submit("The dog", 240, ignore_eos=True)
         await anext(first)
-        left = asyncio.create_task(second.anext_event())
+        left = asyncio.create_task(second.aresult())  # long: it must not have ended before the loop
         await asyncio.sleep(0)
         return first, second, left
 

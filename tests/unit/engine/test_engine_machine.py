@@ -80,14 +80,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.world = World(self.device, CONTEXT)
         self.errors: list[BaseException] = []  # that requests may end with
         self.num_nan = 0
-        scheduler, pause = self.world.scheduler, self.world.scheduler._pause
+        scheduler, pause = self.world.scheduler, self.world.scheduler.lineup.pause
 
         def checked_pause(sequence: Any) -> None:
             oldest = min(scheduler.running, key=lambda other: other.arrival)
             assert sequence is not oldest or sequence.ticket.lags
             pause(sequence)
 
-        scheduler._pause = checked_pause
+        scheduler.lineup.pause = checked_pause
 
     def live(self) -> list[Ticket]:
         return [ticket for ticket in self.world.tickets if not ticket.ended]

@@ -61,7 +61,7 @@ def test_pages_for_drafts_that_are_not_needed_any_more_are_given_back_when_a_seq
     while len(sequence.pages) <= sequence.pages_needed:
         world.scheduler.step()
         assert not ticket.ended
-    world.scheduler._pause(sequence)
+    world.scheduler.lineup.pause(sequence)
     world.run()
     assert results(world, ticket) == alone(ticket.request, world.device)
 
@@ -73,7 +73,7 @@ def test_a_prompt_that_lost_pages_is_cut_again_where_a_cold_run_cuts_it() -> Non
     (sequence,) = first.sequences
     while sequence.state is not State.RUNNING:
         world.scheduler.step()
-    world.scheduler._pause(sequence)
+    world.scheduler.lineup.pause(sequence)
     kept = sequence.old_pages[0][0]
     world.pool.clear()  # all are free, none is known
     pages = [page for page in range(4) if page != kept]
@@ -95,7 +95,7 @@ def test_all_logits_come_once_though_their_text_is_paused() -> None:
     ticket = world.submit(request(prompt(100), 0, wants_all=True, reuse_prefix=False))
     for _ in range(5):
         world.scheduler.step()
-    world.scheduler._pause(ticket.sequences[0])
+    world.scheduler.lineup.pause(ticket.sequences[0])
     world.pool.clear()
     world.run()
     rows = [event.logits for event in world.events[ticket] if event.logits is not None]
@@ -263,7 +263,7 @@ def test_a_page_that_others_found_is_not_written_when_its_tokens_are_taken_back(
     while len(sequence.ids) < PAGE_SIZE + 1:
         world.scheduler.step()
     assert not sequence.rewinds
-    world.scheduler._pause(sequence)
+    world.scheduler.lineup.pause(sequence)
     b = world.submit(request([*sequence.ids[:PAGE_SIZE], 5], 40))
     c = request([*sequence.ids[:PAGE_SIZE], 6], 8)
     while not b.sequences[0].pages:
