@@ -36,6 +36,7 @@ class Completion:
     limit: str | None = None
     choices: tuple[Completion, ...] = ()  # all n of a request with n= or best_of=, this one first; else ()
     mean_logprob: float | None = None  # of its tokens, with best_of=: the choices are ordered by it
+    beam_score: float | None = None  # with num_beams=: log-probability / length ** length_penalty; choices go by it
     num_drafted: int = 0  # tokens that were guessed, with speculate=; and those of them that the model drew
     num_accepted: int = 0
     stop_reason: int | str | None = None  # what ended it, if finish_reason is "stop": a token's id, a string, "grammar"
