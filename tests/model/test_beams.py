@@ -16,8 +16,10 @@ from exl.engine.build import load_engine
 from exl.engine.request import TokenRequest
 from exl.planning.from_headers import EngineOptions
 from exl.sampling_params import SamplingParams
+from tests.host.backends import make_backend
 from tests.model import hf_models
 from tests.model.cpu_targets import with_both
+from tests.model.test_quantized import make
 
 SMALL = Path(__file__).parents[1] / "data" / "stories260K"
 CASES = {case.name: case for case in hf_models.CASES}
@@ -144,6 +146,27 @@ def test_a_search_gets_the_same_in_any_company(cpu, tmp_path):
     for request, found in zip(requests, together, strict=True):
         assert found == told(engine.generator.submit(replace(request, reuse_prefix=False)))
     assert engine.generator.pool.num_free == engine.generator.pool.num_pages
+    engine.close()
+
+
+def test_groups_on_a_gpus_kernels(tmp_path):
+    """On the shim: a search and a guided text, in the order in which a GPU runs ahead."""
+    make(tmp_path, 4, 32)
+    options = EngineOptions(context=128, cache_tokens=512, device="auto", vram="2GB", max_sequences=8, prefill_chunk=32)
+    engine = load_engine(tmp_path, options, backend=make_backend("plain"))
+    rng = random.Random(2)
+    prompts = [[rng.randrange(6, 96) for _ in range(length)] for length in (20, 17, 5)]
+    plain = TokenRequest(prompts[2], SamplingParams(max_tokens=4, temperature=1.0, seed=1), top_logprobs=1)
+    requests = [
+        search(prompts[0], 4, 3, top_logprobs=1),
+        replace(plain, prompt_ids=prompts[1], guidance_scale=1.5),
+        plain,
+    ]
+    together = [told(handle) for handle in [engine.generator.submit(request) for request in requests]]
+    assert together == [told(engine.generator.submit(replace(one, reuse_prefix=False))) for one in requests]
+    unguided = engine.generator.submit(replace(requests[1], guidance_scale=1.0))
+    assert told(unguided) != together[1]
+    engine.generator.pool.check([])
     engine.close()
 
 

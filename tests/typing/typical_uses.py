@@ -26,6 +26,9 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     several: list[Completion] = llm.generate(["Once", "One day"], max_tokens=10, stop=["\n"])
     params = SamplingParams(temperature=0.8, top_p=0.95, min_p=0.05, max_tokens=50, stop="\n\n")
     text: str = llm.generate("Once", params, prompt_progress=reading).text
+    likeliest: Completion = llm.generate("Once", 9, num_beams=3, n=2, length_penalty=0.5, early_stopping="never")
+    score: float | None = likeliest.choices[0].beam_score
+    guided: Completion = llm.generate("Once", 9, guidance_scale=1.5, negative_prompt=[1, 2])
     alternatives: tuple[TokenLogprob, ...] | None = llm.generate("Once", 5, top_logprobs=5).logprobs
 
     with llm.stream("Once", params, seed=2) as stream:

@@ -175,6 +175,8 @@ def test_other_libraries_keywords(llm):
         "mirostat": "exl calls it mirostat_tau; above 0",
         "min_new_tokens": "exl calls it min_tokens",
         "stream": "LLM.stream, LLM.stream_chat",
+        "beam_width": "exl calls it num_beams",
+        "cfg_scale": "exl calls it guidance_scale",
         "messages": r"LLM.complete_chat\(messages\)",
         "sampling_params": "exl calls it params",
     }.items():

@@ -252,7 +252,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert ids == answer.token_ids[: len(ids)]
                 cancelled = answer.outcome is not None and answer.outcome.finish_reason == "cancelled"
                 if cancelled and (request.make_sink is not None or request.num_beams > 1):
-                    continue  # the best so far; or the end of its text may be the beginning of a stop string, or of a banned one
+                    continue  # the best so far; or its end may be the beginning of a stop string, or of a banned one
                 if expected is not None:
                     assert ids == expected[i][4][: len(ids)]
                     assert expected[i][5].startswith(text)
