@@ -475,14 +475,17 @@ def step_limits(
     config: ModelConfig, context: int, options: EngineOptions, cache_tokens: int | None = None, *, drafts: bool = False
 ) -> StepLimits:
     """The largest step that the options allow for. ``cache_tokens``: of the whole cache; None: one context.
-    ``drafts``: a sequence may have several decode rows, which verify them."""
+    ``drafts``: there is a draft model, for which rows that verify drafts are worth memory."""
     sequences, chunk = options.max_sequences, min(options.prefill_chunk, context)
-    decode_rows = max(sequences, min(_MAX_DRAFT_ROWS, sequences * MAX_NEW_TOKENS)) if drafts else sequences
+    chunk_logits = _MAX_LOGITS_BYTES // (4 * config.vocab_size)
+    # Prompt lookup gets rows for its drafts as far as a chunk's logits have room for them anyway.
+    most = _MAX_DRAFT_ROWS if drafts else min(_MAX_DRAFT_ROWS, chunk_logits - 1)
+    decode_rows = max(sequences, min(most, sequences * MAX_NEW_TOKENS))
     return StepLimits(
         max_rows=max(chunk, decode_rows),
         window_rows=max(chunk, min(options.prefill_window, context)) + decode_rows,
         # All decode rows, and the last row of a prompt behind them.
-        max_logit_rows=max(decode_rows + 1, min(chunk, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
+        max_logit_rows=max(decode_rows + 1, min(chunk, chunk_logits)),
         max_context=context,
         hidden_size=config.hidden_size,
         qkv_width=config.qkv_width,
