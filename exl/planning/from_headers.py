@@ -26,7 +26,7 @@ from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.notes import plan_notes
-from exl.planning.plan import MemoryPlan, PlanInput, PlanLine
+from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
 from exl.threads import check_threads
@@ -198,11 +198,14 @@ def plan_model(
 ) -> tuple[MemoryPlan, PlanInput]:
     """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit. ``depth``:
     tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
-    plan = _plan_alone if options.draft is None else _plan_both
-    return plan(files, options, target, speeds, depth)
+    if options.draft is None:
+        return plan_alone(files, options, target, speeds, depth)
+    from exl.planning.draft import plan_both  # imported late: it plans two models by this module
+
+    return plan_both(files, options, target, speeds, depth)
 
 
-def _plan_alone(
+def plan_alone(
     files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
 ) -> tuple[MemoryPlan, PlanInput]:
     if options.context == "auto":
@@ -220,50 +223,6 @@ def _plan_alone(
         speeds=speeds or Speeds(),
     )
     return plan, model
-
-
-def draft_options(options: EngineOptions, context: int) -> EngineOptions:
-    """How the draft model of ``options`` is loaded beside a model of ``context`` tokens: all of it in memory. What it
-    has no choice in is as for the model."""
-    return dataclasses.replace(
-        options,
-        draft=None,
-        context=context,
-        cache_tokens=options.cache_tokens if isinstance(options.cache_tokens, int) else None,
-        vram=None,
-        ram=None,
-        kv_ram=None,
-        resident_layers=None,
-        head="file",
-        embed="auto",
-        prefill_window=options.prefill_chunk,
-    )
-
-
-def _plan_both(
-    files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
-) -> tuple[MemoryPlan, PlanInput]:
-    """The draft model is placed first, and the model in what it leaves."""
-    with open_model(options.draft) as draft_files:
-        longest = draft_files.config.max_position
-        context = min(options.context if isinstance(options.context, int) else _default_context(files.config), longest)
-        if target.kind == "cuda":
-            raise ConfigError(
-                f"draft: found {draft_files.folder}: this version has draft models on the CPU; on a GPU "
-                "speculate='prompt' guesses without one"
-            )
-        draft, _ = plan_model(draft_files, draft_options(options, context), target)
-    needed = draft.num_bytes
-    less = options
-    if options.budget is not None:
-        if needed >= options.budget:
-            found = f"{format_bytes(needed)}, the budget is {format_bytes(options.budget)}"
-            raise MemoryBudgetError(f"draft: {draft_files.folder} needs {found}")
-        less = dataclasses.replace(options, ram=options.budget - needed)
-    plan, model = _plan_alone(files, less, target, speeds, depth)
-    line = PlanLine("draft model", target.kind, needed, False, f"{draft_files.folder.name}, {context} tokens")
-    budgets = {} if options.budget is None else {target.kind: options.budget}
-    return dataclasses.replace(plan, lines=(*plan.lines, line), budgets=budgets), model
 
 
 def _with_rounded_head(
@@ -287,7 +246,7 @@ def _checked_depth(depth: int, context: int) -> int:
 
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
-    context = options.context or _default_context(config)
+    context = options.context or default_context(config)
     cache_tokens = _cache_tokens(options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     model = PlanInput(
@@ -367,7 +326,7 @@ def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident
     return plan.fits and (plan.placement.num_streamed == 0 or not resident)
 
 
-def _default_context(config: ModelConfig) -> int:
+def default_context(config: ModelConfig) -> int:
     return min(config.max_position, _MAX_DEFAULT_CONTEXT)
 
 
@@ -401,7 +360,7 @@ def _kept_pages(options: EngineOptions, model: PlanInput) -> int:
 def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
     """Whole pages, up to the model's maximum and to what the cache holds; with all layers in memory if ``resident``.
     If not even one page fits like that, the default, and layers are streamed."""
-    default, low, high = _default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
+    default, low, high = default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
     if isinstance(options.cache_tokens, int):
         default, high = min(default, options.cache_tokens), min(high, options.cache_tokens // PAGE_SIZE)
     while low < high:

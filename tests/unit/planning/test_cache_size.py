@@ -185,7 +185,9 @@ def test_with_drafts_a_sequence_has_eight_rows(max_sequences, rows):
     assert limits.max_logit_rows > rows
 
 
-@pytest.mark.parametrize(("vocab_size", "max_sequences", "rows"), [(32000, 16, 64), (262_144, 16, 31), (262_144, 2, 16)])
+@pytest.mark.parametrize(
+    ("vocab_size", "max_sequences", "rows"), [(32000, 16, 64), (262_144, 16, 31), (262_144, 2, 16)]
+)
 def test_prompt_lookup_has_the_rows_that_cost_no_logits(vocab_size, max_sequences, rows):
     limits = limits_of(vocab_size, max_sequences=max_sequences)
     assert limits.decode_rows == rows
