@@ -6,19 +6,17 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from exl.batch import MAX_STEP_TOKENS, PAGE_SIZE
 from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
-from exl.engine.compose import Piece, batch_of
 from exl.engine.drafts import Drafts
 from exl.engine.handle import Handle
+from exl.engine.manual import ManualSequence
 from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.request import Reuse, TokenRequest
 from exl.engine.runner import Runner
@@ -39,18 +37,6 @@ class GeneratedToken:
     finish_reason: str | None  # "stop": an end-of-sequence id; "length": max_tokens or the context is used up
     num_reused: int = 0  # tokens of the prompt that were in the cache
     ranked: tuple[tuple[int, float], ...] | None = None  # (id, logprob) of the token, then of the likeliest
-
-
-@dataclass(eq=False)
-class ManualSequence:
-    """A sequence that is run by hand, without the scheduler."""
-
-    pages: list[int]
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def page_table(self) -> NDArray[np.int32]:
-        return np.asarray(self.pages, np.int32)
 
 
 class Generator:
@@ -160,11 +146,7 @@ class Generator:
         self.guard.check()
         start, rules = len(sequence.ids), self.runner.rules
         sequence.ids += ids
-        stop, as_decode = len(sequence.ids), len(ids) <= rules.max_decode_prompt
-        chunks = [
-            batch_of([Piece(sequence, at, min(stop, at + rules.chunk), as_decode, at + rules.chunk >= stop, stop)])
-            for at in range(start, stop, rules.chunk)
-        ]
+        chunks = sequence.chunks(start, rules.chunk, as_decode=len(ids) <= rules.max_decode_prompt)
         try:
             return self.runner.step(None, chunks)
         except BaseException:
