@@ -22,7 +22,7 @@ from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.compose import Piece, batch_of, decode_piece
 from exl.engine.device import Device, Stats
-from exl.engine.drafts import Drafts
+from exl.engine.drafts import DrafterError, Drafts
 from exl.engine.draws import DrawRow, sampling_batch
 from exl.engine.lineup import Lineup
 from exl.engine.request import Outcome
@@ -184,11 +184,17 @@ class Scheduler:
             return [], chunks  # its logits take the whole buffer
         drawing = [sequence for sequence in self.running if self.lineup.draws_next(sequence)]
         proposed = self._drafted(drawing)
+        drawing = [sequence for sequence in drawing if sequence.state is State.RUNNING]
         return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], chunks
 
     def _drafted(self, drawing: list[Tokens]) -> dict[Tokens, tuple[int, ...]]:
-        """Drafts that there are pages for."""
-        proposed = self.drafts.propose(drawing)
+        """Drafts that there are pages for. If a drafter fails, so do the requests that want drafts of it."""
+        try:
+            proposed = self.drafts.propose(drawing)
+        except DrafterError as failed:
+            self._check_device(failed.__cause__)
+            self._fail_each(failed.sequences, failed.__cause__)
+            return {}
         for sequence, drafts in proposed.items():
             try:
                 self.pages.grow(sequence, sequence.num_tokens + len(drafts))
