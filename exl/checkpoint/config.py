@@ -366,6 +366,9 @@ def _read_windows(read: _Reader, family: _Family, num_layers: int) -> tuple[int 
     return tuple(window if i >= first else None for i in range(num_layers))
 
 
+_DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what do_sample turns on
+
+
 @dataclass(frozen=True)
 class GenerationDefaults:
     """The values of ``generation_config.json``. None: absent; exl's own default applies.
@@ -380,6 +383,7 @@ class GenerationDefaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
 
     @classmethod
@@ -394,7 +398,7 @@ class GenerationDefaults:
         # is 1 (as in transformers).
         chosen = {"repetition_penalty": _valid(read.sampling, "repetition_penalty")}
         if _valid(read.flag, "do_sample", False):
-            chosen |= {name: _valid(read.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            chosen |= {name: _valid(read.sampling, name) for name in _DRAWS}
             chosen["temperature"] = 1.0 if chosen["temperature"] is None else chosen["temperature"]
         return cls(bos_id=next(iter(bos_ids), None), eos_ids=eos_ids, **chosen)
 
