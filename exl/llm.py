@@ -327,6 +327,8 @@ class LLM:
             top_logprobs=0 if ranks and request.top_logprobs is None else request.top_logprobs,
             prompt_progress=request.prompt_progress,
             num_choices=request.best_of or request.n,
+            guidance_scale=float(request.guidance_scale),
+            negative_ids=self._negative_ids(request),
             speculate=self._drafter(request),
             draft_tokens=request.draft_tokens,
             dry_breakers=tokenizer.ids_with(params.dry_breakers) if params.dry_multiplier else frozenset(),
@@ -340,12 +342,20 @@ class LLM:
     def _drafter(self, request: Request) -> str | None:
         """The name of what makes the drafts of a request."""
         names, asked = self._open_generator().scheduler.drafts.names, request.speculate
+        if request.guidance_scale != 1.0:
+            names = ()
         if asked and asked not in names:
             raise ConfigError(f"speculate: found {asked!r}, but the model was loaded without draft=")
         name = asked or ("draft" if asked is None and "draft" in names else None)
         if name is None and request.draft_tokens is not None:
             raise ConfigError(f"draft_tokens: found {request.draft_tokens} without speculate=, expected both")
         return name
+
+    def _negative_ids(self, request: Request) -> list[int] | None:
+        try:
+            return None if request.negative_prompt is None else self.encode(request.negative_prompt)
+        except ConfigError as error:
+            raise ConfigError(f"negative_{error}") from None
 
     def _matchers(self, options: Mapping[str, Any]) -> Callable[[], Matcher] | None:
         """Makes a matcher for each choice of a request; the grammar is compiled now, in the calling thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,11 @@ class RequestOptions(TypedDict, total=False):
     reuse_prefix: bool | Literal["exact"]
     n: int | None  # answers to the same prompt, each with a seed of its own; the first is that of n=1
     best_of: int | None  # so many answers are made, and the n with the highest mean log-probability are kept
+    # Classifier-free guidance: the text is drawn from the logits n + guidance_scale (c - n), c being those after the
+    # text, n those after the negative prompt and the same new tokens. 1, the default, is off. negative_prompt is a text
+    # or token ids, by default the last token of the prompt.
+    guidance_scale: float | None
+    negative_prompt: str | Sequence[int] | None
     # the text must be JSON of this schema: a dictionary, JSON text or a pydantic model; True: any object
     json_schema: Any
     regex: str | None  # the text must match all of this regular expression
@@ -92,6 +98,8 @@ class Request:
     reuse_prefix: bool | Literal["exact"] = "exact"
     n: int = 1
     best_of: int | None = None
+    guidance_scale: float = 1.0
+    negative_prompt: str | Sequence[int] | None = None
     constraint: Mapping[str, Any] = field(default_factory=dict)  # json_schema, regex, ...: those that were given
     speculate: str | Literal[False] | None = None
     draft_tokens: int | None = None
@@ -142,6 +150,10 @@ class Request:
         )
         if request.best_of is not None and request.best_of < request.n:
             raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
+        if request.guidance_scale == 1.0 and request.negative_prompt is not None:
+            raise ConfigError("negative_prompt: found without guidance_scale=, or with 1, expected another scale")
+        if request.guidance_scale != 1.0 and request.speculate:
+            raise ConfigError(f"speculate: found {request.speculate!r} with guidance_scale=, expected one of the two")
         return request
 
 
@@ -149,6 +161,7 @@ CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
 SPECULATE = ("prompt", "draft")
 _MAX_CHOICES = 128
 _MAX_DRAFT_TOKENS = 64
+_MAX_GUIDANCE = 100.0
 
 
 def _check_callable(name: str, value: object) -> None:
@@ -182,6 +195,11 @@ def _check_speculate(name: str, value: object) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
+def _check_guidance(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0.0 <= value <= _MAX_GUIDANCE:
+        raise ConfigError(f"{name}: found {value!r}, expected a number from 0 to {_MAX_GUIDANCE:g}; 1 is off")
+
+
 _CHECKS: dict[str, Callable[[str, object], None]] = {
     "reuse_prefix": _check_reuse,
     "prompt_progress": _check_callable,
@@ -189,6 +207,7 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "best_of": _check_count,
     "draft_tokens": _check_count,
     "speculate": _check_speculate,
+    "guidance_scale": _check_guidance,
     "deadline": _check_deadline,
     "max_unread": _check_unread,
 }

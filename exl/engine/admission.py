@@ -48,7 +48,7 @@ class Pages:
         """Of a sequence that was paused and has its first pages still: of a chunk that has lost pages nothing is left,
         as it runs whole or not at all."""
         chunk, num_cached = self._rules.chunk, min(num_pages * PAGE_SIZE, sequence.old_cached)
-        cut = num_cached < min(sequence.old_cached, sequence.num_prompt) and not self._rules.chunks_alike
+        cut = num_cached < min(sequence.old_cached, sequence.num_chunked) and not self._rules.chunks_alike
         return num_cached // chunk * chunk if cut else num_cached
 
     def _go_on_with(self, sequence: Sequence, old: list[int], num_cached: int, reserve: int) -> None:
@@ -72,11 +72,11 @@ class Pages:
         known: list[int] = []
         exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
         # What a cold run computes as decode rows has other bits than a longer prompt that begins alike.
-        differs = exact and not rules.all_alike and sequence.num_prompt <= rules.max_decode_prompt
+        differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
         may_reuse = request.reuse_prefix is not False and not sequence.wants_all and not differs
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
             most = len(sequence.ids) - 1
-            known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_prompt)]
+            known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
         taken = self.pool.take_prefix(
             known,
             self._copy,
@@ -101,6 +101,30 @@ class Pages:
         child.pages = self.pool.fork(leader.pages, leader.num_cached, self._copy)
         child.num_cached, child.num_exact = leader.num_cached, leader.num_exact
         child.old_pages = []
+
+    def place_behind_prompt(self, sequence: Sequence, reserve: int) -> bool:
+        """Pages for what follows its prompt, which it gets later (``take_prompt``); leaves ``reserve`` pages to others.
+        False, and nothing is changed, if there are too few now."""
+        count = sequence.pages_needed - sequence.num_chunked // PAGE_SIZE
+        if count + reserve > self.pool.num_free:
+            return False
+        sequence.pages = self.pool.allocate(count)
+        sequence.old_pages, sequence.awaits_prompt = [], True
+        return True
+
+    def take_prompt(self, leader: Sequence, sequence: Sequence) -> None:
+        """The sequence shares the whole pages of the prompt that the leader has computed, and gets a copy of the rest
+        on the first of its own."""
+        num_full, rest = divmod(sequence.num_chunked, PAGE_SIZE)
+        if rest:
+            self._copy([leader.pages[num_full]], sequence.pages[:1])
+        self.pool.hold(leader.pages[:num_full])
+        sequence.pages[:0] = leader.pages[:num_full]
+        sequence.pages_changed()
+        sequence.num_cached, sequence.awaits_prompt = sequence.num_chunked, False
+        sequence.num_exact = min(sequence.num_cached, leader.num_exact)
+        if sequence.num_drawn == 0:
+            sequence.answer.num_reused = sequence.num_cached
 
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Only the sequence's first tokens stay computed. Raises ``MemoryBudgetError`` if what is to be computed again
@@ -135,7 +159,7 @@ class Pages:
         sequence.old_pages = [(page, self.pool.epoch(page)) for page in sequence.pages]
         sequence.old_cached, sequence.old_exact = sequence.num_cached, sequence.num_exact
         self.give_back(sequence)
-        sequence.state = State.WAITING
+        sequence.state, sequence.awaits_prompt = State.WAITING, False
 
     def recover(self, sequences: Many[Sequence], zero: Callable[[list[int]], None]) -> None:
         """After an interrupt: takes the pages of these sequences, which are all there are. If pages were on their way

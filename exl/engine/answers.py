@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Ids
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from exl.batch import SampleRows
 from exl.engine.draws import DrawRow, DrawState
+from exl.engine.guidance import Guided, check_guidance, negative_ids
 from exl.engine.request import Outcome, TokenRequest
 from exl.engine.sequence import Sequence
 from exl.engine.ticket import Event, Ticket
@@ -22,8 +24,10 @@ MAX_REWINDS = 32  # at one position, before a request that bans strings is given
 class Answers:
     """Of all requests to one model."""
 
-    def __init__(self, context: int, vocab_size: int, num_pages: int, page_size: int) -> None:
+    def __init__(self, context: int, vocab_size: int, num_pages: int, page_size: int, max_sequences: int) -> None:
+        """``max_sequences``: that run at once."""
         self.context, self.vocab_size = context, vocab_size
+        self._num_pages, self._max_sequences = num_pages, max_sequences
         self.eos_ids: frozenset[int] = frozenset()
         self._most_tokens = num_pages * page_size
         self._num_words = -(-vocab_size // 32)  # of a mask
@@ -34,23 +38,29 @@ class Answers:
         """Raises ``ConfigError`` for a prompt that is empty, foreign or too long; ``MemoryBudgetError`` for one
         for which even an empty cache has no room."""
         ids = request.prompt_ids
-        if not len(ids):
-            raise ConfigError("prompt: found no tokens, expected at least one")
-        if len(ids) > self.context:
-            raise ConfigError(f"prompt: found {len(ids)} tokens, the context holds {self.context}")
-        for token_id in ids:
-            if not isinstance(token_id, int | np.integer) or not 0 <= token_id < self.vocab_size:
-                raise ConfigError(
-                    f"prompt: found token id {token_id!r}, expected an integer from 0 to {self.vocab_size - 1}"
-                )
+        self._check_ids("prompt", ids)
         if len(ids) + (not request.wants_all) > self._most_tokens:
             raise MemoryBudgetError(
                 f"prompt: found {len(ids)} tokens, the cache has room for {self._most_tokens}: load the model with "
                 f"cache_tokens={len(ids) + 1} or more"
             )
+        if request.guidance_scale != 1.0:
+            self._check_ids("negative_prompt", negative_ids(request))
+            check_guidance(request, self.context, self._num_pages, self._max_sequences)
+
+    def _check_ids(self, name: str, ids: Ids[int]) -> None:
+        if not len(ids):
+            raise ConfigError(f"{name}: found no tokens, expected at least one")
+        if len(ids) > self.context:
+            raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {self.context}")
+        for token_id in ids:
+            if not isinstance(token_id, int | np.integer) or not 0 <= token_id < self.vocab_size:
+                raise ConfigError(
+                    f"{name}: found token id {token_id!r}, expected an integer from 0 to {self.vocab_size - 1}"
+                )
 
     def sequences(self, ticket: Ticket, arrival: int) -> list[Sequence]:
-        """One for each choice."""
+        """One for each choice; with guidance two."""
         request = ticket.request
         ids = [int(token_id) for token_id in request.prompt_ids]
         if request.wants_all:
@@ -59,7 +69,9 @@ class Answers:
             )
             ticket.sequences.append(sequence)
             return ticket.sequences
-        max_new = min(request.params.max_tokens, self.context - len(ids), self._most_tokens - len(ids))
+        guided = request.guidance_scale != 1.0
+        longest = max(len(ids), len(negative_ids(request)) if guided else 0)
+        max_new = min(request.params.max_tokens, self.context - longest, self._most_tokens - longest)
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
         made: list[Sequence] = []
@@ -76,7 +88,7 @@ class Answers:
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
             )
-            made.append(sequence)
+            made += Guided(sequence).members if guided else [sequence]
         ticket.sequences += made
         return made
 

@@ -64,11 +64,11 @@ class ChunkRules:
         """The next rows of a sequence whose known tokens are not all computed, from ``start`` on (default: the first
         that is not computed). ``reuse_counts``: a short rest after what was reused may run as a short prompt does,
         which the exact modes do not allow."""
-        start, total = sequence.num_cached if start is None else start, len(sequence.ids)
+        start, total = sequence.num_cached if start is None else start, sequence.prefill_stop
         if sequence.wants_all:
             stop = min(total, (start // self.logit_chunk + 1) * self.logit_chunk)
             return Piece(sequence, start, stop, False, True, total, every=True)
-        end_of_prompt = sequence.num_prompt
+        end_of_prompt = sequence.num_chunked
         merges = self.all_alike and not self.by_length
         if start >= end_of_prompt and not merges:  # generated tokens of a sequence that was paused
             stop = min(total, start + (1 if self.by_length else self.max_decode_rows))

@@ -10,6 +10,7 @@ import torch
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.engine.compose import ChunkRules
+from exl.engine.guidance import GuidedRow
 from exl.ops.base import Samples
 
 
@@ -30,6 +31,9 @@ class Device(Protocol):
     ) -> torch.Tensor:
         """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows; valid until the next call.
         ``on_layer(which chunks, layers done, layers)`` is called after each layer that chunks went through."""
+
+    def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
+        """``exl.engine.guidance.guide``, on the step's logits."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples: ...
 

@@ -46,7 +46,7 @@ class Generator:
         """``max_queue``: how many requests may wait to begin; None: any number."""
         self.runner, self.pool, self.context = runner, pool, context
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
-        self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE)
+        self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE, runner.max_sequences)
         self.eos_ids = frozenset(eos_ids)
         pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable)
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)

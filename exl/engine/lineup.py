@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections.abc import Sequence as Many
 
 from exl.batch import PAGE_SIZE
 from exl.engine.admission import Pages
 from exl.engine.compose import Piece, pack_chunks
 from exl.engine.device import Device, Stats
 from exl.engine.drafts import Drafts
+from exl.engine.group import members_of
 from exl.engine.sequence import Sequence, State
 from exl.errors import MemoryBudgetError
 
@@ -29,14 +31,15 @@ class Lineup:
         bisect.insort(self.waiting, sequence, key=lambda other: other.arrival)
 
     def leave(self, sequence: Sequence) -> None:
-        """The sequence is not run any more; its pages may be used by the next step: what an earlier one still writes
-        comes before, on the same stream."""
-        others = self.waiting if sequence.state is State.WAITING else self.running
-        if sequence in others:  # not if making its request has failed half way
-            others.remove(sequence)
-        self.pages.give_back(sequence)
-        self.drafts.release(sequence)
-        sequence.state = State.DONE
+        """The sequence, and its group, is not run any more; its pages may be used by the next step: what an earlier one
+        still writes comes before, on the same stream."""
+        for member in members_of(sequence):
+            others = self.waiting if member.state is State.WAITING else self.running
+            if member in others:  # not if making its request has failed half way
+                others.remove(member)
+            self.pages.give_back(member)
+            self.drafts.release(member)
+            member.state = State.DONE
 
     def drop_all(self, sequences: list[Sequence]) -> None:
         """After an interrupt, which may have come anywhere."""
@@ -47,11 +50,12 @@ class Lineup:
             sequence.state = State.DONE
 
     def suspend(self, sequence: Sequence) -> None:
-        """Takes its pages; it waits, and is computed again when there are some."""
-        self.running.remove(sequence)
-        self.drafts.release(sequence)
-        self.pages.pause(sequence)
-        self.wait(sequence)
+        """Takes its pages, and its group's; it waits, and is computed again when there are some."""
+        for member in members_of(sequence):
+            self.running.remove(member)
+            self.drafts.release(member)
+            self.pages.pause(member)
+            self.wait(member)
 
     def pause(self, sequence: Sequence) -> None:
         self.stats.preemptions += 1
@@ -60,6 +64,9 @@ class Lineup:
     # ---- pages for the next step
 
     def draws_next(self, sequence: Sequence) -> bool:
+        return self._may_draw(sequence) if sequence.group is None else all(map(self._may_draw, sequence.group.members))
+
+    def _may_draw(self, sequence: Sequence) -> bool:
         return (
             sequence.state is State.RUNNING
             and sequence.num_drawn < sequence.max_new  # those whose last token is drawn wait for it to be read
@@ -89,20 +96,49 @@ class Lineup:
 
     def admit(self) -> None:
         """By arrival: nobody overtakes one that waits for pages. One whose prompt begins like one that is being
-        computed waits for that."""
+        computed waits for that. A group gets in as a whole."""
         for sequence in list(self.waiting):
-            if sequence.ticket.lags or self._follows(sequence):
+            members = members_of(sequence)
+            if sequence is not members[0] or sequence.ticket.lags:
                 continue
-            if len(self.running) >= self.device.max_sequences and not self._pause_lagging():
-                return
-            while not self.pages.place(sequence, reserve=len(self.running)):
+            sources = self._sources(members)
+            if not sources and any(map(self._follows, members)):
+                continue
+            while len(self.running) + len(members) > self.device.max_sequences:
                 if not self._pause_lagging():
                     return
-            self._begin(sequence)
+            while not self._place(members, sources):
+                if not self._pause_lagging():
+                    return
+            for member in members:
+                self._begin(member)
+
+    def _place(self, members: Many[Sequence], sources: Many[Sequence]) -> bool:
+        """Pages for all or for none. ``sources``: those that have computed their prompts; or nobody has."""
+        reserve = len(self.running)
+        for i, member in enumerate(members):
+            behind = sources or (i and member.group.shares_prompt)
+            place = self.pages.place_behind_prompt if behind else self.pages.place
+            if not place(member, reserve):
+                for other in members[:i]:
+                    self.pages.pause(other)
+                return False
+        for member, source in zip(members, sources):  # noqa: B905  there may be none
+            self.pages.take_prompt(source, member)
+        return True
+
+    def _sources(self, members: Many[Sequence]) -> Many[Sequence]:
+        """The group of a request's first choice, if it has just computed the prompts of another one's too."""
+        first = members[0].ticket.sequences[0].group
+        if first is None or first is members[0].group or members[0].num_drawn:
+            return ()
+        ready = all(member.state is State.RUNNING and not member.num_drawn for member in first.members)
+        return first.members if ready else ()
 
     def _begin(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
-        if sequence.num_drawn and sequence.num_cached == len(sequence.ids) - 1:
+        begun = sequence.num_drawn or sequence.group is not None
+        if begun and sequence.num_cached == len(sequence.ids) - 1 and not sequence.awaits_prompt:
             sequence.state = State.RUNNING
         else:
             sequence.state = State.PREFILL
@@ -116,7 +152,7 @@ class Lineup:
         """Whether a prompt begins, for a page or more, like one that is being computed and will be found; so does that
         of a request's other choices, however short."""
         leader = sequence.ticket.sequences[0]
-        if sequence is not leader and leader.state is not State.DONE and leader.num_read == 0:
+        if leader not in members_of(sequence) and leader.state is not State.DONE and leader.num_read == 0:
             return True
         if sequence.ticket.request.reuse_prefix is False:
             return False
@@ -149,13 +185,22 @@ class Lineup:
             forked.append(child)
         return forked
 
+    def _share_prompts(self) -> None:
+        """Members of a group get the prompt that its leader has computed for all of them."""
+        for sequence in self.running:
+            if sequence.awaits_prompt and sequence.group.leader.num_cached >= sequence.num_chunked:
+                self.pages.take_prompt(sequence.group.leader, sequence)
+                if sequence.num_cached == sequence.prefill_stop:
+                    sequence.state = State.RUNNING
+
     # ---- what of their prompts runs next
 
     def chunks(self) -> list[list[Piece]]:
         """The next chunks of the oldest prompts, under the budget of a step, in groups that share a batch."""
         rules, pieces, num_rows = self.device.rules, [], 0
+        self._share_prompts()
         for sequence in self.running:
-            if sequence.state is not State.PREFILL or sequence.ticket.lags:
+            if sequence.state is not State.PREFILL or sequence.ticket.lags or sequence.awaits_prompt:
                 continue
             piece = rules.next_piece(sequence, reuse_counts=sequence.ticket.request.reuse_prefix is True)
             if pieces and (piece.every or num_rows + piece.num_rows > self.device.step_tokens):
@@ -164,7 +209,7 @@ class Lineup:
             num_rows += piece.num_rows
             if piece.every:
                 break
-            while not piece.wants_logits and num_rows < self.device.step_tokens:
+            while piece.stop < sequence.prefill_stop and num_rows < self.device.step_tokens:
                 piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
                 if num_rows + piece.num_rows > self.device.step_tokens:
                     break

@@ -58,6 +58,8 @@ class TokenRequest:
     wants_all: bool = False  # no token is drawn: the logits after each token of the prompt are wanted
     speculate: str | None = None  # a drafter's name, see ``exl.engine.drafts``
     draft_tokens: int | None = None  # drafts in each step; None: as many as pay
+    guidance_scale: float = 1.0  # other than 1: drawn from n + scale (c - n), see ``exl.engine.guidance``
+    negative_ids: Sequence[int] | None = None  # the prompt of n; None: the last token of the prompt
     dry_breakers: frozenset[int] = frozenset()  # tokens that contain one of ``params.dry_breakers``
     make_sink: Callable[[], Sink] | None = None  # None: token ids alone are wanted
     make_matcher: Callable[[], Matcher] | None = None

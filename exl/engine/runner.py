@@ -15,6 +15,7 @@ import torch
 from exl.batch import ForwardBatch, SamplingBatch, is_step, step_bucket
 from exl.cache.kv import KVCache
 from exl.engine.compose import ChunkRules
+from exl.engine.guidance import GuidedRow, guide
 from exl.engine.step_graph import StepGraphs
 from exl.layout.attention import MAX_NEW_TOKENS
 from exl.layout.steps import StepLimits
@@ -98,6 +99,10 @@ class Runner:
         finally:
             self.decoder.ops.stage(())
         return self._logits[:at]
+
+    def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
+        self.decoder.ops.fence()  # the pass is at its end before, and the draw begins after
+        guide(logits, rows)
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         return self.decoder.ops.sample(logits, params)

@@ -24,6 +24,8 @@ from exl.engine.compose import Piece, batch_of, decode_piece
 from exl.engine.device import Device, Stats
 from exl.engine.drafts import DrafterError, Drafts
 from exl.engine.draws import DrawRow, sampling_batch
+from exl.engine.group import leads, members_of
+from exl.engine.guidance import Guided, GuidedRow
 from exl.engine.lineup import Lineup
 from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
@@ -94,7 +96,7 @@ class Scheduler:
             else:
                 self.lineup.wait(sequence)
         for sequence in sequences:
-            if sequence.max_new == 0:
+            if sequence.max_new == 0 and leads(sequence):
                 self._tell_end(self.answers.cut_off, sequence)
 
     def cancel(self, ticket: Ticket, limit: str | None = None) -> None:
@@ -105,7 +107,7 @@ class Scheduler:
                 self._finish(sequence)
 
     def _finish(self, sequence: Tokens) -> None:
-        """A sequence has its outcome, and nothing more is run of it."""
+        """A sequence has its outcome, and nothing more is run of it, nor of its group."""
         self.lineup.leave(sequence)
         self._tell_end(self.answers.finish, sequence)
 
@@ -259,9 +261,9 @@ class Scheduler:
             for i in which:
                 for piece in chunks[i]:
                     tell = piece.sequence.ticket.request.prompt_progress
-                    if tell is not None:
+                    if tell is not None and leads(piece.sequence):
                         before = max(0, piece.start - piece.sequence.answer.num_reused)
-                        total = piece.sequence.num_prompt - piece.sequence.answer.num_reused
+                        total = piece.sequence.num_chunked - piece.sequence.answer.num_reused
                         tokens = min(total, before + piece.num_rows * layers // num_layers)
                         try:
                             tell(PromptProgress(tokens, total, layers, num_layers))
@@ -279,6 +281,7 @@ class Scheduler:
             sequence = piece.sequence
             sequence.num_exact = self.device.rules.exact_after(piece)
             sequence.num_cached = piece.stop
+            self.stats.prompt_tokens += sequence.num_drawn == 0  # of a group: the last token of its prompt
             drawing.append(_Drawing(sequence, row, piece.stop, piece.drafts))
             row += piece.num_rows
         for piece in itertools.chain.from_iterable(chunks):
@@ -296,6 +299,8 @@ class Scheduler:
                     self.pages.remember(sequence)
                 drawing.append(_Drawing(sequence, row, piece.stop))
                 drawing += [_Drawing(child, row, piece.stop) for child in self.lineup.fork(sequence)]
+            elif piece.stop == sequence.prefill_stop:  # of a group: its last token runs with the others'
+                sequence.state = State.RUNNING
             row += piece.num_logits
         return drawing
 
@@ -305,8 +310,12 @@ class Scheduler:
         """Draws for all that are still there: a stop or a banned string may have been found meanwhile."""
         rows: list[DrawRow] = []
         draws: list[tuple[Tokens, int, tuple[int, ...]]] = []
+        guided: list[GuidedRow] = []
+        row_of = {one.sequence: one.row for one in drawing}
         for one in drawing:
             sequence = one.sequence
+            if not leads(sequence):  # its leader draws for it
+                continue
             if sequence.state is State.DONE or len(sequence.ids) != one.num_tokens:
                 self.stats.wasted_rows += 1
                 continue
@@ -315,26 +324,32 @@ class Scheduler:
             except Exception as error:  # of this request's matcher
                 self.fail(sequence.ticket, error)
                 continue
+            if isinstance(sequence.group, Guided):
+                guided.append(GuidedRow(one.row, row_of[sequence.group.negative], sequence.group.scale))
             draws.append((sequence, len(rows), one.drafts[: len(drawn) - 1]))
             rows += drawn
         draws = [(sequence, i, drafts) for sequence, i, drafts in draws if sequence.state is not State.DONE]
         if not draws:
             return
         try:
+            if guided:
+                self.device.guide(logits, guided)
             samples = self.device.sample(logits, sampling_batch(rows, self.device.vocab_size))
         except Exception as error:
             self._check_device(error)
             self._fail_each([sequence for sequence, _, _ in draws], error)
             return
         for sequence, i, _ in draws:
-            sequence.sample_idx = i
+            for member in members_of(sequence):
+                member.sample_idx = i
         self._inflight = _Step(draws, samples)
 
     def _read(self) -> None:
         """Tokens of the last draw, to those who asked for them."""
         step, self._inflight = self._inflight, None
         for sequence, _, _ in step.draws:
-            sequence.sample_idx = None
+            for member in members_of(sequence):
+                member.sample_idx = None
         try:
             found = step.samples.read()
         except Exception as error:
@@ -355,12 +370,15 @@ class Scheduler:
             self.stats.generated_tokens += 1
             num_before = len(sequence.ids)
             if sequence.num_read == 0:
-                self.pages.remember(sequence)  # others that wait for its prompt find it
+                for member in members_of(sequence):
+                    self.pages.remember(member)  # others that wait for its prompt find it
             try:
                 done = self.answers.take(sequence, found, i + j)
             except Exception as error:  # of this request's sink, matcher or penalties
                 self.fail(sequence.ticket, error)
                 return
+            if isinstance(sequence.group, Guided):
+                sequence.group.follow()
             kept = j < len(drafts) and found.ids[i + j] == drafts[j]
             num_accepted += kept
             if done:
@@ -384,13 +402,15 @@ class Scheduler:
 
     def _step_back(self, sequence: Tokens) -> None:
         """After tokens were taken back: the row of the last one that is left runs again, for its logits."""
-        rules, last = self.device.rules, len(sequence.ids) - 1
+        rules = self.device.rules
         self.drafts.truncated(sequence)
-        if sequence.num_read == 0:  # the prompt's last chunk, as it was
-            last = last if rules.all_alike else last // rules.chunk * rules.chunk
-            sequence.state = State.PREFILL
         try:
-            self.pages.rewind(sequence, last)
+            for member in members_of(sequence):
+                last = len(member.ids) - 1
+                if member.num_chunked == len(member.ids):  # the prompt's last chunk, as it was
+                    last = last if rules.all_alike else last // rules.chunk * rules.chunk
+                    member.state = State.PREFILL
+                self.pages.rewind(member, last)
         except MemoryBudgetError:
             self.lineup.suspend(sequence)
 

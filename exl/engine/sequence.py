@@ -14,6 +14,7 @@ from exl.batch import PAGE_SIZE
 if TYPE_CHECKING:
     from exl.engine.constraints import Matcher
     from exl.engine.draws import DrawState
+    from exl.engine.group import Group
     from exl.engine.request import Sink
     from exl.engine.ticket import Answer, Ticket
 
@@ -38,7 +39,7 @@ class Sequence:
     draws: DrawState
     sink: Sink | None
     matcher: Matcher | None
-    arrival: tuple[int, int]  # of its request, then its place in it: older ones go first
+    arrival: tuple[int, ...]  # of its request, then its place in it: older ones go first
     stop_ids: frozenset[int] = frozenset()  # tokens that end it and are no part of its answer
     wants_all: bool = False  # nothing is drawn: the logits after each of its tokens are wanted
     state: State = State.WAITING
@@ -50,6 +51,8 @@ class Sequence:
     num_exact: int = 0  # of those, the first ones, whose bits a run that reuses nothing would give them
     sample_idx: int | None = None  # its place in the last draw, while that is not read; None: all its tokens are known
     rewinds: dict[int, int] = field(default_factory=dict)  # how often its text was taken back, by position
+    group: Group | None = None  # those that run in the same steps or not at all
+    awaits_prompt: bool = False  # another one computes its prompt; until then its pages are those behind the prompt
     _table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
@@ -66,6 +69,16 @@ class Sequence:
     def num_read(self) -> int:
         """Drawn tokens that are known."""
         return len(self.ids) - self.num_prompt
+
+    @property
+    def num_chunked(self) -> int:
+        """Tokens of the prompt that run in chunks: all, but in a group not the last one, which is a decode row."""
+        return self.num_prompt - (self.group is not None)
+
+    @property
+    def prefill_stop(self) -> int:
+        """The known tokens that are computed before it runs: in a group not the last one."""
+        return len(self.ids) - (self.group is not None)
 
     @property
     def pages_needed(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from exl.batch import PAGE_SIZE, ForwardBatch, SampleRows, SamplingBatch
 from exl.engine.compose import ChunkRules
+from exl.engine.guidance import GuidedRow, guide
 from exl.ops.base import ALL_ROWS as ALL_ALIKE
 from exl.sampling import sample
 
@@ -98,6 +99,9 @@ class FakeDevice:
         self._fail(at_end=True)
         self.nan_row = None
         return self._logits[:at]
+
+    def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
+        guide(logits, rows)
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> FakeSamples:
         self.log.append("sample")

@@ -160,7 +160,7 @@ class World:
         self.device, self.context = device, context
         self.pool = PagePool(device.num_pages)
         device.num_holders = self.pool.num_holders
-        self.answers = Answers(context, V, device.num_pages, PAGE_SIZE)
+        self.answers = Answers(context, V, device.num_pages, PAGE_SIZE, device.max_sequences)
         self.answers.eos_ids = frozenset({EOS})
         pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True)
         drafts = Drafts({"prompt": PromptLookup((2, 1))}, device.decode_rows, device.max_decode_rows - 1)

@@ -16,7 +16,7 @@ from exl.batch import PAGE_SIZE
 from exl.engine.request import TokenRequest
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
-from exl.errors import CheckpointError, ExlError
+from exl.errors import CheckpointError, ConfigError, ExlError, MemoryBudgetError
 from exl.ops.base import ALL_ROWS as ALL_ALIKE
 from exl.sampling_params import SamplingParams
 from tests.unit.engine.fake_device import FakeDevice, Faults
@@ -45,6 +45,8 @@ def requests(draw: st.DrawFn) -> TokenRequest:
     more = draw(st.integers(1, 6))
     most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1)))
     stops, banned = draw(st.sampled_from(((), STOPS))), draw(st.sampled_from(((), BANS)))
+    guidance = draw(st.sampled_from((1.0, 1.0, 1.0, 2.0, 0.5)))
+    negative = draw(st.sampled_from((None, other[:3], text[:40], other[:64], text[:70])))
     with_sink, matcher = bool(stops or banned) or draw(st.booleans()), draw(st.sampled_from((None, None, 5, 1000)))
     return TokenRequest(
         prompt_ids=text[:shared] + other[:more],
@@ -52,7 +54,9 @@ def requests(draw: st.DrawFn) -> TokenRequest:
         reuse_prefix=draw(st.sampled_from((False, "exact", "exact", True))),
         top_logprobs=draw(st.sampled_from((None, None, 2))),
         num_choices=draw(st.sampled_from((1, 1, 2, 3, 4))),
-        speculate=draw(st.sampled_from((None, None, "prompt"))),
+        guidance_scale=guidance,
+        negative_ids=negative if guidance != 1.0 else None,
+        speculate=draw(st.sampled_from((None, None, "prompt"))) if guidance == 1.0 else None,
         draft_tokens=draw(st.sampled_from((None, 3))),
         make_sink=(lambda: CharSink(stops, banned)) if with_sink else None,
         make_matcher=None if matcher is None else (lambda: StepMatcher(matcher)),
@@ -96,11 +100,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(request=requests(), most_unread=st.sampled_from((None, None, None, 1, 3)))
     def submit(self, request: TokenRequest, most_unread: int | None) -> None:
-        self.world.submit(request, most_unread=most_unread)
+        self.ask(request, most_unread)
+
+    def ask(self, request: TokenRequest, most_unread: int | None = None) -> None:
+        try:
+            self.world.submit(request, most_unread=most_unread)
+        except (ConfigError, MemoryBudgetError):
+            assert request.guidance_scale != 1.0  # more sequences or pages together than there are
 
     @rule(request=requests())
     def submit_another(self, request: TokenRequest) -> None:
-        self.world.submit(request)
+        self.ask(request)
 
     @precondition(lambda self: self.live())
     @rule(count=st.integers(8, 30))
