@@ -21,6 +21,8 @@ class Device(Protocol):
     runs_ahead: bool
     max_sequences: int  # that run at once
     step_tokens: int  # prompt rows of a step, at most; one chunk may be more
+    keeps_all_rows: bool  # ``prompt_logits`` works for all chunks of the last step, not for its last one alone
+    max_logit_rows: int
     vocab_size: int
 
     def step(
@@ -34,6 +36,10 @@ class Device(Protocol):
 
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
         """``exl.engine.guidance.guide``, on the step's logits."""
+
+    def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
+        """Logits f32 [n, V] of rows of a chunk of the last step, no more than ``max_logit_rows``, with the bits that
+        the step itself gives. They take the place of that step's logits."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples: ...
 

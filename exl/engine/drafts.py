@@ -83,7 +83,7 @@ class Drafts:
         """Whether the sequence may have drafts in its next step: its tokens must be known before."""
         request = sequence.ticket.request
         # Mirostat's draws depend on how likely all tokens before were, which is known only when they are drawn.
-        return request.speculate is not None and not sequence.wants_all and request.params.mirostat_tau == 0.0
+        return request.speculate is not None and not sequence.prompt_only and request.params.mirostat_tau == 0.0
 
     def propose(self, sequences: Sequence[Tokens]) -> dict[Tokens, tuple[int, ...]]:
         """Drafts for the decode rows of a step, those of sequences that want none included."""

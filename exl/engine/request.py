@@ -65,3 +65,7 @@ class TokenRequest:
     make_matcher: Callable[[], Matcher] | None = None
     deadline: float | None = None  # seconds after which it ends with what it has
     max_unread: int = MAX_UNREAD
+
+    @property
+    def draws_nothing(self) -> bool:
+        return self.wants_all

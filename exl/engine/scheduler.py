@@ -27,6 +27,7 @@ from exl.engine.draws import DrawRow, sampling_batch
 from exl.engine.group import leads, members_of
 from exl.engine.guidance import Guided, GuidedRow
 from exl.engine.lineup import Lineup
+from exl.engine.prompt_rows import rows_of
 from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
@@ -163,11 +164,13 @@ class Scheduler:
             return True
         if not chunks and not self.device.runs_ahead:
             self.drafts.costs.measured(sum(piece.num_rows for piece in decode), time.perf_counter() - began)
-        drawing = self._commit(decode, chunks, logits)
+        drawing = self._commit(decode, chunks)
         if self._inflight is not None:
             self._read()
         self._draw(logits, drawing)
-        if self._inflight is not None and not self.device.runs_ahead:
+        if any(rows_of(piece, 0) for pieces in chunks for piece in pieces):
+            self._read(between=lambda: self._take_rows(chunks))
+        elif self._inflight is not None and not self.device.runs_ahead:
             self._read()
         return True
 
@@ -182,8 +185,6 @@ class Scheduler:
         self._grow()
         self.lineup.admit()
         chunks = self.lineup.chunks()
-        if any(piece.every for pieces in chunks for piece in pieces):
-            return [], chunks  # its logits take the whole buffer
         drawing = [sequence for sequence in self.running if self.lineup.draws_next(sequence)]
         proposed = self._drafted(drawing)
         drawing = [sequence for sequence in drawing if sequence.state is State.RUNNING]
@@ -272,9 +273,7 @@ class Scheduler:
 
         return on_layer
 
-    def _commit(
-        self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]], logits: torch.Tensor
-    ) -> list[_Drawing]:
+    def _commit(self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]]) -> list[_Drawing]:
         """What has been computed. Returns who draws next."""
         drawing, row = [], 0
         for piece in decode:
@@ -290,10 +289,7 @@ class Scheduler:
             sequence.num_cached = piece.stop
             if sequence.num_drawn == 0:
                 self.stats.prompt_tokens += piece.num_rows
-            if piece.every:
-                if self.answers.logits(sequence, logits[row : row + piece.num_logits]):
-                    self._finish(sequence)
-            elif piece.wants_logits:
+            if piece.wants_logits:
                 sequence.state = State.RUNNING
                 if sequence.num_read:  # else once it is known that the logits are numbers
                     self.pages.remember(sequence)
@@ -344,21 +340,52 @@ class Scheduler:
                 member.sample_idx = i
         self._inflight = _Step(draws, samples)
 
-    def _read(self) -> None:
-        """Tokens of the last draw, to those who asked for them."""
+    def _read(self, between: Callable[[], None] | None = None) -> None:
+        """Tokens of the last draw, if there is one, to those who asked for them. ``between`` is called when they are
+        known and nobody has got one yet: it may draw itself."""
         step, self._inflight = self._inflight, None
-        for sequence, _, _ in step.draws:
-            for member in members_of(sequence):
-                member.sample_idx = None
-        try:
-            found = step.samples.read()
-        except Exception as error:
-            self._check_device(error)
-            self._fail_each([sequence for sequence, _, _ in step.draws], error)
+        found = None if step is None else self._found(step)
+        if between is not None:
+            between()
+        if found is None:
             return
         for sequence, i, drafts in step.draws:
             if sequence.state is not State.DONE:
                 self._take(sequence, found, i, drafts)
+
+    def _found(self, step: _Step) -> SampleRows | None:
+        """None: they cannot be had, which those whose draws they are know then."""
+        for sequence, _, _ in step.draws:
+            for member in members_of(sequence):
+                member.sample_idx = None
+        try:
+            return step.samples.read()
+        except Exception as error:
+            self._check_device(error)
+            self._fail_each([sequence for sequence, _, _ in step.draws], error)
+            return None
+
+    def _take_rows(self, chunks: Sequence[Sequence[Piece]]) -> None:
+        """What is wanted of the rows of prompts, which are still there after the pass."""
+        for i, pieces in enumerate(chunks):
+            first = 0
+            for piece in pieces:
+                rows, sequence = rows_of(piece, first), piece.sequence
+                first += piece.num_rows
+                if rows and sequence.state is not State.DONE:
+                    self._take_rows_of(sequence, i, rows)
+
+    def _take_rows_of(self, sequence: Tokens, chunk: int, rows: range) -> None:
+        wanted = sequence.ticket.rows
+        try:
+            wanted.take(self.device, chunk, rows)
+        except Exception as error:
+            self._check_device(error)
+            self.fail(sequence.ticket, error)
+            return
+        if sequence.prompt_only and not wanted.is_wanted:
+            self.lineup.leave(sequence)
+            self._tell_end(self.answers.cut_off, sequence)
 
     def _take(self, sequence: Tokens, found: SampleRows, i: int, drafts: tuple[int, ...]) -> None:
         """A sequence's draws, as far as its drafts were what was drawn."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from exl.engine.prompt_rows import PromptRows, prompt_rows
 from exl.engine.request import Outcome, TokenRequest
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Ticket:
         the engine's."""
         self.request, self.answers, self.party = request, answers, party
         self.outbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: look at ``ended``
+        self.rows: PromptRows | None = prompt_rows(self)  # its choices share them
         self.sequences: list[Sequence] = []
         self.num_put = self.num_taken = 0  # tokens
         self.max_unread = 1 if request.wants_all else request.max_unread
@@ -89,6 +91,10 @@ class Ticket:
     def put(self, event: Event) -> None:
         self.num_put += event.num_tokens
         self._put(event)
+
+    def put_logits(self, logits: torch.Tensor) -> None:
+        """Those after the next tokens of the prompt, f32 [n, V] on the host."""
+        self.put(Event(0, logits=logits))
 
     def end(self, error: BaseException | None = None) -> None:
         """No more events come. Called once; every reader that waits is woken."""

@@ -233,7 +233,6 @@ def alone(request: TokenRequest, like: FakeDevice, context: int = CONTEXT) -> li
         like.num_pages,
         invariant_rows=like.invariant_rows,
         chunk=like.chunk,
-        logit_chunk=like.logit_chunk,
         max_decode_prompt=like.max_decode_prompt,
         max_decode_rows=like.max_decode_rows,
     )

@@ -92,7 +92,7 @@ def test_all_logits_of_a_text_that_fills_the_cache() -> None:
 
 
 def test_all_logits_come_once_though_their_text_is_paused() -> None:
-    world = World(FakeDevice(4, logit_chunk=16))
+    world = World(FakeDevice(4, chunk=16, step_tokens=16))
     ticket = world.submit(request(prompt(100), 0, wants_all=True, reuse_prefix=False))
     for _ in range(5):
         world.scheduler.step()
