@@ -441,6 +441,7 @@ def load(
     threads: int | None = None,
     arithmetic: str | None = None,
     draft: str | Path | None = None,
+    rope: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -464,7 +465,9 @@ def load(
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
     activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
     ``draft``: a smaller model with the same vocabulary, whose guesses this one checks, several tokens a step, where
-    that is faster; the text is the same with and without.
+    that is faster; the text is the same with and without. ``rope``: another RoPE than ``config.json`` says, as the dict
+    that such files hold: ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}``, or
+    ``{"rope_theta": 1e6}``; with a factor, the model's own context is so many times as long.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

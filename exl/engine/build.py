@@ -98,7 +98,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head) as files:
+    with open_model(folder, options.head, options.rope) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig, read_json
+from exl.checkpoint.config import ModelConfig, check_rope, read_json
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
@@ -64,6 +64,7 @@ class EngineOptions:
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
+    rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -97,6 +98,8 @@ class EngineOptions:
         if self.kv_ram is not None:
             parse_budget(self.kv_ram, "kv_ram")
         check_threads(self.threads)
+        if self.rope is not None:
+            check_rope(self.rope)
 
     def _check_counts(self) -> None:
         least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0, "max_queue": 0}
@@ -151,8 +154,11 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head`` as in ``EngineOptions``.
+def open_model(
+    folder: Path | RemoteFolder, head: str | int = "file", rope: Mapping[str, object] | None = None
+) -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope`` as in
+    ``EngineOptions``.
 
     Raises ``ExlError``.
     """
@@ -170,7 +176,7 @@ def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterato
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope)
 
 
 def model_files(
@@ -179,9 +185,10 @@ def model_files(
     quant: QuantConfig | None,
     tokenizer_bytes: int = 0,
     head: str | int = "file",
+    rope: Mapping[str, object] | None = None,
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
-    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
+    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), rope)
     quant = settle_quant(checkpoint, quant)
     manifest = read_manifest(checkpoint, config, quant)
     if head != "file":
@@ -228,6 +235,7 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
     return dataclasses.replace(
         options,
         draft=None,
+        rope=None,
         context=context,
         cache_tokens=options.cache_tokens if isinstance(options.cache_tokens, int) else None,
         vram=None,
