@@ -362,6 +362,12 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
 
     @property
+    def window(self) -> int | None:
+        """The widest of the layers' windows; None if there is a layer that sees everything."""
+        widths = [window for window in self.windows if window is not None]
+        return max(widths) if len(widths) == len(self.windows) else None
+
+    @property
     def attn_width(self) -> int:
         return self.num_heads * self.head_dim
 

@@ -21,6 +21,7 @@ from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
+from exl.layout.window import window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
@@ -52,7 +53,8 @@ class EngineOptions:
     kv_cache: str = "f16"
     max_sequences: int = 16  # that run at once
     max_queue: int | None = None  # requests that may wait for that; None: any number
-    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one.
+    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one,
+    # or what one sequence needs of it at once where all layers have a window.
     cache_tokens: int | str | None = None
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
     prefill_chunk: int = 512  # rows computed at once
@@ -237,7 +239,7 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
         draft=None,
         rope=None,
         context=context,
-        cache_tokens=options.cache_tokens if isinstance(options.cache_tokens, int) else None,
+        cache_tokens=max(context, options.cache_tokens if isinstance(options.cache_tokens, int) else 0),
         vram=None,
         ram=None,
         kv_ram=None,
@@ -296,7 +298,7 @@ def _checked_depth(depth: int, context: int) -> int:
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
     context = options.context or _default_context(config)
-    cache_tokens = _cache_tokens(options, context)
+    cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     model = PlanInput(
         config=config,
@@ -333,7 +335,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
                 "cache_tokens= for a larger one"
             )
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
-    return plan, model
+    return dataclasses.replace(plan, null_page=model.window is not None), model
 
 
 def _arithmetic(options: EngineOptions, target: Target) -> str | None:
@@ -379,17 +381,27 @@ def _default_context(config: ModelConfig) -> int:
     return min(config.max_position, _MAX_DEFAULT_CONTEXT)
 
 
-def _cache_tokens(options: EngineOptions, context: int) -> int:
-    """Of the whole cache, which is at least one context: so the oldest sequence always gets to its end. Raises
-    ``ConfigError`` for fewer."""
+def _cache_tokens(config: ModelConfig, options: EngineOptions, context: int) -> int:
+    """Of the whole cache, which has room for all that one sequence needs at once: so the oldest always gets to its end.
+    Raises ``ConfigError`` for fewer."""
     if options.cache_tokens in (None, "auto"):
-        return context
-    if options.cache_tokens < context:
+        return _needed_at_once(config, context, options.prefill_window)
+    least = _needed_at_once(config, context, options.prefill_chunk)
+    if options.cache_tokens < least:
+        what = "the context" if least == context else "for a window, a prefill_chunk and two pages"
         raise ConfigError(
-            f"cache_tokens: found {options.cache_tokens}, expected the context, {context}, or more; a sequence could "
-            "not get to its end"
+            f"cache_tokens: found {options.cache_tokens}, expected {what}, {least}, or more; a sequence could not get "
+            "to its end"
         )
     return options.cache_tokens
+
+
+def _needed_at_once(config: ModelConfig, context: int, num_rows: int) -> int:
+    """Tokens in the cache of one sequence, whose prompts are computed ``num_rows`` rows at a time: where all layers
+    have a window, only what it reaches."""
+    if config.window is None:
+        return context
+    return min(context, window_pages(config.window, min(num_rows, context)) * PAGE_SIZE)
 
 
 def _kept_pages(options: EngineOptions, model: PlanInput) -> int:
@@ -410,7 +422,8 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
     """Whole pages, up to the model's maximum and to what the cache holds; with all layers in memory if ``resident``.
     If not even one page fits like that, the default, and layers are streamed."""
     default, low, high = _default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
-    if isinstance(options.cache_tokens, int):
+    found = options.cache_tokens
+    if isinstance(found, int) and found < _needed_at_once(files.config, high * PAGE_SIZE, options.prefill_chunk):
         default, high = min(default, options.cache_tokens), min(high, options.cache_tokens // PAGE_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
@@ -432,7 +445,8 @@ def _largest_cache(files: ModelFiles, options: EngineOptions, target: Target) ->
         tried, _ = _attempt(files, dataclasses.replace(options, cache_tokens=pages * PAGE_SIZE), target)
         return tried.fits and tried.placement == plan.placement
 
-    low, high = plan.num_pages, plan.num_pages * model.limits.max_sequences
+    low = plan.num_pages - plan.null_page
+    high = low * model.limits.max_sequences
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if leaves_layers(middle) else (low, middle - 1)

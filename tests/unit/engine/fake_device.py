@@ -52,6 +52,7 @@ class FakeDevice:
     step_tokens: int = 128
     decode_rows: int = 16  # of a batch of decode rows, drafts included
     vocab_size: int = V
+    window: int | None = None  # a row finds itself and so many tokens, less one, before it
     num_holders: Callable[[int], int] | None = None  # of a page, to see that only its owner writes to it
     log: list[str] = field(default_factory=list)  # "step", "sample", "read", in order
     rows: Counter[str] = field(default_factory=Counter)  # that ran: "decode", "prompt"
@@ -185,11 +186,13 @@ class FakeDevice:
         self._num_rows += 1
 
     def _row_logits(self, table: np.ndarray, num_tokens: int) -> np.ndarray:
-        pages = table[: -(-num_tokens // PAGE_SIZE)]
+        low = 0 if self.window is None else max(0, num_tokens - self.window)
+        first = low // PAGE_SIZE
+        pages = table[first : -(-num_tokens // PAGE_SIZE)]
         slots = (pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
         if NOT_A_NUMBER in self.ids[slots]:  # behind the text, too: 0 times NaN is NaN
             return np.full(V, np.nan, np.float32)
-        slots = slots[:num_tokens]
+        slots = slots[low - first * PAGE_SIZE : num_tokens - first * PAGE_SIZE]
         text = zlib.crc32(self.bits[slots].tobytes(), zlib.crc32(self.ids[slots].tobytes()))
         return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[self.ids[slots[-1]]]
 
