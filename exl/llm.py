@@ -451,6 +451,7 @@ def load(
     threads: int | None = None,
     arithmetic: str | None = None,
     draft: str | Path | None = None,
+    rope: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -465,8 +466,8 @@ def load(
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
     ``max_sequences``: how many run at once; others wait, but no more than ``max_queue`` (by default any number): beyond
     that a request is refused with ``QueueFullError``. ``cache_tokens``: of all of them in the cache, by default one
-    context; "auto" is what the budgets leave. ``kv_ram``: with a GPU, how much pinned RAM keeps what leaves the cache.
-    ``prefill_chunk``: rows computed at once.
+    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
+    much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
@@ -474,7 +475,9 @@ def load(
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
     activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
     ``draft``: a smaller model with the same vocabulary, whose guesses this one checks, several tokens a step, where
-    that is faster; the text is the same with and without.
+    that is faster; the text is the same with and without. ``rope``: another RoPE than ``config.json`` says, as the dict
+    that such files hold: ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}``, or
+    ``{"rope_theta": 1e6}``; with a factor, the model's own context is so many times as long.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

@@ -99,7 +99,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head) as files:
+    with open_model(folder, options.head, options.rope) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
@@ -176,8 +176,8 @@ def build_engine(
         tier = None
         if model.num_kept_pages:
             tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
-        pool = PagePool(plan.num_pages, tier=tier)
-        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue)
+        pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier)
+        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 

@@ -41,14 +41,24 @@ class GeneratedToken:
 
 class Generator:
     def __init__(
-        self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_queue: int | None = None
+        self,
+        runner: Runner,
+        pool: PagePool,
+        context: int,
+        eos_ids: Sequence[int],
+        max_queue: int | None = None,
+        *,
+        window: int | None = None,
     ) -> None:
-        """``max_queue``: how many requests may wait to begin; None: any number."""
+        """``max_queue``: how many requests may wait to begin; None: any number. ``window``: of all layers, if a
+        sequence gives back the pages that it does not reach; then ``pool`` has a null page."""
         self.runner, self.pool, self.context = runner, pool, context
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
-        self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE, runner.max_sequences)
+        # Where pages are given back, the cache limits no text.
+        num_pages = pool.num_usable if window is None else -(-context // PAGE_SIZE) + 1
+        self.answers = Answers(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences)
         self.eos_ids = frozenset(eos_ids)
-        pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable)
+        pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens)
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
         self.scheduler = Scheduler(runner, pages, self.answers, drafts)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread, max_queue)

@@ -73,10 +73,14 @@ class Lineup:
             and not sequence.ticket.lags
         )
 
+    def needs_pages(self, sequence: Sequence) -> bool:
+        """Whether the next step may run rows of it."""
+        return self.draws_next(sequence) or (sequence.state is State.PREFILL and not sequence.ticket.lags)
+
     def grow(self, sequence: Sequence) -> bool:
-        """A page for its next row, if that crosses a border. False: there is none left."""
+        """Pages for its next rows, if they cross a border. False: there are too few left."""
         try:
-            self.pages.grow(sequence, sequence.num_tokens)
+            self.pages.grow_for_step(sequence)
         except MemoryBudgetError:
             return False
         return True
@@ -210,7 +214,7 @@ class Lineup:
             num_rows += piece.num_rows
             while piece.stop < sequence.prefill_stop and num_rows < self.device.step_tokens:
                 piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
-                if num_rows + piece.num_rows > self.device.step_tokens:
+                if num_rows + piece.num_rows > self.device.step_tokens or piece.stop > sequence.room:
                     break
                 pieces.append(piece)
                 num_rows += piece.num_rows

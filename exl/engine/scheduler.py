@@ -209,8 +209,9 @@ class Scheduler:
     def _grow(self) -> None:
         """A page for each row that crosses a border, the oldest first. If there is none left, the newest sequence is
         paused, first of those whose readers lag."""
+        self.pages.pass_by(self.running)
         for sequence in list(self.running):
-            while self.lineup.draws_next(sequence) and not self.lineup.grow(sequence):
+            while self.lineup.needs_pages(sequence) and not self.lineup.grow(sequence):
                 if self._inflight is not None:  # a sequence whose token is not known cannot be paused
                     self._read()
                 else:

@@ -47,6 +47,7 @@ class Sequence:
     old_pages: list[tuple[int, int]] = field(default_factory=list)  # (page, epoch) of before a pause
     old_cached: int = 0  # num_cached and num_exact of before a pause
     old_exact: int = 0
+    num_passed: int = 0  # leading pages that no window reaches any more: the null page stands for them
     num_cached: int = 0  # tokens whose K and V lie on the pages
     num_exact: int = 0  # of those, the first ones, whose bits a run that reuses nothing would give them
     sample_idx: int | None = None  # its place in the last draw, while that is not read; None: all its tokens are known
@@ -92,6 +93,11 @@ class Sequence:
         return -(-(self.num_tokens + (not self.prompt_only)) // PAGE_SIZE)
 
     @property
+    def room(self) -> int:
+        """Tokens that its pages have room for, from its first one on."""
+        return len(self.pages) * PAGE_SIZE
+
+    @property
     def page_table(self) -> NDArray[np.int32]:
         """``pages`` as an array, made anew only when their number has changed, or ``pages_changed`` was called."""
         if len(self._table) != len(self.pages):
@@ -106,5 +112,5 @@ class Sequence:
         """The pages, which the caller releases. All tokens are to be computed again before the next is drawn."""
         pages, self.pages = self.pages, []
         self.pages_changed()
-        self.num_cached = self.num_exact = 0
+        self.num_cached = self.num_exact = self.num_passed = 0
         return pages

@@ -36,8 +36,9 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
     return dataclasses.replace(
         options,
         draft=None,
+        rope=None,
         context=context,
-        cache_tokens=options.cache_tokens if isinstance(options.cache_tokens, int) else None,
+        cache_tokens=max(context, options.cache_tokens if isinstance(options.cache_tokens, int) else 0),
         vram=options.vram_bytes[:1] or None,
         ram=None,
         kv_ram=None,

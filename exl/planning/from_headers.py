@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig, read_json
+from exl.checkpoint.config import ModelConfig, check_rope, read_json
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
@@ -21,6 +21,7 @@ from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
+from exl.layout.window import window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
@@ -52,7 +53,8 @@ class EngineOptions:
     kv_cache: str = "f16"
     max_sequences: int = 16  # that run at once
     max_queue: int | None = None  # requests that may wait for that; None: any number
-    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one.
+    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one,
+    # or what one sequence needs of it at once where all layers have a window.
     cache_tokens: int | str | None = None
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
     prefill_chunk: int = 512  # rows computed at once
@@ -64,6 +66,7 @@ class EngineOptions:
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
+    rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -97,6 +100,8 @@ class EngineOptions:
         if self.kv_ram is not None:
             parse_budget(self.kv_ram, "kv_ram")
         check_threads(self.threads)
+        if self.rope is not None:
+            check_rope(self.rope)
 
     def _check_counts(self) -> None:
         least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0, "max_queue": 0}
@@ -151,8 +156,11 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head`` as in ``EngineOptions``.
+def open_model(
+    folder: Path | RemoteFolder, head: str | int = "file", rope: Mapping[str, object] | None = None
+) -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope`` as in
+    ``EngineOptions``.
 
     Raises ``ExlError``.
     """
@@ -170,7 +178,7 @@ def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterato
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope)
 
 
 def model_files(
@@ -179,9 +187,10 @@ def model_files(
     quant: QuantConfig | None,
     tokenizer_bytes: int = 0,
     head: str | int = "file",
+    rope: Mapping[str, object] | None = None,
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
-    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
+    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), rope)
     quant = settle_quant(checkpoint, quant)
     manifest = read_manifest(checkpoint, config, quant)
     if head != "file":
@@ -247,7 +256,7 @@ def _checked_depth(depth: int, context: int) -> int:
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
     context = options.context or default_context(config)
-    cache_tokens = _cache_tokens(options, context)
+    cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     model = PlanInput(
         config=config,
@@ -284,7 +293,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
                 "cache_tokens= for a larger one"
             )
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
-    return plan, model
+    return dataclasses.replace(plan, null_page=model.window is not None), model
 
 
 def _arithmetic(options: EngineOptions, target: Target) -> str | None:
@@ -330,17 +339,27 @@ def default_context(config: ModelConfig) -> int:
     return min(config.max_position, _MAX_DEFAULT_CONTEXT)
 
 
-def _cache_tokens(options: EngineOptions, context: int) -> int:
-    """Of the whole cache, which is at least one context: so the oldest sequence always gets to its end. Raises
-    ``ConfigError`` for fewer."""
+def _cache_tokens(config: ModelConfig, options: EngineOptions, context: int) -> int:
+    """Of the whole cache, which has room for all that one sequence needs at once: so the oldest always gets to its end.
+    Raises ``ConfigError`` for fewer."""
     if options.cache_tokens in (None, "auto"):
-        return context
-    if options.cache_tokens < context:
+        return _needed_at_once(config, context, options.prefill_window)
+    least = _needed_at_once(config, context, options.prefill_chunk)
+    if options.cache_tokens < least:
+        what = "the context" if least == context else "for a window, a prefill_chunk and two pages"
         raise ConfigError(
-            f"cache_tokens: found {options.cache_tokens}, expected the context, {context}, or more; a sequence could "
-            "not get to its end"
+            f"cache_tokens: found {options.cache_tokens}, expected {what}, {least}, or more; a sequence could not get "
+            "to its end"
         )
     return options.cache_tokens
+
+
+def _needed_at_once(config: ModelConfig, context: int, num_rows: int) -> int:
+    """Tokens in the cache of one sequence, whose prompts are computed ``num_rows`` rows at a time: where all layers
+    have a window, only what it reaches."""
+    if config.window is None:
+        return context
+    return min(context, window_pages(config.window, min(num_rows, context)) * PAGE_SIZE)
 
 
 def _kept_pages(options: EngineOptions, model: PlanInput) -> int:
@@ -361,7 +380,8 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
     """Whole pages, up to the model's maximum and to what the cache holds; with all layers in memory if ``resident``.
     If not even one page fits like that, the default, and layers are streamed."""
     default, low, high = default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
-    if isinstance(options.cache_tokens, int):
+    found = options.cache_tokens
+    if isinstance(found, int) and found < _needed_at_once(files.config, high * PAGE_SIZE, options.prefill_chunk):
         default, high = min(default, options.cache_tokens), min(high, options.cache_tokens // PAGE_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
@@ -383,7 +403,8 @@ def _largest_cache(files: ModelFiles, options: EngineOptions, target: Target) ->
         tried, _ = _attempt(files, dataclasses.replace(options, cache_tokens=pages * PAGE_SIZE), target)
         return tried.fits and tried.placement == plan.placement
 
-    low, high = plan.num_pages, plan.num_pages * model.limits.max_sequences
+    low = plan.num_pages - plan.null_page
+    high = low * model.limits.max_sequences
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if leaves_layers(middle) else (low, middle - 1)

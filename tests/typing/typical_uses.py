@@ -51,6 +51,6 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     print(asyncio.run(stories()))
 
 try:
-    exl.load("nowhere")
+    exl.load("nowhere", rope={"rope_type": "yarn", "factor": 4.0})
 except exl.CheckpointError as error:
     print(error)

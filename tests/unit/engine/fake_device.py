@@ -54,6 +54,7 @@ class FakeDevice:
     decode_rows: int = 16  # of a batch of decode rows, drafts included
     max_logit_rows: int = 24
     vocab_size: int = V
+    window: int | None = None  # a row finds itself and so many tokens, less one, before it
     num_holders: Callable[[int], int] | None = None  # of a page, to see that only its owner writes to it
     log: list[str] = field(default_factory=list)  # "step", "sample", "read", in order
     rows: Counter[str] = field(default_factory=Counter)  # that ran: "decode", "prompt"
@@ -205,11 +206,13 @@ class FakeDevice:
         self._num_rows += 1
 
     def _row_logits(self, table: np.ndarray, num_tokens: int, ids: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        pages = table[: -(-num_tokens // PAGE_SIZE)]
+        low = 0 if self.window is None else max(0, num_tokens - self.window)
+        first = low // PAGE_SIZE
+        pages = table[first : -(-num_tokens // PAGE_SIZE)]
         slots = (pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
         if NOT_A_NUMBER in ids[slots]:  # behind the text, too: 0 times NaN is NaN
             return np.full(V, np.nan, np.float32)
-        slots = slots[:num_tokens]
+        slots = slots[low - first * PAGE_SIZE : num_tokens - first * PAGE_SIZE]
         text = zlib.crc32(bits[slots].tobytes(), zlib.crc32(ids[slots].tobytes()))
         return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[ids[slots[-1]]]
 
