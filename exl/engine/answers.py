@@ -61,6 +61,7 @@ class Answers:
         max_new = min(request.params.max_tokens, self.context - len(ids), self._most_tokens - len(ids))
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
+        scores = max_new <= 0 and ticket.rows is not None and ticket.rows.is_wanted
         made: list[Sequence] = []
         for answer in ticket.answers:
             sequence = Sequence(
@@ -74,6 +75,7 @@ class Answers:
                 matcher=None if request.make_matcher is None else request.make_matcher(),
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
+                prompt_only=scores and answer.choice == 0,
             )
             made.append(sequence)
         ticket.sequences += made

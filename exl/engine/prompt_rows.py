@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.batch import NAN_LOGIT
+from exl.engine.draws import DrawRow, sampling_batch
+
 if TYPE_CHECKING:
     from exl.engine.compose import Piece
     from exl.engine.device import Device
@@ -49,10 +55,57 @@ class WholeText(_Rows):
             self.num_done += len(some)
 
 
+class NoDistribution(Exception):
+    """A row of the prompt has logits of NaN or inf."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code  # see ``exl.batch``
+
+
+class PromptLogprobs(_Rows):
+    """The log-probability of each token after the first, and those of the likeliest at its place. Each is measured as
+    that of a generated token is: by a draw, here one that only this token is allowed for."""
+
+    def __init__(self, ticket: Ticket, count: int) -> None:
+        """``count``: of the likeliest."""
+        self._ids, self._count = ticket.request.prompt_ids, count
+        super().__init__(len(self._ids) - 1)
+        # Per token of the prompt: itself, then the likeliest; nothing is known of the first one.
+        self.found: list[tuple[tuple[int, float], ...] | None] = [None]
+        for answer in ticket.answers:
+            answer.prompt_ranked = self.found
+
+    def take(self, device: Device, chunk: int, rows: range) -> None:
+        for some in slices(rows, device.max_logit_rows):
+            logits = device.prompt_logits(chunk, some)
+            ids = self._ids[self.num_done + 1 : self.num_done + 1 + len(some)]
+            draws = [
+                DrawRow(i, num_logprobs=self._count, mask=_only(token_id, device.vocab_size))
+                for i, token_id in enumerate(ids)
+            ]
+            drawn = device.sample(logits, sampling_batch(draws, device.vocab_size)).read()
+            for token_id, ranked in zip(drawn.ids, drawn.ranked, strict=True):
+                if token_id < 0 or ranked is None:  # None: a token that was not allowed has no number
+                    raise NoDistribution(min(token_id, NAN_LOGIT))
+                self.found.append(ranked)
+                self.num_done += 1
+
+
+def _only(token_id: int, vocab_size: int) -> NDArray[np.uint32]:
+    """A mask that allows one token."""
+    mask = np.zeros(-(-vocab_size // 32), np.uint32)
+    mask[token_id // 32] = 1 << token_id % 32
+    return mask
+
+
 def prompt_rows(ticket: Ticket) -> PromptRows | None:
     """None: nothing is wanted."""
-    if ticket.request.wants_all:
+    request = ticket.request
+    if request.wants_all:
         return WholeText(ticket)
+    if request.prompt_logprobs is not None:
+        return PromptLogprobs(ticket, request.prompt_logprobs)
     return None
 
 

@@ -63,6 +63,7 @@ class TokenRequest:
     make_matcher: Callable[[], Matcher] | None = None
     deadline: float | None = None  # seconds after which it ends with what it has
     max_unread: int = MAX_UNREAD
+    prompt_logprobs: int | None = None  # of each token of the prompt but the first, and of so many likeliest ones
 
     @property
     def draws_nothing(self) -> bool:

@@ -25,7 +25,7 @@ from exl.engine.device import Device, Stats
 from exl.engine.drafts import Drafts
 from exl.engine.draws import DrawRow, sampling_batch
 from exl.engine.lineup import Lineup
-from exl.engine.prompt_rows import rows_of
+from exl.engine.prompt_rows import NoDistribution, rows_of
 from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
@@ -90,12 +90,12 @@ class Scheduler:
             self._timed.append(ticket)
         sequences = self.answers.sequences(ticket, next(self._arrivals))
         for sequence in sequences:
-            if sequence.max_new == 0:
+            if sequence.max_new == 0 and not sequence.prompt_only:
                 sequence.state = State.DONE
             else:
                 self.lineup.wait(sequence)
         for sequence in sequences:
-            if sequence.max_new == 0:
+            if sequence.max_new == 0 and not sequence.prompt_only:
                 self._tell_end(self.answers.cut_off, sequence)
 
     def cancel(self, ticket: Ticket, limit: str | None = None) -> None:
@@ -358,6 +358,9 @@ class Scheduler:
         wanted = sequence.ticket.rows
         try:
             wanted.take(self.device, chunk, rows)
+        except NoDistribution as found:
+            self._poisoned(sequence, found.code)
+            return
         except Exception as error:
             self._check_device(error)
             self.fail(sequence.ticket, error)

@@ -43,6 +43,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     ranked: list[tuple[tuple[int, float], ...]] | None = None  # per token: itself, then the likeliest
+    prompt_ranked: list[tuple[tuple[int, float], ...] | None] | None = None  # per token of the prompt; all choices' own
     outcome: Outcome | None = None
     num_told: int = 0  # tokens that events have told of: no banned string can take these back
     num_drafted: int = 0  # tokens that were guessed, see ``exl.engine.drafts``; and those of them that were drawn

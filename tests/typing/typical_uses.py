@@ -27,6 +27,7 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     params = SamplingParams(temperature=0.8, top_p=0.95, min_p=0.05, max_tokens=50, stop="\n\n")
     text: str = llm.generate("Once", params, prompt_progress=reading).text
     alternatives: tuple[TokenLogprob, ...] | None = llm.generate("Once", 5, top_logprobs=5).logprobs
+    scores: tuple[TokenLogprob | None, ...] | None = llm.generate("Once", 0, prompt_logprobs=5).prompt_logprobs
 
     with llm.stream("Once", params, seed=2) as stream:
         for piece in stream:

@@ -73,6 +73,7 @@ class FakeDevice:
         self._logits = torch.zeros(64, V)  # one buffer, as on a device: what comes later overwrites it
         self._chunks: list[tuple[ForwardBatch, np.ndarray, np.ndarray] | None] = []  # with what a pass left; None: gone
         self._last: list[int] = []
+        self.num_draws = 0
         self._num_rows = 0
 
     # ---- what a scheduler asks for
@@ -116,7 +117,8 @@ class FakeDevice:
         self.log.append("sample")
         found = sample(logits, params)
         self._last = found.ids
-        return FakeSamples(self, found)
+        self.num_draws += 1
+        return FakeSamples(self, found, self.num_draws)
 
     def zero_pages(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -227,7 +229,9 @@ class FakeDevice:
 class FakeSamples:
     device: FakeDevice
     rows: SampleRows
+    number: int
 
     def read(self) -> SampleRows:
+        assert self.number > self.device.num_draws - 2, "these samples are overwritten"
         self.device.log.append("read")
         return self.rows

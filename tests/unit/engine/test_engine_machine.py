@@ -43,7 +43,7 @@ def requests(draw: st.DrawFn) -> TokenRequest:
     text, other = draw(st.permutations(TEXTS))
     shared = draw(st.sampled_from((60, 62, 126, 63, 64, 65, 100, 120, 127, 128, 40, 3, 0)))
     more = draw(st.integers(1, 6))
-    most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1)))
+    most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1, 0)))
     stops, banned = draw(st.sampled_from(((), STOPS))), draw(st.sampled_from(((), BANS)))
     with_sink, matcher = bool(stops or banned) or draw(st.booleans()), draw(st.sampled_from((None, None, 5, 1000)))
     return TokenRequest(
@@ -51,6 +51,7 @@ def requests(draw: st.DrawFn) -> TokenRequest:
         params=SamplingParams(max_tokens=most, seed=draw(st.integers(0, 3)), **draw(st.sampled_from(SAMPLERS))),
         reuse_prefix=draw(st.sampled_from((False, "exact", "exact", True))),
         top_logprobs=draw(st.sampled_from((None, None, 2))),
+        prompt_logprobs=draw(st.sampled_from((None, None, 1))),
         num_choices=draw(st.sampled_from((1, 1, 2, 3, 4))),
         speculate=draw(st.sampled_from((None, None, "prompt"))),
         draft_tokens=draw(st.sampled_from((None, 3))),
@@ -66,15 +67,25 @@ class EngineMachine(RuleBasedStateMachine):
         chunk=st.sampled_from((32, 64, 128)),
         num_pages=st.sampled_from((3, 4, 5)),
         max_sequences=st.sampled_from((4, 3, 2, 1)),
+        keeps_all_rows=st.booleans(),
     )
-    def begin(self, runs_ahead: bool, invariant_rows: int, chunk: int, num_pages: int, max_sequences: int) -> None:
+    def begin(
+        self,
+        runs_ahead: bool,
+        invariant_rows: int,
+        chunk: int,
+        num_pages: int,
+        max_sequences: int,
+        keeps_all_rows: bool,
+    ) -> None:
         self.device = FakeDevice(
             num_pages,
             runs_ahead=runs_ahead,
             invariant_rows=invariant_rows,
             chunk=chunk,
             max_sequences=max_sequences,
-            step_tokens=chunk,
+            step_tokens=chunk * (1 + keeps_all_rows),
+            keeps_all_rows=keeps_all_rows,
             decode_rows=8,
         )
         self.world = World(self.device, CONTEXT)
