@@ -18,6 +18,7 @@ from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
+from exl.embedding import embed
 from exl.engine.build import Engine, load_engine
 from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
@@ -252,6 +253,19 @@ class LLM:
             return self._open_generator().submit(request, inline=inline)
 
         return self._track(Stream(start, lambda event: event.logits))
+
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", *, normalize: bool = False
+    ) -> torch.Tensor:
+        """A vector for each text, f32 [texts, hidden size] on the CPU; of one text [1, hidden size].
+
+        ``texts``: a text or token ids, or a list of these; a text gets the model's BOS. The vector is the state of the
+        last layer after the final norm: ``pooling="mean"`` takes the mean over all tokens, "last" the last one's.
+        ``normalize``: each vector's length becomes 1. All texts are computed in one batch with all other requests, and
+        each vector has the bits that it has alone. Raises ``ConfigError`` for an empty list, an empty text, and one
+        that is longer than the context.
+        """
+        return embed(self, texts, pooling, normalize)
 
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.

@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 
 from exl.batch import NAN_LOGIT
 from exl.engine.draws import DrawRow, sampling_batch
+from exl.errors import ExlError
+from exl.sampling import no_distribution
 
 if TYPE_CHECKING:
     from exl.engine.compose import Piece
     from exl.engine.device import Device
     from exl.engine.ticket import Ticket
+
+
+_STATES = 64  # rows that are copied to the host at once
 
 
 class PromptRows(Protocol):
@@ -55,12 +60,13 @@ class WholeText(_Rows):
             self.num_done += len(some)
 
 
-class NoDistribution(Exception):
-    """A row of the prompt has logits of NaN or inf."""
+class NotNumbersError(Exception):
+    """A row of the prompt has NaN or inf."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code  # see ``exl.batch``
+    def __init__(self, error: ExlError) -> None:
+        """``error``: for the caller."""
+        super().__init__(error)
+        self.error = error
 
 
 class PromptLogprobs(_Rows):
@@ -87,9 +93,34 @@ class PromptLogprobs(_Rows):
             drawn = device.sample(logits, sampling_batch(draws, device.vocab_size)).read()
             for token_id, ranked in zip(drawn.ids, drawn.ranked, strict=True):
                 if token_id < 0 or ranked is None:  # None: a token that was not allowed has no number
-                    raise NoDistribution(min(token_id, NAN_LOGIT))
+                    raise NotNumbersError(no_distribution(min(token_id, NAN_LOGIT)))
                 self.found.append(ranked)
                 self.num_done += 1
+
+
+class Pooled(_Rows):
+    """One state for the whole text: of the last layer after the final norm, the mean over its tokens or the last one's.
+    Sums are f64, in the order of the tokens, so that no bit depends on where chunks and slices end."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        request = ticket.request
+        super().__init__(len(request.prompt_ids))
+        (self._answer,) = ticket.answers
+        if request.pooling == "last":
+            self.num_done = self.num_rows - 1  # nothing is wanted of those before
+        self._count = self.num_rows - self.num_done
+        self._total: NDArray[np.float64] | None = None
+
+    def take(self, device: Device, chunk: int, rows: range) -> None:
+        for some in slices(rows, _STATES):
+            states = device.final_states(chunk, some)
+            if not np.isfinite(states).all():
+                raise NotNumbersError(ExlError("embed: found a hidden state of nan or inf, expected finite numbers"))
+            for state in states:
+                self._total = state if self._total is None else self._total + state
+            self.num_done += len(some)
+        if not self.is_wanted:
+            self._answer.embedding = (self._total / self._count).astype(np.float32)
 
 
 def _only(token_id: int, vocab_size: int) -> NDArray[np.uint32]:
@@ -106,6 +137,8 @@ def prompt_rows(ticket: Ticket) -> PromptRows | None:
         return WholeText(ticket)
     if request.prompt_logprobs is not None:
         return PromptLogprobs(ticket, request.prompt_logprobs)
+    if request.pooling is not None:
+        return Pooled(ticket)
     return None
 
 

@@ -1,12 +1,14 @@
 """What is told of a prompt's tokens, against transformers and against what the same model draws from: logits of whole
-texts, log-probabilities."""
+texts, log-probabilities, embeddings."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import exl
 from exl.engine.build import Engine, load_engine
@@ -16,8 +18,10 @@ from exl.planning.from_headers import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.host.backends import make_backend
 from tests.model.cpu_targets import needs_kernels, with_both
-from tests.model.cuda_engines import all_logits, load, some_ids
+from tests.model.cuda_engines import all_logits, bound, load, some_ids
 from tests.model.hf_models import CASES, build, prefill_logits, save
+from tests.model.placed_model import IDS as STREAMED
+from tests.model.placed_model import NUM_LAYERS, PlacedModel
 
 STORIES_260K = Path(__file__).parents[1] / "data" / "stories260K"
 TOLERANCE = 2e-4  # as in test_against_transformers.py
@@ -51,6 +55,12 @@ def engine(request, folder) -> Engine:
     assert engine.generator.runner.max_logit_rows == 7
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with exl.load(STORIES_260K, device="cpu", context=64) as llm:
+        yield llm
 
 
 def last_logits(engine: Engine, ids: list[int]) -> torch.Tensor:
@@ -153,3 +163,106 @@ def test_scores_of_a_text():
         assert llm.chat().send("One", 2, prompt_logprobs=0).prompt_logprobs[1].alternatives == ()
         with pytest.raises(exl.ConfigError, match=r"prompt_logprobs: found -1, expected None or .* 0 to 512"):
             llm.generate("One", prompt_logprobs=-1)
+
+
+# ---- embeddings
+
+
+def pooled(engine: Engine, ids: list[int], pooling: str) -> torch.Tensor:
+    request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling)
+    return torch.from_numpy(
+        engine.generator.submit(request, lambda answers: answers[0].embedding, inline=True).result()
+    )
+
+
+@torch.no_grad()
+def expected_states(model, ids: list[int]) -> torch.Tensor:
+    """transformers' last hidden state, f64 [tokens, hidden size]."""
+    model = copy.deepcopy(model)  # dynamic RoPE remembers the longest sequence so far
+    return model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0].double()
+
+
+@with_both
+@pytest.mark.parametrize("name", ["llama-dynamic", "mistral", "qwen2-window", "qwen3", "llama-tied"])
+def test_embeddings_are_the_pooled_states_of_transformers(name, cpu, models):
+    model, folder = models(name)
+    options, ids = EngineOptions(context=128, kv_cache="f32", prefill_chunk=32), some_ids(90)
+    engine = load_engine(folder, options, cpu=cpu)
+    for length in (90, 64, 1):
+        states = expected_states(model, ids[:length])
+        assert states.std() > 0.1
+        assert (pooled(engine, ids[:length], "mean") - states.mean(0)).abs().max() <= TOLERANCE
+        assert (pooled(engine, ids[:length], "last") - states[-1]).abs().max() <= TOLERANCE
+    engine.close()
+
+
+def test_embeddings_in_company(engine, folder_and_model):
+    """Near those of transformers, with a GPU's f16 too; bit by bit what each text gets alone."""
+    texts = [IDS, IDS[3:8], [7], IDS[10:30], IDS[::-1]]
+    for pooling in ("mean", "last"):
+        alone = [pooled(engine, ids, pooling) for ids in texts]
+        for ids, found in zip(texts, alone, strict=True):
+            states = expected_states(folder_and_model[1], ids)
+            right = states.mean(0) if pooling == "mean" else states[-1]
+            assert (found - right).abs().max() <= bound(states, engine.config.num_layers)
+        asked = TokenRequest(IDS[5:40], SamplingParams(max_tokens=8, temperature=0.0), prompt_logprobs=1)
+        params = SamplingParams(max_tokens=0)
+        with engine.generator.submit(asked) as other:
+            handles = [engine.generator.submit(TokenRequest(ids, params, pooling=pooling)) for ids in texts]
+            for handle, expected in zip(handles, alone, strict=True):
+                handle.result(60)
+                assert torch.equal(torch.from_numpy(handle.answers[0].embedding), expected)
+            other.result(60)
+
+
+def test_streamed_layers_give_what_resident_ones_give(four_bit, tmp_path):
+    """All chunks of a step are in one window there."""
+    found = []
+    for resident in ((), tuple(range(NUM_LAYERS))):
+        with PlacedModel(four_bit, tmp_path, resident=resident) as model:
+            assert model.generator.runner.keeps_all_rows == (not resident)
+            steps = model.generator.scheduler.stats.steps
+            texts = [pooled(model, STREAMED, pooling).tolist() for pooling in ("mean", "last")]
+            assert model.generator.scheduler.stats.steps - steps == 2 * (3 if resident else 2)
+            found.append((model.logits().tolist(), texts, scored(model, STREAMED, most=3).prompt_ranked))
+    assert found[0] == found[1]
+
+
+def test_texts_are_embedded():
+    with exl.load(STORIES_260K, kv_cache="f32", device="cpu", context=64) as llm:
+        model = transformers.AutoModelForCausalLM.from_pretrained(STORIES_260K, dtype=torch.float32).eval()
+        texts = ["Once upon a time", llm.encode("One day"), "The dog was big."]
+        for pooling in ("mean", "last"):
+            found = llm.embed(texts, pooling)
+            assert (found.dtype, found.shape) == (torch.float32, (3, llm.config.hidden_size))
+            for row, text in zip(found, texts, strict=True):
+                states = expected_states(model, llm.encode(text))
+                right = states.mean(0) if pooling == "mean" else states[-1]
+                assert (row - right).abs().max() <= TOLERANCE
+                assert torch.equal(llm.embed(text, pooling)[0], row)
+        unit = llm.embed(texts, normalize=True)
+        assert (unit.norm(dim=1) - 1).abs().max() < 1e-6
+        assert torch.allclose(unit * llm.embed(texts).norm(dim=1, keepdim=True), llm.embed(texts), atol=1e-5)
+        with llm.submit("The dog", 40) as other:
+            assert torch.equal(llm.embed(texts, normalize=True), unit)
+            other.result(60)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "texts: found an empty list, expected at least one text"),
+        ("", {}, "texts: found an empty text, expected at least one token"),
+        (["One", ""], {}, r"texts\[1\]: found an empty text"),
+        ([[1, 5], []], {}, r"texts\[1\]: found an empty text"),
+        (["One", [5] * 65], {}, r"texts\[1\]: found 65 tokens, the context holds 64"),
+        ([1, 512], {}, "texts: found token id 512, expected an integer from 0 to 511"),
+        (["One", 1.5], {}, r"texts\[1\]: found 1.5, expected a text"),
+        (1.5, {}, "texts: found 1.5, expected a text, token ids, or a list of these"),
+        ("One", {"pooling": "max"}, "pooling: found 'max', expected 'mean' or 'last'"),
+        ("One", {"normalize": 2}, "normalize: found 2, expected True or False"),
+    ],
+)
+def test_what_cannot_be_embedded(llm, texts, options, message):
+    with pytest.raises(exl.ConfigError, match=message):
+        llm.embed(texts, **options)

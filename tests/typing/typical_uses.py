@@ -44,6 +44,7 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     answer: Completion = llm.complete_chat(messages, max_tokens=20)
     chat = llm.chat(messages=messages)
     print(llm.logits(llm.encode("Once")).shape, llm.context)
+    print(llm.embed(["Once", "One day"], "last", normalize=True).shape, llm.embed([[1, 2], [3]]).dtype)
 
     async def stories() -> str:
         async with llm.stream("Once", 10) as pieces:

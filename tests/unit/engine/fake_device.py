@@ -106,12 +106,17 @@ class FakeDevice:
     def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
         self.log.append("head")
         assert 0 < len(rows) <= self.max_logit_rows
+        self._logits.fill_(float("nan"))
+        self._logits[: len(rows)] = torch.from_numpy(self._kept_rows(chunk, rows))
+        return self._logits[: len(rows)]
+
+    def final_states(self, chunk: int, rows: range) -> np.ndarray:
+        return self._kept_rows(chunk, rows).astype(np.float64)
+
+    def _kept_rows(self, chunk: int, rows: range) -> np.ndarray:
         assert self._chunks[chunk] is not None, "the rows of this chunk are gone"
         batch, *memory = self._chunks[chunk]
-        self._logits.fill_(float("nan"))
-        for i, row in enumerate(rows):
-            self._logits[i] = torch.from_numpy(self._logits_of(batch, row, *memory))
-        return self._logits[: len(rows)]
+        return np.stack([self._logits_of(batch, row, *memory) for row in rows])
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> FakeSamples:
         self.log.append("sample")

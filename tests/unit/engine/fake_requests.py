@@ -225,6 +225,7 @@ def results(world: World, ticket: Ticket) -> list[tuple]:
         (
             *(answer.token_ids, "".join(answer.pieces), answer.outcome, answer.ranked, *told(world.events[ticket], i)),
             answer.prompt_ranked,
+            None if answer.embedding is None else answer.embedding.tolist(),
         )
         for i, answer in enumerate(ticket.answers)
     ]

@@ -113,6 +113,11 @@ class EngineMachine(RuleBasedStateMachine):
     def submit_another(self, request: TokenRequest) -> None:
         self.world.submit(request)
 
+    @rule(length=st.sampled_from((1, 3, 40, 64, 65, 128, 190)), pooling=st.sampled_from((None, "mean", "last")))
+    def submit_text(self, length: int, pooling: str | None) -> None:
+        params, wants_all = SamplingParams(max_tokens=0, seed=0), pooling is None
+        self.world.submit(TokenRequest(TEXTS[0][:length], params, wants_all=wants_all, pooling=pooling))
+
     @precondition(lambda self: self.live())
     @rule(count=st.integers(8, 30))
     def many_steps(self, count: int) -> None:

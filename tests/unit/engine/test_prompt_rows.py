@@ -1,10 +1,11 @@
 """What is asked of a prompt's rows after its pass, over a device without a model: logits of whole texts, and
-log-probabilities of the prompt."""
+log-probabilities of the prompt, pooled states."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,5 +216,64 @@ def test_a_row_of_a_prompt_that_is_no_number_ends_its_request_alone(most: int) -
     world.device.nan_row = 20  # of the first chunk's rows
     world.run()
     assert "nan" in str(ticket.error)
+    assert world.device.zeroed
+    assert results(world, other) == alone(other.request, world.device)
+
+
+# ---- pooled states
+
+
+def pooling(ids: list[int], how: str) -> TokenRequest:
+    return TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=how)
+
+
+def check_state(world: World, ticket: Ticket) -> None:
+    """By the definition, with sums in the order of the tokens; the device's states are its logits."""
+    assert ticket.error is None
+    states = alone_logits(world, ticket.request.prompt_ids).double().numpy()
+    total = states[0]
+    for state in states[1:]:
+        total = total + state
+    expected = states[-1] if ticket.request.pooling == "last" else total / len(states)
+    assert ticket.answers[0].embedding.tolist() == expected.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize(("invariant_rows", "steps"), [(DEVICES[0], 2), (DEVICES[1], 2), (DEVICES[2], 6)])
+def test_states_of_short_texts_come_from_one_batch_where_it_does_not_show(invariant_rows: int, steps: int) -> None:
+    world = World(FakeDevice(16, chunk=64, step_tokens=64, max_sequences=4, invariant_rows=invariant_rows))
+    tickets = [world.submit(pooling(prompt(12 + i, i), ("mean", "last")[i % 2])) for i in range(6)]
+    world.run()
+    assert world.stats.steps == steps
+    for ticket in tickets:
+        check_state(world, ticket)
+
+
+@pytest.mark.parametrize("keeps_all_rows", [True, False])
+@pytest.mark.parametrize("invariant_rows", DEVICES)
+def test_states_in_company_and_after_a_pause(invariant_rows: int, keeps_all_rows: bool) -> None:
+    device = FakeDevice(12, chunk=32, step_tokens=32, invariant_rows=invariant_rows, keeps_all_rows=keeps_all_rows)
+    world = World(device, CONTEXT)
+    tickets = [world.submit(pooling(prompt(150 + i, i), how)) for i, how in enumerate(("mean", "last"))]
+    others = [request(prompt(20 + i, i), 12, seed=i) for i in range(2)]
+    asked = [world.submit(one) for one in others]
+    for _ in range(3):
+        world.scheduler.step()
+    world.scheduler.lineup.pause(tickets[0].sequences[0])
+    world.pool.clear()
+    world.run()
+    for ticket in tickets:
+        check_state(world, ticket)
+    for ticket in asked:
+        assert results(world, ticket) == alone(ticket.request, device)
+
+
+def test_a_state_that_is_no_number_ends_its_request_alone() -> None:
+    world = World(FakeDevice(16, chunk=32, step_tokens=32))
+    other = world.submit(request(prompt(20, 1), 12, seed=1))
+    world.scheduler.step()
+    ticket = world.submit(pooling(prompt(100), "mean"))
+    world.device.nan_row = 20
+    world.run()
+    assert "embed: found a hidden state of nan" in str(ticket.error)
     assert world.device.zeroed
     assert results(world, other) == alone(other.request, world.device)
