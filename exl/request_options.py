@@ -85,6 +85,10 @@ class RequestOptions(TypedDict, total=False):
     speculate: str | Literal[False] | None
     draft_tokens: int | None  # guesses in each step; by default as many as pay, none where it does not pay
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
+    # The log-probability of each token of the prompt but the first, and of this many likeliest ones at its position.
+    # The cache has none, so such a request takes nothing from it, whatever ``reuse_prefix`` allows; with max_tokens=0
+    # nothing is generated.
+    prompt_logprobs: int | None
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
     deadline: float | None  # seconds after which it ends as it is, with finish_reason "cancelled", limit "deadline"
     max_unread: int | None  # tokens that whoever iterates may be behind before the request waits; by default 512
@@ -104,6 +108,7 @@ class Request:
     speculate: str | Literal[False] | None = None
     draft_tokens: int | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     prompt_progress: Callable[[PromptProgress], None] | None = None
     deadline: float | None = None
     max_unread: int = 512
@@ -152,6 +157,9 @@ class Request:
             raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
         if request.guidance_scale == 1.0 and request.negative_prompt is not None:
             raise ConfigError("negative_prompt: found without guidance_scale=, or with 1, expected another scale")
+        if request.guidance_scale != 1.0 and request.prompt_logprobs is not None:
+            found = request.prompt_logprobs
+            raise ConfigError(f"prompt_logprobs: found {found} with guidance_scale=, expected one of the two")
         if request.guidance_scale != 1.0 and request.speculate:
             raise ConfigError(f"speculate: found {request.speculate!r} with guidance_scale=, expected one of the two")
         return request

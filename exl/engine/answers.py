@@ -73,6 +73,7 @@ class Answers:
         max_new = min(request.params.max_tokens, self.context - longest, self._most_tokens - longest)
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
+        scores = max_new <= 0 and ticket.rows is not None and ticket.rows.is_wanted
         made: list[Sequence] = []
         for answer in ticket.answers:
             sequence = Sequence(
@@ -86,6 +87,7 @@ class Answers:
                 matcher=None if request.make_matcher is None else request.make_matcher(),
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
+                prompt_only=scores and answer.choice == 0,
             )
             made += Guided(sequence).members if guided else [sequence]
         ticket.sequences += made

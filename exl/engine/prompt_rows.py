@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from exl.batch import NAN_LOGIT
+from exl.engine.draws import DrawRow, sampling_batch
+from exl.errors import ExlError
+from exl.sampling import no_distribution
+
 if TYPE_CHECKING:
     from exl.engine.compose import Piece
     from exl.engine.device import Device
     from exl.engine.ticket import Ticket
+
+
+_STATES = 64  # rows that are copied to the host at once
 
 
 class PromptRows(Protocol):
@@ -49,10 +60,85 @@ class WholeText(_Rows):
             self.num_done += len(some)
 
 
+class NotNumbersError(Exception):
+    """A row of the prompt has NaN or inf."""
+
+    def __init__(self, error: ExlError) -> None:
+        """``error``: for the caller."""
+        super().__init__(error)
+        self.error = error
+
+
+class PromptLogprobs(_Rows):
+    """The log-probability of each token after the first, and those of the likeliest at its place. Each is measured as
+    that of a generated token is: by a draw, here one that only this token is allowed for."""
+
+    def __init__(self, ticket: Ticket, count: int) -> None:
+        """``count``: of the likeliest."""
+        self._ids, self._count = ticket.request.prompt_ids, count
+        super().__init__(len(self._ids) - 1)
+        # Per token of the prompt: itself, then the likeliest; nothing is known of the first one.
+        self.found: list[tuple[tuple[int, float], ...] | None] = [None]
+        for answer in ticket.answers:
+            answer.prompt_ranked = self.found
+
+    def take(self, device: Device, chunk: int, rows: range) -> None:
+        for some in slices(rows, device.max_logit_rows):
+            logits = device.prompt_logits(chunk, some)
+            ids = self._ids[self.num_done + 1 : self.num_done + 1 + len(some)]
+            draws = [
+                DrawRow(i, num_logprobs=self._count, mask=_only(token_id, device.vocab_size))
+                for i, token_id in enumerate(ids)
+            ]
+            drawn = device.sample(logits, sampling_batch(draws, device.vocab_size)).read()
+            for token_id, ranked in zip(drawn.ids, drawn.ranked, strict=True):
+                if token_id < 0 or ranked is None:  # None: a token that was not allowed has no number
+                    raise NotNumbersError(no_distribution(min(token_id, NAN_LOGIT)))
+                self.found.append(ranked)
+                self.num_done += 1
+
+
+class Pooled(_Rows):
+    """One state for the whole text: of the last layer after the final norm, the mean over its tokens or the last one's.
+    Sums are f64, in the order of the tokens, so that no bit depends on where chunks and slices end."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        request = ticket.request
+        super().__init__(len(request.prompt_ids))
+        (self._answer,) = ticket.answers
+        if request.pooling == "last":
+            self.num_done = self.num_rows - 1  # nothing is wanted of those before
+        self._count = self.num_rows - self.num_done
+        self._total: NDArray[np.float64] | None = None
+
+    def take(self, device: Device, chunk: int, rows: range) -> None:
+        for some in slices(rows, _STATES):
+            states = device.final_states(chunk, some)
+            if not np.isfinite(states).all():
+                raise NotNumbersError(ExlError("embed: found a hidden state of nan or inf, expected finite numbers"))
+            for state in states:
+                self._total = state if self._total is None else self._total + state
+            self.num_done += len(some)
+        if not self.is_wanted:
+            self._answer.embedding = (self._total / self._count).astype(np.float32)
+
+
+def _only(token_id: int, vocab_size: int) -> NDArray[np.uint32]:
+    """A mask that allows one token."""
+    mask = np.zeros(-(-vocab_size // 32), np.uint32)
+    mask[token_id // 32] = 1 << token_id % 32
+    return mask
+
+
 def prompt_rows(ticket: Ticket) -> PromptRows | None:
     """None: nothing is wanted."""
-    if ticket.request.wants_all:
+    request = ticket.request
+    if request.wants_all:
         return WholeText(ticket)
+    if request.prompt_logprobs is not None:
+        return PromptLogprobs(ticket, request.prompt_logprobs)
+    if request.pooling is not None:
+        return Pooled(ticket)
     return None
 
 

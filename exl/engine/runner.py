@@ -86,8 +86,8 @@ class Runner:
         self, decode: ForwardBatch | None, chunks: Sequence[ForwardBatch], on_layer: OnChunks | None = None
     ) -> torch.Tensor:
         """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows: a view that is valid until the next
-        call. ``on_layer`` is called after each layer that chunks went through. The last window stays staged, for
-        ``prompt_logits``."""
+        call. ``on_layer`` is called after each layer that chunks went through. The last window stays staged, and its
+        rows in the residual stream's buffer, for ``prompt_logits`` and ``final_states``."""
         at = first = 0
         try:
             if decode is not None and not (self._one_window and chunks):
@@ -113,11 +113,25 @@ class Runner:
         guide(logits, rows)
 
     def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
+        i = self._kept(chunk)
+        self.decoder.ops.fence()  # draws from what is overwritten now have ended
+        return self._head_of(i, self._rows[i], 0, np.arange(rows.start, rows.stop, dtype=np.int32))
+
+    def final_states(self, chunk: int, rows: range) -> NDArray[np.float64]:
+        h = self._rows[self._kept(chunk)][rows.start : rows.stop].to("cpu").numpy().astype(np.float64)
+        mean = np.square(h).mean(axis=1, keepdims=True)
+        return h / np.sqrt(mean + self.decoder.config.rms_norm_eps) * self._final_weight
+
+    @functools.cached_property
+    def _final_weight(self) -> NDArray[np.float64]:
+        return self._final_norm.to("cpu").numpy().astype(np.float64)
+
+    def _kept(self, chunk: int) -> int:
+        """Which batch of the last window is this chunk of the last step."""
         i = self._first_chunk + chunk
         if not 0 <= i < len(self._rows):
             raise ValueError(f"chunk {chunk}: its rows are gone, the buffer holds those of {len(self._rows)} batches")
-        self.decoder.ops.fence()  # draws from what is overwritten now have ended
-        return self._head_of(i, self._rows[i], 0, np.arange(rows.start, rows.stop, dtype=np.int32))
+        return i
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         return self.decoder.ops.sample(logits, params)

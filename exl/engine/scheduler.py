@@ -27,12 +27,12 @@ from exl.engine.draws import DrawRow, sampling_batch
 from exl.engine.group import leads, members_of
 from exl.engine.guidance import Guided, GuidedRow
 from exl.engine.lineup import Lineup
-from exl.engine.prompt_rows import rows_of
+from exl.engine.prompt_rows import NotNumbersError, rows_of
 from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
-from exl.errors import CheckpointError, DeviceLostError, MemoryBudgetError, with_causes
+from exl.errors import CheckpointError, DeviceLostError, ExlError, MemoryBudgetError, with_causes
 from exl.ops.base import Samples
 from exl.request_options import PromptProgress
 from exl.sampling import no_distribution
@@ -92,12 +92,12 @@ class Scheduler:
             self._timed.append(ticket)
         sequences = self.answers.sequences(ticket, next(self._arrivals))
         for sequence in sequences:
-            if sequence.max_new == 0:
+            if sequence.max_new == 0 and not sequence.prompt_only:
                 sequence.state = State.DONE
             else:
                 self.lineup.wait(sequence)
         for sequence in sequences:
-            if sequence.max_new == 0 and leads(sequence):
+            if sequence.max_new == 0 and not sequence.prompt_only and leads(sequence):
                 self._tell_end(self.answers.cut_off, sequence)
 
     def cancel(self, ticket: Ticket, limit: str | None = None) -> None:
@@ -380,6 +380,9 @@ class Scheduler:
         wanted = sequence.ticket.rows
         try:
             wanted.take(self.device, chunk, rows)
+        except NotNumbersError as found:
+            self._poisoned(sequence, found.error)
+            return
         except Exception as error:
             self._check_device(error)
             self.fail(sequence.ticket, error)
@@ -393,7 +396,7 @@ class Scheduler:
         num_accepted = 0
         for j in range(1 + len(drafts)):
             if found.ids[i + j] < 0:
-                self._poisoned(sequence, found.ids[i + j])
+                self._poisoned(sequence, no_distribution(found.ids[i + j]))
                 return
             self.stats.generated_tokens += 1
             num_before = len(sequence.ids)
@@ -442,7 +445,7 @@ class Scheduler:
         except MemoryBudgetError:
             self.lineup.suspend(sequence)
 
-    def _poisoned(self, sequence: Tokens, code: int) -> None:
-        """A row without a distribution ends its request alone."""
+    def _poisoned(self, sequence: Tokens, error: ExlError) -> None:
+        """A row of no numbers ends its request alone."""
         self.pages.poison(sequence.ticket.sequences, self.device.zero_pages)
-        self.fail(sequence.ticket, no_distribution(code))
+        self.fail(sequence.ticket, error)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.engine.prompt_rows import PromptRows, prompt_rows
 from exl.engine.request import Outcome, TokenRequest
@@ -43,6 +45,8 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     ranked: list[tuple[tuple[int, float], ...]] | None = None  # per token: itself, then the likeliest
+    prompt_ranked: list[tuple[tuple[int, float], ...] | None] | None = None  # per token of the prompt; all choices' own
+    embedding: NDArray[np.float32] | None = None  # [C], with ``TokenRequest.pooling``
     outcome: Outcome | None = None
     num_told: int = 0  # tokens that events have told of: no banned string can take these back
     num_drafted: int = 0  # tokens that were guessed, see ``exl.engine.drafts``; and those of them that were drawn

@@ -27,6 +27,7 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     params = SamplingParams(temperature=0.8, top_p=0.95, min_p=0.05, max_tokens=50, stop="\n\n")
     text: str = llm.generate("Once", params, prompt_progress=reading).text
     alternatives: tuple[TokenLogprob, ...] | None = llm.generate("Once", 5, top_logprobs=5).logprobs
+    scores: tuple[TokenLogprob | None, ...] | None = llm.generate("Once", 0, prompt_logprobs=5).prompt_logprobs
 
     with llm.stream("Once", params, seed=2) as stream:
         for piece in stream:
@@ -43,6 +44,7 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     answer: Completion = llm.complete_chat(messages, max_tokens=20)
     chat = llm.chat(messages=messages)
     print(llm.logits(llm.encode("Once")).shape, llm.context)
+    print(llm.embed(["Once", "One day"], "last", normalize=True).shape, llm.embed([[1, 2], [3]]).dtype)
 
     async def stories() -> str:
         async with llm.stream("Once", 10) as pieces:

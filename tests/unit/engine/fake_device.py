@@ -75,6 +75,7 @@ class FakeDevice:
         self._logits = torch.zeros(64, V)  # one buffer, as on a device: what comes later overwrites it
         self._chunks: list[tuple[ForwardBatch, np.ndarray, np.ndarray] | None] = []  # with what a pass left; None: gone
         self._last: list[int] = []
+        self.num_draws = 0
         self._num_rows = 0
 
     # ---- what a scheduler asks for
@@ -110,18 +111,24 @@ class FakeDevice:
     def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
         self.log.append("head")
         assert 0 < len(rows) <= self.max_logit_rows
+        self._logits.fill_(float("nan"))
+        self._logits[: len(rows)] = torch.from_numpy(self._kept_rows(chunk, rows))
+        return self._logits[: len(rows)]
+
+    def final_states(self, chunk: int, rows: range) -> np.ndarray:
+        return self._kept_rows(chunk, rows).astype(np.float64)
+
+    def _kept_rows(self, chunk: int, rows: range) -> np.ndarray:
         assert self._chunks[chunk] is not None, "the rows of this chunk are gone"
         batch, *memory = self._chunks[chunk]
-        self._logits.fill_(float("nan"))
-        for i, row in enumerate(rows):
-            self._logits[i] = torch.from_numpy(self._logits_of(batch, row, *memory))
-        return self._logits[: len(rows)]
+        return np.stack([self._logits_of(batch, row, *memory) for row in rows])
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> FakeSamples:
         self.log.append("sample")
         found = sample(logits, params)
         self._last = found.ids
-        return FakeSamples(self, found)
+        self.num_draws += 1
+        return FakeSamples(self, found, self.num_draws)
 
     def zero_pages(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -234,7 +241,9 @@ class FakeDevice:
 class FakeSamples:
     device: FakeDevice
     rows: SampleRows
+    number: int
 
     def read(self) -> SampleRows:
+        assert self.number > self.device.num_draws - 2, "these samples are overwritten"
         self.device.log.append("read")
         return self.rows

@@ -225,7 +225,11 @@ def told(events: Sequence[Event], choice: int) -> tuple[list[int], str]:
 def results(world: World, ticket: Ticket) -> list[tuple]:
     """All that a request's caller gets."""
     return [
-        (answer.token_ids, "".join(answer.pieces), answer.outcome, answer.ranked, *told(world.events[ticket], i))
+        (
+            *(answer.token_ids, "".join(answer.pieces), answer.outcome, answer.ranked, *told(world.events[ticket], i)),
+            answer.prompt_ranked,
+            None if answer.embedding is None else answer.embedding.tolist(),
+        )
         for i, answer in enumerate(ticket.answers)
     ]
 

@@ -43,7 +43,7 @@ def requests(draw: st.DrawFn) -> TokenRequest:
     text, other = draw(st.permutations(TEXTS))
     shared = draw(st.sampled_from((60, 62, 126, 63, 64, 65, 100, 120, 127, 128, 40, 3, 0)))
     more = draw(st.integers(1, 6))
-    most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1)))
+    most = draw(st.sampled_from((12, 70, 30, 20, 7, 4, 2, 1, 0)))
     stops, banned = draw(st.sampled_from(((), STOPS))), draw(st.sampled_from(((), BANS)))
     guidance = draw(st.sampled_from((1.0, 1.0, 1.0, 2.0, 0.5)))
     negative = draw(st.sampled_from((None, other[:3], text[:40], other[:64], text[:70])))
@@ -53,6 +53,7 @@ def requests(draw: st.DrawFn) -> TokenRequest:
         params=SamplingParams(max_tokens=most, seed=draw(st.integers(0, 3)), **draw(st.sampled_from(SAMPLERS))),
         reuse_prefix=draw(st.sampled_from((False, "exact", "exact", True))),
         top_logprobs=draw(st.sampled_from((None, None, 2))),
+        prompt_logprobs=draw(st.sampled_from((None, None, 1))) if guidance == 1.0 else None,
         num_choices=draw(st.sampled_from((1, 1, 2, 3, 4))),
         guidance_scale=guidance,
         negative_ids=negative if guidance != 1.0 else None,
@@ -73,6 +74,7 @@ class EngineMachine(RuleBasedStateMachine):
         chunk=st.sampled_from((32, 64, 128)),
         num_pages=st.sampled_from((3, 4, 5)),
         max_sequences=st.sampled_from((4, 3, 2, 1)),
+        keeps_all_rows=st.booleans(),
     )
     def begin(
         self,
@@ -81,6 +83,7 @@ class EngineMachine(RuleBasedStateMachine):
         chunk: int,
         num_pages: int,
         max_sequences: int,
+        keeps_all_rows: bool = False,
         window: int | None = None,
     ) -> None:
         self.device = FakeDevice(
@@ -89,7 +92,8 @@ class EngineMachine(RuleBasedStateMachine):
             invariant_rows=invariant_rows,
             chunk=chunk,
             max_sequences=max_sequences,
-            step_tokens=chunk,
+            step_tokens=chunk * (1 + keeps_all_rows),
+            keeps_all_rows=keeps_all_rows,
             decode_rows=8,
             window=window,
         )
@@ -123,6 +127,11 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(request=requests())
     def submit_another(self, request: TokenRequest) -> None:
         self.ask(request)
+
+    @rule(length=st.sampled_from((1, 3, 40, 64, 65, 128, 190)), pooling=st.sampled_from((None, "mean", "last")))
+    def submit_text(self, length: int, pooling: str | None) -> None:
+        params, wants_all = SamplingParams(max_tokens=0, seed=0), pooling is None
+        self.world.submit(TokenRequest(TEXTS[0][:length], params, wants_all=wants_all, pooling=pooling))
 
     @precondition(lambda self: self.live())
     @rule(count=st.integers(8, 30))
