@@ -36,6 +36,7 @@ class Completion:
     limit: str | None = None
     choices: tuple[Completion, ...] = ()  # all n of a request with n= or best_of=, this one first; else ()
     mean_logprob: float | None = None  # of its tokens, with best_of=: the choices are ordered by it
+    beam_score: float | None = None  # with num_beams=: log-probability / length ** length_penalty; choices go by it
     num_drafted: int = 0  # tokens that were guessed, with speculate=; and those of them that the model drew
     num_accepted: int = 0
     # One per token of the prompt, None for the first; None unless prompt_logprobs was given.

@@ -342,6 +342,9 @@ class LLM:
             prompt_logprobs=request.prompt_logprobs,
             prompt_progress=request.prompt_progress,
             num_choices=request.best_of or request.n,
+            num_beams=request.num_beams,
+            length_penalty=float(request.length_penalty),
+            early_stopping=request.early_stopping,
             guidance_scale=float(request.guidance_scale),
             negative_ids=self._negative_ids(request),
             speculate=self._drafter(request),
@@ -361,7 +364,7 @@ class LLM:
     def _drafter(self, request: Request) -> str | None:
         """The name of what makes the drafts of a request."""
         names, asked = self._open_generator().scheduler.drafts.names, request.speculate
-        if request.guidance_scale != 1.0:
+        if request.guidance_scale != 1.0 or request.num_beams > 1:
             names = ()
         if asked and asked not in names:
             raise ConfigError(f"speculate: found {asked!r}, but the model was loaded without draft=")
@@ -448,6 +451,7 @@ class LLM:
             logprobs=logprobs,
             limit=answer.outcome.limit,
             mean_logprob=mean,
+            beam_score=answer.beam_score,
             num_drafted=answer.num_drafted,
             num_accepted=answer.num_accepted,
             stop_reason=answer.outcome.stop_reason,

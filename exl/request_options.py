@@ -69,6 +69,12 @@ class RequestOptions(TypedDict, total=False):
     reuse_prefix: bool | Literal["exact"]
     n: int | None  # answers to the same prompt, each with a seed of its own; the first is that of n=1
     best_of: int | None  # so many answers are made, and the n with the highest mean log-probability are kept
+    # Beam search: the texts with the highest log-probability that a search over so many texts at once finds, as
+    # transformers' generate does with options of these names. n: how many of them are told, the best first. Nothing
+    # is told before the end, and no sampling option, stop string, constraint or draft goes along with it.
+    num_beams: int | None
+    length_penalty: float | None  # scores are divided by length ** this; 1 by default, above 0 favours longer texts
+    early_stopping: bool | Literal["never"] | None  # when the search ends; False by default
     # Classifier-free guidance: the text is drawn from the logits n + guidance_scale (c - n), c being those after the
     # text, n those after the negative prompt and the same new tokens. 1, the default, is off. negative_prompt is a text
     # or token ids, by default the last token of the prompt.
@@ -102,6 +108,9 @@ class Request:
     reuse_prefix: bool | Literal["exact"] = "exact"
     n: int = 1
     best_of: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     guidance_scale: float = 1.0
     negative_prompt: str | Sequence[int] | None = None
     constraint: Mapping[str, Any] = field(default_factory=dict)  # json_schema, regex, ...: those that were given
@@ -131,7 +140,8 @@ class Request:
         if isinstance(params, SamplingParams):
             base = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
         else:
-            found = {name: getattr(model_defaults, name, None) for name in OPTIONS}
+            searches = asked.get("num_beams", 1) != 1  # which samples nothing, whatever the model's files propose
+            found = {} if searches else {name: getattr(model_defaults, name, None) for name in OPTIONS}
             base = {
                 "temperature": 0.0,
                 **defaults,
@@ -155,6 +165,7 @@ class Request:
         )
         if request.best_of is not None and request.best_of < request.n:
             raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
+        check_beams(request)
         if request.guidance_scale == 1.0 and request.negative_prompt is not None:
             raise ConfigError("negative_prompt: found without guidance_scale=, or with 1, expected another scale")
         if request.guidance_scale != 1.0 and request.prompt_logprobs is not None:
@@ -165,11 +176,40 @@ class Request:
         return request
 
 
+_BEAM_PARAMS = ("temperature", "max_tokens", "seed", "stop_token_ids")  # that go along with a search
+
+
+def check_beams(request: Request) -> None:
+    """Raises ``ConfigError`` for what a beam search cannot honour, and for its options without one."""
+    if request.num_beams == 1:
+        if request.length_penalty != 1.0 or request.early_stopping is not False:
+            name = "length_penalty" if request.length_penalty != 1.0 else "early_stopping"
+            raise ConfigError(f"{name}: found {getattr(request, name)!r} without num_beams=, expected 2 beams or more")
+        return
+    if request.n > request.num_beams:
+        raise ConfigError(f"n: found {request.n}, expected num_beams, {request.num_beams}, or fewer")
+    found: dict[str, Any] = {**request.constraint}
+    if request.params.temperature != 0.0:
+        found["temperature"] = request.params.temperature
+    for option in dataclasses.fields(SamplingParams):
+        value = getattr(request.params, option.name)
+        if option.name not in _BEAM_PARAMS and value != option.default:
+            found[option.name] = value
+    others = {"best_of": None, "speculate": False, "draft_tokens": None, "guidance_scale": 1.0, "prompt_logprobs": None}
+    for name, off in others.items():
+        value = getattr(request, name)
+        if value is not None and value != off:
+            found[name] = value
+    for name, value in found.items():
+        raise ConfigError(f"{name}: found {value!r} with num_beams=, which goes without: expected one of the two")
+
+
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
 SPECULATE = ("prompt", "draft")
 _MAX_CHOICES = 128
 _MAX_DRAFT_TOKENS = 64
 _MAX_GUIDANCE = 100.0
+_MAX_LENGTH_PENALTY = 100.0
 
 
 def _check_callable(name: str, value: object) -> None:
@@ -203,6 +243,17 @@ def _check_speculate(name: str, value: object) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
+def _check_length_penalty(name: str, value: object) -> None:
+    most = _MAX_LENGTH_PENALTY
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -most <= value <= most:
+        raise ConfigError(f"{name}: found {value!r}, expected a number from -{most:g} to {most:g}")
+
+
+def _check_early_stopping(name: str, value: object) -> None:
+    if not isinstance(value, bool) and value != "never":
+        raise ConfigError(f"{name}: found {value!r}, expected True, False or 'never'")
+
+
 def _check_guidance(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0.0 <= value <= _MAX_GUIDANCE:
         raise ConfigError(f"{name}: found {value!r}, expected a number from 0 to {_MAX_GUIDANCE:g}; 1 is off")
@@ -215,6 +266,9 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "best_of": _check_count,
     "draft_tokens": _check_count,
     "speculate": _check_speculate,
+    "num_beams": _check_count,
+    "length_penalty": _check_length_penalty,
+    "early_stopping": _check_early_stopping,
     "guidance_scale": _check_guidance,
     "deadline": _check_deadline,
     "max_unread": _check_unread,

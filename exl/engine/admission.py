@@ -167,6 +167,10 @@ class Pages:
         if sequence.num_drawn == 0:
             sequence.answer.num_reused = sequence.num_cached
 
+    def drop(self, sequence: Sequence) -> None:
+        """Takes the pages of a text that nobody goes on with; it is not remembered."""
+        self.pool.release(sequence.lose_pages())
+
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Only the sequence's first tokens stay computed. Raises ``MemoryBudgetError`` if what is to be computed again
         lies on pages that others have, and there are too few others, or sees tokens whose pages were given back; the

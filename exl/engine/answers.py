@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.batch import SampleRows
+from exl.engine.beams import Beams, check_beams
 from exl.engine.draws import DrawRow, DrawState
 from exl.engine.guidance import Guided, check_guidance, negative_ids
 from exl.engine.request import Outcome, TokenRequest
@@ -47,6 +48,10 @@ class Answers:
             self._check_ids("negative_prompt", negative_ids(request))
             check_guidance(request, self.context, self._num_pages, self._max_sequences)
 
+        if request.num_beams > 1:
+            num_ends = len(self.eos_ids.union(request.params.stop_token_ids))
+            check_beams(request, num_ends, self.vocab_size, self.context, self._num_pages, self._max_sequences)
+
     def _check_ids(self, name: str, ids: Ids[int]) -> None:
         if not len(ids):
             raise ConfigError(f"{name}: found no tokens, expected at least one")
@@ -59,7 +64,7 @@ class Answers:
                 )
 
     def sequences(self, ticket: Ticket, arrival: int) -> list[Sequence]:
-        """One for each choice; with guidance two."""
+        """One for each choice, with guidance two; or one for each beam."""
         request = ticket.request
         ids = [int(token_id) for token_id in request.prompt_ids]
         if request.draws_nothing:
@@ -75,7 +80,7 @@ class Answers:
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
         scores = max_new <= 0 and ticket.rows is not None and ticket.rows.is_wanted
         made: list[Sequence] = []
-        for answer in ticket.answers:
+        for answer in ticket.answers[:1] if request.num_beams > 1 else ticket.answers:
             sequence = Sequence(
                 ticket=ticket,
                 answer=answer,
@@ -89,7 +94,8 @@ class Answers:
                 stop_ids=stop_ids,
                 prompt_only=scores and answer.choice == 0,
             )
-            made += Guided(sequence).members if guided else [sequence]
+            group = Beams(sequence) if request.num_beams > 1 else Guided(sequence) if guided else None
+            made += [sequence] if group is None else group.members
         ticket.sequences += made
         return made
 
@@ -187,11 +193,34 @@ class Answers:
     def finish(self, sequence: Sequence) -> None:
         """The rest of the text, and the outcome."""
         answer, ticket = sequence.answer, sequence.ticket
+        if isinstance(sequence.group, Beams):
+            self._finish_beams(sequence.group)
+            return
         text = "" if sequence.sink is None else sequence.sink.finish()
         self._tell(sequence, text, len(answer.token_ids))
         ticket.put(Event(answer.choice, outcome=answer.outcome))
         if all(other.outcome is not None for other in ticket.answers):
             ticket.end()
+
+    def _finish_beams(self, beams: Beams) -> None:
+        """All choices at once: the best texts. One that was cancelled has those that there are."""
+        leader, ticket = beams.leader, beams.leader.ticket
+        ended = leader.answer.outcome  # of a search that did not come to its end
+        for answer, found in zip(ticket.answers, beams.search.best(len(ticket.answers)), strict=True):
+            answer.began, answer.first, answer.last = leader.answer.began, leader.answer.first, leader.answer.last
+            answer.num_reused, answer.beam_score = leader.answer.num_reused, found.score
+            answer.token_ids = list(found.token_ids)
+            if answer.ranked is not None:
+                answer.ranked = list(found.ranked)
+            sink = None if ticket.request.make_sink is None else ticket.request.make_sink()
+            text = "" if sink is None else "".join(sink.push(token_id).text for token_id in found.token_ids)
+            text += "" if sink is None else sink.finish()
+            reached = self._length(leader) if found.stop_id is None else Outcome("stop", found.stop_id)
+            answer.outcome = ended or reached
+            answer.pieces, answer.num_told = [text], len(found.token_ids)
+            ticket.put(Event(answer.choice, text, found.token_ids, None if answer.ranked is None else found.ranked))
+            ticket.put(Event(answer.choice, outcome=answer.outcome))
+        ticket.end()
 
     def cut_off(self, sequence: Sequence) -> None:
         """A sequence that may not draw any token."""

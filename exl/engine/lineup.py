@@ -149,7 +149,8 @@ class Lineup:
         if sequence.answer.began == 0.0:
             sequence.answer.began = time.perf_counter()
         if sequence.num_drawn:
-            self.stats.recomputed_tokens += len(sequence.ids) - 1 - sequence.num_cached
+            num_cached = sequence.num_chunked if sequence.awaits_prompt else sequence.num_cached
+            self.stats.recomputed_tokens += len(sequence.ids) - 1 - num_cached
         bisect.insort(self.running, sequence, key=lambda other: other.arrival)
 
     def _follows(self, sequence: Sequence) -> bool:

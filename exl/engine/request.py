@@ -58,6 +58,9 @@ class TokenRequest:
     wants_all: bool = False  # no token is drawn: the logits after each token of the prompt are wanted
     speculate: str | None = None  # a drafter's name, see ``exl.engine.drafts``
     draft_tokens: int | None = None  # drafts in each step; None: as many as pay
+    num_beams: int = 1  # more: the best texts that a beam search finds, see ``exl.engine.beams``
+    length_penalty: float = 1.0  # of these two, as transformers has them
+    early_stopping: bool | Literal["never"] = False
     guidance_scale: float = 1.0  # other than 1: drawn from n + scale (c - n), see ``exl.engine.guidance``
     negative_ids: Sequence[int] | None = None  # the prompt of n; None: the last token of the prompt
     dry_breakers: frozenset[int] = frozenset()  # tokens that contain one of ``params.dry_breakers``

@@ -20,6 +20,7 @@ import torch
 from exl.batch import PAGE_SIZE, SampleRows
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
+from exl.engine.beams import Beams
 from exl.engine.compose import Piece, batch_of, decode_piece
 from exl.engine.device import Device, Stats
 from exl.engine.drafts import DrafterError, Drafts
@@ -176,7 +177,7 @@ class Scheduler:
 
     def _must_read_first(self) -> bool:
         """Whether which rows run depends on tokens that are not read yet."""
-        return any(map(self.drafts.wanted, self.running))
+        return any(self.drafts.wanted(one) or isinstance(one.group, Beams) for one in self.running)
 
     # ---- plan
 
@@ -317,7 +318,10 @@ class Scheduler:
                 self.stats.wasted_rows += 1
                 continue
             try:
-                drawn = self.answers.draw(sequence, one.row, one.drafts)
+                if isinstance(sequence.group, Beams):
+                    drawn = sequence.group.draws(row_of)
+                else:
+                    drawn = self.answers.draw(sequence, one.row, one.drafts)
             except Exception as error:  # of this request's matcher
                 self.fail(sequence.ticket, error)
                 continue
@@ -351,7 +355,11 @@ class Scheduler:
         if found is None:
             return
         for sequence, i, drafts in step.draws:
-            if sequence.state is not State.DONE:
+            if sequence.state is State.DONE:
+                continue
+            if isinstance(sequence.group, Beams):
+                self._take_beams(sequence.group, found, i)
+            else:
                 self._take(sequence, found, i, drafts)
 
     def _found(self, step: _Step) -> SampleRows | None:
@@ -390,6 +398,18 @@ class Scheduler:
         if sequence.prompt_only and not wanted.is_wanted:
             self.lineup.leave(sequence)
             self._tell_end(self.answers.cut_off, sequence)
+
+    def _take_beams(self, beams: Beams, found: SampleRows, i: int) -> None:
+        """The draws of a beam search's texts, and which of them go on."""
+        leader, stop = beams.leader, i + len(beams.order)
+        if min(found.ids[i:stop]) < 0:
+            self._poisoned(leader, no_distribution(min(found.ids[i:stop])))
+            return
+        self.stats.generated_tokens += len(beams.order)
+        if leader.num_read == 0:
+            self.pages.remember(leader)  # others that wait for its prompt find it
+        if beams.take(found.ranked[i:stop], self.pages):
+            self._finish(leader)
 
     def _take(self, sequence: Tokens, found: SampleRows, i: int, drafts: tuple[int, ...]) -> None:
         """A sequence's draws, as far as its drafts were what was drawn."""

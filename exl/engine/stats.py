@@ -16,7 +16,7 @@ class EngineStats:
     """A snapshot of ``LLM.stats()``: what is now, then counts since the model was loaded. While the engine runs,
     numbers may be a step apart from each other."""
 
-    running: int  # sequences: one for each choice of a request
+    running: int  # sequences: one for each choice of a request, with guidance two; in a beam search one for each beam
     waiting: int  # sequences that have not begun or were paused, and requests that have just come
     pages_total: int  # of the cache
     pages_free: int  # free at once, or kept and given away when others need them

@@ -51,6 +51,7 @@ class Answer:
     num_told: int = 0  # tokens that events have told of: no banned string can take these back
     num_drafted: int = 0  # tokens that were guessed, see ``exl.engine.drafts``; and those of them that were drawn
     num_accepted: int = 0
+    beam_score: float | None = None  # of a beam search: by which its choices are ordered
     num_reused: int = 0  # tokens of the prompt that were in the cache
     began: float = 0.0  # seconds of ``time.perf_counter``: admitted, first token, last token
     first: float = 0.0

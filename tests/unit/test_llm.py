@@ -167,7 +167,6 @@ def test_other_libraries_keywords(llm):
     with pytest.raises(TypeError, match="it takes model, device"):
         exl.load(STORIES, speed="high")
     for name, words in {
-        "num_beams": "exl has no beam search",
         "num_return_sequences": "exl calls it n",
         "eos_token_id": "exl calls it stop_token_ids; the model's own come from its files",
         "repeat_penalty": "exl calls it repetition_penalty",
@@ -220,6 +219,7 @@ def test_the_table_of_options_is_whole():
     asked_for_otherwise = {"stop", "reuse_prefix", "top_logprobs", "prompt_progress", "n", "best_of", *CONSTRAINTS}
     asked_for_otherwise |= {"speculate", "draft_tokens", "deadline", "max_unread", "guidance_scale", "negative_prompt"}
     asked_for_otherwise |= {"prompt_logprobs"}
+    asked_for_otherwise |= {"num_beams", "length_penalty", "early_stopping"}
     assert list(OPTIONS) == [name for name in options if name not in asked_for_otherwise]
     defaults = exl.SamplingParams()
     for name, option in OPTIONS.items():

@@ -246,12 +246,13 @@ def alone(request: TokenRequest, like: FakeDevice, context: int = CONTEXT) -> li
     )
     world = World(device, context)
     found = []
-    for choice in range(request.num_choices):  # each choice by itself
+    together = request.num_beams > 1  # the choices of a search, else each by itself
+    for choice in range(1 if together else request.num_choices):
         seed = None if request.params.seed is None else child_seed(request.params.seed, choice)
         own = replace(
             request,
             params=replace(request.params, seed=seed),
-            num_choices=1,
+            num_choices=request.num_choices if together else 1,
             reuse_prefix=False,
             speculate=None,
             prompt_progress=None,
