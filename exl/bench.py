@@ -121,6 +121,8 @@ def run_bench(
     if load is not None and options.cache_tokens is None:  # room for all that run at once
         pages = -(-needed // PAGE_SIZE) + 1
         options = replace(options, cache_tokens=min(load.concurrency, options.max_sequences) * pages * PAGE_SIZE)
+    elif options.cache_tokens is None and isinstance(options.context, int):  # no page is given back of what is measured
+        options = replace(options, cache_tokens=options.context)
     options, backend = choose_device(options)
     if backend is None:
         _run_tiny()

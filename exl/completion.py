@@ -39,6 +39,8 @@ class Completion:
     beam_score: float | None = None  # with num_beams=: log-probability / length ** length_penalty; choices go by it
     num_drafted: int = 0  # tokens that were guessed, with speculate=; and those of them that the model drew
     num_accepted: int = 0
+    # One per token of the prompt, None for the first; None unless prompt_logprobs was given.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     stop_reason: int | str | None = None  # what ended it, if finish_reason is "stop": a token's id, a string, "grammar"
 
     @property

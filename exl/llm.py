@@ -18,6 +18,7 @@ from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
+from exl.embedding import embed
 from exl.engine.build import Engine, load_engine
 from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
@@ -118,8 +119,8 @@ class LLM:
         are the same (``reuse_prefix``). A list is computed in one batch, and each of its texts gets the answer that it
         would get alone. ``top_logprobs=5`` fills ``Completion.logprobs``: each token's
         log-probability and those of the 5 likeliest tokens at its position, before penalty, temperature and filters;
-        0 gives only the tokens' own. Raises ``ConfigError`` for an invalid value and for a prompt longer than
-        the context.
+        0 gives only the tokens' own. ``prompt_logprobs`` does the same for the prompt's tokens, also with
+        ``max_tokens=0``. Raises ``ConfigError`` for an invalid value and for a prompt longer than the context.
         """
         request = Request.of(params, options, self.defaults)
         if isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, str) for item in prompt):
@@ -253,6 +254,19 @@ class LLM:
 
         return self._track(Stream(start, lambda event: event.logits))
 
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", *, normalize: bool = False
+    ) -> torch.Tensor:
+        """A vector for each text, f32 [texts, hidden size] on the CPU; of one text [1, hidden size].
+
+        ``texts``: a text or token ids, or a list of these; a text gets the model's BOS. The vector is the state of the
+        last layer after the final norm: ``pooling="mean"`` takes the mean over all tokens, "last" the last one's.
+        ``normalize``: each vector's length becomes 1. All texts are computed in one batch with all other requests, and
+        each vector has the bits that it has alone. Raises ``ConfigError`` for an empty list, an empty text, and one
+        that is longer than the context.
+        """
+        return embed(self, texts, pooling, normalize)
+
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
         Returns their number of tokens. Waits for the step that runs now. Raises ``ConfigError`` if the file cannot be
@@ -317,7 +331,7 @@ class LLM:
 
     def _submit(self, prompt_ids: list[int], request: Request, *, inline: bool) -> Handle[Completion]:
         generator = self._open_generator()
-        check_top_logprobs(request.top_logprobs, self.config.vocab_size)
+        self._check_logprobs(request)
         params, tokenizer = request.params, self.tokenizer
         ranks = request.best_of is not None and request.best_of > request.n
         asked = TokenRequest(
@@ -325,6 +339,7 @@ class LLM:
             params,
             reuse_prefix=request.reuse_prefix,
             top_logprobs=0 if ranks and request.top_logprobs is None else request.top_logprobs,
+            prompt_logprobs=request.prompt_logprobs,
             prompt_progress=request.prompt_progress,
             num_choices=request.best_of or request.n,
             num_beams=request.num_beams,
@@ -341,6 +356,10 @@ class LLM:
             max_unread=request.max_unread,
         )
         return generator.submit(asked, lambda answers: self._completion(asked, request, answers), inline=inline)
+
+    def _check_logprobs(self, request: Request) -> None:
+        for name in ("top_logprobs", "prompt_logprobs"):
+            check_top_logprobs(getattr(request, name), self.config.vocab_size, name)
 
     def _drafter(self, request: Request) -> str | None:
         """The name of what makes the drafts of a request."""
@@ -376,7 +395,7 @@ class LLM:
         keep: Callable[[str, Completion | None], None] | None = None,
     ) -> TextIterator:
         """``keep``: see ``TextIterator``."""
-        check_top_logprobs(request.top_logprobs, self.config.vocab_size)
+        self._check_logprobs(request)
 
         def start(inline: bool) -> Handle[Completion]:
             return self._submit(prompt_ids, request, inline=inline)
@@ -401,13 +420,19 @@ class LLM:
             return [handle.result() for handle in handles]
 
     def _completion(self, asked: TokenRequest, request: Request, answers: list[Answer]) -> Completion:
-        made = [self._choice(asked, request, answer) for answer in answers]
+        prompt, made = self._prompt_logprobs(answers[0]), [self._choice(asked, request, answer) for answer in answers]
+        made = [replace(one, prompt_logprobs=prompt) for one in made]
         if len(made) == 1:
             return made[0]
         if request.best_of is not None:
             made.sort(key=lambda one: math.inf if one.mean_logprob is None else -one.mean_logprob)
         made = made[: request.n]
         return replace(made[0], choices=tuple(made))
+
+    def _prompt_logprobs(self, answer: Answer) -> tuple[TokenLogprob | None, ...] | None:
+        if answer.prompt_ranked is None:
+            return None
+        return tuple(None if ranked is None else self._logprob_of(ranked) for ranked in answer.prompt_ranked)
 
     def _choice(self, asked: TokenRequest, request: Request, answer: Answer) -> Completion:
         mean = None
@@ -455,6 +480,7 @@ def load(
     threads: int | None = None,
     arithmetic: str | None = None,
     draft: str | Path | None = None,
+    rope: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -469,8 +495,8 @@ def load(
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
     ``max_sequences``: how many run at once; others wait, but no more than ``max_queue`` (by default any number): beyond
     that a request is refused with ``QueueFullError``. ``cache_tokens``: of all of them in the cache, by default one
-    context; "auto" is what the budgets leave. ``kv_ram``: with a GPU, how much pinned RAM keeps what leaves the cache.
-    ``prefill_chunk``: rows computed at once.
+    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
+    much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
@@ -478,7 +504,9 @@ def load(
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit
     activations, the default; "int8", faster in prompts and less exact; "f32". More on both: ``docs/cpu.md``.
     ``draft``: a smaller model with the same vocabulary, whose guesses this one checks, several tokens a step, where
-    that is faster; the text is the same with and without.
+    that is faster; the text is the same with and without. ``rope``: another RoPE than ``config.json`` says, as the dict
+    that such files hold: ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}``, or
+    ``{"rope_theta": 1e6}``; with a factor, the model's own context is so many times as long.
 
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False

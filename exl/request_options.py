@@ -91,6 +91,10 @@ class RequestOptions(TypedDict, total=False):
     speculate: str | Literal[False] | None
     draft_tokens: int | None  # guesses in each step; by default as many as pay, none where it does not pay
     top_logprobs: int | None  # the log-probability of each token, and of this many likeliest ones at its position
+    # The log-probability of each token of the prompt but the first, and of this many likeliest ones at its position.
+    # The cache has none, so such a request takes nothing from it, whatever ``reuse_prefix`` allows; with max_tokens=0
+    # nothing is generated.
+    prompt_logprobs: int | None
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
     deadline: float | None  # seconds after which it ends as it is, with finish_reason "cancelled", limit "deadline"
     max_unread: int | None  # tokens that whoever iterates may be behind before the request waits; by default 512
@@ -113,6 +117,7 @@ class Request:
     speculate: str | Literal[False] | None = None
     draft_tokens: int | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     prompt_progress: Callable[[PromptProgress], None] | None = None
     deadline: float | None = None
     max_unread: int = 512
@@ -163,6 +168,9 @@ class Request:
         check_beams(request)
         if request.guidance_scale == 1.0 and request.negative_prompt is not None:
             raise ConfigError("negative_prompt: found without guidance_scale=, or with 1, expected another scale")
+        if request.guidance_scale != 1.0 and request.prompt_logprobs is not None:
+            found = request.prompt_logprobs
+            raise ConfigError(f"prompt_logprobs: found {found} with guidance_scale=, expected one of the two")
         if request.guidance_scale != 1.0 and request.speculate:
             raise ConfigError(f"speculate: found {request.speculate!r} with guidance_scale=, expected one of the two")
         return request
@@ -187,7 +195,7 @@ def check_beams(request: Request) -> None:
         value = getattr(request.params, option.name)
         if option.name not in _BEAM_PARAMS and value != option.default:
             found[option.name] = value
-    others = {"best_of": None, "speculate": False, "draft_tokens": None, "guidance_scale": 1.0}
+    others = {"best_of": None, "speculate": False, "draft_tokens": None, "guidance_scale": 1.0, "prompt_logprobs": None}
     for name, off in others.items():
         value = getattr(request, name)
         if value is not None and value != off:

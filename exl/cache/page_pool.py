@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from exl.batch import PAGE_SIZE
 from exl.cache.free_pages import FreePages
 from exl.cache.prefix_tree import NOWHERE, KnownPage, PrefixNode, PrefixPath, PrefixTree
 from exl.errors import MemoryBudgetError
+from exl.layout.window import pages_behind
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class TakenPrefix:
     pages: list[int]
     num_reused: int
     num_exact: int  # of the reused tokens the first that have the bits of a cold run
+    num_passed: int = 0  # leading pages that no window reaches, for which the null page stands
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class PagePool:
     def num_free(self) -> int:
         """Allocatable pages: free + kept."""
         return len(self._free) + len(self._tree.kept)
+
+    @property
+    def num_usable(self) -> int:
+        """All pages but the null page."""
+        return self._num_usable
 
     @property
     def num_kept(self) -> int:
@@ -143,6 +150,18 @@ class PagePool:
                 self._tree.kept[page] = None
             else:
                 self._free.add([page])
+
+    def pass_by(self, pages: list[int], first: int, last: int) -> None:
+        """Removes a holder of ``pages[first:last]``, which no window of a sequence reaches any more; in its list the
+        null page stands for them."""
+        passed, pages[first:last] = pages[first:last], [self._null] * (last - first)
+        self.release(passed)
+
+    @property
+    def _null(self) -> int:
+        if self.null_page is None:
+            raise ValueError("this pool has no null page: expected null=True")
+        return self.null_page
 
     def num_holders(self, page: int) -> int:
         return self._holders[page]
@@ -238,14 +257,20 @@ class PagePool:
         spare: int = 0,
         exact: bool = False,
         multiple: int = 1,
+        window: int | None = None,
+        most: int = 0,
     ) -> TakenPrefix:
         """What ``find`` finds, as pages that a new sequence holds: full ones shared, a partly filled one its own: a
         copy by ``copy``, or the page itself if nobody else needs it or there is none to copy it to. Then fresh pages up
-        to ``num_pages`` in all.
+        to ``num_pages`` in all. ``window``: of all layers; pages that no later row sees are not taken, and there are at
+        most ``most`` others.
 
         Raises ``MemoryBudgetError``, and nothing is changed, if that would leave less than ``spare`` pages to others.
         """
         path = self._tree.find(ids, exact=exact, multiple=multiple)
+        if window is not None:
+            path = path.without(pages_behind(window, len(path.nodes) * PAGE_SIZE))
+            num_pages = min(num_pages - path.num_passed, most)
         room = self.num_free - sum(node.page in self._tree.kept for node in path.nodes)
         path, in_place = self._fit(path, room - spare, num_pages)
         num_missing = len(path.away)
@@ -253,7 +278,10 @@ class PagePool:
         room -= path.last is not None and path.last.page in self._tree.kept
         self._check_room(num_missing + num_behind + spare, room)
         self._counts.update(lookups=len(ids) > 0, hits=path.num_tokens > 0, tokens_reused=path.num_tokens)
-        return TakenPrefix(self._take(path, in_place, num_missing, num_behind, copy), path.num_tokens, path.num_exact)
+        pages = self._take(path, in_place, num_missing, num_behind, copy)
+        if path.num_passed:
+            pages[:0] = [self._null] * path.num_passed
+        return TakenPrefix(pages, path.num_tokens, path.num_exact, path.num_passed)
 
     def remember(self, ids: Sequence[int], pages: Sequence[int], num_exact: int | None = None) -> None:
         """Enters a sequence's pages into the tree: ``pages`` hold ``ids``; the last may be partly filled. To be called
@@ -360,14 +388,15 @@ class PagePool:
             return path, False
         if is_kept:
             return path, True  # the page to copy from is the one that lacks
-        return PrefixPath(path.nodes, None, 0), False
+        return replace(path, last=None, num_last=0), False
 
     def _take(self, path: PrefixPath, in_place: bool, num_missing: int, num_behind: int, copy: CopyPages) -> list[int]:
         """There is room. ``num_missing`` pages of the path are in the tier; ``num_behind`` fresh pages follow it."""
         own = path.last.page if path.last is not None and in_place else NOWHERE
         source = path.last.page if path.last is not None and not in_place else NOWHERE
         away = [*path.away, *([path.last] if path.last is not None and path.last.is_away else [])]
-        held = [page for page in (*(node.page for node in path.nodes), own, source) if page != NOWHERE]
+        shared = {node: node.page for node in path.nodes}  # the tree may forget them for lack of what is before them
+        held = [page for page in (*shared.values(), own, source) if page != NOWHERE]
         self.hold(held)
         self._tree.pin(away)  # allocating may evict to the tier
         fresh: list[int] = []
@@ -387,11 +416,12 @@ class PagePool:
             raise
         for node, page in zip(away[:num_missing], fresh, strict=False):
             self._tree.restored(node, page)
+            shared[node] = page
         self._tree.unpin(away[num_missing:])
         self._counts["pages_restored"] += len(away)
         if source != NOWHERE:
             self.release([source])
-        return [*(node.page for node in path.nodes), *([own] if in_place else []), *fresh[num_missing:]]
+        return [*shared.values(), *([own] if in_place else []), *fresh[num_missing:]]
 
     def _hold_unchanged(self, page: int) -> None:
         if not self._holders[page] and page not in self._tree.kept:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from exl.batch import PAGE_SIZE
 from exl.cache.free_pages import FreePages
@@ -86,18 +86,28 @@ class PrefixPath:
     nodes: tuple[PrefixNode, ...]  # full pages
     last: PrefixNode | None  # a page whose first ``num_last`` tokens come next
     num_last: int
+    num_passed: int = 0  # full pages before ``nodes`` that are not wanted
+    passed_exact: int = 0  # of their tokens, the first that have the bits of a cold run
 
     @property
     def num_tokens(self) -> int:
-        return len(self.nodes) * PAGE_SIZE + self.num_last
+        return (self.num_passed + len(self.nodes)) * PAGE_SIZE + self.num_last
 
     @property
     def num_exact(self) -> int:
         """How many of its first tokens have the bits of a cold run."""
+        if self.passed_exact < self.num_passed * PAGE_SIZE:
+            return self.passed_exact
         for i, node in enumerate(self.nodes):
             if node.num_exact < PAGE_SIZE:
-                return i * PAGE_SIZE + node.num_exact
-        return len(self.nodes) * PAGE_SIZE + (min(self.num_last, self.last.num_exact) if self.last else 0)
+                return (self.num_passed + i) * PAGE_SIZE + node.num_exact
+        whole = (self.num_passed + len(self.nodes)) * PAGE_SIZE
+        return whole + (min(self.num_last, self.last.num_exact) if self.last else 0)
+
+    def without(self, num_pages: int) -> PrefixPath:
+        """The same text, of whose first pages ``num_pages`` are not wanted."""
+        exact = min(self.num_exact, num_pages * PAGE_SIZE)
+        return replace(self, nodes=self.nodes[num_pages:], num_passed=num_pages, passed_exact=exact)
 
     @property
     def away(self) -> list[PrefixNode]:
@@ -207,6 +217,8 @@ class PrefixTree:
                 self._free.add([node.page])
         elif self.in_slot.pop(node.slot, None) is not None:
             self._free_slots.append(node.slot)
+        else:  # it is pinned, and has its slot until it is not
+            return
         node.page = node.slot = NOWHERE
 
     def forget(self, top: PrefixNode) -> None:
@@ -275,13 +287,26 @@ class PrefixTree:
     def unpin(self, nodes: Iterable[PrefixNode]) -> None:
         """They are the most recently used."""
         for node in nodes:
-            self.in_slot[node.slot] = node
+            if self._is_known(node):
+                self.in_slot[node.slot] = node
+            else:
+                self._free_slots.append(node.slot)
+                node.slot = NOWHERE
 
     def restored(self, node: PrefixNode, page: int) -> None:
         """A pinned node is on a page again; its slot is free."""
         self._free_slots.append(node.slot)
         node.slot = NOWHERE
-        self.place(node, page)
+        if self._is_known(node):
+            self.place(node, page)
+
+    def _is_known(self, node: PrefixNode) -> bool:
+        """Whether a pinned node is still in the tree: what is before it may have been forgotten."""
+        while node.parent is not None:
+            if node.parent.children.get(node.tokens) is not node:
+                return False
+            node = node.parent
+        return node is self.root
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from exl.user_text import decode_utf8
 logger = logging.getLogger(__name__)
 
 _MAX_SIZE = 1 << 24  # far above any dimension of a real model; a product of two stays far below 64 bits
+_MAX_POSITION = 1 << 30
 MAX_JSON_BYTES = 16 << 20
 
 
@@ -152,9 +153,26 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def __str__(self) -> str:
+        """``"yarn, factor 4 of 32768 tokens, theta 1000000"``."""
+        parts = [self.kind]
+        if self.kind in ("llama3", "yarn"):
+            parts.append(f"factor {self.factor:g} of {self.original_max_position} tokens")
+        elif self.kind != "default":
+            parts.append(f"factor {self.factor:g}")
+        parts.append(f"theta {self.theta:.15g}")
+        if self.partial_rotary_factor != 1.0:
+            parts.append(f"{self.partial_rotary_factor:g} of the channels")
+        return ", ".join(parts)
+
 
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_ROPE_OF_THE_MODEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_ROPE_KEYS = (
+    "rope_type", "type", *_ROPE_OF_THE_MODEL, "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "attention_factor", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
 
 
 def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
@@ -163,7 +181,7 @@ def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
     transformers 5 also nests parameters by the types of a model's layers: ``{"full_attention": {...}, ...}``. The
     decoder has one RoPE for all layers, so those that the layers use must be equal.
     """
-    key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
+    key = _rope_key(config)
     rope = _Reader(config.object(key), f"{config.source}: {key}")
     types = config.values.get("layer_types")
     types = list(dict.fromkeys(map(str, types))) if isinstance(types, list) else []
@@ -187,6 +205,84 @@ def _read_rope(config: _Reader, max_position: int) -> RopeConfig:
     return found[first]
 
 
+def _rope_key(config: _Reader) -> str:
+    return "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
+
+
+def check_rope(rope: object) -> None:
+    """Raises ``ConfigError`` unless ``rope``, which replaces what a config says, has the form for that: the dict that
+    configs hold as ``rope_parameters`` or ``rope_scaling``. Its values are checked with the model's."""
+    if not isinstance(rope, Mapping) or not rope:
+        raise ConfigError(
+            f"rope: found {rope!r}, expected a dict such as {{'rope_type': 'yarn', 'factor': 4.0}} or "
+            "{'rope_theta': 1e6}, with the keys of a config's rope_parameters"
+        )
+    if foreign := [key for key in rope if key not in _ROPE_KEYS]:
+        raise ConfigError(f"rope: found the key {foreign[0]!r}, expected {', '.join(_ROPE_KEYS)}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KINDS:
+        raise ConfigError(f"rope: rope_type: found {str(kind)[:40]!r}, expected one of {', '.join(_ROPE_KINDS)}")
+    scaling = [key for key in rope if key not in ("rope_theta", "partial_rotary_factor")]
+    if scaling and not {"rope_type", "type"} & {*rope}:
+        raise ConfigError(f"rope: found {scaling[0]!r} without 'rope_type', expected one of {', '.join(_ROPE_KINDS)}")
+
+
+def _replaced_rope(config: _Reader, given: Mapping[str, Any], max_position: int) -> tuple[RopeConfig, int]:
+    """The RoPE that a user gave in the place of the file's, and the model's positions with it.
+
+    With a ``rope_type``, nothing of the file's scaling is left; what belongs to the model itself (theta, which channels
+    turn, the length that it was trained at) is the file's where the user does not say. Without one, theta and channels
+    are changed, and the scaling stays. A factor makes the model's length that many times the original one, as
+    transformers' documentation has it; "dynamic" still stretches beyond the file's ``max_position_embeddings``.
+    """
+    check_rope(given)
+    rope = _Reader(given, "rope")
+    if not (rope.has("rope_type") or rope.has("type")):
+        own = _read_rope(config, max_position)
+        theta, partial = _checked_turns(rope, own.kind, own.theta, own.partial_rotary_factor)
+        return replace(own, theta=theta, partial_rotary_factor=partial), max_position
+    key = _rope_key(config)
+    unscaled = _Reader({**config.values, key: _unscaled(config.object(key))}, config.source)
+    own = _read_rope(unscaled, max_position)
+    original = rope.integer("original_max_position_embeddings", own.original_max_position)
+    found = _rope_config(
+        _Reader(
+            {
+                "rope_theta": own.theta,
+                "partial_rotary_factor": own.partial_rotary_factor,
+                **given,
+                "original_max_position_embeddings": original,
+            },
+            "rope",
+        ),
+        unscaled,
+        max_position,
+    )
+    longest = original * found.factor
+    if longest > _MAX_POSITION:
+        raise rope.error("factor", f"at most {_MAX_POSITION} positions")
+    return found, max(max_position, int(longest))
+
+
+def _unscaled(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Without its scaling; also of parameters that are nested by the types of layers."""
+    return {
+        key: _unscaled(value) if isinstance(value, dict) else value
+        for key, value in rope.items()
+        if isinstance(value, dict) or key in _ROPE_OF_THE_MODEL
+    }
+
+
+def _checked_turns(rope: _Reader, kind: str, theta: float, partial: float) -> tuple[float, float]:
+    """Theta and the part of the channels that turns; the arguments are what holds where ``rope`` says nothing."""
+    theta, partial = rope.number("rope_theta", theta), rope.number("partial_rotary_factor", partial)
+    if theta == 1.0 and kind == "yarn":
+        raise rope.error("rope_theta", "a number other than 1, whose logarithm yarn divides by")
+    if partial > 1.0:
+        raise rope.error("partial_rotary_factor", "a number of at most 1")
+    return theta, partial
+
+
 def _rope_config(rope: _Reader, config: _Reader, max_position: int) -> RopeConfig:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in _ROPE_KINDS:
@@ -201,12 +297,9 @@ def _rope_config(rope: _Reader, config: _Reader, max_position: int) -> RopeConfi
     high = rope.number("high_freq_factor", None if kind == "llama3" else 4.0)
     if low == high:
         raise rope.error("high_freq_factor", f"a number other than low_freq_factor, {low!r}")
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    if theta == 1.0 and kind == "yarn":
-        raise rope.error("rope_theta", "a number other than 1, whose logarithm yarn divides by")
-    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if partial > 1.0:
-        raise rope.error("partial_rotary_factor", "a number of at most 1")
+    theta, partial = _checked_turns(
+        rope, kind, config.number("rope_theta", 10000.0), config.number("partial_rotary_factor", 1.0)
+    )
     return RopeConfig(
         kind=kind,
         theta=theta,
@@ -269,6 +362,12 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
 
     @property
+    def window(self) -> int | None:
+        """The widest of the layers' windows; None if there is a layer that sees everything."""
+        widths = [window for window in self.windows if window is not None]
+        return max(widths) if len(widths) == len(self.windows) else None
+
+    @property
     def attn_width(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -287,8 +386,11 @@ class ModelConfig:
         return cls.from_dict(read_json(path), str(path))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Raises ``ConfigError`` for an invalid value, ``UnsupportedModelError`` for a model that exl does not have."""
+    def from_dict(
+        cls, values: Mapping[str, Any], source: str = "config.json", rope: Mapping[str, Any] | None = None
+    ) -> ModelConfig:
+        """``rope`` replaces what ``values`` say of RoPE, see ``check_rope``. Raises ``ConfigError`` for an invalid
+        value, ``UnsupportedModelError`` for a model that exl does not have."""
         read = _Reader(values, source)
         model_type = read.text("model_type", "")
         family = _FAMILIES.get(model_type)
@@ -308,10 +410,13 @@ class ModelConfig:
             derived = "" if read.has("head_dim") else f"; hidden_size / num_attention_heads is {head_dim}"
             raise read.error("head_dim", f"an even number: rotary channels come in pairs{derived}")
         num_layers = read.integer("num_hidden_layers", high=4096)
-        max_position = read.integer("max_position_embeddings", 2048, high=1 << 30)
+        max_position = read.integer("max_position_embeddings", 2048, high=_MAX_POSITION)
         attention_bias = read.flag("attention_bias", False)
-        rope = _read_rope(read, max_position)
-        if int(head_dim * rope.partial_rotary_factor) < 4 and rope.kind == "dynamic":
+        if rope is None:
+            turns = _read_rope(read, max_position)
+        else:
+            turns, max_position = _replaced_rope(read, rope, max_position)
+        if int(head_dim * turns.partial_rotary_factor) < 4 and turns.kind == "dynamic":
             raise read.error("head_dim", "at least 4 rotary channels for dynamic RoPE")
         return cls(
             family=model_type,
@@ -324,7 +429,7 @@ class ModelConfig:
             vocab_size=read.integer("vocab_size"),
             max_position=max_position,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6, above=False),
-            rope=rope,
+            rope=turns,
             windows=_read_windows(read, family, num_layers),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=attention_bias if family.qkv_bias is None else False,
@@ -366,6 +471,9 @@ def _read_windows(read: _Reader, family: _Family, num_layers: int) -> tuple[int 
     return tuple(window if i >= first else None for i in range(num_layers))
 
 
+_DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what do_sample turns on
+
+
 @dataclass(frozen=True)
 class GenerationDefaults:
     """The values of ``generation_config.json``. None: absent; exl's own default applies.
@@ -380,6 +488,7 @@ class GenerationDefaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
 
     @classmethod
@@ -394,7 +503,7 @@ class GenerationDefaults:
         # is 1 (as in transformers).
         chosen = {"repetition_penalty": _valid(read.sampling, "repetition_penalty")}
         if _valid(read.flag, "do_sample", False):
-            chosen |= {name: _valid(read.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            chosen |= {name: _valid(read.sampling, name) for name in _DRAWS}
             chosen["temperature"] = 1.0 if chosen["temperature"] is None else chosen["temperature"]
         return cls(bos_id=next(iter(bos_ids), None), eos_ids=eos_ids, **chosen)
 

@@ -77,7 +77,8 @@ def _shape_facts(files: ModelFiles) -> dict[str, str]:
         "vocabulary": f"{config.vocab_size} tokens, embedding {embed.dtype}, head {_describe_head(manifest)}",
         "parameters": _rounded(_count(manifest)),
         "size": f"{format_bytes(_num_bytes(files))} in the files",
-        "context": f"{config.max_position} tokens" + ("" if config.rope.kind == "default" else f", {config.rope.kind}"),
+        "context": f"{config.max_position} tokens",
+        "RoPE": str(config.rope),
     }
     if files.quant is not None and layers:
         facts["format"] = f"{files.quant.method}, {files.quant.checkpoint_format}, from {files.quant.source}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional, Union, get_args, get_origin, get_type_hints
@@ -79,6 +80,15 @@ Arithmetic = Annotated[
     typer.Option(metavar="NAME", help="On a CPU, how quantized layers multiply: int16 (the default), int8 or f32."),
 ]
 
+Rope = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=X,NAME=X",
+        help="Another RoPE than config.json says: rope_type=yarn,factor=4,original_max_position_embeddings=32768; "
+        "or the JSON object of such a file.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -102,6 +112,7 @@ class LoadOptions:
     embed: Embed = "auto"
     threads: Threads = None
     arithmetic: Arithmetic = None
+    rope: Rope = None
     revision: Revision = None
     token: Token = None
 
@@ -119,6 +130,7 @@ class LoadOptions:
             "embed": self.embed,
             "threads": self.threads,
             "arithmetic": self.arithmetic,
+            "rope": parse_rope(self.rope),
         }
 
     @property
@@ -208,3 +220,24 @@ def parse_tokens(name: str, text: str | None) -> int | str | None:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name}: found {text!r}, expected a number of tokens or auto") from None
+
+
+def parse_rope(text: str | None) -> dict[str, Any] | None:
+    """``parse_rope("rope_type=linear,factor=2") == {"rope_type": "linear", "factor": 2}``; JSON is taken, too. Raises
+    ``ConfigError``; the values are checked later."""
+    if text is None:
+        return None
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if all(len(pair) == 2 for pair in pairs) and not text.lstrip().startswith("{"):
+        return {name.strip(): _json_or_text(value.strip()) for name, value in pairs}
+    value = _json_or_text(text)
+    if not isinstance(value, dict):
+        raise ConfigError(f"--rope: found {text!r}, expected NAME=X,NAME=X or a JSON object")
+    return value
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -18,7 +18,9 @@ from exl.commands.options import (
     ModelName,
     Ram,
     Revision,
+    Rope,
     Token,
+    parse_rope,
     parse_tokens,
     parse_vram,
     shared_options,
@@ -78,6 +80,7 @@ def plan(
     kv_cache: KVCacheType = "f16",
     embed: Embed = "auto",
     arithmetic: Arithmetic = None,
+    rope: Rope = None,
     head: Annotated[str, typer.Option(help="Round a dense head to 8 or 4 bits; file keeps it.")] = "file",
     depth: Annotated[
         int | None, typer.Option(help="Tokens in the cache for which speed is told. Default: none, and all.")
@@ -115,6 +118,7 @@ def plan(
         kv_cache=kv_cache,
         embed=embed,
         arithmetic=arithmetic,
+        rope=parse_rope(rope),
         head=_parse_head(head),
         depth=depth,
         max_sequences=max_sequences,

@@ -11,6 +11,7 @@ from exl.cache.page_pool import CopyPages, PagePool
 from exl.engine.compose import ChunkRules
 from exl.engine.sequence import Sequence, State
 from exl.errors import MemoryBudgetError
+from exl.layout.window import pages_behind, rows_within, window_pages
 
 
 class Pages:
@@ -22,10 +23,18 @@ class Pages:
         rules: ChunkRules,
         copy_pages: CopyPages,
         reusable: Callable[[int], bool],
+        window: int | None = None,
+        step_tokens: int = 0,
     ) -> None:
         """``copy_pages`` copies them in all layers. ``reusable(n)``: whether the K and V of a text of n
-        tokens may be used for another text that begins alike."""
+        tokens may be used for another text that begins alike. ``window``: of all layers, if each has one: what it does
+        not reach any more is given back; ``step_tokens``: rows of a prompt in one step, if there are pages for them."""
         self.pool, self._rules, self._copy, self._reusable = pool, rules, copy_pages, reusable
+        self._window = window
+        self._reach, self._most = 0, pool.num_usable
+        if window is not None:
+            self._reach = max(rules.chunk, min(step_tokens, rows_within(window, pool.num_usable)))
+            self._most = min(pool.num_usable, window_pages(window, self._reach))
 
     def place(self, sequence: Sequence, reserve: int) -> bool:
         """Pages for all tokens that are known and one more, among them those that hold its beginning already; leaves
@@ -49,20 +58,29 @@ class Pages:
         as it runs whole or not at all."""
         chunk, num_cached = self._rules.chunk, min(num_pages * PAGE_SIZE, sequence.old_cached)
         cut = num_cached < min(sequence.old_cached, sequence.num_chunked) and not self._rules.chunks_alike
-        return num_cached // chunk * chunk if cut else num_cached
+        num_cached = num_cached // chunk * chunk if cut else num_cached
+        return num_cached if self._sees_all(num_cached, self._count_passed(sequence.old_pages)) else 0
+
+    def _count_passed(self, old: Many[tuple[int, int]]) -> int:
+        return sum(page == self.pool.null_page for page, _ in old)
+
+    def _sees_all(self, num_cached: int, num_passed: int) -> bool:
+        """Whether the rows behind the first ``num_cached`` tokens see nothing of the first ``num_passed`` pages."""
+        return num_passed == 0 or num_passed <= pages_behind(self._window, num_cached)
 
     def _go_on_with(self, sequence: Sequence, old: list[int], num_cached: int, reserve: int) -> None:
         """With those of its pages that nobody else got while it was paused."""
         try:
             self.pool.rewind(old, num_cached, self._copy)
-            more = sequence.pages_needed - len(old)
+            num_passed = old.count(self.pool.null_page) if self._window is not None else 0
+            more = max(0, min(sequence.pages_needed, num_passed + self._most) - len(old))
             if more + reserve > self.pool.num_free:
                 raise MemoryBudgetError("KV cache: too few pages")
             self.pool.grow(old, more)
         except BaseException:
             self.pool.release(old)
             raise
-        sequence.pages, sequence.num_cached = old, num_cached
+        sequence.pages, sequence.num_cached, sequence.num_passed = old, num_cached, num_passed
         sequence.num_exact = min(num_cached, sequence.old_exact)
 
     def _begin(self, sequence: Sequence, reserve: int) -> None:
@@ -73,7 +91,7 @@ class Pages:
         exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
         # What a cold run computes as decode rows has other bits than a longer prompt that begins alike.
         differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
-        may_reuse = request.reuse_prefix is not False and not sequence.wants_all and not differs
+        may_reuse = request.reuse_prefix is not False and not sequence.wants_rows and not differs
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
             most = len(sequence.ids) - 1
             known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
@@ -84,8 +102,11 @@ class Pages:
             spare=reserve,
             exact=exact and not rules.all_alike,
             multiple=1 if rules.chunks_alike or not exact else rules.chunk,
+            window=self._window,
+            most=self._most,
         )
         sequence.pages, sequence.num_cached, sequence.num_exact = taken.pages, taken.num_reused, taken.num_exact
+        sequence.num_passed = taken.num_passed
         if sequence.num_drawn == 0:
             sequence.answer.num_reused = taken.num_reused
 
@@ -95,11 +116,30 @@ class Pages:
         if more > 0:
             self.pool.grow(sequence.pages, more)
 
+    def grow_for_step(self, sequence: Sequence) -> None:
+        """For its next row, or the rows of its prompt that may run in one step. Raises as ``grow`` does."""
+        num_tokens = sequence.num_tokens
+        if self._window is not None and sequence.state is State.PREFILL:  # else it has pages for all since it began
+            num_tokens = min(num_tokens, sequence.num_cached + self._reach)
+        self.grow(sequence, num_tokens)
+
+    def pass_by(self, sequences: Many[Sequence]) -> None:
+        """Gives back what no window reaches any more. A later text that begins alike finds it as long as nobody else
+        needs the pages."""
+        for sequence in sequences if self._window is not None else ():
+            num_passed = pages_behind(self._window, sequence.num_cached)
+            if num_passed > sequence.num_passed:
+                self.remember(sequence)
+                self.pool.pass_by(sequence.pages, sequence.num_passed, num_passed)
+                sequence.num_passed = num_passed
+                sequence.pages_changed()
+
     def fork(self, leader: Sequence, child: Sequence) -> None:
         """The child, whose prompt the leader has computed, shares its whole pages and gets a copy of the last one.
         Raises ``MemoryBudgetError`` and changes nothing if there are too few."""
         child.pages = self.pool.fork(leader.pages, leader.num_cached, self._copy)
         child.num_cached, child.num_exact = leader.num_cached, leader.num_exact
+        child.num_passed = leader.num_passed
         child.old_pages = []
 
     def place_behind_prompt(self, sequence: Sequence, reserve: int) -> bool:
@@ -122,6 +162,7 @@ class Pages:
         sequence.pages[:0] = leader.pages[:num_full]
         sequence.pages_changed()
         sequence.num_cached, sequence.awaits_prompt = sequence.num_chunked, False
+        sequence.num_passed = leader.num_passed
         sequence.num_exact = min(sequence.num_cached, leader.num_exact)
         if sequence.num_drawn == 0:
             sequence.answer.num_reused = sequence.num_cached
@@ -132,9 +173,12 @@ class Pages:
 
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Only the sequence's first tokens stay computed. Raises ``MemoryBudgetError`` if what is to be computed again
-        lies on pages that others have, and there are too few others; the sequence is shorter all the same."""
+        lies on pages that others have, and there are too few others, or sees tokens whose pages were given back; the
+        sequence is shorter all the same."""
         sequence.num_cached = min(sequence.num_cached, num_tokens)
         sequence.num_exact = min(sequence.num_exact, sequence.num_cached)
+        if not self._sees_all(sequence.num_cached, sequence.num_passed):
+            raise MemoryBudgetError("KV cache: the pages before were given back")
         self.pool.rewind(sequence.pages, sequence.num_cached, self._copy)
         sequence.pages_changed()
 

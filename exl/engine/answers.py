@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence as Ids
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from exl.batch import SampleRows
@@ -40,7 +39,7 @@ class Answers:
         for which even an empty cache has no room."""
         ids = request.prompt_ids
         self._check_ids("prompt", ids)
-        if len(ids) + (not request.wants_all) > self._most_tokens:
+        if len(ids) + (not request.draws_nothing) > self._most_tokens:
             raise MemoryBudgetError(
                 f"prompt: found {len(ids)} tokens, the cache has room for {self._most_tokens}: load the model with "
                 f"cache_tokens={len(ids) + 1} or more"
@@ -68,9 +67,9 @@ class Answers:
         """One for each choice, with guidance two; or one for each beam."""
         request = ticket.request
         ids = [int(token_id) for token_id in request.prompt_ids]
-        if request.wants_all:
+        if request.draws_nothing:
             sequence = Sequence(
-                ticket, ticket.answers[0], ids, len(ids), 1, None, None, None, (arrival, 0), wants_all=True
+                ticket, ticket.answers[0], ids, len(ids), 1, None, None, None, (arrival, 0), prompt_only=True
             )
             ticket.sequences.append(sequence)
             return ticket.sequences
@@ -79,6 +78,7 @@ class Answers:
         max_new = min(request.params.max_tokens, self.context - longest, self._most_tokens - longest)
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
+        scores = max_new <= 0 and ticket.rows is not None and ticket.rows.is_wanted
         made: list[Sequence] = []
         for answer in ticket.answers[:1] if request.num_beams > 1 else ticket.answers:
             sequence = Sequence(
@@ -92,6 +92,7 @@ class Answers:
                 matcher=None if request.make_matcher is None else request.make_matcher(),
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
+                prompt_only=scores and answer.choice == 0,
             )
             group = Beams(sequence) if request.num_beams > 1 else Guided(sequence) if guided else None
             made += [sequence] if group is None else group.members
@@ -183,16 +184,6 @@ class Answers:
             ranked = None if answer.ranked is None else tuple(answer.ranked[new])
             sequence.ticket.put(Event(answer.choice, text, token_ids, ranked))
 
-    def logits(self, sequence: Sequence, rows: torch.Tensor) -> bool:
-        """The logits after the last tokens of a text that were computed. Returns whether these were all. Of a text that
-        was paused some may be computed for the second time."""
-        num_new = sequence.num_cached - sequence.ticket.num_put
-        if num_new > 0:
-            sequence.ticket.put(Event(0, logits=rows[-num_new:].to("cpu", copy=True)))
-        if sequence.num_cached == len(sequence.ids):
-            sequence.answer.outcome = Outcome("stop")
-        return sequence.answer.outcome is not None
-
     def _length(self, sequence: Sequence) -> Outcome:
         wanted = sequence.ticket.request.params.max_tokens
         return Outcome("length", limit="max_tokens" if sequence.max_new == wanted else "context")
@@ -233,7 +224,8 @@ class Answers:
 
     def cut_off(self, sequence: Sequence) -> None:
         """A sequence that may not draw any token."""
-        sequence.answer.outcome = self._length(sequence)
+        drew_nothing = sequence.ticket.request.draws_nothing
+        sequence.answer.outcome = Outcome("stop") if drew_nothing else self._length(sequence)
         self.finish(sequence)
 
     def refused(self, ticket: Ticket) -> None:

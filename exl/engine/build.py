@@ -35,7 +35,8 @@ from exl.ops.cpu_target import cpu_target
 from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps
 from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
-from exl.planning.from_headers import EngineOptions, ModelFiles, draft_options, open_model, plan_model
+from exl.planning.draft import draft_context, draft_options
+from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.threads import Threads, thread_limit, using
@@ -98,7 +99,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head) as files:
+    with open_model(folder, options.head, options.rope) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
@@ -116,17 +117,17 @@ def load_engine(
     if options.draft is None:
         return engine
     try:
-        return _with_draft(engine, options, cpu)
+        return _with_draft(engine, options, backend, cpu)
     except BaseException:
         engine.close()
         raise
 
 
-def _with_draft(engine: Engine, options: EngineOptions, cpu: Target | None) -> Engine:
+def _with_draft(engine: Engine, options: EngineOptions, backend: Backend | None, cpu: Target | None) -> Engine:
     """Loads the draft model, which the engine owns from here on."""
     with open_model(options.draft) as files:
-        context = min(engine.plan.context, files.config.max_position)
-    draft = load_engine(options.draft, draft_options(options, context), cpu=cpu)
+        context = draft_context(options, engine.config, files.config)
+    draft = load_engine(options.draft, draft_options(options, context), backend=backend, cpu=cpu)
     engine.owned.callback(draft.close)
     generator = engine.generator
     runner = BatchedDrafts(draft.generator.runner, draft.generator.pool)
@@ -175,8 +176,8 @@ def build_engine(
         tier = None
         if model.num_kept_pages:
             tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
-        pool = PagePool(plan.num_pages, tier=tier)
-        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue)
+        pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier)
+        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 
 

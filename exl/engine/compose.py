@@ -27,7 +27,6 @@ class Piece:
     wants_logits: bool  # after the last of them; of decode pieces after each
     rope_len: int
     drafts: tuple[int, ...] = ()  # of a decode piece: guesses at the tokens after ``stop``; logits after each, too
-    every: bool = False  # logits after each of its tokens are wanted
 
     @property
     def num_rows(self) -> int:
@@ -35,7 +34,7 @@ class Piece:
 
     @property
     def num_logits(self) -> int:
-        return self.num_rows if self.every else 1 + len(self.drafts) if self.wants_logits else 0
+        return 1 + len(self.drafts) if self.wants_logits else 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class ChunkRules:
     """How prompts are cut."""
 
     chunk: int  # borders at its multiples; the most rows of a batch
-    logit_chunk: int  # the same for texts of which all logits are wanted
     max_decode_prompt: int  # whole prompts up to this length run as decode rows, where those are quicker
     max_decode_rows: int  # of one sequence in a batch of decode rows
     invariant_rows: int  # batches of fewer prompt rows than this have rows that do not depend on each other
@@ -65,9 +63,6 @@ class ChunkRules:
         that is not computed). ``reuse_counts``: a short rest after what was reused may run as a short prompt does,
         which the exact modes do not allow."""
         start, total = sequence.num_cached if start is None else start, sequence.prefill_stop
-        if sequence.wants_all:
-            stop = min(total, (start // self.logit_chunk + 1) * self.logit_chunk)
-            return Piece(sequence, start, stop, False, True, total, every=True)
         end_of_prompt = sequence.num_chunked
         merges = self.all_alike and not self.by_length
         if start >= end_of_prompt and not merges:  # generated tokens of a sequence that was paused
@@ -81,7 +76,8 @@ class ChunkRules:
     def _piece(self, sequence: Tokens, start: int, stop: int, *, as_decode: bool) -> Piece:
         # In each chunk of a prompt the length is the whole prompt's, so that the result does not depend on the chunks.
         rope_len = max(stop, sequence.num_prompt) if start < sequence.num_prompt else stop
-        return Piece(sequence, start, stop, as_decode, stop == len(sequence.ids), rope_len)
+        wants_logits = stop == len(sequence.ids) and not sequence.prompt_only
+        return Piece(sequence, start, stop, as_decode, wants_logits, rope_len)
 
     def exact_after(self, piece: Piece) -> int:
         """How many of the sequence's leading tokens have the bits of a cold run once ``piece`` has run."""
@@ -102,7 +98,7 @@ def pack_chunks(pieces: Iterable[Piece], rules: ChunkRules, max_sequences: int) 
         num_rows += piece.num_rows
         most = rules.chunk if piece.as_decode else min(rules.chunk, rules.invariant_rows - 1)
         last = groups[-1] if groups else []
-        alike = last and last[0].as_decode == piece.as_decode and not (piece.every or last[0].every)
+        alike = last and last[0].as_decode == piece.as_decode
         apart = alike and last[-1].sequence is not piece.sequence  # its next chunk reads what this one writes
         if apart and num_rows <= most and len(last) < max_sequences:
             last.append(piece)

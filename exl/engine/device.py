@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.engine.compose import ChunkRules
@@ -21,6 +23,8 @@ class Device(Protocol):
     runs_ahead: bool
     max_sequences: int  # that run at once
     step_tokens: int  # prompt rows of a step, at most; one chunk may be more
+    keeps_all_rows: bool  # after a step, ``prompt_logits`` and ``final_states`` know all its chunks, else the last one
+    max_logit_rows: int
     vocab_size: int
 
     def step(
@@ -34,6 +38,13 @@ class Device(Protocol):
 
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
         """``exl.engine.guidance.guide``, on the step's logits."""
+
+    def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
+        """Logits f32 [n, V] of rows of a chunk of the last step, no more than ``max_logit_rows``, with the bits that
+        the step itself gives. They take the place of that step's logits."""
+
+    def final_states(self, chunk: int, rows: range) -> NDArray[np.float64]:
+        """The same rows of the residual stream after the final norm, [n, C] on the host."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples: ...
 

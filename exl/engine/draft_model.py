@@ -8,15 +8,11 @@ and pause would be a matter of two caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from exl.engine.speculation import SequenceView
-from exl.errors import MemoryBudgetError
-
-if TYPE_CHECKING:
-    import torch
 
 # More tokens than these are a prompt, or were decoded while speculation was off: they are caught up with.
 _FEW = 32
@@ -34,7 +30,7 @@ class DraftJob:
 
 
 class DraftRunner(Protocol):
-    """Runs the draft model. ``OneByOne`` is the plain one; one that puts jobs into a batch gives the same drafts."""
+    """Runs the draft model: ``exl.engine.draft_runner.BatchedDrafts``."""
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[tuple[int, ...] | None]:
         """For each job: runs its tokens, then draws ``length`` tokens one after another, running all but the last.
@@ -115,57 +111,3 @@ class DraftModel:
     def release(self, sequence: SequenceView) -> None:
         if self._followed.pop(sequence, None) is not None:
             self._runner.release(sequence)
-
-
-class CachedModel(Protocol):
-    """A model that runs one sequence at a time. A ``cached`` is whatever it knows a sequence by."""
-
-    def begin(self, num_tokens: int) -> Any:
-        """Pages for so many tokens. Raises ``MemoryBudgetError``."""
-
-    def truncate(self, cached: Any, num_tokens: int) -> None:
-        """Only the first tokens stay; their pages may all stay."""
-
-    def extend(self, cached: Any, ids: Sequence[int]) -> torch.Tensor:
-        """Runs the next tokens: logits after the last one, f32 [1, V], valid until the next call."""
-
-    def end(self, cached: Any) -> None: ...
-
-
-# The request's own draw: (logits [1, V] after the sequence and these drafts, the sequence, the drafts) -> token id, or
-# less than 0 for a row that has no distribution.
-Draw = Callable[["torch.Tensor", SequenceView, tuple[int, ...]], int]
-
-
-class OneByOne:
-    """See ``DraftRunner``: one sequence after the other, through a model like ``exl.engine.generator.Generator``."""
-
-    def __init__(self, model: CachedModel, draw: Draw, context: int) -> None:
-        """``context``: tokens for which a sequence has pages from the beginning."""
-        self._model, self._draw, self._context = model, draw, context
-        self._cached: dict[SequenceView, Any] = {}
-
-    def draft(self, jobs: Sequence[DraftJob]) -> list[tuple[int, ...] | None]:
-        return [self._one(job) for job in jobs]
-
-    def _one(self, job: DraftJob) -> tuple[int, ...] | None:
-        cached = self._cached.get(job.sequence)
-        if cached is None:
-            try:
-                cached = self._cached[job.sequence] = self._model.begin(self._context)
-            except MemoryBudgetError:
-                return None
-        self._model.truncate(cached, job.start)
-        logits = self._model.extend(cached, job.ids)
-        drafts: tuple[int, ...] = ()
-        while len(drafts) < job.length:
-            if drafts:
-                logits = self._model.extend(cached, drafts[-1:])
-            drafts = (*drafts, self._draw(logits, job.sequence, drafts))
-            if drafts[-1] < 0:
-                break
-        return drafts
-
-    def release(self, sequence: SequenceView) -> None:
-        if sequence in self._cached:
-            self._model.end(self._cached.pop(sequence))

@@ -4,32 +4,16 @@ them, so that two models that agree draw the same token."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
 from exl.cache.page_pool import PagePool
-from exl.engine.compose import Piece, batch_of
+from exl.engine.compose import batch_of
 from exl.engine.draft_model import DraftJob
 from exl.engine.draws import sampling_batch
+from exl.engine.manual import ManualSequence
 from exl.engine.runner import Runner
 from exl.engine.sequence import Sequence as Tokens
 from exl.errors import MemoryBudgetError
-
-
-@dataclass(eq=False)
-class _Followed:
-    """What the draft model knows of a sequence: tokens on pages of its own."""
-
-    ids: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    sample_idx: int | None = None  # never: its tokens are read before they are run
-
-    @property
-    def page_table(self) -> NDArray[np.int32]:
-        return np.asarray(self.pages, np.int32)
 
 
 class BatchedDrafts:
@@ -37,11 +21,11 @@ class BatchedDrafts:
 
     def __init__(self, runner: Runner, pool: PagePool) -> None:
         self._runner, self._pool = runner, pool
-        self._followed: dict[Tokens, _Followed] = {}
+        self._followed: dict[Tokens, ManualSequence] = {}
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[tuple[int, ...] | None]:
         found: dict[int, list[int] | None] = {}
-        running: list[tuple[int, DraftJob, _Followed]] = []
+        running: list[tuple[int, DraftJob, ManualSequence]] = []
         for i, job in enumerate(jobs):
             followed = self._placed(job)
             found[i] = None if followed is None else []
@@ -68,10 +52,10 @@ class BatchedDrafts:
                     running.append((i, job, followed))
         return [None if ids is None else tuple(ids) for ids in (found[i] for i in range(len(jobs)))]
 
-    def _placed(self, job: DraftJob) -> _Followed | None:
+    def _placed(self, job: DraftJob) -> ManualSequence | None:
         """The sequence's tokens up to the job's last one, with pages for them and for its drafts. None: there are too
         few; then it has none at all."""
-        followed = self._followed.setdefault(job.sequence, _Followed())
+        followed = self._followed.setdefault(job.sequence, ManualSequence())
         followed.ids[job.start :] = job.ids
         num_tokens = len(followed.ids) + max(0, job.length - 1)
         try:
@@ -81,17 +65,13 @@ class BatchedDrafts:
             return None
         return followed
 
-    def _rows(self, running: Sequence[tuple[int, DraftJob, _Followed]], starts: dict[int, int]):
+    def _rows(self, running: Sequence[tuple[int, DraftJob, ManualSequence]], starts: dict[int, int]):
         """All rows as one decode batch if each sequence has one, else chunk by chunk, in the order of ``running``."""
-        pieces = [(followed, starts[i], len(followed.ids)) for i, _, followed in running]
-        if all(stop - start == 1 for _, start, stop in pieces) and len(pieces) <= self._runner.limits.decode_rows:
-            return batch_of([Piece(one, start, stop, True, True, stop) for one, start, stop in pieces]), ()
+        alone = all(len(followed.ids) - starts[i] == 1 for i, _, followed in running)
+        if alone and len(running) <= self._runner.limits.decode_rows:
+            return batch_of([followed.row() for _, _, followed in running]), ()
         chunk = self._runner.rules.chunk
-        return None, [
-            batch_of([Piece(one, at, min(stop, at + chunk), False, at + chunk >= stop, stop)])
-            for one, start, stop in pieces
-            for at in range(start, stop, chunk)
-        ]
+        return None, [batch for i, _, followed in running for batch in followed.chunks(starts[i], chunk)]
 
     def release(self, sequence: Tokens) -> None:
         followed = self._followed.pop(sequence, None)

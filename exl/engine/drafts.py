@@ -55,6 +55,13 @@ class MeasuredCosts:
         return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
 
 
+class DrafterError(Exception):
+    """A drafter has failed, for its cause; ``sequences`` wanted drafts of it."""
+
+    def __init__(self, sequences: list[Tokens]) -> None:
+        self.sequences = sequences
+
+
 class Drafts:
     """Of all sequences of a model. A sequence asks for a drafter by name (``TokenRequest.speculate``)."""
 
@@ -76,7 +83,7 @@ class Drafts:
         """Whether the sequence may have drafts in its next step: its tokens must be known before."""
         request = sequence.ticket.request
         # Mirostat's draws depend on how likely all tokens before were, which is known only when they are drawn.
-        return request.speculate is not None and not sequence.wants_all and request.params.mirostat_tau == 0.0
+        return request.speculate is not None and not sequence.prompt_only and request.params.mirostat_tau == 0.0
 
     def propose(self, sequences: Sequence[Tokens]) -> dict[Tokens, tuple[int, ...]]:
         """Drafts for the decode rows of a step, those of sequences that want none included."""
@@ -99,7 +106,11 @@ class Drafts:
                 for sequence, count in zip(asking, granted, strict=True)
                 if sequence.ticket.request.speculate == name and count > 0
             ]
-            for (sequence, _), drafts in zip(want, drafter.propose(want) if want else (), strict=True):
+            try:
+                proposed = drafter.propose(want) if want else ()
+            except Exception as error:
+                raise DrafterError([sequence for sequence, _ in want]) from error
+            for (sequence, _), drafts in zip(want, proposed, strict=True):
                 found[sequence] = drafts
         for sequence, count in zip(asking, granted, strict=True):
             self._granted[sequence] = count

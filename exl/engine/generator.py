@@ -6,19 +6,17 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from exl.batch import MAX_STEP_TOKENS, PAGE_SIZE
 from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
-from exl.engine.compose import Piece, batch_of
 from exl.engine.drafts import Drafts
 from exl.engine.handle import Handle
+from exl.engine.manual import ManualSequence
 from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.request import Reuse, TokenRequest
 from exl.engine.runner import Runner
@@ -41,28 +39,26 @@ class GeneratedToken:
     ranked: tuple[tuple[int, float], ...] | None = None  # (id, logprob) of the token, then of the likeliest
 
 
-@dataclass(eq=False)
-class ManualSequence:
-    """A sequence that is run by hand, without the scheduler."""
-
-    pages: list[int]
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def page_table(self) -> NDArray[np.int32]:
-        return np.asarray(self.pages, np.int32)
-
-
 class Generator:
     def __init__(
-        self, runner: Runner, pool: PagePool, context: int, eos_ids: Sequence[int], max_queue: int | None = None
+        self,
+        runner: Runner,
+        pool: PagePool,
+        context: int,
+        eos_ids: Sequence[int],
+        max_queue: int | None = None,
+        *,
+        window: int | None = None,
     ) -> None:
-        """``max_queue``: how many requests may wait to begin; None: any number."""
+        """``max_queue``: how many requests may wait to begin; None: any number. ``window``: of all layers, if a
+        sequence gives back the pages that it does not reach; then ``pool`` has a null page."""
         self.runner, self.pool, self.context = runner, pool, context
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
-        self.answers = Answers(context, runner.vocab_size, pool.num_pages, PAGE_SIZE, runner.max_sequences)
+        # Where pages are given back, the cache limits no text.
+        num_pages = pool.num_usable if window is None else -(-context // PAGE_SIZE) + 1
+        self.answers = Answers(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences)
         self.eos_ids = frozenset(eos_ids)
-        pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable)
+        pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens)
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
         self.scheduler = Scheduler(runner, pages, self.answers, drafts)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread, max_queue)
@@ -160,11 +156,7 @@ class Generator:
         self.guard.check()
         start, rules = len(sequence.ids), self.runner.rules
         sequence.ids += ids
-        stop, as_decode = len(sequence.ids), len(ids) <= rules.max_decode_prompt
-        chunks = [
-            batch_of([Piece(sequence, at, min(stop, at + rules.chunk), as_decode, at + rules.chunk >= stop, stop)])
-            for at in range(start, stop, rules.chunk)
-        ]
+        chunks = sequence.chunks(start, rules.chunk, as_decode=len(ids) <= rules.max_decode_prompt)
         try:
             return self.runner.step(None, chunks)
         except BaseException:

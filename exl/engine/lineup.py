@@ -73,10 +73,14 @@ class Lineup:
             and not sequence.ticket.lags
         )
 
+    def needs_pages(self, sequence: Sequence) -> bool:
+        """Whether the next step may run rows of it."""
+        return self.draws_next(sequence) or (sequence.state is State.PREFILL and not sequence.ticket.lags)
+
     def grow(self, sequence: Sequence) -> bool:
-        """A page for its next row, if that crosses a border. False: there is none left."""
+        """Pages for its next rows, if they cross a border. False: there are too few left."""
         try:
-            self.pages.grow(sequence, sequence.num_tokens)
+            self.pages.grow_for_step(sequence)
         except MemoryBudgetError:
             return False
         return True
@@ -155,7 +159,7 @@ class Lineup:
         leader = sequence.ticket.sequences[0]
         if leader not in members_of(sequence) and leader.state is not State.DONE and leader.num_read == 0:
             return True
-        if sequence.ticket.request.reuse_prefix is False:
+        if sequence.ticket.request.reuse_prefix is False or sequence.wants_rows:
             return False
         least = PAGE_SIZE if self.device.rules.chunks_alike else max(PAGE_SIZE, self.device.rules.chunk)
         head = sequence.ids[:least]
@@ -163,7 +167,6 @@ class Lineup:
             (other.state is State.PREFILL or other.num_read == 0)
             and len(other.ids) > least
             and other.ids[:least] == head
-            and not other.wants_all  # whose chunks are others
             and not other.ticket.lags
             for other in self.running
         )
@@ -197,25 +200,30 @@ class Lineup:
     # ---- what of their prompts runs next
 
     def chunks(self) -> list[list[Piece]]:
-        """The next chunks of the oldest prompts, under the budget of a step, in groups that share a batch."""
+        """The next chunks of the oldest prompts, under the budget of a step, in groups that share a batch.
+
+        Of those whose rows are asked for after the pass no more than the device keeps then."""
         rules, pieces, num_rows = self.device.rules, [], 0
         self._share_prompts()
         for sequence in self.running:
             if sequence.state is not State.PREFILL or sequence.ticket.lags or sequence.awaits_prompt:
                 continue
             piece = rules.next_piece(sequence, reuse_counts=sequence.ticket.request.reuse_prefix is True)
-            if pieces and (piece.every or num_rows + piece.num_rows > self.device.step_tokens):
+            if pieces and num_rows + piece.num_rows > self.device.step_tokens:
                 break
             pieces.append(piece)
             num_rows += piece.num_rows
-            if piece.every:
-                break
             while piece.stop < sequence.prefill_stop and num_rows < self.device.step_tokens:
                 piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
-                if num_rows + piece.num_rows > self.device.step_tokens:
+                if num_rows + piece.num_rows > self.device.step_tokens or piece.stop > sequence.room:
                     break
                 pieces.append(piece)
                 num_rows += piece.num_rows
             if num_rows >= self.device.step_tokens:
                 break
-        return pack_chunks(pieces, rules, self.device.max_sequences)
+        groups = pack_chunks(pieces, rules, self.device.max_sequences)
+        if not self.device.keeps_all_rows:
+            for i, group in enumerate(groups):
+                if any(piece.sequence.wants_rows for piece in group):
+                    return groups[: i + 1]
+        return groups

@@ -68,3 +68,9 @@ class TokenRequest:
     make_matcher: Callable[[], Matcher] | None = None
     deadline: float | None = None  # seconds after which it ends with what it has
     max_unread: int = MAX_UNREAD
+    prompt_logprobs: int | None = None  # of each token of the prompt but the first, and of so many likeliest ones
+    pooling: str | None = None  # "mean" or "last": no token is drawn, a state of the prompt is wanted, of one choice
+
+    @property
+    def draws_nothing(self) -> bool:
+        return self.wants_all or self.pooling is not None

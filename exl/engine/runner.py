@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch, is_step, step_bucket
 from exl.cache.kv import KVCache
@@ -55,7 +57,6 @@ class Runner:
         self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
         self.rules = ChunkRules(
             chunk=limits.chunk_rows,
-            logit_chunk=min(limits.chunk_rows, limits.max_logit_rows),
             max_decode_prompt=min(max_decode_prompt, limits.chunk_rows),
             max_decode_rows=min(MAX_NEW_TOKENS, limits.max_rows),
             invariant_rows=decoder.ops.invariant_rows,
@@ -64,7 +65,11 @@ class Runner:
         )
         # With streamed layers, one crossing of the bus serves all rows of a step.
         self._one_window = not isinstance(self.weights, ResidentWeights)
+        self.keeps_all_rows, self.max_logit_rows = self._one_window, limits.max_logit_rows
         self.step_tokens = limits.window_rows - limits.decode_rows if self._one_window else limits.chunk_rows
+        # The window that the residual stream's buffer holds: its batches' rows, and which of them is chunk 0 of a step.
+        self._rows: list[torch.Tensor] = []
+        self._first_chunk = 0
         self.max_sequences, self.vocab_size = limits.max_sequences, limits.vocab_size
         self.runs_ahead = decoder.ops.runs_ahead
 
@@ -81,7 +86,8 @@ class Runner:
         self, decode: ForwardBatch | None, chunks: Sequence[ForwardBatch], on_layer: OnChunks | None = None
     ) -> torch.Tensor:
         """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows: a view that is valid until the next
-        call. ``on_layer`` is called after each layer that chunks went through."""
+        call. ``on_layer`` is called after each layer that chunks went through. The last window stays staged, and its
+        rows in the residual stream's buffer, for ``prompt_logits`` and ``final_states``."""
         at = first = 0
         try:
             if decode is not None and not (self._one_window and chunks):
@@ -95,14 +101,37 @@ class Runner:
                 count = len(window) - (window[0] is decode)
                 tell = None if on_layer is None else functools.partial(on_layer, range(first, first + count))
                 at += len(self._pass(window, at, tell))
+                self._first_chunk = len(window) - count - first
                 first += count
-        finally:
-            self.decoder.ops.stage(())
+        except BaseException:
+            self.abandon()
+            raise
         return self._logits[:at]
 
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
         self.decoder.ops.fence()  # the pass is at its end before, and the draw begins after
         guide(logits, rows)
+
+    def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
+        i = self._kept(chunk)
+        self.decoder.ops.fence()  # draws from what is overwritten now have ended
+        return self._head_of(i, self._rows[i], 0, np.arange(rows.start, rows.stop, dtype=np.int32))
+
+    def final_states(self, chunk: int, rows: range) -> NDArray[np.float64]:
+        h = self._rows[self._kept(chunk)][rows.start : rows.stop].to("cpu").numpy().astype(np.float64)
+        mean = np.square(h).mean(axis=1, keepdims=True)
+        return h / np.sqrt(mean + self.decoder.config.rms_norm_eps) * self._final_weight
+
+    @functools.cached_property
+    def _final_weight(self) -> NDArray[np.float64]:
+        return self._final_norm.to("cpu").numpy().astype(np.float64)
+
+    def _kept(self, chunk: int) -> int:
+        """Which batch of the last window is this chunk of the last step."""
+        i = self._first_chunk + chunk
+        if not 0 <= i < len(self._rows):
+            raise ValueError(f"chunk {chunk}: its rows are gone, the buffer holds those of {len(self._rows)} batches")
+        return i
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         return self.decoder.ops.sample(logits, params)
@@ -116,6 +145,7 @@ class Runner:
         self.kv.copy_pages(src, dst)
 
     def abandon(self) -> None:
+        self._rows = []
         self.decoder.ops.stage(())
 
     def is_lost(self) -> bool:
@@ -143,7 +173,7 @@ class Runner:
                 for i, h in enumerate(rows):
                     yield self._head_of(i, h, 0)
         finally:
-            self.decoder.ops.stage(())
+            self.abandon()
 
     def _pass(self, chunks: Sequence[ForwardBatch], at: int, on_layer: OnLayer | None) -> torch.Tensor:
         """One window through all layers; its logits, which are at row ``at`` of the buffer."""
@@ -164,9 +194,11 @@ class Runner:
         small = len(chunks) == 1 and chunks[0].num_rows <= self.decoder.ops.captures
         return self.graphs is not None and small and is_step(chunks[0])
 
-    def _head_of(self, i: int, h: torch.Tensor, at: int) -> torch.Tensor:
-        """Logits of batch i of the window, whose rows are ``h``."""
+    def _head_of(self, i: int, h: torch.Tensor, at: int, rows: NDArray[np.int32] | None = None) -> torch.Tensor:
+        """Logits of batch i of the window, whose rows are ``h``: of those that it asked for, or of these."""
         self.decoder.ops.select(i)
+        if rows is not None:
+            self.decoder.ops.choose_logits(rows)
         with self._like(h.shape[0]):
             return self.decoder.head(self._final_norm, self._head, h, self._logits[at:])
 
@@ -175,6 +207,7 @@ class Runner:
         fewest = 1 if ops.backend is None else 8  # a tensor core's product has eight rows
         padded = step_bucket(batch, min(ops.captures, len(self._logits)), self.limits.max_sequences, fewest)
         ops.stage((padded,), self._embed_rows)
+        self._rows = []  # a replayed step leaves them elsewhere
         h = self._residual[: padded.num_rows]
 
         def step() -> None:
@@ -188,6 +221,7 @@ class Runner:
 
     def _run_layers(self, chunks: Sequence[ForwardBatch], on_layer: OnLayer | None = None) -> list[torch.Tensor]:
         decoder, ops = self.decoder, self.decoder.ops
+        self._rows = []
         ops.stage(chunks, self._embed_rows)
         rows: list[torch.Tensor] = []
         start = 0
@@ -197,6 +231,7 @@ class Runner:
             ops.select(i)
             decoder.embed(self._embed, rows[i])
         self._through_layers(rows, on_layer)
+        self._rows = rows
         return rows
 
     def _through_layers(self, rows: Sequence[torch.Tensor], on_layer: OnLayer | None = None) -> None:

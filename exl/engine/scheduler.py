@@ -23,16 +23,17 @@ from exl.engine.answers import Answers
 from exl.engine.beams import Beams
 from exl.engine.compose import Piece, batch_of, decode_piece
 from exl.engine.device import Device, Stats
-from exl.engine.drafts import Drafts
+from exl.engine.drafts import DrafterError, Drafts
 from exl.engine.draws import DrawRow, sampling_batch
 from exl.engine.group import leads, members_of
 from exl.engine.guidance import Guided, GuidedRow
 from exl.engine.lineup import Lineup
+from exl.engine.prompt_rows import NotNumbersError, rows_of
 from exl.engine.request import Outcome
 from exl.engine.sequence import Sequence as Tokens
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
-from exl.errors import CheckpointError, DeviceLostError, MemoryBudgetError, with_causes
+from exl.errors import CheckpointError, DeviceLostError, ExlError, MemoryBudgetError, with_causes
 from exl.ops.base import Samples
 from exl.request_options import PromptProgress
 from exl.sampling import no_distribution
@@ -92,12 +93,12 @@ class Scheduler:
             self._timed.append(ticket)
         sequences = self.answers.sequences(ticket, next(self._arrivals))
         for sequence in sequences:
-            if sequence.max_new == 0:
+            if sequence.max_new == 0 and not sequence.prompt_only:
                 sequence.state = State.DONE
             else:
                 self.lineup.wait(sequence)
         for sequence in sequences:
-            if sequence.max_new == 0 and leads(sequence):
+            if sequence.max_new == 0 and not sequence.prompt_only and leads(sequence):
                 self._tell_end(self.answers.cut_off, sequence)
 
     def cancel(self, ticket: Ticket, limit: str | None = None) -> None:
@@ -164,11 +165,13 @@ class Scheduler:
             return True
         if not chunks and not self.device.runs_ahead:
             self.drafts.costs.measured(sum(piece.num_rows for piece in decode), time.perf_counter() - began)
-        drawing = self._commit(decode, chunks, logits)
+        drawing = self._commit(decode, chunks)
         if self._inflight is not None:
             self._read()
         self._draw(logits, drawing)
-        if self._inflight is not None and not self.device.runs_ahead:
+        if any(rows_of(piece, 0) for pieces in chunks for piece in pieces):
+            self._read(between=lambda: self._take_rows(chunks))
+        elif self._inflight is not None and not self.device.runs_ahead:
             self._read()
         return True
 
@@ -183,15 +186,19 @@ class Scheduler:
         self._grow()
         self.lineup.admit()
         chunks = self.lineup.chunks()
-        if any(piece.every for pieces in chunks for piece in pieces):
-            return [], chunks  # its logits take the whole buffer
         drawing = [sequence for sequence in self.running if self.lineup.draws_next(sequence)]
         proposed = self._drafted(drawing)
+        drawing = [sequence for sequence in drawing if sequence.state is State.RUNNING]
         return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], chunks
 
     def _drafted(self, drawing: list[Tokens]) -> dict[Tokens, tuple[int, ...]]:
-        """Drafts that there are pages for."""
-        proposed = self.drafts.propose(drawing)
+        """Drafts that there are pages for. If a drafter fails, so do the requests that want drafts of it."""
+        try:
+            proposed = self.drafts.propose(drawing)
+        except DrafterError as failed:
+            self._check_device(failed.__cause__)
+            self._fail_each(failed.sequences, failed.__cause__)
+            return {}
         for sequence, drafts in proposed.items():
             try:
                 self.pages.grow(sequence, sequence.num_tokens + len(drafts))
@@ -203,8 +210,9 @@ class Scheduler:
     def _grow(self) -> None:
         """A page for each row that crosses a border, the oldest first. If there is none left, the newest sequence is
         paused, first of those whose readers lag."""
+        self.pages.pass_by(self.running)
         for sequence in list(self.running):
-            while self.lineup.draws_next(sequence) and not self.lineup.grow(sequence):
+            while self.lineup.needs_pages(sequence) and not self.lineup.grow(sequence):
                 if self._inflight is not None:  # a sequence whose token is not known cannot be paused
                     self._read()
                 else:
@@ -267,9 +275,7 @@ class Scheduler:
 
         return on_layer
 
-    def _commit(
-        self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]], logits: torch.Tensor
-    ) -> list[_Drawing]:
+    def _commit(self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]]) -> list[_Drawing]:
         """What has been computed. Returns who draws next."""
         drawing, row = [], 0
         for piece in decode:
@@ -285,10 +291,7 @@ class Scheduler:
             sequence.num_cached = piece.stop
             if sequence.num_drawn == 0:
                 self.stats.prompt_tokens += piece.num_rows
-            if piece.every:
-                if self.answers.logits(sequence, logits[row : row + piece.num_logits]):
-                    self._finish(sequence)
-            elif piece.wants_logits:
+            if piece.wants_logits:
                 sequence.state = State.RUNNING
                 if sequence.num_read:  # else once it is known that the logits are numbers
                     self.pages.remember(sequence)
@@ -342,17 +345,14 @@ class Scheduler:
                 member.sample_idx = i
         self._inflight = _Step(draws, samples)
 
-    def _read(self) -> None:
-        """Tokens of the last draw, to those who asked for them."""
+    def _read(self, between: Callable[[], None] | None = None) -> None:
+        """Tokens of the last draw, if there is one, to those who asked for them. ``between`` is called when they are
+        known and nobody has got one yet: it may draw itself."""
         step, self._inflight = self._inflight, None
-        for sequence, _, _ in step.draws:
-            for member in members_of(sequence):
-                member.sample_idx = None
-        try:
-            found = step.samples.read()
-        except Exception as error:
-            self._check_device(error)
-            self._fail_each([sequence for sequence, _, _ in step.draws], error)
+        found = None if step is None else self._found(step)
+        if between is not None:
+            between()
+        if found is None:
             return
         for sequence, i, drafts in step.draws:
             if sequence.state is State.DONE:
@@ -362,11 +362,48 @@ class Scheduler:
             else:
                 self._take(sequence, found, i, drafts)
 
+    def _found(self, step: _Step) -> SampleRows | None:
+        """None: they cannot be had, which those whose draws they are know then."""
+        for sequence, _, _ in step.draws:
+            for member in members_of(sequence):
+                member.sample_idx = None
+        try:
+            return step.samples.read()
+        except Exception as error:
+            self._check_device(error)
+            self._fail_each([sequence for sequence, _, _ in step.draws], error)
+            return None
+
+    def _take_rows(self, chunks: Sequence[Sequence[Piece]]) -> None:
+        """What is wanted of the rows of prompts, which are still there after the pass."""
+        for i, pieces in enumerate(chunks):
+            first = 0
+            for piece in pieces:
+                rows, sequence = rows_of(piece, first), piece.sequence
+                first += piece.num_rows
+                if rows and sequence.state is not State.DONE:
+                    self._take_rows_of(sequence, i, rows)
+
+    def _take_rows_of(self, sequence: Tokens, chunk: int, rows: range) -> None:
+        wanted = sequence.ticket.rows
+        try:
+            wanted.take(self.device, chunk, rows)
+        except NotNumbersError as found:
+            self._poisoned(sequence, found.error)
+            return
+        except Exception as error:
+            self._check_device(error)
+            self.fail(sequence.ticket, error)
+            return
+        if sequence.prompt_only and not wanted.is_wanted:
+            self.lineup.leave(sequence)
+            self._tell_end(self.answers.cut_off, sequence)
+
     def _take_beams(self, beams: Beams, found: SampleRows, i: int) -> None:
         """The draws of a beam search's texts, and which of them go on."""
         leader, stop = beams.leader, i + len(beams.order)
         if min(found.ids[i:stop]) < 0:
-            self._poisoned(leader, min(found.ids[i:stop]))
+            self._poisoned(leader, no_distribution(min(found.ids[i:stop])))
             return
         self.stats.generated_tokens += len(beams.order)
         if leader.num_read == 0:
@@ -379,7 +416,7 @@ class Scheduler:
         num_accepted = 0
         for j in range(1 + len(drafts)):
             if found.ids[i + j] < 0:
-                self._poisoned(sequence, found.ids[i + j])
+                self._poisoned(sequence, no_distribution(found.ids[i + j]))
                 return
             self.stats.generated_tokens += 1
             num_before = len(sequence.ids)
@@ -428,7 +465,7 @@ class Scheduler:
         except MemoryBudgetError:
             self.lineup.suspend(sequence)
 
-    def _poisoned(self, sequence: Tokens, code: int) -> None:
-        """A row without a distribution ends its request alone."""
+    def _poisoned(self, sequence: Tokens, error: ExlError) -> None:
+        """A row of no numbers ends its request alone."""
         self.pages.poison(sequence.ticket.sequences, self.device.zero_pages)
-        self.fail(sequence.ticket, no_distribution(code))
+        self.fail(sequence.ticket, error)

@@ -41,12 +41,13 @@ class Sequence:
     matcher: Matcher | None
     arrival: tuple[int, ...]  # of its request, then its place in it: older ones go first
     stop_ids: frozenset[int] = frozenset()  # tokens that end it and are no part of its answer
-    wants_all: bool = False  # nothing is drawn: the logits after each of its tokens are wanted
+    prompt_only: bool = False  # nothing is drawn: only what its prompt's rows give is wanted
     state: State = State.WAITING
     pages: list[int] = field(default_factory=list)
     old_pages: list[tuple[int, int]] = field(default_factory=list)  # (page, epoch) of before a pause
     old_cached: int = 0  # num_cached and num_exact of before a pause
     old_exact: int = 0
+    num_passed: int = 0  # leading pages that no window reaches any more: the null page stands for them
     num_cached: int = 0  # tokens whose K and V lie on the pages
     num_exact: int = 0  # of those, the first ones, whose bits a run that reuses nothing would give them
     sample_idx: int | None = None  # its place in the last draw, while that is not read; None: all its tokens are known
@@ -54,6 +55,12 @@ class Sequence:
     group: Group | None = None  # those that run in the same steps or not at all
     awaits_prompt: bool = False  # another one computes its prompt; until then its pages are those behind the prompt
     _table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether something is still wanted of the rows of its prompt, besides the logits after the last one."""
+        rows = self.ticket.rows
+        return rows is not None and rows.is_wanted
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +90,12 @@ class Sequence:
     @property
     def pages_needed(self) -> int:
         """For the K and V of all tokens, and of the next one if there is one."""
-        return -(-(self.num_tokens + (not self.wants_all)) // PAGE_SIZE)
+        return -(-(self.num_tokens + (not self.prompt_only)) // PAGE_SIZE)
+
+    @property
+    def room(self) -> int:
+        """Tokens that its pages have room for, from its first one on."""
+        return len(self.pages) * PAGE_SIZE
 
     @property
     def page_table(self) -> NDArray[np.int32]:
@@ -100,5 +112,5 @@ class Sequence:
         """The pages, which the caller releases. All tokens are to be computed again before the next is drawn."""
         pages, self.pages = self.pages, []
         self.pages_changed()
-        self.num_cached = self.num_exact = 0
+        self.num_cached = self.num_exact = self.num_passed = 0
         return pages

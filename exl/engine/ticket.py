@@ -9,8 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from exl.engine.prompt_rows import PromptRows, prompt_rows
 from exl.engine.request import Outcome, TokenRequest
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     ranked: list[tuple[tuple[int, float], ...]] | None = None  # per token: itself, then the likeliest
+    prompt_ranked: list[tuple[tuple[int, float], ...] | None] | None = None  # per token of the prompt; all choices' own
+    embedding: NDArray[np.float32] | None = None  # [C], with ``TokenRequest.pooling``
     outcome: Outcome | None = None
     num_told: int = 0  # tokens that events have told of: no banned string can take these back
     num_drafted: int = 0  # tokens that were guessed, see ``exl.engine.drafts``; and those of them that were drawn
@@ -65,6 +70,7 @@ class Ticket:
         the engine's."""
         self.request, self.answers, self.party = request, answers, party
         self.outbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: look at ``ended``
+        self.rows: PromptRows | None = prompt_rows(self)  # its choices share them
         self.sequences: list[Sequence] = []
         self.num_put = self.num_taken = 0  # tokens
         self.max_unread = 1 if request.wants_all else request.max_unread
@@ -90,6 +96,10 @@ class Ticket:
     def put(self, event: Event) -> None:
         self.num_put += event.num_tokens
         self._put(event)
+
+    def put_logits(self, logits: torch.Tensor) -> None:
+        """Those after the next tokens of the prompt, f32 [n, V] on the host."""
+        self.put(Event(0, logits=logits))
 
     def end(self, error: BaseException | None = None) -> None:
         """No more events come. Called once; every reader that waits is woken."""

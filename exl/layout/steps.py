@@ -52,7 +52,7 @@ class StepLimits:
     @property
     def window_sequences(self) -> int:
         """Sequences of all batches of a window, each counted as often as it is in one."""
-        return self.max_sequences + -(-self.window_rows // min(self.chunk_rows, self.max_logit_rows))
+        return self.max_sequences + -(-self.window_rows // self.chunk_rows)
 
 
 def step_bytes(limits: StepLimits) -> dict[str, int]:

@@ -227,6 +227,10 @@ class Ops(Protocol):
 
     def select(self, batch_idx: int) -> None: ...
 
+    def choose_logits(self, rows: NDArray[np.int32]) -> None:
+        """The selected batch's ``logit_rows`` are these from now on, until others are staged. Copies nothing to the
+        device."""
+
     def fence(self) -> None:
         """Later operations start only after all earlier ones have ended, including copies on other streams for which
         the stream waits."""
@@ -275,7 +279,7 @@ class Ops(Protocol):
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         """Rows ``logit_rows`` of h -> logits f32 [R, V], norm(h) W as ``spec`` says, written to out[:R], which is
-        returned."""
+        returned. A row's bits do not depend on which others are asked for."""
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> Samples:
         """Logits [R, V] -> R tokens, kept on the device until the next call: the next batch may refer to sample i as

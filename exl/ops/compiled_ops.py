@@ -199,6 +199,9 @@ class CompiledOps:
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
 
+    def choose_logits(self, rows: NDArray[np.int32]) -> None:
+        self._now.tables.logit_rows = np.array(rows, np.int32)
+
     def fence(self) -> None:
         if self._tape is None:
             self.launch()

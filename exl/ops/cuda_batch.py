@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ class Staging:
         self.most_items = attention_items(limits)  # of a launch of decode attention
         self._upload = Upload(backend, tables, "tables of a window", stack)
         self._steps: dict[tuple[BatchShape, int], tuple[DeviceBatch, _HostTables, int]] = {}
-        self._serials: dict[tuple[BatchShape, int, int], int] = {}
+        self._serials: dict[tuple[BatchShape | int, ...], int] = {}
         self._next_serial = itertools.count()
 
     def check(self, batches: Sequence[ForwardBatch], num_samples: int) -> list[BatchShape]:
@@ -211,6 +211,12 @@ class Staging:
             start += shape.num_rows
         self._upload.send(4 * at)
         return found
+
+    def with_logits(self, batch: DeviceBatch, rows: NDArray[np.int32]) -> DeviceBatch:
+        """The same tables, for the logits of other rows."""
+        shape = replace(batch.shape, logit_runs=_runs(rows))
+        # The last two numbers are no place of tables: -1 is none, and the batch's serial stands for its place.
+        return replace(batch, shape=shape, serial=self._serial(shape, batch.start, -1, batch.serial))
 
     def _check(self, batch: ForwardBatch, shape: BatchShape, num_samples: int) -> None:
         limits, B = self._limits, shape.num_decode_sequences

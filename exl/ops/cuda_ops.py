@@ -176,6 +176,9 @@ class CudaOps:
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
 
+    def choose_logits(self, rows: NDArray[np.int32]) -> None:
+        self._now = self._staging.with_logits(self._now, rows)
+
     def fence(self) -> None:
         self._fenced = True
 
@@ -375,11 +378,13 @@ class CudaOps:
         return out
 
     def _logits(self, backend: Backend, h: torch.Tensor, norm: Norm, head: Linear, out: torch.Tensor) -> None:
-        done = 0
-        for start, stop in self._now.shape.logit_runs:
-            part = out[done : done + stop - start]
-            self._linear(backend, h[start:stop], norm, head, Output.store(part), first_row=start)
-            done += stop - start
+        done, most = 0, self.invariant_rows - 1
+        for first, last in self._now.shape.logit_runs:
+            for start in range(first, last, most):
+                stop = min(start + most, last)
+                part = out[done : done + stop - start]
+                self._linear(backend, h[start:stop], norm, head, Output.store(part), first_row=start)
+                done += stop - start
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
         return self._sampler.sample(logits, params, dependent=self._may_overlap())

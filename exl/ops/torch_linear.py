@@ -240,8 +240,19 @@ class Scratch:
     sorted: torch.Tensor  # f32 [max_rows * max_k]; an input in the order of an act-order weight
 
 
-def matmul(x: torch.Tensor, w: Linear, num_decode_rows: int, scratch: Scratch, out: torch.Tensor) -> None:
-    """out f32 [T, N] = x f32 [T, K] times the packed weight + its bias. ``out`` may be a slice of columns."""
+def matmul(
+    x: torch.Tensor,
+    w: Linear,
+    num_decode_rows: int,
+    scratch: Scratch,
+    out: torch.Tensor,
+    *,
+    by_tiles: bool = False,
+) -> None:
+    """out f32 [T, N] = x f32 [T, K] times the packed weight + its bias. ``out`` may be a slice of columns.
+
+    ``by_tiles``: all products have one shape, 16 rows, so that a row is computed alike with few others and with many.
+    """
     num_rows, split = x.shape[0], min(num_decode_rows, x.shape[0])
     if "order" in w.fields:
         sorted_x = scratch.sorted[: x.numel()].view(x.shape)
@@ -250,7 +261,7 @@ def matmul(x: torch.Tensor, w: Linear, num_decode_rows: int, scratch: Scratch, o
     if split:
         _decode(x[:split], w, scratch, out[:split])
     if split < num_rows:
-        _prefill(x[split:], w, scratch, out[split:])
+        _prefill(x[split:], w, scratch, out[split:], by_tiles)
     if "bias" in w.fields:
         out.add_(w.fields["bias"])
 
@@ -274,16 +285,17 @@ def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, padding))[:, : x.shape[1]] if padding and x.shape[0] > 1 else x
 
 
-def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor) -> None:
+def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor, by_tiles: bool) -> None:
     """In multiples of 16 rows; the last ones are padded. MKL gives each thread some of the rows, and sums those of a
     share that is no multiple of its tile in another order: bits would depend on the number of threads."""
     whole = len(x) // _ROW_TILE * _ROW_TILE
     last = F.pad(x[whole:], (0, 0, 0, _ROW_TILE - (len(x) - whole))) if whole < len(x) else None
+    step = _ROW_TILE if by_tiles else max(whole, 1)
     by_rows = w.layout.kind != "int4pack"
     for start, stop, panel in _row_panels(w, scratch, PANEL_ELEMENTS) if by_rows else _int4_panels(w, scratch):
         panel = panel.T if by_rows else panel
-        if whole:
-            torch.mm(x[:whole], panel, out=out[:whole, start:stop])
+        for first in range(0, whole, step):
+            torch.mm(x[first : first + step], panel, out=out[first : first + step, start:stop])
         if last is not None:
             out[whole:, start:stop] = torch.mm(last, panel)[: len(x) - whole]
 

@@ -138,6 +138,9 @@ class TorchOps:
     def select(self, batch_idx: int) -> None:
         self._now = self._staged[batch_idx]
 
+    def choose_logits(self, rows: np.ndarray) -> None:
+        self._now.logit_rows = torch.from_numpy(rows).long()
+
     def fence(self) -> None:
         pass
 
@@ -210,7 +213,7 @@ class TorchOps:
             return out
         num_decode_rows = int((rows < self._now.batch.num_decode_rows).sum())
         x = self._input(h.index_select(0, rows), norm)
-        self._multiply(x, (head,), out, num_decode_rows)
+        matmul(x, head, num_decode_rows, self._scratch, out, by_tiles=True)
         if spec.scale != 1.0:
             out.mul_(spec.scale)
         if spec.softcap is not None:

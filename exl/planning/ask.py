@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from exl.checkpoint.hub import find_headers
 from exl.checkpoint.hub_errors import Token
@@ -43,6 +44,7 @@ def plan(
     embed: str = "auto",
     arithmetic: str | None = None,
     draft: str | Path | None = None,
+    rope: Mapping[str, Any] | None = None,
     depth: int | None = None,
     vram_speed: int | str | Sequence[int | str] | None = None,
     pcie: int | str | Sequence[int | str] | None = None,
@@ -72,10 +74,10 @@ def plan(
     if gpu is not None:
         options = replace(options, vram=machine.vram)
     if shape is not None:
-        opened = _open_shape(model, shape, bits, group_size, options.head)
+        opened = _open_shape(model, shape, bits, group_size, options.head, options.rope)
     else:
         _refuse(bits=bits, group_size=group_size)
-        opened = open_model(find_headers(model, revision=revision, token=token), options.head)
+        opened = open_model(find_headers(model, revision=revision, token=token), options.head, options.rope)
     with opened as files:
         found, _ = plan_model(files, options, machine.target, machine.speeds, depth)
     return replace(found, notes=machine.notes + found.notes)
@@ -83,7 +85,12 @@ def plan(
 
 @contextmanager
 def _open_shape(
-    model: str | Path | None, name: str, bits: int | None, group_size: int | None, head: str | int
+    model: str | Path | None,
+    name: str,
+    bits: int | None,
+    group_size: int | None,
+    head: str | int,
+    rope: Mapping[str, Any] | None = None,
 ) -> Iterator[ModelFiles]:
     if model is not None:
         raise ConfigError(f"shape: found {name!r} beside model={str(model)!r}, expected one of them")
@@ -96,7 +103,7 @@ def _open_shape(
     label = name if bits == DENSE_BITS else f"{name}, {bits} bits"
     config = found.config(bits, group_size)
     quant = find_quant_config(lambda name: None, config)
-    yield model_files(shape_checkpoint(found, label, bits, group_size), config, quant, head=head)
+    yield model_files(shape_checkpoint(found, label, bits, group_size), config, quant, head=head, rope=rope)
 
 
 def _refuse(**options: object) -> None:

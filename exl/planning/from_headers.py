@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig, read_json
+from exl.checkpoint.config import ModelConfig, check_rope, read_json
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
@@ -21,12 +21,13 @@ from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
+from exl.layout.window import window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.notes import plan_notes
-from exl.planning.plan import MemoryPlan, PlanInput, PlanLine
+from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
 from exl.threads import check_threads
@@ -52,7 +53,8 @@ class EngineOptions:
     kv_cache: str = "f16"
     max_sequences: int = 16  # that run at once
     max_queue: int | None = None  # requests that may wait for that; None: any number
-    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one.
+    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one,
+    # or what one sequence needs of it at once where all layers have a window.
     cache_tokens: int | str | None = None
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
     prefill_chunk: int = 512  # rows computed at once
@@ -64,6 +66,7 @@ class EngineOptions:
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
+    rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -97,6 +100,8 @@ class EngineOptions:
         if self.kv_ram is not None:
             parse_budget(self.kv_ram, "kv_ram")
         check_threads(self.threads)
+        if self.rope is not None:
+            check_rope(self.rope)
 
     def _check_counts(self) -> None:
         least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0, "max_queue": 0}
@@ -151,8 +156,11 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head`` as in ``EngineOptions``.
+def open_model(
+    folder: Path | RemoteFolder, head: str | int = "file", rope: Mapping[str, object] | None = None
+) -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope`` as in
+    ``EngineOptions``.
 
     Raises ``ExlError``.
     """
@@ -170,7 +178,7 @@ def open_model(folder: Path | RemoteFolder, head: str | int = "file") -> Iterato
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope)
 
 
 def model_files(
@@ -179,9 +187,10 @@ def model_files(
     quant: QuantConfig | None,
     tokenizer_bytes: int = 0,
     head: str | int = "file",
+    rope: Mapping[str, object] | None = None,
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
-    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"))
+    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), rope)
     quant = settle_quant(checkpoint, quant)
     manifest = read_manifest(checkpoint, config, quant)
     if head != "file":
@@ -198,11 +207,14 @@ def plan_model(
 ) -> tuple[MemoryPlan, PlanInput]:
     """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit. ``depth``:
     tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
-    plan = _plan_alone if options.draft is None else _plan_both
-    return plan(files, options, target, speeds, depth)
+    if options.draft is None:
+        return plan_alone(files, options, target, speeds, depth)
+    from exl.planning.draft import plan_both  # imported late: it plans two models by this module
+
+    return plan_both(files, options, target, speeds, depth)
 
 
-def _plan_alone(
+def plan_alone(
     files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
 ) -> tuple[MemoryPlan, PlanInput]:
     if options.context == "auto":
@@ -220,50 +232,6 @@ def _plan_alone(
         speeds=speeds or Speeds(),
     )
     return plan, model
-
-
-def draft_options(options: EngineOptions, context: int) -> EngineOptions:
-    """How the draft model of ``options`` is loaded beside a model of ``context`` tokens: all of it in memory. What it
-    has no choice in is as for the model."""
-    return dataclasses.replace(
-        options,
-        draft=None,
-        context=context,
-        cache_tokens=options.cache_tokens if isinstance(options.cache_tokens, int) else None,
-        vram=None,
-        ram=None,
-        kv_ram=None,
-        resident_layers=None,
-        head="file",
-        embed="auto",
-        prefill_window=options.prefill_chunk,
-    )
-
-
-def _plan_both(
-    files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
-) -> tuple[MemoryPlan, PlanInput]:
-    """The draft model is placed first, and the model in what it leaves."""
-    with open_model(options.draft) as draft_files:
-        longest = draft_files.config.max_position
-        context = min(options.context if isinstance(options.context, int) else _default_context(files.config), longest)
-        if target.kind == "cuda":
-            raise ConfigError(
-                f"draft: found {draft_files.folder}: this version has draft models on the CPU; on a GPU "
-                "speculate='prompt' guesses without one"
-            )
-        draft, _ = plan_model(draft_files, draft_options(options, context), target)
-    needed = draft.num_bytes
-    less = options
-    if options.budget is not None:
-        if needed >= options.budget:
-            found = f"{format_bytes(needed)}, the budget is {format_bytes(options.budget)}"
-            raise MemoryBudgetError(f"draft: {draft_files.folder} needs {found}")
-        less = dataclasses.replace(options, ram=options.budget - needed)
-    plan, model = _plan_alone(files, less, target, speeds, depth)
-    line = PlanLine("draft model", target.kind, needed, False, f"{draft_files.folder.name}, {context} tokens")
-    budgets = {} if options.budget is None else {target.kind: options.budget}
-    return dataclasses.replace(plan, lines=(*plan.lines, line), budgets=budgets), model
 
 
 def _with_rounded_head(
@@ -287,8 +255,8 @@ def _checked_depth(depth: int, context: int) -> int:
 
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
     config, layouts = files.config, files.manifest.layouts(target)
-    context = options.context or _default_context(config)
-    cache_tokens = _cache_tokens(options, context)
+    context = options.context or default_context(config)
+    cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     model = PlanInput(
         config=config,
@@ -325,7 +293,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
                 "cache_tokens= for a larger one"
             )
         plan = plan_cpu(model, options.budget, max_resident=options.resident_layers)
-    return plan, model
+    return dataclasses.replace(plan, null_page=model.window is not None), model
 
 
 def _arithmetic(options: EngineOptions, target: Target) -> str | None:
@@ -367,21 +335,31 @@ def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident
     return plan.fits and (plan.placement.num_streamed == 0 or not resident)
 
 
-def _default_context(config: ModelConfig) -> int:
+def default_context(config: ModelConfig) -> int:
     return min(config.max_position, _MAX_DEFAULT_CONTEXT)
 
 
-def _cache_tokens(options: EngineOptions, context: int) -> int:
-    """Of the whole cache, which is at least one context: so the oldest sequence always gets to its end. Raises
-    ``ConfigError`` for fewer."""
+def _cache_tokens(config: ModelConfig, options: EngineOptions, context: int) -> int:
+    """Of the whole cache, which has room for all that one sequence needs at once: so the oldest always gets to its end.
+    Raises ``ConfigError`` for fewer."""
     if options.cache_tokens in (None, "auto"):
-        return context
-    if options.cache_tokens < context:
+        return _needed_at_once(config, context, options.prefill_window)
+    least = _needed_at_once(config, context, options.prefill_chunk)
+    if options.cache_tokens < least:
+        what = "the context" if least == context else "for a window, a prefill_chunk and two pages"
         raise ConfigError(
-            f"cache_tokens: found {options.cache_tokens}, expected the context, {context}, or more; a sequence could "
-            "not get to its end"
+            f"cache_tokens: found {options.cache_tokens}, expected {what}, {least}, or more; a sequence could not get "
+            "to its end"
         )
     return options.cache_tokens
+
+
+def _needed_at_once(config: ModelConfig, context: int, num_rows: int) -> int:
+    """Tokens in the cache of one sequence, whose prompts are computed ``num_rows`` rows at a time: where all layers
+    have a window, only what it reaches."""
+    if config.window is None:
+        return context
+    return min(context, window_pages(config.window, min(num_rows, context)) * PAGE_SIZE)
 
 
 def _kept_pages(options: EngineOptions, model: PlanInput) -> int:
@@ -401,8 +379,9 @@ def _kept_pages(options: EngineOptions, model: PlanInput) -> int:
 def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool = True) -> int:
     """Whole pages, up to the model's maximum and to what the cache holds; with all layers in memory if ``resident``.
     If not even one page fits like that, the default, and layers are streamed."""
-    default, low, high = _default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
-    if isinstance(options.cache_tokens, int):
+    default, low, high = default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
+    found = options.cache_tokens
+    if isinstance(found, int) and found < _needed_at_once(files.config, high * PAGE_SIZE, options.prefill_chunk):
         default, high = min(default, options.cache_tokens), min(high, options.cache_tokens // PAGE_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
@@ -424,7 +403,8 @@ def _largest_cache(files: ModelFiles, options: EngineOptions, target: Target) ->
         tried, _ = _attempt(files, dataclasses.replace(options, cache_tokens=pages * PAGE_SIZE), target)
         return tried.fits and tried.placement == plan.placement
 
-    low, high = plan.num_pages, plan.num_pages * model.limits.max_sequences
+    low = plan.num_pages - plan.null_page
+    high = low * model.limits.max_sequences
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if leaves_layers(middle) else (low, middle - 1)
@@ -475,14 +455,17 @@ def step_limits(
     config: ModelConfig, context: int, options: EngineOptions, cache_tokens: int | None = None, *, drafts: bool = False
 ) -> StepLimits:
     """The largest step that the options allow for. ``cache_tokens``: of the whole cache; None: one context.
-    ``drafts``: a sequence may have several decode rows, which verify them."""
+    ``drafts``: there is a draft model, for which rows that verify drafts are worth memory."""
     sequences, chunk = options.max_sequences, min(options.prefill_chunk, context)
-    decode_rows = max(sequences, min(_MAX_DRAFT_ROWS, sequences * MAX_NEW_TOKENS)) if drafts else sequences
+    chunk_logits = _MAX_LOGITS_BYTES // (4 * config.vocab_size)
+    # Prompt lookup gets rows for its drafts as far as a chunk's logits have room for them anyway.
+    most = _MAX_DRAFT_ROWS if drafts else min(_MAX_DRAFT_ROWS, chunk_logits - 1)
+    decode_rows = max(sequences, min(most, sequences * MAX_NEW_TOKENS))
     return StepLimits(
         max_rows=max(chunk, decode_rows),
         window_rows=max(chunk, min(options.prefill_window, context)) + decode_rows,
         # All decode rows, and the last row of a prompt behind them.
-        max_logit_rows=max(decode_rows + 1, min(chunk, _MAX_LOGITS_BYTES // (4 * config.vocab_size))),
+        max_logit_rows=max(decode_rows + 1, min(chunk, chunk_logits)),
         max_context=context,
         hidden_size=config.hidden_size,
         qkv_width=config.qkv_width,

@@ -75,6 +75,7 @@ class MemoryPlan:
     tokens: tuple[TokenBytes, ...] = ()  # what one token reads, at some depths of the cache
     speeds: Speeds = field(default_factory=Speeds)
     num_kept_pages: int = 0  # pages in pinned RAM that a GPU's cache has no room for
+    null_page: bool = False  # one page more, which stands for those that no window reaches any more
 
     @property
     def verdict(self) -> str:
@@ -133,7 +134,7 @@ class MemoryPlan:
             "budgets": dict(self.budgets),
             "fits": self.fits,
             "context": self.context,
-            "cache_tokens": self.num_pages * PAGE_SIZE,
+            "cache_tokens": (self.num_pages - self.null_page) * PAGE_SIZE,
             "embedding": self.placement.embed.value,
             "layers": self.layer_counts,
         }
@@ -198,9 +199,16 @@ class PlanInput:
     arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
 
     @property
+    def window(self) -> int | None:
+        """Of all layers, if there is one in each and a sequence may get longer."""
+        window = self.config.window
+        return None if window is None or window >= self.limits.max_context else window
+
+    @property
     def num_pages(self) -> int:
-        """Pages of the cache, the last of which may hold more tokens than were asked for."""
-        return -(-self.limits.cache_tokens // PAGE_SIZE)
+        """Pages of the cache, the last of which may hold more tokens than were asked for. With windows the null page
+        is one of them."""
+        return -(-self.limits.cache_tokens // PAGE_SIZE) + (self.window is not None)
 
     @property
     def compiled_sizes(self) -> CompiledSizes:

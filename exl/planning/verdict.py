@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Note:
-    """``kind``: "warning" (something will not go well), "assumption" (a figure that nobody gave), "advice"."""
+    """``kind``: "warning" (something will not go well), "assumption" (a figure that nobody gave), "advice", or
+    "fact" (of the model)."""
 
     kind: str
     text: str

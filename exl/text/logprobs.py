@@ -47,9 +47,9 @@ class TokenLogprob:
         return cls(token_id, bytes_of(token_id), logprob, alternatives)
 
 
-def check_top_logprobs(count: int | None, vocab_size: int) -> None:
+def check_top_logprobs(count: int | None, vocab_size: int, name: str = "top_logprobs") -> None:
     """Raises ``ConfigError`` unless ``count`` is None or an integer from 0 to ``vocab_size``."""
     if count is None:
         return
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= vocab_size:
-        raise ConfigError(f"top_logprobs: found {count!r}, expected None or an integer from 0 to {vocab_size}")
+        raise ConfigError(f"{name}: found {count!r}, expected None or an integer from 0 to {vocab_size}")

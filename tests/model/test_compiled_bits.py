@@ -111,6 +111,7 @@ def test_every_cache_and_arithmetic_any_chunk_and_any_threads(folder_of, kv_cach
 
 @pytest.mark.parametrize("isa", usable_isas()[1:])
 @pytest.mark.parametrize(("bits", "group_size", "options"), CASES, ids=str)
+@pytest.mark.sample(4)
 def test_every_instruction_set_has_the_bits_of_the_best(folder_of, bits, group_size, options, isa):
     folder = folder_of(bits, group_size, options)
     with opened(folder, kv_cache="q8") as engine:

@@ -131,6 +131,7 @@ def at_the_end(model: SimpleNamespace, lengths: list[int], *, shared: bool = Fal
 
 
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.sample(3)
 def test_no_batch_needs_more_than_the_plan_counts(seed, monkeypatch):
     model = random_model(seed)
     ops, limits = model.ops, model.limits

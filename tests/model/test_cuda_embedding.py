@@ -229,7 +229,7 @@ def reads(monkeypatch):
 def test_each_row_of_a_window_is_read_once_and_a_step_reads_one(model, backend, tmp_path, reads):
     engine = load(model("f16"), backend, embed="disk", packed_folder=tmp_path, **SMALL)
     all_logits(engine, IDS)
-    size = engine.generator.runner.rules.logit_chunk
+    size = engine.generator.runner.rules.chunk
     assert size > 1
     assert reads == [sorted(set(IDS[i : i + size])) for i in range(0, len(IDS), size)]
     reads.clear()

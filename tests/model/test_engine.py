@@ -159,7 +159,7 @@ def check(engine: Engine, count: int, seed: int, **options) -> None:
 @with_both
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", [1500, 5632, "int4"])
-@pytest.mark.sample(4)
+@pytest.mark.sample(6)
 def test_64_requests_in_one_batch_give_what_each_gives_alone(folder_of, cpu, threads, kind):
     with opened(folder_of(kind), threads, cpu, max_sequences=64, cache_tokens=16 * CONTEXT) as engine:
         check(engine, 64, threads)

@@ -117,6 +117,7 @@ def test_both_threads_compute_with_as_many_threads_and_the_same_bits(llm):
 
 @pytest.mark.parametrize("how", ["dropped handle", "dropped stream", "with", "break", "error", "cancel", "close"])
 @pytest.mark.parametrize("threaded", [False, True], ids=["inline", "threaded"])
+@pytest.mark.sample(2)
 def test_whoever_leaves_is_missed_by_nobody(llm, how, threaded):
     expected = llm.generate("The dog", 30, temperature=1.0, seed=5)
     other = llm.submit("The dog", 30, temperature=1.0, seed=5) if threaded else None

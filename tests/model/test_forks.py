@@ -61,6 +61,7 @@ def run(scenario: str, *backend: str) -> dict:
         "evaluated",
     ],
 )
+@pytest.mark.sample(3)
 def test_a_child_computes_what_its_parent_computes(scenario, cpu):
     result = run(scenario, *through(cpu))
     assert result["parent"]
@@ -71,6 +72,7 @@ def test_a_child_computes_what_its_parent_computes(scenario, cpu):
 @pytest.mark.parametrize(
     "scenario", ["unfinished_stream", "unfinished_logits", "request_in_thread", "submitted_request"]
 )
+@pytest.mark.sample(2)
 def test_a_child_that_was_forked_during_a_request_gets_an_error_and_its_parent_goes_on(scenario, cpu):
     result = run(scenario, *through(cpu))
     assert result["errors"]

@@ -131,6 +131,8 @@ def test_what_cannot_be_guided_is_refused():
                 llm.generate("One", 3, guidance_scale=scale)
         with pytest.raises(exl.ConfigError, match="negative_prompt: found without guidance_scale="):
             llm.generate("One", 3, negative_prompt="Two")
+        with pytest.raises(exl.ConfigError, match="prompt_logprobs: found 0 with guidance_scale="):
+            llm.generate("One", 3, guidance_scale=2.0, prompt_logprobs=0)
         with pytest.raises(exl.ConfigError, match="speculate: found 'prompt' with guidance_scale="):
             llm.generate("One", 3, guidance_scale=2.0, speculate="prompt")
         with pytest.raises(exl.ConfigError, match="negative_prompt: found no tokens"):

@@ -6,12 +6,18 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import exl
+from exl.engine.build import load_engine
+from exl.engine.request import TokenRequest
+from exl.planning.from_headers import EngineOptions
+from exl.sampling_params import SamplingParams
 from exl.text.logprobs import TokenLogprob
+from tests.host.backends import make_backend
 
 DATA = Path(__file__).parents[1] / "data"
 STORIES, SMALL = DATA / "stories2M", DATA / "stories260K"
@@ -120,6 +126,27 @@ def test_what_cannot_guess_is_refused(llm, tmp_path):
 def test_the_draft_model_is_in_the_plan(llm):
     (line,) = [line for line in llm.plan.lines if line.purpose == "draft model"]
     assert line.num_bytes == exl.plan(SMALL, context=512, cache_tokens=2048, prefill_window=512).num_bytes
+
+
+def test_a_draft_model_on_a_gpu(llm):
+    """On the shim: the same text with drafts and without, greedy and seeded, of one request and of three."""
+    options = EngineOptions(context=256, cache_tokens=1024, max_sequences=4, vram="2GB", draft=SMALL)
+    engine = load_engine(STORIES, options, backend=make_backend("plain"))
+    try:
+        generator, prompts = engine.generator, [llm.encode(text) for text in ("Once upon a time", "The dog", "One day")]
+        requests = [
+            TokenRequest(ids, SamplingParams(max_tokens=12, temperature=0.7 * (i % 2), seed=i), reuse_prefix=False)
+            for i, ids in enumerate(prompts)
+        ]
+        plain = [generator.submit(one, inline=True).result()[0].token_ids for one in requests]
+        drafted = [replace(one, speculate="draft", draft_tokens=4) for one in requests]
+        alone = [generator.submit(one, inline=True).result()[0] for one in drafted]
+        together = [handle.result()[0] for handle in [generator.submit(one, inline=True) for one in drafted]]
+        for found in (alone, together):
+            assert [answer.token_ids for answer in found] == plain
+            assert 0 < sum(answer.num_accepted for answer in found) < sum(answer.num_drafted for answer in found)
+    finally:
+        engine.close()
 
 
 # ---- constraints

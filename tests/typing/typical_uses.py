@@ -30,6 +30,7 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     score: float | None = likeliest.choices[0].beam_score
     guided: Completion = llm.generate("Once", 9, guidance_scale=1.5, negative_prompt=[1, 2])
     alternatives: tuple[TokenLogprob, ...] | None = llm.generate("Once", 5, top_logprobs=5).logprobs
+    scores: tuple[TokenLogprob | None, ...] | None = llm.generate("Once", 0, prompt_logprobs=5).prompt_logprobs
 
     with llm.stream("Once", params, seed=2) as stream:
         for piece in stream:
@@ -46,6 +47,7 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     answer: Completion = llm.complete_chat(messages, max_tokens=20)
     chat = llm.chat(messages=messages)
     print(llm.logits(llm.encode("Once")).shape, llm.context)
+    print(llm.embed(["Once", "One day"], "last", normalize=True).shape, llm.embed([[1, 2], [3]]).dtype)
 
     async def stories() -> str:
         async with llm.stream("Once", 10) as pieces:
@@ -54,6 +56,6 @@ with exl.load(Path("path/to/model"), "cpu", ram="1GB", head=8, arithmetic="f32",
     print(asyncio.run(stories()))
 
 try:
-    exl.load("nowhere")
+    exl.load("nowhere", rope={"rope_type": "yarn", "factor": 4.0})
 except exl.CheckpointError as error:
     print(error)

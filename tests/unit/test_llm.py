@@ -220,6 +220,7 @@ def test_the_table_of_options_is_whole():
     assert [*OPTIONS, "stop"] == list(params)
     asked_for_otherwise = {"stop", "reuse_prefix", "top_logprobs", "prompt_progress", "n", "best_of", *CONSTRAINTS}
     asked_for_otherwise |= {"speculate", "draft_tokens", "deadline", "max_unread", "guidance_scale", "negative_prompt"}
+    asked_for_otherwise |= {"prompt_logprobs"}
     asked_for_otherwise |= {"num_beams", "length_penalty", "early_stopping"}
     assert list(OPTIONS) == [name for name in options if name not in asked_for_otherwise]
     defaults = exl.SamplingParams()

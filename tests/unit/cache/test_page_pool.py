@@ -611,6 +611,11 @@ class Live:
     pages: list[int]
     num_exact: int
 
+    @property
+    def first(self) -> int:
+        """The first token whose page no window has passed: the null page is 0."""
+        return self.pages.count(0) * PAGE_SIZE
+
 
 # Texts that often have a beginning in common: seed, where it goes on otherwise, tokens; exact, multiple, spare.
 ASKED = st.tuples(
@@ -663,24 +668,31 @@ class PoolMachine(RuleBasedStateMachine):
     def pick(self, which: int) -> Live:
         return self.live[which % len(self.live)]
 
-    @rule(asked=ASKED)
-    def begin(self, asked: tuple[int, int, int, bool, int, int]) -> None:
+    @rule(asked=ASKED, window=st.sampled_from([None, None, 1, 64, 70, 130]))
+    def begin(self, asked: tuple[int, int, int, bool, int, int], window: int | None = None) -> None:
         seed, cut, length, exact, multiple, spare = asked
         ids = (text(250, seed)[:cut] + [2000] * 250)[:length]
         match = self.pool.find(ids, exact=exact, multiple=multiple)
         before = self.pool.num_free
         try:
             taken = self.pool.take_prefix(
-                ids, self.copy, num_pages=pages_of(length), spare=spare, exact=exact, multiple=multiple
-            )
+                ids, self.copy, num_pages=pages_of(length), spare=spare, exact=exact, multiple=multiple,
+                window=window, most=self.NUM_PAGES,
+            )  # fmt: skip
         except MemoryBudgetError:
+            assert window is None or pages_of(length) + spare > self.pool.num_free  # not for what it does not see
             assert self.pool.num_free == before
             assert self.pool.find(ids, exact=exact, multiple=multiple) == match
             return
         assert self.pool.num_free >= spare
         assert taken.num_reused <= match.num_tokens < taken.num_reused + PAGE_SIZE
         assert not exact or taken.num_exact == taken.num_reused
-        for i in range(taken.num_reused):
+        passed = taken.num_passed * PAGE_SIZE
+        assert taken.pages.count(0) == taken.num_passed
+        assert set(taken.pages[: taken.num_passed]) <= {0}
+        if window is not None:
+            assert taken.num_reused + 1 - window - 2 * PAGE_SIZE < passed <= max(0, taken.num_reused + 1 - window)
+        for i in range(passed, taken.num_reused):
             token, is_exact = self.slab[taken.pages[i // PAGE_SIZE]][i % PAGE_SIZE]
             assert token == ids[i]
             assert is_exact or i >= taken.num_exact
@@ -717,6 +729,15 @@ class PoolMachine(RuleBasedStateMachine):
             raise AssertionError("a page that is to be written has two holders")
 
     @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 100), count=st.integers(1, 3))
+    def pass_by(self, which: int, count: int) -> None:
+        """Of whole pages alone, the first ones."""
+        sequence = self.pick(which)
+        self.pool.remember(sequence.ids, sequence.pages, sequence.num_exact)
+        first = sequence.first // PAGE_SIZE
+        self.pool.pass_by(sequence.pages, first, max(first, min(first + count, len(sequence.ids) // PAGE_SIZE)))
+
+    @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 100))
     def remember(self, which: int) -> None:
         sequence = self.pick(which)
@@ -738,7 +759,7 @@ class PoolMachine(RuleBasedStateMachine):
     def resume(self, which: int) -> None:
         ids, num_exact, old = self.paused.pop(which % len(self.paused))
         pages = self.pool.reclaim(old)
-        for i in range(min(len(pages) * PAGE_SIZE, len(ids))):
+        for i in range(pages.count(0) * PAGE_SIZE, min(len(pages) * PAGE_SIZE, len(ids))):
             assert self.slab[pages[i // PAGE_SIZE]][i % PAGE_SIZE][0] == ids[i]
         length = min(len(pages) * PAGE_SIZE, len(ids))
         self.live.append(Live(ids[:length], pages, min(num_exact, length)))
@@ -747,7 +768,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100), cut=st.integers(0, 250))
     def fork(self, which: int, cut: int) -> None:
         sequence = self.pick(which)
-        length = min(cut, len(sequence.ids))
+        length = max(min(cut, len(sequence.ids)), sequence.first)
         try:
             pages = self.pool.fork(sequence.pages, length, self.copy)
         except MemoryBudgetError:
@@ -760,7 +781,7 @@ class PoolMachine(RuleBasedStateMachine):
         sequence = self.live.pop(which % len(self.live))
         self.pool.poison(sequence.pages)
         for page in sequence.pages:
-            if self.pool.num_holders(page) == 1:
+            if page and self.pool.num_holders(page) == 1:
                 self.slab[page] = [(-9, False)] * PAGE_SIZE
         self.pool.release(sequence.pages)
         self.pool.check(self.held())
@@ -780,9 +801,9 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def texts_of_live_sequences_are_intact(self) -> None:
         for sequence in self.live:
-            for i, token in enumerate(sequence.ids):
+            for i in range(sequence.first, len(sequence.ids)):
                 found, is_exact = self.slab[sequence.pages[i // PAGE_SIZE]][i % PAGE_SIZE]
-                assert found == token
+                assert found == sequence.ids[i]
                 assert is_exact or i >= sequence.num_exact
 
     @invariant()
@@ -792,7 +813,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def pages_are_accounted_for(self) -> None:
         self.pool.check(self.held())
-        in_use = {page for pages in self.held() for page in pages}
+        in_use = {page for pages in self.held() for page in pages if page}
         assert self.pool.num_free == self.NUM_PAGES - 1 - len(in_use)
 
 

@@ -122,6 +122,7 @@ def read(tmp_path, caplog):
         ({"do_sample": True, "top_k": -1}, {"temperature": 1.0, "top_k": 0}),
         ({"do_sample": True, "top_k": 20.0}, {"temperature": 1.0, "top_k": 20}),
         ({"do_sample": True, "top_p": 1, "min_p": 0}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}),
+        ({"do_sample": True, "typical_p": 0.9}, {"temperature": 1.0, "typical_p": 0.9}),
         ({"repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
         ({"eos_token_id": [5, -1], "bos_token_id": [3]}, {"eos_ids": (5,), "bos_id": 3}),
     ],
@@ -140,6 +141,7 @@ def test_defaults_of_generation(read, values, expected):
         *(("top_k", value) for value in (-2, "40", 1.5, 2**40, 1e300, math.inf)),
         *(("top_p", value) for value in (0, -0.5, 1.5, "x")),
         *(("min_p", value) for value in (-1, 2, {})),
+        *(("typical_p", value) for value in (0, 1.5, "x")),
         *(("repetition_penalty", value) for value in (0, -1, 1e9, "1.1")),
         *(("do_sample", value) for value in ("yes", 1)),
         *(("eos_token_id", value) for value in ("</s>", 1.5, [1, "a"])),
@@ -188,3 +190,53 @@ def test_numbers_in_errors_are_as_the_file_has_them():
         ConfigError, match=r"high_freq_factor: found 1\.2345678, .* other than low_freq_factor, 1\.2345678$"
     ):
         ModelConfig.from_dict(LLAMA | {"rope_parameters": rope_parameters})
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "max_position"),
+    [
+        (LLAMA, YARN, 512),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_theta": 7.0}, YARN, 512),
+        (LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, YARN, 512),
+        (QWEN | {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}, YARN, 512),
+    ],
+)
+def test_a_given_rope_takes_the_place_of_the_files(values, given, max_position):
+    values = values | {"max_position_embeddings": 100}
+    found = ModelConfig.from_dict(values, rope=given)
+    plain = {key: value for key, value in values.items() if not key.startswith("rope_")}
+    assert found.rope == rope(plain | {"rope_parameters": given})
+    assert found.max_position == max_position
+
+
+def test_what_a_given_rope_does_not_say_of_the_model_is_the_files():
+    own = {"rope_theta": 7e4, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}
+    scaled = LLAMA | {"max_position_embeddings": 256, "rope_parameters": own | {"rope_type": "yarn", "factor": 4.0}}
+    found = ModelConfig.from_dict(scaled, rope={"rope_type": "linear", "factor": 8.0})
+    assert (found.rope.kind, found.rope.theta, found.rope.partial_rotary_factor) == ("linear", 7e4, 0.5)
+    assert found.max_position == 512
+    found = ModelConfig.from_dict(scaled, rope={"rope_theta": 5.0})
+    assert (found.rope.kind, found.rope.factor, found.rope.theta, found.max_position) == ("yarn", 4.0, 5.0, 256)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"^rope: found \{\}, expected a dict such as"),
+        ("yarn", r"^rope: found 'yarn', expected a dict such as"),
+        ({"rope_typ": "yarn"}, r"^rope: found the key 'rope_typ', expected rope_type, type, rope_theta, "),
+        ({"factor": 2.0}, r"^rope: found 'factor' without 'rope_type', expected one of default, linear, "),
+        ({"rope_type": "linear"}, r"^rope: factor: found nothing, expected a number"),
+        ({"rope_type": "linear", "factor": -2}, r"^rope: factor: found -2, expected a finite number above 0"),
+        ({"rope_type": "su"}, r"^rope: rope_type: found 'su', expected one of default"),
+        ({"rope_type": "linear", "factor": 1e9}, r"^rope: factor: found 1000000000.0, expected at most 1073741824 pos"),
+        ({"rope_theta": "x"}, r"^rope: rope_theta: found 'x', expected a finite number above 0"),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
+            r"^rope: rope_theta: found 1.0, expected a number",
+        ),
+    ],
+)
+def test_a_wrong_given_rope_is_refused_by_name(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dict(LLAMA, rope=given)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from exl.commands.options import parse_rope
 from tests.command_line import run_exl as exl
 from tests.command_line import without_compiling
 
@@ -190,3 +191,13 @@ def test_help_names_the_commands():
     done = in_a_process("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("generate", "plan", "quantize", "packed", "info"))
+
+
+def test_rope_is_read_as_pairs_or_as_json():
+    yarn = {"rope_type": "yarn", "factor": 2.5, "truncate": False}
+    assert parse_rope("rope_type=yarn, factor=2.5,truncate=false") == parse_rope(json.dumps(yarn)) == yarn
+    done = exl("plan", str(STORIES), "--rope", "rope_type=linear,factor=2")
+    assert "RoPE: linear, factor 2, theta 10000; 1024 positions" in done.stdout
+    for text in ("2", "{", "[]", "linear"):
+        assert_one_line_error(exl("plan", str(STORIES), "--rope", text), f"--rope: found {text!r}, expected NAME=X")
+    assert_one_line_error(generate("a", "--rope", "rope_type=linear"), "rope: factor: found nothing")

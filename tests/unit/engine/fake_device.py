@@ -46,13 +46,15 @@ class FakeDevice:
     runs_ahead: bool = False
     invariant_rows: int = ALL_ALIKE
     chunk: int = 64
-    logit_chunk: int = 16
     max_decode_prompt: int = 4
     max_decode_rows: int = 8
     max_sequences: int = 4
     step_tokens: int = 128
+    keeps_all_rows: bool = False  # as with streamed layers
     decode_rows: int = 16  # of a batch of decode rows, drafts included
+    max_logit_rows: int = 24
     vocab_size: int = V
+    window: int | None = None  # a row finds itself and so many tokens, less one, before it
     num_holders: Callable[[int], int] | None = None  # of a page, to see that only its owner writes to it
     log: list[str] = field(default_factory=list)  # "step", "sample", "read", in order
     rows: Counter[str] = field(default_factory=Counter)  # that ran: "decode", "prompt"
@@ -63,7 +65,6 @@ class FakeDevice:
     def __post_init__(self) -> None:
         self.rules = ChunkRules(
             chunk=self.chunk,
-            logit_chunk=self.logit_chunk,
             max_decode_prompt=self.max_decode_prompt,
             max_decode_rows=self.max_decode_rows,
             invariant_rows=self.invariant_rows,
@@ -72,7 +73,9 @@ class FakeDevice:
         self.ids = np.full(self.num_pages * PAGE_SIZE, -1, np.int64)
         self.bits = np.zeros(self.num_pages * PAGE_SIZE, np.int64)
         self._logits = torch.zeros(64, V)  # one buffer, as on a device: what comes later overwrites it
+        self._chunks: list[tuple[ForwardBatch, np.ndarray, np.ndarray] | None] = []  # with what a pass left; None: gone
         self._last: list[int] = []
+        self.num_draws = 0
         self._num_rows = 0
 
     # ---- what a scheduler asks for
@@ -85,7 +88,7 @@ class FakeDevice:
     ) -> torch.Tensor:
         self.log.append("step")
         self._logits.fill_(float("nan"))
-        self._num_rows, at = 0, 0
+        self._num_rows, at, self._chunks = 0, 0, []
         if decode is not None:
             assert decode.num_decode_rows == decode.num_rows <= self.decode_rows
             at = self._run(decode, at)
@@ -93,6 +96,8 @@ class FakeDevice:
             assert batch.num_rows <= self.chunk
             assert batch.num_sequences <= self.max_sequences
             at = self._run(batch, at)
+            self._chunks = [*self._chunks, None] if self.keeps_all_rows else [None] * (i + 1)
+            self._chunks[i] = batch, self.ids.copy(), self.bits.copy()
             if on_layer is not None:
                 on_layer(range(i, i + 1), 1, 2)
                 on_layer(range(i, i + 1), 2, 2)
@@ -103,11 +108,27 @@ class FakeDevice:
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
         guide(logits, rows)
 
+    def prompt_logits(self, chunk: int, rows: range) -> torch.Tensor:
+        self.log.append("head")
+        assert 0 < len(rows) <= self.max_logit_rows
+        self._logits.fill_(float("nan"))
+        self._logits[: len(rows)] = torch.from_numpy(self._kept_rows(chunk, rows))
+        return self._logits[: len(rows)]
+
+    def final_states(self, chunk: int, rows: range) -> np.ndarray:
+        return self._kept_rows(chunk, rows).astype(np.float64)
+
+    def _kept_rows(self, chunk: int, rows: range) -> np.ndarray:
+        assert self._chunks[chunk] is not None, "the rows of this chunk are gone"
+        batch, *memory = self._chunks[chunk]
+        return np.stack([self._logits_of(batch, row, *memory) for row in rows])
+
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> FakeSamples:
         self.log.append("sample")
         found = sample(logits, params)
         self._last = found.ids
-        return FakeSamples(self, found)
+        self.num_draws += 1
+        return FakeSamples(self, found, self.num_draws)
 
     def zero_pages(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -124,6 +145,7 @@ class FakeDevice:
 
     def abandon(self) -> None:
         self._logits.fill_(float("nan"))
+        self._chunks = []
 
     def is_lost(self) -> bool:
         return False
@@ -163,12 +185,14 @@ class FakeDevice:
                 slot = int(batch.page_table[b, position // PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE
                 assert batch.slots[row] == slot
                 self._write(slot, int(batch.token_ids[row]), self._row_bits(batch, row))
-        wanted = batch.logit_rows.tolist()
-        for row in wanted:
-            b = int(np.searchsorted(starts, row, side="right")) - 1
-            self._logits[at] = torch.from_numpy(self._row_logits(batch.page_table[b], int(batch.positions[row]) + 1))
+        for row in batch.logit_rows.tolist():
+            self._logits[at] = torch.from_numpy(self._logits_of(batch, row, self.ids, self.bits))
             at += 1
         return at
+
+    def _logits_of(self, batch: ForwardBatch, row: int, ids: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        b = int(np.searchsorted(batch.query_start, row, side="right")) - 1
+        return self._row_logits(batch.page_table[b], int(batch.positions[row]) + 1, ids, bits)
 
     def _row_bits(self, batch: ForwardBatch, row: int) -> int:
         if self.rules.all_alike:
@@ -188,14 +212,16 @@ class FakeDevice:
         self.bits[slot] = bits
         self._num_rows += 1
 
-    def _row_logits(self, table: np.ndarray, num_tokens: int) -> np.ndarray:
-        pages = table[: -(-num_tokens // PAGE_SIZE)]
+    def _row_logits(self, table: np.ndarray, num_tokens: int, ids: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        low = 0 if self.window is None else max(0, num_tokens - self.window)
+        first = low // PAGE_SIZE
+        pages = table[first : -(-num_tokens // PAGE_SIZE)]
         slots = (pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
-        if NOT_A_NUMBER in self.ids[slots]:  # behind the text, too: 0 times NaN is NaN
+        if NOT_A_NUMBER in ids[slots]:  # behind the text, too: 0 times NaN is NaN
             return np.full(V, np.nan, np.float32)
-        slots = slots[:num_tokens]
-        text = zlib.crc32(self.bits[slots].tobytes(), zlib.crc32(self.ids[slots].tobytes()))
-        return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[self.ids[slots[-1]]]
+        slots = slots[low - first * PAGE_SIZE : num_tokens - first * PAGE_SIZE]
+        text = zlib.crc32(bits[slots].tobytes(), zlib.crc32(ids[slots].tobytes()))
+        return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[ids[slots[-1]]]
 
     def _owned(self, page: int) -> None:
         if self.num_holders is not None:
@@ -215,7 +241,9 @@ class FakeDevice:
 class FakeSamples:
     device: FakeDevice
     rows: SampleRows
+    number: int
 
     def read(self) -> SampleRows:
+        assert self.number > self.device.num_draws - 2, "these samples are overwritten"
         self.device.log.append("read")
         return self.rows

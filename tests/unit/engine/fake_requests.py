@@ -156,13 +156,16 @@ class UsualCosts(MeasuredCosts):
 class World:
     """A scheduler with all that belongs to it."""
 
-    def __init__(self, device: FakeDevice, context: int = CONTEXT) -> None:
+    def __init__(self, device: FakeDevice, context: int = CONTEXT, *, passes: bool = False) -> None:
+        """``passes``: pages that the device's window does not reach any more are given back."""
         self.device, self.context = device, context
-        self.pool = PagePool(device.num_pages)
+        self.pool = PagePool(device.num_pages, null=passes)
         device.num_holders = self.pool.num_holders
-        self.answers = Answers(context, V, device.num_pages, PAGE_SIZE, device.max_sequences)
+        most = -(-context // PAGE_SIZE) + 1 if passes else device.num_pages
+        self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences)
         self.answers.eos_ids = frozenset({EOS})
-        pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True)
+        window, budget = device.window if passes else None, device.step_tokens
+        pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True, window, budget)
         drafts = Drafts({"prompt": PromptLookup((2, 1))}, device.decode_rows, device.max_decode_rows - 1)
         drafts.costs = UsualCosts()
         self.scheduler = Scheduler(device, pages, self.answers, drafts)
@@ -222,7 +225,11 @@ def told(events: Sequence[Event], choice: int) -> tuple[list[int], str]:
 def results(world: World, ticket: Ticket) -> list[tuple]:
     """All that a request's caller gets."""
     return [
-        (answer.token_ids, "".join(answer.pieces), answer.outcome, answer.ranked, *told(world.events[ticket], i))
+        (
+            *(answer.token_ids, "".join(answer.pieces), answer.outcome, answer.ranked, *told(world.events[ticket], i)),
+            answer.prompt_ranked,
+            None if answer.embedding is None else answer.embedding.tolist(),
+        )
         for i, answer in enumerate(ticket.answers)
     ]
 
@@ -230,12 +237,12 @@ def results(world: World, ticket: Ticket) -> list[tuple]:
 def alone(request: TokenRequest, like: FakeDevice, context: int = CONTEXT) -> list[tuple]:
     """What a request gives on a device of its own that reads each token at once."""
     device = FakeDevice(
-        like.num_pages,
+        max(like.num_pages, -(-context // PAGE_SIZE)),
         invariant_rows=like.invariant_rows,
         chunk=like.chunk,
-        logit_chunk=like.logit_chunk,
         max_decode_prompt=like.max_decode_prompt,
         max_decode_rows=like.max_decode_rows,
+        window=like.window,
     )
     world = World(device, context)
     found = []

@@ -78,7 +78,7 @@ def reference(ids: list[int], num_beams: int, count: int) -> list[list[int]]:
     def row(text: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
         whole = [*ids, *text]
         device.ids[: len(whole)], device.bits[: len(whole)] = whole, 0
-        x = device._row_logits(np.arange(4), len(whole)).astype(np.float64)
+        x = device._row_logits(np.arange(4), len(whole), device.ids, device.bits).astype(np.float64)
         x -= x.max() + math.log(np.exp(x - x.max()).sum())
         return tuple(sorted(enumerate(x.tolist()), key=lambda one: -one[1]))
 

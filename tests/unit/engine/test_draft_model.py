@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl.engine import draft_model
-from exl.engine.draft_model import DraftJob, DraftModel, OneByOne
+from exl.engine.draft_model import DraftJob, DraftModel
+from tests.unit.engine.one_by_one import OneByOne
 from tests.unit.engine.toy_decoding import Request, Toy, ToySequence, V
 from tests.unit.engine.toy_draft_model import ToyCached
 

@@ -47,7 +47,7 @@ def test_a_step_draws_from_both_branches() -> None:
     for text in (ids, negative):
         lone = FakeDevice(2)
         lone.ids[: len(text)], lone.bits[: len(text)] = text, 0
-        logits.append(lone._row_logits(np.arange(2), len(text)).astype(np.float64))
+        logits.append(lone._row_logits(np.arange(2), len(text), lone.ids, lone.bits).astype(np.float64))
     logits = logits[1] + scale * (logits[0] - logits[1])
     logits[-1] = -math.inf  # the end of the text is not allowed
     assert results(world, ticket)[0][0] == [int(logits.argmax())]

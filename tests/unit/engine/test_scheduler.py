@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from exl.batch import PAGE_SIZE
+from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.request import TokenRequest
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
@@ -91,7 +92,7 @@ def test_all_logits_of_a_text_that_fills_the_cache() -> None:
 
 
 def test_all_logits_come_once_though_their_text_is_paused() -> None:
-    world = World(FakeDevice(4, logit_chunk=16))
+    world = World(FakeDevice(4, chunk=16, step_tokens=16))
     ticket = world.submit(request(prompt(100), 0, wants_all=True, reuse_prefix=False))
     for _ in range(5):
         world.scheduler.step()
@@ -211,6 +212,29 @@ def test_drafts_that_were_asked_for_leave_those_of_others_their_rows() -> None:
             request([6, 7] * 20, 40, draft_tokens=7, **options),
         ],
     )
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_draft_model_that_fails_ends_the_requests_that_use_it(runs_ahead: bool) -> None:
+    class Failing(PromptLookup):
+        def propose(self, want):
+            if any(len(sequence.ids) > 50 for sequence, _ in want):
+                raise RuntimeError("out of luck")
+            return super().propose(want)
+
+    world = World(FakeDevice(16, runs_ahead=runs_ahead))
+    world.scheduler.drafts.add("draft", Failing((2, 1)))
+    longest, shorter, other = (
+        world.submit(one)
+        for one in (
+            request(prompt(40), 20, temperature=0.0, speculate="draft", draft_tokens=2),
+            request(prompt(30, 1), 30, temperature=0.0, speculate="draft", draft_tokens=2),
+            request(prompt(35, 2), 30, temperature=0.0, speculate="prompt"),
+        )
+    )
+    world.run()
+    assert [str(ticket.error) for ticket in (longest, shorter)] == ["out of luck"] * 2
+    assert results(world, other) == alone(other.request, world.device)
 
 
 # ---- tokens that are taken back

@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exl.engine.draft_length import DraftLength, StepCosts, share_rows
-from exl.engine.draft_model import DraftModel, OneByOne
+from exl.engine.draft_model import DraftModel
 from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.speculation import Drafter, accepted, rejection_acceptance
 from exl.errors import ConfigError
+from tests.unit.engine.one_by_one import OneByOne
 from tests.unit.engine.toy_decoding import Request, Toy, ToySequence, V, plain, with_drafts
 from tests.unit.engine.toy_draft_model import ToyCached
 

@@ -170,11 +170,11 @@ def limits_of(vocab_size: int, context: int = 512, drafts: bool = False, **optio
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_a_step_has_a_row_for_each_sequence_and_for_a_prompt(vocab_size, max_sequences, chunk):
     limits = limits_of(vocab_size, max_sequences=max_sequences, prefill_chunk=chunk)
-    assert limits.decode_rows == max_sequences
+    assert limits.decode_rows >= max_sequences
     assert limits.chunk_rows == chunk
-    assert limits.max_rows == max(chunk, max_sequences)
-    assert limits.max_logit_rows >= max_sequences + 1
-    assert limits.window_rows == 512 + max_sequences
+    assert limits.max_rows == max(chunk, limits.decode_rows)
+    assert limits.max_logit_rows >= limits.decode_rows + 1
+    assert limits.window_rows == 512 + limits.decode_rows
     assert limits.cache_tokens == 512
 
 
@@ -183,6 +183,15 @@ def test_with_drafts_a_sequence_has_eight_rows(max_sequences, rows):
     limits = limits_of(32000, max_sequences=max_sequences, drafts=True)
     assert limits.decode_rows == rows
     assert limits.max_logit_rows > rows
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "max_sequences", "rows"), [(32000, 16, 64), (262_144, 16, 31), (262_144, 2, 16)]
+)
+def test_prompt_lookup_has_the_rows_that_cost_no_logits(vocab_size, max_sequences, rows):
+    limits = limits_of(vocab_size, max_sequences=max_sequences)
+    assert limits.decode_rows == rows
+    assert limits.max_logit_rows == max(rows + 1, min(512, (32 << 20) // (4 * vocab_size)))
 
 
 def test_logits_grow_only_where_sequences_need_them():

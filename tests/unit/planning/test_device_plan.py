@@ -48,7 +48,7 @@ def test_a_7b_by_hand(seven):
     assert lines["head and final norm"] == 32000 * 4096 * 2 + 4096 * 4
     # 9,216 bytes per head and page of 64 tokens, at q4 and 128 channels.
     assert lines["KV cache"] == 32 * 32 * (4096 // 64) * 9216
-    assert lines["residual stream"] == (4096 + 16) * 4096 * 4  # a prompt's window, and a decode row of each sequence
+    assert lines["residual stream"] == (4096 + 64) * 4096 * 4  # a prompt's window, and decode rows with drafts
     assert found.placement.num_streamed == 0
     assert found.fits
     assert found.budgets == {"cuda:0": 8 * GB}

@@ -23,6 +23,7 @@ CHANGED = {
     "cache_tokens": 300, "kv_ram": "1GB",
     "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "embed": "disk",
     "packed_folder": "somewhere", "threads": 1, "arithmetic": "int8", "max_queue": 5, "draft": BUNDLED_MODEL,
+    "rope": {"rope_theta": 5e5},
 }  # fmt: skip
 
 

@@ -1,0 +1,69 @@
+"""Vectors for texts: a model's own states, pooled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from exl.checkpoint.header import shown
+from exl.engine.request import TokenRequest
+from exl.errors import ConfigError
+from exl.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from exl.llm import LLM, Prompt
+
+POOLING = ("mean", "last")
+
+
+def embed(llm: LLM, texts: Prompt | Sequence[Prompt], pooling: str, normalize: bool) -> torch.Tensor:
+    """See ``LLM.embed``."""
+    if pooling not in POOLING:
+        raise ConfigError(f"pooling: found {pooling!r}, expected 'mean' or 'last'")
+    if not isinstance(normalize, bool):
+        raise ConfigError(f"normalize: found {normalize!r}, expected True or False")
+    requests = [
+        TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling)
+        for ids in _token_ids(llm, texts)
+    ]
+    generator = llm._open_generator()
+    with contextlib.ExitStack() as stack:
+        handles = [
+            stack.enter_context(generator.submit(request, lambda answers: answers[0].embedding, inline=True))
+            for request in requests
+        ]
+        found = np.stack([handle.result() for handle in handles])
+    if normalize:
+        lengths = np.linalg.norm(found.astype(np.float64), axis=1, keepdims=True)
+        found = (found / np.where(lengths > 0.0, lengths, 1.0)).astype(np.float32)
+    return torch.from_numpy(found)
+
+
+def _token_ids(llm: LLM, texts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+    """Of each text. Raises ``ConfigError`` that names the text."""
+    if isinstance(texts, str):
+        named = [("texts", texts)]
+    elif not isinstance(texts, Sequence | np.ndarray) or isinstance(texts, bytes):
+        raise ConfigError(f"texts: found {shown(texts)}, expected a text, token ids, or a list of these")
+    elif not len(texts):
+        raise ConfigError("texts: found an empty list, expected at least one text")
+    elif isinstance(texts[0], int | np.integer):
+        named = [("texts", texts)]
+    else:
+        named = [(f"texts[{i}]", text) for i, text in enumerate(texts)]
+    found = []
+    for name, text in named:
+        if isinstance(text, Sequence | np.ndarray) and not len(text):
+            raise ConfigError(f"{name}: found an empty text, expected at least one token")
+        try:
+            ids = llm.encode(text)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
+        if len(ids) > llm.context:
+            raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {llm.context}")
+        found.append(ids)
+    return found

@@ -1,0 +1,115 @@
+"""The plan of a model and of a smaller one that drafts for it: one budget for both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from exl.checkpoint.config import ModelConfig
+from exl.errors import MemoryBudgetError
+from exl.layout.specs import Target
+from exl.planning.devices import HOST, STARTED_LINES
+from exl.planning.from_headers import (
+    EngineOptions,
+    ModelFiles,
+    default_context,
+    open_model,
+    plan_alone,
+    plan_model,
+)
+from exl.planning.plan import MemoryPlan, PlanInput, PlanLine
+from exl.planning.speed import Speeds
+from exl.units import format_bytes
+
+_FIRST_GPU = "cuda:0"
+
+
+def draft_context(options: EngineOptions, config: ModelConfig, draft: ModelConfig) -> int:
+    """Tokens that the draft model of ``options`` can see: as many as the model, up to its own maximum. With
+    context="auto", which fills the memory that the draft model leaves, as many as the model has by default."""
+    asked = options.context if isinstance(options.context, int) else default_context(config)
+    return min(asked, draft.max_position)
+
+
+def draft_options(options: EngineOptions, context: int) -> EngineOptions:
+    """How the draft model of ``options`` is loaded: all of it in memory. What it has no choice in is as for the
+    model."""
+    return dataclasses.replace(
+        options,
+        draft=None,
+        rope=None,
+        context=context,
+        cache_tokens=max(context, options.cache_tokens if isinstance(options.cache_tokens, int) else 0),
+        vram=options.vram_bytes[:1] or None,
+        ram=None,
+        kv_ram=None,
+        resident_layers=None,
+        head="file",
+        embed="auto",
+        prefill_window=options.prefill_chunk,
+    )
+
+
+def plan_both(
+    files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
+) -> tuple[MemoryPlan, PlanInput]:
+    """The draft model is placed first, and the model in what it leaves. Raises ``MemoryBudgetError`` if the draft
+    model does not fit whole."""
+    with open_model(options.draft) as draft_files:
+        context = draft_context(options, files.config, draft_files.config)
+        try:
+            draft, _ = plan_model(draft_files, draft_options(options, context), target)
+        except MemoryBudgetError as error:
+            raise MemoryBudgetError(f"draft: {error}") from None
+    lines = tuple(
+        PlanLine("draft model", device, _needed(draft, device), False, f"{draft_files.folder.name}, {context} tokens")
+        for device in draft.devices
+    )
+    budgets = _budgets(options, target)
+    for line in lines:
+        if line.device in budgets and line.num_bytes >= budgets[line.device]:
+            raise _too_large(draft_files, line, budgets[line.device])
+    if draft.placement.num_streamed:
+        raise MemoryBudgetError(
+            f"draft: {draft_files.folder} must be in memory whole, and {draft.placement.num_streamed} of its layers "
+            f"find no room in {format_bytes(budgets[_FIRST_GPU])} of VRAM"
+        )
+    plan, model = plan_alone(files, _without(options, lines), target, speeds, depth)
+    return dataclasses.replace(plan, lines=_beside(plan, lines), budgets={**plan.budgets, **budgets}), model
+
+
+def _needed(draft: MemoryPlan, device: str) -> int:
+    """Beside another model: what a GPU's start takes is taken once."""
+    return sum(line.num_bytes for line in draft.lines if line.device == device and line.purpose not in STARTED_LINES)
+
+
+def _budgets(options: EngineOptions, target: Target) -> dict[str, int]:
+    """Of the memories that the draft model may be in."""
+    found = {_FIRST_GPU: options.vram_bytes[0]} if target.kind == "cuda" else {}
+    if options.budget is not None:
+        found[HOST if target.kind == "cuda" else target.kind] = options.budget
+    return found
+
+
+def _too_large(files: ModelFiles, line: PlanLine, budget: int) -> MemoryBudgetError:
+    return MemoryBudgetError(
+        f"draft: {files.folder} needs {format_bytes(line.num_bytes)} of {line.device}, the budget is "
+        f"{format_bytes(budget)}"
+    )
+
+
+def _without(options: EngineOptions, lines: tuple[PlanLine, ...]) -> EngineOptions:
+    """What is left of the budgets."""
+    taken = {line.device: line.num_bytes for line in lines}
+    if options.vram_bytes:
+        first, *others = options.vram_bytes
+        options = dataclasses.replace(options, vram=(first - taken.get(_FIRST_GPU, 0), *others))
+    if options.budget is not None:
+        host = sum(num_bytes for device, num_bytes in taken.items() if device != _FIRST_GPU)
+        options = dataclasses.replace(options, ram=options.budget - host)
+    return options
+
+
+def _beside(plan: MemoryPlan, more: tuple[PlanLine, ...]) -> tuple[PlanLine, ...]:
+    """Each of ``more`` after the lines of its memory."""
+    devices = dict.fromkeys((*plan.devices, *(line.device for line in more)))
+    return tuple(line for device in devices for line in (*plan.lines, *more) if line.device == device)
