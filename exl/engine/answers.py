@@ -24,10 +24,20 @@ MAX_REWINDS = 32  # at one position, before a request that bans strings is given
 class Answers:
     """Of all requests to one model."""
 
-    def __init__(self, context: int, vocab_size: int, num_pages: int, page_size: int, max_sequences: int) -> None:
-        """``max_sequences``: that run at once."""
+    def __init__(
+        self,
+        context: int,
+        vocab_size: int,
+        num_pages: int,
+        page_size: int,
+        max_sequences: int,
+        group_pages: int | None = None,
+    ) -> None:
+        """``num_pages``: that limit a text. ``max_sequences``: that run at once. ``group_pages``: that there are for
+        those of a group together, if they are fewer, since a text gives pages back on its way."""
         self.context, self.vocab_size = context, vocab_size
-        self._num_pages, self._max_sequences = num_pages, max_sequences
+        self._num_pages = num_pages if group_pages is None else group_pages
+        self._max_sequences = max_sequences
         self.eos_ids: frozenset[int] = frozenset()
         self._most_tokens = num_pages * page_size
         self._num_words = -(-vocab_size // 32)  # of a mask
@@ -47,7 +57,6 @@ class Answers:
         if request.guidance_scale != 1.0:
             self._check_ids("negative_prompt", negative_ids(request))
             check_guidance(request, self.context, self._num_pages, self._max_sequences)
-
         if request.num_beams > 1:
             num_ends = len(self.eos_ids.union(request.params.stop_token_ids))
             check_beams(request, num_ends, self.vocab_size, self.context, self._num_pages, self._max_sequences)

@@ -56,7 +56,9 @@ class Generator:
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
         # Where pages are given back, the cache limits no text.
         num_pages = pool.num_usable if window is None else -(-context // PAGE_SIZE) + 1
-        self.answers = Answers(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences)
+        self.answers = Answers(
+            *(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences), group_pages=pool.num_usable
+        )
         self.eos_ids = frozenset(eos_ids)
         pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens)
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)

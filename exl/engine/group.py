@@ -26,6 +26,10 @@ class Group:
         for member in members:
             member.group = self
 
+    def waits_for(self, sequence: Tokens) -> bool:
+        """Whether others wait for its prompt."""
+        return sequence is self.leader and any(member.awaits_prompt for member in self.members)
+
     @property
     def leader(self) -> Tokens:
         return self.members[0]

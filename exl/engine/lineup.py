@@ -75,7 +75,8 @@ class Lineup:
 
     def needs_pages(self, sequence: Sequence) -> bool:
         """Whether the next step may run rows of it."""
-        return self.draws_next(sequence) or (sequence.state is State.PREFILL and not sequence.ticket.lags)
+        prefills = sequence.state is State.PREFILL and not sequence.awaits_prompt
+        return self.draws_next(sequence) or (prefills and not sequence.ticket.lags)
 
     def grow(self, sequence: Sequence) -> bool:
         """Pages for its next rows, if they cross a border. False: there are too few left."""

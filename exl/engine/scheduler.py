@@ -297,7 +297,7 @@ class Scheduler:
                     self.pages.remember(sequence)
                 drawing.append(_Drawing(sequence, row, piece.stop))
                 drawing += [_Drawing(child, row, piece.stop) for child in self.lineup.fork(sequence)]
-            elif piece.stop == sequence.prefill_stop:  # of a group: its last token runs with the others'
+            elif sequence.group is not None and piece.stop == len(sequence.ids) - 1:  # which runs with the others'
                 sequence.state = State.RUNNING
             row += piece.num_logits
         return drawing

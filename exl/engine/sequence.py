@@ -84,8 +84,11 @@ class Sequence:
 
     @property
     def prefill_stop(self) -> int:
-        """The known tokens that are computed before it runs: in a group not the last one."""
-        return len(self.ids) - (self.group is not None)
+        """The known tokens that are computed before it runs: in a group not the last one. One for whose prompt others
+        wait stops at its end, where its pages are those that they need."""
+        if self.group is None:
+            return len(self.ids)
+        return self.num_chunked if self.group.waits_for(self) else len(self.ids) - 1
 
     @property
     def pages_needed(self) -> int:

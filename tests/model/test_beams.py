@@ -94,7 +94,7 @@ def test_texts_and_scores_are_those_of_transformers(name, cpu, tmp_path):
         num_greedy += greedy[0].token_ids == found[0].token_ids
     assert num_ended >= 4
     assert num_greedy <= 4
-    assert engine.generator.pool.num_free == engine.generator.pool.num_pages
+    assert engine.generator.pool.num_free == engine.generator.pool.num_usable
     engine.close()
 
 
@@ -145,7 +145,31 @@ def test_a_search_gets_the_same_in_any_company(cpu, tmp_path):
     assert engine.generator.scheduler.stats.preemptions > 0
     for request, found in zip(requests, together, strict=True):
         assert found == told(engine.generator.submit(replace(request, reuse_prefix=False)))
-    assert engine.generator.pool.num_free == engine.generator.pool.num_pages
+    assert engine.generator.pool.num_free == engine.generator.pool.num_usable
+    engine.close()
+
+
+@with_both
+def test_a_paused_search_goes_on_where_its_window_has_left_the_prompt(cpu, tmp_path):
+    """Its own thread drives, and pauses it again and again."""
+    sizes = {"sliding_window": 20, "max_position_embeddings": 256}
+    hf_models.save(hf_models.build(hf_models.Case("window", "mistral", sizes)), tmp_path)
+    options = EngineOptions(context=256, cache_tokens=768, kv_cache="f32", prefill_chunk=32, max_sequences=4)
+    engine = load_engine(tmp_path, options, cpu=cpu)
+    engine.generator.eos_ids = frozenset({2})
+    rng = random.Random(3)
+    asked = search([rng.randrange(4, 96) for _ in range(126)], 60, 3, 2.0, "never", top_logprobs=0)
+    alone = told(engine.generator.submit(asked, inline=True))
+    handle, scheduler, paused = engine.generator.submit(asked, inline=True), engine.generator.scheduler, 0
+    engine.generator.seat.apart(lambda: None)  # the request is taken from the inbox
+    while not handle.is_complete:
+        for _ in range(19):
+            scheduler.step()
+        for sequence in scheduler.running[:1]:
+            scheduler.lineup.pause(sequence)
+            paused += sequence.num_passed == 0 and sequence.old_cached > 140
+    assert told(handle) == alone
+    assert paused > 1
     engine.close()
 
 

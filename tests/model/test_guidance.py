@@ -120,7 +120,7 @@ def test_a_guided_request_gets_the_same_in_any_company(cpu, tmp_path):
     for request, found in zip(requests, together, strict=True):
         alone = engine.generator.submit(replace(request, reuse_prefix=False)).result(120)
         assert found == [(one.token_ids, one.ranked) for one in alone]
-    assert engine.generator.pool.num_free == engine.generator.pool.num_pages
+    assert engine.generator.pool.num_free == engine.generator.pool.num_usable
     engine.close()
 
 

@@ -162,7 +162,7 @@ class World:
         self.pool = PagePool(device.num_pages, null=passes)
         device.num_holders = self.pool.num_holders
         most = -(-context // PAGE_SIZE) + 1 if passes else device.num_pages
-        self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences)
+        self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences, self.pool.num_usable)
         self.answers.eos_ids = frozenset({EOS})
         window, budget = device.window if passes else None, device.step_tokens
         pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True, window, budget)

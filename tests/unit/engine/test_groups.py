@@ -14,6 +14,7 @@ from exl.engine.request import TokenRequest
 from exl.engine.sequence import State
 from exl.errors import ConfigError, MemoryBudgetError
 from exl.request_options import PromptProgress
+from exl.sampling_params import SamplingParams
 from tests.unit.engine.fake_device import FakeDevice
 from tests.unit.engine.fake_requests import CharSink, StepMatcher, World, alone, results
 from tests.unit.engine.test_scheduler import DEVICES, prompt, request, run_all
@@ -165,3 +166,32 @@ def test_what_never_fits_is_refused() -> None:
     few.submit(guided(63, 1, PAGE_SIZE - 1))
     with pytest.raises(MemoryBudgetError, match=r"need 4 pages of 64 .*max_tokens=63 or fewer, or .*cache_tokens=256"):
         few.submit(guided(63, 1, PAGE_SIZE))
+
+
+@pytest.mark.parametrize("window", [10, 64, 100])
+@pytest.mark.parametrize("invariant_rows", DEVICES)
+def test_pauses_where_pages_are_given_back_that_no_window_reaches(invariant_rows: int, window: int) -> None:
+    """Also of a search whose leader was far behind the end of the prompt, which the others need again."""
+    params = SamplingParams(max_tokens=90, temperature=0.0, seed=0)
+    options = {"num_choices": 3, "length_penalty": 3.0, "early_stopping": "never"}
+    search = TokenRequest(prompt(126, 8), params, num_beams=3, **options)
+    for one in (search, guided(130, 70, 90, seed=3, num_choices=2)):
+        device = FakeDevice(16, invariant_rows=invariant_rows, chunk=32, max_sequences=4, window=window)
+        world = World(device, passes=True)
+        ticket, paused = world.submit(one), 0
+        for _ in range(10):
+            for _ in range(17):
+                world.scheduler.step()
+                world.check()
+                for member in world.scheduler.running:  # what its next row sees is there
+                    assert member.num_passed * PAGE_SIZE <= max(0, member.num_cached + 1 - window)
+            first = ticket.sequences[0]
+            if first in world.scheduler.running:
+                world.scheduler.lineup.pause(first)
+                paused += first.num_read > 0
+                if paused % 2:
+                    world.pool.clear()  # none of its pages is known
+        world.run()
+        assert results(world, ticket) == alone(one, world.device)
+        assert paused > 1
+        assert world.pool.num_free == 15
