@@ -245,7 +245,8 @@ class LLM:
         return out
 
     def iter_logits(self, ids: Sequence[int]) -> Stream[torch.Tensor]:
-        """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk."""
+        """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk. Of one
+        step they may wait for their reader: for ``prefill_chunk`` tokens, ``prefill_window`` with streamed layers."""
         ids = self.encode(ids)
         request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, wants_all=True)
 

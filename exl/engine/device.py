@@ -32,9 +32,11 @@ class Device(Protocol):
         decode: ForwardBatch | None,
         chunks: Sequence[ForwardBatch],
         on_layer: Callable[[range, int, int], None] | None = None,
+        keep_rows: bool = False,
     ) -> torch.Tensor:
         """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows; valid until the next call.
-        ``on_layer(which chunks, layers done, layers)`` is called after each layer that chunks went through."""
+        ``on_layer(which chunks, layers done, layers)`` is called after each layer that chunks went through.
+        ``keep_rows``: ``prompt_logits`` and ``final_states`` are asked for next."""
 
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
         """``exl.engine.guidance.guide``, on the step's logits."""
@@ -51,7 +53,7 @@ class Device(Protocol):
     def zero_pages(self, pages: Sequence[int]) -> None: ...
 
     def abandon(self) -> None:
-        """After a pass that was interrupted."""
+        """Nothing is wanted of the last pass any more: its rows were asked for, or it was interrupted."""
 
     def is_lost(self) -> bool:
         """After an error: whether everything else would fail, too."""

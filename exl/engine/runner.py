@@ -83,12 +83,16 @@ class Runner:
     # ---- what a scheduler asks for (``exl.engine.device.Device``)
 
     def step(
-        self, decode: ForwardBatch | None, chunks: Sequence[ForwardBatch], on_layer: OnChunks | None = None
+        self,
+        decode: ForwardBatch | None,
+        chunks: Sequence[ForwardBatch],
+        on_layer: OnChunks | None = None,
+        keep_rows: bool = False,
     ) -> torch.Tensor:
         """Logits f32 [R, V] of the decode rows, then of each chunk's logit rows: a view that is valid until the next
-        call. ``on_layer`` is called after each layer that chunks went through. The last window stays staged, and its
-        rows in the residual stream's buffer, for ``prompt_logits`` and ``final_states``."""
-        at = first = 0
+        call. ``on_layer`` is called after each layer that chunks went through. ``keep_rows``: the last window
+        stays staged, and its rows in the residual stream's buffer, for ``prompt_logits`` and ``final_states``."""
+        at, first, kept = 0, 0, False
         try:
             if decode is not None and not (self._one_window and chunks):
                 at = len(self._decode(decode))
@@ -103,9 +107,10 @@ class Runner:
                 at += len(self._pass(window, at, tell))
                 self._first_chunk = len(window) - count - first
                 first += count
-        except BaseException:
-            self.abandon()
-            raise
+            kept = keep_rows
+        finally:
+            if not kept:
+                self.abandon()
         return self._logits[:at]
 
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:

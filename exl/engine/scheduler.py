@@ -57,6 +57,10 @@ class _Step:
     samples: Samples
 
 
+def _wants_rows(chunks: Sequence[Sequence[Piece]]) -> bool:
+    return any(rows_of(piece, 0) for pieces in chunks for piece in pieces)
+
+
 class _ProgressError(Exception):
     """A request's own callback has failed in the middle of a pass."""
 
@@ -169,7 +173,7 @@ class Scheduler:
         if self._inflight is not None:
             self._read()
         self._draw(logits, drawing)
-        if any(rows_of(piece, 0) for pieces in chunks for piece in pieces):
+        if _wants_rows(chunks):
             self._read(between=lambda: self._take_rows(chunks))
         elif self._inflight is not None and not self.device.runs_ahead:
             self._read()
@@ -226,7 +230,8 @@ class Scheduler:
         for attempt in range(2):
             try:
                 decode_rows = batch_of(decode) if decode else None
-                return self.device.step(decode_rows, [batch_of(pieces) for pieces in chunks], on_layer)
+                batches = [batch_of(pieces) for pieces in chunks]
+                return self.device.step(decode_rows, batches, on_layer, _wants_rows(chunks))
             except _ProgressError as failed:
                 self.device.abandon()
                 self.fail(failed.sequence.ticket, failed.__cause__)
@@ -383,6 +388,7 @@ class Scheduler:
                 first += piece.num_rows
                 if rows and sequence.state is not State.DONE:
                     self._take_rows_of(sequence, i, rows)
+        self.device.abandon()
 
     def _take_rows_of(self, sequence: Tokens, chunk: int, rows: range) -> None:
         wanted = sequence.ticket.rows

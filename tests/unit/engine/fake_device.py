@@ -85,6 +85,7 @@ class FakeDevice:
         decode: ForwardBatch | None,
         chunks: Sequence[ForwardBatch],
         on_layer: Callable[[range, int, int], None] | None = None,
+        keep_rows: bool = False,
     ) -> torch.Tensor:
         self.log.append("step")
         self._logits.fill_(float("nan"))
@@ -103,6 +104,8 @@ class FakeDevice:
                 on_layer(range(i, i + 1), 2, 2)
         self._fail(at_end=True)
         self.nan_row = None
+        if not keep_rows:
+            self._chunks = []
         return self._logits[:at]
 
     def guide(self, logits: torch.Tensor, rows: Sequence[GuidedRow]) -> None:
