@@ -43,6 +43,7 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "max_sequence_length": ("context", ""),
     "messages": (None, "LLM.complete_chat(messages) answers messages; LLM.chat(messages=...) goes on with them"),
     "model_name": ("model", ""),
+    "n_keep": ("shift_keep", "shift_keep, with overflow='shift'"),
     "model_path": ("model", ""),
     "n": (None, "one call gives one completion: call it with several seeds"),
     "n_batch": ("prefill_chunk", ""),

@@ -82,6 +82,10 @@ class RequestOptions(TypedDict, total=False):
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
     deadline: float | None  # seconds after which it ends as it is, with finish_reason "cancelled", limit "deadline"
     max_unread: int | None  # tokens that whoever iterates may be behind before the request waits; by default 512
+    # When a text reaches the context: "stop", the default, ends it; "shift" drops about half of what lies behind its
+    # first ``shift_keep`` tokens (by default 4; rounded up to pages of 64) and goes on, until max_tokens
+    overflow: Literal["stop", "shift"] | None
+    shift_keep: int | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Request:
     prompt_progress: Callable[[PromptProgress], None] | None = None
     deadline: float | None = None
     max_unread: int = 512
+    overflow: Literal["stop", "shift"] = "stop"
+    shift_keep: int | None = None
 
     @classmethod
     def of(
@@ -142,6 +148,16 @@ class Request:
         )
         if request.best_of is not None and request.best_of < request.n:
             raise ConfigError(f"best_of: found {request.best_of}, expected n, {request.n}, or more")
+        if request.overflow == "shift":
+            if request.speculate == "draft":
+                raise ConfigError(
+                    "speculate: found 'draft' with overflow='shift', with which a draft model cannot keep up: expected "
+                    "'prompt' or False"
+                )
+            keep = DEFAULT_SHIFT_KEEP if request.shift_keep is None else request.shift_keep
+            return dataclasses.replace(request, shift_keep=keep)
+        if request.shift_keep is not None:
+            raise ConfigError(f"shift_keep: found {request.shift_keep} without overflow='shift', expected both")
         return request
 
 
@@ -149,6 +165,7 @@ CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
 SPECULATE = ("prompt", "draft")
 _MAX_CHOICES = 128
 _MAX_DRAFT_TOKENS = 64
+DEFAULT_SHIFT_KEEP = 4  # on which attention leans (StreamingLLM, arXiv 2309.17453)
 
 
 def _check_callable(name: str, value: object) -> None:
@@ -182,6 +199,16 @@ def _check_speculate(name: str, value: object) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
+def _check_overflow(name: str, value: object) -> None:
+    if value not in ("stop", "shift"):
+        raise ConfigError(f"{name}: found {value!r}, expected 'stop' or 'shift'")
+
+
+def _check_shift_keep(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name}: found {value!r}, expected a number of tokens, 0 or more")
+
+
 _CHECKS: dict[str, Callable[[str, object], None]] = {
     "reuse_prefix": _check_reuse,
     "prompt_progress": _check_callable,
@@ -191,4 +218,6 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "speculate": _check_speculate,
     "deadline": _check_deadline,
     "max_unread": _check_unread,
+    "overflow": _check_overflow,
+    "shift_keep": _check_shift_keep,
 }

@@ -12,6 +12,7 @@ from exl.batch import SampleRows
 from exl.engine.draws import DrawRow, DrawState
 from exl.engine.request import Outcome, TokenRequest
 from exl.engine.sequence import Sequence
+from exl.engine.shift import MAX_POSITIONS, Shift
 from exl.engine.ticket import Event, Ticket
 from exl.errors import ConfigError, ExlError, MemoryBudgetError
 from exl.text.sink import Rewind
@@ -43,6 +44,13 @@ class Answers:
                 raise ConfigError(
                     f"prompt: found token id {token_id!r}, expected an integer from 0 to {self.vocab_size - 1}"
                 )
+        if request.shift_keep is not None:
+            most = Shift.of(request.shift_keep, self.context).num_tokens
+            if len(ids) > most:
+                raise ConfigError(
+                    f"prompt: found {len(ids)} tokens; with overflow='shift' and shift_keep={request.shift_keep} a "
+                    f"context of {self.context} holds {most} and copies of the first ones"
+                )
         if len(ids) + (not request.wants_all) > self._most_tokens:
             raise MemoryBudgetError(
                 f"prompt: found {len(ids)} tokens, the cache has room for {self._most_tokens}: load the model with "
@@ -59,7 +67,9 @@ class Answers:
             )
             ticket.sequences.append(sequence)
             return ticket.sequences
-        max_new = min(request.params.max_tokens, self.context - len(ids), self._most_tokens - len(ids))
+        shift = None if request.shift_keep is None else Shift.of(request.shift_keep, self.context)
+        longest = min(self.context, self._most_tokens) if shift is None else MAX_POSITIONS
+        max_new = min(request.params.max_tokens, longest - len(ids))
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
         made: list[Sequence] = []
@@ -75,6 +85,7 @@ class Answers:
                 matcher=None if request.make_matcher is None else request.make_matcher(),
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
+                shift=shift,
             )
             made.append(sequence)
         ticket.sequences += made

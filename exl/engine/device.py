@@ -35,6 +35,9 @@ class Device(Protocol):
 
     def zero_pages(self, pages: Sequence[int]) -> None: ...
 
+    def turn_pages(self, src: Sequence[int], dst: Sequence[int], num_positions: int) -> None:
+        """Copies pages, as if their tokens stood so many positions later."""
+
     def abandon(self) -> None:
         """After a pass that was interrupted."""
 

@@ -63,3 +63,4 @@ class TokenRequest:
     make_matcher: Callable[[], Matcher] | None = None
     deadline: float | None = None  # seconds after which it ends with what it has
     max_unread: int = MAX_UNREAD
+    shift_keep: int | None = None  # the text goes on beyond the context, and keeps so many first tokens; None: it ends

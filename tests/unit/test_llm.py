@@ -218,7 +218,7 @@ def test_the_table_of_options_is_whole():
     params = get_type_hints(exl.SamplingParams)
     assert [*OPTIONS, "stop"] == list(params)
     asked_for_otherwise = {"stop", "reuse_prefix", "top_logprobs", "prompt_progress", "n", "best_of", *CONSTRAINTS}
-    asked_for_otherwise |= {"speculate", "draft_tokens", "deadline", "max_unread"}
+    asked_for_otherwise |= {"speculate", "draft_tokens", "deadline", "max_unread", "overflow", "shift_keep"}
     assert list(OPTIONS) == [name for name in options if name not in asked_for_otherwise]
     defaults = exl.SamplingParams()
     for name, option in OPTIONS.items():
