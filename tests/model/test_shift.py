@@ -9,6 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import exl
+from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, load_engine
 from exl.engine.request import TokenRequest
 from exl.errors import ConfigError
@@ -184,6 +185,10 @@ def test_options_of_a_request():
         shifted = llm.generate("Once upon a time", **options, overflow="shift", shift_keep=0)
         assert (shifted.finish_reason, shifted.limit, shifted.num_tokens) == ("length", "max_tokens", 200)
         assert shifted.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+        drafts = {"speculate": "prompt", "draft_tokens": 3}
+        drafted = llm.generate("Once upon a time", **options, overflow="shift", shift_keep=0, **drafts)
+        assert drafted.token_ids == shifted.token_ids
+        assert drafted.num_drafted > 0
         for wrong, message in (
             ({"overflow": "drop"}, "overflow: found 'drop', expected 'stop' or 'shift'"),
             ({"overflow": "shift", "shift_keep": -1}, "shift_keep: found -1, expected a number of tokens, 0 or more"),
@@ -192,3 +197,6 @@ def test_options_of_a_request():
         ):
             with pytest.raises(ConfigError, match=message):
                 llm.generate("Once", 3, **wrong)
+    with exl.load(device="cpu", context=128, draft=BUNDLED_MODEL) as llm:  # which is not used where it cannot keep up
+        found = llm.generate("Once upon a time", **options, overflow="shift", shift_keep=0)
+        assert (found.token_ids, found.num_drafted) == (shifted.token_ids, 0)
