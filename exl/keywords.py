@@ -44,6 +44,7 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "max_sequence_length": ("context", ""),
     "messages": (None, "LLM.complete_chat(messages) answers messages; LLM.chat(messages=...) goes on with them"),
     "model_name": ("model", ""),
+    "n_keep": ("shift_keep", "shift_keep, with overflow='shift'"),
     "model_path": ("model", ""),
     "n_batch": ("prefill_chunk", ""),
     "n_ctx": ("context", ""),

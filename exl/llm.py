@@ -355,6 +355,7 @@ class LLM:
             make_matcher=self._matchers(request.constraint),
             deadline=request.deadline,
             max_unread=request.max_unread,
+            shift_keep=request.shift_keep,
         )
         return generator.submit(asked, lambda answers: self._completion(asked, request, answers), inline=inline)
 
@@ -369,7 +370,8 @@ class LLM:
             names = ()
         if asked and asked not in names:
             raise ConfigError(f"speculate: found {asked!r}, but the model was loaded without draft=")
-        name = asked or ("draft" if asked is None and "draft" in names else None)
+        may_default = asked is None and request.overflow == "stop"
+        name = asked or ("draft" if may_default and "draft" in names else None)
         if name is None and request.draft_tokens is not None:
             raise ConfigError(f"draft_tokens: found {request.draft_tokens} without speculate=, expected both")
         return name

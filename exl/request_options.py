@@ -98,6 +98,10 @@ class RequestOptions(TypedDict, total=False):
     prompt_progress: Callable[[PromptProgress], None] | None  # called while the prompt is computed, after each layer
     deadline: float | None  # seconds after which it ends as it is, with finish_reason "cancelled", limit "deadline"
     max_unread: int | None  # tokens that whoever iterates may be behind before the request waits; by default 512
+    # When a text reaches the context: "stop", the default, ends it; "shift" drops about half of what lies behind its
+    # first ``shift_keep`` tokens (by default 4; rounded up to pages of 64) and goes on, until max_tokens
+    overflow: Literal["stop", "shift"] | None
+    shift_keep: int | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ class Request:
     prompt_progress: Callable[[PromptProgress], None] | None = None
     deadline: float | None = None
     max_unread: int = 512
+    overflow: Literal["stop", "shift"] = "stop"
+    shift_keep: int | None = None
 
     @classmethod
     def of(
@@ -173,6 +179,19 @@ class Request:
             raise ConfigError(f"prompt_logprobs: found {found} with guidance_scale=, expected one of the two")
         if request.guidance_scale != 1.0 and request.speculate:
             raise ConfigError(f"speculate: found {request.speculate!r} with guidance_scale=, expected one of the two")
+        if request.overflow == "shift":
+            for name, off in (("num_beams", 1), ("guidance_scale", 1.0)):
+                if (found := getattr(request, name)) != off:
+                    raise ConfigError(f"{name}: found {found} with overflow='shift', expected one of the two")
+            if request.speculate == "draft":
+                raise ConfigError(
+                    "speculate: found 'draft' with overflow='shift', with which a draft model cannot keep up: expected "
+                    "'prompt' or False"
+                )
+            keep = DEFAULT_SHIFT_KEEP if request.shift_keep is None else request.shift_keep
+            return dataclasses.replace(request, shift_keep=keep)
+        if request.shift_keep is not None:
+            raise ConfigError(f"shift_keep: found {request.shift_keep} without overflow='shift', expected both")
         return request
 
 
@@ -208,6 +227,7 @@ CONSTRAINTS = ("json_schema", "regex", "grammar", "choices", "after")
 SPECULATE = ("prompt", "draft")
 _MAX_CHOICES = 128
 _MAX_DRAFT_TOKENS = 64
+DEFAULT_SHIFT_KEEP = 4  # on which attention leans (StreamingLLM, arXiv 2309.17453)
 _MAX_GUIDANCE = 100.0
 _MAX_LENGTH_PENALTY = 100.0
 
@@ -243,6 +263,16 @@ def _check_speculate(name: str, value: object) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
+def _check_overflow(name: str, value: object) -> None:
+    if value not in ("stop", "shift"):
+        raise ConfigError(f"{name}: found {value!r}, expected 'stop' or 'shift'")
+
+
+def _check_shift_keep(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name}: found {value!r}, expected a number of tokens, 0 or more")
+
+
 def _check_length_penalty(name: str, value: object) -> None:
     most = _MAX_LENGTH_PENALTY
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -most <= value <= most:
@@ -272,4 +302,6 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "guidance_scale": _check_guidance,
     "deadline": _check_deadline,
     "max_unread": _check_unread,
+    "overflow": _check_overflow,
+    "shift_keep": _check_shift_keep,
 }

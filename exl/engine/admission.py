@@ -25,10 +25,13 @@ class Pages:
         reusable: Callable[[int], bool],
         window: int | None = None,
         step_tokens: int = 0,
+        turn_pages: Callable[[list[int], list[int], int], None] | None = None,
     ) -> None:
         """``copy_pages`` copies them in all layers. ``reusable(n)``: whether the K and V of a text of n
         tokens may be used for another text that begins alike. ``window``: of all layers, if each has one: what it does
-        not reach any more is given back; ``step_tokens``: rows of a prompt in one step, if there are pages for them."""
+        not reach any more is given back; ``step_tokens``: rows of a prompt in one step, if there are pages for them.
+        ``turn_pages``: ``Device.turn_pages``, for texts that go on beyond the context."""
+        self._turn = turn_pages
         self.pool, self._rules, self._copy, self._reusable = pool, rules, copy_pages, reusable
         self._window = window
         self._reach, self._most = 0, pool.num_usable
@@ -101,6 +104,7 @@ class Pages:
         may_reuse = request.reuse_prefix is not False and not sequence.wants_rows and not differs
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
             most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
+            most = min(most, sequence.next_shift)  # what comes later saw other tokens
             known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
         taken = self.pool.take_prefix(
             known,
@@ -119,7 +123,7 @@ class Pages:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Pages for so many tokens in all. Raises ``MemoryBudgetError`` and changes nothing if there are too few."""
-        more = -(-num_tokens // PAGE_SIZE) - len(sequence.pages)
+        more = -(-(min(num_tokens, sequence.next_shift) - sequence.num_dropped) // PAGE_SIZE) - len(sequence.pages)
         if more > 0:
             self.pool.grow(sequence.pages, more)
 
@@ -129,6 +133,25 @@ class Pages:
         if self._window is not None and sequence.state is State.PREFILL:  # else it has pages for all since it began
             num_tokens = min(num_tokens, sequence.num_cached + self._reach)
         self.grow(sequence, num_tokens)
+
+    def shift(self, sequence: Sequence) -> None:
+        """Makes room for the next row of a text that has filled the context: see ``exl.engine.shift``. Raises
+        ``MemoryBudgetError`` and changes nothing if there are too few pages for copies of its beginning."""
+        if sequence.num_cached < sequence.next_shift:
+            return
+        shift, pages = sequence.shift, sequence.pages
+        kept = shift.num_kept
+        if sequence.num_dropped == 0:
+            self.remember(sequence)
+            copies = self.pool.allocate(kept)
+            sequence.pristine, pages[:kept] = pages[:kept], copies
+        passed = pages[kept : kept + shift.num_dropped]
+        del pages[kept : kept + shift.num_dropped]
+        self.pool.release(passed)
+        sequence.num_dropped += shift.step
+        sequence.pages_changed()
+        if kept:
+            self._turn(sequence.pristine, pages[:kept], sequence.num_dropped)
 
     def pass_by(self, sequences: Many[Sequence]) -> None:
         """Gives back what no window reaches any more. A later text that begins alike finds it as long as nobody else
@@ -184,14 +207,15 @@ class Pages:
         sequence is shorter all the same."""
         sequence.num_cached = min(sequence.num_cached, num_tokens)
         sequence.num_exact = min(sequence.num_exact, sequence.num_cached)
-        if not self._sees_all(sequence.num_cached, sequence.num_passed):
+        shifted_at = sequence.next_shift - sequence.shift.step if sequence.num_dropped else 0
+        if sequence.num_cached < shifted_at or not self._sees_all(sequence.num_cached, sequence.num_passed):
             raise MemoryBudgetError("KV cache: the pages before were given back")
-        self.pool.rewind(sequence.pages, sequence.num_cached, self._copy)
+        self.pool.rewind(sequence.pages, sequence.num_cached - sequence.num_dropped, self._copy)
         sequence.pages_changed()
 
     def remember(self, sequence: Sequence) -> None:
-        """Others may use what the sequence has computed so far."""
-        if self._reusable(sequence.num_cached):
+        """Others may use what the sequence has computed so far; but not what it has since it was shifted."""
+        if self._reusable(sequence.num_cached) and not sequence.num_dropped:
             num_exact = None if self._rules.all_alike else sequence.num_exact
             self.pool.remember(sequence.ids[: sequence.num_cached], sequence.pages, num_exact)
 
@@ -211,7 +235,8 @@ class Pages:
 
     def pause(self, sequence: Sequence) -> None:
         """Takes all pages; the sequence waits, and remembers where its K and V were."""
-        sequence.old_pages = [(page, self.pool.epoch(page)) for page in sequence.pages]
+        pages = [] if sequence.num_dropped else sequence.pages  # then it is computed and shifted again as it was
+        sequence.old_pages = [(page, self.pool.epoch(page)) for page in pages]
         sequence.old_cached, sequence.old_exact = sequence.num_cached, sequence.num_exact
         self.give_back(sequence)
         sequence.state, sequence.awaits_prompt = State.WAITING, False
@@ -223,7 +248,7 @@ class Pages:
         self.pool.clean(zero)
 
     def _take_all(self, sequences: Many[Sequence]) -> None:
-        held = [sequence.pages for sequence in sequences]
+        held = [sequence.held_pages for sequence in sequences]
         try:
             self.pool.check(held)
         except Exception:  # also of the tree itself, which may be half changed

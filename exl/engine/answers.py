@@ -14,6 +14,7 @@ from exl.engine.draws import DrawRow, DrawState
 from exl.engine.guidance import Guided, check_guidance, negative_ids
 from exl.engine.request import Outcome, TokenRequest
 from exl.engine.sequence import Sequence
+from exl.engine.shift import MAX_POSITIONS, Shift
 from exl.engine.ticket import Event, Ticket
 from exl.errors import ConfigError, ExlError, MemoryBudgetError
 from exl.text.sink import Rewind
@@ -49,6 +50,13 @@ class Answers:
         for which even an empty cache has no room."""
         ids = request.prompt_ids
         self._check_ids("prompt", ids)
+        if request.shift_keep is not None:
+            most = Shift.of(request.shift_keep, self.context).num_tokens
+            if len(ids) > most:
+                raise ConfigError(
+                    f"prompt: found {len(ids)} tokens; with overflow='shift' and shift_keep={request.shift_keep} a "
+                    f"context of {self.context} holds {most} and copies of the first ones"
+                )
         if len(ids) + (not request.draws_nothing) > self._most_tokens:
             raise MemoryBudgetError(
                 f"prompt: found {len(ids)} tokens, the cache has room for {self._most_tokens}: load the model with "
@@ -83,8 +91,10 @@ class Answers:
             ticket.sequences.append(sequence)
             return ticket.sequences
         guided = request.guidance_scale != 1.0
+        shift = None if request.shift_keep is None else Shift.of(request.shift_keep, self.context)
+        most = min(self.context, self._most_tokens) if shift is None else MAX_POSITIONS
         longest = max(len(ids), len(negative_ids(request)) if guided else 0)
-        max_new = min(request.params.max_tokens, self.context - longest, self._most_tokens - longest)
+        max_new = min(request.params.max_tokens, most - longest)
         stop_ids = self.eos_ids.union(request.params.stop_token_ids)
         draws = DrawState(request.params, ids, self.eos_ids, self.vocab_size, request.dry_breakers)
         scores = max_new <= 0 and ticket.rows is not None and ticket.rows.is_wanted
@@ -101,6 +111,7 @@ class Answers:
                 matcher=None if request.make_matcher is None else request.make_matcher(),
                 arrival=(arrival, answer.choice),
                 stop_ids=stop_ids,
+                shift=shift,
                 prompt_only=scores and answer.choice == 0,
             )
             group = Beams(sequence) if request.num_beams > 1 else Guided(sequence) if guided else None

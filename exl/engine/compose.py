@@ -27,6 +27,7 @@ class Piece:
     wants_logits: bool  # after the last of them; of decode pieces after each
     rope_len: int
     drafts: tuple[int, ...] = ()  # of a decode piece: guesses at the tokens after ``stop``; logits after each, too
+    num_dropped: int = 0  # tokens of the sequence without pages, see ``exl.engine.shift``
 
     @property
     def num_rows(self) -> int:
@@ -66,18 +67,18 @@ class ChunkRules:
         end_of_prompt = sequence.num_chunked
         merges = self.all_alike and not self.by_length
         if start >= end_of_prompt and not merges:  # generated tokens of a sequence that was paused
-            stop = min(total, start + (1 if self.by_length else self.max_decode_rows))
+            stop = min(total, start + (1 if self.by_length else self.max_decode_rows), sequence.next_shift)
             return self._piece(sequence, start, stop, as_decode=True)
         length = end_of_prompt - start if reuse_counts else end_of_prompt
         as_decode = length <= self.max_decode_prompt
-        stop = min(total if merges else end_of_prompt, (start // self.chunk + 1) * self.chunk)
+        stop = min(total if merges else end_of_prompt, (start // self.chunk + 1) * self.chunk, sequence.next_shift)
         return self._piece(sequence, start, stop, as_decode=as_decode)
 
     def _piece(self, sequence: Tokens, start: int, stop: int, *, as_decode: bool) -> Piece:
         # In each chunk of a prompt the length is the whole prompt's, so that the result does not depend on the chunks.
         rope_len = max(stop, sequence.num_prompt) if start < sequence.num_prompt else stop
         wants_logits = stop == len(sequence.ids) and not sequence.prompt_only
-        return Piece(sequence, start, stop, as_decode, wants_logits, rope_len)
+        return Piece(sequence, start, stop, as_decode, wants_logits, rope_len, num_dropped=sequence.num_dropped)
 
     def exact_after(self, piece: Piece) -> int:
         """How many of the sequence's leading tokens have the bits of a cold run once ``piece`` has run."""
@@ -111,7 +112,7 @@ def pack_chunks(pieces: Iterable[Piece], rules: ChunkRules, max_sequences: int) 
 def decode_piece(sequence: Tokens, drafts: tuple[int, ...] = ()) -> Piece:
     """The row of a sequence's last token, which may not be read yet, and of guesses at those after it."""
     stop = sequence.num_tokens
-    return Piece(sequence, stop - 1, stop, True, True, stop, drafts)
+    return Piece(sequence, stop - 1, stop, True, True, stop, drafts, sequence.num_dropped)
 
 
 def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
@@ -135,6 +136,7 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         ids += piece.drafts
         where = np.arange(start, stop, dtype=np.int32)
         positions.append(where)
+        where = where - np.int32(piece.num_dropped)
         slots.append(pages[where // PAGE_SIZE] * PAGE_SIZE + where % PAGE_SIZE)
         starts.append(starts[-1] + stop - start)
         logit_rows += range(starts[-1] - piece.num_logits, starts[-1])
@@ -143,7 +145,7 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         positions=np.concatenate(positions) if len(positions) > 1 else positions[0],
         slots=np.concatenate(slots) if len(slots) > 1 else slots[0],
         query_start=np.array(starts, np.int32),
-        context_len=np.array([piece.start + piece.num_rows for piece in pieces], np.int32),
+        context_len=np.array([piece.start + piece.num_rows - piece.num_dropped for piece in pieces], np.int32),
         rope_len=np.array([piece.rope_len for piece in pieces], np.int32),
         page_table=table,
         logit_rows=np.array(logit_rows, np.int32),
@@ -156,10 +158,10 @@ def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
     count, tables = len(pieces), [piece.sequence.page_table for piece in pieces]
     ids, slots = [], []
     for piece, pages in zip(pieces, tables, strict=True):
-        sequence, place = piece.sequence, piece.start
-        ids.append(sequence.ids[place] if place < len(sequence.ids) else -1 - sequence.sample_idx)
+        sequence, position, place = piece.sequence, piece.start, piece.start - piece.num_dropped
+        ids.append(sequence.ids[position] if position < len(sequence.ids) else -1 - sequence.sample_idx)
         slots.append(int(pages[place // PAGE_SIZE]) * PAGE_SIZE + place % PAGE_SIZE)
-    lengths = np.array([piece.stop for piece in pieces], np.int32)
+    lengths = np.array([piece.stop - piece.num_dropped for piece in pieces], np.int32)
     if count == 1:
         table = tables[0][None]
     else:
@@ -169,7 +171,7 @@ def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
     rows = np.arange(count + 1, dtype=np.int32)
     return ForwardBatch(
         token_ids=np.array(ids, np.int32),
-        positions=lengths - 1,
+        positions=np.array([piece.start for piece in pieces], np.int32),
         slots=np.array(slots, np.int32),
         query_start=rows,
         context_len=lengths,

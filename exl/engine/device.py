@@ -52,6 +52,9 @@ class Device(Protocol):
 
     def zero_pages(self, pages: Sequence[int]) -> None: ...
 
+    def turn_pages(self, src: Sequence[int], dst: Sequence[int], num_positions: int) -> None:
+        """Copies pages, as if their tokens stood so many positions later."""
+
     def abandon(self) -> None:
         """Nothing is wanted of the last pass any more: its rows were asked for, or it was interrupted."""
 

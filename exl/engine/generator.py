@@ -24,6 +24,7 @@ from exl.engine.scheduler import Scheduler
 from exl.engine.seat import Seat
 from exl.engine.stats import EngineStats
 from exl.engine.ticket import Answer, Ticket
+from exl.errors import ConfigError
 from exl.forks import ForkGuard
 from exl.ops.rope import depends_on_length
 from exl.philox import child_seed
@@ -60,7 +61,10 @@ class Generator:
             *(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences), group_pages=pool.num_usable
         )
         self.eos_ids = frozenset(eos_ids)
-        pages = Pages(pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens)
+        self._windowed = window is not None
+        pages = Pages(
+            pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens, runner.turn_pages
+        )
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
         self.scheduler = Scheduler(runner, pages, self.answers, drafts)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread, max_queue)
@@ -98,6 +102,8 @@ class Generator:
     ) -> Handle:
         """Begins a request. ``inline``: the calling thread will wait for it, and may drive. Raises ``ConfigError`` for
         a prompt that is empty, foreign or too long."""
+        if request.shift_keep is not None:
+            self._check_shift()
         self.answers.check(request)
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
@@ -107,6 +113,19 @@ class Generator:
         handle = Handle(self.seat, ticket, finish)
         self.seat.submit(ticket)
         return handle
+
+    def _check_shift(self) -> None:
+        """Raises ``ConfigError`` for a model whose texts cannot go on beyond the context."""
+        if depends_on_length(self.runner.decoder.config.rope):
+            raise ConfigError(
+                "overflow: found 'shift' with RoPE of the kind 'dynamic', whose angles depend on the length of the "
+                "text: expected 'stop'"
+            )
+        if self._windowed:
+            raise ConfigError(
+                "overflow: found 'shift', but all layers of this model have a sliding window, so that a longer context "
+                "takes no more memory: expected 'stop' and a larger context"
+            )
 
     def stream(
         self,

@@ -81,14 +81,19 @@ class Lineup:
     def grow(self, sequence: Sequence) -> bool:
         """Pages for its next rows, if they cross a border. False: there are too few left."""
         try:
+            self.pages.shift(sequence)
             self.pages.grow_for_step(sequence)
         except MemoryBudgetError:
             return False
         return True
 
     def pause_newest(self) -> None:
-        """First of those whose readers lag."""
-        self.pause(max(self.running, key=lambda sequence: (sequence.ticket.lags, sequence.arrival)))
+        """First of those whose readers lag. Those that have been shifted come last: all of them is computed again."""
+        oldest = members_of(self.running[0])
+        lagging = [sequence for sequence in self.running if sequence.ticket.lags]
+        others = [sequence for sequence in self.running if sequence not in oldest]
+        unshifted = [sequence for sequence in others if not sequence.num_dropped]
+        self.pause((lagging or unshifted or others or self.running)[-1])
 
     def _pause_lagging(self) -> bool:
         """Makes room by pausing a sequence whose reader lags, if there is one."""
@@ -216,7 +221,8 @@ class Lineup:
             num_rows += piece.num_rows
             while piece.stop < sequence.prefill_stop and num_rows < self.device.step_tokens:
                 piece = rules.next_piece(sequence, reuse_counts=False, start=piece.stop)
-                if num_rows + piece.num_rows > self.device.step_tokens or piece.stop > sequence.room:
+                within = piece.start < piece.stop <= sequence.room
+                if not within or num_rows + piece.num_rows > self.device.step_tokens:
                     break
                 pieces.append(piece)
                 num_rows += piece.num_rows

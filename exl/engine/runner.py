@@ -24,6 +24,7 @@ from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import Samples
 from exl.ops.rope import depends_on_length
+from exl.ops.turned_keys import turn_keys
 from exl.threads import layer_kind
 from exl.weights.loader import ModelWeights
 from exl.weights.stream import ResidentWeights, WeightSource
@@ -148,6 +149,11 @@ class Runner:
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
         self.decoder.ops.fence()  # a late thread of the last step may still write to its page
         self.kv.copy_pages(src, dst)
+
+    def turn_pages(self, src: Sequence[int], dst: Sequence[int], num_positions: int) -> None:
+        ops = self.decoder.ops
+        ops.fence()
+        turn_keys(self.kv, self.decoder.config.rope, src, dst, num_positions, on_gpu=ops.backend is not None)
 
     def abandon(self) -> None:
         self._rows = []

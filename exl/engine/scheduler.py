@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exl.batch import PAGE_SIZE, SampleRows
+from exl.batch import SampleRows
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.beams import Beams
@@ -203,12 +203,12 @@ class Scheduler:
             self._check_device(failed.__cause__)
             self._fail_each(failed.sequences, failed.__cause__)
             return {}
-        for sequence, drafts in proposed.items():
+        for sequence, guesses in proposed.items():
+            drafts = proposed[sequence] = guesses[: max(0, sequence.next_shift - sequence.num_tokens)]
             try:
                 self.pages.grow(sequence, sequence.num_tokens + len(drafts))
             except MemoryBudgetError:
-                room = len(sequence.pages) * PAGE_SIZE - sequence.num_tokens
-                proposed[sequence] = drafts[:room]
+                proposed[sequence] = drafts[: sequence.room - sequence.num_tokens]
         return proposed
 
     def _grow(self) -> None:

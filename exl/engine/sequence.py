@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from exl.engine.draws import DrawState
     from exl.engine.group import Group
     from exl.engine.request import Sink
+    from exl.engine.shift import Shift
     from exl.engine.ticket import Answer, Ticket
+
+_NEVER = 1 << 62
 
 
 class State(enum.Enum):
@@ -47,6 +50,9 @@ class Sequence:
     old_pages: list[tuple[int, int]] = field(default_factory=list)  # (page, epoch) of before a pause
     old_cached: int = 0  # num_cached and num_exact of before a pause
     old_exact: int = 0
+    shift: Shift | None = None  # how it goes on beyond the context; None: it ends there
+    num_dropped: int = 0  # tokens behind its beginning that have no pages any more; later ones' pages moved up
+    pristine: list[int] = field(default_factory=list)  # then the pages of its beginning; ``pages`` has turned copies
     num_passed: int = 0  # leading pages that no window reaches any more: the null page stands for them
     num_cached: int = 0  # tokens whose K and V lie on the pages
     num_exact: int = 0  # of those, the first ones, whose bits a run that reuses nothing would give them
@@ -92,13 +98,22 @@ class Sequence:
 
     @property
     def pages_needed(self) -> int:
-        """For the K and V of all tokens, and of the next one if there is one."""
-        return -(-(self.num_tokens + (not self.prompt_only)) // PAGE_SIZE)
+        """For the K and V of all tokens, and of the next one if there is one, or up to the next shift."""
+        return -(-(min(self.num_tokens + (not self.prompt_only), self.next_shift) - self.num_dropped) // PAGE_SIZE)
+
+    @property
+    def next_shift(self) -> int:
+        """The token before whose row something is dropped."""
+        return _NEVER if self.shift is None else self.num_dropped + self.shift.num_tokens
+
+    @property
+    def held_pages(self) -> list[int]:
+        return self.pages + self.pristine
 
     @property
     def room(self) -> int:
         """Tokens that its pages have room for, from its first one on."""
-        return len(self.pages) * PAGE_SIZE
+        return min(self.num_dropped + len(self.pages) * PAGE_SIZE, self.next_shift)
 
     @property
     def page_table(self) -> NDArray[np.int32]:
@@ -113,7 +128,7 @@ class Sequence:
 
     def lose_pages(self) -> list[int]:
         """The pages, which the caller releases. All tokens are to be computed again before the next is drawn."""
-        pages, self.pages = self.pages, []
+        pages, self.pages, self.pristine = self.held_pages, [], []
         self.pages_changed()
-        self.num_cached = self.num_exact = self.num_passed = 0
+        self.num_cached = self.num_exact = self.num_passed = self.num_dropped = 0
         return pages

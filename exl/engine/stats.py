@@ -41,7 +41,7 @@ class EngineStats:
         return cls(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + arriving,
-            pages_total=pool.num_pages,
+            pages_total=pool.num_usable,
             pages_free=pool.num_free,
             pages_kept=pool.num_kept,
             steps=done.steps,

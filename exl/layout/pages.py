@@ -206,23 +206,34 @@ def pack_pages(layout: PageLayout, k: NDArray, v: NDArray) -> NDArray[np.uint8]:
         raise KernelError(f"k {k.shape} and v {v.shape}: expected two of [tokens, kv heads, {layout.head_dim}]")
     num_pages = -(-num_tokens // PAGE_SIZE)
     pages = np.zeros((num_pages, num_heads, layout.num_bytes), np.uint8)
-    for values, bits, code_places, scale_places in (
-        (k, layout.k_bits, k_code_places, k_scale_places),
-        (v, layout.v_bits, v_code_places, v_scale_places),
-    ):
-        byte, bit = code_places(layout)
-        if bits == 16:
-            halves = _by_page(np.clip(values, -_F16_MAX, _F16_MAX).astype(np.float16), num_pages).view(np.uint8)
-            pages[:, :, byte], pages[:, :, byte + 1] = halves[..., ::2], halves[..., 1::2]
-            continue
-        codes, scales = quantize(hadamard(values.astype(np.float32), layout.hadamard_size), bits)
-        stored = _by_page((codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), num_pages)
-        for shift in np.unique(bit):
-            pages[:, :, byte[bit == shift]] |= stored[..., bit == shift] << np.uint8(shift)
-        at = scale_places(layout)
-        halves = _by_page(scales, num_pages).view(np.uint8)
-        pages[:, :, at], pages[:, :, at + 1] = halves[..., ::2], halves[..., 1::2]
+    _store(layout, pages, k, layout.k_bits, k_code_places(layout), k_scale_places(layout))
+    _store(layout, pages, v, layout.v_bits, v_code_places(layout), v_scale_places(layout))
     return pages
+
+
+def replace_keys(layout: PageLayout, pages: NDArray[np.uint8], k: NDArray) -> NDArray[np.uint8]:
+    """Whole pages, as ``pack_pages`` makes them, with other keys: f16 or f32 [64 * pages, kv heads, D]."""
+    pages = pages.copy()
+    pages[:, :, : layout.offsets.v_codes] = 0
+    _store(layout, pages, k, layout.k_bits, k_code_places(layout), k_scale_places(layout))
+    return pages
+
+
+def _store(
+    layout: PageLayout, pages: NDArray[np.uint8], values: NDArray, bits: int, places: _Places, scale_places: NDArray
+) -> None:
+    """Keys, or values, into pages whose bytes for them are zero."""
+    byte, bit = places
+    if bits == 16:
+        halves = _by_page(np.clip(values, -_F16_MAX, _F16_MAX).astype(np.float16), len(pages)).view(np.uint8)
+        pages[:, :, byte], pages[:, :, byte + 1] = halves[..., ::2], halves[..., 1::2]
+        return
+    codes, scales = quantize(hadamard(values.astype(np.float32), layout.hadamard_size), bits)
+    stored = _by_page((codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), len(pages))
+    for shift in np.unique(bit):
+        pages[:, :, byte[bit == shift]] |= stored[..., bit == shift] << np.uint8(shift)
+    halves = _by_page(scales, len(pages)).view(np.uint8)
+    pages[:, :, scale_places], pages[:, :, scale_places + 1] = halves[..., ::2], halves[..., 1::2]
 
 
 def _by_page(values: NDArray, num_pages: int) -> NDArray:

@@ -222,6 +222,7 @@ def test_the_table_of_options_is_whole():
     asked_for_otherwise |= {"speculate", "draft_tokens", "deadline", "max_unread", "guidance_scale", "negative_prompt"}
     asked_for_otherwise |= {"prompt_logprobs"}
     asked_for_otherwise |= {"num_beams", "length_penalty", "early_stopping"}
+    asked_for_otherwise |= {"overflow", "shift_keep"}
     assert list(OPTIONS) == [name for name in options if name not in asked_for_otherwise]
     defaults = exl.SamplingParams()
     for name, option in OPTIONS.items():

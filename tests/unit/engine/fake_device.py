@@ -72,6 +72,7 @@ class FakeDevice:
         )
         self.ids = np.full(self.num_pages * PAGE_SIZE, -1, np.int64)
         self.bits = np.zeros(self.num_pages * PAGE_SIZE, np.int64)
+        self.positions = np.zeros(self.num_pages * PAGE_SIZE, np.int64)  # as RoPE has them
         self._logits = torch.zeros(64, V)  # one buffer, as on a device: what comes later overwrites it
         self._chunks: list[tuple[ForwardBatch, np.ndarray, np.ndarray] | None] = []  # with what a pass left; None: gone
         self._last: list[int] = []
@@ -145,6 +146,12 @@ class FakeDevice:
             self._slots(b)[:] = self._slots(a)
             of_a, of_b = (slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in (a, b))
             self.bits[of_b] = self.bits[of_a]
+            self.positions[of_b] = self.positions[of_a]
+
+    def turn_pages(self, src: Sequence[int], dst: Sequence[int], num_positions: int) -> None:
+        self.copy_pages(src, dst)
+        for page in dst:
+            self.positions[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] += num_positions
 
     def abandon(self) -> None:
         self._logits.fill_(float("nan"))
@@ -184,10 +191,13 @@ class FakeDevice:
             first = int(batch.context_len[b] - (starts[b + 1] - starts[b]))
             for row in range(starts[b], starts[b + 1]):
                 position = first + row - int(starts[b])
-                assert batch.positions[row] == position
+                ahead = int(batch.positions[row]) - position  # of a text that has been shifted
+                assert ahead >= 0
+                assert ahead % PAGE_SIZE == 0
                 slot = int(batch.page_table[b, position // PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE
                 assert batch.slots[row] == slot
                 self._write(slot, int(batch.token_ids[row]), self._row_bits(batch, row))
+                self.positions[slot] = batch.positions[row]
         for row in batch.logit_rows.tolist():
             self._logits[at] = torch.from_numpy(self._logits_of(batch, row, self.ids, self.bits))
             at += 1
@@ -195,7 +205,8 @@ class FakeDevice:
 
     def _logits_of(self, batch: ForwardBatch, row: int, ids: np.ndarray, bits: np.ndarray) -> np.ndarray:
         b = int(np.searchsorted(batch.query_start, row, side="right")) - 1
-        return self._row_logits(batch.page_table[b], int(batch.positions[row]) + 1, ids, bits)
+        num_tokens = int(batch.context_len[b] - (batch.query_start[b + 1] - row - 1))
+        return self._row_logits(batch.page_table[b], num_tokens, ids, bits)
 
     def _row_bits(self, batch: ForwardBatch, row: int) -> int:
         if self.rules.all_alike:
@@ -223,6 +234,8 @@ class FakeDevice:
         if NOT_A_NUMBER in ids[slots]:  # behind the text, too: 0 times NaN is NaN
             return np.full(V, np.nan, np.float32)
         slots = slots[low - first * PAGE_SIZE : num_tokens - first * PAGE_SIZE]
+        first, last = self.positions[slots[0]], self.positions[slots[-1]]
+        assert (self.positions[slots] == np.arange(first, last + 1)).all()  # a text without gaps
         text = zlib.crc32(bits[slots].tobytes(), zlib.crc32(ids[slots].tobytes()))
         return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[ids[slots[-1]]]
 

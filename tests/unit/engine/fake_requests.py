@@ -165,7 +165,9 @@ class World:
         self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences, self.pool.num_usable)
         self.answers.eos_ids = frozenset({EOS})
         window, budget = device.window if passes else None, device.step_tokens
-        pages = Pages(self.pool, device.rules, device.copy_pages, lambda num_tokens: True, window, budget)
+        pages = Pages(
+            self.pool, device.rules, device.copy_pages, lambda num_tokens: True, window, budget, device.turn_pages
+        )
         drafts = Drafts({"prompt": PromptLookup((2, 1))}, device.decode_rows, device.max_decode_rows - 1)
         drafts.costs = UsualCosts()
         self.scheduler = Scheduler(device, pages, self.answers, drafts)
@@ -199,7 +201,7 @@ class World:
                 ticket.num_taken += event.num_tokens
 
     def held(self) -> list[list[int]]:
-        return [sequence.pages for sequence in self.scheduler.live]
+        return [sequence.held_pages for sequence in self.scheduler.live]
 
     def check(self) -> None:
         self.pool.check(self.held())

@@ -237,8 +237,12 @@ class EngineMachine(RuleBasedStateMachine):
             assert sequence.pages.count(self.world.pool.null_page) == sequence.num_passed
             assert low <= max(0, sequence.num_cached + 1 - (self.device.window or 1))
             if self.num_nan == 0:
-                assert self.device.found(sequence.pages, count)[low:] == sequence.ids[low:count]
-            if self.num_nan == 0 and not self.device.rules.chunks_alike:
+                kept = sequence.shift.num_kept * PAGE_SIZE if sequence.num_dropped else 0
+                text = sequence.ids[:kept] + sequence.ids[kept + sequence.num_dropped : count]
+                assert self.device.found(sequence.pages, len(text))[low:] == text[low:]
+                assert self.device.found(sequence.pristine, kept) == sequence.ids[:kept]
+            count -= sequence.num_dropped
+            if self.num_nan == 0 and not self.device.rules.chunks_alike and not sequence.num_dropped:
                 exact = min(count, sequence.num_exact)
                 assert self.device.found_bits(sequence.pages, exact)[low:] == self.device.cold_bits(exact)[low:]
             if sequence.ticket.iterated:
@@ -254,7 +258,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
-        self.world.run()
+        self.world.run(50_000)
         assert self.world.pool.num_free == self.world.pool.num_usable
         nan = 0
         for ticket in self.world.tickets:
@@ -285,6 +289,42 @@ class EngineMachine(RuleBasedStateMachine):
             answer.outcome is not None and not answer.token_ids for t in self.world.tickets for answer in t.answers
         )
         assert nan <= self.num_nan or untold
+
+
+class ShiftMachine(EngineMachine):
+    """The same with texts that go on beyond the context."""
+
+    context = 4 * PAGE_SIZE
+
+    @initialize(
+        runs_ahead=st.booleans(),
+        invariant_rows=st.sampled_from((1, 40, 100, ALL_ALIKE)),
+        chunk=st.sampled_from((32, 64, 128)),
+        num_pages=st.sampled_from((4, 5, 7)),
+        max_sequences=st.sampled_from((4, 3, 2, 1)),
+    )
+    def begin(self, **options: Any) -> None:
+        super().begin(**options)
+
+    @rule(
+        num_prompt=st.sampled_from((3, 60, 64, 100, 127, 128)),
+        most=st.sampled_from((80, 150, 250)),
+        keep=st.sampled_from((0, 0, 1, 64)),
+        seed=st.integers(0, 2),
+        banned=st.sampled_from(((), BANS)),
+        reuse=st.sampled_from((False, "exact", True)),
+        choices=st.sampled_from((1, 1, 2)),
+        most_unread=st.sampled_from((None, None, 3)),
+    )
+    def submit_long(
+        self, num_prompt: int, most: int, keep: int, seed: int, banned: Any, reuse: Any, choices: int, most_unread: Any
+    ) -> None:
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=most, ignore_eos=True)
+        request = TokenRequest(
+            TEXTS[0][:num_prompt], params, reuse, num_choices=choices, speculate="prompt", shift_keep=keep,
+            make_sink=lambda: CharSink((), banned),
+        )  # fmt: skip
+        self.world.submit(request, most_unread=most_unread)
 
 
 class WindowMachine(EngineMachine):
@@ -354,5 +394,7 @@ def _interrupted(what: Callable[[], object], lines: int) -> None:
 
 EngineMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None, derandomize=True)
 TestEngineMachine = EngineMachine.TestCase
-WindowMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=20, deadline=None, derandomize=True)
+WindowMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=15, deadline=None, derandomize=True)
+ShiftMachine.TestCase.settings = WindowMachine.TestCase.settings
+TestShiftMachine = ShiftMachine.TestCase
 TestWindowMachine = WindowMachine.TestCase

@@ -53,6 +53,20 @@ def test_less_than_a_context_is_refused():
     assert small(cache_tokens=2048).num_pages == 32
 
 
+@pytest.mark.parametrize("budget", [{}, {"vram": "24GB"}])
+def test_where_all_layers_have_a_window_the_cache_is_what_it_reaches(budget):
+    """Mistral 7B v0.1: 4,095 tokens before 4,096 rows of a prefill window, or 512 of a chunk, and two pages."""
+    options = {"shape": "mistral-7b-v0.1", **budget}
+    plan = exl.plan(**options, context=32768)
+    assert (plan.context, plan.num_pages, plan.to_json()["cache_tokens"]) == (32768, 131, 130 * PAGE_SIZE)
+    full = exl.plan(shape="mistral-7b-v0.2", context=32768, **budget)  # the same without a window
+    assert bytes_of(plan, "KV cache") * 512 == bytes_of(full, "KV cache") * 131
+    assert exl.plan(**options, context="auto", cache_tokens=74 * PAGE_SIZE).context == 32768
+    with pytest.raises(ConfigError, match=r"^cache_tokens: found 4735, expected for a window, .*, 4736, or more"):
+        exl.plan(**options, context=32768, cache_tokens=4735)
+    assert exl.plan(**options, context=4096).num_pages == 64  # no text is longer than the window: no null page
+
+
 @pytest.mark.parametrize("value", [0, "many", 1.5, True])
 def test_what_is_no_number_of_tokens_is_named(value):
     with pytest.raises(ConfigError, match=r"^cache_tokens: found .*, expected a whole number from 1 to .* or 'auto'"):
