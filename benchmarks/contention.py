@@ -29,7 +29,7 @@ from benchmarks.disk import machine
 from benchmarks.synthetic import write_model
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.planning.shapes import SHAPES
 from exl.threads import Threads, usable_processors
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
 from exl.engine.build import Engine, load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 
 
 @dataclass

@@ -39,7 +39,8 @@ from exl.kernels.launch import Backend
 from exl.layout.layers import LayerLayout
 from exl.ops.base import Ops, view_field, view_segments
 from exl.planning import shapes
-from exl.planning.from_headers import EngineOptions, open_model
+from exl.planning.from_headers import open_model
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan, Tier
 from exl.planning.shapes import ModelShape
 from exl.planning.traffic import model_bytes_a_token

@@ -36,7 +36,8 @@ from exl.kernels.spec import KernelSpec
 from exl.kernels.work import Work
 from exl.models.manifest import BlobSpec
 from exl.ops.base import Ops, view_field, view_segments
-from exl.planning.from_headers import EngineOptions, ModelFiles, open_model
+from exl.planning.from_headers import ModelFiles, open_model
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan
 from exl.planning.shapes import SHAPES, ModelShape
 from exl.weights.loader import ModelWeights

@@ -49,7 +49,8 @@ from exl.engine.request import TokenRequest
 from exl.llm import LLM
 from exl.load_test import percentile, prompt_ids
 from exl.ops.cpu_target import cpu_target
-from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.from_headers import open_model, plan_model
+from exl.planning.options import EngineOptions
 from exl.planning.shapes import SHAPES
 from exl.sampling_params import SamplingParams
 from exl.threads import usable_processors

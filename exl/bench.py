@@ -22,7 +22,7 @@ from exl.engine.build import Engine, choose_device, load_engine
 from exl.errors import ConfigError
 from exl.load_test import LoadFigures, LoadTest, prompt_ids, run_load
 from exl.memory.host import proc_bytes, trim_heap
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan
 from exl.planning.traffic import model_bytes_a_token
 from exl.progress import Progress

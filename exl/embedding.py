@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from exl.checkpoint.header import shown
+from exl.engine.generator import Generator
 from exl.engine.request import TokenRequest
 from exl.errors import ConfigError
 from exl.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from exl.llm import LLM, Prompt
-
 POOLING = ("mean", "last")
+Prompt = str | Sequence[int]
 
 
-def embed(llm: LLM, texts: Prompt | Sequence[Prompt], pooling: str, normalize: bool) -> torch.Tensor:
-    """See ``LLM.embed``."""
+def embed(
+    generator: Generator,
+    encode: Callable[[Prompt], list[int]],
+    texts: Prompt | Sequence[Prompt],
+    pooling: str,
+    normalize: bool,
+) -> torch.Tensor:
+    """See ``LLM.embed``. ``encode``: a text -> token ids."""
     if pooling not in POOLING:
         raise ConfigError(f"pooling: found {pooling!r}, expected 'mean' or 'last'")
     if not isinstance(normalize, bool):
         raise ConfigError(f"normalize: found {normalize!r}, expected True or False")
     requests = [
         TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling)
-        for ids in _token_ids(llm, texts)
+        for ids in _token_ids(encode, generator.context, texts)
     ]
-    generator = llm._open_generator()
     with contextlib.ExitStack() as stack:
         handles = [
             stack.enter_context(generator.submit(request, lambda answers: answers[0].embedding, inline=True))
@@ -43,7 +46,9 @@ def embed(llm: LLM, texts: Prompt | Sequence[Prompt], pooling: str, normalize: b
     return torch.from_numpy(found)
 
 
-def _token_ids(llm: LLM, texts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+def _token_ids(
+    encode: Callable[[Prompt], list[int]], context: int, texts: Prompt | Sequence[Prompt]
+) -> list[list[int]]:
     """Of each text. Raises ``ConfigError`` that names the text."""
     if isinstance(texts, str):
         named = [("texts", texts)]
@@ -60,10 +65,10 @@ def _token_ids(llm: LLM, texts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         if isinstance(text, Sequence | np.ndarray) and not len(text):
             raise ConfigError(f"{name}: found an empty text, expected at least one token")
         try:
-            ids = llm.encode(text)
+            ids = encode(text)
         except ConfigError as error:
             raise ConfigError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
-        if len(ids) > llm.context:
-            raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {llm.context}")
+        if len(ids) > context:
+            raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {context}")
         found.append(ids)
     return found

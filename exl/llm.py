@@ -30,7 +30,7 @@ from exl.engine.ticket import Answer
 from exl.errors import ConfigError, ExlError
 from exl.keywords import explain_foreign_keywords, explain_options
 from exl.memory.device import release_cached
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.progress import Progress, shown_progress
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
@@ -266,7 +266,7 @@ class LLM:
         each vector has the bits that it has alone. Raises ``ConfigError`` for an empty list, an empty text, and one
         that is longer than the context.
         """
-        return embed(self, texts, pooling, normalize)
+        return embed(self._open_generator(), self.encode, texts, pooling, normalize)
 
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.

@@ -22,7 +22,7 @@ from exl.kernels.launch import Backend
 from exl.kernels.spec import KernelSpec
 from exl.layout.specs import Target
 from exl.llm import LLM, Completion
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.text.tokenizer import Tokenizer
 from tests.host.build import COMPILER
 from tests.host.shim import HostShim, ShimBackend

@@ -11,7 +11,7 @@ import exl
 from exl.engine.build import choose_device
 from exl.errors import ConfigError
 from exl.planning.devices import STARTED_LINES
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import INTEGER, OPTIONS
 
 

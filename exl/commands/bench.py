@@ -50,7 +50,7 @@ def bench(
         raise ConfigError(f"output: found {output!r}, expected table, csv or json")
     from exl.bench import markdown, model_name, rows_of, run_bench
     from exl.checkpoint.hub import find_model
-    from exl.planning.from_headers import EngineOptions
+    from exl.planning.options import EngineOptions
     from exl.units import format_bytes
 
     folder, options = find_model(which.name, **loading.source), EngineOptions(**loading.engine())

@@ -42,8 +42,6 @@ class Pages:
     def place(self, sequence: Sequence, reserve: int) -> bool:
         """Pages for all tokens that are known and one more, among them those that hold its beginning already; leaves
         ``reserve`` pages to others. False, and nothing is changed, if there are too few now."""
-        if self._gives_prompt(sequence):
-            sequence.old_pages = []
         try:
             old = self.pool.reclaim(sequence.old_pages)
             num_cached = self._still_cached(sequence, len(old))
@@ -65,11 +63,6 @@ class Pages:
         cut = num_cached < min(sequence.old_cached, sequence.num_chunked) and not self._rules.chunks_alike
         num_cached = num_cached // chunk * chunk if cut else num_cached
         return num_cached if self._sees_all(num_cached, self._count_passed(sequence.old_pages)) else 0
-
-    def _gives_prompt(self, sequence: Sequence) -> bool:
-        """Whether it must come to the end of its prompt first, where others begin: with a window its later tokens have
-        fewer pages before them."""
-        return self._window is not None and sequence.group is not None and sequence.group.shares_prompt
 
     def _count_passed(self, old: Many[tuple[int, int]]) -> int:
         return sum(page == self.pool.null_page for page, _ in old)
@@ -103,8 +96,7 @@ class Pages:
         differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
         may_reuse = request.reuse_prefix is not False and not sequence.wants_rows and not differs
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
-            most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
-            most = min(most, sequence.next_shift)  # what comes later saw other tokens
+            most = min(len(sequence.ids) - 1, sequence.next_shift)  # what comes later saw other tokens
             known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
         taken = self.pool.take_prefix(
             known,

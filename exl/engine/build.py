@@ -36,7 +36,8 @@ from exl.ops.cuda_ops import CudaOps
 from exl.ops.torch_ops import TorchOps
 from exl.planning.devices import HOST, STARTED_LINES, usable_bytes
 from exl.planning.draft import draft_context, draft_options
-from exl.planning.from_headers import EngineOptions, ModelFiles, open_model, plan_model
+from exl.planning.from_headers import ModelFiles, open_model, plan_model
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.threads import Threads, thread_limit, using

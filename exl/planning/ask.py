@@ -13,8 +13,9 @@ from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import find_quant_config
 from exl.errors import ConfigError
 from exl.keywords import explain_foreign_keywords
-from exl.planning.from_headers import EngineOptions, ModelFiles, model_files, open_model, plan_model
+from exl.planning.from_headers import ModelFiles, model_files, open_model, plan_model
 from exl.planning.machine import Links, describe_machine
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan
 from exl.planning.shapes import DENSE_BITS, check_quantization, find_shape, shape_checkpoint
 

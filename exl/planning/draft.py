@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from exl.checkpoint.config import ModelConfig
 from exl.errors import MemoryBudgetError
 from exl.layout.specs import Target
 from exl.planning.devices import HOST, STARTED_LINES
-from exl.planning.from_headers import (
-    EngineOptions,
-    ModelFiles,
-    default_context,
-    open_model,
-    plan_alone,
-    plan_model,
-)
-from exl.planning.plan import MemoryPlan, PlanInput, PlanLine
-from exl.planning.speed import Speeds
+from exl.planning.options import EngineOptions, default_context
+from exl.planning.plan import MemoryPlan, PlanLine
 from exl.units import format_bytes
 
 _FIRST_GPU = "cuda:0"
@@ -49,32 +44,35 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
     )
 
 
-def plan_both(
-    files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
-) -> tuple[MemoryPlan, PlanInput]:
-    """The draft model is placed first, and the model in what it leaves. Raises ``MemoryBudgetError`` if the draft
-    model does not fit whole."""
-    with open_model(options.draft) as draft_files:
-        context = draft_context(options, files.config, draft_files.config)
-        try:
-            draft, _ = plan_model(draft_files, draft_options(options, context), target)
-        except MemoryBudgetError as error:
-            raise MemoryBudgetError(f"draft: {error}") from None
-    lines = tuple(
-        PlanLine("draft model", device, _needed(draft, device), False, f"{draft_files.folder.name}, {context} tokens")
-        for device in draft.devices
-    )
-    budgets = _budgets(options, target)
-    for line in lines:
-        if line.device in budgets and line.num_bytes >= budgets[line.device]:
-            raise _too_large(draft_files, line, budgets[line.device])
-    if draft.placement.num_streamed:
-        raise MemoryBudgetError(
-            f"draft: {draft_files.folder} must be in memory whole, and {draft.placement.num_streamed} of its layers "
-            f"find no room in {format_bytes(budgets[_FIRST_GPU])} of VRAM"
+@dataclass(frozen=True)
+class BesideDraft:
+    """A model's plan beside a draft model, which was placed first."""
+
+    left: EngineOptions  # the model's, with what the draft model leaves of the budgets
+    _lines: tuple[PlanLine, ...]
+    _budgets: Mapping[str, int]
+
+    @classmethod
+    def of(cls, draft: MemoryPlan, folder: Path, options: EngineOptions, target: Target) -> BesideDraft:
+        """Raises ``MemoryBudgetError`` if the draft model does not fit whole."""
+        lines = tuple(
+            PlanLine("draft model", device, _needed(draft, device), False, f"{folder.name}, {draft.context} tokens")
+            for device in draft.devices
         )
-    plan, model = plan_alone(files, _without(options, lines), target, speeds, depth)
-    return dataclasses.replace(plan, lines=_beside(plan, lines), budgets={**plan.budgets, **budgets}), model
+        budgets = _budgets(options, target)
+        for line in lines:
+            if line.device in budgets and line.num_bytes >= budgets[line.device]:
+                raise _too_large(folder, line, budgets[line.device])
+        if draft.placement.num_streamed:
+            raise MemoryBudgetError(
+                f"draft: {folder} must be in memory whole, and {draft.placement.num_streamed} of its layers find no "
+                f"room in {format_bytes(budgets[_FIRST_GPU])} of VRAM"
+            )
+        return cls(_without(options, lines), lines, budgets)
+
+    def both(self, plan: MemoryPlan) -> MemoryPlan:
+        """``plan``: the model's, by ``left``."""
+        return dataclasses.replace(plan, lines=_beside(plan, self._lines), budgets={**plan.budgets, **self._budgets})
 
 
 def _needed(draft: MemoryPlan, device: str) -> int:
@@ -90,10 +88,9 @@ def _budgets(options: EngineOptions, target: Target) -> dict[str, int]:
     return found
 
 
-def _too_large(files: ModelFiles, line: PlanLine, budget: int) -> MemoryBudgetError:
+def _too_large(folder: Path, line: PlanLine, budget: int) -> MemoryBudgetError:
     return MemoryBudgetError(
-        f"draft: {files.folder} needs {format_bytes(line.num_bytes)} of {line.device}, the budget is "
-        f"{format_bytes(budget)}"
+        f"draft: {folder} needs {format_bytes(line.num_bytes)} of {line.device}, the budget is {format_bytes(budget)}"
     )
 
 

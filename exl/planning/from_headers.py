@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig, check_rope, read_json
+from exl.checkpoint.config import ModelConfig, read_json
 from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.formats.settle_quant import settle_quant
 from exl.layout.attention import MAX_NEW_TOKENS
-from exl.layout.cpu_steps import ARITHMETIC, DEFAULT_ARITHMETIC
-from exl.layout.kv import KV_BITS, DeviceKVLayout, KVLayout
+from exl.layout.cpu_steps import DEFAULT_ARITHMETIC
+from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
@@ -26,110 +26,17 @@ from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
+from exl.planning.draft import BesideDraft, draft_context, draft_options
 from exl.planning.notes import plan_notes
+from exl.planning.options import EngineOptions, default_context
 from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
-from exl.threads import check_threads
-from exl.units import format_apart, format_bytes, one_each, parse_budget
+from exl.units import format_apart, format_bytes, parse_budget
 
-_MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_LOGITS_BYTES = 32 << 20  # at which a chunk's logits stop; decode rows may need more
 _OF_ALL_RAM = 2  # a cache of "auto" size without ram=: the plan takes one part in so many
-_MAX_TOKENS = 1 << 30
 _MAX_DRAFT_ROWS = 64  # decode rows of a step with drafts, if there are no more sequences
-EMBED = ("auto", "device", "disk")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
-
-    device: str = "auto"  # or "cpu" or "cuda"; "auto" is a GPU if there is one that exl can use, or if vram is given
-    # Of each GPU, in the order in which layers are given to them; one size is one GPU. None: all but a margin.
-    vram: int | str | Sequence[int | str] | None = None
-    ram: int | str | None = None  # what exl may use beyond the interpreter with torch imported; None: all there is
-    context: int | str | None = None  # tokens; "auto": as many as fit; None: the model's maximum, 8192 at most
-    kv_cache: str = "f16"
-    max_sequences: int = 16  # that run at once
-    max_queue: int | None = None  # requests that may wait for that; None: any number
-    # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one,
-    # or what one sequence needs of it at once where all layers have a window.
-    cache_tokens: int | str | None = None
-    kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
-    prefill_chunk: int = 512  # rows computed at once
-    prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
-    resident_layers: int | None = None  # at most this many, whatever the budget
-    head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
-    embed: str = "auto"  # on a GPU: or "device", "disk": see docs/memory.md
-    packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
-    threads: int | None = None  # of the CPU, at most; None: all that the process may use
-    arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
-    draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
-    rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
-
-    @classmethod
-    def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
-        """``arguments``: a public function's ``locals()``, of which those with an option's name are taken."""
-        return cls(
-            **{field.name: arguments[field.name] for field in dataclasses.fields(cls) if field.name in arguments}
-        )
-
-    def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device: found {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
-        if self.device == "cpu" and self.vram is not None:
-            raise ConfigError(f"vram: found {self.vram!r} with device='cpu', which has none: expected ram=")
-        if self.vram is not None and not self.vram_bytes:
-            raise ConfigError("vram: found an empty list, expected a size for each GPU")
-        if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_BITS:
-            raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
-        self._check_counts()
-        if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
-            raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
-        if self.embed not in EMBED:
-            raise ConfigError(f"embed: found {self.embed!r}, expected one of {', '.join(EMBED)}")
-        if self.arithmetic is not None and self.arithmetic not in ARITHMETIC:
-            raise ConfigError(f"arithmetic: found {self.arithmetic!r}, expected one of {', '.join(ARITHMETIC)}")
-        if self.prefill_window < self.prefill_chunk:
-            raise ConfigError(
-                f"prefill_window: found {self.prefill_window}, expected prefill_chunk, {self.prefill_chunk}, or more"
-            )
-        if self.ram is not None:
-            parse_budget(self.ram, "ram")
-        if self.kv_ram is not None:
-            parse_budget(self.kv_ram, "kv_ram")
-        check_threads(self.threads)
-        if self.rope is not None:
-            check_rope(self.rope)
-
-    def _check_counts(self) -> None:
-        least = {"max_sequences": 1, "prefill_chunk": 1, "prefill_window": 1, "resident_layers": 0, "max_queue": 0}
-        for name, low in ({"context": 1, "cache_tokens": 1} | least).items():
-            value, may_be_auto = getattr(self, name), name in ("context", "cache_tokens")
-            if (value is None and (may_be_auto or name in ("resident_layers", "max_queue"))) or (
-                may_be_auto and value == "auto"
-            ):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < _MAX_TOKENS:
-                raise ConfigError(
-                    f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
-                    + (" or 'auto'" if may_be_auto else "")
-                )
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU was asked for."""
-        return self.vram is not None or self.device == "cuda"
-
-    @property
-    def vram_bytes(self) -> tuple[int, ...]:
-        """Of each GPU; empty if no size was given."""
-        return () if self.vram is None else tuple(parse_budget(size, "vram") for size in one_each(self.vram))
-
-    @property
-    def budget(self) -> int | None:
-        return None if self.ram is None else parse_budget(self.ram, "ram")
 
 
 @dataclass(frozen=True)
@@ -208,13 +115,19 @@ def plan_model(
     """The plan that fits, or ``MemoryBudgetError`` with the table and the nearest settings that would fit. ``depth``:
     tokens in the cache for which it says what a token reads; None: none, and as many as there is room for."""
     if options.draft is None:
-        return plan_alone(files, options, target, speeds, depth)
-    from exl.planning.draft import plan_both  # imported late: it plans two models by this module
+        return _plan_alone(files, options, target, speeds, depth)
+    with open_model(options.draft) as draft_files:
+        context = draft_context(options, files.config, draft_files.config)
+        try:
+            draft, _ = plan_model(draft_files, draft_options(options, context), target)
+        except MemoryBudgetError as error:
+            raise MemoryBudgetError(f"draft: {error}") from None
+    beside = BesideDraft.of(draft, draft_files.folder, options, target)
+    plan, model = _plan_alone(files, beside.left, target, speeds, depth)
+    return beside.both(plan), model
 
-    return plan_both(files, options, target, speeds, depth)
 
-
-def plan_alone(
+def _plan_alone(
     files: ModelFiles, options: EngineOptions, target: Target, speeds: Speeds | None, depth: int | None
 ) -> tuple[MemoryPlan, PlanInput]:
     if options.context == "auto":
@@ -333,10 +246,6 @@ def _check_embed(files: ModelFiles, options: EngineOptions, model: PlanInput) ->
 def _fits(files: ModelFiles, options: EngineOptions, target: Target, *, resident: bool) -> bool:
     plan, _ = _attempt(files, options, target)
     return plan.fits and (plan.placement.num_streamed == 0 or not resident)
-
-
-def default_context(config: ModelConfig) -> int:
-    return min(config.max_position, _MAX_DEFAULT_CONTEXT)
 
 
 def _cache_tokens(config: ModelConfig, options: EngineOptions, context: int) -> int:

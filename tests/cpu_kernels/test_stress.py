@@ -14,7 +14,7 @@ from exl.cpu_kernels import pool as pool_module
 from exl.cpu_kernels.processor import usable_isas
 from exl.engine import build
 from exl.engine.build import load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 
 THREADS = 5
 IDS = torch.randint(3, 500, (300,), generator=torch.Generator().manual_seed(4)).tolist()

@@ -18,7 +18,7 @@ from exl.errors import ConfigError, KernelError
 from exl.kernels import compiler
 from exl.kernels.device import check_backend, open_backend
 from exl.kernels.environment import DriverFacts, GpuFacts, loaded_nvrtc, nvrtc_command
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from tests.compile.nvrtc import nvrtc
 from tests.host.fake_gpu import TOO_OLD, CUDADriverError, CUDARuntimeError, FakeGpu, NVRTCError
 from tests.host.shim import HostShim, ShimBackend

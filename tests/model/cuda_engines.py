@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from exl.engine.build import Engine, load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 
 DENSE = Path(__file__).parents[1] / "data" / "stories260K"

@@ -374,7 +374,7 @@ def on_gpu() -> dict:
     """The tests' device stands for a GPU: a fork has none of it."""
     from exl.checkpoint.config import GenerationDefaults
     from exl.engine.build import load_engine
-    from exl.planning.from_headers import EngineOptions
+    from exl.planning.options import EngineOptions
     from exl.text.tokenizer import Tokenizer
     from tests.host.backends import make_backend
 

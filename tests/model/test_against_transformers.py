@@ -15,7 +15,7 @@ import torch
 from exl.checkpoint.config import RopeConfig
 from exl.engine.build import Engine, load_engine
 from exl.layout.specs import Target
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.weights.stream import ResidentWeights
 from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids

@@ -9,7 +9,7 @@ import torch
 from exl.engine.build import load_engine
 from exl.layout.cpu_pages import page_arrays
 from exl.layout.kv import KVLayout
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.draws import draws_of
 from tests.model.batches import batch_of, run

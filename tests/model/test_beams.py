@@ -14,7 +14,7 @@ import transformers
 import exl
 from exl.engine.build import load_engine
 from exl.engine.request import TokenRequest
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.host.backends import make_backend
 from tests.model import hf_models

@@ -17,7 +17,7 @@ from exl.commands.bench import bench
 from exl.engine.build import load_engine
 from exl.errors import ConfigError, KernelError
 from exl.ops.cpu_target import cpu_target, torch_target
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.threads import thread_limit
 from tests.command_line import run_exl
 from tests.host.backends import make_backend

@@ -12,7 +12,7 @@ import torch
 
 import exl
 from exl.engine.build import load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.model.cpu_targets import TARGETS
 from tests.model.hf_models import CASES, build, prefill_logits, save

@@ -18,7 +18,7 @@ from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.processor import usable_isas
 from exl.engine import build
 from exl.engine.build import Engine, load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.model.batches import batch_of, run
 from tests.model.hf_models import CASES as DENSE_CASES

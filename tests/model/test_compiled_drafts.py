@@ -11,7 +11,7 @@ import torch
 from exl.batch import is_step
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from tests.model.batches import batch_of, run
 from tests.model.cpu_targets import needs_kernels
 

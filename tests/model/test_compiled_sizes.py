@@ -19,7 +19,8 @@ from exl.layout.specs import BlobSpec, MatrixSpec, NormSpec, fuse
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import LayerWeights, view_segments
 from exl.ops.cpu_target import COMPILED
-from exl.planning.from_headers import EngineOptions, step_limits
+from exl.planning.from_headers import step_limits
+from exl.planning.options import EngineOptions
 from tests.model.batches import batch_of
 
 if not usable_isas():

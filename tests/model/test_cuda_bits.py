@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exl.engine.build import Engine, load_engine
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.planning.plan import Tier
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend

@@ -19,7 +19,7 @@ from exl.memory import mapped as mapped_memory
 from exl.memory.host import HostBuffer
 from exl.ops import cuda_batch, cuda_sampling
 from exl.planning.devices import HOST
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.planning.plan import Tier
 from exl.sampling_params import SamplingParams
 from exl.weights import placement

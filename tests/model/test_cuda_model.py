@@ -17,7 +17,7 @@ from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.models import decoder
 from exl.ops.base import AttentionSpec, Branch, EmbedSpec, GatedMlp, LogitsSpec, Norm
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from exl.text.tokenizer import Tokenizer
 from tests.host.backends import make_backend

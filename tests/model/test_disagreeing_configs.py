@@ -17,7 +17,8 @@ from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.build import load_engine
 from exl.errors import CheckpointError, ConfigError, ExlWarning, UnsupportedModelError
 from exl.ops.cpu_target import cpu_target
-from exl.planning.from_headers import EngineOptions, open_model
+from exl.planning.from_headers import open_model
+from exl.planning.options import EngineOptions
 from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import prefill_logits
 from tests.model.test_quantized import make

@@ -14,7 +14,7 @@ from exl.engine import build
 from exl.engine.build import Engine, load_engine
 from exl.engine.request import Outcome, TokenRequest
 from exl.philox import child_seed
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.host.backends import make_backend
 from tests.model import hf_models

@@ -16,7 +16,7 @@ from exl.engine.build import Engine, load_engine
 from exl.layout import cpu_steps
 from exl.ops.base import ALL_ROWS
 from exl.ops.cpu_target import torch_target, why_not_compiled
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from tests.model.batches import batch_of, run
 from tests.model.cpu_targets import needs_kernels
 from tests.model.hf_models import CASES as DENSE_CASES

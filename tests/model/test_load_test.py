@@ -14,7 +14,7 @@ from exl.bench import BenchReport, BenchResult, Subject, markdown, rows_of, run_
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import ConfigError
 from exl.load_test import LoadFigures, LoadRun, LoadTest, percentile, prompt_ids
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from tests.command_line import run_exl
 
 SMALL = ("--concurrency", "3", "--pp", "20", "--tg", "5", "--repeats", "2")

@@ -17,7 +17,8 @@ from exl.engine.build import Engine, load_engine
 from exl.errors import CheckpointError, MemoryBudgetError
 from exl.layout.kv import KV_BITS
 from exl.layout.specs import Target
-from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.from_headers import open_model, plan_model
+from exl.planning.options import EngineOptions
 from exl.planning.plan import Tier
 from exl.sampling_params import SamplingParams
 from tests.command_line import run_exl

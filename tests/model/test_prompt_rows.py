@@ -14,7 +14,7 @@ import exl
 from exl.engine.build import Engine, load_engine
 from exl.engine.request import TokenRequest
 from exl.planning import from_headers
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.host.backends import make_backend
 from tests.model.cpu_targets import needs_kernels, with_both

@@ -15,7 +15,7 @@ from exl.engine.build import load_engine
 from exl.layout.specs import Target
 from exl.ops.cpu_target import COMPILED, torch_target
 from exl.ops.torch_linear import probe_int4pack
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from tests.model.cpu_targets import needs_kernels, with_both
 from tests.model.cuda_engines import all_logits, some_ids, step_logits
 from tests.model.hf_models import decode_logits, prefill_logits

@@ -14,7 +14,7 @@ import pytest
 import exl
 from exl.engine.build import load_engine
 from exl.engine.request import TokenRequest
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from exl.text.logprobs import TokenLogprob
 from tests.host.backends import make_backend

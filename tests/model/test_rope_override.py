@@ -13,7 +13,8 @@ from exl.engine.build import load_engine
 from exl.engine.cache_files import load_cache, save_cache
 from exl.errors import ConfigError
 from exl.ops.cpu_target import torch_target
-from exl.planning.from_headers import EngineOptions, open_model
+from exl.planning.from_headers import open_model
+from exl.planning.options import EngineOptions
 from exl.weights.packed_store import packed_key
 from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids

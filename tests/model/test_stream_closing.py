@@ -13,7 +13,7 @@ import torch
 from exl.checkpoint import block_file
 from exl.engine import build
 from exl.memory.host import HostBuffer
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.weights import loader, placement, reader
 from exl.weights.packed import PackedFile
 from tests.model.placed_model import PlacedModel, reader_threads

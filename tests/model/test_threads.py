@@ -14,7 +14,7 @@ import torch
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, load_engine
 from exl.ops.cpu_target import torch_target
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.quantize import run as run_module
 from exl.quantize.options import QuantizeOptions
 from exl.sampling_params import SamplingParams

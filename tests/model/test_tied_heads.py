@@ -21,7 +21,8 @@ from exl.errors import CheckpointError, ExlWarning, UnsupportedModelError
 from exl.formats.same_values import same_values
 from exl.layout.specs import Target
 from exl.ops.cpu_target import cpu_target
-from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.from_headers import open_model, plan_model
+from exl.planning.options import EngineOptions
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
 from tests.model.cuda_engines import all_logits, some_ids

@@ -13,7 +13,7 @@ from exl.engine.admission import Pages
 from exl.engine.build import Engine, load_engine
 from exl.engine.request import TokenRequest
 from exl.errors import ConfigError
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from tests.host.backends import make_backend
 from tests.model.cpu_targets import TARGETS

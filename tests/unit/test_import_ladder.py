@@ -30,7 +30,7 @@ LADDER = (
     ("planning", "quantize"),
     ("weights",),
     ("engine",),
-    ("completion", "load_test"),
+    ("completion", "embedding", "load_test"),
     ("llm", "bench"),
     ("chat", "evaluate"),
     ("commands",),

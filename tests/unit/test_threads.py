@@ -9,7 +9,7 @@ import torch
 
 from exl import threads
 from exl.errors import ConfigError
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.threads import ThreadChoice, Threads, thread_limit, usable_processors, using
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import exl
 from exl.errors import ConfigError, MemoryBudgetError
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 from exl.units import format_apart, format_bytes, parse_budget, parse_bytes
 from tests.command_line import run_exl
 

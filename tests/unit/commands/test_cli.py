@@ -172,7 +172,8 @@ def test_quantize_refuses_in_one_line(args, words, tmp_path):
 
 def test_packed_copies_are_listed_and_cleared(tmp_path):
     from exl.ops.cpu_target import cpu_target
-    from exl.planning.from_headers import EngineOptions, open_model, plan_model
+    from exl.planning.from_headers import open_model, plan_model
+    from exl.planning.options import EngineOptions
 
     with open_model(DATA / "stories2M") as files:
         least, _ = plan_model(files, EngineOptions(resident_layers=1), cpu_target())

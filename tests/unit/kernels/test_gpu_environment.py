@@ -18,7 +18,7 @@ from exl.engine.build import choose_device
 from exl.errors import ConfigError
 from exl.kernels import environment
 from exl.kernels.environment import CUPY_WHEELS, DriverFacts, GpuFacts, diagnose, find_facts
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 
 README = Path(__file__).parents[3] / "README.md"
 TORCH13 = "pip uninstall -y torch, then pip install torch --index-url https://download.pytorch.org/whl/cu130"

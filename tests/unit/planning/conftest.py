@@ -4,7 +4,8 @@ import pytest
 
 from benchmarks.synthetic import write_headers
 from exl.layout.specs import Target
-from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.from_headers import open_model, plan_model
+from exl.planning.options import EngineOptions
 from exl.planning.shapes import SHAPES
 
 

@@ -12,7 +12,8 @@ from exl.errors import ConfigError, MemoryBudgetError
 from exl.layout.steps import StepLimits
 from exl.planning import from_headers
 from exl.planning.devices import HOST
-from exl.planning.from_headers import EngineOptions, step_limits
+from exl.planning.from_headers import step_limits
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan
 from tests.command_line import run_exl
 

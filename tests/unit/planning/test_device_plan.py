@@ -21,8 +21,8 @@ from exl.layout.layers import linear_layout, tile_layout
 from exl.layout.specs import LinearSpec, MatrixSpec, Target
 from exl.layout.tiles import TileLayout
 from exl.planning.devices import HOST, STARTED_LINES, segment_bytes, started_bytes, usable_bytes
-from exl.planning.from_headers import EngineOptions
 from exl.planning.html import COLORS
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan, Placement, PlanLine, Tier
 from exl.planning.shapes import SHAPES, ModelShape
 from exl.units import format_bytes

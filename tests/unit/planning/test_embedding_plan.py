@@ -14,7 +14,8 @@ from benchmarks.synthetic import write_headers
 from exl.errors import ConfigError, ExlError, MemoryBudgetError
 from exl.layout.specs import Target
 from exl.planning.devices import HOST
-from exl.planning.from_headers import EngineOptions, open_model, plan_model
+from exl.planning.from_headers import open_model, plan_model
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan, Tier
 from exl.planning.shapes import ModelShape
 from tests.command_line import run_exl

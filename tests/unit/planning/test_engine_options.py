@@ -11,7 +11,7 @@ import exl
 from exl import llm
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.planning import ask
-from exl.planning.from_headers import EngineOptions
+from exl.planning.options import EngineOptions
 
 # Of each function: arguments that are no options of an engine, and options that it does not have.
 PLANNED = {"model", "shape", "bits", "group_size", "gpu", "arch", "depth", "revision", "token"}

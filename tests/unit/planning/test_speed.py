@@ -18,7 +18,8 @@ from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target
 from exl.memory.copies import HostCopyEngine
 from exl.ops.base import LayerWeights
 from exl.planning.ask import _open_shape
-from exl.planning.from_headers import EngineOptions, plan_model
+from exl.planning.from_headers import plan_model
+from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan, Placement, Tier
 from exl.planning.speed import Speeds, TokenBytes
 from exl.planning.traffic import token_bytes
