@@ -72,10 +72,18 @@ class PoolStats:
 class PagePool:
     """Holders of pages, free pages, and the tree of known prefixes."""
 
-    def __init__(self, num_pages: int, *, null: bool = False, tier: Tier | None = None) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        null: bool = False,
+        tier: Tier | None = None,
+        zero: Callable[[list[int]], None] | None = None,
+    ) -> None:
         """``null``: page 0 is never given away and stays zeroed; it stands in tables of pages for pages that a sequence
-        has given back because no window reaches them. It may be held and released, which does nothing.
-        ``tier``: takes the bytes of full pages that are evicted, and gives them back."""
+        has given back because no window reaches them. It may be held and released, which does nothing. ``tier``: takes
+        the bytes of full pages that are evicted, and gives them back. ``zero`` is called with pages that may hold what
+        is no number (``doubt``), before somebody gets them to write to; None: they are given as they are."""
         self.num_pages = num_pages
         self.null_page = 0 if null else None
         self._num_usable = num_pages - null
@@ -84,6 +92,8 @@ class PagePool:
         self._epochs = [0] * num_pages
         self._tree = PrefixTree(self._free, tier.num_slots if tier else 0, self.null_page)
         self._dirty: set[int] = set()
+        self._doubted: set[int] = set()
+        self._zero = zero
         self.tier = tier
         self._counts: Counter[str] = Counter()
 
@@ -115,6 +125,14 @@ class PagePool:
         self._check_room(count, self.num_free)
         self._make_room(count)
         pages = self._free.take(count, after)
+        doubted = sorted(self._doubted.intersection(pages))
+        try:
+            if doubted:
+                self._zero(doubted)
+        except BaseException:
+            self._free.add(pages)
+            raise
+        self._doubted.difference_update(doubted)
         for page in pages:
             self._holders[page] = 1
             self._epochs[page] += 1
@@ -229,6 +247,17 @@ class PagePool:
                     self._tree.forget(self._tree.on_page[page])
                 self._dirty.add(page)
 
+    def doubt(self, pages: Iterable[int]) -> None:
+        """Nobody has seen yet that what was written to these pages is numbers: no logits depend on all of it. A text
+        that begins alike may use them. Whoever gets one for another text gets it zeroed, since attention reads a page
+        to its end, and a weight of 0 times NaN is NaN."""
+        if self._zero is not None:
+            self._doubted.update(page for page in pages if page != self.null_page)
+
+    def trust(self, pages: Iterable[int]) -> None:
+        """Logits that depend on all that was written to these pages are numbers."""
+        self._doubted.difference_update(pages)
+
     def clean(self, zero: Callable[[list[int]], None]) -> None:
         """``zero`` is called with the poisoned pages that nobody holds any more; then they are free."""
         pages = sorted(page for page in self._dirty if not self._holders[page])
@@ -268,6 +297,8 @@ class PagePool:
         Raises ``MemoryBudgetError``, and nothing is changed, if that would leave less than ``spare`` pages to others.
         """
         path = self._tree.find(ids, exact=exact, multiple=multiple)
+        if path.last is not None and path.last.page in self._doubted:  # what stands behind is another text's
+            path = replace(path, last=None, num_last=0)
         if window is not None:
             path = path.without(pages_behind(window, len(path.nodes) * PAGE_SIZE))
             num_pages = min(num_pages - path.num_passed, most)
@@ -319,6 +350,7 @@ class PagePool:
             self.release(fresh)
             self.release(list(pages.values()))
             raise
+        self.doubt(fresh)
         for i, page in zip(missing, fresh, strict=False):
             pages[i] = page
             parent = self._tree.root if known[i].parent < 0 else nodes[known[i].parent]
@@ -417,6 +449,7 @@ class PagePool:
         for node, page in zip(away[:num_missing], fresh, strict=False):
             self._tree.restored(node, page)
             shared[node] = page
+        self.doubt(fresh[:num_missing])
         self._tree.unpin(away[num_missing:])
         self._counts["pages_restored"] += len(away)
         if source != NOWHERE:

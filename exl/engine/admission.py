@@ -42,6 +42,8 @@ class Pages:
     def place(self, sequence: Sequence, reserve: int) -> bool:
         """Pages for all tokens that are known and one more, among them those that hold its beginning already; leaves
         ``reserve`` pages to others. False, and nothing is changed, if there are too few now."""
+        if self._gives_prompt(sequence):
+            sequence.old_pages = []
         try:
             old = self.pool.reclaim(sequence.old_pages)
             num_cached = self._still_cached(sequence, len(old))
@@ -63,6 +65,11 @@ class Pages:
         cut = num_cached < min(sequence.old_cached, sequence.num_chunked) and not self._rules.chunks_alike
         num_cached = num_cached // chunk * chunk if cut else num_cached
         return num_cached if self._sees_all(num_cached, self._count_passed(sequence.old_pages)) else 0
+
+    def _gives_prompt(self, sequence: Sequence) -> bool:
+        """Whether it must come to the end of its prompt first, where others begin: with a window its later tokens have
+        fewer pages before them."""
+        return self._window is not None and sequence.group is not None and sequence.group.shares_prompt
 
     def _count_passed(self, old: Many[tuple[int, int]]) -> int:
         return sum(page == self.pool.null_page for page, _ in old)
@@ -96,7 +103,8 @@ class Pages:
         differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
         may_reuse = request.reuse_prefix is not False and not sequence.wants_rows and not differs
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
-            most = min(len(sequence.ids) - 1, sequence.next_shift)  # what comes later saw other tokens
+            most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
+            most = min(most, sequence.next_shift)  # what comes later saw other tokens
             known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
         taken = self.pool.take_prefix(
             known,
@@ -152,6 +160,8 @@ class Pages:
             num_passed = pages_behind(self._window, sequence.num_cached)
             if num_passed > sequence.num_passed:
                 self.remember(sequence)
+                if sequence.num_read == 0:
+                    self.pool.doubt(sequence.pages[sequence.num_passed : num_passed])
                 self.pool.pass_by(sequence.pages, sequence.num_passed, num_passed)
                 sequence.num_passed = num_passed
                 sequence.pages_changed()
@@ -205,6 +215,11 @@ class Pages:
         self.pool.rewind(sequence.pages, sequence.num_cached - sequence.num_dropped, self._copy)
         sequence.pages_changed()
 
+    def proven(self, sequence: Sequence) -> None:
+        """Its first draw is known, so its K and V are numbers: others that wait for its prompt find it."""
+        self.pool.trust(sequence.pages)
+        self.remember(sequence)
+
     def remember(self, sequence: Sequence) -> None:
         """Others may use what the sequence has computed so far; but not what it has since it was shifted."""
         if self._reusable(sequence.num_cached) and not sequence.num_dropped:
@@ -213,6 +228,8 @@ class Pages:
 
     def give_back(self, sequence: Sequence) -> None:
         if sequence.pages:
+            if sequence.num_read == 0:
+                self.pool.doubt(sequence.pages)
             self.remember(sequence)
             self.pool.release(sequence.lose_pages())
 

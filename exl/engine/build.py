@@ -177,7 +177,7 @@ def build_engine(
         tier = None
         if model.num_kept_pages:
             tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
-        pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier)
+        pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier, zero=runner.zero_pages)
         generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
 

@@ -413,7 +413,7 @@ class Scheduler:
             return
         self.stats.generated_tokens += len(beams.order)
         if leader.num_read == 0:
-            self.pages.remember(leader)  # others that wait for its prompt find it
+            self.pages.proven(leader)
         if beams.take(found.ranked[i:stop], self.pages):
             self._finish(leader)
 
@@ -428,7 +428,7 @@ class Scheduler:
             num_before = len(sequence.ids)
             if sequence.num_read == 0:
                 for member in members_of(sequence):
-                    self.pages.remember(member)  # others that wait for its prompt find it
+                    self.pages.proven(member)
             try:
                 done = self.answers.take(sequence, found, i + j)
             except Exception as error:  # of this request's sink, matcher or penalties

@@ -827,3 +827,26 @@ PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20
 TierMachine.TestCase.settings = PoolMachine.TestCase.settings
 TestPoolMachine = PoolMachine.TestCase
 TestTierMachine = TierMachine.TestCase
+
+
+def test_pages_that_nobody_has_seen_numbers_of_are_zeroed_for_who_writes_to_them():
+    """Not for a text that begins alike, which gets whole pages of it; until somebody has seen that they are numbers."""
+    zeroed = []
+    pool = PagePool(3, zero=zeroed.extend)
+    ids, pages = list(range(100)), pool.allocate(2)
+    pool.doubt(pages)
+    pool.remember(ids, pages)
+    pool.release(pages)
+    taken = pool.take_prefix(ids, no_copy, num_pages=2)
+    assert (taken.pages[0], taken.num_reused, zeroed) == (pages[0], PAGE_SIZE, [])  # of the second page nothing
+    pool.release(taken.pages)
+    pool.trust(taken.pages[:1])
+    others = pool.allocate(3)
+    assert zeroed == [pages[1]]
+    pool.release(others)
+    pool.allocate(3)
+    assert zeroed == [pages[1]]
+
+
+def no_copy(src, dst):
+    raise AssertionError("nothing is to be copied")

@@ -159,7 +159,7 @@ class World:
     def __init__(self, device: FakeDevice, context: int = CONTEXT, *, passes: bool = False) -> None:
         """``passes``: pages that the device's window does not reach any more are given back."""
         self.device, self.context = device, context
-        self.pool = PagePool(device.num_pages, null=passes)
+        self.pool = PagePool(device.num_pages, null=passes, zero=device.zero_pages)
         device.num_holders = self.pool.num_holders
         most = -(-context // PAGE_SIZE) + 1 if passes else device.num_pages
         self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences, self.pool.num_usable)

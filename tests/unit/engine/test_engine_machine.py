@@ -83,6 +83,18 @@ def requests(draw: st.DrawFn) -> TokenRequest:
     )
 
 
+def begins_alike(one: Ticket, other: Ticket) -> bool:
+    """Whether a whole page of one may be used for the other."""
+    first, second = (
+        {tuple(ids[:PAGE_SIZE]) for ids in prompts(ticket) if len(ids) > PAGE_SIZE} for ticket in (one, other)
+    )
+    return one is not other and not first.isdisjoint(second)
+
+
+def prompts(ticket: Ticket) -> list[list[int]]:
+    return [ticket.request.prompt_ids, ticket.request.negative_ids or []]
+
+
 class EngineMachine(RuleBasedStateMachine):
     context = CONTEXT
     passes = False  # whether pages that the device's window does not reach are given back
@@ -260,6 +272,9 @@ class EngineMachine(RuleBasedStateMachine):
             return
         self.world.run(50_000)
         assert self.world.pool.num_free == self.world.pool.num_usable
+        # What a prompt has computed is kept when it ends before its first token tells whether it is numbers. Another
+        # one that begins alike may take it: on a real device it would have made the same, none of this machine's.
+        untold = [ticket for ticket in self.world.tickets if not any(answer.token_ids for answer in ticket.answers)]
         nan = 0
         for ticket in self.world.tickets:
             self.world.take(ticket)
@@ -271,7 +286,7 @@ class EngineMachine(RuleBasedStateMachine):
                 if not any(ticket.error is error for error in self.errors):
                     assert isinstance(ticket.error, ExlError), ticket.error
                     assert "nan" in str(ticket.error), ticket.error
-                    nan += 1
+                    nan += not any(begins_alike(other, ticket) for other in untold)
             elif expected is not None and all(a.outcome.finish_reason != "cancelled" for a in ticket.answers):
                 assert results(self.world, ticket) == expected
             for i, answer in enumerate(ticket.answers):
@@ -283,12 +298,7 @@ class EngineMachine(RuleBasedStateMachine):
                 if expected is not None:
                     assert ids == expected[i][4][: len(ids)]
                     assert expected[i][5].startswith(text)
-        # What a prompt has computed is kept when it is cancelled before its first token tells that it is numbers. On a
-        # real device the same prompt has no numbers each time.
-        untold = any(
-            answer.outcome is not None and not answer.token_ids for t in self.world.tickets for answer in t.answers
-        )
-        assert nan <= self.num_nan or untold
+        assert nan <= self.num_nan
 
 
 class ShiftMachine(EngineMachine):
@@ -328,8 +338,7 @@ class ShiftMachine(EngineMachine):
 
 
 class WindowMachine(EngineMachine):
-    """The same with a window, over fewer pages than a context has. A row of no numbers spreads from page to page, so
-    that nothing is promised of who gets one that it has left."""
+    """The same with a window, over fewer pages than a context has."""
 
     context = 7 * PAGE_SIZE
     passes = True
@@ -362,11 +371,6 @@ class WindowMachine(EngineMachine):
             make_sink=lambda: CharSink((), banned),
         )  # fmt: skip
         self.world.submit(request)
-
-    @precondition(lambda self: False)
-    @rule(row=st.integers(0, 5))
-    def row_of_no_numbers(self, row: int) -> None:
-        raise AssertionError
 
 
 def _interrupted(what: Callable[[], object], lines: int) -> None:

@@ -175,6 +175,24 @@ def test_a_stop_that_is_found_late_costs_a_row(runs_ahead: bool) -> None:
     assert world.device.rows["decode"] <= drawn + world.stats.wasted_rows
 
 
+@pytest.mark.parametrize("passes", [False, True])
+def test_pages_of_a_prompt_that_never_drew_are_zeroed_for_another_text(passes: bool) -> None:
+    """Its rows may be no numbers, which nobody has seen: it was cancelled, or its window has passed them."""
+    device = FakeDevice(6 if passes else 5, window=70 if passes else None, step_tokens=64, chunk=64)
+    world = World(device, passes=passes)
+    device.nan_row = 60
+    first = world.submit(request(prompt(250), 4))
+    world.scheduler.step()
+    device.nan_row = None
+    if passes:
+        for _ in range(3):
+            world.scheduler.step()
+    world.scheduler.cancel(first)
+    others = run_all(world, [request(prompt(100, salt), 20, seed=salt) for salt in (1, 2, 3)])
+    assert all(ticket.error is None for ticket in others)
+    assert device.zeroed
+
+
 # ---- drafts
 
 
