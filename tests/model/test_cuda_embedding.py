@@ -196,7 +196,7 @@ def test_exact_lines_are_what_is_allocated(model, backend, tmp_path, buffers, pl
     in_ram = {purpose: count for purpose, count in found.items() if purpose not in on_device}
     assert sum(in_ram.values()) == sum(line.num_bytes for line in lines if line.device == HOST), (in_ram, lines)
     assert in_ram.get("embedding", 0) == (96 * 64 * 2 if place == "auto" else 0)
-    assert in_ram.get("rows of the embedding", 0) == (2 * (32 + 16) * 64 * 2 if place == "disk" else 0)
+    assert in_ram.get("rows of the embedding", 0) == (2 * (32 + 64) * 64 * 2 if place == "disk" else 0)
     engine.close()
 
 
