@@ -41,6 +41,7 @@ from benchmarks.processor import instruction_sets
 from benchmarks.report import RESULTS
 from benchmarks.speculation import PROMPT_WORDS, STORIES
 from benchmarks.synthetic import write_model
+from exl.batch import PAGE_SIZE
 from exl.bench import read_bandwidth
 from exl.completion import Completion
 from exl.engine.build import Engine, load_engine
@@ -126,6 +127,11 @@ def table(rows: Sequence[Row]) -> str:
 # ---- requests
 
 
+def whole_pages(num_tokens: int) -> int:
+    """Tokens of the pages for so many: each sequence has its own."""
+    return -(-num_tokens // PAGE_SIZE) * PAGE_SIZE
+
+
 def request_of(engine: Engine, length: int, which: int, num_tokens: int) -> TokenRequest:
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
     return TokenRequest(prompt_ids(length, which, engine.config.vocab_size), params, reuse_prefix=False)
@@ -159,7 +165,7 @@ def batch_part(subjects: Subjects) -> list[Row]:
     most = max(amounts.sequences)
     for name, folder, num_tokens in subjects.models:
         room = SHORT_PROMPT + num_tokens
-        context = -(-room // 16) * 16
+        context = whole_pages(room)
         with engine_of(folder, context=context, max_sequences=most, cache_tokens=most * context) as engine:
             speeds: dict[int, list[float]] = defaultdict(list)
             roofs: dict[int, list[float]] = defaultdict(list)
@@ -344,7 +350,7 @@ def half_budget(folder: Path, options: Row) -> int:
 
 def ram_part(subjects: Subjects) -> list[Row]:
     amounts = subjects.amounts
-    context = 48
+    context = whole_pages(SHORT_PROMPT + amounts.ram_tokens)
     options = {"context": context, "max_sequences": 16, "cache_tokens": 16 * context}
     ram = half_budget(subjects.large, options)
     speeds: dict[int, list[float]] = defaultdict(list)

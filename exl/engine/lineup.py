@@ -123,9 +123,13 @@ class Lineup:
             for member in members:
                 self._begin(member)
 
+    def _reserve(self) -> int:
+        """Pages that are left to those that run: one for each that may need one."""
+        return sum(sequence.may_grow for sequence in self.running)
+
     def _place(self, members: Many[Sequence], sources: Many[Sequence]) -> bool:
         """Pages for all or for none. ``sources``: those that have computed their prompts; or nobody has."""
-        reserve = len(self.running)
+        reserve = self._reserve()
         for i, member in enumerate(members):
             behind = sources or (i and member.group.shares_prompt)
             place = self.pages.place_behind_prompt if behind else self.pages.place
@@ -186,7 +190,7 @@ class Lineup:
         for child in ticket.sequences[1:]:
             if child.state is not State.WAITING or child.num_drawn or len(self.running) >= self.device.max_sequences:
                 continue
-            if self.pages.pool.num_free <= len(self.running):
+            if self.pages.pool.num_free <= self._reserve():
                 break
             self.pages.fork(leader, child)
             child.answer.num_reused = leader.num_cached

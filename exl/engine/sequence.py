@@ -102,6 +102,12 @@ class Sequence:
         return -(-(min(self.num_tokens + (not self.prompt_only), self.next_shift) - self.num_dropped) // PAGE_SIZE)
 
     @property
+    def may_grow(self) -> bool:
+        """Whether it may need a page more than it has, before it ends."""
+        longest = self.num_prompt + (0 if self.prompt_only else self.max_new)
+        return self.shift is not None or len(self.pages) * PAGE_SIZE < longest
+
+    @property
     def next_shift(self) -> int:
         """The token before whose row something is dropped."""
         return _NEVER if self.shift is None else self.num_dropped + self.shift.num_tokens

@@ -193,6 +193,18 @@ def test_pages_of_a_prompt_that_never_drew_are_zeroed_for_another_text(passes: b
     assert device.zeroed
 
 
+def test_nothing_is_left_to_those_that_need_no_page_more() -> None:
+    """Each fits into one page to its end: all run at once, paused by nobody."""
+    world = World(FakeDevice(4))
+    tickets = [world.submit(request(prompt(30, i), 20, seed=i)) for i in range(4)]
+    world.scheduler.step()
+    world.scheduler.step()
+    assert len(world.scheduler.running) == 4
+    world.run()
+    assert [results(world, ticket) for ticket in tickets] == [alone(t.request, world.device) for t in tickets]
+    assert world.stats.preemptions == 0
+
+
 # ---- drafts
 
 
