@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,9 +18,8 @@ from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.engine.sequence import Sequence as Tokens
 
 
-@dataclass(frozen=True)
-class Piece:
-    """New rows of one sequence: tokens ``start`` to ``stop``."""
+class Piece(NamedTuple):
+    """New rows of one sequence: tokens ``start`` to ``stop``. A tuple: one is made for each token."""
 
     sequence: Tokens
     start: int
@@ -49,12 +50,12 @@ class ChunkRules:
     decode_alike: bool = False  # rows of prompts have the bits of decode rows
     by_length: bool = False  # RoPE's angles depend on the length of the text: rows of one batch share it
 
-    @property
+    @cached_property
     def all_alike(self) -> bool:
         """Whether a row has the same bits in any batch, as a decode row or in a prompt."""
         return self.decode_alike and self.chunks_alike
 
-    @property
+    @cached_property
     def chunks_alike(self) -> bool:
         """Whether prompt rows have the same bits in chunks of any length."""
         return self.chunk < self.invariant_rows
@@ -117,7 +118,9 @@ def decode_piece(sequence: Tokens, drafts: tuple[int, ...] = ()) -> Piece:
 
 def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
     """All of one kind."""
-    if all(piece.as_decode and piece.num_rows == 1 and piece.wants_logits for piece in pieces):
+    if len(pieces) == len(
+        [piece for piece in pieces if piece.as_decode and piece.num_rows == 1 and piece.wants_logits]
+    ):
         return _last_rows(pieces)
     as_decode = pieces[0].as_decode
     ids: list[int] = []

@@ -87,7 +87,11 @@ class Drafts:
 
     def propose(self, sequences: Sequence[Tokens]) -> dict[Tokens, tuple[int, ...]]:
         """Drafts for the decode rows of a step, those of sequences that want none included."""
-        asking = [sequence for sequence in sequences if self.wanted(sequence)]
+        asking = [
+            sequence
+            for sequence in sequences
+            if sequence.ticket.request.speculate is not None and self.wanted(sequence)
+        ]
         if not asking:
             return {}
         lengths = [self._lengths.setdefault(sequence, DraftLength()) for sequence in asking]

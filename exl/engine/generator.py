@@ -6,7 +6,8 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -32,8 +33,7 @@ from exl.request_options import PromptProgress
 from exl.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
-class GeneratedToken:
+class GeneratedToken(NamedTuple):
     token_id: int
     finish_reason: str | None  # "stop": an end-of-sequence id; "length": max_tokens or the context is used up
     num_reused: int = 0  # tokens of the prompt that were in the cache

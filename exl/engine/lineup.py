@@ -213,6 +213,8 @@ class Lineup:
         """The next chunks of the oldest prompts, under the budget of a step, in groups that share a batch.
 
         Of those whose rows are asked for after the pass no more than the device keeps then."""
+        if not [sequence for sequence in self.running if sequence.state is State.PREFILL]:
+            return []
         rules, pieces, num_rows = self.device.rules, [], 0
         self._share_prompts()
         for sequence in self.running:

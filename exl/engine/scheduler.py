@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +39,7 @@ from exl.request_options import PromptProgress
 from exl.sampling import no_distribution
 
 
-@dataclass(frozen=True)
-class _Drawing:
+class _Drawing(NamedTuple):
     """A sequence whose next token is to be drawn from a row of the logits; behind that row are those of its drafts."""
 
     sequence: Tokens
@@ -49,8 +48,7 @@ class _Drawing:
     drafts: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """Draws that are not read: of each sequence the first sample, and the drafts that the samples behind it follow."""
 
     draws: list[tuple[Tokens, int, tuple[int, ...]]]
@@ -173,7 +171,7 @@ class Scheduler:
         if self._inflight is not None:
             self._read()
         self._draw(logits, drawing)
-        if _wants_rows(chunks):
+        if chunks and _wants_rows(chunks):
             self._read(between=lambda: self._take_rows(chunks))
         elif self._inflight is not None and not self.device.runs_ahead:
             self._read()
@@ -192,16 +190,17 @@ class Scheduler:
         chunks = self.lineup.chunks()
         drawing = [sequence for sequence in self.running if self.lineup.draws_next(sequence)]
         proposed = self._drafted(drawing)
-        drawing = [sequence for sequence in drawing if sequence.state is State.RUNNING]
         return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], chunks
 
     def _drafted(self, drawing: list[Tokens]) -> dict[Tokens, tuple[int, ...]]:
-        """Drafts that there are pages for. If a drafter fails, so do the requests that want drafts of it."""
+        """Drafts that there are pages for. If a drafter fails, so do the requests that want drafts of it: they leave
+        ``drawing``."""
         try:
             proposed = self.drafts.propose(drawing)
         except DrafterError as failed:
             self._check_device(failed.__cause__)
             self._fail_each(failed.sequences, failed.__cause__)
+            drawing[:] = [sequence for sequence in drawing if sequence.state is State.RUNNING]
             return {}
         for sequence, guesses in proposed.items():
             drafts = proposed[sequence] = guesses[: max(0, sequence.next_shift - sequence.num_tokens)]
@@ -216,6 +215,8 @@ class Scheduler:
         paused, first of those whose readers lag."""
         self.pages.pass_by(self.running)
         for sequence in list(self.running):
+            if sequence.state is State.RUNNING and sequence.num_tokens <= sequence.room:
+                continue  # nearly always
             while self.lineup.needs_pages(sequence) and not self.lineup.grow(sequence):
                 if self._inflight is not None:  # a sequence whose token is not known cannot be paused
                     self._read()
@@ -226,12 +227,12 @@ class Scheduler:
 
     def _forward(self, decode: Sequence[Piece], chunks: Sequence[Sequence[Piece]]) -> torch.Tensor | None:
         """Logits; None if the pass failed, which those who took part in it know then."""
-        on_layer = self._teller(chunks)
+        on_layer = self._teller(chunks) if chunks else None
         for attempt in range(2):
             try:
                 decode_rows = batch_of(decode) if decode else None
                 batches = [batch_of(pieces) for pieces in chunks]
-                return self.device.step(decode_rows, batches, on_layer, _wants_rows(chunks))
+                return self.device.step(decode_rows, batches, on_layer, bool(chunks) and _wants_rows(chunks))
             except _ProgressError as failed:
                 self.device.abandon()
                 self.fail(failed.sequence.ticket, failed.__cause__)

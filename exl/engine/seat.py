@@ -280,7 +280,7 @@ class Seat:
             self._wake.put(None)
 
     def _intake(self) -> None:
-        while True:
+        while not self._inbox.empty():  # asked first, in each step: an exception takes longer
             try:
                 what = self._inbox.get_nowait()
             except queue.Empty:
@@ -344,10 +344,11 @@ class Seat:
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             ended = ticket.ended  # first: all events are put before it is set
-            with contextlib.suppress(queue.Empty):
-                event = ticket.outbox.get_nowait()
-                if event is not None:
-                    return event
+            if not ticket.outbox.empty():
+                with contextlib.suppress(queue.Empty):  # another reader has taken it
+                    event = ticket.outbox.get_nowait()
+                    if event is not None:
+                        return event
                 continue
             if ended:
                 return None
@@ -399,7 +400,10 @@ class Seat:
     # ---- the engine's thread
 
     def _needs_thread(self) -> bool:
-        parties = {ticket.party for ticket in self.unfinished}
+        live = list(self._live)
+        if len(live) == 1 and live[0].party is not None:
+            return False
+        parties = {ticket.party for ticket in live if not ticket.ended}
         return not self._ending and (None in parties or len(parties) > 1)
 
     def _is_served(self) -> bool:

@@ -7,7 +7,7 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from exl.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """News of one choice of a request. Its tokens' text may come with a later event, when it is final."""
 
     choice: int
