@@ -44,5 +44,5 @@ def test_fifty_interrupts_at_random_times():
 def test_interrupts_everywhere_in_a_request(count):
     result = run("everywhere", count)
     assert result["faults"] == []
-    assert result["interrupts"] >= 0.6 * count  # some come too late, some are swallowed by a finalizer, as Python does it
+    assert result["interrupts"] >= 0.6 * count  # some come too late, or are swallowed by a finalizer, as Python does
     assert result["pauses"] > 0
