@@ -350,7 +350,6 @@ class PagePool:
             self.release(fresh)
             self.release(list(pages.values()))
             raise
-        self.doubt(fresh)
         for i, page in zip(missing, fresh, strict=False):
             pages[i] = page
             parent = self._tree.root if known[i].parent < 0 else nodes[known[i].parent]

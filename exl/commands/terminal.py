@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def run_terminal(session: ChatSession) -> None:
     while True:
         try:
             line = prompt.prompt(FormattedText([("bold", "> ")]), prompt_continuation="  ")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):  # the second just when the prompt's event loop begins
             continue
         except EOFError:
             return

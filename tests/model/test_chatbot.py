@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pexpect import EOF
 
 import exl
 from exl.commands.chat_session import SETTINGS, ChatSession
+from exl.commands.terminal import run_terminal
 from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
 from tests.command_line import run_exl, without_compiling
 
@@ -245,6 +247,29 @@ def test_ctrl_c_while_a_prompt_is_read(llm):
     piped = ChatSession(llm, llm.chat(), lambda piece: os.kill(os.getpid(), signal.SIGINT), said.append, {})
     with pytest.raises(KeyboardInterrupt):
         piped.handle("Hello.")
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, asyncio.CancelledError])
+def test_ctrl_c_at_the_prompt_is_no_end(session, monkeypatch, interrupt):
+    """prompt_toolkit raises either, by whether its event loop has just begun."""
+    prompt_toolkit = pytest.importorskip("prompt_toolkit")
+    lines = iter([interrupt(), "/help", EOFError()])
+
+    class Prompt:
+        def __init__(self, **options):
+            pass
+
+        def prompt(self, *args, **options):
+            line = next(lines)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+    monkeypatch.setattr(prompt_toolkit, "PromptSession", Prompt)
+    handled = []
+    monkeypatch.setattr(session, "handle", lambda line: handled.append(line) or True)
+    run_terminal(session)
+    assert handled == ["/help"]
 
 
 def test_an_empty_line_is_nothing(session):
