@@ -24,6 +24,7 @@ LADDER = (
     ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text"),
+    ("parse",),
     ("kernels", "cpu_kernels"),
     ("ops",),
     ("models",),
@@ -33,6 +34,7 @@ LADDER = (
     ("completion", "embedding", "load_test"),
     ("llm", "bench"),
     ("chat", "evaluate"),
+    ("server",),
     ("commands",),
     ("cli",),
 )
