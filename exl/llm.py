@@ -85,6 +85,11 @@ class LLM:
         return self._open_generator().context
 
     @property
+    def max_sequences(self) -> int:
+        """How many sequences run at once; others wait."""
+        return self._open_generator().runner.max_sequences
+
+    @property
     def decode_steps(self) -> str | None:
         """How decode steps run: "replayed as graphs" from the third on, on a CPU "recorded, one call each", or
         "launched one by one" and why. None where torch computes."""

@@ -60,6 +60,11 @@ class ChatTemplate:
     def names(self) -> tuple[str, ...]:
         return tuple(self._templates)
 
+    def text(self, name: str | None = None) -> str:
+        """The template itself; by default the one for messages without tools. Raises ``ConfigError`` for a name that
+        there is not."""
+        return self._templates[self._choose(name, None)]
+
     @cached_property
     def literal_text(self) -> str:
         """All text that the templates themselves can write: their literal text and strings, joined by NUL."""
