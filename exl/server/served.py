@@ -39,6 +39,20 @@ class ServedModel:
             messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
         )
 
+    def chat_text(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that ``chat_prompt`` encodes, for people to read: where a message holds what looks like a control
+        token, it does not show that this is plain text for the model."""
+        template = self.llm.tokenizer.chat_template
+        if template is None:
+            return transcript(messages, add_generation_prompt)
+        return template.render(messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt)
+
     def parser(
         self, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] | None, stop: Sequence[str]
     ) -> AnswerParser | None:
