@@ -154,6 +154,15 @@ class Generation:
     def num_choices(self) -> int:
         return len(self._handle.answers)
 
+    @property
+    def seed(self) -> int:
+        """Of the first choice."""
+        return self._handle.answers[0].seed
+
+    def is_ending(self, choice: int) -> bool:
+        """Whether a choice has come to its end, though its last update is yet to come."""
+        return self._handle.answers[choice].outcome is not None
+
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Until all choices have ended. Leaving it cancels the request. Events that have come together, as those of
         several tokens of a step, or of a loop that is late, are one update of each choice."""
