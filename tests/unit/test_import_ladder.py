@@ -24,6 +24,7 @@ LADDER = (
     ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text"),
+    ("parse",),
     ("kernels", "cpu_kernels"),
     ("ops",),
     ("models",),
