@@ -16,6 +16,7 @@ from exl.request_options import Request as EngineRequest
 from exl.sampling_params import SamplingParams
 from exl.server.bodies import Body, Json, json_body, read_body
 from exl.server.errors import ApiError
+from exl.server.openai.messages import Message, Tool
 from exl.server.responses import json_response
 from exl.server.served import ServedModel
 from exl.server.state import Server
@@ -56,8 +57,10 @@ class DetokenizeRequest(Body):
 
 
 class ApplyTemplateRequest(Body):
-    messages: list[dict[str, Json]] = Field(min_length=1)
-    tools: list[dict[str, Json]] | None = None
+    """The fields of /v1/chat/completions that the template sees."""
+
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Json] | None = Field(None, description="Further variables of the template.")
     model: str | None = None
@@ -154,7 +157,9 @@ def _text(model: ServedModel, tokens: Sequence[int]) -> str:
 
 def _rendered(model: ServedModel, body: ApplyTemplateRequest) -> str:
     to_answer = body.add_generation_prompt is None or body.add_generation_prompt
-    return model.chat_text(body.messages, body.tools, body.chat_template_kwargs, to_answer)
+    messages = [message.for_template() for message in body.messages]
+    tools = [tool.for_template() for tool in body.tools or ()] or None
+    return model.chat_text(messages, tools, body.chat_template_kwargs, to_answer)
 
 
 # The server

@@ -22,7 +22,7 @@ from exl.server.bodies import Body, Json, json_body, read_body
 from exl.server.errors import ApiError, tgi_body
 from exl.server.generation import Choice, Generation, Job, Update
 from exl.server.journeys import note_error
-from exl.server.openai.fields import GenerationFields, request_options
+from exl.server.openai.fields import MAX_TOP_LOGPROBS, GenerationFields, refused, request_options
 from exl.server.responses import EventStream, json_response, sse, unless_gone, without_none
 from exl.server.served import ServedModel
 from exl.server.state import Server
@@ -30,7 +30,6 @@ from exl.text.logprobs import TokenLogprob
 from exl.text.sink import TextSink
 
 _DEFAULT_TOKENS = 100  # of an answer whose request does not say, as text-generation-inference has it
-_MAX_TOP = 20  # likeliest tokens told at each position
 
 
 class Grammar(Body):
@@ -56,10 +55,10 @@ class GenerateParameters(Body):
     best_of: int | None = Field(None, ge=1)
     details: bool | None = None
     decoder_input_details: bool | None = None
-    top_n_tokens: int | None = Field(None, ge=0, le=_MAX_TOP)
+    top_n_tokens: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     grammar: Grammar | None = None
-    watermark: bool | None = Field(None, description="Refused.")
-    adapter_id: str | None = Field(None, description="Refused.")
+    watermark: refused("exl marks no texts", False) = None  # type: ignore[valid-type]
+    adapter_id: refused("exl has no adapters") = None  # type: ignore[valid-type]
 
 
 class GenerateRequest(Body):
@@ -136,10 +135,6 @@ async def _answer(server: Server, request: Request, body: GenerateRequest, *, as
 
 
 def _check(parameters: GenerateParameters, stream: bool) -> None:
-    if parameters.watermark:
-        raise ApiError(400, "watermark: found True, exl marks no texts", param="watermark")
-    if parameters.adapter_id is not None:
-        raise ApiError(400, f"adapter_id: found {parameters.adapter_id!r}, exl has no adapters", param="adapter_id")
     if (parameters.best_of or 1) > 1 and not _samples(parameters):
         found = f"best_of: found {parameters.best_of} with greedy decoding"
         raise ApiError(400, f"{found}, expected do_sample, temperature, top_k, top_p or typical_p", param="best_of")
@@ -169,6 +164,7 @@ def _prompt(model: ServedModel, text: str, truncate: int | None) -> list[int]:
 def _options(
     server: Server, model: ServedModel, body: GenerateRequest, parameters: GenerateParameters, num_prompt: int
 ) -> RequestOptions:
+    best_of = parameters.best_of if (parameters.best_of or 1) > 1 else None
     fields = GenerationFields(
         max_tokens=parameters.max_new_tokens,
         temperature=_or(parameters.temperature, 1.0) if _samples(parameters) else 0.0,
@@ -179,14 +175,13 @@ def _options(
         frequency_penalty=_or(parameters.frequency_penalty, 0.0),
         seed=parameters.seed,
         stop=parameters.stop or None,
+        n=best_of,
+        best_of=best_of,
+        prompt_logprobs=0 if parameters.decoder_input_details else None,
     )
     options = request_options(server, fields, model.context - num_prompt, _DEFAULT_TOKENS)
     if body.stream or _wants_details(parameters):
         options["top_logprobs"] = parameters.top_n_tokens or 0
-    if parameters.best_of is not None and parameters.best_of > 1:
-        options["n"] = options["best_of"] = parameters.best_of
-    if parameters.decoder_input_details:
-        options["prompt_logprobs"] = 0
     if parameters.grammar is not None:
         name, value = _constraint(parameters.grammar)
         options[name] = value  # type: ignore[literal-required]

@@ -205,8 +205,8 @@ def test_headers_tell_times_and_counts(plain):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"watermark": True}, "watermark: found True, exl marks no texts"),
-        ({"adapter_id": "a/b"}, "adapter_id: found 'a/b', exl has no adapters"),
+        ({"watermark": True}, "parameters.watermark: exl marks no texts, found True"),
+        ({"adapter_id": "a/b"}, "parameters.adapter_id: exl has no adapters, found 'a/b'"),
         ({"best_of": 2}, "best_of: found 2 with greedy decoding"),
         ({"max_new_tokens": 0}, "parameters.max_new_tokens: input should be greater than or equal to 1, found 0"),
         ({"temperature": 0}, "parameters.temperature: input should be greater than 0, found 0"),
@@ -243,7 +243,7 @@ def test_a_stream_flag_that_contradicts_its_path_is_refused(plain):
 
 
 def test_the_client_raises_what_the_server_tells(client):
-    with pytest.raises(ValidationError, match="watermark: found True"):
+    with pytest.raises(ValidationError, match="watermark: exl marks no texts"):
         client.text_generation(PROMPT, watermark=True)
     with pytest.raises(ValidationError, match="512"):
         client.text_generation(PROMPT * 200)
