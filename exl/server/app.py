@@ -16,12 +16,12 @@ from exl.server.anthropic import messages
 from exl.server.bodies import body_schemas
 from exl.server.errors import ApiError, api_error, error_body
 from exl.server.journeys import Journeys, note_error
-from exl.server.openai import chat
+from exl.server.openai import chat, completions, embeddings, responses
 from exl.server.responses import json_response
 from exl.server.state import Server
 
 # Each protocol's module has ``router(server)`` and ``BODIES``: the models of its requests' bodies.
-_PROTOCOLS: tuple[Any, ...] = (health, chat, messages, llama, tgi)
+_PROTOCOLS: tuple[Any, ...] = (health, chat, completions, embeddings, responses, messages, llama, tgi)
 
 
 def create_app(server: Server) -> ASGIApp:

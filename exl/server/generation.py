@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -129,9 +130,15 @@ class Generation:
     """One request under way, made by ``begin``. ``close`` ends it, if it has not ended."""
 
     def __init__(
-        self, server: Server, model: ServedModel, job: Job, handle: Handle[Completion], journey: Journey
+        self,
+        server: Server,
+        model: ServedModel,
+        job: Job,
+        handle: Handle[Completion],
+        journey: Journey,
+        prompt_ids: Sequence[int],
     ) -> None:
-        self.model, self.journey = model, journey
+        self.model, self.journey, self.prompt_ids = model, journey, prompt_ids
         self._server, self._job, self._handle = server, job, handle
         self._readers: dict[int, _Reader | None] = {}
         self._wants_logprobs = job.options.get("top_logprobs") is not None
@@ -139,16 +146,20 @@ class Generation:
 
     @classmethod
     async def begin(cls, server: Server, model: ServedModel, job: Job, journey: Journey) -> Generation:
-        """Raises ``ExlError`` for what is refused. Grammars are compiled and prompts encoded in a thread."""
+        """Raises ``ExlError`` for what is refused. Grammars are compiled and prompts encoded in a thread. Of several
+        generations for one HTTP request, which begin one after the other, each but the first has a journey of its
+        own, so that whoever looks on hears of each."""
+        if journey.submitted is not None:
+            journey = Journey(journey.request_id, journey.route, arrived=journey.arrived)
         journey.model = model.name
 
-        def submit() -> tuple[Handle[Completion], int]:
+        def submit() -> tuple[Handle[Completion], list[int]]:
             ids = model.llm.encode(job.prompt)
-            return model.llm.submit(ids, **job.options), len(ids)
+            return model.llm.submit(ids, **job.options), ids
 
-        handle, num_prompt = await server.in_thread(submit)
-        journey.submitted, journey.num_prompt = time.perf_counter(), num_prompt
-        return cls(server, model, job, handle, journey)
+        handle, ids = await server.in_thread(submit)
+        journey.submitted, journey.num_prompt = time.perf_counter(), len(ids)
+        return cls(server, model, job, handle, journey, ids)
 
     @property
     def num_choices(self) -> int:
@@ -288,6 +299,40 @@ def _merged(event: Event, more: Event) -> Event:
     ranked = None if event.ranked is None and more.ranked is None else (*(event.ranked or ()), *(more.ranked or ()))
     text, token_ids = event.text + more.text, event.token_ids + more.token_ids
     return Event(event.choice, text, token_ids, ranked, more.outcome or event.outcome)
+
+
+def total(usages: Sequence[Usage]) -> Usage:
+    """Of several generations for one request. Their seconds are added: what the engine spent, not what passed."""
+    return Usage(*(sum(values) for values in zip(*map(dataclasses.astuple, usages), strict=True)))
+
+
+async def together(updates: Sequence[AsyncGenerator[Update, None]]) -> AsyncGenerator[tuple[int, Update], None]:
+    """Updates of several generations, each with the place of its own, as they come. Leaving it ends all."""
+    if len(updates) == 1:
+        async for update in updates[0]:
+            yield 0, update
+        return
+    queue: asyncio.Queue[tuple[int, Update] | BaseException | None] = asyncio.Queue()
+
+    async def take(place: int) -> None:
+        try:
+            async for update in updates[place]:
+                queue.put_nowait((place, update))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(take(place)) for place in range(len(updates))]
+    try:
+        for _ in updates:
+            while (found := await queue.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run_together(works: Sequence[Any]) -> list[Any]:

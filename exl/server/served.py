@@ -12,6 +12,8 @@ import exl
 from exl.chat import transcript
 from exl.errors import ConfigError
 from exl.llm import LLM
+from exl.parse.choose import choose_for, parser_for
+from exl.parse.formats import NONE
 from exl.parse.parts import AnswerParser
 
 Messages = Sequence[Mapping[str, Any]]
@@ -44,12 +46,12 @@ class PreparedChat:
 
 
 class ServedModel:
-    """Made once for each time that a model is loaded."""
+    """Made once for each time that a model is loaded. Raises ``ConfigError`` for formats that nobody knows."""
 
     def __init__(self, llm: LLM, name: str, tool_format: str = "auto", reasoning_format: str = "auto") -> None:
         self.llm, self.name = llm, name
         self.created = int(time.time())  # loaded at, seconds since 1970
-        self.tool_format, self.reasoning_format = tool_format, reasoning_format
+        self.format = choose_for(llm.tokenizer, tool_format=tool_format, reasoning_format=reasoning_format)
         facts = (exl.__version__, llm.folder.name, llm.config, llm.quant, llm.decode_steps)
         # OpenAI's ``system_fingerprint``: with it and the seed the same, the text is.
         self.fingerprint = "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
@@ -107,9 +109,21 @@ class ServedModel:
             return _transcript(messages, tools, add_generation_prompt)
         return template.render(messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt)
 
-    def parser(self, prompt_ids: Sequence[int], tools: Tools | None, stop: Sequence[str]) -> AnswerParser | None:
-        """For one choice of a chat's answer. None: the answer is plain text."""
-        return None
+    def text_prompt(self, text: str, *, bos: bool = True) -> list[int]:
+        """Token ids of a text in which whoever sends it may have applied a chat template: control tokens in it count
+        as such, and a BOS that it begins with is not put before it again."""
+        tokenizer = self.llm.tokenizer
+        ids, prefix = tokenizer.encode(text, bos=False, special=True), tokenizer.encode("")
+        return ids if not bos or ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+    def parser(
+        self, prompt_ids: Sequence[int], tools: Tools | None = None, stop: Sequence[str] = ()
+    ) -> AnswerParser | None:
+        """For one choice of a chat's answer. None: the answer is plain text, and so are calls of tools that nobody has
+        offered."""
+        if self.format.reasoning == NONE and not tools:
+            return None
+        return parser_for(self.format, self.llm.tokenizer, tools=tools, prompt_ids=prompt_ids, stop=stop)
 
 
 def _transcript(messages: Messages, tools: Tools | None, to_answer: bool) -> str:

@@ -154,7 +154,7 @@ def _samples(parameters: GenerateParameters) -> bool:
 
 def _prompt(model: ServedModel, text: str, truncate: int | None) -> list[int]:
     """Cut at its beginning, but for what the model expects before every text: as transformers truncates at the left."""
-    ids = model.llm.encode(text)
+    ids = model.text_prompt(text)
     if truncate is None or len(ids) <= truncate:
         return ids
     prefix = model.llm.encode("")[:truncate]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -32,7 +31,7 @@ from exl.server.openai.messages import (
     template_variables,
 )
 from exl.server.responses import SSE_DONE, EventStream, json_response, sse, unless_gone
-from exl.server.served import Conversation, PreparedChat, ServedModel
+from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
 
@@ -90,7 +89,7 @@ def router(server: Server) -> APIRouter:
 async def _answer(server: Server, request: Request, body: ChatRequest) -> Response:
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(server.models.use(body.model))
-        generation = await begin_chat(server, model, request, body, conversation_of(body))
+        generation = await _begin(server, model, request, body)
         stack.callback(generation.close)
         answer = ChatAnswer(model, bool(body.stream_options and body.stream_options.include_usage))
         if not body.stream:
@@ -124,30 +123,41 @@ def conversation_of(body: ChatRequest) -> Conversation:
     )
 
 
-async def begin_chat(
-    server: Server, model: ServedModel, request: Request, body: ChatRequest, conversation: Conversation
-) -> Generation:
-    prepared = await server.in_thread(lambda: model.prepare(conversation))
-    return await Generation.begin(server, model, chat_job(server, model, body, prepared), request.scope["journey"])
-
-
-def chat_job(server: Server, model: ServedModel, body: Any, prepared: PreparedChat) -> Job:
-    """``body`` has ``GenerationFields``, logprobs and max_completion_tokens. Raises ``ApiError``."""
+async def _begin(server: Server, model: ServedModel, request: Request, body: ChatRequest) -> Generation:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: found it without logprobs, expected both", param="top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs: found it with stream, expected one of the two", param="prompt_logprobs")
     limits = {number for number in (body.max_tokens, body.max_completion_tokens) if number is not None}
     if len(limits) > 1:
         text = "max_completion_tokens: found another number in max_tokens, expected one of the two"
         raise ApiError(400, text, param="max_completion_tokens")
-    asked = body.model_copy(update={"max_tokens": limits.pop() if limits else None, "json_schema": None})
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    conversation, limit = conversation_of(body), limits.pop() if limits else None
+    return await begin_chat(server, model, request, body, conversation, limit, top_logprobs)
+
+
+async def begin_chat(
+    server: Server,
+    model: ServedModel,
+    request: Request,
+    body: GenerationFields,
+    conversation: Conversation,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+) -> Generation:
+    """Renders the conversation and asks the engine. ``body``: all other options. Raises ``ApiError``, ``ExlError``."""
+    prepared = await server.in_thread(lambda: model.prepare(conversation))
+    asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
     options = request_options(server, asked, model.context - len(prepared.prompt_ids))
     for name, value in prepared.constraint.items():
         if options.get(name) is not None:
-            raise ApiError(400, f"{name}: found it with response_format or tools, expected one of the two", param=name)
+            raise ApiError(400, f"{name}: found it with a format or tools, expected one of the two", param=name)
         options[name] = value  # type: ignore[literal-required]
-    if body.logprobs:
-        options["top_logprobs"] = body.top_logprobs or 0
-    return Job(prepared.prompt_ids, options, prepared.make_parser)
+    if top_logprobs is not None:
+        options["top_logprobs"] = top_logprobs
+    job = Job(prepared.prompt_ids, options, prepared.make_parser)
+    return await Generation.begin(server, model, job, request.scope["journey"])
 
 
 def event_stream(

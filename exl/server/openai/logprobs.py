@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from exl.text.logprobs import TokenLogprob
+from exl.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # what OpenAI's API has where a token cannot come; JSON has no infinity
 
@@ -29,24 +30,36 @@ def _one(token: TokenLogprob) -> dict[str, Any]:
 
 
 class LegacyLogprobs:
-    """``logprobs`` of a choice of /v1/completions, whose offsets count the characters of all tokens before, those of
-    the prompt if it is echoed."""
+    """``logprobs`` of a choice of /v1/completions, piece by piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], echo: bool) -> None:
+        """``echo``: the tokens begin with those of the prompt, and offsets count its characters."""
+        self._tokenizer, self._first_id = tokenizer, prompt_ids[0] if prompt_ids else None
+        self._decoder = tokenizer.text_decoder()
+        if not echo:
+            self._decoder.skip(prompt_ids)
         self._offset = 0
 
-    def shown(self, tokens: Sequence[TokenLogprob | None], first_text: str = "") -> dict[str, Any]:
-        """Of the next tokens. None stands for the first token of a prompt, whose text is ``first_text``: nothing came
-        before it that it could follow."""
+    def shown(self, tokens: Sequence[TokenLogprob | None]) -> dict[str, Any]:
+        """Of the next tokens. None stands for the first one of the prompt, which follows nothing. An offset counts the
+        characters that were whole before the token: special tokens have none, and halves of one count with the last.
+        """
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            text = first_text if token is None else token.text
+            token_id = self._first_id if token is None else token.token_id
+            text = _written(self._tokenizer, token_id) if token is None else token.text
             found["tokens"].append(text)
             found["token_logprobs"].append(None if token is None else shown_logprob(token.logprob))
             found["top_logprobs"].append(None if token is None else _ranked(token))
             found["text_offset"].append(self._offset)
-            self._offset += len(text)
+            self._offset += len(self._decoder.push(token_id)) if token_id is not None else 0
         return found
+
+
+def _written(tokenizer: Tokenizer, token_id: int | None) -> str:
+    if token_id is None or tokenizer.id_to_token(token_id) is None:
+        return ""
+    return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
 def _ranked(token: TokenLogprob) -> dict[str, float]:

@@ -39,9 +39,9 @@ class ContentPart(BaseModel):
     def _is_text(self) -> ContentPart:
         if self.type in _UNREAD:
             words = {"found": self.type, "what": _UNREAD[self.type]}
-            raise PydanticCustomError("unsupported", "this model reads text and no {what}: the part {found!r}", words)
+            raise PydanticCustomError("unsupported", "this model reads text and no {what}: the part '{found}'", words)
         if self.type not in (*_TEXTS, "refusal"):
-            raise PydanticCustomError("unsupported", "expected a part 'text', not {found!r}", {"found": self.type})
+            raise PydanticCustomError("unsupported", "expected a part 'text', not '{found}'", {"found": self.type})
         if self.told is None:
             raise PydanticCustomError("missing", "expected a text in this part")
         return self
@@ -99,11 +99,11 @@ class Message(BaseModel):
         if silent and not (self.role == "assistant" and self.tool_calls):
             also = " or tool_calls" if self.role == "assistant" else ""
             raise PydanticCustomError(
-                "missing", "found no content, expected it{also} in a message of role {role!r}",
+                "missing", "found no content, expected it{also} in a message of role '{role}'",
                 {"also": also, "role": self.role},
             )  # fmt: skip
         if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("unsupported", "found tool_calls in a message of role {role!r}, expected them "
+            raise PydanticCustomError("unsupported", "found tool_calls in a message of role '{role}', expected them "
                                       "in an assistant's", {"role": self.role})  # fmt: skip
         return self
 
@@ -134,11 +134,26 @@ class FunctionDefinition(Body):
     strict: bool | None = None
 
 
+def function_only(value: Any) -> Any:
+    """Refuses another tool by its type, before it lacks what functions have."""
+    if isinstance(value, dict) and value.get("type") != "function":
+        found = str(value.get("type"))[:80]
+        raise PydanticCustomError(
+            "unsupported", "expected a tool of the type 'function', not '{found}'", {"found": found}
+        )
+    return value
+
+
 class Tool(Body):
     """A function that the model may call. OpenAI's own tools (web search, ...) are refused: nothing here runs them."""
 
     type: Literal["function"]
     function: FunctionDefinition
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_function(cls, value: Any) -> Any:
+        return function_only(value)
 
     def for_template(self) -> dict[str, Any]:
         return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
