@@ -140,8 +140,11 @@ def _piece(data: bytes) -> str | list[int]:
 
 
 def _tgi_tokens(model: ServedModel, text: str) -> list[dict[str, Any]]:
-    """``start`` and ``stop`` count characters of the text; BOS has none."""
+    """Those that ``/generate`` takes for the text. ``start`` and ``stop`` count its characters; a BOS that the text
+    itself does not hold has none."""
     spans = model.llm.tokenizer.encode_spans(text)
+    ids = model.text_prompt(text)
+    spans = [(token_id, 0, 0) for token_id in ids[: len(ids) - len(spans)]] + spans
     return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in spans]
 
 

@@ -168,12 +168,11 @@ class Tokenizer:
         ids = self._encode_whole(text) if special else self._encode_plain(text, at_start=True)
         return [*self._prefix_ids, *ids] if bos else ids
 
-    def encode_spans(self, text: str, *, bos: bool = True) -> list[tuple[int, int, int]]:
-        """``encode`` with ``special``: each id with the range of the text's characters that it came from, as the
-        tokenizers library tells it. A token that no character became has (0, 0)."""
+    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """``encode`` with ``special`` and without ``bos``: each id with the range of the text's characters that it came
+        from, as the tokenizers library tells it."""
         encoded = self._backend.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False)
-        prefix = [(token_id, 0, 0) for token_id in self._prefix_ids] if bos else []
-        return [*prefix, *((i, start, stop) for i, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True))]
+        return [(i, start, stop) for i, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True)]
 
     def encode_chat(
         self,

@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 import tokenizers
+import transformers
 
 from tests.server.running import SECONDS
 
@@ -74,6 +75,8 @@ def test_inputs_is_text_generation_inferences_word(client, library):
     assert [token["id"] for token in found[1:]] == encoded.ids
     assert [(token["start"], token["stop"]) for token in found[1:]] == encoded.offsets
     assert all(token["text"] == TEXT[token["start"] : token["stop"]] for token in found)
+    assert ask(client, "/tokenize", inputs="<s>Tom")[0] == {"id": 1, "text": "<s>", "start": 0, "stop": 3}
+    assert ask(client, "/tokenize", inputs="<s>Tom")[1]["id"] != 1
     assert {"id": 2, "text": "</s>", "start": TEXT.index("</s>"), "stop": TEXT.index("</s>") + 4} in found
 
 
@@ -98,6 +101,33 @@ def test_a_model_without_a_template_gets_a_transcript(client, running):
     assert prompt == "A story.\nUser: Tell me of a dog.\nAssistant:"
     found = ask(client, "/apply-template", messages=messages, add_generation_prompt=False)["prompt"]
     assert found == "A story.\nUser: Tell me of a dog."
+
+
+def test_a_template_is_applied_as_transformers_does(chatting, chat_folder):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "It is é <b>."},
+        {"role": "user", "content": "And?"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    with httpx.Client(base_url=chatting.url, timeout=SECONDS) as client:
+        for options, variables in (
+            ({}, {"add_generation_prompt": True}),
+            ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
+            ({"tools": tools}, {"add_generation_prompt": True, "tools": tools}),
+            (
+                {"chat_template_kwargs": {"enable_thinking": False}},
+                {"add_generation_prompt": True, "enable_thinking": False},
+            ),
+        ):
+            expected = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+            assert ask(client, "/apply-template", messages=messages, **options)["prompt"] == expected
+        assert client.get("/props").json()["chat_template"] == tokenizer.chat_template
+        parts = [{"type": "image_url", "image_url": {"url": "x"}}]
+        body = {"messages": [{"role": "user", "content": parts}]}
+        assert "messages[0].content[0]: this model reads text" in refused(client, "/apply-template", body)
 
 
 def test_apply_template_refuses_by_name(client):

@@ -183,6 +183,16 @@ def test_truncate_keeps_the_end_of_the_prompt_as_the_tokenizers_library_does(run
     assert [token["id"] for token in one["details"]["prefill"]] == [1]
 
 
+def test_tokenize_tells_the_tokens_that_generate_takes(plain):
+    """Control tokens in the text are such: text-generation-inference's clients apply templates themselves."""
+    for text in (PROMPT, "<s>Tom</s> said"):
+        tokens = post(plain, "/tokenize", {"inputs": text})
+        parameters = {"max_new_tokens": 1, "decoder_input_details": True}
+        found = post(plain, "/generate", {"inputs": text, "parameters": parameters})
+        assert [token["id"] for token in found["details"]["prefill"]] == [token["id"] for token in tokens]
+    assert [token["id"] for token in tokens].count(2) == 1
+
+
 def test_both_stream_routes_give_the_same_events(plain):
     body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 6, "details": True, "return_full_text": False}}
     by_path = plain.post("/generate_stream", json=body)

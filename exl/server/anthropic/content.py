@@ -60,8 +60,8 @@ class UnreadBlock(BaseModel):
     def _refuse(self) -> UnreadBlock:
         words = {"found": self.type, "what": _UNREAD.get(self.type)}
         if words["what"] is not None:
-            raise PydanticCustomError("unsupported", "this model reads no {what}: the block {found!r}", words)
-        raise PydanticCustomError("unsupported", "expected no block {found!r} here", words)
+            raise PydanticCustomError("unsupported", "this model reads no {what}: the block '{found}'", words)
+        raise PydanticCustomError("unsupported", "expected no block '{found}' here", words)
 
 
 def _member(known: Sequence[str]) -> Any:
@@ -120,7 +120,7 @@ class Message(Body):
         for block in self.blocks:
             if not isinstance(block, _BLOCKS_OF[self.role]):
                 words = {"found": block.type, "role": self.role}
-                text = "expected no block {found!r} in a message of role {role!r}"
+                text = "expected no block '{found}' in a message of role '{role}'"
                 raise PydanticCustomError("unsupported", text, words)
         return self
 
@@ -233,7 +233,7 @@ class ToolDefinition(Body):
     def _is_custom(cls, value: Any) -> Any:
         found = value.get("type") if isinstance(value, dict) else None
         if isinstance(found, str) and found != "custom":
-            text = "this server has no tools of its own: {found!r}; expected a tool with an input_schema"
+            text = "this server has no tools of its own: '{found}'; expected a tool with an input_schema"
             raise PydanticCustomError("unsupported", text, {"found": found})
         return value
 
