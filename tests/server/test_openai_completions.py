@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import httpx
 import pytest
 
@@ -76,7 +78,7 @@ def test_an_echo_tells_how_likely_the_prompt_was(running, ask):
         for token, ranked in zip(tokens[1:], found["top_logprobs"][1:], strict=True):
             assert ranked == {one.text: one.logprob for one in (*token.alternatives, token)}
         offsets = [*found["text_offset"], len(text)]
-        pieces = [text[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+        pieces = [text[start:stop] for start, stop in pairwise(offsets)]
         assert pieces == ["", found["tokens"][1].lstrip(), *found["tokens"][2:]]
 
 
