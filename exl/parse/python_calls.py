@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 from exl.parse.calls import MAX_NAME, Calls
 from exl.parse.json_text import escaped
 from exl.parse.reader import Malformed, Wait
 
 _MAX_DEPTH = 64
+_PLAIN = re.compile(r"[^'\"\\]+")  # what stands for itself inside a string
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0"} | {
     char: char for char in "\\'\""
@@ -187,17 +189,18 @@ def _read_string(calls: Calls) -> Wait[None]:
         char = yield from reader.next()
         if not isinstance(char, str):
             raise Malformed
-        reader.take(1)
         if char == quote:
+            reader.take(1)
             closing += 1
             continue
         if closing:
             calls.write(escaped(quote * closing))
             closing = 0
         if char == "\\":
+            reader.take(1)
             calls.write((yield from _read_escape(calls)))
         else:
-            calls.write(escaped(char))
+            calls.write(escaped(reader.run(_PLAIN) or reader.take(1)))
     calls.write('"')
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from exl.parse.json_text import checked_object
 from exl.parse.reader import Malformed
 
+_KINDS = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}  # else a number
 _TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 
 

@@ -14,6 +14,7 @@ from exl.errors import ConfigError
 from exl.llm import LLM
 from exl.parse.choose import choose_for, parser_for
 from exl.parse.formats import NONE
+from exl.parse.messages import MessageForms
 from exl.parse.parts import AnswerParser
 
 Messages = Sequence[Mapping[str, Any]]
@@ -52,6 +53,7 @@ class ServedModel:
         self.llm, self.name = llm, name
         self.created = int(time.time())  # loaded at, seconds since 1970
         self.format = choose_for(llm.tokenizer, tool_format=tool_format, reasoning_format=reasoning_format)
+        self._forms = MessageForms.of(llm.tokenizer.chat_template)
         facts = (exl.__version__, llm.folder.name, llm.config, llm.quant, llm.decode_steps)
         # OpenAI's ``system_fingerprint``: with it and the seed the same, the text is.
         self.fingerprint = "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
@@ -87,6 +89,7 @@ class ServedModel:
         if continue_final:
             begun, messages = _begun(messages), messages[:-1]
             add_generation_prompt = True
+        messages = self._forms.fit(messages)
         if self.llm.tokenizer.chat_template is None:
             written = _transcript(messages, tools, add_generation_prompt)
             return self.llm.encode(f"{written} {begun}" if begun else written)
@@ -104,7 +107,7 @@ class ServedModel:
     ) -> str:
         """The text that ``chat_prompt`` encodes, for people to read: where a message holds what looks like a control
         token, it does not show that this is plain text for the model."""
-        template = self.llm.tokenizer.chat_template
+        template, messages = self.llm.tokenizer.chat_template, self._forms.fit(messages)
         if template is None:
             return _transcript(messages, tools, add_generation_prompt)
         return template.render(messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt)
@@ -129,7 +132,7 @@ class ServedModel:
 def _transcript(messages: Messages, tools: Tools | None, to_answer: bool) -> str:
     if tools:
         raise ConfigError("tools: this model has no chat template, which would show them to it")
-    return transcript([{**message, "content": _text(message.get("content"))} for message in messages], to_answer)
+    return transcript([_plain(message) for message in messages], to_answer)
 
 
 def _begun(messages: Messages) -> str:
@@ -138,6 +141,12 @@ def _begun(messages: Messages) -> str:
     if last.get("role") != "assistant" or last.get("tool_calls") or not content:
         raise ConfigError("messages: found no text of an assistant's at the end, expected the answer's beginning there")
     return _text(content)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of a transcript, which has texts only."""
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, "content": _text(message.get("content"))}
 
 
 def _text(content: Any) -> str:

@@ -9,6 +9,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from exl.errors import ConfigError
+from exl.request_options import CONSTRAINTS
 from exl.server.bodies import Json, json_body, read_body
 from exl.server.errors import ApiError, openai_body
 from exl.server.generation import Generation, Job
@@ -134,7 +136,7 @@ async def _begin(server: Server, model: ServedModel, request: Request, body: Cha
         raise ApiError(400, text, param="max_completion_tokens")
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     conversation, limit = conversation_of(body), limits.pop() if limits else None
-    return await begin_chat(server, model, request, body, conversation, limit, top_logprobs)
+    return await begin_chat(server, model, request, body, conversation, limit, top_logprobs, "response_format")
 
 
 async def begin_chat(
@@ -145,19 +147,32 @@ async def begin_chat(
     conversation: Conversation,
     max_tokens: int | None,
     top_logprobs: int | None,
+    schema_field: str,
 ) -> Generation:
-    """Renders the conversation and asks the engine. ``body``: all other options. Raises ``ApiError``, ``ExlError``."""
+    """Renders the conversation and asks the engine. ``body``: all other options; ``schema_field``: where its protocol
+    has the schema of an answer. Raises ``ApiError``, ``ExlError``."""
     prepared = await server.in_thread(lambda: model.prepare(conversation))
     asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
     options = request_options(server, asked, model.context - len(prepared.prompt_ids))
-    for name, value in prepared.constraint.items():
-        if options.get(name) is not None:
-            raise ApiError(400, f"{name}: found it with a format or tools, expected one of the two", param=name)
-        options[name] = value  # type: ignore[literal-required]
+    if prepared.constraint:
+        given = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
+        if given is not None:
+            text = (
+                f"{given}: found it with another form of the answer, of {schema_field} or tools: expected one of them"
+            )
+            raise ApiError(400, text, param=given)
+        options |= prepared.constraint  # type: ignore[operator]
     if top_logprobs is not None:
         options["top_logprobs"] = top_logprobs
     job = Job(prepared.prompt_ids, options, prepared.make_parser)
-    return await Generation.begin(server, model, job, request.scope["journey"])
+    try:
+        return await Generation.begin(server, model, job, request.scope["journey"])
+    except ConfigError as error:
+        name, _, words = str(error).partition(": ")
+        if name not in prepared.constraint or body.json_schema is not None:
+            raise
+        field = "tools" if conversation.json_schema is None else schema_field
+        raise ApiError(400, f"{field}: {words}", param=field) from None
 
 
 def event_stream(

@@ -108,8 +108,8 @@ class Message(BaseModel):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it. ``developer`` is today's name for what templates call ``system``."""
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        """As ``exl.parse.messages`` takes it."""
+        found: dict[str, Any] = {"role": self.role}
         if isinstance(self.content, list):
             found["content"] = [{"type": "text", "text": part.told} for part in self.content]
         else:

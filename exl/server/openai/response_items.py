@@ -74,8 +74,7 @@ def messages_of(given: str | Sequence[InputItem], instructions: str | None) -> l
             found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
             turn = None
         elif item.type == "message" and item.role != "assistant":
-            role = "system" if item.role == "developer" else item.role
-            found.append({"role": role, "content": _parts(item.content)})
+            found.append({"role": item.role, "content": _parts(item.content)})
             turn = None
         else:
             if turn is None or (item.type != "function_call" and "tool_calls" in turn):

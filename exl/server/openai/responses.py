@@ -95,7 +95,7 @@ async def _answer(server: Server, request: Request, body: ResponsesRequest) -> R
         top_logprobs = (body.top_logprobs or 0) if with_logprobs else None
         conversation = _conversation(body)
         generation = await begin_chat(
-            server, model, request, body, conversation, body.max_output_tokens, top_logprobs
+            server, model, request, body, conversation, body.max_output_tokens, top_logprobs, "text.format"
         )  # fmt: skip
         stack.callback(generation.close)
         answer = ResponseAnswer(_echoed(model, body), with_logprobs)
