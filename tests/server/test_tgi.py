@@ -9,6 +9,7 @@ import httpx
 import pytest
 import tokenizers
 
+from exl.server.generation import Generation, Update
 from tests.server.running import SECONDS, RunningServer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -157,6 +158,26 @@ def test_a_stream_ends_with_a_token_where_a_grammar_ends_it(client):
 def test_grammars_hold(client, grammar):
     found = client.text_generation(PROMPT, max_new_tokens=60, grammar=grammar, return_full_text=False)
     assert json.loads(found)["a"] in (1, 2)
+
+
+@pytest.mark.parametrize("options", [{"stop": ["."]}, {}])
+def test_the_last_token_has_the_whole_text_though_the_end_is_told_after_it(running, client, monkeypatch, options):
+    """The engine tells of a last token and of the end one after the other, and a reader may come between the two."""
+    updates = Generation.updates
+
+    async def apart(self):
+        async for update in updates(self):
+            if update.outcome is not None and update.token_ids:
+                yield update._replace(outcome=None)
+                yield Update(update.choice, (), outcome=update.outcome)
+            else:
+                yield update
+
+    monkeypatch.setattr(Generation, "updates", apart)
+    events = list(client.text_generation(PROMPT, details=True, stream=True, max_new_tokens=20, **options))
+    expected = alone(running, max_tokens=20, **options)
+    assert told(event.token for event in events) == ranked(expected)
+    assert events[-1].details.generated_tokens == expected.num_tokens
 
 
 def test_best_of_tells_all_sequences_the_best_first(running, client):

@@ -22,9 +22,9 @@ _SIGNATURE = "exl"
 class MessageAnswer:
     """Blocks begin and end with the parts of the answer: neighbours of one kind are one block."""
 
-    def __init__(self, model: str, stop_sequences: Sequence[str], max_tokens: int, omits_thinking: bool) -> None:
+    def __init__(self, model: str, stop_sequences: Sequence[str], omits_thinking: bool) -> None:
         self._model, self._id = model, f"msg_{uuid.uuid4().hex[:24]}"
-        self._stop, self._max_tokens, self._omits_thinking = stop_sequences, max_tokens, omits_thinking
+        self._stop, self._omits_thinking = stop_sequences, omits_thinking
         self._index = -1  # of the block that was begun last
         self._open: str | None = None  # the type of the block that is open
         self._has_calls = False
@@ -132,7 +132,7 @@ class MessageAnswer:
         reason, sequence = "max_tokens", None
         if outcome is not None and outcome.limit == "context":
             reason = "model_context_window_exceeded"
-        elif outcome is not None and outcome.finish_reason == "stop" and is_whole and self._max_tokens:
+        elif outcome is not None and outcome.finish_reason == "stop" and is_whole:
             reason = "tool_use" if self._has_calls else "end_turn"
             if outcome.stop_reason in self._stop:
                 reason, sequence = "stop_sequence", outcome.stop_reason

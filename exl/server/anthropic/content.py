@@ -138,7 +138,7 @@ def openai_messages(system: str | Sequence[Any] | None, messages: Sequence[Messa
     found: list[dict[str, Any]] = []
     if texts := _texts(system):
         found.append({"role": "system", "content": _content(texts)})
-    names: dict[str, str] = {}  # of tools, by the id of their use
+    uses: set[str] = set()  # ids of those so far
     start = 0
     while start < len(messages):
         role = messages[start].role
@@ -146,9 +146,9 @@ def openai_messages(system: str | Sequence[Any] | None, messages: Sequence[Messa
         blocks = [(i, block) for i in range(start, stop) for block in messages[i].blocks]
         if role == "assistant":
             found.append(_assistant([block for _, block in blocks]))
-            names |= {block.id: block.name for _, block in blocks if isinstance(block, ToolUseBlock)}
+            uses |= {block.id for _, block in blocks if isinstance(block, ToolUseBlock)}
         else:
-            found += _others(role, blocks, names)
+            found += _others(role, blocks, uses)
         start = stop
     return found
 
@@ -168,7 +168,7 @@ def _assistant(blocks: Sequence[Any]) -> dict[str, Any]:
     return message
 
 
-def _others(role: str, blocks: Sequence[tuple[int, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
+def _others(role: str, blocks: Sequence[tuple[int, Any]], uses: set[str]) -> list[dict[str, Any]]:
     """A message for each run of texts, one for each result."""
     found: list[dict[str, Any]] = []
     texts: list[str] = []
@@ -183,15 +183,14 @@ def _others(role: str, blocks: Sequence[tuple[int, Any]], names: dict[str, str])
             texts.append(block.text)
             continue
         close()
-        if block.tool_use_id not in names:
+        if block.tool_use_id not in uses:
             where = f"messages[{i}].content"
             text = f"{where}: found the result of {block.tool_use_id!r}, expected one of a tool_use before it"
             raise ApiError(400, text, param=where)
         results = _texts(block.content)
         if block.is_error:  # OpenAI's messages have no word for it, so the model is told in the text
             results = ["Error: " + "\n".join(results)]
-        result = {"role": "tool", "tool_call_id": block.tool_use_id, "name": names[block.tool_use_id]}
-        found.append({**result, "content": _content(results)})
+        found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(results)})
     close()
     if not found:
         found.append({"role": role, "content": ""})

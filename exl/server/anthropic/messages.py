@@ -110,7 +110,7 @@ async def _answer(server: Server, request: Request, body: MessagesRequest) -> Re
         generation = await Generation.begin(server, model, job, request.scope["journey"])
         stack.callback(generation.close)
         omits = body.thinking is not None and body.thinking.display == "omitted"
-        answer = MessageAnswer(model.name, body.stop or (), body.max_tokens, omits)
+        answer = MessageAnswer(model.name, body.stop or (), omits)
         if not body.stream:
             (choice,) = await unless_gone(request, generation.choices())
             return json_response(answer.whole(choice, generation.usage))
