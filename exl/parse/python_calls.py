@@ -11,6 +11,7 @@ import re
 
 from exl.parse.calls import MAX_NAME, Calls
 from exl.parse.json_text import escaped
+from exl.parse.lexer import Tag
 from exl.parse.reader import Malformed, Wait
 
 _MAX_DEPTH = 64
@@ -187,6 +188,10 @@ def _read_string(calls: Calls) -> Wait[None]:
     closing = 0  # quotes that came last, which close the string if there are enough of them
     while closing < num_quotes:
         char = yield from reader.next()
+        if isinstance(char, Tag) and char.text and not closing:  # as in JSON, a tag inside a string is text
+            reader.take_tag(char)
+            calls.write(escaped(char.text))
+            continue
         if not isinstance(char, str):
             raise Malformed
         if char == quote:

@@ -13,6 +13,7 @@ from exl.chat import transcript
 from exl.errors import ConfigError
 from exl.llm import LLM
 from exl.parse.choose import choose_for, parser_for
+from exl.parse.constrain import constrain, constrain_text
 from exl.parse.formats import NONE
 from exl.parse.messages import MessageForms
 from exl.parse.parts import AnswerParser
@@ -68,8 +69,24 @@ class ServedModel:
         prompt = self.chat_prompt(
             chat.messages, tools, chat.variables, chat.add_generation_prompt, continue_final=chat.continue_final
         )
-        constraint = {} if chat.json_schema is None else {"json_schema": chat.json_schema}
+        constraint = self._constraint(chat, tools or (), prompt)
         return PreparedChat(prompt, constraint, lambda: self.parser(prompt, tools, chat.stop))
+
+    def _constraint(self, chat: Conversation, tools: Tools, prompt: Sequence[int]) -> dict[str, Any]:
+        """What required and strict calls, and a schema of the text, ask of the engine. Of calls that are required there
+        is no text."""
+        parallel, choice = chat.parallel_tool_calls, chat.tool_choice
+        if chat.json_schema is not None and choice in ("auto", "none"):
+            return constrain_text(
+                self.format, self.llm.tokenizer, chat.json_schema, tools=tools, parallel=parallel, prompt_ids=prompt
+            )
+        if not tools:
+            return {}
+        if isinstance(choice, tuple):
+            tools, choice = [tool for tool in tools if tool["function"]["name"] in choice], "required"
+        return constrain(
+            self.format, self.llm.tokenizer, tools, tool_choice=choice, parallel=parallel, prompt_ids=prompt
+        )
 
     def chat_prompt(
         self,

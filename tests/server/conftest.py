@@ -6,7 +6,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
-from tests.server.chat_models import load_chat_model, write_chat_model
+from tests.server.chat_models import CHATML, loader
 from tests.server.running import RunningServer
 
 
@@ -18,13 +18,8 @@ def running():
 
 
 @pytest.fixture(scope="session")
-def chat_folder(tmp_path_factory):
-    """The bundled model with a chat template."""
-    return write_chat_model(tmp_path_factory.mktemp("models") / "chat")
-
-
-@pytest.fixture(scope="session")
-def chatting(chat_folder):
-    """One server of it, for all tests that change nothing of it."""
-    with RunningServer(load_chat_model(chat_folder), "chat") as server:
+def chatting(tmp_path_factory):
+    """One server of the bundled model with ChatML, for all tests that change nothing of it."""
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    with RunningServer(loader(folder, CHATML, context=1024), "chat") as server:
         yield server

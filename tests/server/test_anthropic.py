@@ -44,9 +44,9 @@ def plain(chatting):
 
 
 @pytest.fixture(scope="module")
-def prompt(chat_folder):
+def prompt(chatting):
     """Token ids by transformers: of messages, as OpenAI's API has them."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatting.llm.folder)
 
     def ids(messages, thinks=False, **options):
         variables = {"enable_thinking": thinks, "add_generation_prompt": True, **options}

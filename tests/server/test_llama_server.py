@@ -103,7 +103,7 @@ def test_a_model_without_a_template_gets_a_transcript(client, running):
     assert found == "A story.\nUser: Tell me of a dog."
 
 
-def test_a_template_is_applied_as_transformers_does(chatting, chat_folder):
+def test_a_template_is_applied_as_transformers_does(chatting):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Weather?"},
@@ -111,7 +111,7 @@ def test_a_template_is_applied_as_transformers_does(chatting, chat_folder):
         {"role": "user", "content": "And?"},
     ]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatting.llm.folder)
     with httpx.Client(base_url=chatting.url, timeout=SECONDS) as client:
         for options, variables in (
             ({}, {"add_generation_prompt": True}),

@@ -8,6 +8,8 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from exl.server.generation import Generation
+
 openai = pytest.importorskip("openai")
 Response, ResponseStreamEvent = openai.types.responses.Response, openai.types.responses.ResponseStreamEvent
 
@@ -115,15 +117,20 @@ def test_bodies_are_of_the_clients_own_types(running):
     assert len(events) >= 9
 
 
-def test_an_error_in_a_stream_is_told_as_failed(running, client):
-    """The model is closed by somebody else while it answers: here the engine ends the request."""
-    stream = client.responses.create(**ASKED, stream=True, extra_body={"ignore_eos": True})
-    events = [next(iter(stream))]
-    (ticket,) = running.llm._open_generator().seat.unfinished
-    ticket.end(openai.OpenAIError("broken"))
-    events += list(stream)
+def test_an_error_in_a_stream_is_told_as_failed(running, client, monkeypatch):
+    plain, seen = Generation._update, []
+
+    def fails(self, event):
+        seen.append(event)
+        if len(seen) == 3:
+            raise ValueError("what nobody expected")
+        return plain(self, event)
+
+    monkeypatch.setattr(Generation, "_update", fails)
+    events = list(client.responses.create(**ASKED, stream=True))
     assert [event.type for event in events[-2:]] == ["error", "response.failed"]
     assert events[-1].response.error.message == "internal error"
+    assert running.llm.stats().running == 0
 
 
 @pytest.mark.parametrize(
