@@ -12,7 +12,8 @@ import transformers
 from exl.engine.request import Outcome
 from exl.parse.parts import Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from exl.server.generation import Generation, Update
-from tests.server.running import SECONDS
+from tests.server.chat_models import TOOLS_ONLY, loader
+from tests.server.running import SECONDS, RunningServer
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -163,11 +164,58 @@ def test_the_last_assistants_message_is_gone_on_with(client, chatting, prompt):
     assert ask(client, empty).content[0].text == ask(client, HELLO).content[0].text
 
 
-def test_a_schema_of_output_config_holds(client):
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory):
+    """A server of a model that calls tools and does not think."""
+    with RunningServer(loader(tmp_path_factory.mktemp("models") / "calling", TOOLS_ONLY), "chat") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def caller(calling):
+    return anthropic.Anthropic(base_url=calling.url, api_key="none", max_retries=0)
+
+
+def test_a_schema_of_output_config_holds(caller):
     schema = {"enum": [{"name": "Spot"}, {"name": "Rex"}]}
-    found = ask(client, max_tokens=60, output_config={"format": {"type": "json_schema", "schema": schema}})
+    format = {"type": "json_schema", "schema": schema}
+    found = ask(caller, max_tokens=60, output_config={"format": format})
     assert json.loads(found.content[0].text) in schema["enum"]
     assert found.stop_reason == "end_turn"
+
+
+# Tools: grammars force the bundled model to call them, and its calls go the whole way that real ones go.
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_tool_is_used_and_its_result_is_answered(caller, calling, choice):
+    cities = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    tool = {**WEATHER, "input_schema": {**cities, "additionalProperties": False}, "strict": True}
+    options = {"tools": [tool], "tool_choice": {**choice, "disable_parallel_tool_use": True}, "max_tokens": 200}
+    found = ask(caller, **options)
+    (use,) = found.content
+    assert (use.type, use.name, found.stop_reason) == ("tool_use", "get_weather", "tool_use")
+    assert use.input["city"] in ("Rome", "Oslo")
+    with caller.messages.stream(model="chat", messages=HELLO, extra_body={"seed": 5}, **options) as stream:
+        pieces = [event.partial_json for event in stream if event.type == "input_json"]
+        streamed = stream.get_final_message()
+    assert json.loads("".join(pieces)) == use.input == streamed.content[0].input
+    assert streamed.stop_reason == "tool_use"
+
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "warm"}
+    messages = [*HELLO, {"role": "assistant", "content": found.content}, {"role": "user", "content": [result]}]
+    call = {"type": "function", "function": {"name": use.name, "arguments": use.input}}
+    expected = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "warm"}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(calling.llm.folder)
+    ids = tokenizer.apply_chat_template(expected, add_generation_prompt=True)["input_ids"]
+    answer = ask(caller, messages)
+    assert answer.content[0].text == calling.llm.generate(ids, max_tokens=12, seed=5).text
+
+
+def test_tools_that_are_not_used_leave_a_text(client):
+    found = ask(client, tools=[WEATHER], tool_choice={"type": "auto"})
+    assert [block.type for block in found.content] == ["text"]
+    assert found.stop_reason == "max_tokens"
 
 
 # Prompts
