@@ -93,7 +93,8 @@ def _harmony(tokenizer: Tokenizer, functions: Sequence[Function], free: bool) ->
     """From the header on that the prompt ends in, ``<|start|>assistant``. The tokens that end an answer,
     ``<|call|>`` and ``<|return|>``, are the engine's."""
     lark = Lark(tokenizer, HARMONY_TAGS)
-    thought = f"{lark.text(CHANNEL, 'analysis', MESSAGE)} {lark.until('<|end|>')} {lark.text(START, 'assistant')}"
+    end = f"{lark.until('<|end|>', [tag for tag in HARMONY_TAGS if tag != '<|end|>'])} {lark.text(START, 'assistant')}"
+    thought = f"{lark.text(CHANNEL, 'analysis', MESSAGE)} {end}"
     call = lark.one_of([
         f"{lark.text(CHANNEL, f'commentary to=functions.{function.name} ', CONSTRAIN, 'json', MESSAGE)} "
         f"{lark.json(function.schema)}"
@@ -102,7 +103,7 @@ def _harmony(tokenizer: Tokenizer, functions: Sequence[Function], free: bool) ->
     if not free:
         return lark.source(f"({thought})* {call}")
     text = f"({lark.free(HARMONY_TAGS)})?"
-    preamble = f"{lark.text(CHANNEL, 'commentary', MESSAGE)} {lark.until('<|end|>')} {lark.text(START, 'assistant')}"
+    preamble = f"{lark.text(CHANNEL, 'commentary', MESSAGE)} {end}"
     final = f"{lark.text(CHANNEL, 'final', MESSAGE)} {text}"
     return lark.source(f"({thought} | {preamble})* ({call} | {final})")
 
