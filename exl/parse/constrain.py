@@ -129,7 +129,8 @@ def _harmony(
     From the header on that the prompt ends in, ``<|start|>assistant``. The tokens that end an answer, ``<|call|>`` and
     ``<|return|>``, are the engine's."""
     lark = Lark(tokenizer, HARMONY_TAGS)
-    thought = f"{lark.text(CHANNEL, 'analysis', MESSAGE)} {lark.until('<|end|>')} {lark.text(START, 'assistant')}"
+    end = f"{lark.until('<|end|>', [tag for tag in HARMONY_TAGS if tag != '<|end|>'])} {lark.text(START, 'assistant')}"
+    thought = f"{lark.text(CHANNEL, 'analysis', MESSAGE)} {end}"
     calls = [
         f"{lark.text(CHANNEL, f'commentary to=functions.{function.name} ', CONSTRAIN, 'json', MESSAGE)} "
         f"{lark.json(function.schema)}"
@@ -138,9 +139,10 @@ def _harmony(
     if not free:
         return lark.source(f"({thought})* {lark.one_of(calls)}")
     text = f"({lark.free(HARMONY_TAGS)})?" if schema is None else lark.json(schema)
-    preamble = f"{lark.text(CHANNEL, 'commentary', MESSAGE)} {lark.until('<|end|>')} {lark.text(START, 'assistant')}"
+    preamble = f"{lark.text(CHANNEL, 'commentary', MESSAGE)} {end}"
     final = f"{lark.text(CHANNEL, 'final', MESSAGE)} {text}"
-    return lark.source(f"({thought} | {preamble})* {lark.one_of([*calls, final])}")
+    before = f"({thought} | {preamble})*" if schema is None else f"({thought})*"  # a preamble is text, too
+    return lark.source(f"{before} {lark.one_of([*calls, final])}")
 
 
 # ---- what clients send

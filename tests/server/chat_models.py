@@ -19,7 +19,7 @@ TOOLS_ONLY = (
     "{% for m in messages %}[{{ m.role }}]\n{{ m.content or '' }}"
     "{% for call in m.tool_calls or [] %}<tool_call>\n"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}\n{% endfor %}"
+    "{% endfor %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 # As in Qwen 3's: reasoning, too, which ``thinks`` has opened already.

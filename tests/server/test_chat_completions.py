@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import httpx
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from exl.parse.parts import Text
 from exl.server.generation import Update
 from exl.server.openai.chat_answer import ChatAnswer
+from tests.server.running import wait_until
 
 openai = pytest.importorskip("openai")
 ChatCompletion, ChatCompletionChunk = openai.types.chat.ChatCompletion, openai.types.chat.ChatCompletionChunk
@@ -188,10 +188,7 @@ def test_a_client_that_leaves_frees_its_request(running, ask):
     next(iter(stream))
     assert running.llm.stats().running == 2
     stream.close()
-    until = time.monotonic() + 10
-    while running.llm.stats().running and time.monotonic() < until:
-        time.sleep(0.01)
-    assert running.llm.stats().running == 0
+    wait_until(lambda: not running.llm.stats().running)
 
 
 def test_unusual_text_survives(running):

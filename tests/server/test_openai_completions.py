@@ -7,6 +7,8 @@ from itertools import pairwise
 import httpx
 import pytest
 
+from tests.server.running import wait_until
+
 openai = pytest.importorskip("openai")
 Completion = openai.types.Completion
 
@@ -142,4 +144,4 @@ def test_refused(ask, prompt, options, param, words):
 def test_one_of_several_that_is_refused_ends_all(running, ask):
     with pytest.raises(openai.BadRequestError):
         ask(["One day", "x " * 900], max_tokens=400, extra_body={"ignore_eos": True})
-    assert running.llm.stats().running == 0
+    wait_until(lambda: not running.llm.stats().running)

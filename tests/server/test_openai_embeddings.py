@@ -9,6 +9,8 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.server.running import wait_until
+
 openai = pytest.importorskip("openai")
 CreateEmbeddingResponse = openai.types.CreateEmbeddingResponse
 
@@ -82,9 +84,7 @@ def test_a_client_that_leaves_holds_up_nothing(running, client):
     leaver = threading.Thread(target=leave)
     leaver.start()
     leaver.join()
-    until = time.monotonic() + 10
-    while (stats := running.llm.stats()).running + stats.waiting and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: not (running.llm.stats().running or running.llm.stats().waiting))
     computed = running.llm.stats().prompt_tokens - before
     time.sleep(0.1)
     assert running.llm.stats().prompt_tokens - before == computed < 400 * 300

@@ -9,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from exl.server.generation import Generation
+from tests.server.running import wait_until
 
 openai = pytest.importorskip("openai")
 Response, ResponseStreamEvent = openai.types.responses.Response, openai.types.responses.ResponseStreamEvent
@@ -130,7 +131,7 @@ def test_an_error_in_a_stream_is_told_as_failed(running, client, monkeypatch):
     events = list(client.responses.create(**ASKED, stream=True))
     assert [event.type for event in events[-2:]] == ["error", "response.failed"]
     assert events[-1].response.error.message == "internal error"
-    assert running.llm.stats().running == 0
+    wait_until(lambda: not running.llm.stats().running)
 
 
 @pytest.mark.parametrize(

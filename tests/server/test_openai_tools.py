@@ -7,6 +7,7 @@ import json
 import httpx
 import pytest
 
+from exl.server.served import Conversation
 from tests.server.chat_models import TOOLS_ONLY, WITH_REASONING, loader
 from tests.server.running import RunningServer
 
@@ -146,10 +147,11 @@ def test_without_tools_a_call_is_text(ask):
     assert ask(said="Hello.", tools=TOOLS).choices[0].finish_reason == "stop"
 
 
-def test_half_a_call_is_told_as_cut_off(ask):
+def test_half_a_call_is_told_as_cut_off(calling, ask):
     """By max_tokens, and by the model, which ends in the middle."""
     begun = '<tool_call>\n{"name": "get_time", "arguments": {"zone": "UT'
-    for options in ({"said": begun}, {"said": CALL, "max_tokens": 34}):
+    num_tokens = len(calling.llm.tokenizer.encode(begun, bos=False))
+    for options in ({"said": begun}, {"said": CALL, "max_tokens": num_tokens}):
         answer = ask(tools=TOOLS, **options).choices[0]
         assert answer.finish_reason == "length"
         (call,) = answer.message.tool_calls
@@ -161,18 +163,15 @@ def test_half_a_call_is_told_as_cut_off(ask):
         assert (calls, reasons) == ([["get_time", call.function.arguments]], ["length"])
 
 
-def test_a_strict_function_follows_its_schema_when_it_is_called(ask):
-    """The model is led to call by a bias to what begins a call, and may write text as it likes."""
+def test_strict_functions_are_constrained(calling, ask):
+    """What the model may say is then what a grammar allows, so another one cannot be asked for."""
     strict = [{"type": "function", "function": TIME | {"strict": True}}]
-    biased = {"said": None, "tools": strict, "temperature": 1.0, "max_tokens": 120}
-    calls = []
-    for seed in range(4):
-        answer = ask(**biased, seed=seed, extra_body={"logit_bias": {}}).choices[0]
-        calls += answer.message.tool_calls or []
-        assert answer.message.content or answer.message.tool_calls
-    assert all(map(follows, calls))
+    served = calling.server.models.states[0].served
+    assert served.prepare(Conversation(MESSAGES, TOOLS)).constraint == {}
+    assert "%json" in served.prepare(Conversation(MESSAGES, strict)).constraint["grammar"]
     with pytest.raises(openai.BadRequestError, match="choices: found it with"):
-        ask(said=CALL, tools=strict)  # two grammars at once
+        ask(said=CALL, tools=strict)
+    assert ask(tools=strict, max_tokens=5).choices[0].message.content
 
 
 def test_a_result_goes_back_to_the_model(calling, ask):
@@ -220,25 +219,16 @@ def test_reasoning_is_apart_and_counted(thinking):
 
 
 def test_a_schema_holds_behind_the_reasoning(thinking):
-    """The model thinks as long as it likes; here it is made to say where that ends."""
+    """The model may think first, and here it is biased not to."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": TIME["parameters"]}}
-    newline = thinking.llm.tokenizer.encode("\n", bos=False)[-1]
     ask = asking(thinking)
-    message = (
-        ask(
-            response_format=form,
-            max_tokens=300,
-            temperature=1.0,
-            extra_body={"chat_template_kwargs": {"thinks": False}, "logit_bias": {str(newline): -5}},
-            seed=1,
-        )
-        .choices[0]
-        .message
-    )
-    if message.content:
-        assert json.loads(message.content)["zone"] in ("UTC", "CET")
-    else:
-        assert message.reasoning_content
+    brace = thinking.llm.tokenizer.encode("{", bos=False)[-1]
+    message = ask(response_format=form, max_tokens=300, logit_bias={str(brace): 100}).choices[0].message
+    assert json.loads(message.content)["zone"] in ("UTC", "CET")
+    opened = {"chat_template_kwargs": {"thinks": True}}
+    thought = ask(response_format=form, max_tokens=40, extra_body=opened).choices[0].message
+    assert thought.reasoning_content.strip()[0] != "{"
+    assert not thought.content
 
 
 def test_what_was_thought_goes_back_to_the_template(thinking):
@@ -319,14 +309,14 @@ def test_langchains_round_trip(calling):
     [
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]", "not 'custom'"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools", "found the function 'get_weather' twice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice", "'get_time'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'get_time'"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "expected 'auto'"),
-        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": 1}}, "tool_choice", "allowed_tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": 1}}, "tool_choice", "a mode"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name", "at least 1 character"),
         (
             {"tools": [{"type": "function", "function": TIME | {"parameters": {"type": "nonsense"}}}],
              "tool_choice": "required"},
-            "tools",
+            "tools[0]",
             "expected the schema of an object",
         ),
     ],
