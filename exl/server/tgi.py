@@ -287,7 +287,7 @@ class _Told:
 
     def _one(self, choice: Choice, completion: Completion, prefill: list[Any]) -> tuple[str, dict[str, Any]]:
         sequence, outcome = _Sequence(self._model, self._prompt), choice.outcome or Outcome("cancelled")
-        logprobs = choice.logprobs or [None] * len(choice.token_ids)
+        logprobs: Sequence[TokenLogprob | None] = choice.logprobs or [None] * len(choice.token_ids)
         tokens = [sequence.token(i, logprob) for i, logprob in zip(choice.token_ids, logprobs, strict=True)]
         end = sequence.end_token(outcome)
         tokens += [] if end is None else [end]

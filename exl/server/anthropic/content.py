@@ -69,7 +69,7 @@ def _member(known: Sequence[str]) -> Any:
 
     def tag(value: Any) -> str:
         found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        return found.title() if found in known else "Unread"
+        return found.title() if isinstance(found, str) and found in known else "Unread"
 
     return tag
 
@@ -109,14 +109,14 @@ _BLOCKS_OF = {
 }
 
 
-class Message(Body):
+class InputMessage(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
         Annotated[str, Tag("Text")] | Annotated[list[Block], Tag("Blocks")], Discriminator(_text_or_blocks)
     ]
 
     @model_validator(mode="after")
-    def _fits(self) -> Message:
+    def _fits(self) -> InputMessage:
         for block in self.blocks:
             if not isinstance(block, _BLOCKS_OF[self.role]):
                 words = {"found": block.type, "role": self.role}
@@ -132,7 +132,7 @@ class Message(Body):
 # Messages
 
 
-def openai_messages(system: str | Sequence[Any] | None, messages: Sequence[Message]) -> list[dict[str, Any]]:
+def openai_messages(system: str | Sequence[Any] | None, messages: Sequence[InputMessage]) -> list[dict[str, Any]]:
     """Neighbours of one role are one turn, as Anthropic's API has it. Raises ``ApiError`` for the result of a tool use
     that there was not."""
     found: list[dict[str, Any]] = []
@@ -198,9 +198,8 @@ def _others(role: str, blocks: Sequence[tuple[int, Any]], uses: set[str]) -> lis
 
 
 def _texts(content: str | Sequence[Any] | None) -> list[str]:
-    if isinstance(content, str):
-        return [content] if content else []
-    return [block.text for block in content or ()]
+    blocks: Sequence[Any] = [] if content is None or isinstance(content, str) else content
+    return [content] if isinstance(content, str) and content else [block.text for block in blocks]
 
 
 def _content(texts: Sequence[str]) -> str | list[dict[str, str]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from exl.server.anthropic.answer import PING, MessageAnswer
 from exl.server.anthropic.content import (
-    Message,
+    InputMessage,
     OutputConfig,
     Texts,
     Thinking,
@@ -32,14 +32,14 @@ from exl.server.served import Conversation
 from exl.server.state import Server
 
 # Edits of the conversation that leave it as it is.
-_NO_EDITS = ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]})
+_NO_EDITS: tuple[dict[str, Any], ...] = ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]})
 
 
 class ConversationFields(Body):
     """What makes the prompt."""
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: list[InputMessage] = Field(min_length=1)
     system: Texts | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: ToolChoiceField | None = None
