@@ -63,14 +63,6 @@ def ask(client, messages=HELLO, **options):
     return client.messages.create(messages=messages, **options)
 
 
-def refused(plain, body, status=400):
-    response = plain.post("/v1/messages", json={"model": "chat", "max_tokens": 4, "messages": HELLO, **body})
-    assert response.status_code == status, response.text
-    found = response.json()
-    assert found["type"] == "error"
-    return found["error"]["message"]
-
-
 # Answers
 
 
@@ -424,101 +416,6 @@ def test_an_error_in_a_stream_is_an_event(client, monkeypatch):
     assert raised.value.body["error"] == {"type": "api_error", "message": "internal error"}
 
 
-# What is refused
-
-
-def test_the_client_knows_what_kind_of_error_it_is(client):
-    with pytest.raises(anthropic.NotFoundError, match="found 'claude', this server has 'chat'"):
-        ask(client, model="claude")
-    with pytest.raises(anthropic.BadRequestError, match="context"):
-        ask(client, [{"role": "user", "content": "dog " * 1200}])
-
-
-def test_max_tokens_is_needed(plain):
-    response = plain.post("/v1/messages", json={"model": "chat", "messages": HELLO})
-    assert response.json()["error"] == {"type": "invalid_request_error", "message": "max_tokens: field required"}
-
-
-def _user(*blocks):
-    return {"messages": [{"role": "user", "content": list(blocks)}]}
-
-
-_IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (_user(_IMAGE), "messages[0].content[0]: this model reads no images: the block 'image'"),
-        (_user({"type": "document", "source": {}}), "messages[0].content[0]: this model reads no documents"),
-        (_user({"type": "search_result"}), "messages[0].content[0]: this model reads no search results"),
-        (_user({"type": "server_tool_use"}), "messages[0].content[0]: expected no block 'server_tool_use' here"),
-        (_user({"text": "a"}), "messages[0].content[0].type: field required"),
-        (_user({"type": "text"}), "messages[0].content[0].text: field required"),
-        (_user({"type": "text", "text": "a", "bold": 1}), "messages[0].content[0].bold: unknown field"),
-        (
-            _user({"type": "tool_use", "id": "a", "name": "b", "input": {}}),
-            "messages[0]: expected no block 'tool_use' in a message of role 'user'",
-        ),
-        (
-            _user({"type": "tool_result", "tool_use_id": "a", "content": [_IMAGE]}),
-            "messages[0].content[0].content[0]: this model reads no images",
-        ),
-        (_user({"type": "tool_result", "tool_use_id": "a"}), "messages[0].content: found the result of 'a'"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role: input should be 'user'"),
-        ({"messages": []}, "messages: list should have at least 1 item"),
-        (
-            {"messages": [*HELLO, {"role": "assistant", "content": "a "}]},
-            "messages: the last one, an",
-        ),
-        (
-            {"messages": [*HELLO, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}]}]},
-            "messages: found thinking in the last one",
-        ),
-        ({"system": [_IMAGE]}, "system[0]: this model reads no images"),
-        (
-            {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
-            "tools[0]: this server has no tools",
-        ),
-        ({"tools": [{"name": "a"}]}, "tools[0].input_schema: field required"),
-        ({"tools": [WEATHER, WEATHER]}, "tools: found the function 'get_weather' twice"),
-        ({"tools": [{**WEATHER, "defer_loading": True}]}, "tools[0].defer_loading: the model sees all tools"),
-        ({"tools": [{**WEATHER, "input_examples": [{}]}]}, "tools[0].input_examples: templates have no place"),
-        ({"tools": [{**WEATHER, "allowed_callers": ["a"]}]}, "tools[0].allowed_callers: only the model calls tools"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice: expected a name if the type is 'tool'"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "b"}}, "tool_choice: found"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice: found 'required', expected no tool_choice without tools"),
-        ({"thinking": {"type": "between_tools"}}, "thinking.type: input should be 'enabled'"),
-        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type: input should be 'json_schema'"),
-        ({"mcp_servers": [{}]}, "mcp_servers: this server calls no others"),
-        ({"container": "a"}, "container: this server runs no code"),
-        ({"speed": "fast"}, "speed: there is one speed"),
-        ({"inference_geo": "eu"}, "inference_geo: this server is where it is"),
-        ({"diagnostics": {}}, "diagnostics: the cache is not explained"),
-        ({"context_management": {"edits": [{"type": "compact"}]}}, "context_management: conversations are not edited"),
-        ({"n": 2}, "n: unknown field"),
-        ({"max_tokens": -1}, "max_tokens: input should be greater than or equal to 0, found -1"),
-        ({"temperature": -1}, "temperature: found -1"),
-        ({"stop_sequences": [""]}, "stop: found a string of 0 characters"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused_by_name(plain, body, message):
-    assert refused(plain, body).startswith(message)
-
-
-def test_what_changes_nothing_is_taken(plain):
-    body = {
-        "metadata": {"user_id": "a"},
-        "service_tier": "auto",
-        "cache_control": {"type": "ephemeral"},
-        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-        "mcp_servers": [],
-        "tools": [{**WEATHER, "type": "custom", "cache_control": {"type": "ephemeral"}, "eager_input_streaming": True}],
-    }
-    response = plain.post("/v1/messages", json={"max_tokens": 2, "messages": HELLO, **body})
-    assert response.status_code == 200, response.text
-
-
 def test_a_model_without_a_template_answers_a_transcript(running):
     client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
     options = {"model": "stories", "max_tokens": 10, "system": "A story."}
@@ -530,3 +427,10 @@ def test_a_model_without_a_template_answers_a_transcript(running):
     assert found.content[0].text == expected.text
     with pytest.raises(anthropic.BadRequestError, match="tools: this model has no chat template"):
         client.messages.create(messages=HELLO, tools=[WEATHER], **options)
+
+
+def test_the_client_knows_what_kind_of_error_it_is(client):
+    with pytest.raises(anthropic.NotFoundError, match="found 'claude', this server has 'chat'"):
+        ask(client, model="claude")
+    with pytest.raises(anthropic.BadRequestError, match="context"):
+        ask(client, [{"role": "user", "content": "dog " * 1200}])
