@@ -32,6 +32,13 @@ def serve(
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which an answer ends as it is. Default: none.")
     ] = None,
+    models_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Each folder in it with a config.json is a model, loaded when asked for."),
+    ] = None,
+    idle_unload: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Unload a model without requests for so long.")
+    ] = None,
     *,
     loading: LoadOptions = _LOADING,
     rarely: RareLoadOptions,
@@ -42,6 +49,8 @@ def serve(
     exl serve path/to/model
 
     exl serve path/to/model --host 0.0.0.0 --port 8080 --api-key-file keys.txt
+
+    exl serve --models-dir path/to/models --ram 32GB
     """
     from exl.server.options import ServerOptions
 
@@ -53,30 +62,18 @@ def serve(
         max_queue=max_queue,
         max_tokens=max_tokens,
         timeout=timeout,
+        models_dir=models_dir,
+        idle_unload=idle_unload,
     )
     try:
         from exl.server.run import serve as run
     except ModuleNotFoundError as error:
         raise ConfigError(f"exl serve needs the package {error.name}: pip install 'exl-engine[server]'") from None
-    from exl.llm import LLM, load
-    from exl.server.models import Models, Progress
+    from exl.server.assemble import models_of
     from exl.server.state import Server
 
     engine = {**loading.engine(), **rarely.engine(), "max_queue": max_queue}
-
-    def load_model(tell: Progress) -> LLM:
-        return load(which.name, **loading.source, **engine, progress=tell)
-
-    names = options.served_names or (model_name(which.name),)
-    run(Server(options, Models(names[0], load_model, names[1:])), say)
-
-
-def model_name(name: str | None) -> str:
-    """How clients call a model that has no other name: its folder's, or the repository's."""
-    if name is None:
-        return "stories"
-    path = Path(name)
-    return path.resolve().name if path.exists() else name
+    run(Server(options, models_of(which.name, options, {**engine, **loading.source})), say)
 
 
 def _keys(path: Path | None) -> list[str]:
