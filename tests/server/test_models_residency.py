@@ -219,10 +219,12 @@ def test_who_leaves_while_it_is_loaded_lets_it_be_loaded():
 def test_who_leaves_just_when_it_got_the_model_gives_it_back():
     async def test():
         world = World({"a": 6})
+        world["a"].loader.gate.clear()
         asked = asyncio.ensure_future(world.residency.lease(world["a"]))
-        await until(lambda: world["a"].waiters)
+        await until(lambda: world["a"].share == 0.5)
         # Called after the model was given to it, before it goes on.
         world["a"].waiters[0].add_done_callback(lambda waiter: asked.cancel())
+        world["a"].loader.gate.set()
         assert isinstance((await asyncio.gather(asked, return_exceptions=True))[0], asyncio.CancelledError)
         assert world["a"].num_users == 0
         assert world["a"].idle.is_set()
