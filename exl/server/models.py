@@ -177,6 +177,7 @@ class Models:
         for it, until that has answered. Raises ``ApiError``: 404 for a name that nobody has, 503 while the server
         starts or ends, if there is no room and if it takes too long, 500 if the model cannot be loaded."""
         state = await self.named(name)
+        self._residency.check(state)
         if state is self.starting:
             text = f"model: {state.name!r} is {state.status}, {state.share:.0%} of it"
             raise ApiError(503, text, code="model_loading", headers={"Retry-After": "1"})

@@ -120,7 +120,7 @@ class Residency:
     async def lease(self, state: ModelState, *, however_long: bool = False) -> bool:
         """The model is loaded, and stays until ``release``. Returns whether it was loaded for this. Raises ``ApiError``
         if it cannot be loaded, or not in time."""
-        self._check(state)
+        self.check(state)
         if self.is_free(state):
             self._take(state)
             return False
@@ -163,7 +163,7 @@ class Residency:
         state.last_used = time.monotonic()
         state.idle.clear()
 
-    def _check(self, state: ModelState) -> None:
+    def check(self, state: ModelState) -> None:
         """Raises ``ApiError`` for a model that is not to be waited for."""
         if self._stopping:
             raise _stopped()

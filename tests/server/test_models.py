@@ -15,6 +15,8 @@ import pytest
 import exl
 from exl.errors import ConfigError
 from exl.server.assemble import models_of
+from exl.server.loading import OnlyLoader
+from exl.server.models import Models
 from exl.server.options import ServerOptions
 from tests.server.running import SECONDS, RunningServer
 
@@ -199,15 +201,33 @@ def test_a_model_that_answers_is_not_unloaded_by_hand(client, crowded):
     assert client.post("/models/unload", json={"model": "small"}).status_code == 200
 
 
-def test_new_folders_appear_and_removed_ones_vanish(client, folder, alone):
+def test_new_folders_appear_and_removed_ones_vanish(client, crowded, folder, alone):
     assert ask(client, "new").status_code == 404
     shutil.copytree(folder / "small", folder / "new")
     try:
         assert text_of(ask(client, "new")) == alone["small"]
     finally:
         shutil.rmtree(folder / "new")
+    held = crowded.server.models._residency.held
+    assert [state.name for state in held] == ["new"]
     assert "new" not in listed(client)
     assert ask(client, "new").status_code == 404
+    until = time.monotonic() + SECONDS
+    while held:  # it is unloaded, though nobody wants its memory
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_model_whose_engine_has_stopped_is_loaded_again(client, crowded, alone):
+    assert text_of(ask(client, "small")) == alone["small"]
+    llm = crowded.server.models.find("small").served.llm
+    assert llm.failure is None
+    llm._engine.generator.seat._break(RuntimeError("a step failed"))
+    assert str(llm.failure) == "a step failed"
+    answer = ask(client, "small")
+    assert text_of(answer) == alone["small"]
+    assert answer.headers["X-Exl-Model-Loaded"] == "1"
+    assert llm._engine is None
 
 
 def test_what_does_not_fit_alone_is_refused_with_the_plan(folder, alone):
@@ -231,6 +251,37 @@ def test_models_that_fit_stay_beside_each_other(folder, alone):
         plans = [models.find(name).served.llm.plan for name in ("small", "owner/large")]
         kernels = sum(line.num_bytes for line in plans[0].lines if line.purpose == "kernels")
         assert sum(plan.num_bytes for plan in plans) - kernels <= ram
+
+
+def test_a_server_that_ends_while_it_loads_says_so(folder):
+    """SIGTERM's way: what runs and waits is told, the load stops, health is 503 with Retry-After."""
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(OnlyLoader):
+        def load(self, room, tell):
+            began.set()
+            while not go_on.wait(0.01):
+                tell(1, 4)
+            return super().load(room, tell)
+
+    loader = Slow(lambda tell: exl.load(folder / "small", **ENGINE, progress=False))
+    server = RunningServer(models=Models("small", loader))
+    server._thread.start()
+    with httpx.Client(base_url=server.url, timeout=SECONDS) as client:
+        assert began.wait(SECONDS)
+        told = client.get("/health")
+        while told.json()["progress"] == 0.0:
+            told = client.get("/health")
+        assert (told.status_code, told.json()["status"], told.json()["progress"]) == (503, "loading model", 0.25)
+        refused = ask(client, "small")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert "25% of it" in refused.json()["error"]["message"]
+        server.server.draining = True
+        assert server.server.models.drain(5)
+        assert (client.get("/health").status_code, client.get("/health").headers["Retry-After"]) == (503, "2")
+        assert ask(client, "small").json()["error"]["code"] == "shutting_down"
+    server.__exit__()
+    assert server._error is None
 
 
 def test_the_first_model_is_loaded_at_the_start_and_is_the_default(folder, alone):
