@@ -281,7 +281,6 @@ def test_a_server_that_ends_while_it_loads_says_so(folder):
         assert (client.get("/health").status_code, client.get("/health").headers["Retry-After"]) == (503, "2")
         assert ask(client, "small").json()["error"]["code"] == "shutting_down"
     server.__exit__()
-    assert server._error is None
 
 
 def test_the_first_model_is_loaded_at_the_start_and_is_the_default(folder, alone):

@@ -16,6 +16,7 @@ from exl.planning.plan import MemoryPlan, Placement, PlanLine
 from exl.server import residency
 from exl.server.errors import ApiError
 from exl.server.loading import Loader
+from exl.server.models import Models
 from exl.server.residency import ModelState, Residency
 
 SECONDS = 20.0
@@ -427,3 +428,33 @@ def test_closing_closes_what_is_loaded():
     world.residency.close()
     assert len(world.live) == 2
     assert all(llm.closed.is_set() for llm in world.live)
+
+
+def test_what_keeps_the_first_model_from_loading_is_raised():
+    loader = FakeLoader(World({}), "a", 4)
+    loader.errors = [CheckpointError("damaged")]
+
+    async def test():
+        models = Models("a", loader, budgets=lambda: {"cpu": BUDGET})
+        models.start()
+        assert models.starting is models.default
+        with pytest.raises(CheckpointError, match="damaged"):
+            await models.loaded()
+        assert (models.starting, models.failure) == (None, "damaged")
+
+    run(test())
+
+
+def test_a_first_model_whose_server_ends_meanwhile_is_no_error():
+    loader = FakeLoader(World({}), "a", 4)
+    loader.gate.clear()
+
+    async def test():
+        models = Models("a", loader, budgets=lambda: {"cpu": BUDGET})
+        models.start()
+        await until(lambda: models.default.share == 0.5)
+        assert await asyncio.to_thread(models.drain, 5.0)
+        await models.loaded()
+        assert models.default.served is None
+
+    run(test())
