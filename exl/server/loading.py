@@ -87,15 +87,18 @@ class SharingLoader(Loader):
         """Of the plan with all budgets for this model, and with a cache of one context where it may have any size. So
         a model whose layers can all be in memory has them there, whatever else is loaded."""
         options = self._options(self._budgets())
-        auto = [name for name in ("context", "cache_tokens") if getattr(options, name) == "auto"]
+        may_be_less = options.context == "auto"
+        context = None if may_be_less else options.context
+        cache_tokens = None if options.cache_tokens == "auto" else options.cache_tokens
+        least = replace(options, context=context, cache_tokens=cache_tokens)
         folder = find_model(self._model, **self._source(), quiet=True)
         plan: MemoryPlan | None = None
-        if auto:
-            try:
-                plan = plan_engine(folder, replace(options, **dict.fromkeys(auto)))
-            except MemoryBudgetError:  # a smaller context may fit
-                plan = None
-        if plan is None or ("context" in auto and plan.placement.num_streamed):
+        try:
+            plan = plan_engine(folder, least)
+        except MemoryBudgetError:
+            if not may_be_less:
+                raise
+        if plan is None or (may_be_less and plan.placement.num_streamed):  # with a smaller context it may fit
             plan = plan_engine(folder, options)
         return needed_bytes(plan)
 

@@ -69,7 +69,7 @@ class Models:
         )
         self._starting: asyncio.Task[None] | None = None
         if directory is not None:
-            self._list(list_models(directory.path))
+            self._list(directory, list_models(directory.path))
 
     @property
     def default(self) -> ModelState | None:
@@ -137,11 +137,12 @@ class Models:
 
     async def refresh(self) -> None:
         """Reads the directory again. One that cannot be read now leaves the models as they are."""
-        if self._directory is None:
+        directory = self._directory
+        if directory is None:
             return
         async with self._listing:  # else an older listing might be taken for the newer one
             with contextlib.suppress(ExlError):
-                self._list(await asyncio.to_thread(list_models, self._directory.path))
+                self._list(directory, await asyncio.to_thread(list_models, directory.path))
 
     async def named(self, name: str | None) -> ModelState:
         """``find``, after another look at the directory if need be."""
@@ -153,8 +154,8 @@ class Models:
         await self.refresh()
         return self.find(name)
 
-    def _list(self, folders: Mapping[str, Path]) -> None:
-        directory, first = self._directory, self._first
+    def _list(self, directory: Directory, folders: Mapping[str, Path]) -> None:
+        first = self._first
         own = set() if first is None else {first.name, *first.aliases}
         listed: dict[str, ModelState] = {}
         for name, folder in folders.items():
@@ -162,8 +163,10 @@ class Models:
                 if first is not None and name not in own:
                     first.aliases += (name,)
                 continue
-            if name not in own:
-                listed[name] = self._listed.pop(name, None) or ModelState(name, directory.make_loader(folder))
+            if name in self._listed:
+                listed[name] = self._listed.pop(name)
+            elif name not in own:
+                listed[name] = ModelState(name, directory.make_loader(folder))
         for gone in self._listed.values():
             self._residency.retire(gone)
         self._listed = listed
@@ -183,7 +186,7 @@ class Models:
             raise ApiError(503, text, code="model_loading", headers={"Retry-After": "1"})
         await self._lease(state)
         try:
-            yield state.served
+            yield state.loaded
         finally:
             self._residency.release(state)
 

@@ -15,6 +15,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -63,6 +64,13 @@ class ModelState:
 
     def __post_init__(self) -> None:
         self.idle.set()
+
+    @property
+    def loaded(self) -> ServedModel:
+        """For whoever holds it."""
+        if self.served is None:
+            raise ExlError(f"{self.name}: the model is not loaded")
+        return self.served
 
     @property
     def is_busy(self) -> bool:
@@ -167,12 +175,18 @@ class Residency:
         """Raises ``ApiError`` for a model that is not to be waited for."""
         if self._stopping:
             raise _stopped()
+        left = state.failed_at + _RETRY_LOAD - time.monotonic()
+        if self.lost is not None or (state.status == "failed" and state.task is None and left > 0):
+            raise self._refusal(state, left)
+
+    def _refusal(self, state: ModelState, seconds: float) -> ApiError:
+        """Of a model that could not be loaded. ``seconds``: until it is tried again."""
         if self.lost is not None:
-            raise ApiError(503, self.lost, code="device_lost")
-        if state.status == "failed" and state.task is None:
-            left = state.failed_at + _RETRY_LOAD - time.monotonic()
-            if left > 0:
-                raise _failed(state, left)
+            return ApiError(503, self.lost, code="device_lost")
+        is_short = isinstance(state.cause, MemoryBudgetError)
+        status, code = (503, "out_of_memory") if is_short else (500, "model_load_failed")
+        text = f"model: {state.name!r} cannot be loaded: {state.error}"
+        return ApiError(status, text, code=code, headers={"Retry-After": str(math.ceil(seconds))})
 
     def _leave(self, state: ModelState, waiter: asyncio.Future[bool]) -> None:
         """A request gives up. If nobody else waits, the model need not be loaded; a load that has begun goes on."""
@@ -226,12 +240,17 @@ class Residency:
             tell(waiter)
 
     def _fail(self, state: ModelState, error: Exception) -> None:
-        state.status, state.share, state.cause, state.failed_at = "failed", 0.0, error, time.monotonic()
-        state.error = str(error) if isinstance(error, ExlError) else "internal error"
+        state.status, state.share, state.cause, state.failed_at = "unloaded", 0.0, error, time.monotonic()
+        for one in chain_of(error):
+            traceback.clear_frames(one.__traceback__)  # where half of a model may be
+        if isinstance(error, LoadStoppedError):
+            self._answer(state, lambda waiter: waiter.set_exception(_stopped()))
+            return
+        state.status, state.error = "failed", str(error) if isinstance(error, ExlError) else "internal error"
         unexpected = None if isinstance(error, ExlError) else error
         LOG.error("model %s cannot be loaded: %s", state.name, state.error.partition("\n")[0], exc_info=unexpected)
         self._note_loss(error)
-        self._answer(state, lambda waiter: waiter.set_exception(_failed(state, _RETRY_LOAD)))
+        self._answer(state, lambda waiter: waiter.set_exception(self._refusal(state, _RETRY_LOAD)))
 
     def _note_loss(self, error: BaseException) -> None:
         if self.lost is None and any(isinstance(one, DeviceLostError) for one in chain_of(error)):
@@ -283,7 +302,7 @@ class Residency:
 
     async def _unload_broken(self, state: ModelState) -> None:
         """Of a model whose engine has stopped: its requests have their errors, or get them now."""
-        failure = state.served.llm.failure if state.served is not None else None
+        failure = state.loaded.llm.failure
         if failure is not None:
             LOG.error("model %s has stopped and is loaded again", state.name, exc_info=failure)
             self._note_loss(failure)
@@ -342,7 +361,7 @@ class Residency:
 
     async def _unload_now(self, state: ModelState) -> None:
         """Who calls has the turn, and nobody uses the model."""
-        llm = state.served.llm
+        llm = state.loaded.llm
         state.served, state.status, state.share = None, "unloading", 0.0
         try:
             await asyncio.to_thread(self._close_llm, llm)
@@ -409,13 +428,3 @@ def _stopped() -> ApiError:
 def _in_use(state: ModelState) -> ApiError:
     what = f"answers {state.num_users} requests" if state.is_busy else "is being loaded"
     return ApiError(409, f"model: {state.name!r} {what}", code="model_in_use", param="model")
-
-
-def _failed(state: ModelState, seconds: float) -> ApiError:
-    """``seconds``: until it is tried again."""
-    if isinstance(state.cause, LoadStoppedError):
-        return _stopped()
-    is_short = isinstance(state.cause, MemoryBudgetError)
-    status, code = (503, "out_of_memory") if is_short else (500, "model_load_failed")
-    text = f"model: {state.name!r} cannot be loaded: {state.error}"
-    return ApiError(status, text, code=code, headers={"Retry-After": str(math.ceil(seconds))})

@@ -18,6 +18,7 @@ from exl.server.assemble import models_of
 from exl.server.loading import OnlyLoader
 from exl.server.models import Models
 from exl.server.options import ServerOptions
+from tests.live_bytes import live_bytes
 from tests.server.running import SECONDS, RunningServer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -151,6 +152,21 @@ def test_a_damaged_folder_is_its_own_trouble(client, alone, name, told):
     assert told in status["error"]
     assert client.get("/health").status_code == 200
     assert text_of(ask(client, "small")) == alone["small"]
+
+
+def test_a_load_that_fails_at_its_end_leaves_nothing_in_memory(client, folder):
+    """The engine is whole when the tokenizer is found to be damaged; what tells of it must not hold it."""
+    for name in ("small", "owner/large"):
+        assert client.post("/models/unload", json={"model": name}).status_code == 200
+    shutil.copytree(folder / "small", folder / "late")
+    (folder / "late" / "tokenizer.json").write_text("{")
+    try:
+        before = live_bytes()
+        answer = ask(client, "late")
+        assert (answer.status_code, "tokenizer" in answer.json()["error"]["message"]) == (500, True)
+        assert live_bytes() == before
+    finally:
+        shutil.rmtree(folder / "late")
 
 
 def test_a_request_without_a_name_is_told_the_names(client):
