@@ -38,6 +38,13 @@ def serve(
     reasoning_format: Annotated[
         str, typer.Option(help="How the model marks its reasoning. Default: as its chat template does.")
     ] = "auto",
+    models_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Each folder in it with a config.json is a model, loaded when asked for."),
+    ] = None,
+    idle_unload: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Unload a model without requests for so long.")
+    ] = None,
     *,
     loading: LoadOptions = _LOADING,
     rarely: RareLoadOptions,
@@ -48,6 +55,8 @@ def serve(
     exl serve path/to/model
 
     exl serve path/to/model --host 0.0.0.0 --port 8080 --api-key-file keys.txt
+
+    exl serve --models-dir path/to/models --ram 32GB
     """
     from exl.server.options import ServerOptions
 
@@ -61,33 +70,20 @@ def serve(
         timeout=timeout,
         tool_format=tool_format,
         reasoning_format=reasoning_format,
+        models_dir=models_dir,
+        idle_unload=idle_unload,
     )
     try:
         from exl.server.run import serve as run
     except ModuleNotFoundError as error:
         raise ConfigError(f"exl serve needs the package {error.name}: pip install 'exl-engine[server]'") from None
-    from exl.llm import LLM, load
     from exl.parse.choose import check_formats
-    from exl.server.models import Models, Progress
+    from exl.server.assemble import models_of
     from exl.server.state import Server
 
     check_formats(tool_format, reasoning_format)
     engine = {**loading.engine(), **rarely.engine(), "max_queue": max_queue}
-
-    def load_model(tell: Progress) -> LLM:
-        return load(which.name, **loading.source, **engine, progress=tell)
-
-    names = options.served_names or (model_name(which.name),)
-    formats = {"tool_format": tool_format, "reasoning_format": reasoning_format}
-    run(Server(options, Models(names[0], load_model, names[1:], **formats)), say)
-
-
-def model_name(name: str | None) -> str:
-    """How clients call a model that has no other name: its folder's, or the repository's."""
-    if name is None:
-        return "stories"
-    path = Path(name)
-    return path.resolve().name if path.exists() else name
+    run(Server(options, models_of(which.name, options, {**engine, **loading.source})), say)
 
 
 def _keys(path: Path | None) -> list[str]:

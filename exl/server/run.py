@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -21,6 +22,10 @@ def serve(server: Server, say: Callable[[str], None]) -> None:
     """Runs until SIGINT or SIGTERM; a second one does not wait. ``say`` prints a line: the address, then the plan.
     Raises ``ExlError`` if the address is taken or the first model cannot be loaded."""
     listening = listen(server.options)
+    # What is imported by now stays: the collector that runs when a model is unloaded need not look through it, while
+    # others' requests wait for it.
+    gc.collect()
+    gc.freeze()
     try:
         _run(run_http(server, listening, say))
     finally:
@@ -85,15 +90,17 @@ async def run_http(
         began(http)
     server.models.start()
     say(f"exl: listening on {address_of(options, listening)}")
+    if options.models_dir is not None:
+        say(f"exl: {len(server.models.states)} models to ask for, with those of {options.models_dir}")
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
     loading = asyncio.ensure_future(server.models.loaded())
     try:
         await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            served = server.models.states[0].served
-            if served is not None:
-                say(f"exl: {served.name}: {served.llm.plan.summary().splitlines()[0]}")
+            first = server.models.default
+            if first is not None and first.served is not None:
+                say(f"exl: {first.name}: {first.served.llm.plan.summary().splitlines()[0]}")
         await running
     except ExlError:
         http.should_exit = True

@@ -28,10 +28,13 @@ class RunningServer:
         load: Callable[[Any], LLM] | None = None,
         name: str = "stories",
         aliases: tuple[str, ...] = (),
+        models: Models | None = None,
         **options: Any,
     ) -> None:
+        """``models``: in the place of one model."""
         self.options = dataclasses.replace(ServerOptions(port=0), **options)
-        self.server = Server(self.options, Models(name, load or load_bundled, aliases))
+        models = Models(name, load or load_bundled, aliases) if models is None else models
+        self.server = Server(self.options, models)
         self.lines: list[str] = []
         self._error: BaseException | None = None
         self._http: Any = None
