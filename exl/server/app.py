@@ -43,7 +43,8 @@ def create_app(server: Server) -> ASGIApp:
 
     async def tell(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+            text = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
+            error = ApiError(error.status_code, text, headers=dict(error.headers or {}))
         if isinstance(error, RequestValidationError):  # of a path or a query; bodies are not FastAPI's
             found = error.errors()[0]
             error = ApiError(422, f"{found['loc'][-1]}: {found['msg']}", code="invalid_value")

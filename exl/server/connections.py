@@ -54,22 +54,29 @@ class _Bounded:
             self._refuse(503, f"this server takes {most} connections at once", {"Retry-After": "2"})
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
+        # In slices, so that a head that comes in one piece is no longer than one that comes in many.
+        for start in range(0, len(data), MAX_HEAD_BYTES):
+            if self.transport.is_closing():
+                return
+            self._receive(data[start : start + MAX_HEAD_BYTES])
+
+    def _receive(self, data: bytes) -> None:
         before = self.cycle
         if before is None or before.response_complete:
             if self._pending_since is None:
                 self._pending_since = time.monotonic()
-            self._pending_bytes += len(data)
+            whole = self._pending_bytes + len(data)
+            if self._pending_bytes and whole > MAX_HEAD_BYTES:
+                self._refuse_head()
+                return
+            self._pending_bytes = whole
         super().data_received(data)  # type: ignore[misc]
         if self.cycle is not before:  # headers have become whole
             self._pending_since, self._pending_bytes = None, 0
-        elif self._pending_bytes > MAX_HEAD_BYTES:
-            self._refuse_head()
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls for a request that it cannot read."""
-        if max(self._head_bytes, self._pending_bytes) > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
         else:
             self._refuse(400, "the request is no HTTP/1.1")

@@ -16,7 +16,7 @@ import uvicorn
 
 from exl.errors import ConfigError, ExlError
 from exl.server.app import create_app
-from exl.server.connections import allow_many_files, protocol_class, watch_connections
+from exl.server.connections import MAX_HEAD_BYTES, allow_many_files, protocol_class, watch_connections
 from exl.server.logs import ServerLog
 from exl.server.options import ServerOptions
 from exl.server.state import Server
@@ -124,6 +124,7 @@ async def run_http(
     config = uvicorn.Config(
         create_app(server),
         http=protocol_class(options),
+        h11_max_incomplete_event_size=4 * MAX_HEAD_BYTES,  # so that the protocol's own bound is met first
         ws="none",
         log_config=None,
         access_log=False,
