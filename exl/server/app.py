@@ -36,10 +36,10 @@ def create_app(server: Server) -> ASGIApp:
     bodies: dict[str, type[BaseModel]] = {}
     for protocol in _PROTOCOLS:
         router: APIRouter = protocol.router(server)
+        _check_prefix(router, prefix)
         app.include_router(router)
         bodies |= {model.__name__: model for model in protocol.BODIES}
     _describe(app, bodies)
-    _check_prefix(app, prefix)
 
     async def tell(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -64,9 +64,9 @@ def create_app(server: Server) -> ASGIApp:
     return Prefix(BodyBounds(guarded, server.options), prefix)
 
 
-def _check_prefix(app: FastAPI, prefix: str) -> None:
+def _check_prefix(router: APIRouter, prefix: str) -> None:
     """A path that begins with the prefix must be one that the proxy has passed on whole."""
-    for route in app.routes:
+    for route in router.routes:
         path = getattr(route, "path", "")
         if prefix and (path == prefix or path.startswith(f"{prefix}/")):
             raise ConfigError(f"root_path: found {prefix!r}, with which the server's own path {path} begins")

@@ -100,6 +100,13 @@ class _Bounded:
             self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         self.transport.close()
 
+    def shutdown(self) -> None:
+        """What uvicorn calls when the server ends."""
+        if (self.cycle is None or self.cycle.response_complete) and self.transport.get_write_buffer_size() == 0:
+            self.transport.abort()  # with TLS, closing would wait for the client's farewell
+        else:
+            super().shutdown()  # type: ignore[misc]
+
     def look(self, now: float) -> None:
         """Ends the connection if its client has taken too long."""
         if self._pending_since is not None and now - self._pending_since > self.options.header_timeout:
