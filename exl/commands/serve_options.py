@@ -108,7 +108,21 @@ class WatchOptions:
     ] = None
 
 
-def server_options(listen: ListenOptions, limits: LimitOptions, watch: WatchOptions) -> ServerOptions:
+@dataclass(frozen=True)
+class FormatOptions:
+    """How answers are read."""
+
+    tool_format: Annotated[
+        str, typer.Option(metavar="NAME", help="How the model writes tool calls; auto: as its chat template does.")
+    ] = _DEFAULTS.tool_format
+    reasoning_format: Annotated[
+        str, typer.Option(metavar="NAME", help="How the model marks its reasoning; auto: as its chat template does.")
+    ] = _DEFAULTS.reasoning_format
+
+
+def server_options(
+    listen: ListenOptions, limits: LimitOptions, watch: WatchOptions, formats: FormatOptions
+) -> ServerOptions:
     """Raises ``ConfigError`` that names the option."""
     try:
         max_body = parse_bytes(limits.max_body)
@@ -130,6 +144,8 @@ def server_options(listen: ListenOptions, limits: LimitOptions, watch: WatchOpti
         log_prompts=watch.log_prompts,
         trace=watch.trace,
         otlp_endpoint=watch.otlp_endpoint,
+        tool_format=formats.tool_format,
+        reasoning_format=formats.reasoning_format,
         **{name: getattr(limits, name) for name in _SAME},
     )
 

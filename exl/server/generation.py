@@ -214,12 +214,6 @@ class Generation:
             watch.generated(journey)
 
 
-def _check_not_cut(outcome: Outcome) -> None:
-    """Who has asked has not cancelled, or nobody would read this: the server ends, or its model is unloaded."""
-    if outcome.finish_reason == "cancelled" and outcome.limit is None:
-        raise ApiError(503, "the server ended this answer before it was whole", code="cut_off")
-
-
 async def run_together(works: Sequence[Any]) -> list[Any]:
     """Results of coroutines that run at once; the first error cancels the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
@@ -230,3 +224,9 @@ async def run_together(works: Sequence[Any]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+def _check_not_cut(outcome: Outcome) -> None:
+    """Who has asked has not cancelled, or nobody would read this: the server ends, or its model is unloaded."""
+    if outcome.finish_reason == "cancelled" and outcome.limit is None:
+        raise ApiError(503, "the server ended this answer before it was whole", code="cut_off")
