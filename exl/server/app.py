@@ -26,13 +26,18 @@ from exl.server.state import Server
 
 # Each protocol's module has ``router(server)`` and ``BODIES``: the models of its requests' bodies.
 _PROTOCOLS: tuple[Any, ...] = (health, metrics, chat)
+# FastAPI's own spans, in its newer versions, would stand beside those of ``traces.py``, and environment variables would decide
+# where they go. Older versions take the argument and do nothing.
+_NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 
 
 def create_app(server: Server) -> ASGIApp:
     """The whole application. Nothing of it runs before its first request. Raises ``ConfigError``."""
     prefix = server.options.root_path
     servers = [{"url": prefix}] if prefix else None
-    app = FastAPI(title="exl", version=exl.__version__, docs_url=None, redoc_url=None, servers=servers)
+    app = FastAPI(
+        title="exl", version=exl.__version__, docs_url=None, redoc_url=None, servers=servers, telemetry=_NO_TELEMETRY
+    )
     bodies: dict[str, type[BaseModel]] = {}
     for protocol in _PROTOCOLS:
         router: APIRouter = protocol.router(server)

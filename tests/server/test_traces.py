@@ -92,6 +92,28 @@ def test_what_the_engine_was_not_asked_for_is_no_span(running, spans):
     assert spans() == ()
 
 
+def test_the_framework_adds_no_spans_of_its_own(running, monkeypatch):
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    httpx.post(running.url + CHAT, json=ASKED)
+    wait_for_idle(running)
+    assert exporter.get_finished_spans() == ()
+
+
+def test_with_trace_spans_go_to_the_processs_own_provider(running, monkeypatch):
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    watch = Traces.of(ServerOptions(trace=True))
+    running.server.watches.append(watch)
+    try:
+        httpx.post(running.url + CHAT, json=ASKED)
+        assert the_span(running, exporter.get_finished_spans).name == "chat stories"
+    finally:
+        running.server.watches.remove(watch)
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter", None)
     with pytest.raises(ConfigError, match=r"trace: found no package opentelemetry.exporter.*pip install opentel"):
@@ -99,10 +121,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 def test_the_server_runs_without_the_packages():
+    """Beyond what FastAPI itself imports, and as long as no traces are asked for."""
     code = """
 import sys
-sys.modules["opentelemetry"] = None
 import exl.server.run
+sys.modules["opentelemetry"] = None
 from exl.server.options import ServerOptions
 from exl.server.traces import Traces
 try:
