@@ -26,8 +26,8 @@ from exl.server.state import Server
 
 # Each protocol's module has ``router(server)`` and ``BODIES``: the models of its requests' bodies.
 _PROTOCOLS: tuple[Any, ...] = (health, metrics, chat)
-# FastAPI's own spans, in its newer versions, would stand beside those of ``traces.py``, and environment variables would decide
-# where they go. Older versions take the argument and do nothing.
+# Newer versions of FastAPI have spans of their own, which would stand beside those of ``traces.py``, and environment
+# variables would decide where they go. Older versions take the argument and do nothing.
 _NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 
 

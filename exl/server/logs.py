@@ -17,6 +17,7 @@ from exl.server.options import ServerOptions
 from exl.server.watch import Journey
 
 _LOGGERS = ("exl", "uvicorn.error")
+_QUIET_ROUTES = ("/health", "/metrics")  # asked for all day by machines
 _MAX_PROMPT_CHARS = 20_000
 
 
@@ -68,6 +69,8 @@ class ServerLog:
         pass
 
     def responded(self, journey: Journey) -> None:
+        if journey.route in _QUIET_ROUTES and journey.status in (200, 503):
+            return
         level = "error" if (journey.status or 0) == 500 else "info"
         self.line(level, "request", facts_of(journey))
 

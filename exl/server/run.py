@@ -140,9 +140,10 @@ async def run_http(
     if began is not None:
         began(http)
     server.models.start()
-    say(f"exl: listening on {address_of(options, listening)}")
     watching = asyncio.ensure_future(watch_connections(http))
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
+    await asyncio.sleep(0)  # from here on a signal is the server's
+    say(f"exl: listening on {address_of(options, listening)}")
     loading = asyncio.ensure_future(server.models.loaded())
     try:
         await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
