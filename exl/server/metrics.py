@@ -222,10 +222,10 @@ _INFO_LABELS = ("family", "bits", "context")
 
 
 def _about_devices() -> Iterable[Metric]:
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return
+    """Without values where there is no GPU in use: the names of ``/metrics`` are the same everywhere."""
     peak = GaugeMetricFamily("exl_device_peak_bytes", "Peak of a GPU's memory that torch has taken", labels=["device"])
-    for index in range(torch.cuda.device_count()):
-        peak.add_metric([f"cuda:{index}"], torch.cuda.max_memory_reserved(index))
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            peak.add_metric([f"cuda:{index}"], torch.cuda.max_memory_reserved(index))
     yield peak
