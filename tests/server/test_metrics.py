@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
@@ -217,3 +219,18 @@ def test_figures_can_be_asked_for_while_requests_run(running):
     for thread in threads:
         thread.join(60)
     assert not errors
+
+
+def test_the_page_explains_every_name(fresh):
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    explained = set(re.findall(r"`(?:vllm:)?(\w+)`", text))
+    for family in text_string_to_metric_families(httpx.get(f"{fresh.url}/metrics").text):
+        if not family.name.startswith(("process_", "python_")):
+            name = family.name.removeprefix("vllm:") + ("_total" if family.type == "counter" else "")
+            assert name in explained, name
+    assert not [name for name in explained if name.startswith("exl_") and name not in names_of(fresh.url)]
+
+
+def names_of(url: str) -> set[str]:
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {family.name + ("_total" if family.type == "counter" else "") for family in families}
