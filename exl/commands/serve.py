@@ -4,7 +4,7 @@ from pathlib import Path
 
 from exl.commands.common import say
 from exl.commands.options import Debug, LoadOptions, ModelName, RareLoadOptions, shared_options
-from exl.commands.serve_options import FormatOptions, LimitOptions, ListenOptions, WatchOptions, server_options
+from exl.commands.serve_options import LimitOptions, ListenOptions, ServedOptions, WatchOptions, server_options
 from exl.errors import ConfigError
 
 _LOADING = LoadOptions(max_sequences=64, cache_tokens="auto")
@@ -17,7 +17,7 @@ def serve(
     listen: ListenOptions,
     limits: LimitOptions,
     watch: WatchOptions,
-    formats: FormatOptions,
+    served: ServedOptions,
     loading: LoadOptions = _LOADING,
     rarely: RareLoadOptions,
     debug: Debug = False,
@@ -28,7 +28,7 @@ def serve(
 
     exl serve path/to/model --host 0.0.0.0 --port 8080 --api-key-file keys.txt
     """
-    options = server_options(listen, limits, watch, formats)
+    options = server_options(listen, limits, watch, served)
     try:
         from exl.server.run import serve as run
     except ModuleNotFoundError as error:

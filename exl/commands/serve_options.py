@@ -109,9 +109,16 @@ class WatchOptions:
 
 
 @dataclass(frozen=True)
-class FormatOptions:
-    """How answers are read."""
+class ServedOptions:
+    """Which models, and how their answers are read."""
 
+    models_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Each folder in it with a config.json is a model, loaded when asked for."),
+    ] = None
+    idle_unload: Annotated[
+        float | None, typer.Option(metavar=Seconds, help="Unload a model without requests for so long.")
+    ] = None
     tool_format: Annotated[
         str, typer.Option(metavar="NAME", help="How the model writes tool calls; auto: as its chat template does.")
     ] = _DEFAULTS.tool_format
@@ -121,7 +128,7 @@ class FormatOptions:
 
 
 def server_options(
-    listen: ListenOptions, limits: LimitOptions, watch: WatchOptions, formats: FormatOptions
+    listen: ListenOptions, limits: LimitOptions, watch: WatchOptions, served: ServedOptions
 ) -> ServerOptions:
     """Raises ``ConfigError`` that names the option."""
     try:
@@ -144,8 +151,10 @@ def server_options(
         log_prompts=watch.log_prompts,
         trace=watch.trace,
         otlp_endpoint=watch.otlp_endpoint,
-        tool_format=formats.tool_format,
-        reasoning_format=formats.reasoning_format,
+        models_dir=served.models_dir,
+        idle_unload=served.idle_unload,
+        tool_format=served.tool_format,
+        reasoning_format=served.reasoning_format,
         **{name: getattr(limits, name) for name in _SAME},
     )
 
