@@ -308,6 +308,7 @@ def test_langchains_round_trip(calling):
     ("options", "param", "words"),
     [
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]", "not 'custom'"),
+        ({"extra_body": {"chat_template_kwargs": {"tools": []}}}, "chat_template_kwargs", "found 'tools'"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools", "found the function 'get_weather' twice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'get_time'"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "expected 'auto'"),

@@ -20,6 +20,7 @@ from exl.server.openai.fields import (
     MAX_TOP_LOGPROBS,
     GenerationFields,
     Ignored,
+    JsonObject,
     StreamOptions,
     refused,
     request_options,
@@ -49,7 +50,7 @@ class ChatRequest(GenerationFields):
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
     # vLLM's names
-    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Variables of the chat template.")
+    chat_template_kwargs: JsonObject | None = Field(None, description="Variables of the chat template.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
         None, description="The last message, an assistant's, is the beginning of the answer."
@@ -151,7 +152,16 @@ async def begin_chat(
 ) -> Generation:
     """Renders the conversation and asks the engine. ``body``: all other options; ``schema_field``: where its protocol
     has the schema of an answer. Raises ``ApiError``, ``ExlError``."""
-    prepared = await server.in_thread(lambda: model.prepare(conversation))
+    if getattr(body, "chat_template_kwargs", None) and model.llm.tokenizer.chat_template is None:
+        text = "chat_template_kwargs: this model has no chat template"
+        raise ApiError(400, text, param="chat_template_kwargs")
+    try:
+        prepared = await server.in_thread(lambda: model.prepare(conversation))
+    except ConfigError as error:
+        name, _, words = str(error).partition(": ")
+        if name != "variables":
+            raise
+        raise ApiError(400, f"chat_template_kwargs: {words}", param="chat_template_kwargs") from None
     asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
     options = request_options(server, asked, model.context - len(prepared.prompt_ids))
     if prepared.constraint:

@@ -10,12 +10,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from exl.server.bodies import Body, Json, json_body, read_body
+from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Generation
 from exl.server.journeys import note_error
 from exl.server.openai.chat import begin_chat
-from exl.server.openai.fields import MAX_TOP_LOGPROBS, GenerationFields, Ignored, refused
+from exl.server.openai.fields import MAX_TOP_LOGPROBS, GenerationFields, Ignored, JsonObject, Written, refused
 from exl.server.openai.messages import Effort, chosen_tools, template_variables
 from exl.server.openai.response_answer import ResponseAnswer
 from exl.server.openai.response_items import Input, ResponseTool, TextConfig, messages_of
@@ -44,12 +44,12 @@ class ResponsesRequest(GenerationFields):
     max_output_tokens: int | None = None
     text: TextConfig | None = None
     tools: list[ResponseTool] | None = None
-    tool_choice: Json = None
+    tool_choice: Written = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     include: list[str] | None = None
-    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Variables of the chat template.")
+    chat_template_kwargs: JsonObject | None = Field(None, description="Variables of the chat template.")
 
     n: refused("a response has one answer", 1) = None  # type: ignore[valid-type, assignment]
     max_tokens: refused("expected max_output_tokens") = None  # type: ignore[valid-type, assignment]
@@ -65,8 +65,8 @@ class ResponsesRequest(GenerationFields):
     moderation: refused("this server moderates nothing") = None  # type: ignore[valid-type]
 
     stream_options: ResponseStreamOptions | None = None
-    user: Ignored = None
-    metadata: Ignored = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
