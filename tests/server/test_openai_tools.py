@@ -169,6 +169,7 @@ def test_strict_functions_are_constrained(calling, ask):
     served = calling.server.models.states[0].served
     assert served.prepare(Conversation(MESSAGES, TOOLS)).constraint == {}
     assert "%json" in served.prepare(Conversation(MESSAGES, strict)).constraint["grammar"]
+    assert "%json" in served.prepare(Conversation(MESSAGES, TOOLS, parallel_tool_calls=False)).constraint["grammar"]
     with pytest.raises(openai.BadRequestError, match="choices: found it with"):
         ask(said=CALL, tools=strict)
     assert ask(tools=strict, max_tokens=5).choices[0].message.content
