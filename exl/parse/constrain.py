@@ -33,8 +33,8 @@ def constrain(
     ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides, and if a function is ``strict``,
     its calls are of known functions, with arguments by their schemas where ``strict`` says so; "required": one call or
     more; ``{"type": "function", "function": {"name": NAME}}``: of that function. Arguments of required calls always
-    follow the schemas. ``parallel``: more than one call may be made; False constrains "auto", too. ``prompt_ids``: the prompt, which may have opened
-    the reasoning; what is constrained begins behind the reasoning.
+    follow the schemas. ``parallel``: more than one call may be made; False constrains "auto", too. ``prompt_ids``: the
+    prompt, which may have opened the reasoning; what is constrained begins behind the reasoning.
 
     Raises ``ConfigError`` for a malformed choice or tool, for a function that is not among the tools, and for what the
     model's tool format has no grammar for.
