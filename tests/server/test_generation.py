@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
@@ -11,6 +12,7 @@ from exl.engine.ticket import Event
 from exl.parse.parts import Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from exl.server.generation import Generation, Job, Update, Usage, _merged, _Reader, together, total
 from exl.server.watch import Journey
+from tests.server.running import wait_until
 
 
 class Scripted:
@@ -88,6 +90,24 @@ def test_a_late_reader_gets_all_at_once(running):
         assert update.logprobs == choice.logprobs
         assert "".join(part.text for part in update.parts) == choice.text
     assert usage.num_generated == 60
+
+
+def test_who_leaves_the_updates_ends_the_request(running):
+    served = running.server.models.states[0].served
+    journey = Journey("r", "/")
+
+    async def read():
+        job = Job("One day", {"max_tokens": 400, "ignore_eos": True})
+        generation = await Generation.begin(running.server, served, job, journey)
+        async with aclosing(generation.updates()) as updates:
+            async for _ in updates:
+                break
+        return generation
+
+    generation = asyncio.run(read())
+    assert generation._handle.cancelled
+    assert journey.finish_reasons == ("cancelled",)
+    wait_until(lambda: not running.llm.stats().running)
 
 
 def test_several_generations_come_as_they_come():

@@ -238,7 +238,16 @@ def test_what_was_thought_goes_back_to_the_template(thinking):
         "[user]\nHow is the weather?\n[assistant]\n<think>Hm.</think>Warm.\n[user]\nHow is the weather?\n[assistant]\n"
     )
     expected = len(thinking.llm.tokenizer.encode(prompt, bos=False))
-    assert asking(thinking)(messages, max_tokens=1).usage.prompt_tokens == expected
+    ask = asking(thinking)
+    assert ask(messages, max_tokens=1).usage.prompt_tokens == expected
+    items = [
+        *MESSAGES,
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"role": "assistant", "content": "Warm."},
+        *MESSAGES,
+    ]
+    answer = ask.client.responses.create(model="stories", input=items, max_output_tokens=1)
+    assert answer.usage.input_tokens == expected
 
 
 def test_the_answer_is_of_the_clients_own_type(calling):
