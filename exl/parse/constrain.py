@@ -7,6 +7,7 @@ from typing import Any
 
 from exl.errors import ConfigError
 from exl.parse.call_grammars import CallGrammar, Function, call_grammar
+from exl.parse.calls import MAX_NAME, is_name
 from exl.parse.choose import AnswerFormat
 from exl.parse.formats import HARMONY, NONE, REASONING_FORMATS, TOOL_FORMATS
 from exl.parse.harmony import CHANNEL, CONSTRAIN, MESSAGE, START
@@ -29,8 +30,9 @@ def constrain(
 ) -> dict[str, Any]:
     """Options of a request (``grammar``, see ``exl.request_options``); none if nothing is constrained.
 
-    ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides, and if a function is ``strict``,
-    its calls are of known functions, with arguments by their schemas where ``strict`` says so; "required": one call or
+    ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides; if a function is ``strict``,
+    or calls may not be parallel, calls are of known functions, with arguments by their schemas where ``strict`` says
+    so, and the answer ends behind them; "required": one call or
     more; ``{"type": "function", "function": {"name": NAME}}``: of that function. Arguments of required calls always
     follow the schemas. ``parallel``: more than one call may be made. ``prompt_ids``: the prompt, which may have opened
     the reasoning; what is constrained begins behind the reasoning.
@@ -40,7 +42,8 @@ def constrain(
     """
     functions, choice = _functions(tools), _named(tool_choice)
     if choice in ("auto", "none"):
-        if choice == "none" or not any(function.strict for function in functions):
+        is_free = parallel and not any(function.strict for function in functions)
+        if choice == "none" or format.tools == NONE or not functions or is_free:
             return {}
         functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in functions]
     elif choice != "required":
@@ -54,15 +57,30 @@ def constrain(
         raise ConfigError(
             f"tool_choice: found {tool_choice!r} with the tool format 'none', expected another: name it (--tool-format)"
         )
+    try:
+        return {"grammar": _grammar(format, tokenizer, functions, choice == "auto", parallel, prompt_ids)}
+    except (ValueError, TypeError, RecursionError) as error:  # of json.dumps
+        raise ConfigError(f"tools: parameters: {error}; expected schemas that are JSON") from None
+
+
+def _grammar(
+    format: AnswerFormat,
+    tokenizer: Tokenizer,
+    functions: Sequence[Function],
+    is_free: bool,
+    parallel: bool,
+    prompt_ids: Sequence[int],
+) -> str:
+    """``is_free``: there may be text, and no call."""
     if format.tools == HARMONY:
-        return {"grammar": _harmony(tokenizer, functions, choice == "auto")}
+        return _harmony(tokenizer, functions, is_free)
     thinking = REASONING_FORMATS.get(format.reasoning)
     syntax = TOOL_FORMATS[format.tools]
     lark = Lark(tokenizer, (*syntax.tags, *(thinking.tags if thinking else ())))
     calls = call_grammar(lark, format.tools, functions, parallel)
     begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
-    start = _auto(lark, calls, format.tools, thinking) if choice == "auto" else _required(lark, calls)
-    return {"grammar": lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())}
+    start = _auto(lark, calls, format.tools, thinking) if is_free else _required(lark, calls)
+    return lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())
 
 
 def _required(lark: Lark, calls: CallGrammar) -> str:
@@ -118,6 +136,10 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Function]:
         name = found.get("name") if isinstance(found, Mapping) else None
         if not isinstance(found, Mapping) or not isinstance(name, str) or not name:
             raise ConfigError(f"tools[{i}]: found no function with a name, expected one")
+        if not is_name(name):
+            raise ConfigError(
+                f"tools[{i}]: found the name {name!r}, expected at most {MAX_NAME} letters, digits, - or _"
+            )
         schema = found.get("parameters")
         schema = {"type": "object", "properties": {}} if schema is None else schema
         if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
