@@ -12,6 +12,7 @@ from exl.parse.braced_calls import Braced
 from exl.parse.formats import TOOL_FORMATS
 from exl.parse.lark import Lark
 from exl.parse.syntaxes import Marked, Named
+from exl.parse.tools import resolved, schema_types
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,11 @@ def _marked_call(lark: Lark, syntax: Marked, function: Function) -> str:
     pieces = [lark.text(syntax.call_open, function.name, syntax.name_close, "\n")]
     for key, schema, is_required in _properties(function):
         where = f"{function.name}.{key}"
-        is_text = _is_text(schema, where)
+        is_text = _is_text(function, schema, where)
         key_close = f'" string="{"true" if is_text else "false"}">' if syntax.string_attribute else syntax.key_close
         begin = [syntax.key_open, key, key_close]
         begin += ["\n", syntax.value_open] if syntax.value_open else [line]
-        if is_text and (choices := _choices(schema)) is None:
+        if is_text and (choices := _choices(resolved(schema, function.schema))) is None:
             value = lark.until(syntax.value_close)
         elif is_text:
             value = f"({' | '.join(map(lark.text, choices or ()))}) {lark.text(line, syntax.value_close)}"
@@ -312,6 +313,8 @@ def _properties(function: Function) -> list[tuple[str, Mapping[str, Any], bool]]
             f"{function.name}: found {others[0]!r} in its schema, for which this model's tool format has no grammar"
         )
     properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        raise ConfigError(f"{function.name}: found a schema whose 'properties' or 'required' is none, expected both")
     if missing := [key for key in required if key not in properties]:
         raise ConfigError(f"{function.name}: found {missing[0]!r} required, expected it among the properties")
     for key, inner in properties.items():
@@ -338,24 +341,23 @@ def _choices(schema: Mapping[str, Any]) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
-def _is_text(schema: Mapping[str, Any], where: str) -> bool:
+def _is_text(function: Function, schema: Mapping[str, Any], where: str) -> bool:
     """Whether a value is written as bare text. What is no text must be no string either: the parser could not tell."""
-    if (choices := _choices(schema)) is not None:
-        texts = [isinstance(choice, str) for choice in choices]
-        if any(texts) != all(texts) or not choices:
-            raise ConfigError(f"{where}: found the values {choices!r}, expected only texts or none in this format")
-        if any(texts) and not all(choice.strip("\n") == choice and "<" not in choice for choice in choices):
-            raise ConfigError(f"{where}: found the values {choices!r}, which this model's tool format cannot write")
-        return any(texts)
-    if "$ref" in schema or not isinstance(schema.get("type"), str | list):
+    schema = resolved(schema, function.schema)
+    kinds = schema_types(schema, function.schema)
+    if not kinds:
         raise ConfigError(f"{where}: found no 'type', for which this model's tool format has no grammar")
-    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     if "string" not in kinds:
         return False
-    _kinds(schema, where)
-    _refuse(schema, ("minLength", "maxLength", "pattern", "format"), where)
-    if set(kinds) - {"string", "null"}:
-        raise ConfigError(f"{where}: found the types {kinds!r}, expected a string or none in this format")
+    if (choices := _choices(schema)) is not None:
+        if not all(isinstance(choice, str) and choice.strip() == choice and "<" not in choice for choice in choices):
+            raise ConfigError(f"{where}: found the values {choices!r}, which this model's tool format cannot write")
+        return True
+    if kinds - {"string", "null"}:
+        raise ConfigError(f"{where}: found the types {sorted(kinds)}, expected a string or none in this format")
+    for part in (schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        allowed = (*_NOTES, "anyOf", "oneOf")
+        _refuse(part, [key for key in part if key not in allowed], where)
     return True
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from exl.errors import ConfigError
 from exl.parse.call_grammars import CallGrammar, Function, call_grammar
+from exl.parse.calls import MAX_NAME, is_name
 from exl.parse.choose import AnswerFormat
 from exl.parse.formats import HARMONY, NONE, REASONING_FORMATS, TOOL_FORMATS
 from exl.parse.harmony import CHANNEL, CONSTRAIN, MESSAGE, START
@@ -30,18 +31,20 @@ def constrain(
 ) -> dict[str, Any]:
     """Options of a request (``grammar``, see ``exl.request_options``); none if nothing is constrained.
 
-    ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides, and if a function is ``strict``,
-    its calls are of known functions, with arguments by their schemas where ``strict`` says so; "required": one call or
-    more; ``{"type": "function", "function": {"name": NAME}}``: of that function. Arguments of required calls always
-    follow the schemas. ``parallel``: more than one call may be made. ``prompt_ids``: the prompt, which may have opened
-    the reasoning; what is constrained begins behind the reasoning.
+    ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides; if a function is ``strict``, or
+    calls may not be parallel, calls are of known functions, with arguments by their schemas where ``strict`` says so,
+    and the answer ends behind them; "required": one call or more; ``{"type": "function", "function": {"name": NAME}}``:
+    of that function. Arguments of required calls always follow the schemas. ``parallel``: more than one call may be
+    made. ``prompt_ids``: the prompt, which may have opened the reasoning; what is constrained begins behind the
+    reasoning.
 
     Raises ``ConfigError`` for a malformed choice or tool, for a function that is not among the tools, and for what the
     model's tool format has no grammar for.
     """
     functions, choice = _functions(tools), _named(tool_choice)
     if choice in ("auto", "none"):
-        if choice == "none" or not any(function.strict for function in functions):
+        is_free = parallel and not any(function.strict for function in functions)
+        if choice == "none" or format.tools == NONE or not functions or is_free:
             return {}
         functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in functions]
     elif choice != "required":
@@ -55,15 +58,30 @@ def constrain(
         raise ConfigError(
             f"tool_choice: found {tool_choice!r} with the tool format 'none', expected another: name it (--tool-format)"
         )
+    try:
+        return {"grammar": _grammar(format, tokenizer, functions, choice == "auto", parallel, prompt_ids)}
+    except (ValueError, TypeError, RecursionError) as error:  # of json.dumps
+        raise ConfigError(f"tools: parameters: {error}; expected schemas that are JSON") from None
+
+
+def _grammar(
+    format: AnswerFormat,
+    tokenizer: Tokenizer,
+    functions: Sequence[Function],
+    is_free: bool,
+    parallel: bool,
+    prompt_ids: Sequence[int],
+) -> str:
+    """``is_free``: there may be text, and no call."""
     if format.tools == HARMONY:
-        return {"grammar": _harmony(tokenizer, functions, choice == "auto")}
+        return _harmony(tokenizer, functions, is_free)
     thinking = REASONING_FORMATS.get(format.reasoning)
     syntax = TOOL_FORMATS[format.tools]
     lark = Lark(tokenizer, (*syntax.tags, *(thinking.tags if thinking else ())))
     calls = call_grammar(lark, format.tools, functions, parallel)
     begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
-    start = _auto(lark, calls, format.tools, thinking) if choice == "auto" else _required(lark, calls)
-    return {"grammar": lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())}
+    start = _auto(lark, calls, format.tools, thinking) if is_free else _required(lark, calls)
+    return lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())
 
 
 def constrain_text(
@@ -81,20 +99,32 @@ def constrain_text(
     arguments by the schemas of those that are ``strict``, or the text. Raises ``ConfigError`` as ``constrain`` does.
     """
     functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in _functions(tools)]
-    thinking = REASONING_FORMATS.get(format.reasoning)
-    if thinking is None and HARMONY not in (format.tools, format.reasoning) and not functions:
+    if format.reasoning == NONE and format.tools != HARMONY and not functions:
         return {"json_schema": schema}
-    schema = _schema(schema)
+    try:
+        return {"grammar": _text_grammar(format, tokenizer, _schema(schema), functions, parallel, prompt_ids)}
+    except (ValueError, TypeError, RecursionError) as error:  # of json.dumps
+        raise ConfigError(f"json_schema: {error}; expected schemas that are JSON") from None
+
+
+def _text_grammar(
+    format: AnswerFormat,
+    tokenizer: Tokenizer,
+    schema: Mapping[str, Any],
+    functions: Sequence[Function],
+    parallel: bool,
+    prompt_ids: Sequence[int],
+) -> str:
     if HARMONY in (format.tools, format.reasoning):
-        takes_calls = format.tools == HARMONY
-        return {"grammar": _harmony(tokenizer, functions if takes_calls else [], True, schema)}
+        return _harmony(tokenizer, functions if format.tools == HARMONY else [], True, schema)
     syntax = TOOL_FORMATS.get(format.tools) if functions else None
+    thinking = REASONING_FORMATS.get(format.reasoning)
     lark = Lark(tokenizer, (*(syntax.tags if syntax else ()), *(thinking.tags if thinking else ())))
     choices = [lark.json(schema)]
     if syntax is not None:
         choices.append(_required(lark, call_grammar(lark, format.tools, functions, parallel)))
     begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
-    return {"grammar": lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())}
+    return lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())
 
 
 def _required(lark: Lark, calls: CallGrammar) -> str:
@@ -155,6 +185,10 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Function]:
         name = found.get("name") if isinstance(found, Mapping) else None
         if not isinstance(found, Mapping) or not isinstance(name, str) or not name:
             raise ConfigError(f"tools[{i}]: found no function with a name, expected one")
+        if not is_name(name):
+            raise ConfigError(
+                f"tools[{i}]: found the name {name!r}, expected at most {MAX_NAME} letters, digits, - or _"
+            )
         schema = found.get("parameters")
         schema = {"type": "object", "properties": {}} if schema is None else schema
         if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":

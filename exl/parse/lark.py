@@ -45,8 +45,9 @@ class Lark:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """JSON of a schema."""
-        options = {"whitespace_pattern": _JSON_SPACE, **schema.get("x-guidance", {})}
-        return self.rule("%json " + json.dumps({**schema, "x-guidance": options}))
+        own = schema.get("x-guidance")
+        options = {"whitespace_pattern": _JSON_SPACE, **(own if isinstance(own, Mapping) else {})}
+        return self.rule("%json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False))
 
     def regex(self, pattern: str) -> str:
         """A regular expression, in Rust's syntax, that does not match the empty text."""

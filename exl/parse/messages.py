@@ -46,7 +46,7 @@ class MessageForms:
             arguments_as_text=_wants_text(template),
             ids="nine" if _NINE in written else "kimi" if _KIMI in written else "any",
             developer="developer" in written,
-            tool_responses="tool_responses" in written and "tool_call_id" not in written,
+            tool_responses="tool_responses" in template.source_text and "tool_call_id" not in template.source_text,
         )
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def _wants_text(template: ChatTemplate) -> bool:
 
 
 def _rendered(template: ChatTemplate, arguments: Any) -> str | None:
-    """A short conversation with a call that has these arguments; None if the template refuses it."""
+    """A short conversation with a call that has these arguments; None if the template refuses it or leaves them out."""
     function = {"name": "f", "arguments": arguments}
     tool = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}
     asked = {"role": "user", "content": "x"}
@@ -173,7 +173,9 @@ def _rendered(template: ChatTemplate, arguments: Any) -> str | None:
             [asked, called],
         ):
             try:
-                return template.render(messages, add_generation_prompt=False, tools=[tool])
+                text = template.render(messages, add_generation_prompt=False, tools=[tool])
             except ConfigError:
                 continue
+            if _KEY in text:
+                return text
     return None

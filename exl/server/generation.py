@@ -160,10 +160,10 @@ class Generation:
             ids = model.llm.encode(job.prompt)
             if server.options.log_prompts:
                 journey.prompt = model.llm.tokenizer.decode(ids)
+            journey.submitted, journey.num_prompt = time.perf_counter(), len(ids)  # before: it may begin at once
             return model.llm.submit(ids, **job.options), ids
 
         handle, ids = await server.in_thread(submit, slow=not _CONSTRAINTS.isdisjoint(job.options))
-        journey.submitted, journey.num_prompt = time.perf_counter(), len(ids)
         return cls(server, model, job, handle, journey, ids)
 
     @property

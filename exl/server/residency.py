@@ -422,7 +422,7 @@ class Residency:
 
 def _stopped() -> ApiError:
     text = "the server is shutting down, and takes no more requests"
-    return ApiError(503, text, code="shutting_down", headers={"Retry-After": str(RETRY_SECONDS)})
+    return ApiError(503, text, code="draining", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def _in_use(state: ModelState) -> ApiError:

@@ -65,6 +65,11 @@ class ChatTemplate:
         there is not."""
         return self._templates[self._choose(name, None)]
 
+    @property
+    def source_text(self) -> str:
+        """The templates themselves, joined by NUL."""
+        return "\0".join(self._templates.values())
+
     @cached_property
     def literal_text(self) -> str:
         """All text that the templates themselves can write: their literal text and strings, joined by NUL."""

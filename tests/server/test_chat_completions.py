@@ -234,6 +234,8 @@ REFUSED = [
     ({"tool_choice": "required"}, "tool_choice", "no tool_choice without tools"),
     ({"best_of": 3, "stream": True}, "best_of", "found 3 with stream"),
     ({"continue_final_message": True}, "messages", "found no text of an assistant's at the end"),
+    ({"timeout": -1}, "timeout", "greater than 0"),
+    ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "no chat template"),
     ({"nonsense": 1}, "nonsense", "unknown field"),
 ]
 
@@ -245,6 +247,15 @@ def test_what_cannot_be_honoured_is_refused_by_name(ask, body, param, words):
     error = caught.value
     assert (error.param, error.type) == (param, "invalid_request_error")
     assert words in error.body["message"]
+
+
+def test_numbers_that_json_cannot_hold(running):
+    """Parsers read 1e999 as infinity."""
+    tool = '{"type": "function", "function": {"name": "f", "parameters": {"default": 1e999}}}'
+    body = f'{{"messages": [{{"role": "user", "content": "a"}}], "tools": [{tool}]}}'
+    headers = {"Content-Type": "application/json"}
+    found = httpx.post(f"{running.url}/v1/chat/completions", content=body, headers=headers)
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "tools[0].function.parameters")
 
 
 def test_what_changes_nothing_is_taken(ask):

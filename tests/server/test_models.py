@@ -295,7 +295,7 @@ def test_a_server_that_ends_while_it_loads_says_so(folder):
         server.server.draining = True
         assert server.server.models.drain(5)
         assert (client.get("/health").status_code, client.get("/health").headers["Retry-After"]) == (503, "2")
-        assert ask(client, "small").json()["error"]["code"] == "shutting_down"
+        assert ask(client, "small").json()["error"]["code"] == "draining"
     server.__exit__()
 
 

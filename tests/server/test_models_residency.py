@@ -398,7 +398,7 @@ def test_who_waits_is_told_that_the_server_ends_and_a_load_stops():
         await settled()
         await asyncio.to_thread(world.residency.stop)
         for error in await asyncio.gather(*asked, return_exceptions=True):
-            assert (error.status, error.code) == (503, "shutting_down")
+            assert (error.status, error.code) == (503, "draining")
         with pytest.raises(ApiError, match="shutting down"):
             await world.ask("c")
         end.set()

@@ -30,6 +30,21 @@ TOOLS = [
         },
     },
     {"type": "function", "function": {"name": "now"}},  # no parameters at all
+    {
+        "type": "function",
+        "function": {
+            "name": "ref",
+            "parameters": {
+                "properties": {
+                    "a": {"$ref": "#/$defs/text"},
+                    "b": {"$ref": "#/$defs/number"},
+                    "c": {"anyOf": [{"$ref": "#/$defs/text"}, {"type": "null"}]},
+                    "d": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+                },
+                "$defs": {"text": {"type": "string"}, "number": {"type": "integer"}},
+            },
+        },
+    },
     {"type": "function", "name": "flat.search", "parameters": {"properties": {"q": {"enum": ["a", "1"]}}}},
 ]
 
@@ -187,6 +202,11 @@ HERMES = [
            (Call("f", '{"a": 1}'),)),
     Stream("an id", "hermes", '<tool_call>{"id": "c1", "name": "f", "arguments": {}}</tool_call>',
            (Call("f", "{}", "c1"),)),
+    Stream("in OpenAI's shape", "hermes",
+           '<tool_call>{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}, "id": "1"}</tool_call>a',
+           (Call("f", '{"a": 1}'), Text("a"))),
+    Stream("in OpenAI's shape, no arguments", "json", '{"type": "function", "function": {"name": "now"}}',
+           (Call("now", "{}"),)),
     Stream("arguments in a string", "hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>',
            (Call("f", '{"a": 1}'),)),
     Stream("no arguments", "hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', (Call("f", "{}"),)),
@@ -238,6 +258,8 @@ XML = [
     Stream("an enum of strings", "qwen3_coder", _xml("flat.search", q="1"), (Call("flat.search", '{"q": "1"}'),)),
     Stream("lines, quotes, tags in values", "qwen3_coder", _xml("get_weather", city='a\n\n"b"\\ <c></parameter\n'),
            (Call("get_weather", '{"city": "a\\n\\n\\"b\\"\\\\ <c></parameter\\n"}'),)),
+    Stream("types behind references", "qwen3_coder", _xml("ref", a="1", b="1", c="null", d="1.5"),
+           (Call("ref", '{"a": "1", "b": 1, "c": null, "d": "1.5"}'),)),
     Stream("no parameters", "qwen3_coder", f"{_xml('now')}\n{_xml('now')}", (Call("now", "{}"), Call("now", "{}"))),
     Stream("half a value", "qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nRo",
            (Call("get_weather", '{"city": "Ro', whole=False),), whole=False),

@@ -91,7 +91,7 @@ def check_calls(parts) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["special", "added", "bytes"])
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.tools + "-" + form.reasoning)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_answer_is_read_the_same_wherever_it_is_cut(form, kind, data):
     vocabulary = vocabulary_of(form, kind)
@@ -114,7 +114,7 @@ def bare(text: str, tags) -> str:
 
 @pytest.mark.parametrize("kind", ["special", "added", "bytes"])
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.tools + "-" + form.reasoning)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_what_is_no_call_is_text_or_reasoning_to_the_last_character(form, kind, data):
     """White space beside tags, and tags that begin and end reasoning, are all that may be missing."""

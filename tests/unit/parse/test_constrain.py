@@ -73,9 +73,11 @@ def draw(grammars: Grammars, grammar: str, seed: int, most: int = 500) -> tuple[
     return ids, matcher.is_finished
 
 
-def check(form: AnswerFormat, tokenizer: Tokenizer, ids, ended: bool, required: bool, schemas=SCHEMAS) -> int:
+def check(
+    form: AnswerFormat, tokenizer: Tokenizer, ids, ended: bool, required: bool, schemas=SCHEMAS, tools=TOOLS
+) -> int:
     """All calls that are whole follow their schemas, and with an answer that ended all are. Returns how many."""
-    parser = parser_for(form, tokenizer, tools=TOOLS)
+    parser = parser_for(form, tokenizer, tools=tools)
     names: dict[int, str] = {}
     arguments: dict[int, str] = {}
     num_whole = 0
@@ -110,7 +112,7 @@ def test_random_draws_give_calls_that_follow_their_schemas(tools, kind, choice, 
     tokenizer, grammars = grammars_of(form, kind)
     grammar = constrain(form, tokenizer, TOOLS, tool_choice=choice)["grammar"]
     num_calls = num_ended = 0
-    for seed in range(5):
+    for seed in range(4):
         ids, ended = draw(grammars, grammar, seed)
         num_calls += check(form, tokenizer, ids, ended, choice == "required")
         num_ended += ended
@@ -182,6 +184,8 @@ def test_where_no_function_is_strict_nothing_is_constrained():
     loose = [{"type": "function", "function": {"name": "now"}}]
     assert constrain(form, tokenizer, loose) == constrain(form, tokenizer, TOOLS, tool_choice="none") == {}
     assert constrain(form, tokenizer, [*loose, TOOLS[0]]).keys() == {"grammar"}
+    assert constrain(form, tokenizer, loose, parallel=False).keys() == {"grammar"}
+    assert constrain(AnswerFormat(), tokenizer, TOOLS) == constrain(form, tokenizer, [], parallel=False) == {}
 
 
 def test_a_schema_may_refer_to_its_own_definitions():
@@ -198,6 +202,31 @@ def test_a_schema_may_refer_to_its_own_definitions():
     for seed in range(3):
         ids, ended = draw(grammars, grammar, seed)
         assert check(form, tokenizer, ids, ended, True, {"go": schema}) == 1
+
+
+@pytest.mark.parametrize("tools", ["qwen3_coder", "glm", "deepseek_v32", "minimax"])
+def test_values_that_a_schema_refers_to_are_constrained(tools):
+    schema = {
+        "type": "object",
+        "properties": {
+            "way": {"$ref": "#/$defs/way"},
+            "by": {"$ref": "#/$defs/by"},
+            "name": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        },
+        "required": ["way", "by", "name"],
+        "$defs": {
+            "way": {"enum": ["north", "1"]},
+            "by": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
+        },
+    }
+    declared = [{"type": "function", "function": {"name": "go", "parameters": schema}}]
+    form = format_of(tools, False)
+    tokenizer, grammars = grammars_of(form, "special")
+    grammar = constrain(form, tokenizer, declared, tool_choice="required", parallel=False)["grammar"]
+    for seed in range(4):
+        ids, ended = draw(grammars, grammar, seed)
+        num = check(form, tokenizer, ids, ended, True, {"go": schema}, declared)
+        assert num == ended
 
 
 def tool(**properties):
@@ -217,6 +246,7 @@ def tool(**properties):
         ("qwen3_coder", {"a": {"type": ["string", "integer"]}}, "f.a: found the types"),
         ("qwen3_coder", {"a>": {"type": "string"}}, "found a parameter 'a>'"),
         ("glm", {"a": {"enum": ["x", 1]}}, "f.a: found the values"),
+        ("glm", {"a": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]}}, "f.a: found 'format'"),
         ("gemma4", {"a": {"anyOf": [{"type": "string"}]}}, "f.a: found 'anyOf'"),
     ],
 )
@@ -237,6 +267,8 @@ def test_what_a_format_has_no_grammar_for_is_refused_by_name(tools, properties, 
         ("required", [], "without tools"),
         ("required", [{"type": "function"}], "tools[0]: found no function with a name"),
         ("required", [{"function": {"name": "f", "parameters": {"type": "array"}}}], "the schema of an object"),
+        ("required", [{"function": {"name": "a b"}}], "tools[0]: found the name 'a b'"),
+        ("required", [{"function": {"name": "f", "parameters": {"default": float("nan")}}}], "that are JSON"),
     ],
 )
 def test_malformed_choices_and_tools_are_named(choice, tools, words):
