@@ -6,6 +6,22 @@ ROOT = Path(__file__).parent
 
 CHAT_MODEL = ["gguf>=0.17", "filelock>=3.12"]  # what `make chat` fetches its model with
 CONSTRAINTS = ["llguidance>=1.9,<2"]
+SERVER = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools>=0.6",
+    "uvloop>=0.19; sys_platform != 'win32'",
+    "prometheus_client>=0.20",
+]
+# Clients of the server's protocols, which its tests run.
+CLIENTS = [
+    "openai>=2",
+    "anthropic>=1",
+    "langchain-openai>=1",
+    "httpx>=0.27",
+    "schemathesis>=4",
+    "opentelemetry-sdk>=1.30",
+]
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
 
 # The kernel sources are in `cuda/`, where readers look for them, and are installed as the package `exl._cuda`. `cuda/`
@@ -44,6 +60,7 @@ setup(
         "cuda13": ["cupy-cuda13x[ctk]>=13.6"],
         "constraints": CONSTRAINTS,
         "demo": ["gradio>=6"],
+        "server": SERVER,
         # Runs the demo in the system's Chromium; downloads no browser.
         "browser": ["playwright>=1.50"],
         "chat-model": CHAT_MODEL,
@@ -52,6 +69,8 @@ setup(
             *CHAT_MODEL,
             *CONSTRAINTS,
             *NOTEBOOK,
+            *SERVER,
+            *CLIENTS,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

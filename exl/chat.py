@@ -195,7 +195,7 @@ class Chat:
             ids, plain = self._run_ids, self._plain_ids
         elif self.is_transcript:
             plain = self._render(shown, to_answer=True)
-            ids = self._llm.encode(f"{_transcript(self._system, shown, True)} {answer}")
+            ids = self._llm.encode(f"{transcript(self._with_system(shown), True)} {answer}")
         else:
             plain = self._render(shown, to_answer=True)
             ids = [*plain, *self._llm.tokenizer.encode(answer, bos=False)]
@@ -338,11 +338,17 @@ class Chat:
 
     def _render(self, messages: Sequence[Mapping], *, to_answer: bool) -> list[int]:
         if self.is_transcript:
-            return self._llm.encode(_transcript(self._system, messages, to_answer))
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+            return self._llm.encode(transcript(self._with_system(messages), to_answer))
         return self._llm.chat_prompt(
-            [*system, *messages], add_generation_prompt=to_answer, tools=self._tools, variables=self._variables
+            self._with_system(messages),
+            add_generation_prompt=to_answer,
+            tools=self._tools,
+            variables=self._variables,
         )
+
+    def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, *messages]
 
 
 @dataclass(frozen=True)
@@ -356,9 +362,14 @@ class _Kept:
     begun: str = ""  # the part of the answer that is in the prompt
 
 
-def _transcript(system: str | None, messages: Sequence[Mapping[str, Any]], to_answer: bool) -> str:
-    lines = [] if system is None else [system]
-    lines += [f"{message['role'].capitalize()}: {message.get('content') or ''}".rstrip() for message in messages]
+def transcript(messages: Sequence[Mapping[str, Any]], to_answer: bool) -> str:
+    """Messages as a text, for a model without a chat template; the system prompt stands for itself."""
+    lines = [
+        message["content"]
+        if message["role"] == "system"
+        else f"{message['role'].capitalize()}: {message.get('content') or ''}".rstrip()
+        for message in messages
+    ]
     return "\n".join([*lines, "Assistant:"] if to_answer else lines)
 
 

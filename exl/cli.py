@@ -20,6 +20,7 @@ from exl.commands.info import info
 from exl.commands.packed import packed_app
 from exl.commands.plan import plan
 from exl.commands.quantize import quantize
+from exl.commands.serve import serve
 from exl.commands.standard_streams import ReaderGone, standard_streams
 from exl.commands.usage import explain_usage, help_text, judge_numbers
 from exl.errors import ExlError, one_line_warnings
@@ -38,6 +39,7 @@ app = typer.Typer(
 for name, command in (
     ("generate", generate),
     ("chat", chat),
+    ("serve", serve),
     ("info", info),
     ("plan", plan),
     ("quantize", quantize),

@@ -139,6 +139,37 @@ class LoadOptions:
         return {"revision": self.revision, "token": self.token}
 
 
+@dataclass(frozen=True)
+class RareLoadOptions:
+    """The other options of ``exl.load``, which only long-running programs need."""
+
+    prefill_chunk: Annotated[int, typer.Option(metavar="N", help="Rows computed at once.")] = 512
+    prefill_window: Annotated[
+        int, typer.Option(metavar="N", help="Rows that go through one layer before the next layer starts.")
+    ] = 4096
+    resident_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep at most this many layers in memory; others are streamed.")
+    ] = None
+    head: Annotated[
+        str, typer.Option(metavar="BITS", help="8 or 4 rounds a dense head to this many bits; file leaves it.")
+    ] = "file"
+    packed_folder: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where streamed layers are kept. Default: the user's cache.")
+    ] = None
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A smaller model with the same vocabulary, which drafts.")
+    ] = None
+
+    def engine(self) -> dict[str, object]:
+        """Keywords of ``exl.load``. Raises ``ConfigError``."""
+        found = dataclasses.asdict(self)
+        if self.head != "file":
+            if not self.head.isdigit():
+                raise ConfigError(f"--head: found {self.head!r}, expected file, 8 or 4")
+            found["head"] = int(self.head)
+        return found
+
+
 _TYPED = {NUMBER: (float, None), INTEGER: (int, None), FLAG: (bool, None), TEXTS: (list[str], "TEXT")}
 _WRITTEN = {IDS: "ID,ID", BIASES: "ID=X,ID=X"}
 
@@ -178,7 +209,8 @@ def parameter_hints(command: Callable[..., Any]) -> dict[str, Any]:
 
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` in a form that typer accepts: each parameter that is a group becomes its fields, in order."""
+    """``command`` in a form that typer accepts: each parameter that is a group becomes its fields, in order. A group
+    given as a parameter's default gives its fields their defaults."""
     hints = parameter_hints(command)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}
@@ -189,10 +221,12 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
             continue
         groups[parameter.name] = hint
         fields = get_type_hints(hint, include_extras=True)
-        parameters += [
-            inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=fields[f.name])
-            for f in dataclasses.fields(hint)
-        ]
+        given = None if parameter.default is parameter.empty else parameter.default
+        for f in dataclasses.fields(hint):
+            default = f.default if given is None else getattr(given, f.name)
+            parameters.append(
+                inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=default, annotation=fields[f.name])
+            )
 
     def run(**values: Any) -> None:
         made = {

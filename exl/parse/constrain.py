@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,37 @@ def _grammar(
     return lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())
 
 
+def constrain_text(
+    format: AnswerFormat,
+    tokenizer: Tokenizer,
+    schema: Any,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    parallel: bool = True,
+    prompt_ids: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Options of a request whose answer's text is JSON of a schema, see ``RequestOptions.json_schema``.
+
+    Reasoning comes before it as it likes. With ``tools``, the answer is either calls, of known functions and with
+    arguments by the schemas of those that are ``strict``, or the text. Raises ``ConfigError`` as ``constrain`` does.
+    """
+    functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in _functions(tools)]
+    thinking = REASONING_FORMATS.get(format.reasoning)
+    if thinking is None and HARMONY not in (format.tools, format.reasoning) and not functions:
+        return {"json_schema": schema}
+    schema = _schema(schema)
+    if HARMONY in (format.tools, format.reasoning):
+        takes_calls = format.tools == HARMONY
+        return {"grammar": _harmony(tokenizer, functions if takes_calls else [], True, schema)}
+    syntax = TOOL_FORMATS.get(format.tools) if functions else None
+    lark = Lark(tokenizer, (*(syntax.tags if syntax else ()), *(thinking.tags if thinking else ())))
+    choices = [lark.json(schema)]
+    if syntax is not None:
+        choices.append(_required(lark, call_grammar(lark, format.tools, functions, parallel)))
+    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
+    return {"grammar": lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())}
+
+
 def _required(lark: Lark, calls: CallGrammar) -> str:
     return f"{lark.text(calls.open)} {calls.rest}".strip() if calls.open else calls.rest
 
@@ -107,23 +139,28 @@ def _reasoning(lark: Lark, thinking: Thinking | None, begun: bool) -> str:
     return rest if begun else f"({space} {lark.text(thinking.open)} {rest})?"
 
 
-def _harmony(tokenizer: Tokenizer, functions: Sequence[Function], free: bool) -> str:
-    """From the header on that the prompt ends in, ``<|start|>assistant``. The tokens that end an answer,
-    ``<|call|>`` and ``<|return|>``, are the engine's."""
+def _harmony(
+    tokenizer: Tokenizer, functions: Sequence[Function], free: bool, schema: Mapping[str, Any] | None = None
+) -> str:
+    """``schema``: of the final text.
+
+    From the header on that the prompt ends in, ``<|start|>assistant``. The tokens that end an answer, ``<|call|>`` and
+    ``<|return|>``, are the engine's."""
     lark = Lark(tokenizer, HARMONY_TAGS)
     end = f"{lark.until('<|end|>', [tag for tag in HARMONY_TAGS if tag != '<|end|>'])} {lark.text(START, 'assistant')}"
     thought = f"{lark.text(CHANNEL, 'analysis', MESSAGE)} {end}"
-    call = lark.one_of([
+    calls = [
         f"{lark.text(CHANNEL, f'commentary to=functions.{function.name} ', CONSTRAIN, 'json', MESSAGE)} "
         f"{lark.json(function.schema)}"
         for function in functions
-    ])  # fmt: skip
+    ]
     if not free:
-        return lark.source(f"({thought})* {call}")
-    text = f"({lark.free(HARMONY_TAGS)})?"
+        return lark.source(f"({thought})* {lark.one_of(calls)}")
+    text = f"({lark.free(HARMONY_TAGS)})?" if schema is None else lark.json(schema)
     preamble = f"{lark.text(CHANNEL, 'commentary', MESSAGE)} {end}"
     final = f"{lark.text(CHANNEL, 'final', MESSAGE)} {text}"
-    return lark.source(f"({thought} | {preamble})* ({call} | {final})")
+    before = f"({thought} | {preamble})*" if schema is None else f"({thought})*"  # a preamble is text, too
+    return lark.source(f"{before} {lark.one_of([*calls, final])}")
 
 
 # ---- what clients send
@@ -146,6 +183,19 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Function]:
             raise ConfigError(f"tools[{i}]: {name}: parameters: found {schema!r}, expected the schema of an object")
         functions.append(Function(name, {**schema, "type": "object"}, found.get("strict") is True))
     return functions
+
+
+def _schema(schema: Any) -> Mapping[str, Any]:
+    """A schema as an object. Raises ``ConfigError``."""
+    if schema is True or schema == "object":
+        return {"type": "object"}
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"json_schema: {error}; expected a schema") from None
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"json_schema: found {type(found).__name__}, expected a schema: an object")
+    return found
 
 
 def _named(choice: Any) -> str:

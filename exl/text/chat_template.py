@@ -65,6 +65,11 @@ class ChatTemplate:
         """The templates themselves, joined by NUL."""
         return "\0".join(self._templates.values())
 
+    def text(self, name: str | None = None) -> str:
+        """The template itself; by default the one for messages without tools. Raises ``ConfigError`` for a name that
+        there is not."""
+        return self._templates[self._choose(name, None)]
+
     @cached_property
     def literal_text(self) -> str:
         """All text that the templates themselves can write: their literal text and strings, joined by NUL."""

@@ -34,6 +34,7 @@ LADDER = (
     ("completion", "embedding", "load_test"),
     ("llm", "bench"),
     ("chat", "evaluate"),
+    ("server",),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,65 @@
+"""Each request has a ``Journey`` from its first byte to its last, and an id that its client and the log share."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from exl.server.errors import api_error
+from exl.server.responses import ClientGone
+from exl.server.state import Server
+from exl.server.watch import Journey
+
+LOG = logging.getLogger("exl.server")
+
+
+def note_error(journey: Journey, error: Exception) -> None:
+    """For logs and traces. An error that nobody expected is logged with its traceback."""
+    journey.error = str(error) or type(error).__name__
+    if api_error(error).status == 500:
+        LOG.error("request %s failed", journey.request_id, exc_info=error)
+
+
+class Journeys:
+    """Gives each request its ``Journey`` in ``scope["journey"]`` and an ``X-Request-Id``, and tells who looks on of its
+    end. Also answers where the routes raised what nobody expected, or the client has left."""
+
+    def __init__(self, app: ASGIApp, server: Server, tell: Callable[[Request, Exception], Awaitable[Response]]) -> None:
+        self._app, self._server, self._tell = app, server, tell
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128]
+        if not request_id.isascii() or not request_id.replace("-", "").replace("_", "").isalnum():
+            request_id = uuid.uuid4().hex
+        journey = scope["journey"] = Journey(request_id, "unknown")
+        journey.traceparent = headers.get(b"traceparent", b"").decode("latin-1") or None
+
+        async def send_with_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                journey.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            journey.error = "the client has left"
+        except Exception as error:
+            response = await self._tell(Request(scope), error)
+            if journey.status is None:
+                await response(scope, receive, send_with_id)
+        finally:
+            route = scope.get("route")
+            journey.route = getattr(route, "path", "unknown")
+            for watch in self._server.watches:
+                watch.responded(journey)

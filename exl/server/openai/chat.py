@@ -1,0 +1,191 @@
+"""``POST /v1/chat/completions`` (platform.openai.com/docs/api-reference/chat)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+
+from exl.errors import ConfigError
+from exl.request_options import CONSTRAINTS
+from exl.server.bodies import Json, json_body, read_body
+from exl.server.errors import ApiError, openai_body
+from exl.server.generation import Generation, Job
+from exl.server.journeys import note_error
+from exl.server.openai.chat_answer import ChatAnswer
+from exl.server.openai.fields import (
+    MAX_TOP_LOGPROBS,
+    GenerationFields,
+    Ignored,
+    StreamOptions,
+    refused,
+    request_options,
+)
+from exl.server.openai.messages import (
+    Effort,
+    Message,
+    ResponseFormat,
+    Tool,
+    chosen_tools,
+    template_variables,
+)
+from exl.server.responses import SSE_DONE, EventStream, json_response, sse, unless_gone
+from exl.server.served import Conversation, ServedModel
+from exl.server.state import Server
+
+
+class ChatRequest(GenerationFields):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Json = None
+    parallel_tool_calls: bool | None = None
+    stream_options: StreamOptions | None = None
+    reasoning_effort: Effort | None = None
+    # vLLM's names
+    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Variables of the chat template.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(
+        None, description="The last message, an assistant's, is the beginning of the answer."
+    )
+
+    modalities: refused("this model writes text only", ["text"]) = None  # type: ignore[valid-type]
+    audio: refused("this model makes no sound") = None  # type: ignore[valid-type]
+    functions: refused("expected tools, which have replaced it") = None  # type: ignore[valid-type]
+    function_call: refused("expected tool_choice, which has replaced it") = None  # type: ignore[valid-type]
+    web_search_options: refused("this server searches nothing") = None  # type: ignore[valid-type]
+    prediction: refused('exl\'s own guesses are speculate: "prompt" or "draft"') = None  # type: ignore[valid-type]
+    moderation: refused("this server moderates nothing") = None  # type: ignore[valid-type]
+    store: refused("this server keeps no answers", False) = None  # type: ignore[valid-type]
+    verbosity: refused("the model is not asked for another length", "medium") = None  # type: ignore[valid-type]
+
+    user: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+
+
+BODIES: tuple[type[BaseModel], ...] = (ChatRequest,)
+
+
+def router(server: Server) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest), summary="Answers a conversation")
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, ChatRequest)
+        return await _answer(server, request, body)
+
+    return routes
+
+
+async def _answer(server: Server, request: Request, body: ChatRequest) -> Response:
+    async with AsyncExitStack() as stack:
+        model = await stack.enter_async_context(server.models.use(body.model))
+        generation = await _begin(server, model, request, body)
+        stack.callback(generation.close)
+        answer = ChatAnswer(model, bool(body.stream_options and body.stream_options.include_usage))
+        if not body.stream:
+            choices = await unless_gone(request, generation.choices())
+            return json_response(answer.whole(choices, generation))
+        return event_stream(_events(answer, generation), generation, stack.pop_all())
+
+
+def conversation_of(body: ChatRequest) -> Conversation:
+    """Raises ``ApiError``."""
+    tools, choice = chosen_tools([tool.for_template() for tool in body.tools or ()], body.tool_choice)
+    schema = body.json_schema
+    if body.response_format is not None and (wanted := body.response_format.schema_of()) is not None:
+        if schema is not None:
+            text = "response_format: found it and json_schema, expected one of the two"
+            raise ApiError(400, text, param="response_format")
+        schema = wanted
+    if body.continue_final_message and body.add_generation_prompt:
+        text = "continue_final_message: found it with add_generation_prompt, expected one of the two"
+        raise ApiError(400, text, param="continue_final_message")
+    return Conversation(
+        [message.for_template() for message in body.messages],
+        tools,
+        choice,
+        body.parallel_tool_calls is not False,
+        schema,
+        template_variables(body.reasoning_effort, body.chat_template_kwargs),
+        body.add_generation_prompt is not False,
+        bool(body.continue_final_message),
+        [body.stop] if isinstance(body.stop, str) else body.stop or (),
+    )
+
+
+async def _begin(server: Server, model: ServedModel, request: Request, body: ChatRequest) -> Generation:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: found it without logprobs, expected both", param="top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs: found it with stream, expected one of the two", param="prompt_logprobs")
+    limits = {number for number in (body.max_tokens, body.max_completion_tokens) if number is not None}
+    if len(limits) > 1:
+        text = "max_completion_tokens: found another number in max_tokens, expected one of the two"
+        raise ApiError(400, text, param="max_completion_tokens")
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    conversation, limit = conversation_of(body), limits.pop() if limits else None
+    return await begin_chat(server, model, request, body, conversation, limit, top_logprobs, "response_format")
+
+
+async def begin_chat(
+    server: Server,
+    model: ServedModel,
+    request: Request,
+    body: GenerationFields,
+    conversation: Conversation,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+    schema_field: str,
+) -> Generation:
+    """Renders the conversation and asks the engine. ``body``: all other options; ``schema_field``: where its protocol
+    has the schema of an answer. Raises ``ApiError``, ``ExlError``."""
+    prepared = await server.in_thread(lambda: model.prepare(conversation))
+    asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
+    options = request_options(server, asked, model.context - len(prepared.prompt_ids))
+    if prepared.constraint:
+        given = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
+        if given is not None:
+            text = (
+                f"{given}: found it with another form of the answer, of {schema_field} or tools: expected one of them"
+            )
+            raise ApiError(400, text, param=given)
+        options |= prepared.constraint  # type: ignore[operator]
+    if top_logprobs is not None:
+        options["top_logprobs"] = top_logprobs
+    job = Job(prepared.prompt_ids, options, prepared.make_parser)
+    try:
+        return await Generation.begin(server, model, job, request.scope["journey"])
+    except ConfigError as error:
+        name, _, words = str(error).partition(": ")
+        if name not in prepared.constraint or body.json_schema is not None:
+            raise
+        field = "tools" if conversation.json_schema is None else schema_field
+        raise ApiError(400, f"{field}: {words}", param=field) from None
+
+
+def event_stream(
+    events: AsyncGenerator[bytes, None],
+    generation: Generation,
+    resources: AsyncExitStack,
+    tell: Callable[[ApiError], bytes] = lambda error: sse(openai_body(error)),
+) -> EventStream:
+    return EventStream(events, tell, lambda error: note_error(generation.journey, error), resources)
+
+
+async def _events(answer: ChatAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:
+    async for update in generation.updates():
+        if chunks := answer.chunks(update, generation):
+            yield chunks
+    yield answer.end(generation) + SSE_DONE

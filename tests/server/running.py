@@ -1,0 +1,93 @@
+"""A server that runs in a thread of the test's own process, on a free port."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+import exl
+from exl.llm import LLM
+from exl.server.models import Models
+from exl.server.options import ServerOptions
+from exl.server.run import address_of, listen, run_http
+from exl.server.state import Server
+
+SECONDS = 60.0  # in which anything of a test must have happened
+
+
+class RunningServer:
+    """A context manager. ``load`` makes the model, by default the bundled one; ``options`` are ``ServerOptions``."""
+
+    def __init__(
+        self,
+        load: Callable[[Any], LLM] | None = None,
+        name: str = "stories",
+        aliases: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        self.options = dataclasses.replace(ServerOptions(port=0), **options)
+        self.server = Server(self.options, Models(name, load or load_bundled, aliases))
+        self.lines: list[str] = []
+        self._error: BaseException | None = None
+        self._http: Any = None
+        self.listening = listen(self.options)
+        self.url = address_of(self.options, self.listening)
+        self._thread = threading.Thread(target=self._run, name="test-server")
+
+    @property
+    def llm(self) -> LLM:
+        """The model that it serves."""
+        served = self.server.models.states[0].served
+        assert served is not None
+        return served.llm
+
+    def _run(self) -> None:
+        import asyncio
+
+        def began(http: Any) -> None:
+            self._http = http
+
+        try:
+            asyncio.run(run_http(self.server, self.listening, self.lines.append, began))
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> RunningServer:
+        self._thread.start()
+        self.wait_until_loaded()
+        return self
+
+    def wait_until_loaded(self) -> None:
+        for _ in range(int(SECONDS / 0.05)):
+            try:
+                if httpx.get(f"{self.url}/health", timeout=SECONDS).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            self._thread.join(0.05)
+            if not self._thread.is_alive():
+                raise AssertionError(f"the server has ended: {self._error!r}")
+        raise AssertionError(f"the server did not load: {self.server.models.states}")
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._http.should_exit = True
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive(), "the server has not ended"
+        self.listening.close()
+        self.server.close()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < until, "it has not happened"
+        time.sleep(0.01)
+
+
+def load_bundled(progress: Any) -> LLM:
+    return exl.load(device="cpu", max_sequences=8, cache_tokens=8192, max_queue=64, progress=progress)
