@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import exl
-from exl.server import health
+from exl.server import health, page
 from exl.server.bodies import body_schemas
 from exl.server.errors import ApiError, api_error, error_body
 from exl.server.journeys import Journeys, note_error
@@ -20,7 +20,7 @@ from exl.server.responses import json_response
 from exl.server.state import Server
 
 # Each protocol's module has ``router(server)`` and ``BODIES``: the models of its requests' bodies.
-_PROTOCOLS: tuple[Any, ...] = (health, chat)
+_PROTOCOLS: tuple[Any, ...] = (health, chat, page)
 
 
 def create_app(server: Server) -> ASGIApp:
