@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
 _LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context, if it wants that much
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
-_TRANSCRIPT_STOP = "\nUser:"
+TRANSCRIPT_STOP = "\nUser:"
 _NOTICE = (
     "this model has no chat template: it was not trained to talk, and is shown a transcript of User and Assistant to "
     "continue"
@@ -150,7 +150,7 @@ class Chat:
         options = {"reuse_prefix": True, **options}
         request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(_MAX_ANSWER, left // 2)))
         if self.is_transcript:
-            stop = (*(request.params.stop or ()), _TRANSCRIPT_STOP)
+            stop = (*(request.params.stop or ()), TRANSCRIPT_STOP)
             request = replace(request, params=replace(request.params, stop=stop))
         return self._llm._stream(keep.ids, request, lambda text, done: self._keep(keep, text, done))
 

@@ -154,6 +154,8 @@ async def begin_chat(
         if options.get(name) is not None:
             raise ApiError(400, f"{name}: found it with a format or tools, expected one of the two", param=name)
         options[name] = value  # type: ignore[literal-required]
+    if prepared.stop:
+        options["stop"] = (*(options.get("stop") or ()), *prepared.stop)
     if top_logprobs is not None:
         options["top_logprobs"] = top_logprobs
     job = Job(prepared.prompt_ids, options, prepared.make_parser)

@@ -73,7 +73,7 @@ class Run {
     if ((content || calls) && message.reasoning_content && !message.thought_seconds) {
       message.thought_seconds = (performance.now() - this.first) / 1000;
     }
-    if (content) message.content += content;
+    if (content) message.content += message.content ? content : content.trimStart();
     for (const call of calls ?? []) this.takeCall(call);
     if (choice.finish_reason) this.reason = choice.finish_reason;
     this.touch();

@@ -211,7 +211,7 @@ function inline(text, depth = 0) {
 function spanAt(text, i, mark, missing, depth) {
   if (mark === "\n") return [el("br"), i + 1];
   if (mark === "`") return codeSpan(text, i, missing);
-  if (mark === "[" || mark === "![") return linkSpan(text, i, mark, depth);
+  if (mark === "[" || mark === "![") return linkSpan(text, i, mark, missing, depth);
   if (mark.startsWith("http")) return bareLink(text, i);
   if (mark === "\\") return undefined;
   const run = runAt(text, i);
@@ -259,8 +259,12 @@ function codeSpan(text, i, missing) {
   return [el("code", {}, text.slice(i + run, end).replace(/^ (.+) $/s, "$1")), end + run];
 }
 
-function linkSpan(text, i, mark, depth) {
+function linkSpan(text, i, mark, missing, depth) {
   const begin = i + mark.length;
+  if (missing.has("](") || text.indexOf("](", begin) < 0) {
+    missing.add("](");
+    return undefined;
+  }
   const labelEnd = matching(text, begin, "[", "]");
   if (labelEnd < 0 || text[labelEnd + 1] !== "(") return undefined;
   const end = matching(text, labelEnd + 2, "(", ")");
@@ -318,11 +322,7 @@ class MarkdownView {
 
   update(text) {
     if (text === this.text) return;
-    if (!text.startsWith(this.text)) {
-      this.root.replaceChildren();
-      this.begin = 0;
-      this.kind = "";
-    }
+    if (!text.startsWith(this.text)) this.reset();
     this.text = text;
     const blocks = blocksOf(text.slice(this.begin));
     const last = this.root.lastChild;
@@ -336,8 +336,14 @@ class MarkdownView {
   /** The whole text again: what came later may have joined blocks, such as two halves of a list. */
   finish() {
     const { text } = this;
-    this.text = "\0";
+    this.reset();
     this.update(text);
+  }
+
+  reset() {
+    this.root.replaceChildren();
+    this.text = this.kind = "";
+    this.begin = 0;
   }
 
   /** Long code grows by what is new, and keeps its selection and its place. */
