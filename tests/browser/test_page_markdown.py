@@ -107,7 +107,7 @@ HOSTILE = [
     "[a](file:///etc/passwd)",
     '[a](https://x.org/"onmouseover="hacked=1)',
     "[a](https://x.org/'><img src=x onerror=hacked=1>)",
-    "![a](x\" onerror=\"hacked=1)",
+    '![a](x" onerror="hacked=1)',
     "<a href='javascript:hacked=1'>a</a>",
     "https://x.org/<script>hacked=1</script>",
     "```<script>hacked=1</script>\n<script>hacked=1</script>\n```",
@@ -125,7 +125,24 @@ HOSTILE = [
 PIECES = [
     *HOSTILE,
     *("**", "*", "_", "`", "```", "~~~", "\n", "\n\n", "    ", "- ", "1. ", "> ", "# ", "|", "|-|-|\n", "[", "](", ")"),
-    *("!", "\\", "<", ">", '"', "'", "&", "https://", "javascript:", "word", "é", "𝒳", "\ud83d", "---", "~~", "\t"),
+    *(
+        "!",
+        "\\",
+        "<",
+        ">",
+        '"',
+        "'",
+        "&",
+        "https://",
+        "javascript:",
+        "word",
+        "é",
+        "\U0001d4b3",
+        "\ud83d",
+        "---",
+        "~~",
+        "\t",
+    ),
 ]
 
 INSPECT = """() => {

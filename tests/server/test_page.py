@@ -23,7 +23,10 @@ def test_it_is_one_document_that_asks_for_nothing_else(running):
     assert answer.text.startswith("<!doctype html>")
     assert "/*STYLE*/" not in answer.text
     assert "/*SCRIPT*/" not in answer.text
-    assert re.findall(r"""<(?:script|img|iframe|source)[^>]*\bsrc|<link[^>]*href="(?!data:)|@import|url\(""", answer.text) == []
+    assert (
+        re.findall(r"""<(?:script|img|iframe|source)[^>]*\bsrc|<link[^>]*href="(?!data:)|@import|url\(""", answer.text)
+        == []
+    )
     assert "innerHTML" not in answer.text
 
 

@@ -70,8 +70,8 @@ class Run {
       this.waiting = "";
     }
     if (thought) message.reasoning_content = (message.reasoning_content ?? "") + thought;
-    if ((content || calls) && message.reasoning_content && !message.thought_seconds) {
-      message.thought_seconds = (performance.now() - this.first) / 1000;
+    if ((content || calls) && message.reasoning_content) {
+      message.thought_seconds ??= (performance.now() - this.first) / 1000;
     }
     if (content) message.content += message.content ? content : content.trimStart();
     for (const call of calls ?? []) this.takeCall(call);

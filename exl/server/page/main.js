@@ -273,8 +273,10 @@ function markCurrent() {
 function renameChat(item, head) {
   const field = el("input", { "aria-label": "Name of the conversation", maxlength: "120" });
   field.value = head.title;
+  let isOver = false; // a field that is taken away also loses the focus
   const finish = async (isKept) => {
-    if (!field.isConnected) return;
+    if (isOver) return;
+    isOver = true;
     const title = field.value.trim();
     field.remove();
     const named = isKept && title && ([...runs.keys(), chat].find((one) => one.id === head.id) ?? (await store.get(head.id)));

@@ -96,7 +96,7 @@ class MessageView {
     else this.reasoningText.data = text;
     const isThinking = isRunning && !message.content && !message.tool_calls;
     const seconds = message.thought_seconds;
-    const title = isThinking ? "Thinking" : seconds ? `Thought for ${seconds.toFixed(1)} s` : "Thoughts";
+    const title = isThinking ? "Thinking" : seconds !== undefined ? `Thought for ${seconds.toFixed(1)} s` : "Thoughts";
     if (this.reasoningTitle.textContent !== title) this.reasoningTitle.textContent = title;
     this.reasoning.classList.toggle("thinking", isThinking);
   }
