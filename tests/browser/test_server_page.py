@@ -550,8 +550,9 @@ MEASURE = """() => {
   const wide = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility({visibilityProperty: true})
     && !e.closest("pre, .table, .hidden, .skip, #side") && e.getBoundingClientRect().right > innerWidth + 1)
     .map(e => e.outerHTML.slice(0, 90));
-  const nameless = [...document.querySelectorAll("button, input, textarea, select")].filter(e =>
-    e.checkVisibility({visibilityProperty: true}) && !(e.ariaLabel || e.innerText?.trim() || e.labels?.length)).map(e => e.outerHTML.slice(0, 120));
+  const nameless = [...document.querySelectorAll("button, input, textarea, select")]
+    .filter(e => e.checkVisibility({visibilityProperty: true}))
+    .filter(e => !(e.ariaLabel || e.innerText?.trim() || e.labels?.length)).map(e => e.outerHTML.slice(0, 120));
   return { weak, wide, nameless, scrolls: document.documentElement.scrollWidth > innerWidth };
 }"""
 FINE = {"weak": [], "wide": [], "nameless": [], "scrolls": False}

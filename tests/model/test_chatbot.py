@@ -227,7 +227,9 @@ def test_the_model_is_named_at_the_start():
 def test_ctrl_c_while_a_prompt_is_read(llm):
     """The conversation is as it was, the model is free for the next message."""
     said = []
-    session = ChatSession(LocalModel(llm), llm.chat(), lambda piece: None, said.append, {"max_tokens": 8}, interactive=True)
+    session = ChatSession(
+        LocalModel(llm), llm.chat(), lambda piece: None, said.append, {"max_tokens": 8}, interactive=True
+    )
     session.handle("Hello.")
     before, begin = session.chat.messages, session.chat.stream
 
