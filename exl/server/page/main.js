@@ -395,14 +395,14 @@ function showStats() {
     return;
   }
   const { rate, first, prompt, cached, generated, used, context } = stats;
-  const item = (name, value, label = "") => el("span", { class: name }, el("b", {}, value), label);
-  const items = [item("rate", rate ? rate.toFixed(rate < 100 ? 1 : 0) : "–", " tokens/s")];
-  if (first !== undefined) items.push(item("first", first < 1000 ? `${Math.round(first)} ms` : `${(first / 1000).toFixed(1)} s`, " to the first"));
-  if (prompt !== undefined) items.push(item("prompt", String(prompt), ` prompt${cached ? ` (${cached} cached)` : ""}`));
-  items.push(item("made", String(generated), " answer"));
+  const item = (name, before, value, after = "") => el("span", { class: name }, before, el("b", {}, value), after);
+  const items = [item("rate", "", rate ? rate.toFixed(rate < 100 ? 1 : 0) : "–", " tokens/s")];
+  if (first !== undefined) items.push(item("first", "first after ", first < 1000 ? `${Math.round(first)} ms` : `${(first / 1000).toFixed(1)} s`));
+  if (prompt !== undefined) items.push(item("prompt", "prompt ", String(prompt), cached ? ` (${cached} cached)` : ""));
+  items.push(item("made", "answer ", String(generated)));
   if (used !== undefined && context) {
     const bar = el("meter", { min: "0", max: String(context), high: String(context * 0.85), value: String(used), "aria-label": "Context used" });
-    items.push(el("span", { class: "context" }, bar, el("b", {}, String(used)), ` of ${context}`));
+    items.push(el("span", { class: "context" }, bar, el("span", {}, "context ", el("b", {}, String(used)), ` of ${context}`)));
   }
   $("strip").replaceChildren(...items);
 }
