@@ -196,6 +196,20 @@ def test_another_answer_an_edit_and_a_deletion(visit):
     expect(messages(page)).to_have_count(2)
 
 
+def test_a_stop_before_another_answer_leaves_the_first(visit):
+    page = visit()
+    answer_with(page, events({"content": "The first."}))
+    say(page, DOG)
+    wait_until_ended(page)
+    page.route(CHAT, lambda route: None)
+    page.get_by_role("button", name="Another answer").click()
+    expect(page.locator(".waiting")).to_be_visible()
+    page.keyboard.press("Escape")
+    wait_until_ended(page)
+    assert messages(page).locator(".body").all_inner_texts() == ["The first."]
+    page.unroute_all(behavior="ignoreErrors")
+
+
 def test_thoughts_and_calls_of_tools_are_blocks(visit):
     page = visit()
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": ""}}
@@ -304,6 +318,7 @@ def test_two_tabs_that_change_one_conversation_make_two_of_it(visit, slow):
     say(one, "The one.")
     wait_for_words(one, 2)
     expect(messages(two, "user")).to_have_count(2)
+    expect(messages(two).last.locator(".note")).to_have_text("Another tab is receiving this answer.")
     say(two, "The other.")
     for page in (one, two):
         page.get_by_role("button", name="Stop").click()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from exl.chat import Chat
+from exl.engine.runner import Runner
 from exl.errors import ConfigError
 from exl.http_client import HttpClient, ServerError
 from exl.remote_chat import RemoteModel
@@ -81,13 +82,15 @@ def test_saved_conversations_are_interchangeable(running, remote, tmp_path):
     assert len(back.messages) == 6
 
 
-def test_an_answer_that_is_closed_is_kept_and_frees_the_server(running, remote):
+def test_an_answer_that_is_closed_is_kept_and_frees_the_server(running, remote, monkeypatch):
+    plain = Runner.step
+    monkeypatch.setattr(Runner, "step", lambda self, *asked: (time.sleep(0.05), plain(self, *asked))[1])
     chat = remote.chat()
     with chat.stream(DOG, temperature=0.0, max_tokens=400) as answer:
         begun = next(answer) + next(answer)
     assert list(answer) == []
     assert [message["content"] for message in chat.messages] == [DOG, begun.strip()]
-    until = time.monotonic() + 10
+    until = time.monotonic() + 5  # all of it would take 20 seconds
     while running.llm.stats().running:
         assert time.monotonic() < until
         time.sleep(0.01)

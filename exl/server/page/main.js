@@ -40,6 +40,10 @@ const actions = {
   edit: (view) => editMessage(view),
   again: () => answerAgain(),
   goOn: () => begin(chat.messages.at(-1)),
+  look: (view) => {
+    view.update(runs.has(chat) && view === views.at(-1));
+    placeMessages();
+  },
   remove: (view) => removeMessage(chat.messages.indexOf(view.message)),
 };
 
@@ -135,7 +139,7 @@ async function begin(goesOn, replaced) {
   const message = goesOn ?? { role: "assistant", content: "" };
   const body = bodyOf(asked, settings, chosenModel()?.id, Boolean(goesOn));
   if (!goesOn) asked.messages.push(message);
-  Object.assign(message, { cut: "lost", problem: undefined, stats: undefined });
+  Object.assign(message, { cut: "lost", alive: Date.now(), problem: undefined, stats: undefined });
   const run = new Run(asked, message, replaced, paint);
   runs.set(asked, run);
   asked.updated = Date.now();
@@ -145,7 +149,7 @@ async function begin(goesOn, replaced) {
   save(asked);
   say("Answering");
   try {
-    await follow(run, body, () => save(asked), askKey);
+    await follow(run, body, () => save(Object.assign(asked, { updated: (message.alive = Date.now()) })), askKey);
     message.cut = run.isStopped ? "stopped" : run.reason === "length" ? "length" : undefined;
   } catch (problem) {
     message.cut = problem.code === "lost" ? "lost" : "failed";
@@ -158,6 +162,7 @@ async function begin(goesOn, replaced) {
 function ended(run) {
   const { chat: asked, message } = run;
   cancelAnimationFrame(run.frame);
+  delete message.alive;
   runs.delete(asked);
   if (run.first) message.stats = run.stats(contextOf(run.model));
   if (run.isEmpty && run.isStopped && !run.start.content) {
@@ -548,7 +553,12 @@ addEventListener("storage", (event) => {
 });
 addEventListener("hashchange", () => location.hash.slice(1) !== chat.id && openChat(location.hash.slice(1)));
 addEventListener("popstate", () => location.hash || openChat(""));
-addEventListener("pagehide", () => runs.forEach((run) => store.put(run.chat)));
+addEventListener("pagehide", () => {
+  for (const run of runs.values()) {
+    delete run.message.alive;
+    store.put(run.chat);
+  }
+});
 
 for (const text of STARTERS) {
   $("starters").append(el("button", { type: "button", onclick: () => (($("draft").value = text), send()) }, text));

@@ -6,6 +6,7 @@ const CUTS = {
   lost: "Interrupted. What came of the answer is kept.",
   failed: "",
 };
+const ALIVE = 3000; // milliseconds after which an answer that another tab receives is taken for dead
 const MAX_CALL = 20_000; // characters of a call's arguments that are laid out anew as JSON
 
 function actionButton(name, label, work) {
@@ -50,7 +51,7 @@ class MessageView {
       this.body.textContent = message.content;
     }
     this.root.classList.toggle("running", isRunning);
-    this.root.toggleAttribute("aria-busy", isRunning);
+    this.root.setAttribute("aria-busy", String(isRunning));
     const hasText = message.content || message.reasoning_content || message.tool_calls;
     this.showWaiting(isRunning && (!hasText || waiting) ? waiting || "Waiting for the model" : "");
     this.showNote(isRunning);
@@ -117,7 +118,10 @@ class MessageView {
 
   showNote(isRunning) {
     const { message } = this;
-    const text = isRunning ? "" : message.problem || CUTS[message.cut] || "";
+    const elsewhere = isRunning ? 0 : (message.alive ?? 0) + ALIVE - Date.now();
+    if (elsewhere > 0) setTimeout(() => this.root.isConnected && this.actions.look(this), elsewhere + 1);
+    const told = elsewhere > 0 ? "Another tab is receiving this answer." : message.problem || CUTS[message.cut];
+    const text = isRunning ? "" : (told ?? "");
     const state = `${text}|${message.cut}|${message.content === ""}`;
     this.note.hidden = !text;
     if (!text || this.noted === state) return;
@@ -129,6 +133,7 @@ class MessageView {
       made.addEventListener("click", () => work(this));
       return made;
     };
+    if (elsewhere > 0) return this.note.replaceChildren(el("span", {}, text));
     const goOn = message.content ? [button("Continue", this.actions.goOn)] : [];
     const retry = message.problem || !message.content ? [button("Try again", this.actions.again)] : [];
     this.note.replaceChildren(el("span", {}, text), ...goOn, ...retry);
