@@ -102,7 +102,7 @@ class Store {
     const heads = change.objectStore("heads");
     const kept = await done(heads.get(chat.id));
     if (!anyway && !kept && chat.version > 0) return;
-    if (!anyway && false) {
+    if (!anyway && kept && kept.version !== chat.version) {
       chat.id = newId();
       chat.title = `${chat.title} (copy)`;
     }
