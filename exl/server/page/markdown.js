@@ -175,7 +175,7 @@ const PUNCTUATION = /[!-/:-@[-`{-~]/;
 function inline(text, depth = 0) {
   if (depth > MAX_DEPTH) return [text];
   const nodes = [];
-  const missing = new Set(); // marks that do not come again in this text
+  const searched = new Map(); // marks -> up to where in this text nothing ends with them: no place is searched twice
   let plain = "";
   const push = (node) => {
     if (plain) nodes.push(plain);
@@ -189,7 +189,7 @@ function inline(text, depth = 0) {
     if (!found) break;
     plain += text.slice(i, found.index);
     i = found.index;
-    const made = spanAt(text, i, found[0], missing, depth);
+    const made = spanAt(text, i, found[0], searched, depth);
     if (made) {
       push(made[0]);
       i = made[1];
@@ -208,18 +208,18 @@ function inline(text, depth = 0) {
 }
 
 /** [node, where it ends] of what begins at i; nothing: it is plain text. */
-function spanAt(text, i, mark, missing, depth) {
+function spanAt(text, i, mark, searched, depth) {
   if (mark === "\n") return [el("br"), i + 1];
-  if (mark === "`") return codeSpan(text, i, missing);
-  if (mark === "[" || mark === "![") return linkSpan(text, i, mark, missing, depth);
+  if (mark === "`") return codeSpan(text, i, searched);
+  if (mark === "[" || mark === "![") return linkSpan(text, i, mark, searched, depth);
   if (mark.startsWith("http")) return bareLink(text, i);
   if (mark === "\\") return undefined;
   const run = runAt(text, i);
   const [marks, tags] = mark === "~" ? ["~~", ["del"]] : run >= 3 ? [mark.repeat(3), ["em", "strong"]] : run === 2 ? [mark + mark, ["strong"]] : [mark, ["em"]];
-  if (run > 3 || run < marks.length || missing.has(marks)) return undefined;
+  if (run > 3 || run < marks.length) return undefined;
   const begin = i + marks.length;
   if (/\s|^$/.test(text[begin] ?? "") || (mark === "_" && /\w/.test(text[i - 1] ?? ""))) return undefined;
-  const end = closing(text, begin, marks, missing);
+  const end = closing(text, begin, marks, searched);
   if (end < 0) return undefined;
   let children = inline(text.slice(begin, end), depth + 1);
   for (const tag of tags) children = [el(tag, {}, ...children)];
@@ -232,8 +232,8 @@ function runAt(text, i) {
   return end - i;
 }
 
-function closing(text, begin, marks, missing) {
-  let at = text.indexOf(marks, begin);
+function closing(text, begin, marks, searched) {
+  let at = text.indexOf(marks, Math.max(begin, searched.get(marks) ?? 0));
   while (at >= 0 && at - begin < MAX_SPAN) {
     const run = runAt(text, at);
     const fits = run === marks.length || (run === 3 && marks.length < 3);
@@ -242,27 +242,27 @@ function closing(text, begin, marks, missing) {
     }
     at = text.indexOf(marks, at + run);
   }
-  if (at < 0) missing.add(marks);
+  searched.set(marks, at < 0 ? Infinity : at);
   return -1;
 }
 
-function codeSpan(text, i, missing) {
+function codeSpan(text, i, searched) {
   const run = runAt(text, i);
   const marks = "`".repeat(run);
-  if (missing.has(marks)) return undefined;
+  if (searched.has(marks)) return undefined;
   let end = text.indexOf(marks, i + run);
   while (end >= 0 && runAt(text, end) !== run) end = text.indexOf(marks, end + runAt(text, end));
   if (end < 0) {
-    missing.add(marks);
+    searched.set(marks, Infinity);
     return undefined;
   }
   return [el("code", {}, text.slice(i + run, end).replace(/^ (.+) $/s, "$1")), end + run];
 }
 
-function linkSpan(text, i, mark, missing, depth) {
+function linkSpan(text, i, mark, searched, depth) {
   const begin = i + mark.length;
-  if (missing.has("](") || text.indexOf("](", begin) < 0) {
-    missing.add("](");
+  if (searched.has("](") || text.indexOf("](", begin) < 0) {
+    searched.set("](", Infinity);
     return undefined;
   }
   const labelEnd = matching(text, begin, "[", "]");
