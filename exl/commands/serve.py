@@ -32,6 +32,12 @@ def serve(
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which an answer ends as it is. Default: none.")
     ] = None,
+    tool_format: Annotated[
+        str, typer.Option(help="How the model writes tool calls. Default: as its chat template does.")
+    ] = "auto",
+    reasoning_format: Annotated[
+        str, typer.Option(help="How the model marks its reasoning. Default: as its chat template does.")
+    ] = "auto",
     *,
     loading: LoadOptions = _LOADING,
     rarely: RareLoadOptions,
@@ -53,22 +59,27 @@ def serve(
         max_queue=max_queue,
         max_tokens=max_tokens,
         timeout=timeout,
+        tool_format=tool_format,
+        reasoning_format=reasoning_format,
     )
     try:
         from exl.server.run import serve as run
     except ModuleNotFoundError as error:
         raise ConfigError(f"exl serve needs the package {error.name}: pip install 'exl-engine[server]'") from None
     from exl.llm import LLM, load
+    from exl.parse.choose import check_formats
     from exl.server.models import Models, Progress
     from exl.server.state import Server
 
+    check_formats(tool_format, reasoning_format)
     engine = {**loading.engine(), **rarely.engine(), "max_queue": max_queue}
 
     def load_model(tell: Progress) -> LLM:
         return load(which.name, **loading.source, **engine, progress=tell)
 
     names = options.served_names or (model_name(which.name),)
-    run(Server(options, Models(names[0], load_model, names[1:])), say)
+    formats = {"tool_format": tool_format, "reasoning_format": reasoning_format}
+    run(Server(options, Models(names[0], load_model, names[1:], **formats)), say)
 
 
 def model_name(name: str | None) -> str:

@@ -14,6 +14,11 @@ MAX_NAME = 256  # characters of a function's name, a call's id or a parameter's 
 _NAME = re.compile(r"[^\s<>{}\[\]\"'()`,;=\ud800-\udfff]+")
 
 
+def is_name(text: str) -> bool:
+    """Whether a function may be called so, in all formats."""
+    return len(text) <= MAX_NAME and _NAME.fullmatch(text) is not None
+
+
 @dataclass
 class Calls:
     """Where the machine of a format reads and writes."""
@@ -34,7 +39,7 @@ class Calls:
     def begin(self, name: str, call_id: str | None = None) -> None:
         """A call begins: what was taken so far is certainly part of it. Raises ``Malformed`` for what cannot be a
         function's name."""
-        if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+        if not is_name(name):
             raise Malformed
         self.output.begin(name, call_id or None)
         self.settle()

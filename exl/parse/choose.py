@@ -51,8 +51,7 @@ def choose(
     ``ConfigError`` that lists the names for an unknown one.
     """
     text, added = template_text or "", tokenizer.added_ids
-    _check("tool format", tool_format, (AUTO, *TOOL_FORMAT_NAMES))
-    _check("reasoning format", reasoning_format, (AUTO, *REASONING_FORMAT_NAMES))
+    check_formats(tool_format, reasoning_format)
     tools = tool_format if tool_format != AUTO else _first(TOOL_RULES, text, added, _GENERIC)
     reasoning = reasoning_format if reasoning_format != AUTO else _first(REASONING_RULES, text, added, NONE)
     if tool_format != reasoning_format and AUTO in (tool_format, reasoning_format):  # the one that was asked counts
@@ -65,6 +64,12 @@ def choose(
         elif tools == HARMONY and reasoning not in (HARMONY, NONE):
             reasoning = HARMONY
     return AnswerFormat(tools, reasoning)
+
+
+def check_formats(tool_format: str, reasoning_format: str) -> None:
+    """Raises ``ConfigError`` that lists the names for one that ``choose`` does not know."""
+    _check("tool format", tool_format, (AUTO, *TOOL_FORMAT_NAMES))
+    _check("reasoning format", reasoning_format, (AUTO, *REASONING_FORMAT_NAMES))
 
 
 def choose_for(tokenizer: Tokenizer, *, tool_format: str = AUTO, reasoning_format: str = AUTO) -> AnswerFormat:

@@ -21,6 +21,7 @@ _XML = {"call_open": "<function=", "name_close": ">", "key_open": "<parameter=",
 }
 _INVOKE = {"name_close": '">', "key_close": '">'}
 _DSML = "\uff5cDSML\uff5c"
+_FENCES = ("```json", "```tool_call")
 _MISTRAL_LIST = Listed(opens=("[TOOL_CALLS]",))
 
 TOOL_FORMATS: Mapping[str, Syntax] = {

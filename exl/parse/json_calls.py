@@ -16,6 +16,7 @@ from exl.parse.reader import Malformed, Wait
 _NAMES = ("name", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _IDS = ("id", "tool_call_id", "call_id")
+_WRAPPER = "function"
 _OTHERS = ("type",)  # that a call may have, too
 _ID = re.compile(r"[\w\-.:]{1,256}", re.ASCII)
 
@@ -28,26 +29,35 @@ def read_call(calls: Calls, known: bool) -> Wait[None]:
     it; arguments in a string, which some models write, come out at the string's end. What is wrong behind whole
     arguments changes nothing: models forget brackets there.
     """
-    found = _Call(known)
+    call = _Call(known)
+    yield from _read_members(calls, call)
+    if call.is_whole:
+        yield from _read_rest(calls, call.depth)
+        return
+    if call.name is None:
+        raise Malformed
+    calls.begin(call.name, call.call_id)
+    calls.write("{}" if call.arguments is None else call.arguments)
+    calls.end()
+
+
+def _read_members(calls: Calls, call: _Call) -> Wait[None]:
+    """An object, up to its end, or until the call is whole."""
     reader = calls.reader
     yield from reader.expect("{")
+    call.depth += 1
     while True:
         yield from reader.space()
         if (yield from reader.next()) == "}":
             reader.take(1)
             break
-        yield from _read_member(calls, found)
-        if found.is_whole:
-            yield from _read_rest(calls)
+        yield from _read_member(calls, call)
+        if call.is_whole:
             return
         yield from reader.space()
         if (yield from reader.expect(",}")) == "}":
             break
-    if found.name is None:
-        raise Malformed
-    calls.begin(found.name, found.call_id)
-    calls.write("{}" if found.arguments is None else found.arguments)
-    calls.end()
+    call.depth -= 1
 
 
 class _Call:
@@ -57,6 +67,7 @@ class _Call:
         self.call_id: str | None = None
         self.arguments: str | None = None  # that came before the name
         self.is_whole = False  # all of it is given out
+        self.depth = 0  # objects that are open: {"function": {"name": ...}} is a call, too
 
 
 def _read_member(calls: Calls, call: _Call) -> Wait[None]:
@@ -71,6 +82,8 @@ def _read_member(calls: Calls, call: _Call) -> Wait[None]:
         if call.known and name not in calls.tools:
             raise Malformed
         call.name = name
+    elif key == _WRAPPER and char == "{" and call.name is None and call.depth == 1:
+        yield from _read_members(calls, call)
     elif key in _ARGUMENTS and call.arguments is None:
         yield from _read_arguments(calls, call)
     else:
@@ -129,14 +142,15 @@ def _read_arguments(calls: Calls, call: _Call) -> Wait[None]:
         call.is_whole = True
 
 
-def _read_rest(calls: Calls) -> Wait[None]:
-    """Members behind the arguments and the closing bracket, as far as they are there."""
+def _read_rest(calls: Calls, depth: int) -> Wait[None]:
+    """Members behind the arguments and the closing brackets of so many objects, as far as they are there."""
     reader = calls.reader
     try:
-        while True:
+        while depth:
             yield from reader.space()
             if (yield from reader.expect(",}")) == "}":
-                break
+                depth -= 1
+                continue
             yield from reader.space()
             yield from read_json(reader)
             yield from reader.space()

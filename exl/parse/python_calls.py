@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 from exl.parse.calls import MAX_NAME, Calls
 from exl.parse.json_text import escaped
+from exl.parse.lexer import Tag
 from exl.parse.reader import Malformed, Wait
 
 _MAX_DEPTH = 64
+_PLAIN = re.compile(r"[^'\"\\]+")  # what stands for itself inside a string
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0"} | {
     char: char for char in "\\'\""
@@ -185,19 +188,24 @@ def _read_string(calls: Calls) -> Wait[None]:
     closing = 0  # quotes that came last, which close the string if there are enough of them
     while closing < num_quotes:
         char = yield from reader.next()
+        if isinstance(char, Tag) and char.text and not closing:  # as in JSON, a tag inside a string is text
+            reader.take_tag(char)
+            calls.write(escaped(char.text))
+            continue
         if not isinstance(char, str):
             raise Malformed
-        reader.take(1)
         if char == quote:
+            reader.take(1)
             closing += 1
             continue
         if closing:
             calls.write(escaped(quote * closing))
             closing = 0
         if char == "\\":
+            reader.take(1)
             calls.write((yield from _read_escape(calls)))
         else:
-            calls.write(escaped(char))
+            calls.write(escaped(reader.run(_PLAIN) or reader.take(1)))
     calls.write('"')
 
 

@@ -55,7 +55,9 @@ class Tags:
     def may_begin(self, text: str, start: int) -> bool:
         """Whether the rest of the text is a beginning of a tag, and not all of it."""
         rest = text[start : start + self._longest]
-        return start + len(rest) == len(text) and any(len(rest) < len(t) and t.startswith(rest) for t in self._written)
+        if not rest or start + len(rest) < len(text):
+            return False
+        return any(len(rest) < len(tag) and tag.startswith(rest) for tag in self._written)
 
     def open_start(self, text: str, start: int) -> int:
         """Where the longest end of a text begins that may become a tag; the text's length if there is none."""
@@ -136,6 +138,11 @@ class Reader:
             else:
                 yield
 
+    def run(self, pattern: re.Pattern[str]) -> str:
+        """As much of the text at the front as a pattern matches; the rest of such text may come later."""
+        match = pattern.match(self._text, self._at)
+        return self.take(len(match[0])) if match else ""
+
     def expect(self, chars: str) -> Wait[str]:
         """The next character, if it is one of these. Raises ``Malformed`` for anything else."""
         found = yield from self.next()
@@ -166,6 +173,16 @@ class Reader:
                 continue
             match = tags.match(self._text, self._at)
             return None if match is None else self.take(len(match[0]))
+
+    def require(self, tags: Tags) -> Wait[str]:
+        """The tag that comes next, taken, which is one of these. Raises ``Malformed`` for anything else; a tag that the
+        answer's end has cut off is taken then."""
+        found = yield from self.accept(tags)
+        if found is None:
+            if self._closed and not self._later and tags.may_begin(self._text, self._at):
+                self.take(len(self._text) - self._at)
+            raise Malformed
+        return found
 
     def scan(self, tags: Tags, emit: Callable[[str], None]) -> Wait[str | None]:
         """Gives out text up to the first of these tags, takes that, and returns it; None at the end.

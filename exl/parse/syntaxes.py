@@ -121,8 +121,7 @@ class Named:
         reader = calls.reader
         yield from reader.space()
         if opened == self.section[0]:
-            if (yield from reader.accept(calls.tags(self.call_open))) is None:
-                raise Malformed
+            yield from reader.require(calls.tags(self.call_open))
             yield from reader.space()
         if self.listed is not None and (yield from reader.next()) in ("[", "{"):
             yield from self.listed.read(calls, opened)
@@ -191,8 +190,7 @@ class Marked:
         if not self.call_open:
             yield from self._read_call(calls)
             return
-        if (yield from reader.accept(calls.tags(self.call_open))) is None:
-            raise Malformed
+        yield from reader.require(calls.tags(self.call_open))
         while True:
             yield from self._read_call(calls)
             if (yield from calls.close(calls.tags(self.call_open))) is None:
@@ -208,9 +206,7 @@ class Marked:
         while found != self.call_close:
             if found != self.key_open:
                 yield from calls.reader.space()
-                found = yield from calls.reader.accept(calls.tags(self.key_open, self.call_close))
-                if found is None:
-                    raise Malformed
+                found = yield from calls.reader.require(calls.tags(self.key_open, self.call_close))
                 continue
             key, key_close = yield from self._read_key(calls)
             calls.write(f'{separator}"{escaped(key)}": ')
@@ -223,8 +219,7 @@ class Marked:
         key, found = yield from calls.name(calls.tags(*self._key_closes))
         if self.value_open:
             yield from calls.reader.space()
-            if (yield from calls.reader.accept(calls.tags(self.value_open))) is None:
-                raise Malformed
+            yield from calls.reader.require(calls.tags(self.value_open))
         return key, found
 
     def _read_value(self, calls: Calls, name: str, key: str, key_close: str) -> Wait[None]:

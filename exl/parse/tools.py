@@ -10,6 +10,8 @@ from typing import Any
 from exl.parse.json_text import checked_object
 from exl.parse.reader import Malformed
 
+_KINDS = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}  # else a number
+_MAX_STEPS = 8  # of references, and of choices in each other
 _TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 
 
@@ -48,9 +50,9 @@ class Tools:
 
     def types(self, name: str, parameter: str) -> frozenset[str]:
         """The types of JSON that a parameter may have; empty if the schema does not say it."""
-        properties = self._parameters.get(name, {}).get("properties")
-        schema = properties.get(parameter) if isinstance(properties, Mapping) else None
-        return _types(schema, 0)
+        root = self._parameters.get(name, {})
+        properties = root.get("properties")
+        return schema_types(properties.get(parameter) if isinstance(properties, Mapping) else None, root)
 
     def value(self, name: str, parameter: str, text: str) -> str:
         """JSON for a parameter that a model has written as bare text: read as JSON where a type says so or no type is
@@ -64,8 +66,22 @@ class Tools:
         return json.dumps(text, ensure_ascii=False)
 
 
-def _types(schema: Any, depth: int) -> frozenset[str]:
-    if not isinstance(schema, Mapping) or depth > 8:
+def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
+    """What a schema refers to inside of its root (``{"$ref": "#/$defs/x"}``), if it refers to something."""
+    for _ in range(_MAX_STEPS):
+        ref = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(ref, str) or not ref.startswith("#/"):
+            break
+        schema = root
+        for key in ref[2:].split("/"):
+            schema = schema.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(schema, Mapping) else None
+    return schema
+
+
+def schema_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+    """The types that values of a schema may have; empty if it does not say it. ``root``: where it may refer to."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, Mapping) or depth > _MAX_STEPS:
         return frozenset()
     named = schema.get("type")
     if isinstance(named, str | list):
@@ -74,7 +90,7 @@ def _types(schema: Any, depth: int) -> frozenset[str]:
         return frozenset(_type_of(value) for value in values)
     for key in ("anyOf", "oneOf"):
         if isinstance(choices := schema.get(key), list):
-            found = [_types(choice, depth + 1) for choice in choices]
+            found = [schema_types(choice, root, depth + 1) for choice in choices]
             return frozenset().union(*found) if all(found) else frozenset()
     return frozenset()
 
@@ -95,8 +111,7 @@ def _as_json(text: str) -> str | None:
 
 
 def _fits(text: str, types: frozenset[str]) -> bool:
-    first = text.lstrip()[0]
-    kind = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}.get(
-        first, "number"
-    )
-    return kind in types or (kind == "number" and "integer" in types)
+    """Whether JSON is of one of these types."""
+    kind = _KINDS.get(text.lstrip()[0], "number")
+    is_whole = kind == "number" and not set(text) & set(".eE")
+    return kind in types or (is_whole and "integer" in types)

@@ -13,7 +13,9 @@ from exl.chat import TRANSCRIPT_STOP, transcript
 from exl.errors import ConfigError
 from exl.llm import LLM
 from exl.parse.choose import choose_for, parser_for
+from exl.parse.constrain import constrain, constrain_text
 from exl.parse.formats import NONE
+from exl.parse.messages import MessageForms
 from exl.parse.parts import AnswerParser
 
 Messages = Sequence[Mapping[str, Any]]
@@ -54,6 +56,7 @@ class ServedModel:
         self.llm, self.name = llm, name
         self.created = int(time.time())  # loaded at, seconds since 1970
         self.format = choose_for(llm.tokenizer, tool_format=tool_format, reasoning_format=reasoning_format)
+        self._forms = MessageForms.of(llm.tokenizer.chat_template)
         facts = (exl.__version__, llm.folder.name, llm.config, llm.quant, llm.decode_steps)
         # OpenAI's ``system_fingerprint``: with it and the seed the same, the text is.
         self.fingerprint = "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
@@ -68,9 +71,25 @@ class ServedModel:
         prompt = self.chat_prompt(
             chat.messages, tools, chat.variables, chat.add_generation_prompt, continue_final=chat.continue_final
         )
-        constraint = {} if chat.json_schema is None else {"json_schema": chat.json_schema}
+        constraint = self._constraint(chat, tools or (), prompt)
         stop = (TRANSCRIPT_STOP,) if self.llm.tokenizer.chat_template is None else ()
         return PreparedChat(prompt, constraint, lambda: self.parser(prompt, tools, (*chat.stop, *stop)), stop)
+
+    def _constraint(self, chat: Conversation, tools: Tools, prompt: Sequence[int]) -> dict[str, Any]:
+        """What required and strict calls, and a schema of the text, ask of the engine. Of calls that are required there
+        is no text."""
+        parallel, choice = chat.parallel_tool_calls, chat.tool_choice
+        if chat.json_schema is not None and choice in ("auto", "none"):
+            return constrain_text(
+                self.format, self.llm.tokenizer, chat.json_schema, tools=tools, parallel=parallel, prompt_ids=prompt
+            )
+        if not tools:
+            return {}
+        if isinstance(choice, tuple):
+            tools, choice = [tool for tool in tools if tool["function"]["name"] in choice], "required"
+        return constrain(
+            self.format, self.llm.tokenizer, tools, tool_choice=choice, parallel=parallel, prompt_ids=prompt
+        )
 
     def chat_prompt(
         self,
@@ -90,10 +109,11 @@ class ServedModel:
         if continue_final:
             begun, messages = _begun(messages), messages[:-1]
             add_generation_prompt = True
+        messages = self._forms.fit(messages)
         if self.llm.tokenizer.chat_template is None:
             if tools:
                 raise ConfigError("tools: this model has no chat template, which would show them to it")
-            texts = [{**message, "content": _text(message.get("content"))} for message in messages]
+            texts = [_plain(message) for message in messages]
             written = transcript(texts, add_generation_prompt)
             return self.llm.encode(f"{written} {begun}" if begun else written)
         ids = self.llm.chat_prompt(
@@ -124,6 +144,12 @@ def _begun(messages: Messages) -> str:
     if last.get("role") != "assistant" or last.get("tool_calls") or not content:
         raise ConfigError("messages: found no text of an assistant's at the end, expected the answer's beginning there")
     return _text(content)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of a transcript, which has texts only."""
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, "content": _text(message.get("content"))}
 
 
 def _text(content: Any) -> str:

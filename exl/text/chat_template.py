@@ -60,6 +60,11 @@ class ChatTemplate:
     def names(self) -> tuple[str, ...]:
         return tuple(self._templates)
 
+    @property
+    def source_text(self) -> str:
+        """The templates themselves, joined by NUL."""
+        return "\0".join(self._templates.values())
+
     @cached_property
     def literal_text(self) -> str:
         """All text that the templates themselves can write: their literal text and strings, joined by NUL."""

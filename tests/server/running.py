@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,13 @@ class RunningServer:
         assert not self._thread.is_alive(), "the server has not ended"
         self.listening.close()
         self.server.close()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < until, "it has not happened"
+        time.sleep(0.01)
 
 
 def load_bundled(progress: Any) -> LLM:

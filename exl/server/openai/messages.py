@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from exl.server.bodies import Body, Json
 from exl.server.errors import ApiError
-from exl.server.openai.fields import Ignored, refused
+from exl.server.openai.fields import Ignored, JsonObject, refused
 from exl.server.served import ToolChoice
 
 _TEXTS = ("text", "input_text", "output_text")  # the last two are those of /v1/responses
@@ -108,8 +108,8 @@ class Message(BaseModel):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it. ``developer`` is today's name for what templates call ``system``."""
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        """As ``exl.parse.messages`` takes it."""
+        found: dict[str, Any] = {"role": self.role}
         if isinstance(self.content, list):
             found["content"] = [{"type": "text", "text": part.told} for part in self.content]
         else:
@@ -130,7 +130,7 @@ def _call_for_template(call: ToolCall) -> dict[str, Any]:
 class FunctionDefinition(Body):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
-    parameters: dict[str, Json] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -207,7 +207,7 @@ def _wrong_choice(choice: Any, expected: str) -> ApiError:
 class JsonSchemaFormat(Body):
     name: Ignored = None
     description: Ignored = None
-    schema_: dict[str, Json] | None = Field(None, alias="schema")
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="The answer follows the schema in any case.")
 
 
