@@ -46,6 +46,8 @@ async def begin_chat(
     options = request_options(server, asked, model.context - len(prepared.prompt_ids))
     if prepared.constraint:
         _constrain(options, prepared, schema_field)
+    if prepared.stop:
+        options["stop"] = (*(options.get("stop") or ()), *prepared.stop)
     if top_logprobs is not None:
         options["top_logprobs"] = top_logprobs
     job = Job(prepared.prompt_ids, options, prepared.make_parser)
