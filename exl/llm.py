@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
-from exl.embedding import embed
+from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine, load_engine
 from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
@@ -83,6 +84,11 @@ class LLM:
     def context(self) -> int:
         """The maximum number of tokens of prompt and answer together."""
         return self._open_generator().context
+
+    @property
+    def max_sequences(self) -> int:
+        """How many sequences run at once; others wait."""
+        return self._open_generator().runner.max_sequences
 
     @property
     def decode_steps(self) -> str | None:
@@ -268,6 +274,12 @@ class LLM:
         """
         return embed(self._open_generator(), self.encode, texts, pooling, normalize)
 
+    def submit_embed(self, text: Prompt, pooling: str = "mean", *, normalize: bool = False) -> Handle[torch.Tensor]:
+        """Begins to compute the vector of one text and returns at once: the handle's ``result()``, or ``await``, gives
+        it, f32 [hidden size], the same as ``embed``; ``cancel()`` ends it. Raises as ``embed`` does, and
+        ``QueueFullError``."""
+        return submit_embed(self._open_generator(), self.encode, text, pooling, normalize)
+
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
         Returns their number of tokens. Waits for the step that runs now. Raises ``ConfigError`` if the file cannot be
@@ -286,6 +298,13 @@ class LLM:
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
         return self._open_generator().stats()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has stopped the engine, so that every request fails until the model is loaded again; None: it works, or
+        the model is closed. From any thread; waits for nobody."""
+        engine = self._engine
+        return None if engine is None else engine.generator.seat.failure
 
     def drain(self, seconds: float) -> bool:
         """Before closing: no more requests are taken (``ExlError``), and those that there are get so many seconds to
@@ -308,6 +327,8 @@ class LLM:
         device = engine.device
         engine.close()
         del engine
+        if device.type == "cuda":
+            gc.collect()  # the engine's parts know each other, and VRAM goes with its last tensor
         release_cached(device)
 
     def __enter__(self) -> LLM:

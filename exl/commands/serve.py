@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 from exl.commands.common import say
 from exl.commands.options import Debug, LoadOptions, ModelName, RareLoadOptions, shared_options
 from exl.commands.serve_options import LimitOptions, ListenOptions, ServedOptions, WatchOptions, server_options
@@ -33,22 +31,10 @@ def serve(
         from exl.server.run import serve as run
     except ModuleNotFoundError as error:
         raise ConfigError(f"exl serve needs the package {error.name}: pip install 'exl-engine[server]'") from None
-    from exl.llm import LLM, load
-    from exl.server.models import Models, Progress
+    from exl.parse.choose import check_formats
+    from exl.server.assemble import models_of
     from exl.server.state import Server
 
+    check_formats(options.tool_format, options.reasoning_format)
     engine = {**loading.engine(), **rarely.engine(), "max_queue": options.max_queue}
-
-    def load_model(tell: Progress) -> LLM:
-        return load(which.name, **loading.source, **engine, progress=tell)
-
-    names = options.served_names or (model_name(which.name),)
-    run(Server(options, Models(names[0], load_model, names[1:])), say)
-
-
-def model_name(name: str | None) -> str:
-    """How clients call a model that has no other name: its folder's, or the repository's."""
-    if name is None:
-        return "stories"
-    path = Path(name)
-    return path.resolve().name if path.exists() else name
+    run(Server(options, models_of(which.name, options, {**engine, **loading.source})), say)

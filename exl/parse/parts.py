@@ -60,4 +60,5 @@ class AnswerParser(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """False: the answer has ended inside a call. With the engine's reason "stop" that is a malformed answer."""
+        """False: a call did not become whole, or the answer ended behind a call's tag, before its name. With the
+        engine's reason "length" that is an answer that was cut, with "stop" a malformed one."""

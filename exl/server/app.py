@@ -14,18 +14,19 @@ from starlette.types import ASGIApp
 
 import exl
 from exl.errors import ConfigError
-from exl.server import health, metrics
+from exl.server import health, llama, metrics, page, tgi
+from exl.server.anthropic import messages
 from exl.server.bodies import body_schemas
 from exl.server.errors import ApiError, api_error, error_body
 from exl.server.gate import Gate, Prefix
 from exl.server.journeys import CLIENT_GONE, GONE_STATUS, Journeys, note_error
-from exl.server.openai import chat
+from exl.server.openai import chat, completions, embeddings, responses
 from exl.server.request_body import BodyBounds
 from exl.server.responses import json_response
 from exl.server.state import Server
 
 # Each protocol's module has ``router(server)`` and ``BODIES``: the models of its requests' bodies.
-_PROTOCOLS: tuple[Any, ...] = (health, metrics, chat)
+_PROTOCOLS: tuple[Any, ...] = (health, metrics, page, chat, completions, embeddings, responses, messages, llama, tgi)
 # Newer versions of FastAPI have spans of their own, which would stand beside those of ``traces.py``, and environment
 # variables would decide where they go. Older versions take the argument and do nothing.
 _NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)

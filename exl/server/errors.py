@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,9 @@ _ANTHROPIC_TYPES = {
 }
 
 
+_FIELD = re.compile(r"\w+(\[\d+\]|\.\w+)*", re.ASCII)  # messages[0].content
+
+
 class ApiError(Exception):
     """A request is refused or has failed. ``param`` names the field, ``code`` is a word for programs."""
 
@@ -73,7 +77,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ConfigError | UnsupportedModelError):
         name = text.split(":", 1)[0]
         code = "context_length_exceeded" if "context" in text and "tokens" in text else None
-        return ApiError(400, text, code=code, param=name if name.replace("_", "").isalnum() else None)
+        return ApiError(400, text, code=code, param=name if _FIELD.fullmatch(name) else None)
     if isinstance(error, ConstraintError):
         return ApiError(400, text, code="constraint")
     if isinstance(error, CheckpointError):

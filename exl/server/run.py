@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import ssl
@@ -32,6 +33,10 @@ def serve(server: Server, say: Callable[[str], None]) -> None:
     options = server.options
     check_tls(options)
     listening = listen(options)
+    # What is imported by now stays: the collector that runs when a model is unloaded need not look through it, while
+    # others' requests wait for it.
+    gc.collect()
+    gc.freeze()
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
         stack.callback(listening.close)
@@ -144,14 +149,16 @@ async def run_http(
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
     await asyncio.sleep(0)  # from here on a signal is the server's
     say(f"exl: listening on {address_of(options, listening)}")
+    if options.models_dir is not None:
+        say(f"exl: {len(server.models.states)} models to ask for, with those of {options.models_dir}")
     loading = asyncio.ensure_future(server.models.loaded())
     try:
         await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            served = server.models.states[0].served
-            if served is not None:
-                say(f"exl: {served.name}: {served.llm.plan.summary().splitlines()[0]}")
+            first = server.models.default
+            if first is not None and first.served is not None:
+                say(f"exl: {first.name}: {first.served.llm.plan.summary().splitlines()[0]}")
         await running
     except ExlError:
         http.should_exit = True

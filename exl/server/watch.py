@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,7 +33,13 @@ class Journey:
     finish_reasons: tuple[str, ...] = ()  # the engine's: "stop", "length", "cancelled"; one for each choice
     status: int | None = None
     error: str | None = None
+    model_wait: float = 0.0  # seconds that it waited for its model to be loaded, or free to be
+    loaded_model: bool = False  # it was one of those for whom the model was loaded
     traceparent: str | None = None  # the header of a client that traces (w3.org/TR/trace-context)
+
+
+# Of the HTTP request that runs: what serves it need not be handed its journey through every call.
+CURRENT_JOURNEY: ContextVar[Journey | None] = ContextVar("journey", default=None)
 
 
 class Watch(Protocol):

@@ -60,6 +60,16 @@ class ChatTemplate:
     def names(self) -> tuple[str, ...]:
         return tuple(self._templates)
 
+    def text(self, name: str | None = None) -> str:
+        """The template itself; by default the one for messages without tools. Raises ``ConfigError`` for a name that
+        there is not."""
+        return self._templates[self._choose(name, None)]
+
+    @property
+    def source_text(self) -> str:
+        """The templates themselves, joined by NUL."""
+        return "\0".join(self._templates.values())
+
     @cached_property
     def literal_text(self) -> str:
         """All text that the templates themselves can write: their literal text and strings, joined by NUL."""

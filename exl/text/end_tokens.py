@@ -25,13 +25,20 @@ _CUSTOMARY = frozenset(
         *("<end_of_utterance>", "<|eot|>", "<|endofturn|>"),
     }
 )
+_HARMONY_MESSAGE, _HARMONY_MESSAGE_END = "<|message|>", "<|end|>"
 # Words that no template writes.
 _QUESTION, _ANSWER = "xquestionx", "xanswerx"
 
 
 def customary_end_ids(added: Mapping[int, AddedToken]) -> tuple[int, ...]:
-    """The special tokens among ``added`` whose name says that they end a text or a turn."""
-    return tuple(token_id for token_id, token in added.items() if token.special and token.content in _CUSTOMARY)
+    """The special tokens among ``added`` whose name says that they end a text or a turn.
+
+    In a vocabulary of gpt-oss' harmony format, ``<|end|>`` ends one message of an answer that goes on: its reasoning.
+    """
+    names = _CUSTOMARY
+    if any(token.content == _HARMONY_MESSAGE for token in added.values()):
+        names = names - {_HARMONY_MESSAGE_END}
+    return tuple(token_id for token_id, token in added.items() if token.special and token.content in names)
 
 
 def turn_end_ids(template: ChatTemplate, added: Mapping[int, AddedToken], bos: str | None) -> tuple[int, ...]:

@@ -121,6 +121,11 @@ class Tokenizer:
         """Tokens that ``decode`` leaves out."""
         return self._special_ids
 
+    @cached_property
+    def added_ids(self) -> Mapping[str, int]:
+        """The added tokens as they are written, special or not: the only ones that text cannot be spelled as."""
+        return {token.content: token_id for token_id, token in self._added.items()}
+
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None if no token has this id."""
         return self._token_of(_checked_id(token_id))
@@ -162,6 +167,12 @@ class Tokenizer:
         text = _SURROGATES.sub("\ufffd", text)
         ids = self._encode_whole(text) if special else self._encode_plain(text, at_start=True)
         return [*self._prefix_ids, *ids] if bos else ids
+
+    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """``encode`` with ``special`` and without ``bos``: each id with the range of the text's characters that it came
+        from, as the tokenizers library tells it."""
+        encoded = self._backend.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False)
+        return [(i, start, stop) for i, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True)]
 
     def encode_chat(
         self,

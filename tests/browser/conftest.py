@@ -64,7 +64,7 @@ def alone():
 def browser():
     from playwright.sync_api import sync_playwright
 
-    from tests.browser.steps import CHROMIUM
+    from tests.browser.chromium import CHROMIUM
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

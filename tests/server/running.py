@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +28,13 @@ class RunningServer:
         load: Callable[[Any], LLM] | None = None,
         name: str = "stories",
         aliases: tuple[str, ...] = (),
+        models: Models | None = None,
         **options: Any,
     ) -> None:
+        """``models``: in the place of one model."""
         self.options = dataclasses.replace(ServerOptions(port=0), **options)
-        self.server = Server(self.options, Models(name, load or load_bundled, aliases))
+        models = Models(name, load or load_bundled, aliases) if models is None else models
+        self.server = Server(self.options, models)
         self.lines: list[str] = []
         self.error: BaseException | None = None  # what ended it, if that was one
         self._http: Any = None
@@ -98,6 +102,13 @@ class RunningServer:
         assert not self._thread.is_alive(), "the server has not ended"
         self.listening.close()
         self.server.close()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < until, "it has not happened"
+        time.sleep(0.01)
 
 
 def load_bundled(progress: Any) -> LLM:

@@ -107,3 +107,11 @@ def test_a_name_that_the_vocabulary_lacks_is_no_token(tmp_path):
     tokenizer_json = byte_level("<|odd|>")
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, tokenizer_json, eos_token="<|nowhere|>"))
     assert tokenizer.eos_ids == ()
+
+
+def test_a_message_of_harmony_is_no_whole_answer(tmp_path):
+    tokens = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+    folder = write_folder(tmp_path, byte_level(*tokens))
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, eos_ids=[tokenizer.token_to_id("<|return|>")])
+    assert tokenizer.eos_ids == (tokenizer.token_to_id("<|return|>"),)
