@@ -154,6 +154,14 @@ def test_100_megabytes_are_refused_and_their_sender_hears_it(strict):
     assert httpx.post(strict.url + CHAT, content=body, headers={"content-type": "application/json"}).status_code == 413
 
 
+def test_the_rest_of_a_refused_body_is_read_for_a_while(strict):
+    """Or the system would tell its sender of a reset, before or instead of the answer."""
+    with connect(strict.url) as client:
+        client.sendall(post(CHAT, b" " * 20_000_000))
+        assert read_reply(client).status == 413
+        assert client.recv(1) == b""
+
+
 def test_a_chunked_body_that_is_too_long_is_refused(strict):
     def pieces():
         for _ in range(100):

@@ -97,12 +97,11 @@ def test_a_client_that_left_has_a_line(logged):
         next(reply.iter_lines())
     wait_for_idle(server)
     assert "cancelled" in json.loads(lines(1)[0])["finish"]
-    try:
+    with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + CHAT, json={**ASKED, "max_tokens": 480, "n": 8}, timeout=0.05)
-    except httpx.ReadTimeout:
-        left = json.loads(lines(2)[1])
-        assert left["status"] == 499
-        assert left["error"] == "the client has left"
+    left = json.loads(lines(2)[1])
+    assert left["status"] == 499
+    assert left["error"] == "the client has left"
 
 
 def test_what_nobody_expected_has_its_traceback_and_its_client_does_not(logged, monkeypatch):
