@@ -407,7 +407,7 @@ function showStats() {
   items.push(item("made", "answer ", String(generated)));
   if (used !== undefined && context) {
     const bar = el("meter", { min: "0", max: String(context), high: String(context * 0.85), value: String(used), "aria-label": "Context used" });
-    items.push(el("span", { class: "context" }, bar, el("span", {}, "context ", el("b", {}, String(used)), ` of ${context}`)));
+    items.push(el("span", { class: "context" }, bar, el("span", {}, el("span", { class: "word" }, "context "), el("b", {}, String(used)), ` of ${context}`)));
   }
   $("strip").replaceChildren(...items);
 }
