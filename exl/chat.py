@@ -15,6 +15,8 @@ from exl.llm import LLM
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
 from exl.saved_chat import SavedChat, parse_saved
+from exl.text.chat_template import plain_messages
+from exl.text.content_forms import ContentForms
 from exl.user_text import read_text
 
 if TYPE_CHECKING:
@@ -280,12 +282,15 @@ class _Kept:
 
 
 def transcript(messages: Sequence[Mapping[str, Any]], to_answer: bool) -> str:
-    """Messages as a text, for a model without a chat template; the system prompt stands for itself."""
+    """Messages as a text, for a model without a chat template; the system prompt stands for itself. Raises
+    ``ConfigError``."""
+    forms = ContentForms(none=False, parts=False)
+    texts = [forms.fit(message, f"messages[{i}]") for i, message in enumerate(plain_messages(messages))]
     lines = [
-        message["content"]
+        message.get("content", "")
         if message["role"] == "system"
-        else f"{message['role'].capitalize()}: {message.get('content') or ''}".rstrip()
-        for message in messages
+        else f"{message['role'].capitalize()}: {message.get('content', '')}".rstrip()
+        for message in texts
     ]
     return "\n".join([*lines, "Assistant:"] if to_answer else lines)
 

@@ -16,7 +16,7 @@ _MAX_TEMPERATURE = 100.0
 _MIN_PENALTY, _MAX_PENALTY = 0.01, 100.0
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
-_MAX_STOPS = 64
+MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 MAX_LISTED = 1024  # token ids in one parameter
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's and text-generation-webui's
@@ -419,8 +419,8 @@ def checked_texts(name: str, texts: Any) -> tuple[str, ...]:
         texts = (texts,)
     if not isinstance(texts, Sequence) or isinstance(texts, bytes):
         raise _wrong(name, texts, "a text or a list of texts")
-    if len(texts) > _MAX_STOPS:
-        raise ConfigError(f"{name}: found {len(texts)} strings, expected at most {_MAX_STOPS}")
+    if len(texts) > MAX_STOPS:
+        raise ConfigError(f"{name}: found {len(texts)} strings, expected at most {MAX_STOPS}")
     for text in texts:
         if not isinstance(text, str):
             raise _wrong(name, text, "strings only")

@@ -111,15 +111,26 @@ class ServedModel:
             add_generation_prompt = True
         messages = self._forms.fit(messages)
         if self.llm.tokenizer.chat_template is None:
-            if tools:
-                raise ConfigError("tools: this model has no chat template, which would show them to it")
-            texts = [_plain(message) for message in messages]
-            written = transcript(texts, add_generation_prompt)
+            written = _transcript(messages, tools, add_generation_prompt)
             return self.llm.encode(f"{written} {begun}" if begun else written)
         ids = self.llm.chat_prompt(
             messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
         )
         return [*ids, *self.llm.tokenizer.encode(begun, bos=False)] if begun else ids
+
+    def chat_text(
+        self,
+        messages: Messages,
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that ``chat_prompt`` encodes, for people to read: where a message holds what looks like a control
+        token, it does not show that this is plain text for the model."""
+        template, messages = self.llm.tokenizer.chat_template, self._forms.fit(messages)
+        if template is None:
+            return _transcript(messages, tools, add_generation_prompt)
+        return template.render(messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt)
 
     def text_prompt(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of a text in which whoever sends it may have applied a chat template: control tokens in it count
@@ -136,6 +147,12 @@ class ServedModel:
         if self.format.reasoning == NONE and not tools:
             return None
         return parser_for(self.format, self.llm.tokenizer, tools=tools, prompt_ids=prompt_ids, stop=stop)
+
+
+def _transcript(messages: Messages, tools: Tools | None, to_answer: bool) -> str:
+    if tools:
+        raise ConfigError("tools: this model has no chat template, which would show them to it")
+    return transcript([_plain(message) for message in messages], to_answer)
 
 
 def _begun(messages: Messages) -> str:

@@ -168,6 +168,12 @@ class Tokenizer:
         ids = self._encode_whole(text) if special else self._encode_plain(text, at_start=True)
         return [*self._prefix_ids, *ids] if bos else ids
 
+    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """``encode`` with ``special`` and without ``bos``: each id with the range of the text's characters that it came
+        from, as the tokenizers library tells it."""
+        encoded = self._backend.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False)
+        return [(i, start, stop) for i, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True)]
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -1,0 +1,1 @@
+"""Anthropic's protocol. Begin with ``messages.py``."""
