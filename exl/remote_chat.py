@@ -222,6 +222,7 @@ class RemoteStream:
         self._first = self._last = 0.0
         self._reason: str | None = None
         self._usage: dict[str, Any] = {}
+        self._timings: dict[str, Any] = {}
         self._is_thinking = False
         body = self._chat._body(self.messages, self.begun, self.forgotten, self._options)
         return self._chat._server.client.post_events("/v1/chat/completions", body)
@@ -312,6 +313,8 @@ class RemoteStream:
         """The text of a chunk, with the tags around thoughts."""
         if isinstance(chunk.get("usage"), dict):
             self._usage = chunk["usage"]
+        if isinstance(chunk.get("timings"), dict):
+            self._timings = chunk["timings"]
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             self._reason = choice.get("finish_reason") or self._reason
@@ -342,7 +345,8 @@ class RemoteStream:
             num_reused_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
             num_tokens=num_tokens,
             prompt_seconds=max(0.0, self._first - self._asked),
-            decode_seconds=self._last - self._first,
+            # Pieces may come several at once: the server knows better how long they took.
+            decode_seconds=_number(self._timings.get("predicted_ms")) / 1e3 or self._last - self._first,
         )
 
     def _broken(self, error: EOFError | ServerError) -> ServerError:
@@ -364,6 +368,10 @@ def _parsed(data: str) -> dict[str, Any]:
         told = error if isinstance(error, dict) else {"message": error}
         raise ServerError(str(told.get("message")), code=str(told.get("code") or ""))
     return chunk
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _count(value: object) -> int:

@@ -21,7 +21,7 @@ from exl.server.state import Server
 BODIES: tuple[type[BaseModel], ...] = ()
 _FOLDER = Path(__file__).parent / "page"
 # In this order they are one module: each uses what stands in those before it.
-_SCRIPTS = ("markdown.js", "store.js", "api.js", "message.js", "answers.js", "main.js")
+_SCRIPTS = ("markdown.js", "store.js", "api.js", "message.js", "answers.js", "list.js", "main.js")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from exl.errors import ConfigError
 from exl.http_client import ServerError
 from tests.browser.conftest import ROOT
 from tests.browser.steps import LONG, MARKS, answers, expect, field, send, set_sampling, wait_for_end
-from tests.server.running import RunningServer
 from tests.server.scripted import ScriptedServer, stream
 
 pytestmark = MARKS
@@ -70,12 +69,6 @@ def visit(browser):
     yield visit
     for context in contexts:
         context.close()
-
-
-@pytest.fixture(scope="module")
-def running():
-    with RunningServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,120 +1,30 @@
-"""A person at the server's own page: what they press, what they see, and what goes wrong meanwhile."""
+"""A person at the server's own page: what they press, what they see, and how it looks."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-import socket
-import threading
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("httpx")
-
 from tests.browser.chromium import expect
-from tests.browser.conftest import is_foreign
-from tests.server.running import RunningServer
+from tests.browser.page_steps import (
+    CHAT,
+    DOG,
+    answer_with,
+    events,
+    messages,
+    refusal,
+    say,
+    text_of,
+    use,
+    wait_for_words,
+    wait_until_ended,
+    words,
+)
 
 pytestmark = pytest.mark.browser
-DOG = "Tell me about a dog."
-CHAT = "**/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def running():
-    with RunningServer() as server:
-        yield server
-
-
-@pytest.fixture
-def visit(running, browser):
-    """``visit(context=None, path="/", **options)`` opens the page; at the end nothing may have gone wrong unseen."""
-    contexts, wrong, allowed = [], [], []
-
-    def visit(context=None, path="/", expected=None, **options):
-        """``expected``: a pattern of the console's errors that the test brings about itself."""
-        if context is None:
-            context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-            contexts.append(context)
-        if expected:
-            allowed.append(expected)
-        page = context.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("request", lambda request: wrong.append(request.url) if is_foreign(request.url, running.url) else None)
-        page.goto(running.url + path)
-        page.locator("html[data-ready]").wait_for(state="attached")
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert [text for text in wrong if not any(re.search(pattern, text) for pattern in allowed)] == []
-
-
-def use(page, **values) -> None:
-    """Settings of the requests to come."""
-    page.get_by_role("button", name="Settings").click()
-    for name, value in values.items():
-        page.locator(f"#set-{name}").fill(str(value))
-    page.keyboard.press("Escape")
-
-
-def say(page, text: str) -> None:
-    page.get_by_role("textbox", name="Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def messages(page, kind: str = "assistant"):
-    return page.locator(f"article.{kind}")
-
-
-def text_of(page) -> str:
-    return messages(page).last.locator(".body").inner_text()
-
-
-def wait_until_ended(page) -> None:
-    expect(page.locator("article.running")).to_have_count(0)
-    expect(page.locator("#send")).to_be_visible()
-
-
-def wait_for_words(page, count: int = 4) -> str:
-    page.wait_for_function(
-        "count => (document.querySelector('article.running .body')?.innerText.split(' ').length ?? 0) >= count",
-        arg=count,
-    )
-    return text_of(page)
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
-def events(*deltas: dict, reason: str | None = "stop", usage: dict | None = None, end: str = "data: [DONE]\n\n") -> str:
-    """A stream of the server's as text."""
-    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    if reason:
-        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-    if usage:
-        chunks.append({"choices": [], "usage": usage})
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
-
-
-def answer_with(page, body: str, status: int = 200, times: int | None = 1, **headers: str) -> None:
-    """The next requests for an answer get this one, not the server's."""
-    kind = "text/event-stream" if status == 200 else "application/json"
-    page.route(
-        CHAT,
-        lambda route: route.fulfill(status=status, headers={"Content-Type": kind, **headers}, body=body),
-        times=times,
-    )
-
-
-def refusal(message: str, code: str) -> str:
-    return json.dumps({"error": {"message": message, "type": "x", "param": None, "code": code}})
 
 
 # ---- answers
@@ -361,141 +271,6 @@ def test_conversations_are_renamed_exported_and_imported(visit, tmp_path):
     expect(messages(other, "user").locator(".body")).to_have_text(DOG)
     other.locator("#file").set_input_files([{"name": "x.json", "mimeType": "", "buffer": b'{"format": 1}'}])
     expect(other.locator("#toast")).to_contain_text("x.json: it is no saved chat of exl")
-
-
-# ---- what goes wrong
-
-
-def test_a_busy_server_is_told_and_asked_again(visit):
-    page = visit(expected="429")
-    answer_with(page, refusal("the queue is full", "queue_full"), 429, **{"Retry-After": "1"})
-    use(page, max_tokens=4)
-    say(page, DOG)
-    note = page.get_by_role("alert")
-    expect(note).to_contain_text("The server is busy: the queue is full")
-    page.reload()
-    expect(page.get_by_role("alert")).to_contain_text("busy")
-    page.get_by_role("button", name="Try again").click()
-    wait_until_ended(page)
-    expect(page.get_by_role("alert")).to_have_count(0)
-    expect(messages(page)).to_have_count(1)
-    assert text_of(page)
-
-
-def test_a_model_that_loads_is_waited_for(visit):
-    page = visit(expected="503")
-    answer_with(page, refusal("model: 'stories' is loading, 40% of it", "model_loading"), 503)
-    use(page, max_tokens=4)
-    say(page, DOG)
-    expect(page.locator(".waiting")).to_contain_text("40% of it")
-    wait_until_ended(page)
-    assert text_of(page)
-
-
-def test_a_key_is_asked_for_and_kept_as_wished(visit):
-    page = visit(expected="401")
-
-    def guarded(route):
-        if route.request.headers.get("authorization") == "Bearer secret":
-            return route.continue_()
-        return route.fulfill(status=401, content_type="application/json", body=refusal("wrong key", "invalid_api_key"))
-
-    page.route("**/v1/**", guarded)
-    page.reload()
-    dialog = page.get_by_role("dialog", name="API key")
-    expect(dialog).to_contain_text("This server asks for a key.")
-    page.get_by_label("Key", exact=True).fill("guess")
-    page.keyboard.press("Enter")
-    expect(dialog).to_contain_text("This key is not right.")
-    page.get_by_label("Key", exact=True).fill("secret")
-    page.get_by_label("Keep it in this browser").check()
-    page.get_by_role("button", name="Use the key").click()
-    expect(page.locator("#model")).to_have_value("stories")
-    use(page, max_tokens=4)
-    say(page, DOG)
-    wait_until_ended(page)
-    assert text_of(page)
-    assert page.evaluate("Object.values(localStorage).includes('secret')")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_role("button", name="Forget it").click()
-    assert not page.evaluate("[localStorage, sessionStorage].some(area => Object.values(area).includes('secret'))")
-
-
-def test_a_stream_that_ends_too_early_keeps_what_came(visit):
-    page = visit()
-    answer_with(page, events({"content": "One day"}, {"content": " a dog"}, reason=None, end=""))
-    say(page, DOG)
-    expect(page.get_by_role("alert")).to_contain_text("The connection was lost in the middle of the answer.")
-    assert text_of(page) == "One day a dog"
-    answer_with(page, events({"content": " ran."}))
-    page.get_by_role("button", name="Continue").click()
-    wait_until_ended(page)
-    assert text_of(page) == "One day a dog ran."
-    expect(page.get_by_role("alert")).to_have_count(0)
-
-
-@pytest.fixture
-def dying():
-    """The address of a server that begins an answer, and what lets it die."""
-    dies = threading.Event()
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        connection, _ = listening.accept()
-        connection.recv(65536)
-        event = b'data: {"choices":[{"index":0,"delta":{"content":"One day"}}]}\n\n'
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-        connection.sendall(head + b"%x\r\n%s\r\n" % (len(event), event))
-        dies.wait(10)
-        connection.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/", dies
-    dies.set()
-    thread.join(10)
-    listening.close()
-
-
-def test_a_server_that_dies_in_the_middle_keeps_what_came(visit, dying):
-    page = visit(expected="ERR_")
-    page.route(CHAT, lambda route: route.continue_(url=dying[0]), times=1)
-    say(page, DOG)
-    wait_for_words(page, 2)
-    dying[1].set()
-    expect(page.get_by_role("alert")).to_contain_text("The connection was lost in the middle of the answer.")
-    assert text_of(page) == "One day"
-
-
-def test_a_server_that_is_not_there_is_told(visit):
-    page = visit(expected="ERR_")
-    page.route(CHAT, lambda route: route.abort("connectionrefused"), times=1)
-    say(page, DOG)
-    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
-    use(page, max_tokens=4)
-    page.get_by_role("button", name="Try again").click()
-    wait_until_ended(page)
-    assert text_of(page)
-
-
-def test_an_error_in_the_stream_is_told_as_text(visit):
-    page = visit()
-    error = {"error": {"message": "<b>no memory</b>", "code": "out_of_memory"}}
-    answer_with(page, events({"content": "One"}, reason=None, end=f"data: {json.dumps(error)}\n\n"))
-    say(page, DOG)
-    expect(page.get_by_role("alert")).to_contain_text("<b>no memory</b>")
-    assert text_of(page) == "One"
-
-
-def test_another_answer_that_fails_leaves_the_one_before(visit):
-    page = visit(expected="429")
-    answer_with(page, events({"content": "The first."}))
-    say(page, DOG)
-    wait_until_ended(page)
-    answer_with(page, refusal("full", "queue_full"), 429)
-    page.get_by_role("button", name="Another answer").click()
-    expect(page.get_by_role("alert")).to_contain_text("busy")
-    assert text_of(page) == "The first."
 
 
 # ---- how it looks, and how it is reached

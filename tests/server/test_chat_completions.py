@@ -298,3 +298,17 @@ def test_hugging_faces_client(running):
     assert answer.usage.completion_tokens == 12
     chunks = client.chat_completion(MESSAGES, model="stories", max_tokens=12, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
+def test_an_answer_to_a_transcript_ends_where_the_user_would_speak(running, client, monkeypatch):
+    """Also for a request with stop strings of its own."""
+    submit, asked = type(running.llm).submit, []
+
+    def submit_and_note(self, prompt, *args, **options):
+        asked.append(options.get("stop"))
+        return submit(self, prompt, *args, **options)
+
+    monkeypatch.setattr(type(running.llm), "submit", submit_and_note)
+    client.chat.completions.create(model="stories", messages=MESSAGES, max_tokens=3)
+    client.chat.completions.create(model="stories", messages=MESSAGES, max_tokens=3, stop=["xyz"])
+    assert asked == [("\nUser:",), ("xyz", "\nUser:")]

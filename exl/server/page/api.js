@@ -101,5 +101,5 @@ async function copyText(text, button) {
 
 /** For those who hear the page. */
 function say(text) {
-  document.getElementById("live").textContent = text;
+  $("live").textContent = text;
 }

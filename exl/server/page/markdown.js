@@ -4,6 +4,8 @@
 const MAX_DEPTH = 8;
 const MAX_SPAN = 2000; // characters of a bold text, a link's label or its address
 
+const $ = (id) => document.getElementById(id);
+
 /** el("a", {href, class, onclick}, "text", node) -> an element. Strings become text nodes. */
 function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
