@@ -10,8 +10,10 @@ import torch
 
 from exl.checkpoint.header import shown
 from exl.engine.generator import Generator
+from exl.engine.handle import Handle
 from exl.engine.request import TokenRequest
-from exl.errors import ConfigError
+from exl.engine.ticket import Answer
+from exl.errors import ConfigError, ExlError
 from exl.sampling_params import SamplingParams
 
 POOLING = ("mean", "last")
@@ -26,24 +28,45 @@ def embed(
     normalize: bool,
 ) -> torch.Tensor:
     """See ``LLM.embed``. ``encode``: a text -> token ids."""
+    _check(pooling, normalize)
+    with contextlib.ExitStack() as stack:
+        handles = [
+            stack.enter_context(_submit(generator, ids, pooling, normalize, inline=True))
+            for ids in _token_ids(encode, generator.context, texts)
+        ]
+        return torch.stack([handle.result() for handle in handles])
+
+
+def submit_embed(
+    generator: Generator, encode: Callable[[Prompt], list[int]], text: Prompt, pooling: str, normalize: bool
+) -> Handle[torch.Tensor]:
+    """See ``LLM.submit_embed``."""
+    _check(pooling, normalize)
+    (ids,) = _token_ids(encode, generator.context, [text])
+    return _submit(generator, ids, pooling, normalize, inline=False)
+
+
+def _submit(
+    generator: Generator, ids: list[int], pooling: str, normalize: bool, *, inline: bool
+) -> Handle[torch.Tensor]:
+    def finish(answers: list[Answer]) -> torch.Tensor:
+        found = answers[0].embedding
+        if found is None:
+            raise ExlError("this text's embedding was cancelled before it was computed")
+        if normalize:
+            length = np.linalg.norm(found.astype(np.float64))
+            found = (found / (length if length > 0.0 else 1.0)).astype(np.float32)
+        return torch.from_numpy(found)
+
+    request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling)
+    return generator.submit(request, finish, inline=inline)
+
+
+def _check(pooling: str, normalize: bool) -> None:
     if pooling not in POOLING:
         raise ConfigError(f"pooling: found {pooling!r}, expected 'mean' or 'last'")
     if not isinstance(normalize, bool):
         raise ConfigError(f"normalize: found {normalize!r}, expected True or False")
-    requests = [
-        TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling)
-        for ids in _token_ids(encode, generator.context, texts)
-    ]
-    with contextlib.ExitStack() as stack:
-        handles = [
-            stack.enter_context(generator.submit(request, lambda answers: answers[0].embedding, inline=True))
-            for request in requests
-        ]
-        found = np.stack([handle.result() for handle in handles])
-    if normalize:
-        lengths = np.linalg.norm(found.astype(np.float64), axis=1, keepdims=True)
-        found = (found / np.where(lengths > 0.0, lengths, 1.0)).astype(np.float32)
-    return torch.from_numpy(found)
 
 
 def _token_ids(

@@ -18,7 +18,7 @@ from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
-from exl.embedding import embed
+from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine, load_engine
 from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
@@ -267,6 +267,12 @@ class LLM:
         that is longer than the context.
         """
         return embed(self._open_generator(), self.encode, texts, pooling, normalize)
+
+    def submit_embed(self, text: Prompt, pooling: str = "mean", *, normalize: bool = False) -> Handle[torch.Tensor]:
+        """Begins to compute the vector of one text and returns at once: the handle's ``result()``, or ``await``, gives
+        it, f32 [hidden size], the same as ``embed``; ``cancel()`` ends it. Raises as ``embed`` does, and
+        ``QueueFullError``."""
+        return submit_embed(self._open_generator(), self.encode, text, pooling, normalize)
 
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.

@@ -111,6 +111,18 @@ class Handle(Generic[Result]):
         self._took(event)
         return event
 
+    def ready_event(self) -> Event | None:
+        """An event that has come already; None if a caller would have to wait for it. After ``anext_event``: whoever is
+        late takes all there is at once."""
+        while True:
+            try:
+                event = self._ticket.outbox.get_nowait()
+            except queue.Empty:
+                return None
+            if event is not None:
+                self._took(event)
+                return event
+
     async def _anext(self) -> Event | None:
         """Sleeps until the engine's thread wakes this loop."""
         ticket, loop = self._ticket, asyncio.get_running_loop()

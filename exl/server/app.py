@@ -15,12 +15,12 @@ from exl.server import health
 from exl.server.bodies import body_schemas
 from exl.server.errors import ApiError, api_error, error_body
 from exl.server.journeys import Journeys, note_error
-from exl.server.openai import chat
+from exl.server.openai import chat, completions, embeddings, responses
 from exl.server.responses import json_response
 from exl.server.state import Server
 
 # Each protocol's module has ``router(server)`` and ``BODIES``: the models of its requests' bodies.
-_PROTOCOLS: tuple[Any, ...] = (health, chat)
+_PROTOCOLS: tuple[Any, ...] = (health, chat, completions, embeddings, responses)
 
 
 def create_app(server: Server) -> ASGIApp:

@@ -39,6 +39,21 @@ class _Pushed:
     state: DecoderState  # before it
 
 
+def first_stop(text: str, stops: Sequence[str]) -> tuple[int, int, str | None]:
+    """End, start and string of the first stop string in a text; the end is beyond the text if there is none."""
+    found = [(start + len(stop), start, stop) for stop in stops if (start := text.find(stop)) >= 0]
+    return min(found) if found else (len(text) + 1, 0, None)
+
+
+def num_open(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of a text that is a beginning of one of the strings, and not all of it."""
+    longest = max(map(len, strings), default=1) - 1
+    for start in range(max(len(text) - longest, 0), len(text)):
+        if any(string.startswith(text[start:]) for string in strings):
+            return len(text) - start
+    return 0
+
+
 class TextSink:
     """Takes the tokens that continue a prompt; gives out their text as soon as nothing can change it any more.
 
@@ -152,9 +167,7 @@ class TextSink:
         return self._finished or self.stopped is not None
 
     def _first_stop(self) -> tuple[int, int, str | None]:
-        """End, start and string of the first stop string in the text that is held; the end is beyond it if none."""
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._held.find(stop)) >= 0]
-        return min(found) if found else (len(self._held) + 1, 0, None)
+        return first_stop(self._held, self._stop)
 
     def _first_ban(self) -> list[tuple[int, int]]:
         """End and start, in the text that is held, of the first banned string, if there is one."""
@@ -174,10 +187,10 @@ class TextSink:
 
     def _give(self) -> str:
         """Gives out what no stop string can cut off and no banned one take back; forgets its tokens."""
-        num = len(self._held) - self._num_open(self._held, self._stop)
+        num = len(self._held) - num_open(self._held, self._stop)
         self._num_safe = self._num_given + num
         is_incomplete = bool(self._decoder.pending)
-        open_ban = self._num_open(self._last_given + self._held, self._banned)
+        open_ban = num_open(self._last_given + self._held, self._banned)
         first = len(self._recent)  # the first that may be taken back
         if open_ban or (is_incomplete and self._banned):
             first = self._first_revocable(len(self._held) - open_ban)
@@ -200,15 +213,6 @@ class TextSink:
         longest = max(map(len, self._banned), default=1) - 1
         self._last_given = (self._last_given + text)[-longest:] if longest else ""
         return text
-
-    @staticmethod
-    def _num_open(text: str, strings: Sequence[str]) -> int:
-        """Length of the longest end of a text that is a beginning of one of the strings, and not all of it."""
-        longest = max(map(len, strings), default=1) - 1
-        for start in range(max(len(text) - longest, 0), len(text)):
-            if any(string.startswith(text[start:]) for string in strings):
-                return len(text) - start
-        return 0
 
     def _owner(self, char: int) -> int:
         """Which of the recent tokens holds the first byte of a character that is held, or of what is incomplete; 0 for

@@ -121,6 +121,11 @@ class Tokenizer:
         """Tokens that ``decode`` leaves out."""
         return self._special_ids
 
+    @cached_property
+    def added_ids(self) -> Mapping[str, int]:
+        """The added tokens as they are written, special or not: the only ones that text cannot be spelled as."""
+        return {token.content: token_id for token_id, token in self._added.items()}
+
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None if no token has this id."""
         return self._token_of(_checked_id(token_id))

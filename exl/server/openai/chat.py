@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from exl.parse.parts import Part, Reasoning, Text
-from exl.server.bodies import Body, Json, json_body, read_body
-from exl.server.errors import openai_body
-from exl.server.generation import Choice, Generation, Job, Update, Usage
+from exl.server.bodies import Json, json_body, read_body
+from exl.server.errors import ApiError, openai_body
+from exl.server.generation import Generation, Job
 from exl.server.journeys import note_error
-from exl.server.openai.fields import GenerationFields, finish_reason, request_options, usage_of
-from exl.server.responses import SSE_DONE, EventStream, json_response, sse, unless_gone, without_none
-from exl.server.served import ServedModel
+from exl.server.openai.chat_answer import ChatAnswer
+from exl.server.openai.fields import (
+    MAX_TOP_LOGPROBS,
+    GenerationFields,
+    Ignored,
+    StreamOptions,
+    refused,
+    request_options,
+)
+from exl.server.openai.messages import (
+    Effort,
+    Message,
+    ResponseFormat,
+    Tool,
+    chosen_tools,
+    template_variables,
+)
+from exl.server.responses import SSE_DONE, EventStream, json_response, sse, unless_gone
+from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
 
-class StreamOptions(Body):
-    include_usage: bool | None = None
-
-
 class ChatRequest(GenerationFields):
-    messages: list[dict[str, Json]] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Json = None
+    parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    reasoning_effort: Effort | None = None
+    # vLLM's names
+    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Variables of the chat template.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(
+        None, description="The last message, an assistant's, is the beginning of the answer."
+    )
+
+    modalities: refused("this model writes text only", ["text"]) = None  # type: ignore[valid-type]
+    audio: refused("this model makes no sound") = None  # type: ignore[valid-type]
+    functions: refused("expected tools, which have replaced it") = None  # type: ignore[valid-type]
+    function_call: refused("expected tool_choice, which has replaced it") = None  # type: ignore[valid-type]
+    web_search_options: refused("this server searches nothing") = None  # type: ignore[valid-type]
+    prediction: refused('exl\'s own guesses are speculate: "prompt" or "draft"') = None  # type: ignore[valid-type]
+    moderation: refused("this server moderates nothing") = None  # type: ignore[valid-type]
+    store: refused("this server keeps no answers", False) = None  # type: ignore[valid-type]
+    verbosity: refused("the model is not asked for another length", "medium") = None  # type: ignore[valid-type]
+
+    user: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
 
 
 BODIES: tuple[type[BaseModel], ...] = (ChatRequest,)
@@ -51,85 +89,88 @@ def router(server: Server) -> APIRouter:
 async def _answer(server: Server, request: Request, body: ChatRequest) -> Response:
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(server.models.use(body.model))
-        job = await _job(server, model, body)
-        generation = await Generation.begin(server, model, job, request.scope["journey"])
+        generation = await _begin(server, model, request, body)
         stack.callback(generation.close)
-        told = _Told(model.name)
+        answer = ChatAnswer(model, bool(body.stream_options and body.stream_options.include_usage))
         if not body.stream:
             choices = await unless_gone(request, generation.choices())
-            return json_response(told.whole(choices, generation.usage))
-        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(
-            _events(told, generation, wants_usage),
-            lambda error: sse(openai_body(error)),
-            lambda error: note_error(generation.journey, error),
-            stack.pop_all(),
-        )
+            return json_response(answer.whole(choices, generation))
+        return event_stream(_events(answer, generation), generation, stack.pop_all())
 
 
-async def _job(server: Server, model: ServedModel, body: ChatRequest) -> Job:
-    prompt = await server.in_thread(lambda: model.chat_prompt(body.messages))
-    options = request_options(server, body, model.context - len(prompt))
-    return Job(prompt, options, lambda: model.parser(prompt, None, ()))
+def conversation_of(body: ChatRequest) -> Conversation:
+    """Raises ``ApiError``."""
+    tools, choice = chosen_tools([tool.for_template() for tool in body.tools or ()], body.tool_choice)
+    schema = body.json_schema
+    if body.response_format is not None and (wanted := body.response_format.schema_of()) is not None:
+        if schema is not None:
+            text = "response_format: found it and json_schema, expected one of the two"
+            raise ApiError(400, text, param="response_format")
+        schema = wanted
+    if body.continue_final_message and body.add_generation_prompt:
+        text = "continue_final_message: found it with add_generation_prompt, expected one of the two"
+        raise ApiError(400, text, param="continue_final_message")
+    return Conversation(
+        [message.for_template() for message in body.messages],
+        tools,
+        choice,
+        body.parallel_tool_calls is not False,
+        schema,
+        template_variables(body.reasoning_effort, body.chat_template_kwargs),
+        body.add_generation_prompt is not False,
+        bool(body.continue_final_message),
+        [body.stop] if isinstance(body.stop, str) else body.stop or (),
+    )
 
 
-async def _events(told: _Told, generation: Generation, wants_usage: bool) -> AsyncGenerator[bytes, None]:
-    for choice in range(generation.num_choices):
-        yield told.chunk(choice, {"role": "assistant", "content": ""})
+async def _begin(server: Server, model: ServedModel, request: Request, body: ChatRequest) -> Generation:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: found it without logprobs, expected both", param="top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs: found it with stream, expected one of the two", param="prompt_logprobs")
+    limits = {number for number in (body.max_tokens, body.max_completion_tokens) if number is not None}
+    if len(limits) > 1:
+        text = "max_completion_tokens: found another number in max_tokens, expected one of the two"
+        raise ApiError(400, text, param="max_completion_tokens")
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    conversation, limit = conversation_of(body), limits.pop() if limits else None
+    return await begin_chat(server, model, request, body, conversation, limit, top_logprobs)
+
+
+async def begin_chat(
+    server: Server,
+    model: ServedModel,
+    request: Request,
+    body: GenerationFields,
+    conversation: Conversation,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+) -> Generation:
+    """Renders the conversation and asks the engine. ``body``: all other options. Raises ``ApiError``, ``ExlError``."""
+    prepared = await server.in_thread(lambda: model.prepare(conversation))
+    asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
+    options = request_options(server, asked, model.context - len(prepared.prompt_ids))
+    for name, value in prepared.constraint.items():
+        if options.get(name) is not None:
+            raise ApiError(400, f"{name}: found it with a format or tools, expected one of the two", param=name)
+        options[name] = value  # type: ignore[literal-required]
+    if top_logprobs is not None:
+        options["top_logprobs"] = top_logprobs
+    job = Job(prepared.prompt_ids, options, prepared.make_parser)
+    return await Generation.begin(server, model, job, request.scope["journey"])
+
+
+def event_stream(
+    events: AsyncGenerator[bytes, None],
+    generation: Generation,
+    resources: AsyncExitStack,
+    tell: Callable[[ApiError], bytes] = lambda error: sse(openai_body(error)),
+) -> EventStream:
+    return EventStream(events, tell, lambda error: note_error(generation.journey, error), resources)
+
+
+async def _events(answer: ChatAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:
     async for update in generation.updates():
-        for event in told.chunks(update):
-            yield event
-    if wants_usage:
-        yield told.usage_chunk(generation.usage)
-    yield SSE_DONE
-
-
-class _Told:
-    """An answer in OpenAI's words, whole or in chunks."""
-
-    def __init__(self, model: str) -> None:
-        self._id, self._created, self._model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        return {
-            **self._head("chat.completion"),
-            "choices": [
-                {
-                    "index": i,
-                    "message": _message(choice.parts),
-                    "finish_reason": finish_reason(choice.outcome, choice.parts),
-                }
-                for i, choice in enumerate(choices)
-            ],
-            "usage": usage_of(usage),
-            "timings": usage.timings(),
-        }
-
-    def chunks(self, update: Update) -> list[bytes]:
-        found = [self.chunk(update.choice, delta) for delta in map(_delta, update.parts) if delta]
-        if update.outcome is not None:
-            found.append(self.chunk(update.choice, {}, finish_reason(update.outcome, update.parts)))
-        return found
-
-    def chunk(self, choice: int, delta: Mapping[str, Any], reason: str | None = None) -> bytes:
-        shown = {"index": choice, "delta": delta, "finish_reason": reason}
-        return sse({**self._head("chat.completion.chunk"), "choices": [shown]})
-
-    def usage_chunk(self, usage: Usage) -> bytes:
-        head = self._head("chat.completion.chunk")
-        return sse({**head, "choices": [], "usage": usage_of(usage), "timings": usage.timings()})
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-
-def _message(parts: Sequence[Part]) -> dict[str, Any]:
-    text = "".join(part.text for part in parts if isinstance(part, Text))
-    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
-    return without_none({"role": "assistant", "content": text, "reasoning_content": reasoning or None})
-
-
-def _delta(part: Part) -> dict[str, Any]:
-    if isinstance(part, Text):
-        return {"content": part.text}
-    return {"reasoning_content": part.text} if isinstance(part, Reasoning) else {}
+        if chunks := answer.chunks(update, generation):
+            yield chunks
+    yield answer.end(generation) + SSE_DONE

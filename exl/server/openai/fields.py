@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import AfterValidator, BaseModel, Field, create_model
+from pydantic_core import PydanticCustomError
 
 from exl.engine.request import Outcome
-from exl.parse.parts import Part, ToolCallEnd
 from exl.request_options import RequestOptions
 from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
-from exl.server.bodies import Body
+from exl.server.bodies import Body, Json
 from exl.server.errors import ApiError
 from exl.server.generation import Usage
 from exl.server.state import Server
+
+MAX_TOP_LOGPROBS = 20  # OpenAI's own bound of chats
+
+# A known field that changes nothing here.
+Ignored = Annotated[Json, Field(description="Accepted; changes nothing.")]
+
+
+def refused(why: str, *harmless: Any) -> Any:
+    """The type of a known field that would change the answer and cannot be honoured; ``harmless`` values can."""
+
+    def check(value: Any) -> Any:
+        if value is None or value in harmless:
+            return value
+        raise PydanticCustomError("unsupported", "{why}", {"why": why})
+
+    return Annotated[Json, AfterValidator(check), Field(description=f"Refused: {why}.")]
+
 
 # The names of the kinds as JSON has them; the option's own check judges ranges.
 _TYPES: dict[Any, Any] = {
@@ -37,6 +54,11 @@ def _fields() -> dict[str, Any]:
 SamplingFields: type[BaseModel] = create_model("SamplingFields", __base__=Body, **_fields())
 
 
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Ignored = None
+
+
 class GenerationFields(SamplingFields):  # type: ignore[valid-type, misc]
     """What may be asked of any text."""
 
@@ -45,9 +67,13 @@ class GenerationFields(SamplingFields):  # type: ignore[valid-type, misc]
     n: int | None = None
     stop: str | list[str] | None = None
     # exl's own
+    best_of: int | None = None
+    json_schema: Json = None
     regex: str | None = None
     grammar: str | None = None
     choices: list[str] | None = None
+    after: str | list[int] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     reuse_prefix: bool | str | None = None
     speculate: str | bool | None = None
     draft_tokens: int | None = None
@@ -62,8 +88,9 @@ class GenerationFields(SamplingFields):  # type: ignore[valid-type, misc]
 
 
 _OWN = (
-    *("n", "stop", "regex", "grammar", "choices", "reuse_prefix", "speculate", "draft_tokens", "num_beams"),
-    *("length_penalty", "early_stopping", "guidance_scale", "negative_prompt", "overflow", "shift_keep"),
+    *("n", "best_of", "stop", "json_schema", "regex", "grammar", "choices", "after", "prompt_logprobs", "reuse_prefix"),
+    *("speculate", "draft_tokens", "num_beams", "length_penalty", "early_stopping", "guidance_scale"),
+    *("negative_prompt", "overflow", "shift_keep"),
 )
 
 
@@ -75,9 +102,13 @@ def request_options(server: Server, body: Any, room: int, default_tokens: int | 
         value = getattr(body, name, None)
         if value is not None:
             found[name] = value
+    if isinstance(found.get("stop"), str):
+        found["stop"] = [found["stop"]]
     if "logit_bias" in found:
         found["logit_bias"] = _biases(found["logit_bias"])
     most = server.options.max_tokens
+    if body.stream and found.get("best_of", 1) > found.get("n", 1):
+        raise ApiError(400, f"best_of: found {found['best_of']} with stream, expected one of the two", param="best_of")
     asked = found.get("max_tokens")
     if asked is not None and most is not None and asked > most:
         raise ApiError(400, f"max_tokens: found {asked}, this server allows {most}", param="max_tokens")
@@ -113,8 +144,9 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-def finish_reason(outcome: Outcome | None, parts: Sequence[Part]) -> str:
-    """OpenAI's word. An answer that its deadline has ended is told as "length": clients know no other."""
-    if outcome is None or outcome.finish_reason != "stop":
+def finish_reason(outcome: Outcome | None, is_whole: bool, has_calls: bool) -> str:
+    """OpenAI's word. An answer that its deadline has ended, and one that the model has ended inside a tool call, are
+    told as "length": clients know no other word for what is not all there, and do not run half a call."""
+    if outcome is None or outcome.finish_reason != "stop" or not is_whole:
         return "length"
-    return "tool_calls" if any(isinstance(part, ToolCallEnd) for part in parts) else "stop"
+    return "tool_calls" if has_calls else "stop"

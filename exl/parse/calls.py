@@ -1,0 +1,87 @@
+"""What the machines of all formats share: a call's way from what the model wrote to parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from exl.parse.output import Output
+from exl.parse.reader import Malformed, Reader, Tags, Wait
+from exl.parse.tools import Tools
+
+MAX_NAME = 256  # characters of a function's name, a call's id or a parameter's name
+_NAME = re.compile(r"[^\s<>{}\[\]\"'()`,;=\ud800-\udfff]+")
+
+
+@dataclass
+class Calls:
+    """Where the machine of a format reads and writes."""
+
+    reader: Reader
+    output: Output
+    tools: Tools
+    own: Collection[str]  # the tags that are tokens of their own
+    special: Collection[str] = ()  # those of them that the engine's text leaves out
+    _tags: dict[frozenset[str], Tags] = field(default_factory=dict)
+
+    def tags(self, *names: str) -> Tags:
+        key = frozenset(filter(None, names))
+        if key not in self._tags:
+            self._tags[key] = Tags(key, self.own)
+        return self._tags[key]
+
+    def begin(self, name: str, call_id: str | None = None) -> None:
+        """A call begins: what was taken so far is certainly part of it. Raises ``Malformed`` for what cannot be a
+        function's name."""
+        if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+            raise Malformed
+        self.output.begin(name, call_id or None)
+        self.settle()
+
+    def write(self, text: str) -> None:
+        """More of the arguments, which stand for all that was taken."""
+        self.output.arguments(text)
+        self.settle()
+
+    def end(self) -> None:
+        self.output.end()
+        self.settle()
+
+    def settle(self) -> None:
+        """Whatever comes, what was taken so far is not needed again."""
+        if self.reader.taken is not None:
+            self.reader.taken.clear()
+
+    def name(self, ends: Tags, also: str = "") -> Wait[tuple[str, str]]:
+        """A name up to one of these tags, which is taken, or to one of the characters of ``also``, which is not;
+        without white space at its ends. Raises ``Malformed`` as soon as it can be no name."""
+        reader = self.reader
+        yield from reader.space()
+        name = ""
+        while True:
+            if (found := (yield from reader.accept(ends))) is not None:
+                return name, found
+            char = yield from reader.next()
+            if not isinstance(char, str):
+                raise Malformed
+            if char in also:
+                return name, char
+            if char.isspace():
+                yield from reader.space()
+                if (found := (yield from reader.accept(ends))) is not None:
+                    return name, found
+                char = yield from reader.next()
+                if isinstance(char, str) and char in also:
+                    return name, char
+                raise Malformed
+            if len(name) == MAX_NAME or not _NAME.fullmatch(char):
+                raise Malformed
+            name += reader.take(1)
+
+    def close(self, tags: Tags) -> Wait[str | None]:
+        """Takes white space and one of these tags, if they come next; nothing if no such tag comes."""
+        if not tags.names:
+            return None
+        yield from self.reader.space()
+        return (yield from self.reader.accept(tags))
