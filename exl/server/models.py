@@ -38,6 +38,7 @@ class Models:
         """``load``: called in a thread. ``formats``: of ``ServedModel``."""
         self.states = [ModelState(name, aliases)]
         self._load, self._formats = load, formats
+        self._ending = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -54,6 +55,8 @@ class Models:
         state.status = "loading"
 
         def tell(done: int, total: int) -> None:
+            if self._ending:
+                raise ExlError(f"{state.name}: the server ended while it was loading")
             state.share = done / total if total else 0.0
 
         try:
@@ -91,6 +94,7 @@ class Models:
         """Requests that run get so many seconds to end; no model takes more. Returns whether all ended by themselves.
         Blocks: for a thread."""
         until = time.monotonic() + seconds
+        self._ending = True
         served = [state.served for state in self.states if state.served is not None]
         ended = [each.llm.drain(max(0.0, until - time.monotonic())) for each in served]
         return all(ended)

@@ -23,6 +23,7 @@ class Server:
         self.options, self.models = options, models
         self.watches: list[Watch] = []
         self.started = time.time()
+        self.num_open = 0  # HTTP requests under way
         self.draining = False  # SIGTERM came: what runs goes on, nothing new is taken
         self._threads = ThreadPoolExecutor(_THREADS, "exl-server")
 

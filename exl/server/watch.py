@@ -13,7 +13,11 @@ class Journey:
 
     request_id: str
     route: str  # the path as the server defines it, without a client's own words
+    method: str = ""
+    path: str = ""  # as the client wrote it
+    client: str = ""  # its address
     model: str = ""
+    prompt: str | None = None  # with --log-prompts
     arrived: float = field(default_factory=time.perf_counter)
     submitted: float | None = None  # to the engine
     began: float | None = None  # its first sequence was admitted
