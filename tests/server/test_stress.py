@@ -1,4 +1,4 @@
-"""Clients that come, leave and send rubbish: a few seconds of what ``benchmarks.serving`` does for minutes. No timings."""
+"""Clients that come, leave and send rubbish: seconds of what ``benchmarks.serving`` does for minutes. No timings."""
 
 from __future__ import annotations
 
