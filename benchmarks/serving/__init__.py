@@ -1,0 +1,1 @@
+"""What ``exl serve`` costs, and whether it holds: ``python -m benchmarks.serving``. Begin with ``__main__.py``."""
