@@ -36,7 +36,12 @@ class QueueFullError(ExlError):
 
 
 class ConstraintError(ExlError):
-    """A request's text cannot go on under its constraint: too complex at this place, or a token that it forbids."""
+    """A request's text cannot go on under its constraint: too complex at this place, a token that it forbids, or no
+    token left that constraint, banned tokens and banned strings together allow."""
+
+
+class NotFiniteError(ExlError):
+    """The model's own numbers are nan or inf: its weights are damaged, or do not fit the arithmetic."""
 
 
 class KernelError(ExlError):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.batch import INFINITE_LOGIT, NAN_LOGIT, NOTHING_ALLOWED, SampleRows, SamplingBatch
-from exl.errors import ExlError, KernelError
+from exl.errors import ConstraintError, ExlError, KernelError, NotFiniteError
 from exl.logarithm import natural_log
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ _FOUND = {
 
 def no_distribution(code: int) -> ExlError:
     """The error that a code in the place of an id stands for."""
-    return ExlError(f"sample: found {_FOUND[code]}, expected finite logits")
+    kind = ConstraintError if code == NOTHING_ALLOWED else NotFiniteError
+    return kind(f"sample: found {_FOUND[code]}, expected finite logits")
 
 
 def _code(top: float) -> int:

@@ -16,7 +16,7 @@ from exl.engine.request import Outcome, TokenRequest
 from exl.engine.sequence import Sequence
 from exl.engine.shift import MAX_POSITIONS, Shift
 from exl.engine.ticket import Event, Ticket
-from exl.errors import ConfigError, ExlError, MemoryBudgetError
+from exl.errors import ConfigError, ConstraintError, MemoryBudgetError
 from exl.text.sink import Rewind
 
 MAX_REWINDS = 32  # at one position, before a request that bans strings is given up
@@ -178,7 +178,7 @@ class Answers:
         answer, position = sequence.answer, len(sequence.ids) - rewind.num_tokens
         sequence.rewinds[position] = sequence.rewinds.get(position, 0) + 1
         if sequence.rewinds[position] > MAX_REWINDS:
-            raise ExlError(
+            raise ConstraintError(
                 f"banned_strings: {MAX_REWINDS} ways to go on after {position - sequence.num_prompt} tokens were "
                 "tried, and each one came to a banned string"
             )

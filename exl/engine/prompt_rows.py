@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from exl.batch import NAN_LOGIT
 from exl.engine.draws import DrawRow, sampling_batch
-from exl.errors import ExlError
+from exl.errors import ExlError, NotFiniteError
 from exl.sampling import no_distribution
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ class Pooled(_Rows):
         for some in slices(rows, _STATES):
             states = device.final_states(chunk, some)
             if not np.isfinite(states).all():
-                raise NotNumbersError(ExlError("embed: found a hidden state of nan or inf, expected finite numbers"))
+                raise NotNumbersError(
+                    NotFiniteError("embed: found a hidden state of nan or inf, expected finite numbers")
+                )
             for state in states:
                 self._total = state if self._total is None else self._total + state
             self.num_done += len(some)

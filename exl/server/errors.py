@@ -12,6 +12,7 @@ from exl.errors import (
     ConstraintError,
     ExlError,
     MemoryBudgetError,
+    NotFiniteError,
     QueueFullError,
     UnsupportedModelError,
 )
@@ -82,6 +83,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, text, code="constraint")
     if isinstance(error, CheckpointError):
         return ApiError(500, text, code="checkpoint")
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, text, code="not_finite")
     if isinstance(error, ExlError):  # the model was closed, or takes no more requests
         return ApiError(503, text, code="unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
     return ApiError(500, "internal error", code="internal_error")

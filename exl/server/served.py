@@ -17,6 +17,7 @@ from exl.parse.constrain import constrain, constrain_text
 from exl.parse.formats import NONE
 from exl.parse.messages import MessageForms
 from exl.parse.parts import AnswerParser
+from exl.request_options import RequestOptions
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -47,6 +48,13 @@ class PreparedChat:
     make_parser: Callable[[], AnswerParser | None]  # for each choice; None: its text is all text
     # Besides the request's own: a model that is shown a transcript would also write what the user says next.
     stop: tuple[str, ...] = ()
+
+    def added_to(self, options: RequestOptions) -> RequestOptions:
+        """A request's options with these, which count more."""
+        found: RequestOptions = {**options, **self.constraint}  # type: ignore[typeddict-item]
+        if self.stop:
+            found["stop"] = (*(options.get("stop") or ()), *self.stop)
+        return found
 
 
 class ServedModel:

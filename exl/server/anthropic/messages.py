@@ -105,8 +105,7 @@ async def _answer(server: Server, request: Request, body: MessagesRequest) -> Re
         conversation = _conversation(body, body.stop or ())
         prepared = await server.in_thread(lambda: model.prepare(conversation))
         options = request_options(server, body, model.context - len(prepared.prompt_ids))
-        options |= prepared.constraint  # type: ignore[typeddict-item]
-        job = Job(prepared.prompt_ids, options, prepared.make_parser)
+        job = Job(prepared.prompt_ids, prepared.added_to(options), prepared.make_parser)
         generation = await Generation.begin(server, model, job, request.scope["journey"])
         stack.callback(generation.close)
         omits = body.thinking is not None and body.thinking.display == "omitted"

@@ -45,9 +45,8 @@ async def begin_chat(
     asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
     options = request_options(server, asked, model.context - len(prepared.prompt_ids))
     if prepared.constraint:
-        _constrain(options, prepared, schema_field)
-    if prepared.stop:
-        options["stop"] = (*(options.get("stop") or ()), *prepared.stop)
+        _check_unconstrained(options, schema_field)
+    options = prepared.added_to(options)
     if top_logprobs is not None:
         options["top_logprobs"] = top_logprobs
     job = Job(prepared.prompt_ids, options, prepared.make_parser)
@@ -75,12 +74,11 @@ async def _prepared(server: Server, model: ServedModel, body: ChatFields, conver
         raise ApiError(400, f"{name}: {words}", param=name) from None
 
 
-def _constrain(options: RequestOptions, prepared: PreparedChat, schema_field: str) -> None:
+def _check_unconstrained(options: RequestOptions, schema_field: str) -> None:
     given = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
     if given is not None:
         text = f"{given}: found it with {schema_field} or tools that constrain the answer: expected one of them"
         raise ApiError(400, text, param=given)
-    options.update(prepared.constraint)  # type: ignore[typeddict-item]
 
 
 def event_stream(

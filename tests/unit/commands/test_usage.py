@@ -20,7 +20,7 @@ from exl.commands.options import parameter_hints
 from tests.command_line import run_exl
 
 STORIES = str(Path(__file__).parents[2] / "data" / "stories260K")
-COMMANDS = ["generate", "chat", "info", "plan", "quantize", "eval", "bench", "packed"]
+COMMANDS = ["generate", "chat", "info", "plan", "quantize", "eval", "bench", "serve", "packed"]
 
 
 def error_of(*args: str) -> str:
@@ -213,7 +213,8 @@ def test_examples_in_the_help_are_right(tmp_path, monkeypatch):
         examples += re.sub(r" \\\n +", " ", block[1]).splitlines()
     assert len(examples) >= 12
     for example in (line.strip() for line in examples):
-        if "owner/name" in example or "bench" in example:  # a repository; minutes: both have tests of their own
+        # A repository; minutes; a server, and a chat with one: all have tests of their own.
+        if any(word in example for word in ("owner/name", "bench", "exl serve", "--url")):
             continue
         spoken, _, command = example.rpartition(" | ")
         words = shlex.split(command)
