@@ -31,7 +31,7 @@ whole: .venv/installed-test matrix
 matrix: .venv/installed-test
 	$(BIN)/python -m pytest -rfEs -m matrix
 
-# The Gradio demo in a real browser; needs chromium, installed by the system.
+# The Gradio demo and the server's page in a real browser; needs chromium, installed by the system.
 browser: .venv/installed-browser
 	$(BIN)/python -m pytest -rfEs tests/browser
 

@@ -38,7 +38,7 @@ setup(
     packages=[*find_packages(include=["exl", "exl.*"]), "exl._cuda"],
     package_dir={"exl._cuda": "cuda"},
     package_data={
-        "exl": ["py.typed", "assets/*/*"],
+        "exl": ["py.typed", "assets/*/*", "server/page/*"],
         "exl._cuda": ["*.cu", "include/exl/*.cuh"],
     },
     install_requires=[

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 import exl
+from exl.commands.chat_partner import LocalModel
 from exl.commands.standard_streams import standard_streams
 from exl.commands.terminal import run_chat
 
@@ -28,7 +29,7 @@ def main() -> None:
     if args.temperature is not None:
         settings["temperature"] = args.temperature
     with exl.load(args.model, ram=args.ram, kv_cache=args.kv_cache) as llm:
-        run_chat(llm, llm.chat(args.system, overflow="drop-oldest"), settings)
+        run_chat(LocalModel(llm), llm.chat(args.system, overflow="drop-oldest"), settings)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python examples/gradio_demo.py
 python examples/gradio_demo.py path/to/model another/model --kv-cache q8 --ram 8GB
+python examples/gradio_demo.py --url http://127.0.0.1:8000
 
 Needs Gradio: pip install ".[demo]". Everything is local: the page loads no remote fonts, scripts or analytics.
 """
@@ -22,10 +23,12 @@ from gradio_parts.completion_tab import CompletionTab
 from gradio_parts.model_tab import ModelTab, known_models
 from gradio_parts.session import Sessions
 from gradio_parts.settings import MAIN_SLIDERS, MORE_SLIDERS, SLIDERS, LoadSettings, load_settings
-from gradio_parts.worker import Worker, one_line, talks
+from gradio_parts.worker import Worker, context_of, one_line, talks
 
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
+from exl.commands.chat import read_key
+from exl.remote_chat import RemoteModel
 from exl.sampling_params import OPTIONS
 from exl.user_cache import chat_model_folder
 
@@ -42,8 +45,12 @@ POLICY = (
 class Page:
     """The components of the page, and the events that concern more than one tab."""
 
-    def __init__(self, worker: Worker, models: list[str], first: LoadSettings) -> None:
+    def __init__(self, worker: Worker, models: list[str], first: LoadSettings | None) -> None:
+        """``first``: how the model was loaded; None: a server has it, and there is only the chat: probabilities of
+        tokens and plans of memory are those of a model that is loaded here."""
         self.worker, self.sessions = worker, Sessions(worker)
+        self.completion: CompletionTab | None = None
+        self.model: ModelTab | None = None
         with gr.Blocks(title="exl", analytics_enabled=False, fill_width=True) as self.blocks:
             with gr.Row(elem_id="header"):
                 gr.HTML(render.brand())
@@ -53,13 +60,15 @@ class Page:
                 with gr.Column(scale=9, min_width=320, elem_id="main"), gr.Tabs() as self.tabs:
                     with gr.Tab("Chat", elem_id="chat-tab", id="chat"):
                         self.chat = ChatTab(self.sessions)
-                    with gr.Tab("Completion", id="completion"):
-                        self.completion = CompletionTab(self.sessions)
+                    if first is not None:
+                        with gr.Tab("Completion", id="completion"):
+                            self.completion = CompletionTab(self.sessions)
                 with gr.Column(scale=4, min_width=320, elem_id="side"), gr.Tabs():
                     with gr.Tab("Sampling"):
                         self.build_sampling()
-                    with gr.Tab("Model & memory"):
-                        self.model = ModelTab(worker, self.sessions, known_models(models, talking_model()), first)
+                    if first is not None:
+                        with gr.Tab("Model & memory"):
+                            self.model = ModelTab(worker, self.sessions, known_models(models, talking_model()), first)
             self.connect()
 
     def build_sampling(self) -> None:
@@ -78,12 +87,15 @@ class Page:
 
     def connect(self) -> None:
         self.chat.connect(self.system, self.sampling)
-        self.completion.connect(self.sampling)
-        self.model.connect(self.status)
-        state = [self.status, self.model.in_memory, self.completion.beginnings, self.max_tokens]
-        opening = [*self.chat.outputs, *state, self.model.planned, self.tabs]
+        state, planned, typed = [self.status, self.max_tokens], [], []
+        if self.completion is not None and self.model is not None:
+            self.completion.connect(self.sampling)
+            self.model.connect(self.status)
+            state += [self.model.in_memory, self.completion.beginnings]
+            planned, typed = [self.model.planned], self.model.typed
+        opening = [*self.chat.outputs, *state, *planned, self.tabs]
         self.blocks.load(
-            self.on_open, [self.chat.book, self.max_tokens, *self.model.typed], opening,
+            self.on_open, [self.chat.book, self.max_tokens, *typed], opening,
             js="(kept, ...typed) => [window.exl.restore(), ...typed]", **FREE,
         )  # fmt: skip
         gr.Timer(1.5).tick(self.on_tick, self.max_tokens, [*state, self.chat.chatbot, self.chat.shelf], **FREE)
@@ -101,7 +113,8 @@ class Page:
             failed = one_line(error)
         with session.following() as me:
             yield self.opened(request, failed, max_tokens)
-            yield from self.model.on_change(request, *typed)
+            if self.model is not None:
+                yield from self.model.on_change(request, *typed)
             if session.conversation.busy:
                 yield from self.chat.follow(session, session.conversation, me)
 
@@ -118,20 +131,29 @@ class Page:
 
     def of_model(self, request: gr.Request, max_tokens: int | None) -> Update:
         """What depends on the loaded model, which another tab may have changed; empty if it is shown already."""
-        session, llm, shown = self.sessions.of(request.session_hash), self.worker.llm, self.model.shown_status()
+        session, llm, shown = self.sessions.of(request.session_hash), self.worker.llm, self.shown_status()
         seen, session.seen = session.seen, (llm, shown)
         if seen == session.seen:
             return {}
         if seen is not None and seen[0] is llm:
             return {self.status: shown}
-        context = 4096 if llm is None else llm.plan.context
-        return {
+        context = context_of(llm)
+        update: Update = {
             self.status: shown,
-            self.model.in_memory: self.model.shown_memory(),
             self.chat.chatbot: gr.Chatbot(**self.chat.for_model(llm)),
-            self.completion.beginnings: self.completion.for_model(llm),
             self.max_tokens: gr.Slider(maximum=context, value=min(max_tokens or MAX_TOKENS, context)),
         }
+        if self.model is not None:
+            update[self.model.in_memory] = self.model.shown_memory()
+        if self.completion is not None:
+            update[self.completion.beginnings] = self.completion.for_model(llm)
+        return update
+
+    def shown_status(self) -> str:
+        remote = self.worker.llm
+        if isinstance(remote, RemoteModel):
+            return render.server_status(remote)
+        return "" if self.model is None else self.model.shown_status()
 
     def on_tick(self, request: gr.Request, max_tokens: int | None) -> Update:
         changed = self.of_model(request, max_tokens) | self.chat.on_tick(self.sessions.of(request.session_hash))
@@ -187,26 +209,54 @@ def main() -> None:
     parser.add_argument(
         "models", nargs="*", help="folders or Hugging Face repositories to choose from; the first loads"
     )
-    parser.add_argument("--kv-cache", default="f16", help="f32, f16, q8, k8v4 or q4 (default: f16)")
-    parser.add_argument(
-        "--ram", default="", help="how much RAM exl may use, such as 6GB; layers that do not fit are streamed"
-    )
+    parser.add_argument("--kv-cache", help="f32, f16, q8, k8v4 or q4 (default: f16)")
+    parser.add_argument("--ram", help="how much RAM exl may use, such as 6GB; layers that do not fit are streamed")
+    parser.add_argument("--url", help="talk with this server, http://127.0.0.1:8000, and load no model")
+    parser.add_argument("--api-key-file", type=Path, help="with --url: a file whose first line is the server's API key")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     args = parser.parse_args()
 
+    worker, first = from_server(args) if args.url is not None else from_here(args)
+    try:
+        launch(Page(worker, args.models, first), args.host, args.port)
+    finally:
+        worker.close()
+
+
+def from_here(args: argparse.Namespace) -> tuple[Worker, LoadSettings]:
+    """Loads the first model."""
+    if args.api_key_file is not None:
+        raise exl.ConfigError("--api-key-file: goes along with --url, which was not given")
     model = args.models[0] if args.models else talking_model() or str(BUNDLED_MODEL)
-    first = load_settings(model, "auto", args.kv_cache, args.ram, "", "", "stored")
+    first = load_settings(model, "auto", args.kv_cache or "f16", args.ram or "", "", "", "stored")
     worker = Worker()
     job = worker.submit(lambda job: worker.load(first, job), alone=True)
     for _ in job.watch():
         pass
     if job.failure:
         raise exl.ExlError(job.failure)
-    try:
-        launch(Page(worker, args.models, first), args.host, args.port)
-    finally:
-        worker.close()
+    return worker, first
+
+
+def from_server(args: argparse.Namespace) -> tuple[Worker, None]:
+    """Finds a server's model, the one that is named or its first."""
+    for name, value in (("--kv-cache", args.kv_cache), ("--ram", args.ram)):
+        if value is not None:
+            raise exl.ConfigError(
+                f"{name}: found it with --url, whose server has loaded its model: expected one of the two"
+            )
+    if len(args.models) > 1:
+        raise exl.ConfigError(f"models: found {len(args.models)} with --url, expected the name of one of the server's")
+    key = None if args.api_key_file is None else read_key(args.api_key_file)
+    said: list[str] = []
+
+    def wait(text: str) -> None:
+        if not said:
+            print(text, file=sys.stderr)
+        said.append(text)
+
+    return Worker(RemoteModel.connect(args.url, key, args.models[0] if args.models else None, wait)), None
 
 
 if __name__ == "__main__":

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exl.checkpoint.header import shown
 from exl.completion import Completion, TextIterator
+from exl.conversation import Conversation
 from exl.errors import ConfigError
 from exl.keywords import explain_foreign_keywords, explain_options
 from exl.llm import LLM
-from exl.replace_file import replace_file
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
 from exl.saved_chat import SavedChat, parse_saved
+from exl.text.chat_template import plain_messages
+from exl.text.content_forms import ContentForms
 from exl.user_text import read_text
 
 if TYPE_CHECKING:
@@ -26,15 +24,14 @@ if TYPE_CHECKING:
 
 _MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
 _LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context, if it wants that much
-_EXAMPLE = '[{"role": "user", "content": "Hello"}]'
-_TRANSCRIPT_STOP = "\nUser:"
+TRANSCRIPT_STOP = "\nUser:"
 _NOTICE = (
     "this model has no chat template: it was not trained to talk, and is shown a transcript of User and Assistant to "
     "continue"
 )
 
 
-class Chat:
+class Chat(Conversation):
     """A conversation with a model, made by ``llm.chat()``. Not thread-safe.
 
     The token ids that were run are kept, and each turn appends to them. So the cache holds all of them except the last
@@ -59,17 +56,17 @@ class Chat:
 
         Raises ``ConfigError`` for messages that are none, and if there are tools but the model has no chat template.
         """
+        super().__init__(llm.folder.name, system, messages, overflow)
         self._llm = llm
         self._tools, self._variables = tools, variables
-        self._overflow = _checked_overflow(overflow)
-        self._system, self._messages = _split_system(_checked_system(system), messages)
-        self._forgotten = 0
         self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: render all messages
         self._plain_ids: list[int] = []  # the template's rendering of the last answer's prompt
         self._raw_answer = ""  # the last answer with the white space around it
-        self._written_with: str | None = None
         if self.is_transcript and tools:
             raise ConfigError(f"tools: {llm.folder.name} has no chat template to show them with")
+
+    def _changed(self) -> None:
+        self._run_ids = []
 
     @property
     def is_transcript(self) -> bool:
@@ -82,35 +79,10 @@ class Chat:
         return f"{self._llm.folder.name}: {_NOTICE}" if self.is_transcript else None
 
     @property
-    def written_with(self) -> str | None:
-        """The name of the model whose conversation was loaded; None: it was not loaded, or does not say."""
-        return self._written_with
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """Copies, without the system prompt: ``{"role": "user", "content": "Hello"}``."""
-        return [dict(message) for message in self._messages]
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt. A new one applies from the next turn on, for which all turns are computed again."""
-        return self._system
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        self._system = _checked_system(text)
-        self._run_ids = []
-
-    @property
     def num_tokens(self) -> int:
         """Number of tokens of the conversation so far, as the model is shown it."""
         shown = self._messages[self._forgotten :]
         return len(self._run_ids or (self._render(shown, to_answer=False) if shown else ()))
-
-    @property
-    def num_forgotten(self) -> int:
-        """How many of ``messages``, the oldest, the model is not shown any more; see ``overflow``."""
-        return self._forgotten
 
     @explain_options(RequestOptions)
     def send(
@@ -128,14 +100,7 @@ class Chat:
         self, text: str | None, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
         """Like ``send``, but yields pieces. If it is closed early, the text so far is kept as the answer."""
-        messages = self._messages
-        if text is not None:
-            messages = [*messages, {"role": "user", "content": _checked(text)}]
-        if not messages:
-            raise ConfigError("message: found none, expected a text to answer")
-        if messages[-1]["role"] == "assistant":
-            raise ConfigError("message: found an answer as the last message, expected one to answer")
-        return self._answer(messages, params, options)
+        return self._answer(self._asked(text), params, options)
 
     def _answer(
         self, messages: list[dict[str, Any]], params: SamplingParams | int | None, options: RequestOptions
@@ -150,17 +115,9 @@ class Chat:
         options = {"reuse_prefix": True, **options}
         request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(_MAX_ANSWER, left // 2)))
         if self.is_transcript:
-            stop = (*(request.params.stop or ()), _TRANSCRIPT_STOP)
+            stop = (*(request.params.stop or ()), TRANSCRIPT_STOP)
             request = replace(request, params=replace(request.params, stop=stop))
         return self._llm._stream(keep.ids, request, lambda text, done: self._keep(keep, text, done))
-
-    def undo(self) -> str:
-        """Removes the last user message and all messages after it. Returns that message's text."""
-        last = self._last_of_user("undo")
-        text = self._messages[last]["content"]
-        del self._messages[last:]
-        self._run_ids, self._forgotten = [], min(self._forgotten, last)
-        return text
 
     @explain_options(RequestOptions)
     def retry(self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]) -> Completion:
@@ -172,7 +129,7 @@ class Chat:
         self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
         """Like ``retry``, but yields pieces. If it is closed before the first piece, the old answer is kept."""
-        return self._answer(self._messages[: self._last_of_user("retry") + 1], params, options)
+        return self._answer(self._asked_again(), params, options)
 
     @explain_options(RequestOptions)
     def continue_answer(
@@ -186,9 +143,7 @@ class Chat:
         self, params: SamplingParams | int | None = None, **options: Unpack[RequestOptions]
     ) -> TextIterator:
         """Like ``continue_answer``, but yields pieces."""
-        if not self._messages or self._messages[-1]["role"] != "assistant":
-            raise ConfigError("continue: found no answer as the last message")
-        before, answer = self._messages[:-1], self._messages[-1]["content"]
+        before, answer = self._begun()
         raw = self._raw_answer if self._raw_answer.strip() == answer else answer
         shown = before[self._forgotten :]
         if self._run_ids:
@@ -202,33 +157,7 @@ class Chat:
         self._check_room(ids)
         return self._stream(_Kept(before, ids, plain, self._forgotten, raw), params, options)
 
-    def add(self, role: str, content: str, *, name: str | None = None, tool_call_id: str | None = None) -> None:
-        """Appends a message without answering it: a tool's result, or turns of an earlier conversation."""
-        extra = {key: value for key, value in (("name", name), ("tool_call_id", tool_call_id)) if value is not None}
-        self._messages.append({"role": _checked(role), "content": _checked(content), **extra})
-        self._run_ids = []
-
-    def reset(self) -> None:
-        """Removes all messages; keeps the system prompt."""
-        self._messages, self._run_ids, self._forgotten = [], [], 0
-
     # ---- files
-
-    def save(self, path: str | Path) -> None:
-        """Writes the conversation as JSON, atomically. Raises ``ConfigError`` if the file cannot be written."""
-        path = Path(path).expanduser()
-        part = path.parent / f".{path.name}.{os.getpid()}.part"
-        try:
-            part.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            replace_file(part, path)
-        except (OSError, ValueError) as error:  # ValueError: a name with a null byte; a message with lone surrogates
-            with contextlib.suppress(OSError, ValueError):
-                part.unlink()
-            raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """The conversation as ``save`` writes it."""
-        return SavedChat(self._system, self.messages, self._llm.folder.name).to_json()
 
     @classmethod
     @explain_foreign_keywords
@@ -261,7 +190,7 @@ class Chat:
         """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
         saved = SavedChat.from_json(data, source)
         chat = cls(llm, saved.system, tools=tools, variables=variables, overflow=overflow)
-        chat._messages, chat._written_with = saved.messages, saved.model
+        chat._take(saved)
         return chat
 
     def __repr__(self) -> str:
@@ -269,12 +198,6 @@ class Chat:
         return f"Chat({self._llm.folder.name}{mode}, {len(self._messages)} messages, {self.num_tokens} tokens)"
 
     # ---- prompts
-
-    def _last_of_user(self, asked: str) -> int:
-        for i in reversed(range(len(self._messages))):
-            if self._messages[i]["role"] == "user":
-                return i
-        raise ConfigError(f"{asked}: found no message of the user")
 
     def _keep(self, keep: _Kept, text: str, done: Completion | None) -> None:
         """Takes an answer into the conversation: what was handed out of it, and its tokens if it is complete."""
@@ -346,10 +269,6 @@ class Chat:
             variables=self._variables,
         )
 
-    def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return [*system, *messages]
-
 
 @dataclass(frozen=True)
 class _Kept:
@@ -363,12 +282,15 @@ class _Kept:
 
 
 def transcript(messages: Sequence[Mapping[str, Any]], to_answer: bool) -> str:
-    """Messages as a text, for a model without a chat template; the system prompt stands for itself."""
+    """Messages as a text, for a model without a chat template; the system prompt stands for itself. Raises
+    ``ConfigError``."""
+    forms = ContentForms(none=False, parts=False)
+    texts = [forms.fit(message, f"messages[{i}]") for i, message in enumerate(plain_messages(messages))]
     lines = [
-        message["content"]
+        message.get("content", "")
         if message["role"] == "system"
-        else f"{message['role'].capitalize()}: {message.get('content') or ''}".rstrip()
-        for message in messages
+        else f"{message['role'].capitalize()}: {message.get('content', '')}".rstrip()
+        for message in texts
     ]
     return "\n".join([*lines, "Assistant:"] if to_answer else lines)
 
@@ -377,36 +299,3 @@ def _exhaust(stream: TextIterator) -> Completion:
     for _ in stream:
         pass
     return stream.completion
-
-
-def _checked(text: str) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"message: found {text!r}, expected a text that is not empty")
-    return text
-
-
-def _checked_system(text: str | None) -> str | None:
-    if text is not None and not isinstance(text, str):
-        raise ConfigError(f"system: found {text!r}, expected a text or None")
-    return text
-
-
-def _checked_overflow(value: str) -> str:
-    if value not in ("error", "drop-oldest"):
-        raise ConfigError(f"overflow: found {value!r}, expected 'error' or 'drop-oldest'")
-    return value
-
-
-def _split_system(system: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[dict[str, Any]]]:
-    """The system prompt, and the messages without it. Raises ``ConfigError`` for what is no list of messages."""
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise ConfigError(f"messages: found {shown(messages)}, expected a list such as {_EXAMPLE}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigError(f"messages[{i}]: found {shown(message)}, expected an object such as {_EXAMPLE[1:-1]}")
-    copies = [dict(message) for message in messages]
-    if not copies or copies[0]["role"] != "system":
-        return system, copies
-    if system is not None:
-        raise ConfigError("system: given twice, as an argument and as the first message")
-    return _checked_system(copies[0].get("content")), copies[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,7 @@ def submit_embed(
 ) -> Handle[torch.Tensor]:
     """See ``LLM.submit_embed``."""
     _check(pooling, normalize)
-    (ids,) = _token_ids(encode, generator.context, [text])
-    return _submit(generator, ids, pooling, normalize, inline=False)
+    return _submit(generator, _ids_of(encode, generator.context, "text", text), pooling, normalize, inline=False)
 
 
 def _submit(
@@ -74,7 +74,7 @@ def _token_ids(
 ) -> list[list[int]]:
     """Of each text. Raises ``ConfigError`` that names the text."""
     if isinstance(texts, str):
-        named = [("texts", texts)]
+        named: list[tuple[str, Any]] = [("texts", texts)]
     elif not isinstance(texts, Sequence | np.ndarray) or isinstance(texts, bytes):
         raise ConfigError(f"texts: found {shown(texts)}, expected a text, token ids, or a list of these")
     elif not len(texts):
@@ -83,15 +83,17 @@ def _token_ids(
         named = [("texts", texts)]
     else:
         named = [(f"texts[{i}]", text) for i, text in enumerate(texts)]
-    found = []
-    for name, text in named:
-        if isinstance(text, Sequence | np.ndarray) and not len(text):
-            raise ConfigError(f"{name}: found an empty text, expected at least one token")
-        try:
-            ids = encode(text)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
-        if len(ids) > context:
-            raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {context}")
-        found.append(ids)
-    return found
+    return [_ids_of(encode, context, name, text) for name, text in named]
+
+
+def _ids_of(encode: Callable[[Prompt], list[int]], context: int, name: str, text: Any) -> list[int]:
+    """Raises ``ConfigError`` that begins with ``name``."""
+    if isinstance(text, Sequence | np.ndarray) and not len(text):
+        raise ConfigError(f"{name}: found an empty text, expected at least one token")
+    try:
+        ids = encode(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
+    if len(ids) > context:
+        raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {context}")
+    return ids

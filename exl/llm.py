@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -298,6 +299,13 @@ class LLM:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
         return self._open_generator().stats()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has stopped the engine, so that every request fails until the model is loaded again; None: it works, or
+        the model is closed. From any thread; waits for nobody."""
+        engine = self._engine
+        return None if engine is None else engine.generator.seat.failure
+
     def drain(self, seconds: float) -> bool:
         """Before closing: no more requests are taken (``ExlError``), and those that there are get so many seconds to
         end; then they are cancelled. Returns whether none had to be. Unread streams do not end by themselves."""
@@ -319,6 +327,8 @@ class LLM:
         device = engine.device
         engine.close()
         del engine
+        if device.type == "cuda":
+            gc.collect()  # the engine's parts know each other, and VRAM goes with its last tensor
         release_cached(device)
 
     def __enter__(self) -> LLM:

@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-import exl
 from exl.errors import ConfigError
 from exl.saved_chat import SavedChat, parse_saved
 
@@ -18,7 +17,7 @@ from .conversation import UNKNOWN, Answer, Conversation, Reading
 from .markdown import LATEX_DELIMITERS, shown_answer, shown_message, typed
 from .session import Follower, Session, Sessions
 from .settings import sampling_options
-from .worker import Job, Waiting, one_line
+from .worker import Job, Model, Waiting, one_line
 
 Update = dict[gr.blocks.Block, Any]
 HINT = "Say something to begin."
@@ -226,7 +225,7 @@ class ChatTab:
         return {self.shelf: self.kept(session.conversation, *changed)} if changed else {}
 
     @staticmethod
-    def for_model(llm: exl.LLM | None) -> dict[str, Any]:
+    def for_model(llm: Model | None) -> dict[str, Any]:
         """Properties of the chatbot: a hint and starters that fit the model."""
         notice = None if llm is None else llm.chat().notice
         starters = STARTERS["chat" if notice is None else "stories"]

@@ -11,9 +11,10 @@ from typing import Any
 
 import exl
 from exl.errors import ConfigError
+from exl.remote_chat import RemoteChat, RemoteCompletion, RemoteModel, RemoteStream
 from exl.saved_chat import SavedChat
 
-from .worker import Job, Worker
+from .worker import Job, Model, Worker, name_of
 
 Message = dict[str, Any]
 # Why an answer may go on, beside the values of ``Completion.limit``. A file does not say whether its last answer ended.
@@ -33,11 +34,11 @@ class Answer:
     """The state of a job that answers, or has answered."""
 
     text: str
-    done: exl.Completion | None = None  # None: not finished, or stopped early
+    done: exl.Completion | RemoteCompletion | None = None  # None: not finished, or stopped early
     logprobs: tuple[exl.TokenLogprob, ...] = ()
     num_tokens: int = 0  # so far; when done: of prompt and answer
     seconds: float = 0.0  # since the first token
-    context: int = 0  # when done
+    context: int = 0  # when done; 0: a server has not told it
     num_forgotten: int = 0  # of a chat's oldest messages: no longer shown to the model
 
 
@@ -55,8 +56,8 @@ class Conversation:
         self.sent: Any = None  # the version that the browser has
         self._messages: list[Message] = []
         self._turn: list[Message] = []  # the messages as they will be if the job ends as it is now
-        self._chat: exl.Chat | None = None
-        self._llm: exl.LLM | None = None  # the chat's model
+        self._chat: exl.Chat | RemoteChat | None = None
+        self._llm: Model | None = None  # the chat's model
         self._model: str | None = None  # the name of the model that answered last
         if "chat" in saved:
             chat = SavedChat.from_json(saved["chat"], "conversation")
@@ -101,28 +102,30 @@ class Conversation:
         self.check_idle("edit")
         self._messages, self.cut = messages, cut
 
-    def _run(self, job: Job, llm: exl.LLM, turn: list[Message], system: str | None, options: Mapping[str, Any]) -> None:
+    def _run(self, job: Job, llm: Model, turn: list[Message], system: str | None, options: Mapping[str, Any]) -> None:
         goes_on = is_answer(turn[-1])
         chat = self._chat_with(llm, system, turn if goes_on else turn[:-1])
-        options = {**options, "prompt_progress": reader(job)}
+        options = {**options, **watched(job, llm)}
         stream = chat.stream_continue(**options) if goes_on else chat.stream(turn[-1]["content"], **options)
         before, begun = (turn[:-1], turn[-1]["content"]) if goes_on else (turn, "")
         last = None
-        with closing(stream):
-            for last in follow(job, llm, stream):
-                said = (begun + last.text).strip()
-                self._turn = [*before, {"role": "assistant", "content": said}] if said else turn
-                job.tell(replace(last, num_forgotten=chat.num_forgotten))
-        if last is not None:
-            self.system = system
-            self._messages, self.cut = chat.messages, STOPPED if last.done is None else last.done.limit
+        try:
+            with closing(stream):
+                for last in follow(job, llm, stream):
+                    said = (begun + last.text).strip()
+                    self._turn = [*before, {"role": "assistant", "content": said}] if said else turn
+                    job.tell(replace(last, num_forgotten=chat.num_forgotten))
+        finally:  # also if a server is gone in the middle of its answer
+            if last is not None:
+                self.system = system
+                self._messages, self.cut = chat.messages, STOPPED if last.done is None else last.done.limit
 
-    def _chat_with(self, llm: exl.LLM, system: str | None, messages: list[Message]) -> exl.Chat:
+    def _chat_with(self, llm: Model, system: str | None, messages: list[Message]) -> exl.Chat | RemoteChat:
         """The chat that has run these messages, if there is one, so that they are not computed again."""
         chat = self._chat
         if chat is None or self._llm is not llm or chat.messages != messages:
             self._chat, self._llm = llm.chat(system, messages=messages, overflow="drop-oldest"), llm
-            self._model = llm.folder.name
+            self._model = name_of(llm)
         elif chat.system != system:
             chat.system = system
         return self._chat
@@ -142,7 +145,14 @@ def reader(job: Job) -> Callable[[exl.PromptProgress], None]:
     return read
 
 
-def follow(job: Job, llm: exl.LLM, stream: exl.TextIterator) -> Iterator[Answer]:
+def watched(job: Job, llm: Model) -> dict[str, Any]:
+    """Options of a request whose job can be stopped, and tells how far the prompt has been read."""
+    if isinstance(llm, RemoteModel):
+        return {"on_wait": lambda text: job.check()}
+    return {"prompt_progress": reader(job)}
+
+
+def follow(job: Job, llm: Model, stream: exl.TextIterator | RemoteStream) -> Iterator[Answer]:
     """The answer so far after each piece, until it ends or the job is stopped: also while it waits for its first piece,
     perhaps behind many others."""
     text, first = "", None
@@ -158,4 +168,6 @@ def follow(job: Job, llm: exl.LLM, stream: exl.TextIterator) -> Iterator[Answer]
     if job.stopped:
         return
     done = stream.completion
-    yield Answer(done.text, done, done.logprobs or (), done.num_prompt_tokens + done.num_tokens, context=llm.context)
+    yield Answer(
+        done.text, done, done.logprobs or (), done.num_prompt_tokens + done.num_tokens, context=llm.context or 0
+    )

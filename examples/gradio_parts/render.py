@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import exl
 from exl.planning.devices import HOST
+from exl.remote_chat import RemoteCompletion, RemoteModel
 from exl.token_html import level, level_names, token_spans, visible, with_itself
 from exl.units import format_bytes
 
@@ -52,6 +53,13 @@ def status(llm: exl.LLM | None, settings: LoadSettings | None, num_waiting: int,
     )
 
 
+def server_status(remote: RemoteModel) -> str:
+    """Whom a demo with ``--url`` talks with."""
+    context = [] if remote.context is None else [f"context {remote.context}"]
+    told = html.escape(" · ".join([remote.url, *context]))
+    return f'<div class="exl-status"><i></i><b>{html.escape(remote.name)}</b><span>{told}</span></div>'
+
+
 def waiting(ahead: int) -> str:
     others = "1 request is" if ahead == 1 else f"{ahead} requests are"
     return notice(f"Waiting for the model: {others} before yours", "wait")
@@ -60,7 +68,9 @@ def waiting(ahead: int) -> str:
 _LIMITS = {"max_tokens": "cut off by max tokens", "context": "cut off: the context is full"}
 
 
-def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0, *, with_seed: bool = False) -> str:
+def stats(
+    done: exl.Completion | RemoteCompletion | None, num_tokens: int = 0, context: int = 0, *, with_seed: bool = False
+) -> str:
     """Speed and size of an answer; None: says that it was stopped."""
     if done is None:
         return '<div class="exl-stats"><span>stopped</span></div>'
@@ -69,14 +79,14 @@ def stats(done: exl.Completion | None, num_tokens: int = 0, context: int = 0, *,
         f"<b>{done.tokens_per_second:.1f} tokens/s</b>",
         f"{done.num_tokens} tokens",
         f"first after {done.prompt_seconds * 1e3:.0f} ms",
-        f"context {num_tokens} of {context}",
+        f"context {num_tokens} of {context}" if context else f"context {num_tokens}",
         *([f"seed {done.seed}"] if with_seed else []),
     ]
     return f'<div class="exl-stats">{"".join(f"<span>{part}</span>" for part in parts)}</div>'
 
 
-def seed(done: exl.Completion | None) -> str:
-    return "" if done is None else f'<div class="exl-stats"><span>seed {done.seed}</span></div>'
+def seed(done: exl.Completion | RemoteCompletion | None) -> str:
+    return "" if done is None or done.seed is None else f'<div class="exl-stats"><span>seed {done.seed}</span></div>'
 
 
 def answering(answer: Answer) -> str:

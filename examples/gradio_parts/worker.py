@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import exl
+from exl.remote_chat import RemoteModel
 
 from .settings import LoadSettings
+
+Model = exl.LLM | RemoteModel  # loaded here, or by a server
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,19 @@ class Loading:
     total: int = 0
 
 
-def talks(llm: exl.LLM | None) -> bool:
-    """Whether a model is loaded that was trained to talk."""
-    return llm is not None and llm.tokenizer.chat_template is not None
+def talks(llm: Model | None) -> bool:
+    """Whether a model is loaded that was trained to talk. A server does not say: it is taken for one."""
+    return isinstance(llm, RemoteModel) or (llm is not None and llm.tokenizer.chat_template is not None)
+
+
+def name_of(llm: Model) -> str:
+    return llm.name if isinstance(llm, RemoteModel) else llm.folder.name
+
+
+def context_of(llm: Model | None) -> int:
+    """Tokens that a conversation may have; a guess if nobody says."""
+    known = llm.context if isinstance(llm, RemoteModel) else None if llm is None else llm.plan.context
+    return known or 4096
 
 
 class Stopped(Exception):
@@ -126,9 +139,10 @@ class Job:
 class Worker:
     """Has the model, and sees to it that no job runs while another one changes it."""
 
-    def __init__(self) -> None:
-        self.llm: exl.LLM | None = None
-        self.settings: LoadSettings | None = None  # of llm
+    def __init__(self, remote: RemoteModel | None = None) -> None:
+        """``remote``: a server's model, which stays; None: ``load`` loads models here."""
+        self.llm: Model | None = remote
+        self.settings: LoadSettings | None = None  # of a model that is loaded here
         self._jobs: list[Job] = []  # that have not ended, by arrival
         self._changed = threading.Condition()
 
@@ -185,7 +199,7 @@ class Worker:
             with self._changed:
                 self._leave(job)
 
-    def loaded(self) -> exl.LLM:
+    def loaded(self) -> Model:
         if self.llm is None:
             raise exl.ExlError("no model is loaded: choose one under Model, and load it")
         return self.llm
@@ -194,6 +208,8 @@ class Worker:
         """Call this only in a job that has the model alone. Closes the old model first, because there may be no room
         for two. If the new one cannot be loaded, loads the old one again and raises an error that says so."""
         before, old = self.settings, self.llm
+        if isinstance(old, RemoteModel):
+            raise exl.ExlError(f"the demo talks with {old.url}, which loads its models itself")
         if old is not None:
             self.llm = None
             old.close()
@@ -223,7 +239,7 @@ class Worker:
         """Stops all jobs and frees the model's memory."""
         for job in list(self._jobs):
             job.stop()
-        job = self.submit(lambda job: self.llm.close() if self.llm is not None else None, alone=True)
+        job = self.submit(lambda job: self.llm.close() if isinstance(self.llm, exl.LLM) else None, alone=True)
         for _ in job.watch():
             pass
 

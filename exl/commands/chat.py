@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exl.commands.common import load_with_progress
+from exl.commands.chat_partner import LocalModel, Partner, ServerModel
+from exl.commands.common import is_terminal, load_with_progress, say
 from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, Stop, shared_options
+from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import read_argument
+from exl.errors import ConfigError
+from exl.user_text import read_text
 
 
 @shared_options
@@ -25,6 +32,13 @@ def chat(
             metavar="WAY", help="When the context is full. drop-oldest: the oldest turns are no longer shown; or error."
         ),
     ] = "drop-oldest",
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Talk with a model of this server, http://127.0.0.1:8000, and load none."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="With --url: a file whose first line is the server's API key.")
+    ] = None,
     *,
     drawing: DrawOptions,
     stop: Stop = None,
@@ -36,18 +50,60 @@ def chat(
     exl chat path/to/model --system "You are brief."
 
     echo "Tell me a story." | exl chat
+
+    exl chat --url http://127.0.0.1:8000
     """
-    from exl.chat import Chat
     from exl.commands.chat_session import other_model
     from exl.commands.terminal import run_chat
 
     system = None if system is None else read_argument(system, "--system")
     stops = [read_argument(item, "--stop") for item in stop or ()]
-    with load_with_progress(which.name, loading) as llm:
-        chat = llm.chat(system, overflow=overflow) if load is None else Chat.load(llm, load, overflow=overflow)
+    settings = {**({} if max_tokens is None else {"max_tokens": max_tokens}), **drawing.asked()}
+    if stops:
+        settings["stop"] = stops
+    with contextlib.ExitStack() as stack:
+        partner: Partner
+        if url is not None:
+            partner = connect(url, api_key_file, which.name, loading)
+        elif api_key_file is not None:
+            raise ConfigError("--api-key-file: goes along with --url, which was not given")
+        else:
+            partner = LocalModel(stack.enter_context(load_with_progress(which.name, loading)))
+        chat = partner.new_chat(system, overflow) if load is None else partner.load_chat(str(load), overflow)
         if load is not None and system is not None:
             chat.system = system
-        settings = {**({} if max_tokens is None else {"max_tokens": max_tokens}), **drawing.asked()}
-        if stops:
-            settings["stop"] = stops
-        run_chat(llm, chat, settings, other_model(chat, str(load), llm), overflow=overflow)
+        run_chat(partner, chat, settings, other_model(chat, str(load), partner), overflow=overflow)
+
+
+def connect(url: str, key_file: Path | None, name: str | None, loading: LoadOptions) -> ServerModel:
+    """A server's model; waits until it is loaded. Raises ``ExlError``, also for options that only a model takes that
+    is loaded here."""
+    from exl.remote_chat import RemoteModel
+
+    for option in dataclasses.fields(loading):
+        if getattr(loading, option.name) != option.default:
+            shown = "--" + option.name.replace("_", "-")
+            raise ConfigError(
+                f"{shown}: found it with --url, whose server has loaded its model: expected one of the two"
+            )
+    key = None if key_file is None else read_key(key_file)
+    with PromptStatus() as status:
+        told = False
+
+        def wait(text: str) -> None:
+            nonlocal told
+            status.wait(text)
+            if not told and not is_terminal(sys.stderr):
+                say(f"exl: {text}")
+                told = True
+
+        return ServerModel(RemoteModel.connect(url, key, name, wait))
+
+
+def read_key(path: Path) -> str:
+    """The first line that is not empty. Raises ``ConfigError``."""
+    lines = [line.strip() for line in read_text(path, f"--api-key-file: {path}").splitlines()]
+    key = next(filter(None, lines), None)
+    if key is None:
+        raise ConfigError(f"--api-key-file: {path}: found no key, expected one in its first line")
+    return key

@@ -9,15 +9,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from exl.chat import Chat
 from exl.commands.chat_input import QUOTES, parse_command, unquoted
+from exl.commands.chat_partner import AnyChat, AnyCompletion, AnyStream, Partner
 from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import OutputError, ReaderGone
-from exl.completion import Completion, TextIterator
 from exl.errors import ConfigError, ExlError
-from exl.llm import LLM
 from exl.sampling_params import OPTIONS, SamplingParams
-from exl.units import format_bytes
 
 SETTINGS = (*OPTIONS, "stop")
 _ALWAYS_SHOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop")
@@ -29,14 +26,14 @@ FILE_COMMANDS = ("save", "load")  # what follows is the name of a file
 class ChatSession:
     """A chat with commands. ``write`` gets answers piece by piece; ``say`` gets everything else, line by line."""
 
-    llm: LLM
-    chat: Chat
+    partner: Partner
+    chat: AnyChat
     write: Callable[[str], None]
     say: Callable[[str], None]
     settings: dict[str, Any] = field(default_factory=dict)  # keys: those of SETTINGS
     overflow: str = "error"  # of chats that /load makes
     interactive: bool = False  # whether Ctrl-C stops only the answer, and a long prompt shows how far it has come
-    last: Completion | None = None
+    last: AnyCompletion | None = None
     told_forgotten: bool = False  # that the model is not shown all messages
 
     def handle(self, line: str) -> bool:
@@ -80,8 +77,7 @@ class ChatSession:
             done = self.last
             parts.append(f"{done.num_tokens} tokens, {done.tokens_per_second:.1f} tokens/s")
             parts.append(f"first after {done.prompt_seconds * 1e3:.0f} ms")
-        parts.append(f"context {self.chat.num_tokens} of {self.llm.context}")
-        parts.append(f"memory {format_bytes(self.llm.plan.num_bytes)}")
+        parts += [*shown_context(self.chat.num_tokens, self.partner.context), *self.partner.memory()]
         if self.last is not None and self.last.limit == "max_tokens":
             parts.append("cut off by max_tokens: /continue goes on")
         return " | ".join(parts)
@@ -101,7 +97,7 @@ class ChatSession:
             "quit": ("leave, as Ctrl-D does", lambda rest: None),
         }
 
-    def _answer(self, begin: Callable[[dict[str, Any]], TextIterator]) -> None:
+    def _answer(self, begin: Callable[[dict[str, Any]], AnyStream]) -> None:
         self.last = None
         with _interrupts(self.interactive) as interrupted:
 
@@ -110,7 +106,7 @@ class ChatSession:
                     raise _Stopped
 
             with PromptStatus(check) as status:
-                options = self.settings | ({"prompt_progress": status.update} if self.interactive else {})
+                options = self.settings | (self.partner.watched(status) if self.interactive else {})
                 try:
                     with closing(begin(options)) as stream:
                         for piece in stream:
@@ -154,10 +150,10 @@ class ChatSession:
 
     def _load(self, path: str) -> None:
         path = _file_name(_wanted("load", path))
-        self.chat = Chat.load(self.llm, path, overflow=self.overflow)
+        self.chat = self.partner.load_chat(path, self.overflow)
         self.told_forgotten = False
         self.say(f"{len(self.chat.messages)} messages from {path}")
-        self._say_if(other_model(self.chat, path, self.llm))
+        self._say_if(other_model(self.chat, path, self.partner))
 
     def _say_if(self, line: str | None) -> None:
         if line is not None:
@@ -183,7 +179,7 @@ class ChatSession:
 
     def _stats(self) -> None:
         self.say(self.status())
-        for line in self.llm.plan.table().splitlines():
+        for line in self.partner.facts():
             self.say(line)
 
     def _help(self) -> None:
@@ -193,21 +189,19 @@ class ChatSession:
         self.say(f"{QUOTES:<10} begins and ends a message of several lines, or one that begins with /")
 
 
-def describe_model(llm: LLM) -> str:
-    """Which model runs, where, in how much memory: one line for the start of a chat."""
-    quant = llm.quant
-    kind = "dense" if quant is None else f"{quant.bits}-bit"
-    memory = format_bytes(llm.plan.num_bytes)
-    where = " and ".join(llm.plan.devices)
-    return f"{llm.folder.name} | {kind} {llm.config.family} | {where} | memory {memory} | context {llm.context}"
+def shown_context(num_tokens: int | None, context: int | None) -> list[str]:
+    """A server may not tell how many tokens there are, or can be."""
+    if num_tokens is None:
+        return [] if context is None else [f"context {context}"]
+    return [f"context {num_tokens}" + ("" if context is None else f" of {context}")]
 
 
-def other_model(chat: Chat, path: str, llm: LLM) -> str | None:
+def other_model(chat: AnyChat, path: str, partner: Partner) -> str | None:
     """What to say of a chat that was loaded from ``path`` if another model wrote it; else None."""
     name = chat.written_with
-    if name is None or name == llm.folder.name:
+    if name is None or name == partner.name:
         return None
-    return f"{path} was written with {name}: {llm.folder.name} goes on with its messages"
+    return f"{path} was written with {name}: {partner.name} goes on with its messages"
 
 
 def _wanted(command: str, path: str) -> str:

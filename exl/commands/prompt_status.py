@@ -37,6 +37,13 @@ class PromptStatus:
         )
         self._show(text[: terminal_columns(sys.stderr) - 1])
 
+    def wait(self, text: str) -> None:
+        """Shows what is waited for; "": only looks whether the user has had enough."""
+        if self._check is not None:
+            self._check()
+        if text and self._watched and time.monotonic() - self._began >= _DELAY:
+            self._show(text[: terminal_columns(sys.stderr) - 1])
+
     def clear(self) -> None:
         """Removes the line. The answer begins, or there will be none."""
         if self._width:

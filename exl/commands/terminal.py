@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from exl.commands import common
 from exl.commands.chat_input import QUOTES, is_open, join_quoted
-from exl.commands.chat_session import FILE_COMMANDS, SETTINGS, ChatSession, describe_model
+from exl.commands.chat_session import FILE_COMMANDS, SETTINGS, ChatSession
 from exl.commands.standard_streams import input_lines, write
 from exl.commands.word_wrap import WordWrap, columns
 from exl.user_cache import user_cache_folder
 
 if TYPE_CHECKING:
-    from exl.chat import Chat
-    from exl.llm import LLM
+    from exl.commands.chat_partner import AnyChat, Partner
 
 HINT = (
     f"/? shows the commands; {QUOTES} begins and ends a message of several lines; Ctrl-C stops an answer; Ctrl-D leaves"
@@ -28,7 +27,7 @@ def is_terminal() -> bool:
 
 
 def run_chat(
-    llm: LLM, chat: Chat, settings: dict[str, Any], *notices: str | None, overflow: str = "drop-oldest"
+    partner: Partner, chat: AnyChat, settings: dict[str, Any], *notices: str | None, overflow: str = "drop-oldest"
 ) -> None:
     """Talks until the user leaves, in a terminal or a pipe.
 
@@ -38,8 +37,8 @@ def run_chat(
     terminal = is_terminal()
     say = say_dim if terminal else common.say
     show = WordWrap(write, columns).write if common.is_terminal(sys.stdout) else write
-    session = ChatSession(llm, chat, show, say, settings, overflow, interactive=terminal)
-    for line in (describe_model(llm), chat.notice, *notices, HINT if terminal else None):
+    session = ChatSession(partner, chat, show, say, settings, overflow, interactive=terminal)
+    for line in (partner.describe(), chat.notice, *notices, HINT if terminal else None):
         if line is not None:
             say(line)
     if terminal:

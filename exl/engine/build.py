@@ -150,12 +150,8 @@ def build_engine(
     """Makes the plan and all parts as it says; ``load`` loads the weights. ``backend`` None: the CPU, ``cpu`` as for
     ``load_engine``. ``dependent``: see ``CudaOps``; ``graphs``: decode steps are captured and replayed, if the
     backend can."""
-    if backend is not None:
-        target = Target("cuda", arch=backend.arch, num_multiprocessors=backend.num_multiprocessors)
-    else:
-        target = cpu_target() if cpu is None else cpu
     with ExitStack() as stack:
-        plan, model = plan_model(files, options, target)
+        plan, model = plan_model(files, options, _target(backend, cpu))
         for text in plan.warnings:
             warn_user(text)
         if backend is not None:
@@ -180,6 +176,19 @@ def build_engine(
         pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier, zero=runner.zero_pages)
         generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
         return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
+
+
+def plan_engine(folder: Path, options: EngineOptions) -> MemoryPlan:
+    """The plan that ``load_engine`` would make now, from the headers alone. Raises as it does."""
+    options, backend = choose_device(options)
+    with open_model(folder, options.head, options.rope) as files:
+        return plan_model(files, options, _target(backend))[0]
+
+
+def _target(backend: Backend | None, cpu: Target | None = None) -> Target:
+    if backend is not None:
+        return Target("cuda", arch=backend.arch, num_multiprocessors=backend.num_multiprocessors)
+    return cpu_target() if cpu is None else cpu
 
 
 def choose_device(options: EngineOptions) -> tuple[EngineOptions, Backend | None]:

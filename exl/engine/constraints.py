@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,11 +143,12 @@ class Grammars:
         self.token_bytes += [b""] * (vocab_size - len(known))
         self.eos_ids = eos = frozenset(token_id for token_id in eos_ids if token_id < vocab_size)
         # Without any EOS a text ends where nothing more may follow; llguidance gets an EOS behind all tokens.
+        encode = weakref.WeakMethod(self._encode)  # the collector does not see that llguidance's objects hold it
         view = _Vocabulary(
             tokens=[*self.token_bytes, *([] if eos else [b""])],
             special=(tokenizer.special_ids & set(known)) | eos,
             eos=eos or frozenset({vocab_size}),
-            encode=self._encode,
+            encode=lambda text: encode()(text),
         )
         try:
             wrapper = self._llguidance.TokenizerWrapper(view)

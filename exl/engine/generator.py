@@ -89,7 +89,7 @@ class Generator:
 
     def stats(self) -> EngineStats:
         """From any thread; waits for nobody."""
-        return EngineStats.of(self.seat, self.scheduler, self.pool)
+        return EngineStats.of(self.seat, self.scheduler, self.pool, self.runner.weights.stats)
 
     # ---- requests
 

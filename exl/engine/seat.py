@@ -76,6 +76,11 @@ class Seat:
         self._threaded = False  # the engine's thread drives
 
     @property
+    def failure(self) -> BaseException | None:
+        """What has stopped the engine for good; None: it works. From any thread."""
+        return self._broken
+
+    @property
     def unfinished(self) -> list[Ticket]:
         """Requests that have not ended, by arrival. From any thread."""
         return [ticket for ticket in list(self._live) if not ticket.ended]

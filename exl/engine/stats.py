@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from exl.cache.page_pool import PagePool
     from exl.engine.scheduler import Scheduler
     from exl.engine.seat import Seat
+    from exl.weights.reader import StreamStats
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class EngineStats:
     prefix_tokens: int  # that were reused
     drafts_tried: int
     drafts_accepted: int
+    read_bytes: int = 0  # of streamed layers, from the disk
+    read_wait_seconds: float = 0.0  # that steps waited for them
 
     @classmethod
-    def of(cls, seat: Seat, scheduler: Scheduler, pool: PagePool) -> EngineStats:
+    def of(cls, seat: Seat, scheduler: Scheduler, pool: PagePool, read: StreamStats) -> EngineStats:
         """From any thread; waits for nobody."""
         done, known = scheduler.stats, pool.stats
         arriving = sum(not ticket.sequences for ticket in seat.unfinished)
@@ -54,4 +57,6 @@ class EngineStats:
             prefix_tokens=known.tokens_reused,
             drafts_tried=done.drafts_tried,
             drafts_accepted=done.drafts_accepted,
+            read_bytes=read.bytes_read,
+            read_wait_seconds=read.wait_seconds,
         )

@@ -31,12 +31,12 @@ def constrain(
 ) -> dict[str, Any]:
     """Options of a request (``grammar``, see ``exl.request_options``); none if nothing is constrained.
 
-    ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides; if a function is ``strict``,
-    or calls may not be parallel, calls are of known functions, with arguments by their schemas where ``strict`` says
-    so, and the answer ends behind them; "required": one call or
-    more; ``{"type": "function", "function": {"name": NAME}}``: of that function. Arguments of required calls always
-    follow the schemas. ``parallel``: more than one call may be made. ``prompt_ids``: the prompt, which may have opened
-    the reasoning; what is constrained begins behind the reasoning.
+    ``tools``: in OpenAI's shape. ``tool_choice``: "none"; "auto": the model decides; if a function is ``strict``, or
+    calls may not be parallel, calls are of known functions, with arguments by their schemas where ``strict`` says so,
+    and the answer ends behind them; "required": one call or more; ``{"type": "function", "function": {"name": NAME}}``:
+    of that function. Arguments of required calls always follow the schemas. ``parallel``: more than one call may be
+    made. ``prompt_ids``: the prompt, which may have opened the reasoning; what is constrained begins behind the
+    reasoning.
 
     Raises ``ConfigError`` for a malformed choice or tool, for a function that is not among the tools, and for what the
     model's tool format has no grammar for.
@@ -99,20 +99,32 @@ def constrain_text(
     arguments by the schemas of those that are ``strict``, or the text. Raises ``ConfigError`` as ``constrain`` does.
     """
     functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in _functions(tools)]
-    thinking = REASONING_FORMATS.get(format.reasoning)
-    if thinking is None and HARMONY not in (format.tools, format.reasoning) and not functions:
+    if format.reasoning == NONE and format.tools != HARMONY and not functions:
         return {"json_schema": schema}
-    schema = _schema(schema)
+    try:
+        return {"grammar": _text_grammar(format, tokenizer, _schema(schema), functions, parallel, prompt_ids)}
+    except (ValueError, TypeError, RecursionError) as error:  # of json.dumps
+        raise ConfigError(f"json_schema: {error}; expected schemas that are JSON") from None
+
+
+def _text_grammar(
+    format: AnswerFormat,
+    tokenizer: Tokenizer,
+    schema: Mapping[str, Any],
+    functions: Sequence[Function],
+    parallel: bool,
+    prompt_ids: Sequence[int],
+) -> str:
     if HARMONY in (format.tools, format.reasoning):
-        takes_calls = format.tools == HARMONY
-        return {"grammar": _harmony(tokenizer, functions if takes_calls else [], True, schema)}
+        return _harmony(tokenizer, functions if format.tools == HARMONY else [], True, schema)
     syntax = TOOL_FORMATS.get(format.tools) if functions else None
+    thinking = REASONING_FORMATS.get(format.reasoning)
     lark = Lark(tokenizer, (*(syntax.tags if syntax else ()), *(thinking.tags if thinking else ())))
     choices = [lark.json(schema)]
     if syntax is not None:
         choices.append(_required(lark, call_grammar(lark, format.tools, functions, parallel)))
     begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
-    return {"grammar": lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())}
+    return lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())
 
 
 def _required(lark: Lark, calls: CallGrammar) -> str:

@@ -7,6 +7,8 @@ from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
 from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 
+KERNEL_LINE = "kernels"  # taken with the first model, and kept after the last: models of a process share it
+
 
 def plan_cpu(
     model: PlanInput, budget: int | None = None, *, num_buffers: int = 2, max_resident: int | None = None
@@ -83,7 +85,7 @@ def _compiled_lines(model: PlanInput) -> list[PlanLine]:
             "recorded steps", device, 2 * sizes.arena, True,
             f"a place for each value of {sizes.arena_rows} row{'s' if sizes.arena_rows > 1 else ''}, twice",
         ),
-        PlanLine("kernels", device, _KERNEL_BYTES, False, "compiled for this processor; llvmlite"),
+        PlanLine(KERNEL_LINE, device, _KERNEL_BYTES, False, "compiled for this processor; llvmlite"),
         PlanLine("temporaries", device, temporaries, False, "RoPE's angles, and what a token is drawn from"),
     ]  # fmt: skip
 

@@ -5,16 +5,20 @@ Not by FastAPI's own ``body: Model``: that parses with Python's ``json`` first, 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from pydantic.json_schema import models_json_schema
+from pydantic_core import from_json
 
 from exl.server.errors import ApiError
 
 _SCHEMAS = "#/components/schemas/"
+_REPR = reprlib.Repr()  # looks at no more of a large value than it shows
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 76
 M = TypeVar("M", bound=BaseModel)
 Json = Annotated[Any, PlainSerializer(lambda value: value)]  # whatever JSON can hold
 
@@ -22,28 +26,47 @@ Json = Annotated[Any, PlainSerializer(lambda value: value)]  # whatever JSON can
 class Body(BaseModel):
     """A body whose unknown keys are errors, since an option that nobody reads is not what its sender meant."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), str_max_length=None)
+    # Strict: true is not 1, "3" not 3. From JSON, whole numbers are still taken for fractions, lists for tuples.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 async def read_body(request: Request, model: type[M]) -> M:
-    """Raises ``ApiError``: 400 for what is no JSON or does not fit, 413 for what is too long."""
+    """Raises ``ApiError``: 400 for what is no JSON or does not fit, 413 for what is too long, 415 for a body that does
+    not say that it is JSON: a page of another site could send that without asking the browser (fetch.spec.whatwg.org,
+    "CORS-safelisted request-header")."""
+    found = request.headers.get("content-type", "")
+    kind = found.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        text = f"content-type: found {_shown(found) if found else 'none'}, expected application/json"
+        raise ApiError(415, text, code="unsupported_media_type")
     return parse_body(await request.body(), model)
 
 
 def parse_body(data: bytes, model: type[M]) -> M:
     try:
+        if b"NaN" in data or b"Infinity" in data:  # JSON has no such numbers, pydantic's models take them
+            from_json(data, allow_inf_nan=False)
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise _explained(error, model) from None
+        raise _explained(error) from None
+    except ValueError as error:
+        raise _no_json(str(error)) from None
 
 
-def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
+def _no_json(why: str) -> ApiError:
+    return ApiError(400, f"the body is no JSON: {why.removeprefix('Invalid JSON: ')}", code="invalid_json")
+
+
+def _explained(error: ValidationError) -> ApiError:
     """The first of what is wrong: the field, what was found, what was expected."""
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+        return _no_json(first["msg"])
     where = _path(first["loc"])
     if first["type"] == "extra_forbidden":
+        outer, name = _path(first["loc"][:-1]), str(first["loc"][-1])
+        name = name[:80] if name.isidentifier() else _shown(name)  # a client's own word
+        where = f"{outer}.{name}" if outer else name
         return ApiError(400, f"{where}: unknown field", code="unknown_field", param=where)
     found = "" if first["type"] == "missing" else f", found {_shown(first['input'])}"
     text = f"{where or 'body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
@@ -63,7 +86,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -15,10 +15,13 @@ from exl.engine.request import Outcome
 from exl.engine.ticket import Event
 from exl.parse.parts import AnswerParser, Part, Reasoning, Text, ToolCallArguments
 from exl.request_options import RequestOptions
+from exl.server.errors import ApiError
 from exl.server.served import ServedModel
 from exl.server.state import Server
 from exl.server.watch import Journey
 from exl.text.logprobs import TokenLogprob
+
+_CONSTRAINTS = frozenset({"json_schema", "regex", "grammar", "choices"})
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,12 @@ class Generation:
 
         def submit() -> tuple[Handle[Completion], list[int]]:
             ids = model.llm.encode(job.prompt)
+            if server.options.log_prompts:
+                journey.prompt = model.llm.tokenizer.decode(ids)
+            journey.submitted, journey.num_prompt = time.perf_counter(), len(ids)  # before: it may begin at once
             return model.llm.submit(ids, **job.options), ids
 
-        handle, ids = await server.in_thread(submit)
-        journey.submitted, journey.num_prompt = time.perf_counter(), len(ids)
+        handle, ids = await server.in_thread(submit, slow=not _CONSTRAINTS.isdisjoint(job.options))
         return cls(server, model, job, handle, journey, ids)
 
     @property
@@ -250,6 +255,8 @@ class Generation:
         )
 
     def _update(self, event: Event) -> Update:
+        if event.outcome is not None:
+            _check_not_cut(event.outcome)
         choice, ids = event.choice, event.token_ids
         logprobs = None
         if self._wants_logprobs and event.ranked is not None:
@@ -345,3 +352,9 @@ async def run_together(works: Sequence[Any]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+def _check_not_cut(outcome: Outcome) -> None:
+    """Who has asked has not cancelled, or nobody would read this: the server ends, or its model is unloaded."""
+    if outcome.finish_reason == "cancelled" and outcome.limit is None:
+        raise ApiError(503, "the server ended this answer before it was whole", code="cut_off")

@@ -1,55 +1,88 @@
-"""``/health``, while models load, and ``/v1/models``."""
+"""``/health``, and the models: which there are, which are loaded, and loading them by hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from exl.server.models import ModelState
+from exl.server.bodies import Body, json_body, read_body
+from exl.server.errors import RETRY_SECONDS
+from exl.server.residency import ModelState
 from exl.server.responses import json_response
 from exl.server.state import Server
 
-BODIES: tuple[type[BaseModel], ...] = ()
+
+class ModelRequest(Body):
+    """Of llama-server's ``/models/load`` and ``/models/unload``."""
+
+    model: str
+
+
+BODIES: tuple[type[BaseModel], ...] = (ModelRequest,)
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter()
+    routes, models = APIRouter(), server.models
 
     @routes.get("/health", summary="200: requests are taken; 503: not yet, or no more")
     async def health() -> Response:
-        if server.draining:
-            return json_response({"status": "draining"}, 503)
-        first = server.models.states[0]
-        if first.status == "loading":
-            return json_response({"status": "loading model", "model": first.name, "progress": first.share}, 503)
-        if first.status == "failed":
-            return json_response({"status": "failed", "model": first.name, "error": first.error}, 503)
-        return json_response({"status": "ok"})
+        return _health(server)
 
     @routes.get("/v1/models", summary="The models that clients may name")
-    async def models() -> Response:
-        return json_response({"object": "list", "data": [_shown(state) for state in server.models.states]})
+    @routes.get("/models", summary="The same, where llama-server has it")
+    async def list_models() -> Response:
+        await models.refresh()
+        return json_response({"object": "list", "data": [_shown(state) for state in models.states]})
 
     @routes.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> Response:
-        return json_response(_shown(server.models.find(name)))
+        return json_response(_shown(await models.named(name)))
+
+    @routes.post("/models/load", openapi_extra=json_body(ModelRequest), summary="Loads a model; answers when it is")
+    async def load(request: Request) -> Response:
+        await models.load((await read_body(request, ModelRequest)).model)
+        return json_response({"success": True})
+
+    @routes.post("/models/unload", openapi_extra=json_body(ModelRequest), summary="Unloads a model that is not in use")
+    async def unload(request: Request) -> Response:
+        await models.unload((await read_body(request, ModelRequest)).model)
+        return json_response({"success": True})
 
     return routes
 
 
+def _health(server: Server) -> Response:
+    models = server.models
+    if server.draining:
+        return json_response({"status": "draining"}, 503, {"Retry-After": str(RETRY_SECONDS)})
+    first = models.starting
+    if first is not None:
+        return json_response({"status": "loading model", "model": first.name, "progress": first.share}, 503)
+    if models.failure is not None:
+        return json_response({"status": "failed", "error": models.failure}, 503)
+    return json_response({"status": "ok"})
+
+
 def _shown(state: ModelState) -> dict[str, Any]:
-    """OpenAI's keys; ``status`` as llama-server has it."""
+    """OpenAI's keys; ``status`` as llama-server's router has it (tools/server/README.md of ggml-org/llama.cpp, "Using
+    multiple models"): "unloaded" with ``failed`` after a load that failed. ``memory``: bytes of the plan."""
     served = state.served
+    status: dict[str, Any] = {"value": state.status, "progress": state.share}
+    if state.status == "failed":
+        status |= {"value": "unloaded", "failed": True, "error": state.error}
     found: dict[str, Any] = {
         "id": state.name,
         "object": "model",
         "created": 0 if served is None else served.created,
         "owned_by": "exl",
-        "status": {"value": state.status, "progress": state.share},
+        "aliases": list(state.aliases),
+        "status": status,
     }
     if served is not None:
-        found["max_model_len"] = served.context
+        plan = served.llm.plan
+        memory = {"exact": plan.exact_bytes, "at_most": plan.num_bytes}
+        found |= {"max_model_len": served.context, "memory": memory}
     return found

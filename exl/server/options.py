@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exl.errors import ConfigError
+
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class ServerOptions:
     body_timeout: float = 30.0  # seconds without a byte of a body that is not whole
     write_timeout: float = 60.0  # seconds in which a client that reads nothing is given up
     keep_alive: float = 30.0  # seconds that a connection may be idle between two requests
+    max_connections: int = 4096
     cors_origins: tuple[str, ...] = ()  # that browsers' pages may come from, or ("*",)
     root_path: str = ""  # the prefix under which a proxy publishes the server
     tls_cert: Path | None = None
@@ -38,6 +42,8 @@ class ServerOptions:
     log_file: Path | None = None  # None: standard error
     log_prompts: bool = False
     metrics_compat: tuple[str, ...] = ()  # "vllm": its names for the same figures, too
+    trace: bool = False  # spans go to the process's own OpenTelemetry provider
+    otlp_endpoint: str | None = None  # spans go to this collector: http://localhost:4318/v1/traces
     tool_format: str = "auto"  # see exl.parse.choose
     reasoning_format: str = "auto"
 
@@ -47,6 +53,7 @@ class ServerOptions:
         _check_whole("port", self.port, 0, 65535)
         _check_whole("max_queue", self.max_queue, 0)
         _check_whole("max_body", self.max_body, 1024)
+        _check_whole("max_connections", self.max_connections, 1)
         if self.max_tokens is not None:
             _check_whole("max_tokens", self.max_tokens, 1)
         for name in ("drain_seconds", "header_timeout", "body_timeout", "write_timeout", "keep_alive"):
@@ -58,6 +65,11 @@ class ServerOptions:
             raise ConfigError("api_keys: found an empty key or white space around one, expected keys without")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls: found one of certificate and key, expected both or none")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"cors_origins: found {origin!r}, expected * or one such as https://chat.example.com")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint: found {self.otlp_endpoint!r}, expected http://... or https://...")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path: found {self.root_path!r}, expected a path such as /exl")
         _check_one("log_format", self.log_format, ("text", "json"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import exl
-from exl.chat import transcript
+from exl.chat import TRANSCRIPT_STOP, transcript
 from exl.errors import ConfigError
 from exl.llm import LLM
 from exl.parse.choose import choose_for, parser_for
@@ -45,6 +45,8 @@ class PreparedChat:
     prompt_ids: list[int]
     constraint: dict[str, Any]  # options of a request: json_schema, grammar, after, ...
     make_parser: Callable[[], AnswerParser | None]  # for each choice; None: its text is all text
+    # Besides the request's own: a model that is shown a transcript would also write what the user says next.
+    stop: tuple[str, ...] = ()
 
 
 class ServedModel:
@@ -70,7 +72,8 @@ class ServedModel:
             chat.messages, tools, chat.variables, chat.add_generation_prompt, continue_final=chat.continue_final
         )
         constraint = self._constraint(chat, tools or (), prompt)
-        return PreparedChat(prompt, constraint, lambda: self.parser(prompt, tools, chat.stop))
+        stop = (TRANSCRIPT_STOP,) if self.llm.tokenizer.chat_template is None else ()
+        return PreparedChat(prompt, constraint, lambda: self.parser(prompt, tools, (*chat.stop, *stop)), stop)
 
     def _constraint(self, chat: Conversation, tools: Tools, prompt: Sequence[int]) -> dict[str, Any]:
         """What required and strict calls, and a schema of the text, ask of the engine. Of calls that are required there

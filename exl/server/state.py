@@ -13,7 +13,8 @@ from exl.server.options import ServerOptions
 from exl.server.watch import Watch
 
 T = TypeVar("T")
-_THREADS = 8  # that encode prompts, compile grammars and render templates; others wait
+_THREADS = 8  # that encode prompts and render templates; others wait
+_SLOW_THREADS = 4  # that compile grammars, which may take seconds: other requests do not wait for them
 
 
 class Server:
@@ -23,13 +24,15 @@ class Server:
         self.options, self.models = options, models
         self.watches: list[Watch] = []
         self.started = time.time()
+        self.num_open = 0  # HTTP requests under way
         self.draining = False  # SIGTERM came: what runs goes on, nothing new is taken
         self._threads = ThreadPoolExecutor(_THREADS, "exl-server")
+        self._slow_threads = ThreadPoolExecutor(_SLOW_THREADS, "exl-server-slow")
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T], slow: bool = False) -> T:
         """What ``work`` returns, while the event loop goes on. If the waiting is cancelled, a result that comes later
         is closed if it can be."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        future = asyncio.get_running_loop().run_in_executor(self._slow_threads if slow else self._threads, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -38,7 +41,8 @@ class Server:
 
     def close(self) -> None:
         self.models.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._slow_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _dispose(future: asyncio.Future[object]) -> None:

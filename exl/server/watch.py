@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +14,11 @@ class Journey:
 
     request_id: str
     route: str  # the path as the server defines it, without a client's own words
+    method: str = ""
+    path: str = ""  # as the client wrote it
+    client: str = ""  # its address
     model: str = ""
+    prompt: str | None = None  # with --log-prompts
     arrived: float = field(default_factory=time.perf_counter)
     submitted: float | None = None  # to the engine
     began: float | None = None  # its first sequence was admitted
@@ -28,7 +33,13 @@ class Journey:
     finish_reasons: tuple[str, ...] = ()  # the engine's: "stop", "length", "cancelled"; one for each choice
     status: int | None = None
     error: str | None = None
+    model_wait: float = 0.0  # seconds that it waited for its model to be loaded, or free to be
+    loaded_model: bool = False  # it was one of those for whom the model was loaded
     traceparent: str | None = None  # the header of a client that traces (w3.org/TR/trace-context)
+
+
+# Of the HTTP request that runs: what serves it need not be handed its journey through every call.
+CURRENT_JOURNEY: ContextVar[Journey | None] = ContextVar("journey", default=None)
 
 
 class Watch(Protocol):

@@ -60,15 +60,15 @@ class ChatTemplate:
     def names(self) -> tuple[str, ...]:
         return tuple(self._templates)
 
-    @property
-    def source_text(self) -> str:
-        """The templates themselves, joined by NUL."""
-        return "\0".join(self._templates.values())
-
     def text(self, name: str | None = None) -> str:
         """The template itself; by default the one for messages without tools. Raises ``ConfigError`` for a name that
         there is not."""
         return self._templates[self._choose(name, None)]
+
+    @property
+    def source_text(self) -> str:
+        """The templates themselves, joined by NUL."""
+        return "\0".join(self._templates.values())
 
     @cached_property
     def literal_text(self) -> str:
@@ -220,12 +220,14 @@ def _values(messages: Any, tools: Any, variables: Any) -> dict[str, Any]:
         raise ConfigError(f"tools: found {_kind(tools)}, expected a list of objects")
     return {
         **_plain(variables or {}, "variables"),
-        "messages": _plain_messages(messages),
+        "messages": plain_messages(messages),
         "tools": None if tools is None else _plain(list(tools), "tools"),
     }
 
 
-def _plain_messages(messages: Any) -> list[dict[str, Any]]:
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Copies made only of JSON's types, each with a role, and with content, if it has any, that is a text, None or a
+    list of objects. Raises ``ConfigError``."""
     if not _is_list_of_objects(messages) or not messages:
         raise ConfigError(f"messages: found {_kind(messages)}, expected a list of objects, at least one")
     plain = []

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from exl.errors import ExlError
 from exl.layout.layers import LayerLayout
 from exl.memory.copies import CopyEngine, Event
 from exl.ops.base import LayerWeights
-from exl.weights.reader import BufferReader
+from exl.weights.reader import BufferReader, StreamStats
 
 
 class HostLayers(Protocol):
@@ -40,6 +40,10 @@ class HostLayers(Protocol):
 
     def close(self) -> None:
         """Gives the memory back. All copies have ended. May be called again."""
+
+    @property
+    def stats(self) -> StreamStats:
+        """What was read from the disk so far. From any thread."""
 
 
 class PinnedLayers:
@@ -64,6 +68,10 @@ class PinnedLayers:
 
     def close(self) -> None:
         self._owned.close()
+
+    @property
+    def stats(self) -> StreamStats:
+        return StreamStats()
 
 
 class DiskLayers:
@@ -98,6 +106,10 @@ class DiskLayers:
 
     def close(self) -> None:
         self._reader.close()
+
+    @property
+    def stats(self) -> StreamStats:
+        return self._reader.stats
 
 
 @dataclass
@@ -198,6 +210,11 @@ class DeviceStream:
     def capturable(self) -> bool:
         """Whether no layer is read from the disk: for that the host would have to wait in the middle of a step."""
         return all(isinstance(tier, PinnedLayers) for _, tier in self._host)
+
+    @property
+    def stats(self) -> StreamStats:
+        found = [tier.stats for _, tier in self._host]
+        return StreamStats(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
 
     def join(self) -> None:
         """Arithmetic that is queued from here on waits for all copies: the end of a captured step."""

@@ -27,6 +27,10 @@ class WeightSource(Protocol):
     def capturable(self) -> bool:
         """Whether a pass can be captured in a graph: each layer is always at the same address and nothing waits."""
 
+    @property
+    def stats(self) -> StreamStats:
+        """What was read from the disk so far. From any thread."""
+
 
 class ResidentWeights:
     """All layers stay in memory."""
@@ -46,6 +50,10 @@ class ResidentWeights:
     @property
     def capturable(self) -> bool:
         return True
+
+    @property
+    def stats(self) -> StreamStats:
+        return StreamStats()
 
 
 class LayerStream:

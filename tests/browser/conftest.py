@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def alone():
 def browser():
     from playwright.sync_api import sync_playwright
 
-    from tests.browser.steps import CHROMIUM
+    from tests.browser.chromium import CHROMIUM
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -111,3 +112,40 @@ def slow(monkeypatch):
         return plain(self, *asked)
 
     monkeypatch.setattr(Runner, "step", step)
+
+
+@pytest.fixture(scope="session")
+def running():
+    """A server of the bundled model."""
+    for name in ("fastapi", "uvicorn", "httpx"):
+        pytest.importorskip(name)
+    from tests.server.running import RunningServer
+
+    with RunningServer() as server:
+        yield server
+
+
+@pytest.fixture
+def visit(running, browser):
+    """``visit(context=None, path="/", **options)`` opens the page; at the end nothing may have gone wrong unseen."""
+    contexts, wrong, allowed = [], [], []
+
+    def visit(context=None, path="/", expected=None, **options):
+        """``expected``: a pattern of the console's errors that the test brings about itself."""
+        if context is None:
+            context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+            contexts.append(context)
+        if expected:
+            allowed.append(expected)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("request", lambda request: wrong.append(request.url) if is_foreign(request.url, running.url) else None)
+        page.goto(running.url + path)
+        page.locator("html[data-ready]").wait_for(state="attached")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert [text for text in wrong if not any(re.search(pattern, text) for pattern in allowed)] == []

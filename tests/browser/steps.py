@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
-HOW = "make browser installs it"
+from tests.browser.chromium import HOW, expect
+
 pytest.importorskip("gradio", reason=f"gradio is not installed: {HOW}")
-playwright = pytest.importorskip("playwright.sync_api", reason=f"playwright is not installed: {HOW}")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no chromium in PATH", allow_module_level=True)
-expect = playwright.expect
 MARKS = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::Warning:gradio")]
 LONG = 30_000  # milliseconds; what is waited for is there in one or two seconds on an idle machine
 

@@ -16,6 +16,7 @@ import pytest
 from pexpect import EOF
 
 import exl
+from exl.commands.chat_partner import LocalModel
 from exl.commands.chat_session import SETTINGS, ChatSession
 from exl.commands.terminal import run_terminal
 from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
@@ -33,7 +34,7 @@ def llm():
 @pytest.fixture
 def session(llm):
     said, written = [], []
-    session = ChatSession(llm, llm.chat(), written.append, said.append, {"max_tokens": 8})
+    session = ChatSession(LocalModel(llm), llm.chat(), written.append, said.append, {"max_tokens": 8})
     session.said, session.written = said, written
     return session
 
@@ -198,7 +199,7 @@ def test_a_chat_of_another_model_says_so(session, tmp_path):
 def test_old_turns_are_dropped_and_that_is_said_once(llm):
     said = []
     chat = llm.chat(overflow="drop-oldest")
-    session = ChatSession(llm, chat, lambda piece: None, said.append, {"max_tokens": 60})
+    session = ChatSession(LocalModel(llm), chat, lambda piece: None, said.append, {"max_tokens": 60})
     for i in range(12):
         session.handle(f"Tell me more about number {i} please.")
     assert chat.num_forgotten > 2
@@ -226,7 +227,9 @@ def test_the_model_is_named_at_the_start():
 def test_ctrl_c_while_a_prompt_is_read(llm):
     """The conversation is as it was, the model is free for the next message."""
     said = []
-    session = ChatSession(llm, llm.chat(), lambda piece: None, said.append, {"max_tokens": 8}, interactive=True)
+    session = ChatSession(
+        LocalModel(llm), llm.chat(), lambda piece: None, said.append, {"max_tokens": 8}, interactive=True
+    )
     session.handle("Hello.")
     before, begin = session.chat.messages, session.chat.stream
 
@@ -244,7 +247,7 @@ def test_ctrl_c_while_a_prompt_is_read(llm):
     session.chat.stream = begin
     session.handle("Another.")
     assert len(session.chat.messages) == 4
-    piped = ChatSession(llm, llm.chat(), lambda piece: os.kill(os.getpid(), signal.SIGINT), said.append, {})
+    piped = ChatSession(LocalModel(llm), llm.chat(), lambda piece: os.kill(os.getpid(), signal.SIGINT), said.append, {})
     with pytest.raises(KeyboardInterrupt):
         piped.handle("Hello.")
 

@@ -22,22 +22,12 @@ from exl.planning.options import EngineOptions
 from exl.planning.plan import Tier
 from exl.sampling_params import SamplingParams
 from tests.command_line import run_exl
+from tests.live_bytes import live_bytes
 from tests.model.hf_models import CASES, build, save
 from tests.model.test_quantized import make
 
 STORIES = Path(__file__).parents[1] / "data" / "stories2M"
 CPU = Target("cpu", compiled=True)
-
-
-def live_bytes() -> int:
-    """Bytes of the storages of all tensors that the garbage collector tracks, each storage once."""
-    gc.collect()
-    storages = {}
-    for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor):  # isinstance also asks __class__, for which lazy objects warn
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,12 @@ def test_texts_are_embedded():
         with llm.submit("The dog", 40) as other:
             assert torch.equal(llm.embed(texts, normalize=True), unit)
             other.result(60)
+        handles = [llm.submit_embed(text, "last", normalize=True) for text in texts]
+        assert torch.equal(
+            torch.stack([handle.result(60) for handle in handles]), llm.embed(texts, "last", normalize=True)
+        )
+        with pytest.raises(exl.ConfigError, match="text: found an empty text"):
+            llm.submit_embed("")
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,15 @@ class RunningServer:
         load: Callable[[Any], LLM] | None = None,
         name: str = "stories",
         aliases: tuple[str, ...] = (),
+        models: Models | None = None,
         **options: Any,
     ) -> None:
+        """``models``: in the place of one model."""
         self.options = dataclasses.replace(ServerOptions(port=0), **options)
-        self.server = Server(self.options, Models(name, load or load_bundled, aliases))
+        models = Models(name, load or load_bundled, aliases) if models is None else models
+        self.server = Server(self.options, models)
         self.lines: list[str] = []
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # what ended it, if that was one
         self._http: Any = None
         self.listening = listen(self.options)
         self.url = address_of(self.options, self.listening)
@@ -55,10 +58,29 @@ class RunningServer:
         try:
             asyncio.run(run_http(self.server, self.listening, self.lines.append, began))
         except BaseException as error:
-            self._error = error
+            self.error = error
+
+    def start(self) -> None:
+        """Without waiting for the model."""
+        self._thread.start()
+
+    def ask(self, path: str) -> httpx.Response | None:
+        """None: it does not answer yet."""
+        try:
+            return httpx.get(self.url + path, timeout=SECONDS)
+        except httpx.TransportError:
+            return None
+
+    def signal(self, number: int) -> None:
+        """As if the process had got a signal."""
+        self._http.handle_exit(number, None)
+
+    def wait_until_ended(self, seconds: float) -> None:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), f"the server has not ended in {seconds} s"
 
     def __enter__(self) -> RunningServer:
-        self._thread.start()
+        self.start()
         self.wait_until_loaded()
         return self
 
@@ -71,7 +93,7 @@ class RunningServer:
                 pass
             self._thread.join(0.05)
             if not self._thread.is_alive():
-                raise AssertionError(f"the server has ended: {self._error!r}")
+                raise AssertionError(f"the server has ended: {self.error!r}")
         raise AssertionError(f"the server did not load: {self.server.models.states}")
 
     def __exit__(self, *exc_info: object) -> None:

@@ -234,6 +234,8 @@ REFUSED = [
     ({"tool_choice": "required"}, "tool_choice", "no tool_choice without tools"),
     ({"best_of": 3, "stream": True}, "best_of", "found 3 with stream"),
     ({"continue_final_message": True}, "messages", "found no text of an assistant's at the end"),
+    ({"timeout": -1}, "timeout", "greater than 0"),
+    ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "no chat template"),
     ({"nonsense": 1}, "nonsense", "unknown field"),
 ]
 
@@ -245,6 +247,15 @@ def test_what_cannot_be_honoured_is_refused_by_name(ask, body, param, words):
     error = caught.value
     assert (error.param, error.type) == (param, "invalid_request_error")
     assert words in error.body["message"]
+
+
+def test_numbers_that_json_cannot_hold(running):
+    """Parsers read 1e999 as infinity."""
+    tool = '{"type": "function", "function": {"name": "f", "parameters": {"default": 1e999}}}'
+    body = f'{{"messages": [{{"role": "user", "content": "a"}}], "tools": [{tool}]}}'
+    headers = {"Content-Type": "application/json"}
+    found = httpx.post(f"{running.url}/v1/chat/completions", content=body, headers=headers)
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "tools[0].function.parameters")
 
 
 def test_what_changes_nothing_is_taken(ask):
@@ -287,3 +298,17 @@ def test_hugging_faces_client(running):
     assert answer.usage.completion_tokens == 12
     chunks = client.chat_completion(MESSAGES, model="stories", max_tokens=12, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
+def test_an_answer_to_a_transcript_ends_where_the_user_would_speak(running, client, monkeypatch):
+    """Also for a request with stop strings of its own."""
+    submit, asked = type(running.llm).submit, []
+
+    def submit_and_note(self, prompt, *args, **options):
+        asked.append(options.get("stop"))
+        return submit(self, prompt, *args, **options)
+
+    monkeypatch.setattr(type(running.llm), "submit", submit_and_note)
+    client.chat.completions.create(model="stories", messages=MESSAGES, max_tokens=3)
+    client.chat.completions.create(model="stories", messages=MESSAGES, max_tokens=3, stop=["xyz"])
+    assert asked == [("\nUser:",), ("xyz", "\nUser:")]

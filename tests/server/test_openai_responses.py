@@ -144,6 +144,7 @@ def test_an_error_in_a_stream_is_told_as_failed(running, client, monkeypatch):
             "no images",
         ),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0]", "found no call_id"),
+        ({"input": []}, "input", "at least 1 item"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send the whole conversation"),
         ({"conversation": "c"}, "conversation", "send the whole conversation"),
         ({"background": True}, "background", "keeps no answers"),

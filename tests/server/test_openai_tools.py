@@ -169,6 +169,7 @@ def test_strict_functions_are_constrained(calling, ask):
     served = calling.server.models.states[0].served
     assert served.prepare(Conversation(MESSAGES, TOOLS)).constraint == {}
     assert "%json" in served.prepare(Conversation(MESSAGES, strict)).constraint["grammar"]
+    assert "%json" in served.prepare(Conversation(MESSAGES, TOOLS, parallel_tool_calls=False)).constraint["grammar"]
     with pytest.raises(openai.BadRequestError, match="choices: found it with"):
         ask(said=CALL, tools=strict)
     assert ask(tools=strict, max_tokens=5).choices[0].message.content
@@ -237,7 +238,16 @@ def test_what_was_thought_goes_back_to_the_template(thinking):
         "[user]\nHow is the weather?\n[assistant]\n<think>Hm.</think>Warm.\n[user]\nHow is the weather?\n[assistant]\n"
     )
     expected = len(thinking.llm.tokenizer.encode(prompt, bos=False))
-    assert asking(thinking)(messages, max_tokens=1).usage.prompt_tokens == expected
+    ask = asking(thinking)
+    assert ask(messages, max_tokens=1).usage.prompt_tokens == expected
+    items = [
+        *MESSAGES,
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"role": "assistant", "content": "Warm."},
+        *MESSAGES,
+    ]
+    answer = ask.client.responses.create(model="stories", input=items, max_output_tokens=1)
+    assert answer.usage.input_tokens == expected
 
 
 def test_the_answer_is_of_the_clients_own_type(calling):
@@ -308,6 +318,7 @@ def test_langchains_round_trip(calling):
     ("options", "param", "words"),
     [
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]", "not 'custom'"),
+        ({"extra_body": {"chat_template_kwargs": {"tools": []}}}, "chat_template_kwargs", "found 'tools'"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools", "found the function 'get_weather' twice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'get_time'"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "expected 'auto'"),

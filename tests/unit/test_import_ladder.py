@@ -20,10 +20,10 @@ LADDER = (
     (
         *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options", "saved_chat"),
         *("streams", "progress", "user_cache", "user_text", "replace_file", "forks", "threads", "control_groups"),
-        *("token_html", "logarithm", "philox", "code_file"),
+        *("token_html", "logarithm", "philox", "code_file", "http_client"),
     ),
     ("checkpoint", "memory", "layout"),
-    ("formats", "cache", "text"),
+    ("formats", "cache", "text", "conversation"),
     ("parse",),
     ("kernels", "cpu_kernels"),
     ("ops",),
@@ -33,7 +33,7 @@ LADDER = (
     ("engine",),
     ("completion", "embedding", "load_test"),
     ("llm", "bench"),
-    ("chat", "evaluate"),
+    ("chat", "remote_chat", "evaluate"),
     ("server",),
     ("commands",),
     ("cli",),
@@ -143,6 +143,8 @@ def test_a_wing_says_where_to_begin(folder):
         ("exl.kernels.spec", ("torch", "cupy")),
         ("exl.planning.from_headers", ("torch", "cupy", "huggingface_hub")),
         ("exl.llm", ("cupy", "transformers")),
+        ("exl.remote_chat", ("torch", "numpy", "huggingface_hub")),
+        ("exl.commands.terminal", ("torch", "numpy", "huggingface_hub")),
     ],
 )
 def test_heavy_imports_stay_out(module, forbidden):

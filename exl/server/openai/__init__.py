@@ -1,1 +1,1 @@
-"""OpenAI's protocol. Begin with ``chat.py``."""
+"""OpenAI's protocol: a module for each route. Begin with ``fields.py``, then ``chat.py``."""

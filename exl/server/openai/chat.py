@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from exl.errors import ConfigError
-from exl.request_options import CONSTRAINTS
-from exl.server.bodies import Json, json_body, read_body
-from exl.server.errors import ApiError, openai_body
-from exl.server.generation import Generation, Job
-from exl.server.journeys import note_error
+from exl.server.bodies import json_body, read_body
+from exl.server.errors import ApiError
+from exl.server.generation import Generation
+from exl.server.openai.begin import ChatFields, begin_chat, event_stream
 from exl.server.openai.chat_answer import ChatAnswer
-from exl.server.openai.fields import (
-    MAX_TOP_LOGPROBS,
-    GenerationFields,
-    Ignored,
-    StreamOptions,
-    refused,
-    request_options,
-)
-from exl.server.openai.messages import (
-    Effort,
-    Message,
-    ResponseFormat,
-    Tool,
-    chosen_tools,
-    template_variables,
-)
-from exl.server.responses import SSE_DONE, EventStream, json_response, sse, unless_gone
+from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, StreamOptions, refused
+from exl.server.openai.messages import Effort, Message, ResponseFormat, Tool, chosen_tools, template_variables
+from exl.server.responses import SSE_DONE, json_response, unless_gone
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(ChatFields):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Json = None
-    parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
     # vLLM's names
-    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Variables of the chat template.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
         None, description="The last message, an assistant's, is the beginning of the answer."
@@ -97,7 +78,7 @@ async def _answer(server: Server, request: Request, body: ChatRequest) -> Respon
         if not body.stream:
             choices = await unless_gone(request, generation.choices())
             return json_response(answer.whole(choices, generation))
-        return event_stream(_events(answer, generation), generation, stack.pop_all())
+        return event_stream(_events(answer, generation), generation.journey, stack.pop_all())
 
 
 def conversation_of(body: ChatRequest) -> Conversation:
@@ -137,51 +118,6 @@ async def _begin(server: Server, model: ServedModel, request: Request, body: Cha
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     conversation, limit = conversation_of(body), limits.pop() if limits else None
     return await begin_chat(server, model, request, body, conversation, limit, top_logprobs, "response_format")
-
-
-async def begin_chat(
-    server: Server,
-    model: ServedModel,
-    request: Request,
-    body: GenerationFields,
-    conversation: Conversation,
-    max_tokens: int | None,
-    top_logprobs: int | None,
-    schema_field: str,
-) -> Generation:
-    """Renders the conversation and asks the engine. ``body``: all other options; ``schema_field``: where its protocol
-    has the schema of an answer. Raises ``ApiError``, ``ExlError``."""
-    prepared = await server.in_thread(lambda: model.prepare(conversation))
-    asked = body.model_copy(update={"max_tokens": max_tokens, "json_schema": None})
-    options = request_options(server, asked, model.context - len(prepared.prompt_ids))
-    if prepared.constraint:
-        given = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
-        if given is not None:
-            text = (
-                f"{given}: found it with another form of the answer, of {schema_field} or tools: expected one of them"
-            )
-            raise ApiError(400, text, param=given)
-        options |= prepared.constraint  # type: ignore[operator]
-    if top_logprobs is not None:
-        options["top_logprobs"] = top_logprobs
-    job = Job(prepared.prompt_ids, options, prepared.make_parser)
-    try:
-        return await Generation.begin(server, model, job, request.scope["journey"])
-    except ConfigError as error:
-        name, _, words = str(error).partition(": ")
-        if name not in prepared.constraint or body.json_schema is not None:
-            raise
-        field = "tools" if conversation.json_schema is None else schema_field
-        raise ApiError(400, f"{field}: {words}", param=field) from None
-
-
-def event_stream(
-    events: AsyncGenerator[bytes, None],
-    generation: Generation,
-    resources: AsyncExitStack,
-    tell: Callable[[ApiError], bytes] = lambda error: sse(openai_body(error)),
-) -> EventStream:
-    return EventStream(events, tell, lambda error: note_error(generation.journey, error), resources)
 
 
 async def _events(answer: ChatAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:

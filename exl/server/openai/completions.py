@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field
 
 from exl.parse.parts import Text
 from exl.server.bodies import json_body, read_body
-from exl.server.errors import ApiError, openai_body
+from exl.server.errors import ApiError
 from exl.server.generation import Choice, Generation, Job, Update, run_together, together, total
-from exl.server.journeys import note_error
+from exl.server.openai.begin import event_stream
 from exl.server.openai.fields import (
     MAX_TOP_LOGPROBS,
     GenerationFields,
@@ -29,7 +29,7 @@ from exl.server.openai.fields import (
 )
 from exl.server.openai.logprobs import LegacyLogprobs
 from exl.server.openai.prompts import Prompts
-from exl.server.responses import SSE_DONE, EventStream, json_bytes, json_response, sse, unless_gone
+from exl.server.responses import SSE_DONE, json_bytes, json_response, sse, unless_gone
 from exl.server.served import ServedModel
 from exl.server.state import Server
 
@@ -76,12 +76,7 @@ async def _answer(server: Server, request: Request, body: CompletionRequest) -> 
         if not body.stream:
             found = await unless_gone(request, run_together([generation.choices() for generation in generations]))
             return json_response(told.whole(found))
-        return EventStream(
-            _events(told, generations),
-            lambda error: sse(openai_body(error)),
-            lambda error: note_error(request.scope["journey"], error),
-            stack.pop_all(),
-        )
+        return event_stream(_events(told, generations), request.scope["journey"], stack.pop_all())
 
 
 def _encoded(model: ServedModel, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
@@ -129,7 +124,7 @@ class _Told:
         self._began: set[int] = set()
 
     def whole(self, found: Sequence[Sequence[Choice]]) -> dict[str, Any]:
-        choices = []
+        choices: list[dict[str, Any]] = []
         for place, answers in enumerate(found):
             for choice in answers:
                 text = "".join(part.text for part in choice.parts if isinstance(part, Text))

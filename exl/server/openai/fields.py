@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -20,6 +21,20 @@ MAX_TOP_LOGPROBS = 20  # OpenAI's own bound of chats
 
 # A known field that changes nothing here.
 Ignored = Annotated[Json, Field(description="Accepted; changes nothing.")]
+
+
+def _writable(value: Any) -> Any:
+    """JSON's parsers read 1e999 as infinity, which nothing can write."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise PydanticCustomError("unsupported", "expected what JSON can hold, at no great depth") from None
+    return value
+
+
+# What is written again: into a template, a grammar, an answer.
+Written = Annotated[Json, AfterValidator(_writable)]
+JsonObject = Annotated[dict[str, Json], AfterValidator(_writable)]
 
 
 def refused(why: str, *harmless: Any) -> Any:
@@ -84,7 +99,7 @@ class GenerationFields(SamplingFields):  # type: ignore[valid-type, misc]
     negative_prompt: str | None = None
     overflow: str | None = None
     shift_keep: int | None = None
-    timeout: float | None = Field(None, description="Seconds after which the answer ends as it is.")
+    timeout: float | None = Field(None, gt=0, description="Seconds after which the answer ends as it is.")
 
 
 _OWN = (

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from exl.server.bodies import Body, Json
 from exl.server.errors import ApiError
-from exl.server.openai.fields import Ignored, refused
+from exl.server.openai.fields import Ignored, JsonObject, refused
 from exl.server.served import ToolChoice
 
 _TEXTS = ("text", "input_text", "output_text")  # the last two are those of /v1/responses
@@ -130,7 +130,7 @@ def _call_for_template(call: ToolCall) -> dict[str, Any]:
 class FunctionDefinition(Body):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
-    parameters: dict[str, Json] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -207,7 +207,7 @@ def _wrong_choice(choice: Any, expected: str) -> ApiError:
 class JsonSchemaFormat(Body):
     name: Ignored = None
     description: Ignored = None
-    schema_: dict[str, Json] | None = Field(None, alias="schema")
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="The answer follows the schema in any case.")
 
 

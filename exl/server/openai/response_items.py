@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from pydantic_core import PydanticCustomError
 
 from exl.server.bodies import Body, Json
-from exl.server.openai.fields import Ignored, refused
+from exl.server.openai.fields import Ignored, JsonObject, refused
 from exl.server.openai.messages import Content, ContentPart, FunctionDefinition, function_only
 
 _NEEDED = {
@@ -59,7 +59,8 @@ def _text_or_items(value: Any) -> str:
 
 
 # Told apart by hand, so that an error is of the member that was meant.
-Input = Annotated[Annotated[str, Tag("Text")] | Annotated[list[InputItem], Tag("Items")], Discriminator(_text_or_items)]
+Items = Annotated[list[InputItem], Field(min_length=1)]
+Input = Annotated[Annotated[str, Tag("Text")] | Annotated[Items, Tag("Items")], Discriminator(_text_or_items)]
 
 
 def messages_of(given: str | Sequence[InputItem], instructions: str | None) -> list[dict[str, Any]]:
@@ -132,7 +133,7 @@ class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Json] | None = Field(None, alias="schema")
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="The answer follows the schema in any case.")
 
     @model_validator(mode="after")

@@ -10,16 +10,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from exl.server.bodies import Body, Json, json_body, read_body
+from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Generation
-from exl.server.journeys import note_error
-from exl.server.openai.chat import begin_chat
-from exl.server.openai.fields import MAX_TOP_LOGPROBS, GenerationFields, Ignored, refused
+from exl.server.openai.begin import ChatFields, begin_chat, event_stream
+from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, refused
 from exl.server.openai.messages import Effort, chosen_tools, template_variables
 from exl.server.openai.response_answer import ResponseAnswer
 from exl.server.openai.response_items import Input, ResponseTool, TextConfig, messages_of
-from exl.server.responses import EventStream, json_response, unless_gone
+from exl.server.responses import json_response, unless_gone
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
@@ -38,21 +37,18 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Ignored = None
 
 
-class ResponsesRequest(GenerationFields):
+class ResponsesRequest(ChatFields):
     input: Input
     instructions: str | None = None
     max_output_tokens: int | None = None
     text: TextConfig | None = None
     tools: list[ResponseTool] | None = None
-    tool_choice: Json = None
-    parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     include: list[str] | None = None
-    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Variables of the chat template.")
 
-    n: refused("a response has one answer", 1) = None  # type: ignore[valid-type, assignment]
-    max_tokens: refused("expected max_output_tokens") = None  # type: ignore[valid-type, assignment]
+    n: refused("a response has one answer", 1) = None  # type: ignore[valid-type]
+    max_tokens: refused("expected max_output_tokens") = None  # type: ignore[valid-type]
     prompt_logprobs: refused("expected /v1/chat/completions, which tells them") = None  # type: ignore
     previous_response_id: refused(_NO_MEMORY) = None  # type: ignore[valid-type]
     conversation: refused(_NO_MEMORY) = None  # type: ignore[valid-type]
@@ -65,8 +61,8 @@ class ResponsesRequest(GenerationFields):
     moderation: refused("this server moderates nothing") = None  # type: ignore[valid-type]
 
     stream_options: ResponseStreamOptions | None = None
-    user: Ignored = None
-    metadata: Ignored = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
@@ -104,12 +100,7 @@ async def _answer(server: Server, request: Request, body: ResponsesRequest) -> R
             answer.take(choice.parts, choice.logprobs)
             answer.end(choice.outcome, choice.is_whole, generation.usage)
             return json_response(answer.response)
-        return EventStream(
-            _events(answer, generation),
-            answer.fail,
-            lambda error: note_error(generation.journey, error),
-            stack.pop_all(),
-        )
+        return event_stream(_events(answer, generation), generation.journey, stack.pop_all(), answer.fail)
 
 
 async def _events(answer: ResponseAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:

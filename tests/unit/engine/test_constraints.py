@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -665,3 +667,16 @@ def test_only_the_latest_grammars_are_kept(kinds):
     made = grammars._compiled["regex", "a99"]
     grammars.matcher(Constraint.of(regex="a99"))
     assert grammars._compiled["regex", "a99"] is made
+
+
+def test_grammars_go_with_the_last_who_has_them():
+    """llguidance's objects hold exl's, which the garbage collector does not see: a ring of both would stay for ever."""
+    tokenizer = Tokenizer.from_folder(BUNDLED)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+    matcher = grammars.matcher(Constraint.of(choices=["yes", "no"]))
+    gone = weakref.ref(grammars)
+    del grammars
+    assert allowed(matcher, gone())  # a matcher has what it needs
+    del matcher
+    gc.collect()
+    assert gone() is None

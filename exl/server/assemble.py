@@ -1,0 +1,58 @@
+"""From the arguments of ``exl serve`` to its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exl.errors import ConfigError
+from exl.llm import load
+from exl.server.loading import Budgets, SharingLoader
+from exl.server.models import MAX_WAIT, Directory, Models
+from exl.server.options import ServerOptions
+
+_OF_ONE_MODEL = ("draft", "rope", "revision")  # arguments of ``exl.load`` that would not suit another model
+
+
+def models_of(model: str | None, options: ServerOptions, arguments: Mapping[str, Any]) -> Models:
+    """``model``: the first one, or None: the one that ships with exl, unless there is a directory of models.
+    ``arguments``: of ``exl.load``. Raises ``ConfigError`` for what makes no sense together."""
+    shared: dict[str, Any] = {
+        "idle_unload": options.idle_unload,
+        "max_wait": MAX_WAIT if options.timeout is None else options.timeout,
+        "max_waiting": options.max_queue,
+        "tool_format": options.tool_format,
+        "reasoning_format": options.reasoning_format,
+    }
+    names = options.served_names or (model_name(model),)
+    if options.models_dir is None:  # then the machine is this model's alone
+        return Models(names[0], lambda tell: load(model, **arguments, progress=tell), names[1:], **shared)
+    own = {key: arguments[key] for key in _OF_ONE_MODEL if arguments.get(key) is not None}
+    if model is None:
+        _refuse_without_model(own | ({"served_model_name": options.served_names} if options.served_names else {}))
+    common = {key: value for key, value in arguments.items() if key not in _OF_ONE_MODEL}
+    budgets = Budgets(common)
+    shared |= {"budgets": budgets}
+
+    def make_loader(folder: Path) -> SharingLoader:
+        return SharingLoader(folder, common, budgets)
+
+    if model is None:
+        return Models(None, None, directory=Directory(options.models_dir, make_loader), **shared)
+    folder = Path(model).expanduser()
+    directory = Directory(options.models_dir, make_loader, folder.resolve() if folder.exists() else None)
+    return Models(names[0], SharingLoader(model, common | own, budgets), names[1:], directory=directory, **shared)
+
+
+def _refuse_without_model(given: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        raise ConfigError(f"{key}: found {value!r} beside a directory of models, expected MODEL, too, which it is of")
+
+
+def model_name(model: str | None) -> str:
+    """How clients call a model that has no other name: its folder's, or the repository's."""
+    if model is None:
+        return "stories"
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
