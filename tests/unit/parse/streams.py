@@ -346,6 +346,8 @@ OTHERS = [
            'ok<|tool_call>call:f{a:<|"|>x\n<|"|>,b:{c:[1,true,<|"|>y<|"|>]},d:null}<tool_call|>'
            "<|tool_call>call:now{}<tool_call|>",
            (Text("ok"), Call("f", '{"a": "x\\n", "b": {"c": [1, true, "y"]}, "d": null}'), Call("now", "{}"))),
+    Stream("gemma 4, bare words", "gemma4", "<|tool_call>call:f{a:None,b:True,c:-1.5,d:x y}<tool_call|>",
+           (Call("f", '{"a": null, "b": true, "c": -1.5, "d": "x y"}'),)),
     Stream("gemma 4, half", "gemma4", '<|tool_call>call:f{a:<|"|>x',
            (Call("f", '{"a": "x', whole=False),), whole=False),
     Stream("command r", "command",
@@ -383,6 +385,8 @@ HARMONY = [
     Stream("half a harmony call", "harmony", _CALL[:-10], (Call("f", '{"a": ', whole=False),), "harmony", whole=False),
     Stream("a harmony call that is none", "harmony", _CALL.replace("{", "x{"), (Call("f", 'x{"a": 1}', whole=False),),
            "harmony", whole=False),
+    Stream("a broken harmony call, then one", "harmony", f"{_CALL.replace('{', 'x{')}<|start|>assistant{_CALL}",
+           (Call("f", 'x{"a": 1}', whole=False), Call("f", '{"a": 1}')), "harmony", whole=False),
     Stream("without tools", "harmony", _CALL, (Text('{"a": 1}'),), "harmony", with_tools=False),
     Stream("the prompt has begun the answer", "harmony", "es.", (Text("es."),), "harmony",
            prompt="<|start|>assistant<|channel|>final<|message|>Y"),
