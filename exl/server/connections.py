@@ -23,7 +23,7 @@ from exl.server.options import ServerOptions
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-except ImportError:  # slower by some tenths, and the same otherwise
+except ImportError:  # slower, and the same otherwise
     HttpToolsProtocol = None  # type: ignore[assignment, misc]
 
 LOG = logging.getLogger("exl.server")

@@ -18,6 +18,7 @@ import uvicorn
 from exl.errors import ConfigError, ExlError
 from exl.server.app import create_app
 from exl.server.connections import MAX_HEAD_BYTES, allow_many_files, protocol_class, watch_connections
+from exl.server.gate import is_loopback
 from exl.server.logs import ServerLog
 from exl.server.options import ServerOptions
 from exl.server.state import Server
@@ -109,7 +110,7 @@ def address_of(options: ServerOptions, listening: socket.socket) -> str:
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
-    """In uvloop's event loop if it is there, which costs about half as much as asyncio's own for each piece sent."""
+    """In uvloop's event loop if it is there: it costs less for each piece that is sent."""
     try:
         import uvloop
     except ImportError:
@@ -149,6 +150,8 @@ async def run_http(
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
     await asyncio.sleep(0)  # from here on a signal is the server's
     say(f"exl: listening on {address_of(options, listening)}")
+    if not options.api_keys and not is_loopback(options.host):
+        say("exl: warning: there is no API key, so whoever reaches this address may ask: see --api-key-file")
     if options.models_dir is not None:
         say(f"exl: {len(server.models.states)} models to ask for, with those of {options.models_dir}")
     loading = asyncio.ensure_future(server.models.loaded())

@@ -17,6 +17,7 @@ from exl.server.models import Models
 from exl.server.options import ServerOptions
 from exl.server.run import check_tls
 from exl.server.state import Server
+from tests.server.running import RunningServer
 
 CHAT = "/v1/chat/completions"
 
@@ -247,8 +248,6 @@ def test_answers_come_over_tls(certificate, running_with_tls):
 
 @pytest.fixture(scope="module")
 def running_with_tls(certificate):
-    from tests.server.running import RunningServer
-
     cert, key = certificate / "cert.pem", certificate / "key.pem"
     with pytest.MonkeyPatch.context() as patch:
         context = ssl.create_default_context(cafile=cert)
@@ -256,3 +255,12 @@ def running_with_tls(certificate):
         patch.setattr(httpx.Client, "TransportError", httpx.TransportError, raising=False)
         with RunningServer(tls_cert=cert, tls_key=key) as server:
             yield server
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "api_keys": ("key",)}, False), ({}, False)],
+)
+def test_an_open_address_without_a_key_is_warned_of(options, warns):
+    with RunningServer(**options) as server:
+        assert any("warning: there is no API key" in line for line in server.lines) == warns
