@@ -130,6 +130,8 @@ class Handle(Generic[Result]):
             woken = loop.create_future()
             ticket.waiter = (loop, functools.partial(_wake, woken))  # before looking, so that no news is missed
             ended = ticket.ended
+            if not ended:
+                self._seat.guard.check()  # see Seat.next_event
             with contextlib.suppress(queue.Empty):
                 event = ticket.outbox.get_nowait()
                 if event is not None:
@@ -138,7 +140,6 @@ class Handle(Generic[Result]):
                 continue
             if ended:
                 return None
-            self._seat.guard.check()
             self._seat.attend(ticket)
             look = loop.call_later(_LOOK, _wake, woken)
             try:

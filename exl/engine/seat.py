@@ -349,6 +349,8 @@ class Seat:
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             ended = ticket.ended  # first: all events are put before it is set
+            if not ended:
+                self.guard.check()  # also before events that had come: in a fork they would be half an answer
             if not ticket.outbox.empty():
                 with contextlib.suppress(queue.Empty):  # another reader has taken it
                     event = ticket.outbox.get_nowait()
@@ -357,7 +359,6 @@ class Seat:
                 continue
             if ended:
                 return None
-            self.guard.check()
             if until is not None and time.monotonic() >= until:
                 raise TimeoutError("there is no news of the request in time; it goes on")
             if self._drive(ticket, until):

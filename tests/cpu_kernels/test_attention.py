@@ -83,6 +83,7 @@ CASES = [(kind, *shape) for kind in KINDS for shape in (SHAPES if kind == "q4" e
 
 
 @pytest.mark.parametrize(("kind", "head_dim", "num_heads", "num_kv_heads"), CASES)
+@pytest.mark.sample(2)
 def test_all_head_sizes(library: Library, kind: str, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
     context, rows = [64, 301], [1, 9]
     cache = random_cache(kind, head_dim, num_kv_heads, context)

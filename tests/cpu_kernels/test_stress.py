@@ -49,6 +49,7 @@ def steps(engine, ids) -> list[bytes]:
 
 @pytest.mark.skipif(not usable_isas(), reason="no kernels for this processor")
 @pytest.mark.parametrize("spin_cycles", [200, 40_000], ids=["repeats at once", "as always"])
+@pytest.mark.sample(2)
 def test_steps_beside_busy_processes_have_the_bits_of_one_thread(request, monkeypatch, busy_processes, spin_cycles):
     monkeypatch.setattr(pool_module, "_SPIN_CYCLES", spin_cycles)
     options = EngineOptions(context=320, device="cpu", kv_cache="q8")

@@ -93,6 +93,7 @@ FILES = [
 
 @pytest.mark.parametrize("arch", [61, 75, 86])
 @pytest.mark.parametrize("file", FILES, ids=str)
+@pytest.mark.sample(2)
 def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
     """From a file through formats, layout and kernels to the product, against the plain packer's own weights in
     float64: scales of every type stay unrounded, and the last group may be shorter."""

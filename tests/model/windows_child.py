@@ -16,14 +16,18 @@ def import_the_others() -> None:
     import multiprocessing.connection  # noqa: F401
     import tempfile  # noqa: F401
 
+    import fastapi  # noqa: F401
     import huggingface_hub.constants  # noqa: F401
     import jinja2.sandbox  # noqa: F401
+    import prometheus_client  # noqa: F401
     import prompt_toolkit.shortcuts  # noqa: F401
     import rich.progress  # noqa: F401
     import safetensors.torch  # noqa: F401
     import tokenizers  # noqa: F401
     import torch._dynamo  # noqa: F401
     import typer.main  # noqa: F401
+    import uvicorn.protocols.http.h11_impl
+    import uvicorn.protocols.http.httptools_impl  # noqa: F401
 
 
 def become_windows() -> None:

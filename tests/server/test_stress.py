@@ -18,10 +18,10 @@ CLIENTS = 12
 
 @pytest.fixture(scope="module")
 def report():
-    known = known_requests(SMALL, 40, 1, ["Once upon a time there was a dog. It ran to the park and saw a big ball."])
+    known = known_requests(SMALL, 25, 1, ["Once upon a time there was a dog. It ran to the park and saw a big ball."])
     options = ("--max-sequences", "6", "--cache-tokens", "2048", "--max-queue", "100")  # pages run out now and then
     with server_process(SMALL, options) as server:
-        return asyncio.run(run_stress(server, known, CLIENTS, 5.0, 2))
+        return asyncio.run(run_stress(server, known, CLIENTS, 3.0, 2))
 
 
 def test_every_stream_is_the_text_of_its_request_alone(report):

@@ -313,6 +313,7 @@ def folder_of_tests(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.sample(2)
 def test_tests_are_shared_by_workers_that_may_die(folder_of_tests, tmp_path, workers):
     options = stage.Options(tmp_path / "r.jsonl", 60, True, None)
     job = Job("t", options.results, lambda place: stage.pytest_command(place, options, (".",)), workers, 3.0)

@@ -121,6 +121,7 @@ def test_random_draws_give_calls_that_follow_their_schemas(tools, kind, choice, 
 
 
 @pytest.mark.parametrize("tools", [name for name in FORMATS if name not in ("deepseek", "harmony")])
+@pytest.mark.sample(3)
 def test_a_real_models_calls_follow_their_schemas(llm, tools):
     """The bundled model, at temperature 1.5; its vocabulary has no tags, so they are text. Twenty seeds."""
     form = AnswerFormat(tools, "none")
