@@ -85,13 +85,14 @@ async def _events(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
             yield line[len(_DATA) :].strip()
 
 
-async def send_raw(address: Address, data: bytes, wait: float = 5.0) -> bytes:
-    """Whatever comes back of these bytes within so many seconds; b"" if nothing does."""
+async def send_raw(address: Address, data: bytes, ends: bool, wait: float = 5.0) -> bytes:
+    """Whatever comes back of these bytes within so many seconds; b"" if nothing does. ``ends``: the sending half of the
+    connection is closed behind them, which a server may take for a client that leaves."""
     reader, writer = await asyncio.open_connection(address.host, address.port)
     try:
         writer.write(data)
         await writer.drain()
-        if writer.can_write_eof():
+        if ends:
             writer.write_eof()
         return await asyncio.wait_for(reader.read(4096), wait)
     except (asyncio.TimeoutError, ConnectionError):

@@ -115,7 +115,7 @@ async def one_client(
     while time.monotonic() < until:
         chance = rng.random()
         if chance < RUBBISH:
-            status = re.match(rb"HTTP/1\.1 (\d+)", await send_raw(address, rubbish(rng)))
+            status = re.match(rb"HTTP/1\.1 (\d+)", await send_raw(address, rubbish(rng), ends=rng.random() < 0.25))
             report.counts[f"rubbish_{status[1].decode() if status else 'closed'}"] += 1
             if status and int(status[1]) in (200, 500):
                 report.wrong.append(f"rubbish was answered with {int(status[1])}")
@@ -194,4 +194,4 @@ async def _rest(address: Address) -> None:
         if not any(map(float, busy)):
             break
         await asyncio.sleep(0.1)
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(3.0)  # then it has given memory back, too

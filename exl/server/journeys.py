@@ -58,6 +58,7 @@ class Journeys:
             await send(message)
 
         self._server.num_open += 1
+        self._server.num_requests += 1
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:

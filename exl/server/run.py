@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from exl.errors import ConfigError, ExlError
+from exl.memory.host import trim_heap
 from exl.server.app import create_app
 from exl.server.connections import MAX_HEAD_BYTES, allow_many_files, protocol_class, watch_connections
 from exl.server.gate import is_loopback
@@ -25,6 +26,7 @@ from exl.server.state import Server
 from exl.server.traces import Traces
 
 _EXIT_SECONDS = 10.0  # how long the process may take when all connections are closed
+_IDLE_SECONDS = 1.0  # without a request, after which memory is given back
 _CLOSE_SECONDS = 5  # how long a client may take for the end of its answer, when all answers have ended
 
 
@@ -146,7 +148,7 @@ async def run_http(
     if began is not None:
         began(http)
     server.models.start()
-    watching = asyncio.ensure_future(watch_connections(http))
+    watching = asyncio.gather(watch_connections(http), _return_memory(server))
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
     await asyncio.sleep(0)  # from here on a signal is the server's
     say(f"exl: listening on {address_of(options, listening)}")
@@ -171,6 +173,18 @@ async def run_http(
     finally:
         loading.cancel()
         watching.cancel()
+
+
+async def _return_memory(server: Server) -> None:
+    """Bodies, prompts and answers leave the heap in pieces, which the allocator keeps for later ones. When nobody asks
+    any more, they go back to the system: the next model, or another program, may need them."""
+    done = server.num_requests
+    while True:
+        before = server.num_requests
+        await asyncio.sleep(_IDLE_SECONDS)
+        if server.num_open == 0 and done != before == server.num_requests:
+            done = before
+            await asyncio.to_thread(trim_heap)
 
 
 class _Http(uvicorn.Server):

@@ -25,6 +25,7 @@ class Server:
         self.watches: list[Watch] = []
         self.started = time.time()
         self.num_open = 0  # HTTP requests under way
+        self.num_requests = 0  # that have come, in all
         self.draining = False  # SIGTERM came: what runs goes on, nothing new is taken
         self._threads = ThreadPoolExecutor(_THREADS, "exl-server")
         self._slow_threads = ThreadPoolExecutor(_SLOW_THREADS, "exl-server-slow")

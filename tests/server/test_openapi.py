@@ -16,7 +16,7 @@ from tests.server.running import RunningServer
 
 # Each answer of the fixture's server is short, whatever is asked for, so that many can be asked.
 _OPTIONS = {"max_tokens": 4, "timeout": 2.0}
-_EXAMPLES = 12
+_EXAMPLES = 6
 _CHANGES_THE_SERVER = ("/models/load", "/models/unload")
 
 
