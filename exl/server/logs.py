@@ -16,7 +16,7 @@ from exl.server.log_writer import LogWriter
 from exl.server.options import ServerOptions
 from exl.server.watch import Journey
 
-_LOGGERS = ("exl", "uvicorn.error")
+_LOGGERS = ("exl", "uvicorn.error", "asyncio")
 _QUIET_ROUTES = ("/health", "/metrics")  # asked for all day by machines
 _MAX_PROMPT_CHARS = 20_000
 
@@ -40,7 +40,7 @@ class ServerLog:
                 undo.callback(logger.removeHandler, handler)
                 logger.addHandler(handler)
                 # uvicorn tells each start and end as "info".
-                _set(logger, logging.WARNING if name.startswith("uvicorn") else logging.INFO, False)
+                _set(logger, logging.INFO if name == "exl" else logging.WARNING, False)
             yield
 
     def close(self) -> None:

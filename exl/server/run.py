@@ -148,7 +148,7 @@ async def run_http(
     if began is not None:
         began(http)
     server.models.start()
-    watching = asyncio.gather(watch_connections(http), _return_memory(server))
+    watching = [asyncio.ensure_future(work) for work in (watch_connections(http), _return_memory(server))]
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
     await asyncio.sleep(0)  # from here on a signal is the server's
     say(f"exl: listening on {address_of(options, listening)}")
@@ -171,8 +171,9 @@ async def run_http(
         if not server.draining:  # else that is why loading ended
             raise
     finally:
-        loading.cancel()
-        watching.cancel()
+        for task in (loading, *watching):
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
 
 
 async def _return_memory(server: Server) -> None:

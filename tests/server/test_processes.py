@@ -205,7 +205,8 @@ def test_a_process_ends_its_answers_and_then_itself_and_tells_all_in_json():
     assert found[0]["message"].startswith("listening on http://127.0.0.1:")
     assert any(line["message"].startswith("stories: ") for line in found)
     assert [(line["route"], line["status"]) for line in found if line["message"] == "request"] == [(CHAT, 200)]
-    assert {line["level"] for line in found} == {"info"}
+    told = [line for line in found if not line["message"].startswith("compiled kernels for this processor")]
+    assert {line["level"] for line in told} == {"info"}  # that line comes where compiling takes long
 
 
 def test_a_port_in_use_is_one_line(running):
