@@ -148,7 +148,7 @@ async def run_http(
     if began is not None:
         began(http)
     server.models.start()
-    watching = [asyncio.ensure_future(work) for work in (watch_connections(http), _return_memory(server))]
+    watching = [asyncio.ensure_future(work) for work in (watch_connections(http), return_memory(server, _IDLE_SECONDS))]
     running = asyncio.ensure_future(http.serve(sockets=[listening]))
     await asyncio.sleep(0)  # from here on a signal is the server's
     say(f"exl: listening on {address_of(options, listening)}")
@@ -176,16 +176,16 @@ async def run_http(
         await asyncio.gather(*watching, return_exceptions=True)
 
 
-async def _return_memory(server: Server) -> None:
+async def return_memory(server: Server, seconds: float, trim: Callable[[], None] = trim_heap) -> None:
     """Bodies, prompts and answers leave the heap in pieces, which the allocator keeps for later ones. When nobody asks
     any more, they go back to the system: the next model, or another program, may need them."""
     done = server.num_requests
     while True:
         before = server.num_requests
-        await asyncio.sleep(_IDLE_SECONDS)
+        await asyncio.sleep(seconds)
         if server.num_open == 0 and done != before == server.num_requests:
             done = before
-            await asyncio.to_thread(trim_heap)
+            await asyncio.to_thread(trim)
 
 
 class _Http(uvicorn.Server):

@@ -1,24 +1,34 @@
-"""A server that nobody asks: it gives memory back once, and then does nothing."""
+"""A server that nobody asks gives memory back, once."""
 
 from __future__ import annotations
 
-import time
+import asyncio
 
-import httpx
+from exl.server.models import Models
+from exl.server.options import ServerOptions
+from exl.server.run import return_memory
+from exl.server.state import Server
 
-from exl.server import run
-from tests.server.running import RunningServer, wait_until
 
-
-def test_freed_memory_goes_back_once_when_requests_have_ended(monkeypatch):
+def test_freed_memory_goes_back_once_when_requests_have_ended():
+    server = Server(ServerOptions(), Models("stories", lambda tell: None))
     trims = []
-    monkeypatch.setattr(run, "_IDLE_SECONDS", 0.1)
-    monkeypatch.setattr(run, "trim_heap", lambda: trims.append(time.monotonic()))
-    with RunningServer() as server:
-        wait_until(lambda: len(trims) > 0)  # after the questions for its health
-        time.sleep(0.5)
-        before = len(trims)
-        httpx.post(f"{server.url}/v1/completions", json={"prompt": "Once", "max_tokens": 2})
-        wait_until(lambda: len(trims) > before)
-        time.sleep(0.5)
-        assert len(trims) == before + 1
+
+    async def until_idle() -> int:
+        await asyncio.sleep(0.2)
+        return len(trims)
+
+    async def main() -> list[int]:
+        task = asyncio.ensure_future(return_memory(server, 0.01, lambda: trims.append(None)))
+        found = [await until_idle()]  # nobody has asked
+        server.num_requests, server.num_open = 2, 1
+        found.append(await until_idle())  # one of them runs
+        server.num_open = 0
+        found += [await until_idle(), await until_idle()]
+        server.num_requests = 3
+        found.append(await until_idle())
+        task.cancel()
+        return found
+
+    assert asyncio.run(main()) == [0, 0, 1, 1, 2]
+    server.close()
