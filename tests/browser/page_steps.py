@@ -34,6 +34,12 @@ def text_of(page) -> str:
 def wait_until_ended(page) -> None:
     expect(page.locator("article.running")).to_have_count(0)
     expect(page.locator("#send")).to_be_visible()
+    wait_until_kept(page)
+
+
+def wait_until_kept(page) -> None:
+    """The browser's own storage has what the page shows: a reload finds it."""
+    expect(page.locator("#list")).to_have_attribute("aria-busy", "false")
 
 
 def wait_for_words(page, count: int = 4) -> str:

@@ -21,6 +21,7 @@ from tests.browser.page_steps import (
     use,
     wait_for_words,
     wait_until_ended,
+    wait_until_kept,
 )
 
 pytestmark = pytest.mark.browser
@@ -33,6 +34,7 @@ def test_a_busy_server_is_told_and_asked_again(visit):
     say(page, DOG)
     note = page.get_by_role("alert")
     expect(note).to_contain_text("The server is busy: the queue is full")
+    wait_until_kept(page)
     page.reload()
     expect(page.get_by_role("alert")).to_contain_text("busy")
     page.get_by_role("button", name="Try again").click()

@@ -20,6 +20,7 @@ const runs = new Map(); // conversation -> Run
 
 const scroll = $("scroll");
 let isFollowing = true;
+let numSaving = 0; // writes that have not ended
 const isAtEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 48;
 
 function toEnd() {
@@ -95,18 +96,24 @@ function startChat() {
   focusDraft();
 }
 
+/** The address names the conversation at once: a reload may come before the write has ended. */
 async function save(which, anyway = false) {
   const before = which.id;
+  nameInAddress(which);
+  $("list").setAttribute("aria-busy", String((numSaving += 1) > 0));
   try {
     await store.put(which, anyway);
   } catch (error) {
     toast(`The conversation could not be kept: ${error?.message ?? error}`);
   }
-  if (which === chat && (which.id !== before || location.hash.slice(1) !== which.id)) {
-    history.replaceState(null, "", `#${which.id}`);
-    if (which.id !== before) toast("Another tab has changed this conversation: yours goes on as a copy.");
-  }
+  $("list").setAttribute("aria-busy", String((numSaving -= 1) > 0));
+  nameInAddress(which);
+  if (which === chat && which.id !== before) toast("Another tab has changed this conversation: yours goes on as a copy.");
   await showList();
+}
+
+function nameInAddress(which) {
+  if (which === chat && location.hash.slice(1) !== which.id) history.replaceState(null, "", `#${which.id}`);
 }
 
 // ---- asking
