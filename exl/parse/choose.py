@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,11 @@ class AnswerFormat:
         """Raises ``ConfigError`` for names that are unknown or do not go together."""
         _check("tool format", self.tools, TOOL_FORMAT_NAMES)
         _check("reasoning format", self.reasoning, REASONING_FORMAT_NAMES)
-        for one, other in ((self.tools, self.reasoning), (self.reasoning, self.tools)):
-            if one == HARMONY and other not in (HARMONY, NONE):
-                raise ConfigError(
-                    f"tool and reasoning format: found {self.tools!r} and {self.reasoning!r}, expected {HARMONY!r} for "
-                    f"both, or {NONE!r} for one of them"
-                )
+        if not _go_together(self.tools, self.reasoning):
+            raise ConfigError(
+                f"tool and reasoning format: found {self.tools!r} and {self.reasoning!r}, expected {HARMONY!r} for "
+                f"both, or {NONE!r} for one of them"
+            )
 
 
 def choose(
@@ -54,15 +53,17 @@ def choose(
     check_formats(tool_format, reasoning_format)
     tools = tool_format if tool_format != AUTO else _first(TOOL_RULES, text, added, _GENERIC)
     reasoning = reasoning_format if reasoning_format != AUTO else _first(REASONING_RULES, text, added, NONE)
-    if tool_format != reasoning_format and AUTO in (tool_format, reasoning_format):  # the one that was asked counts
-        if tool_format == AUTO and tools == HARMONY and reasoning not in (HARMONY, NONE):
+    if not _go_together(tools, reasoning):
+        # What was asked by name counts. If nothing was, the template has written the other format, and harmony is
+        # only the vocabulary's: where it is the template's, it is the first of both rules.
+        if tools == HARMONY and tool_format == AUTO:
             tools = _GENERIC
-        elif reasoning_format == AUTO and reasoning == HARMONY and tools not in (HARMONY, NONE):
-            reasoning = NONE
-        elif reasoning == HARMONY and tools not in (HARMONY, NONE):
-            tools = HARMONY
-        elif tools == HARMONY and reasoning not in (HARMONY, NONE):
+        elif tools == HARMONY and reasoning_format == AUTO:
             reasoning = HARMONY
+        elif reasoning == HARMONY and reasoning_format == AUTO:
+            reasoning = NONE
+        elif reasoning == HARMONY and tool_format == AUTO:
+            tools = HARMONY
     return AnswerFormat(tools, reasoning)
 
 
@@ -122,12 +123,14 @@ def _check(what: str, name: str, names: Iterable[str]) -> None:
         raise ConfigError(f"{what}: found {name!r}, expected one of {', '.join(names)}")
 
 
-def _first(rules: Iterable[Rule], text: str, added: Mapping[str, int], otherwise: str) -> str:
-    rules = tuple(rules)
-    for rule in rules:
-        if all(found in text for found in rule.texts):
-            return rule.name
-    for rule in rules:
-        if all(found in added for found in rule.texts):
-            return rule.name
+def _go_together(tools: str, reasoning: str) -> bool:
+    """Harmony is one format for both: nothing else goes with it."""
+    return HARMONY not in (tools, reasoning) or {tools, reasoning} <= {HARMONY, NONE}
+
+
+def _first(rules: Sequence[Rule], text: str, added: Container[str], otherwise: str) -> str:
+    for known in (text, added):
+        for rule in rules:
+            if all(found in known for found in rule.texts):
+                return rule.name
     return otherwise

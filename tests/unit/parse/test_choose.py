@@ -97,6 +97,18 @@ def test_the_vocabulary_says_it_where_the_template_does_not(kind, tags, expected
     assert choose(TEMPLATES["glm"][0], tokenizer(kind, tags)) == AnswerFormat("glm", "think")
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATES["exaone deep"][0], AnswerFormat("json", "thought")),
+        (QWEN_25, AnswerFormat("hermes", "none")),
+        (TEMPLATES["qwen 3"][0], AnswerFormat("hermes", "think")),
+    ],
+)
+def test_a_template_of_another_format_counts_more_than_harmonys_vocabulary(template, expected):
+    assert choose(template, tokenizer("special", ("<|channel|>", "<|message|>"))) == expected
+
+
 def test_a_broken_template_counts_as_none():
     broken = Tokenizer(byte_level(), chat_template=ChatTemplate("{% if <tool_call>"))
     assert choose_for(broken) == AnswerFormat("json", "none")
