@@ -61,12 +61,11 @@ def tagged_parser(
     tools: Tools,
     prompt_ids: Sequence[int],
     stop: Sequence[str] | str,
-    eos_ids: Collection[int],
 ) -> Parser:
     """A parser of text in which tags mark reasoning and calls."""
     tags = (*(syntax.tags if syntax else ()), *(thinking.tags if thinking else ()))
     calls = _calls(tokenizer, tags, tools)
-    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, eos_ids)
+    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer)
     machine = _Tagged(calls, syntax, thinking).read(begun)
     return Parser(Lexer(tokenizer, tags, prompt_ids, stop), calls, machine)
 
@@ -81,11 +80,11 @@ def harmony_parser(
     stop: Sequence[str] | str,
 ) -> Parser:
     """A parser of harmony's messages. What the prompt has of the last one is read first, and its parts are dropped."""
-    ids = {tag: token_id for token_id, tag in own_tokens(tokenizer, HARMONY_TAGS).items()}
     calls = _calls(tokenizer, HARMONY_TAGS, tools)
     machine = read_harmony(calls, takes_calls, splits_reasoning)
     parser = Parser(Lexer(tokenizer, HARMONY_TAGS, prompt_ids, stop), calls, machine)
-    at = next((at for at in reversed(range(len(prompt_ids))) if prompt_ids[at] == ids.get(START)), len(prompt_ids))
+    start_id = tokenizer.added_ids.get(START)
+    at = next((at for at in reversed(range(len(prompt_ids))) if prompt_ids[at] == start_id), len(prompt_ids))
     before = Lexer(tokenizer, HARMONY_TAGS, prompt_ids[:at])
     calls.reader.feed(before.push(prompt_ids[at:]))
     parser.push(())

@@ -114,7 +114,6 @@ def parser_for(
         tools=known,
         prompt_ids=prompt_ids,
         stop=stop,
-        eos_ids=tokenizer.eos_ids,
     )
 
 

@@ -79,7 +79,7 @@ def _grammar(
     syntax = TOOL_FORMATS[format.tools]
     lark = Lark(tokenizer, (*syntax.tags, *(thinking.tags if thinking else ())))
     calls = call_grammar(lark, format.tools, functions, parallel)
-    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
+    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer)
     start = _auto(lark, calls, format.tools, thinking) if is_free else _required(lark, calls)
     return lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())
 
@@ -123,7 +123,7 @@ def _text_grammar(
     choices = [lark.json(schema)]
     if syntax is not None:
         choices.append(_required(lark, call_grammar(lark, format.tools, functions, parallel)))
-    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer, tokenizer.eos_ids)
+    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer)
     return lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())
 
 

@@ -115,12 +115,7 @@ def _read_arguments(calls: Calls, call: _Call) -> Wait[None]:
     char = yield from reader.next()
     if char == "{" and call.name is not None:
         calls.begin(call.name, call.call_id)
-        taken, reader.taken = reader.taken, None  # what is copied is written at once
-        try:
-            yield from copy_json(reader, calls.output.arguments)
-        finally:
-            reader.taken = taken
-        calls.end()
+        yield from copy_arguments(calls)
         call.is_whole = True
         return
     if char == "{":
@@ -168,7 +163,7 @@ def copy_arguments(calls: Calls) -> Wait[None]:
     yield from reader.space()
     if (yield from reader.next()) != "{":
         raise Malformed
-    taken, reader.taken = reader.taken, None
+    taken, reader.taken = reader.taken, None  # what is copied is written at once
     try:
         yield from copy_json(reader, calls.output.arguments)
     finally:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from exl.parse.lexer import own_tokens
 from exl.text.tokenizer import Tokenizer
 
 # Between two parts of JSON: a space, or a line end and indentation, as exl has it for every JSON schema.
@@ -23,7 +22,7 @@ class Lark:
     """
 
     def __init__(self, tokenizer: Tokenizer, tags: Collection[str]) -> None:
-        self._own = {tag: token_id for token_id, tag in own_tokens(tokenizer, tags).items()}
+        self._own = {tag: tokenizer.added_ids[tag] for tag in tags if tag in tokenizer.added_ids}
         self._special = tokenizer.special_ids
         self._rules: list[str] = []
         self._names: dict[str, str] = {}

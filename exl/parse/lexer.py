@@ -91,12 +91,12 @@ class Lexer:
                 _add(self._held, item)
             else:
                 self._held.append(item)
-        text = "".join(item if isinstance(item, str) else item.text for item in self._held)
+        text = "".join(map(_text, self._held))
         _, start, self.stopped = first_stop(text, self._stop)
         if self.stopped is not None:
             found = self._release(start)
             if self._held and isinstance(tag := self._held[0], Tag):  # cut within the tag, which is text then
-                num = start - sum(len(item if isinstance(item, str) else item.text) for item in found)
+                num = start - sum(len(_text(item)) for item in found)
                 _add(found, tag.text[:num])
             self._held = []
             return found
@@ -106,7 +106,7 @@ class Lexer:
         """Takes the items of the first characters out of the held ones, and no part of a tag."""
         found: list[Item] = []
         for at, item in enumerate(self._held):
-            text = item if isinstance(item, str) else item.text
+            text = _text(item)
             if len(text) > num_chars:
                 if isinstance(item, str):
                     _add(found, item[:num_chars])
@@ -117,6 +117,10 @@ class Lexer:
             num_chars -= len(text)
         self._held = []
         return found
+
+
+def _text(item: Item) -> str:
+    return item if isinstance(item, str) else item.text
 
 
 def _add(items: list[Item], text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,7 @@ _PROBE_ID = "abcdefghi"
 _NINE = "IDs should be alphanumeric strings with length"  # Mistral's templates, of 2024 and 2025
 _KIMI = "<|tool_call_argument_begin|>"
 _KIMI_ID = re.compile(r"functions\.[^:]+:\d+")
-_ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ALPHANUMERIC = string.digits + string.ascii_letters
 
 
 @dataclass(frozen=True)

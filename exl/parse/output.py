@@ -23,7 +23,7 @@ class Output:
         self._add(Reasoning, text)
 
     def arguments(self, text: str) -> None:
-        """More of the call that begun last, whole or not."""
+        """More of the call that began last, whole or not."""
         self._add(None, text)
 
     def begin(self, name: str, call_id: str | None = None) -> None:

@@ -39,11 +39,8 @@ class Tags:
         self.names = frozenset(names)
         self._written = sorted((name for name in self.names if name not in own), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._written)) or "(?!)")
-        self._firsts = (
-            re.compile("[" + "".join(sorted({re.escape(name[0]) for name in self._written})) + "]")
-            if (self._written)
-            else re.compile("(?!)")
-        )
+        firsts = "".join(sorted({re.escape(name[0]) for name in self._written}))
+        self._firsts = re.compile(f"[{firsts}]" if firsts else "(?!)")
         self._longest = max(map(len, self._written), default=0)
 
     def search(self, text: str, start: int) -> re.Match[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,17 +31,13 @@ class Tools:
     def __bool__(self) -> bool:
         return bool(self._parameters)
 
-    @property
-    def names(self) -> Iterable[str]:
-        return self._parameters.keys()
-
     def __contains__(self, name: object) -> bool:
         return name in self._parameters
 
     @cached_property
     def beginnings(self) -> frozenset[str]:
         """All beginnings of names."""
-        return frozenset(name[:end] for name in self.names for end in range(len(name) + 1))
+        return frozenset(name[:end] for name in self._parameters for end in range(len(name) + 1))
 
     def parameters(self, name: str) -> list[str]:
         """The names of a tool's parameters, in the order of its schema."""
