@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
-from exl.parse.calls import MAX_NAME, Calls
-from exl.parse.json_text import JsonText, copy_json, escaped
+from exl.parse.calls import MAX_NAME, MAX_NESTING, Calls
+from exl.parse.json_text import PYTHON_WORDS, JsonText, copy_json, escaped
 from exl.parse.reader import Malformed, Wait
 
-_MAX_DEPTH = 64
 _MAX_WORD = 1000  # characters of a bare value
-_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Braced:
     open: str
     close: str
     quote: str  # before and behind a string
-    bare: str = ""
+    bare: ClassVar[str] = ""  # calls begin with their tag
 
     @property
     def opens(self) -> tuple[str, ...]:
@@ -48,24 +47,13 @@ class Braced:
         calls.end()
 
     def _read_object(self, calls: Calls, depth: int) -> Wait[None]:
-        reader = calls.reader
-        yield from reader.expect("{")
-        calls.write("{")
-        separator = ""
-        while True:
-            yield from reader.space()
-            if (yield from reader.next()) == "}":
-                break
-            calls.write(separator)
-            separator = ", "
-            yield from self._read_key(calls)
-            yield from reader.space()
-            yield from self._read_value(calls, depth + 1)
-            yield from reader.space()
-            if (yield from reader.next()) != "}":
-                yield from reader.expect(",")
-        reader.take(1)
-        calls.write("}")
+        yield from calls.reader.expect("{")
+        yield from calls.members("{}", "}", lambda: self._read_member(calls, depth + 1))
+
+    def _read_member(self, calls: Calls, depth: int) -> Wait[None]:
+        yield from self._read_key(calls)
+        yield from calls.reader.space()
+        yield from self._read_value(calls, depth)
 
     def _read_key(self, calls: Calls) -> Wait[None]:
         reader = calls.reader
@@ -95,7 +83,7 @@ class Braced:
 
     def _read_value(self, calls: Calls, depth: int) -> Wait[None]:
         reader = calls.reader
-        if depth > _MAX_DEPTH:
+        if depth > MAX_NESTING:
             raise Malformed
         if (yield from reader.accept(calls.tags(self.quote))) is not None:
             yield from self._read_string(calls)
@@ -104,29 +92,12 @@ class Braced:
         if char == "{":
             yield from self._read_object(calls, depth)
         elif char == "[":
-            yield from self._read_list(calls, depth)
+            reader.take(1)
+            yield from calls.members("[]", "]", lambda: self._read_value(calls, depth + 1))
         elif char == '"':
             yield from copy_json(reader, calls.write)
         else:
             yield from _read_word(calls)
-
-    def _read_list(self, calls: Calls, depth: int) -> Wait[None]:
-        reader = calls.reader
-        reader.take(1)
-        calls.write("[")
-        separator = ""
-        while True:
-            yield from reader.space()
-            if (yield from reader.next()) == "]":
-                break
-            calls.write(separator)
-            separator = ", "
-            yield from self._read_value(calls, depth + 1)
-            yield from reader.space()
-            if (yield from reader.next()) != "]":
-                yield from reader.expect(",")
-        reader.take(1)
-        calls.write("]")
 
 
 def _read_word(calls: Calls) -> Wait[None]:
@@ -140,7 +111,7 @@ def _read_word(calls: Calls) -> Wait[None]:
     text = "".join(word).strip()
     if not text or not isinstance(char, str):
         raise Malformed
-    text = _WORDS.get(text, text)
+    text = PYTHON_WORDS.get(text, text)
     calls.write(text if _is_scalar(text) else json.dumps(text, ensure_ascii=False))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from exl.parse.lexer import Tag
 from exl.parse.output import Output
-from exl.parse.reader import Malformed, Reader, Tags, Wait
+from exl.parse.reader import End, Malformed, Reader, Tags, Wait
 from exl.parse.tools import Tools
 
+MAX_NESTING = 64  # of brackets in values that are not JSON
 MAX_NAME = 256  # characters of a function's name, a call's id or a parameter's name
 _NAME = re.compile(r"[^\s<>{}\[\]\"'()`,;=\ud800-\udfff]+")
 
@@ -83,6 +85,32 @@ class Calls:
             if len(name) == MAX_NAME or not _NAME.fullmatch(char):
                 raise Malformed
             name += reader.take(1)
+
+    def members(self, brackets: str, close: str, read: Callable[[], Wait[None]], begins: str = "") -> Wait[None]:
+        """Writes a JSON list or object for what stands between brackets, of which the first was taken: ``read`` reads
+        and writes each member; between two of them is a comma.
+
+        ``brackets``: JSON's, which are written; ``close``: the last one as the model writes it. ``begins``: what a
+        member must begin with; anything if it is empty. Raises ``Malformed``.
+        """
+        reader = self.reader
+        self.write(brackets[0])
+        separator = ""
+        while (char := (yield from self._behind_space())) != close:
+            if begins and not (isinstance(char, str) and char in begins):
+                raise Malformed
+            self.write(separator)
+            separator = ", "
+            yield from read()
+            if (yield from self._behind_space()) != close:
+                yield from reader.expect(",")
+        reader.take(1)
+        self.write(brackets[1])
+
+    def _behind_space(self) -> Wait[str | Tag | End]:
+        """What comes next behind white space, which is taken."""
+        yield from self.reader.space()
+        return (yield from self.reader.next())
 
     def close(self, tags: Tags) -> Wait[str | None]:
         """Takes white space and one of these tags, if they come next; nothing if no such tag comes."""

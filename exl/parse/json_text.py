@@ -10,6 +10,8 @@ from typing import Any
 from exl.parse.lexer import Tag
 from exl.parse.reader import Malformed, Reader, Wait
 
+# As models write them that have learned more Python than JSON.
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 MAX_DEPTH = 200  # of brackets in each other; Python's json.loads reads about a thousand
 
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -9,14 +9,13 @@ import json
 import math
 import re
 
-from exl.parse.calls import MAX_NAME, Calls
-from exl.parse.json_text import escaped
+from exl.parse.calls import MAX_NAME, MAX_NESTING, Calls
+from exl.parse.json_text import PYTHON_WORDS, escaped
 from exl.parse.lexer import Tag
 from exl.parse.reader import Malformed, Wait
 
-_MAX_DEPTH = 64
 _PLAIN = re.compile(r"[^'\"\\]+")  # what stands for itself inside a string
-_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_WORDS = PYTHON_WORDS | {word: word for word in PYTHON_WORDS.values()}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0"} | {
     char: char for char in "\\'\""
 }
@@ -80,13 +79,13 @@ def _read_arguments(calls: Calls, name: str) -> Wait[None]:
             calls.write(f'{separator}"{escaped(key)}": ')
             if key in unnamed:
                 unnamed.remove(key)
-            yield from read_value(calls)
+            yield from _read_value(calls)
         elif unnamed and (not key or key in _WORDS):
             calls.write(f'{separator}"{escaped(unnamed.pop(0))}": ')
             if key:
                 calls.write(_WORDS[key])
             else:
-                yield from read_value(calls)
+                yield from _read_value(calls)
         else:
             raise Malformed
         separator = ", "
@@ -105,11 +104,11 @@ def _read_word(calls: Calls) -> Wait[str]:
     return word
 
 
-def read_value(calls: Calls, depth: int = 0) -> Wait[None]:
+def _read_value(calls: Calls, depth: int = 0) -> Wait[None]:
     """A literal, written as JSON."""
     reader = calls.reader
     char = yield from reader.next()
-    if not isinstance(char, str) or depth > _MAX_DEPTH:
+    if not isinstance(char, str) or depth > MAX_NESTING:
         raise Malformed
     if char in "'\"":
         yield from _read_string(calls)
@@ -127,49 +126,24 @@ def read_value(calls: Calls, depth: int = 0) -> Wait[None]:
 
 
 def _read_list(calls: Calls, depth: int) -> Wait[None]:
-    reader = calls.reader
-    close = "]" if reader.take(1) == "[" else ")"
-    calls.write("[")
-    separator = ""
-    while True:
-        yield from reader.space()
-        if (yield from reader.next()) == close:
-            break
-        calls.write(separator)
-        separator = ", "
-        yield from read_value(calls, depth + 1)
-        yield from reader.space()
-        if (yield from reader.next()) != close:
-            yield from reader.expect(",")
-    reader.take(1)
-    calls.write("]")
+    close = "]" if calls.reader.take(1) == "[" else ")"
+    yield from calls.members("[]", close, lambda: _read_value(calls, depth + 1))
 
 
 def _read_dict(calls: Calls, depth: int) -> Wait[None]:
+    calls.reader.take(1)
+    yield from calls.members("{}", "}", lambda: _read_item(calls, depth + 1), begins="'\"")
+
+
+def _read_item(calls: Calls, depth: int) -> Wait[None]:
+    """A key, which is a string, and its value."""
     reader = calls.reader
-    reader.take(1)
-    calls.write("{")
-    separator = ""
-    while True:
-        yield from reader.space()
-        char = yield from reader.next()
-        if char == "}":
-            break
-        if not isinstance(char, str) or char not in "'\"":
-            raise Malformed
-        calls.write(separator)
-        separator = ", "
-        yield from _read_string(calls)
-        yield from reader.space()
-        yield from reader.expect(":")
-        calls.write(": ")
-        yield from reader.space()
-        yield from read_value(calls, depth + 1)
-        yield from reader.space()
-        if (yield from reader.next()) != "}":
-            yield from reader.expect(",")
-    reader.take(1)
-    calls.write("}")
+    yield from _read_string(calls)
+    yield from reader.space()
+    yield from reader.expect(":")
+    calls.write(": ")
+    yield from reader.space()
+    yield from _read_value(calls, depth)
 
 
 def _read_string(calls: Calls) -> Wait[None]:

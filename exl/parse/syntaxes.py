@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from exl.parse.calls import Calls
 from exl.parse.json_calls import copy_arguments, read_call
@@ -103,7 +103,7 @@ class Named:
     fenced: bool = False  # the second form
     name_in_id: bool = False  # the name is written as functions.name:0, which is the call's id
     listed: Listed | None = None  # the form that calls may have instead, if they begin with [ or {
-    bare: str = ""
+    bare: ClassVar[str] = ""  # calls begin with their tag
 
     @property
     def opens(self) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class Marked:
     value_open: str = ""  # between key and value, behind white space
     trims_lines: bool = False  # one line end after the beginning of a value and one before its end are no part of it
     string_attribute: bool = False  # key_close is one of '" string="true">' and '" string="false">'
-    bare: str = ""
+    bare: ClassVar[str] = ""  # calls begin with their tag
 
     @property
     def opens(self) -> tuple[str, ...]:

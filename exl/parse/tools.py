@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from exl.parse.json_text import checked_object
+from exl.parse.json_text import PYTHON_WORDS, checked_object
 from exl.parse.reader import Malformed
 
 _KINDS = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}  # else a number
@@ -56,7 +56,7 @@ class Tools:
         types = self.types(name, parameter)
         bare = text.strip()
         if not types or types - {"string"}:
-            found = _as_json({"True": "true", "False": "false", "None": "null"}.get(bare, bare))
+            found = _as_json(PYTHON_WORDS.get(bare, bare))
             if found is not None and (not types or _fits(found, types)):
                 return found
         return json.dumps(text, ensure_ascii=False)
