@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from exl.errors import ConfigError
 from exl.parse.braced_calls import Braced
 from exl.parse.formats import TOOL_FORMATS
 from exl.parse.lark import Lark
 from exl.parse.syntaxes import Marked, Named
-from exl.parse.tools import resolved, schema_types
+from exl.parse.tools import JSON_TYPES, resolved, schema_types
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,17 @@ def _python_calls(lark: Lark, name: str, functions: Sequence[Function], many: st
 def _python_call(lark: Lark, function: Function) -> str:
     if not all(part.isidentifier() for part in function.name.split(".")):
         raise ConfigError(f"{function.name}: found a name that Python has not, which this model's tool format needs")
-    values = [
-        (f"{key}=", _python_value(lark, schema, f"{function.name}.{key}"), is_required)
+    values = _PythonValues(lark)
+    members = [
+        (f"{key}=", values.of(schema, f"{function.name}.{key}"), is_required)
         for key, schema, is_required in _properties(function)
     ]
-    for key, _, _ in values:
+    for key, _, _ in members:
         if not key[:-1].isidentifier():
             raise ConfigError(
                 f"{function.name}: found a parameter {key[:-1]!r}, expected a name as Python has it in this format"
             )
-    return f"{lark.text(function.name + '(')} {_members(lark, values, ', ')} {lark.text(')')}"
+    return f"{lark.text(function.name + '(')} {_members(lark, members, ', ')} {lark.text(')')}"
 
 
 def _members(lark: Lark, members: Sequence[tuple[str, str, bool]], separator: str) -> str:
@@ -223,76 +225,99 @@ def _members(lark: Lark, members: Sequence[tuple[str, str, bool]], separator: st
     return first
 
 
-def _python_value(lark: Lark, schema: Mapping[str, Any], where: str) -> str:
-    if (choices := _choices(schema)) is not None:
-        return lark.one_of([lark.text(_python_literal(choice, where)) for choice in choices])
-    kinds = _kinds(schema, where)
-    found = []
-    for kind in kinds:
+class _Values(ABC):
+    """Grammars of values as a format that is not JSON writes them. ``where``: how errors name a value."""
+
+    separator: str  # between the items of a list
+    words: Mapping[str, str]  # for the types boolean and null
+
+    def __init__(self, lark: Lark) -> None:
+        self.lark = lark
+
+    @abstractmethod
+    def string(self) -> str:
+        """Any string."""
+
+    @abstractmethod
+    def literal(self, value: Any, where: str) -> str:
+        """One value of JSON's."""
+
+    @abstractmethod
+    def object(self, schema: Mapping[str, Any], where: str) -> str: ...
+
+    def of(self, schema: Mapping[str, Any], where: str) -> str:
+        """The values of a schema. Raises ``ConfigError`` for what the format has no grammar for."""
+        if (choices := _choices(schema)) is not None:
+            return self.lark.one_of([self.literal(choice, where) for choice in choices])
+        return self.lark.one_of([self._of_kind(kind, schema, where) for kind in _kinds(schema, where)])
+
+    def _of_kind(self, kind: str, schema: Mapping[str, Any], where: str) -> str:
         if kind == "string":
             _refuse(schema, ("minLength", "maxLength", "pattern", "format"), where)
-            found.append(lark.regex(r'"([^"\\\x00-\x1f]|\\["\\nt])*"'))
-        elif kind in ("integer", "number"):
-            bounds = {key: schema[key] for key in _BOUNDS if key in schema}
-            found.append(lark.json({"type": kind, **bounds}))
-        elif kind == "array":
-            found.append(_list_of(lark, schema, where, _python_value))
-        elif kind == "object":
-            raise ConfigError(f"{where}: found an object, for whose schema this model's tool format has no grammar")
-        else:
-            found.append('("True" | "False")' if kind == "boolean" else '"None"')
-    return lark.one_of(found)
+            return self.string()
+        if kind in ("integer", "number"):
+            return self.lark.json({"type": kind, **{key: schema[key] for key in _BOUNDS if key in schema}})
+        if kind == "array":
+            return self._list(schema, where)
+        return self.object(schema, where) if kind == "object" else self.words[kind]
+
+    def _list(self, schema: Mapping[str, Any], where: str) -> str:
+        _refuse(schema, ("minItems", "maxItems", "uniqueItems", "prefixItems", "contains"), where)
+        items = schema.get("items")
+        if not isinstance(items, Mapping):
+            raise ConfigError(f"{where}: found an array without a schema for its items, expected one in this format")
+        item = self.of(items, f"{where}[]")
+        return f'"[" ({item} ({self.lark.text(self.separator)} {item})*)? "]"'
 
 
-def _python_literal(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        if not value.isprintable():
-            raise ConfigError(f"{where}: found the value {value!r}, expected characters that can be printed")
-        return json.dumps(value, ensure_ascii=False)
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
-    raise ConfigError(f"{where}: found the value {value!r}, expected texts, numbers, true, false or null")
+class _PythonValues(_Values):
+    separator = ", "
+    words: ClassVar = {"boolean": '("True" | "False")', "null": '"None"'}
+
+    def string(self) -> str:
+        return self.lark.regex(r'"([^"\\\x00-\x1f]|\\["\\nt])*"')
+
+    def literal(self, value: Any, where: str) -> str:
+        if isinstance(value, str):
+            if not value.isprintable():
+                raise ConfigError(f"{where}: found the value {value!r}, expected characters that can be printed")
+            return self.lark.text(json.dumps(value, ensure_ascii=False))
+        if value is None or isinstance(value, bool | int | float):
+            return self.lark.text(repr(value))
+        raise ConfigError(f"{where}: found the value {value!r}, expected texts, numbers, true, false or null")
+
+    def object(self, schema: Mapping[str, Any], where: str) -> str:
+        raise ConfigError(f"{where}: found an object, for whose schema this model's tool format has no grammar")
 
 
-def _list_of(lark: Lark, schema: Mapping[str, Any], where: str, value: Any) -> str:
-    _refuse(schema, ("minItems", "maxItems", "uniqueItems", "prefixItems", "contains"), where)
-    items = schema.get("items")
-    if not isinstance(items, Mapping):
-        raise ConfigError(f"{where}: found an array without a schema for its items, expected one in this format")
-    item = value(lark, items, f"{where}[]")
-    return f'"[" ({item} (", " {item})*)? "]"'
+class _BracedValues(_Values):
+    separator = ","
+    words: ClassVar = {"boolean": '("true" | "false")', "null": '"null"'}
+
+    def __init__(self, lark: Lark, syntax: Braced) -> None:
+        super().__init__(lark)
+        self._quote = syntax.quote
+
+    def string(self) -> str:
+        return f"{self.lark.text(self._quote)} {self.lark.until(self._quote)}"
+
+    def literal(self, value: Any, where: str) -> str:
+        if isinstance(value, str):
+            quote = self.lark.text(self._quote)
+            return f"{quote} {self.lark.text(value)} {quote}"
+        return self.lark.text(json.dumps(value))
+
+    def object(self, schema: Mapping[str, Any], where: str) -> str:
+        members = [
+            (f"{key}:", self.of(inner, f"{where}.{key}"), is_required)
+            for key, inner, is_required in _properties(Function(where, schema, True))
+        ]
+        return f'"{{" {_members(self.lark, members, self.separator)} "}}"'
 
 
 def _braced_call(lark: Lark, syntax: Braced, function: Function) -> str:
-    def value(lark: Lark, schema: Mapping[str, Any], where: str) -> str:
-        quote = lark.text(syntax.quote)
-        if (choices := _choices(schema)) is not None:
-            return lark.one_of(
-                [f"{quote} {lark.text(c)} {quote}" if isinstance(c, str) else lark.text(json.dumps(c)) for c in choices]
-            )
-        found = []
-        for kind in _kinds(schema, where):
-            if kind == "string":
-                _refuse(schema, ("minLength", "maxLength", "pattern", "format"), where)
-                found.append(f"{quote} {lark.until(syntax.quote)}")
-            elif kind == "array":
-                found.append(_list_of(lark, schema, where, value).replace('", "', '","'))
-            elif kind == "object":
-                found.append(members(schema, where))
-            elif kind in ("integer", "number"):
-                found.append(lark.json({"type": kind, **{key: schema[key] for key in _BOUNDS if key in schema}}))
-            else:
-                found.append('("true" | "false")' if kind == "boolean" else '"null"')
-        return lark.one_of(found)
-
-    def members(schema: Mapping[str, Any], where: str) -> str:
-        found = [
-            (f"{key}:", value(lark, inner, f"{where}.{key}"), is_required)
-            for key, inner, is_required in _properties(Function(where, schema, True))
-        ]
-        return f'"{{" {_members(lark, found, ",")} "}}"'
-
-    return f"{lark.text(f'call:{function.name}')} {members(function.schema, function.name)}"
+    arguments = _BracedValues(lark, syntax).object(function.schema, function.name)
+    return f"{lark.text(f'call:{function.name}')} {arguments}"
 
 
 # ---- schemas, for formats that are not JSON
@@ -302,7 +327,6 @@ _NOTES = ("type", "description", "title", "default", "examples", "deprecated", "
 _OF_OBJECTS = (*_NOTES, "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id")
 _OF_VALUES = (*_NOTES, "enum", "const", "items", *_BOUNDS, "minLength", "maxLength", "pattern", "format", "properties")
 _OF_VALUES += ("required", "additionalProperties", "minItems", "maxItems", "uniqueItems", "prefixItems", "contains")
-_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 
 
 def _properties(function: Function) -> list[tuple[str, Mapping[str, Any], bool]]:
@@ -331,8 +355,8 @@ def _kinds(schema: Mapping[str, Any], where: str) -> list[str]:
         raise ConfigError(f"{where}: found {others[0]!r}, for which this model's tool format has no grammar")
     named = schema.get("type")
     kinds = [named] if isinstance(named, str) else named
-    if not isinstance(kinds, list) or not kinds or not all(kind in _TYPES for kind in kinds):
-        raise ConfigError(f"{where}: found the type {named!r}, expected one of {', '.join(_TYPES)} in this format")
+    if not isinstance(kinds, list) or not kinds or not all(kind in JSON_TYPES for kind in kinds):
+        raise ConfigError(f"{where}: found the type {named!r}, expected one of {', '.join(JSON_TYPES)} in this format")
     return kinds
 
 

@@ -12,7 +12,7 @@ from exl.parse.reader import Malformed
 
 _KINDS = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}  # else a number
 _MAX_STEPS = 8  # of references, and of choices in each other
-_TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
+JSON_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 
 
 class Tools:
@@ -81,7 +81,7 @@ def schema_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozen
         return frozenset()
     named = schema.get("type")
     if isinstance(named, str | list):
-        return frozenset(t for t in ([named] if isinstance(named, str) else named) if t in _TYPES)
+        return frozenset(t for t in ([named] if isinstance(named, str) else named) if t in JSON_TYPES)
     if isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
         return frozenset(_type_of(value) for value in values)
     for key in ("anyOf", "oneOf"):
