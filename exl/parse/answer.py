@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from exl.parse.calls import Calls
+from exl.parse.formats import tags_of
 from exl.parse.harmony import START, read_harmony
 from exl.parse.harmony import TAGS as HARMONY_TAGS
 from exl.parse.lexer import Lexer, own_tokens
@@ -63,7 +64,7 @@ def tagged_parser(
     stop: Sequence[str] | str,
 ) -> Parser:
     """A parser of text in which tags mark reasoning and calls."""
-    tags = (*(syntax.tags if syntax else ()), *(thinking.tags if thinking else ()))
+    tags = tags_of(syntax, thinking)
     calls = _calls(tokenizer, tags, tools)
     begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer)
     machine = _Tagged(calls, syntax, thinking).read(begun)

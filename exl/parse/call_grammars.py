@@ -63,6 +63,7 @@ _PYTHON_SHAPES = {
     "olmo3": ("", "\n", ""),
     "gemma": ("\n", "\n", "\n"),
 }
+_LINE_END = "\n"  # no backslash may stand in the braces of an f-string
 _BARE = ("llama3_json", "llama_pythonic", "json")  # in which calls stand without a tag
 
 
@@ -142,7 +143,7 @@ def _named_calls(lark: Lark, syntax: Named, functions: Sequence[Function], many:
         calls.append(f"{head} {arguments}")
         if syntax.fenced:
             head = lark.text("function", syntax.arguments_tag, f"{function.name}\n```json\n")
-            calls.append(f"{head} {arguments} {lark.text(chr(10) + '```')}")
+            calls.append(f"{head} {arguments} {lark.text(_LINE_END, '```')}")
     call = f"{lark.one_of(calls)} {lark.text(syntax.close)}"
     begin, end = syntax.section
     inner = _sequence(call, f"{lark.text(syntax.call_open)} {call}", many)
@@ -158,12 +159,12 @@ def _marked_calls(lark: Lark, syntax: Marked, functions: Sequence[Function], man
     begin, end = syntax.section
     one = lark.one_of([_marked_call(lark, syntax, function) for function in functions])
     if not syntax.call_open:  # the section's tags are the call's
-        return CallGrammar(begin, _sequence(one, f"{lark.text(chr(10), begin)} {one}", many))
+        return CallGrammar(begin, _sequence(one, f"{lark.text(_LINE_END, begin)} {one}", many))
     if syntax.section[0] == "<tool_call>":  # each call has a section
-        call = f"{lark.text(chr(10))} {one} {lark.text(chr(10), end)}"
-        return CallGrammar(begin, _sequence(call, f"{lark.text(chr(10), begin)} {call}", many))
-    calls = _sequence(one, f"{lark.text(chr(10))} {one}", many)
-    return CallGrammar(begin, f"{lark.text(chr(10))} {calls} {lark.text(chr(10), end)}")
+        call = f"{lark.text(_LINE_END)} {one} {lark.text(_LINE_END, end)}"
+        return CallGrammar(begin, _sequence(call, f"{lark.text(_LINE_END, begin)} {call}", many))
+    calls = _sequence(one, f"{lark.text(_LINE_END)} {one}", many)
+    return CallGrammar(begin, f"{lark.text(_LINE_END)} {calls} {lark.text(_LINE_END, end)}")
 
 
 def _marked_call(lark: Lark, syntax: Marked, function: Function) -> str:
@@ -181,7 +182,7 @@ def _marked_call(lark: Lark, syntax: Marked, function: Function) -> str:
             value = f"({' | '.join(map(lark.text, choices or ()))}) {lark.text(line, syntax.value_close)}"
         else:
             value = f"{lark.json(_within(function, schema))} {lark.text(line, syntax.value_close)}"
-        piece = f"{lark.text(*begin)} {value} {lark.text(chr(10))}"
+        piece = f"{lark.text(*begin)} {value} {lark.text(_LINE_END)}"
         pieces.append(piece if is_required else f"({piece})?")
     return lark.rule(" ".join([*pieces, lark.text(syntax.call_close)]))
 

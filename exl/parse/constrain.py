@@ -10,7 +10,7 @@ from exl.errors import ConfigError
 from exl.parse.call_grammars import CallGrammar, Function, call_grammar
 from exl.parse.calls import MAX_NAME, is_name
 from exl.parse.choose import AnswerFormat
-from exl.parse.formats import HARMONY, NONE, REASONING_FORMATS, TOOL_FORMATS
+from exl.parse.formats import HARMONY, NONE, REASONING_FORMATS, TOOL_FORMATS, tags_of
 from exl.parse.harmony import CHANNEL, CONSTRAIN, MESSAGE, START
 from exl.parse.harmony import TAGS as HARMONY_TAGS
 from exl.parse.lark import Lark
@@ -46,7 +46,7 @@ def constrain(
         is_free = parallel and not any(function.strict for function in functions)
         if choice == "none" or format.tools == NONE or not functions or is_free:
             return {}
-        functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in functions]
+        functions = _with_loose_arguments(functions)
     elif choice != "required":
         functions = [function for function in functions if function.name == choice]
         if not functions:
@@ -75,13 +75,11 @@ def _grammar(
     """``is_free``: there may be text, and no call."""
     if format.tools == HARMONY:
         return _harmony(tokenizer, functions, is_free)
-    thinking = REASONING_FORMATS.get(format.reasoning)
-    syntax = TOOL_FORMATS[format.tools]
-    lark = Lark(tokenizer, (*syntax.tags, *(thinking.tags if thinking else ())))
+    syntax, thinking = TOOL_FORMATS[format.tools], REASONING_FORMATS.get(format.reasoning)
+    lark = Lark(tokenizer, tags_of(syntax, thinking))
     calls = call_grammar(lark, format.tools, functions, parallel)
-    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer)
-    start = _auto(lark, calls, format.tools, thinking) if is_free else _required(lark, calls)
-    return lark.source(f"{_reasoning(lark, thinking, begun)} {start}".strip())
+    answer = _auto(lark, calls, format.tools, thinking) if is_free else _required(lark, calls)
+    return _behind_reasoning(lark, thinking, tokenizer, prompt_ids, answer)
 
 
 def constrain_text(
@@ -98,7 +96,7 @@ def constrain_text(
     Reasoning comes before it as it likes. With ``tools``, the answer is either calls, of known functions and with
     arguments by the schemas of those that are ``strict``, or the text. Raises ``ConfigError`` as ``constrain`` does.
     """
-    functions = [f if f.strict else Function(f.name, {"type": "object"}, False) for f in _functions(tools)]
+    functions = _with_loose_arguments(_functions(tools))
     if format.reasoning == NONE and format.tools != HARMONY and not functions:
         return {"json_schema": schema}
     try:
@@ -119,12 +117,11 @@ def _text_grammar(
         return _harmony(tokenizer, functions if format.tools == HARMONY else [], True, schema)
     syntax = TOOL_FORMATS.get(format.tools) if functions else None
     thinking = REASONING_FORMATS.get(format.reasoning)
-    lark = Lark(tokenizer, (*(syntax.tags if syntax else ()), *(thinking.tags if thinking else ())))
+    lark = Lark(tokenizer, tags_of(syntax, thinking))
     choices = [lark.json(schema)]
     if syntax is not None:
         choices.append(_required(lark, call_grammar(lark, format.tools, functions, parallel)))
-    begun = thinking is not None and thinking.begun_by(prompt_ids, tokenizer)
-    return lark.source(f"{_reasoning(lark, thinking, begun)} {lark.one_of(choices)}".strip())
+    return _behind_reasoning(lark, thinking, tokenizer, prompt_ids, lark.one_of(choices))
 
 
 def _required(lark: Lark, calls: CallGrammar) -> str:
@@ -143,12 +140,19 @@ def _auto(lark: Lark, calls: CallGrammar, name: str, thinking: Thinking | None) 
     return f"({free} | {lark.until(calls.open, others)} {lark.rule(calls.rest)})?"
 
 
-def _reasoning(lark: Lark, thinking: Thinking | None, begun: bool) -> str:
+def _behind_reasoning(
+    lark: Lark, thinking: Thinking | None, tokenizer: Tokenizer, prompt_ids: Sequence[int], answer: str
+) -> str:
+    """The source of a grammar of this answer, and of the reasoning that may come before it; that must, if the prompt
+    has opened it."""
     if thinking is None:
-        return ""
-    space = f"({lark.regex('[ ' + chr(92) + 'n]{1,4}')})?"
-    rest = f"{lark.until(thinking.close)} {space}"
-    return rest if begun else f"({space} {lark.text(thinking.open)} {rest})?"
+        return lark.source(answer.strip())
+    some_space = lark.regex(r"[ \n]{1,4}")
+    space = f"({some_space})?"
+    reasoning = f"{lark.until(thinking.close)} {space}"
+    if not thinking.begun_by(prompt_ids, tokenizer):
+        reasoning = f"({space} {lark.text(thinking.open)} {reasoning})?"
+    return lark.source(f"{reasoning} {answer}".strip())
 
 
 def _harmony(
@@ -195,6 +199,11 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Function]:
             raise ConfigError(f"tools[{i}]: {name}: parameters: found {schema!r}, expected the schema of an object")
         functions.append(Function(name, {**schema, "type": "object"}, found.get("strict") is True))
     return functions
+
+
+def _with_loose_arguments(functions: Sequence[Function]) -> list[Function]:
+    """Functions of which those that are not ``strict`` take any object."""
+    return [f if f.strict else Function(f.name, {"type": "object"}, False) for f in functions]
 
 
 def _schema(schema: Any) -> Mapping[str, Any]:

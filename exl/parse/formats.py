@@ -117,6 +117,11 @@ REASONING_FORMATS: Mapping[str, Thinking] = {
 }
 
 
+def tags_of(*shapes: Syntax | Thinking | None) -> tuple[str, ...]:
+    """All tags of these; None has none."""
+    return tuple(tag for shape in shapes if shape is not None for tag in shape.tags)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A format is chosen if the template writes all of these texts, or the vocabulary has all as added tokens."""
