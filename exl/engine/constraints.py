@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.errors import ConfigError, ConstraintError, warn_user
+from exl.json_schema import EXPECTED, JSON_SPACE, schema_of
 from exl.text.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "regex", "grammar", "choices"]
@@ -32,9 +33,6 @@ _MAX_KEPT = 32  # compiled grammars, and openings
 # ends the process. On this stack a text of _MAX_CHARS cannot. Only what is touched of it is memory.
 _COMPILER_STACK_BYTES = 512 << 20
 _MAX_WORDS_CHARS = 400
-# Between two parts of JSON: a space, or a line end and indentation. Unbounded white space, which JSON also permits, is
-# where a model that has nothing more to say goes on and on (llama.cpp bounds it in the same way in json.gbnf).
-_JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 _STACK_LOCK = threading.Lock()  # the size of new threads' stacks is the process's
 _SPECIAL_MARKER = b"\xff"  # llguidance marks special tokens by this byte, which no UTF-8 text holds
 
@@ -81,19 +79,12 @@ class Constraint:
         return cls(kind, text, () if after is None else _checked_after(after))  # type: ignore[arg-type]
 
 
-def _schema_text(schema: Any) -> str:
-    if schema is True or schema == "object":
-        return '{"type": "object"}'
-    expected = "expected a JSON schema as a dictionary or as JSON text, a pydantic model, True or 'object'"
+def _schema_text(value: Any) -> str:
+    schema = schema_of(value)
     try:
-        if hasattr(schema, "model_json_schema"):
-            schema = schema.model_json_schema()
-        found = json.loads(schema) if isinstance(schema, str) else schema
-        if isinstance(found, dict):
-            return json.dumps(found, allow_nan=False, ensure_ascii=False)
+        return json.dumps(schema, allow_nan=False, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"json_schema: {error}; {expected}") from error
-    raise ConfigError(f"json_schema: found {schema!r} ({type(schema).__name__}), {expected}")
+        raise ConfigError(f"json_schema: {error}; {EXPECTED}") from error
 
 
 def _choices_text(choices: Any) -> str:
@@ -209,7 +200,7 @@ class Grammars:
         made, text = self._llguidance.LLMatcher, constraint.text
         if constraint.kind == "json_schema":
             # Options in the schema itself, under "x-guidance", come after these.
-            return str(made.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_SPACE}))
+            return str(made.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_SPACE}))
         if constraint.kind == "regex":
             return str(made.grammar_from_regex(text))
         if constraint.kind == "choices":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from exl.errors import ConfigError
+from exl.json_schema import schema_of
 from exl.parse.call_grammars import CallGrammar, Function, call_grammar
 from exl.parse.calls import MAX_NAME, is_name
 from exl.parse.choose import AnswerFormat
@@ -100,7 +100,7 @@ def constrain_text(
     if format.reasoning == NONE and format.tools != HARMONY and not functions:
         return {"json_schema": schema}
     try:
-        return {"grammar": _text_grammar(format, tokenizer, _schema(schema), functions, parallel, prompt_ids)}
+        return {"grammar": _text_grammar(format, tokenizer, schema_of(schema), functions, parallel, prompt_ids)}
     except (ValueError, TypeError, RecursionError) as error:  # of json.dumps
         raise ConfigError(f"json_schema: {error}; expected schemas that are JSON") from None
 
@@ -204,19 +204,6 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Function]:
 def _with_loose_arguments(functions: Sequence[Function]) -> list[Function]:
     """Functions of which those that are not ``strict`` take any object."""
     return [f if f.strict else Function(f.name, {"type": "object"}, False) for f in functions]
-
-
-def _schema(schema: Any) -> Mapping[str, Any]:
-    """A schema as an object. Raises ``ConfigError``."""
-    if schema is True or schema == "object":
-        return {"type": "object"}
-    try:
-        found = json.loads(schema) if isinstance(schema, str) else schema
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"json_schema: {error}; expected a schema") from None
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"json_schema: found {type(found).__name__}, expected a schema: an object")
-    return found
 
 
 def _named(choice: Any) -> str:

@@ -7,10 +7,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from exl.json_schema import JSON_SPACE
 from exl.text.tokenizer import Tokenizer
 
-# Between two parts of JSON: a space, or a line end and indentation, as exl has it for every JSON schema.
-_JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 _ANY = "(?s:.*)"
 
 
@@ -45,7 +44,7 @@ class Lark:
     def json(self, schema: Mapping[str, Any]) -> str:
         """JSON of a schema."""
         own = schema.get("x-guidance")
-        options = {"whitespace_pattern": _JSON_SPACE, **(own if isinstance(own, Mapping) else {})}
+        options = {"whitespace_pattern": JSON_SPACE, **(own if isinstance(own, Mapping) else {})}
         return self.rule("%json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False))
 
     def regex(self, pattern: str) -> str:

@@ -20,7 +20,7 @@ LADDER = (
     (
         *("errors", "units", "keywords", "batch", "sampling", "sampling_params", "request_options", "saved_chat"),
         *("streams", "progress", "user_cache", "user_text", "replace_file", "forks", "threads", "control_groups"),
-        *("token_html", "logarithm", "philox", "code_file", "http_client"),
+        *("token_html", "logarithm", "philox", "code_file", "http_client", "json_schema"),
     ),
     ("checkpoint", "memory", "layout"),
     ("formats", "cache", "text", "conversation"),

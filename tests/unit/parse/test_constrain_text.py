@@ -51,6 +51,12 @@ def test_the_text_follows_the_schema_and_calls_follow_theirs(tools, with_tools):
     assert bool(num_calls) == with_tools
 
 
+class AsPydantic:
+    @staticmethod
+    def model_json_schema():
+        return NOW
+
+
 def test_without_reasoning_and_tools_it_is_the_schema_itself():
     form = AnswerFormat("hermes", "none")
     tokenizer, _ = grammars_of(form, "added")
@@ -61,8 +67,9 @@ def test_without_reasoning_and_tools_it_is_the_schema_itself():
     same = [constrain_text(form, tokenizer, schema) for schema in (True, "object", {"type": "object"})]
     assert same[0] == same[1] == same[2]
     assert constrain_text(form, tokenizer, json.dumps(NOW)) == constrain_text(form, tokenizer, NOW)
+    assert constrain_text(form, tokenizer, AsPydantic) == constrain_text(form, tokenizer, NOW)
     for wrong in ("{", "[]", 5):
-        with pytest.raises(ConfigError, match=r"json_schema: .*expected a schema"):
+        with pytest.raises(ConfigError, match=r"json_schema: .*expected a JSON schema as a dictionary"):
             constrain_text(form, tokenizer, wrong)
 
 
