@@ -12,25 +12,12 @@ from hypothesis import strategies as st
 
 from exl.parse.choose import AnswerFormat, parser_for
 from exl.parse.formats import REASONING_FORMATS, TOOL_FORMATS
-from exl.parse.harmony import TAGS as HARMONY_TAGS
 from exl.parse.parts import Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from tests.unit.parse.streams import TOOLS, joined
-from tests.unit.parse.vocabularies import ids_of, tokenizer
+from tests.unit.parse.vocabularies import REASONING_OF, ids_of, tags_of, vocabulary_of
 
-REASONING_OF = {"seed": "seed", "command": "command", "gemma4": "gemma4", "mistral": "mistral"}
 FORMATS = [AnswerFormat(name, REASONING_OF.get(name, "think")) for name in TOOL_FORMATS]
 FORMATS += [AnswerFormat("harmony", "harmony"), AnswerFormat("none", "think"), AnswerFormat()]
-
-
-def tags_of(form: AnswerFormat) -> tuple[str, ...]:
-    if form.tools == "harmony":
-        return HARMONY_TAGS
-    tools = TOOL_FORMATS[form.tools].tags if form.tools in TOOL_FORMATS else ()
-    return tools + (REASONING_FORMATS[form.reasoning].tags if form.reasoning in REASONING_FORMATS else ())
-
-
-def vocabulary_of(form: AnswerFormat, kind: str):
-    return tokenizer(kind, tuple(tag for tag in tags_of(form) if len(tag) > 2))
 
 
 _WRITTEN = (

@@ -17,7 +17,7 @@ from exl.parse.choose import TOOL_FORMAT_NAMES, AnswerFormat, parser_for
 from exl.parse.constrain import constrain
 from exl.parse.parts import Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from exl.text.tokenizer import Tokenizer
-from tests.unit.parse.test_any_text import REASONING_OF, vocabulary_of
+from tests.unit.parse.vocabularies import REASONING_OF, vocabulary_of
 
 pytest.importorskip("llguidance")
 BOOK = {

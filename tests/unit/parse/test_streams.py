@@ -7,24 +7,19 @@ import random
 import pytest
 
 from exl.parse.choose import AnswerFormat, parser_for
-from exl.parse.formats import REASONING_FORMATS, TOOL_FORMATS
-from exl.parse.harmony import TAGS as HARMONY_TAGS
+from exl.parse.formats import TOOL_FORMATS
 from exl.text.tokenizer import Tokenizer
 from tests.unit.parse.streams import STREAMS, TOOLS, Stream, joined, parts_of
-from tests.unit.parse.vocabularies import ids_of, stories, tokenizer
+from tests.unit.parse.vocabularies import ids_of, stories, vocabulary_of
 
 
-def tags_of(stream: Stream) -> tuple[str, ...]:
-    if stream.tools == "harmony":
-        return HARMONY_TAGS
-    tags = TOOL_FORMATS[stream.tools].tags if stream.tools in TOOL_FORMATS else ()
-    tags += REASONING_FORMATS[stream.reasoning].tags if stream.reasoning in REASONING_FORMATS else ()
-    return tuple(tag for tag in tags if len(tag) > 2)  # no vocabulary has > as an added token
+def format_of(stream: Stream) -> AnswerFormat:
+    return AnswerFormat(stream.tools, stream.reasoning)
 
 
 def read(stream: Stream, vocabulary: Tokenizer, ids: list[int], cuts: list[int]):
     parser = parser_for(
-        AnswerFormat(stream.tools, stream.reasoning),
+        format_of(stream),
         vocabulary,
         tools=TOOLS if stream.with_tools else None,
         prompt_ids=ids_of(vocabulary, stream.prompt) if stream.prompt else (),
@@ -43,7 +38,7 @@ CASES = [(stream, kind) for stream in STREAMS for kind in stream.kinds]
 
 @pytest.mark.parametrize(("stream", "kind"), CASES, ids=lambda case: case if isinstance(case, str) else case.name)
 def test_an_answer_is_read_the_same_wherever_it_is_cut(stream, kind):
-    vocabulary = tokenizer(kind, tags_of(stream))
+    vocabulary = vocabulary_of(format_of(stream), kind)
     ids = ids_of(vocabulary, stream.answer)
     expected = parts_of(stream.parts), stream.whole
     assert read(stream, vocabulary, ids, []) == expected

@@ -10,9 +10,14 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from exl.parse import formats
+from exl.parse.choose import AnswerFormat
+from exl.parse.formats import REASONING_FORMATS, TOOL_FORMATS
+from exl.parse.harmony import TAGS as HARMONY_TAGS
 from exl.text.tokenizer import Tokenizer
 
 STORIES = Path(__file__).parents[2] / "data" / "stories260K"
+REASONING_OF = {"seed": "seed", "command": "command", "gemma4": "gemma4", "mistral": "mistral"}  # else "think"
 KINDS = ("special", "added", "pieces", "bytes")
 
 
@@ -57,6 +62,17 @@ def tokenizer(kind: str, tags: tuple[str, ...] = ()) -> Tokenizer:
     elif kind == "added":
         backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     return Tokenizer(backend, names={"eos_token": "<|eos|>"}, source=kind)
+
+
+def tags_of(form: AnswerFormat) -> tuple[str, ...]:
+    if form.tools == "harmony":
+        return HARMONY_TAGS
+    return formats.tags_of(TOOL_FORMATS.get(form.tools), REASONING_FORMATS.get(form.reasoning))
+
+
+def vocabulary_of(form: AnswerFormat, kind: str) -> Tokenizer:
+    """``tokenizer`` with the tags of a format, save ``>`` and ``">``, which no vocabulary has as added tokens."""
+    return tokenizer(kind, tuple(tag for tag in tags_of(form) if len(tag) > 2))
 
 
 @cache
