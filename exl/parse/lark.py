@@ -24,7 +24,7 @@ class Lark:
         self._own = {tag: tokenizer.added_ids[tag] for tag in tags if tag in tokenizer.added_ids}
         self._special = tokenizer.special_ids
         self._rules: list[str] = []
-        self._names: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # by what they stand for
 
     def is_own(self, tag: str) -> bool:
         return tag in self._own
@@ -61,19 +61,14 @@ class Lark:
         """Any text, up to the first occurrence of a tag, and the tag. ``without``: other tags that must not occur."""
         if tag in self._own:
             return f"({self.free((tag, *without))})? {self.text(tag)}"
-        name = f"r{len(self._rules)}"
         terminal = self._terminal(f"/{_ANY}{_escaped(tag)}/{self._not_holding(without)}")
-        self._rules.append(f"{name}[lazy]: {terminal}")
-        return name
+        return self._defined("r", f"[lazy]: {terminal}")
 
     def one_of(self, choices: Sequence[str]) -> str:
         return self.rule(" | ".join(choices))
 
     def rule(self, body: str) -> str:
-        if body not in self._names:
-            self._names[body] = f"r{len(self._rules)}"
-            self._rules.append(f"{self._names[body]}: {body}")
-        return self._names[body]
+        return self._defined("r", f": {body}")
 
     def source(self, start: str) -> str:
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules, ""])
@@ -85,10 +80,14 @@ class Lark:
         return f" & ~/{_ANY}({'|'.join(map(_escaped, avoided))}){_ANY}/" if avoided else ""
 
     def _terminal(self, body: str) -> str:
-        if body not in self._names:
-            self._names[body] = f"T{len(self._rules)}"
-            self._rules.append(f"{self._names[body]}: {body}")
-        return self._names[body]
+        return self._defined("T", f": {body}")
+
+    def _defined(self, kind: str, definition: str) -> str:
+        """The name of what is defined so. ``kind``: "r", a rule, or "T", a terminal."""
+        if definition not in self._names:
+            self._names[definition] = f"{kind}{len(self._rules)}"
+            self._rules.append(self._names[definition] + definition)
+        return self._names[definition]
 
 
 def _escaped(text: str) -> str:
