@@ -73,23 +73,23 @@ def call_grammar(lark: Lark, name: str, functions: Sequence[Function], parallel:
     Raises ``ConfigError`` that names the function and what of its schema the format has no grammar for.
     """
     syntax = TOOL_FORMATS[name]
-    many = "*" if parallel else "{0}"
     if name in _JSON_SHAPES:
-        return _json_calls(lark, name, functions, many)
+        return _json_calls(lark, name, functions, parallel)
     if name in _PYTHON_SHAPES:
-        return _python_calls(lark, name, functions, many)
+        return _python_calls(lark, name, functions, parallel)
     if isinstance(syntax, Named):
-        return _named_calls(lark, syntax, functions, many)
+        return _named_calls(lark, syntax, functions, parallel)
     if isinstance(syntax, Marked):
-        return _marked_calls(lark, syntax, functions, many)
+        return _marked_calls(lark, syntax, functions, parallel)
     assert isinstance(syntax, Braced)
     one = lark.one_of([_braced_call(lark, syntax, function) for function in functions])
     close = lark.text(syntax.close)
-    return CallGrammar(syntax.open, _sequence(f"{one} {close}", f"{lark.text(syntax.open)} {one} {close}", many))
+    return CallGrammar(syntax.open, _sequence(f"{one} {close}", f"{lark.text(syntax.open)} {one} {close}", parallel))
 
 
-def _sequence(first: str, further: str, many: str) -> str:
-    return first if many == "{0}" else f"{first} ({further})*"
+def _sequence(first: str, further: str, parallel: bool) -> str:
+    """One call, or several if ``parallel``. ``further``: a call with what separates it from the one before."""
+    return f"{first} ({further})*" if parallel else first
 
 
 def _tags(name: str) -> tuple[str, str]:
@@ -100,7 +100,7 @@ def _tags(name: str) -> tuple[str, str]:
     return syntax.opens[0], syntax.closes[0] if syntax.closes else ""
 
 
-def _json_calls(lark: Lark, name: str, functions: Sequence[Function], many: str) -> CallGrammar:
+def _json_calls(lark: Lark, name: str, functions: Sequence[Function], parallel: bool) -> CallGrammar:
     shape = _JSON_SHAPES[name]
     open_tag, close_tag = _tags(name)
     if name == "granite" and not lark.is_own(close_tag):  # Granite 3 has none
@@ -114,11 +114,11 @@ def _json_calls(lark: Lark, name: str, functions: Sequence[Function], many: str)
     behind = lark.text(shape.behind, close_tag)
     if shape.repeats:
         call = f"{before} {one} {behind}"
-        return CallGrammar(open_tag, _sequence(call, f"{lark.text(shape.between, open_tag)} {call}", many))
-    return CallGrammar(open_tag, f"{before} {_sequence(one, f'{lark.text(shape.between)} {one}', many)} {behind}")
+        return CallGrammar(open_tag, _sequence(call, f"{lark.text(shape.between, open_tag)} {call}", parallel))
+    return CallGrammar(open_tag, f"{before} {_sequence(one, f'{lark.text(shape.between)} {one}', parallel)} {behind}")
 
 
-def _named_calls(lark: Lark, syntax: Named, functions: Sequence[Function], many: str) -> CallGrammar:
+def _named_calls(lark: Lark, syntax: Named, functions: Sequence[Function], parallel: bool) -> CallGrammar:
     if syntax.listed is not None and not lark.is_own(syntax.arguments_tag):  # Mistral until 2024
         head, middle, an_id = '{"name": ', ', "arguments": ', lark.regex('"[a-zA-Z0-9]{9}"')
         before_id, behind = lark.text(', "id": '), lark.text("}")
@@ -127,7 +127,7 @@ def _named_calls(lark: Lark, syntax: Named, functions: Sequence[Function], many:
             f"{before_id} {an_id} {behind}"
             for function in functions
         ])  # fmt: skip
-        listed = _sequence(one, f"{lark.text(', ')} {one}", many)
+        listed = _sequence(one, f"{lark.text(', ')} {one}", parallel)
         return CallGrammar(syntax.call_open, f"{lark.text(' [')} {listed} {lark.text(']')}")
     calls = []
     for function in functions:
@@ -146,7 +146,7 @@ def _named_calls(lark: Lark, syntax: Named, functions: Sequence[Function], many:
             calls.append(f"{head} {arguments} {lark.text(_LINE_END, '```')}")
     call = f"{lark.one_of(calls)} {lark.text(syntax.close)}"
     begin, end = syntax.section
-    inner = _sequence(call, f"{lark.text(syntax.call_open)} {call}", many)
+    inner = _sequence(call, f"{lark.text(syntax.call_open)} {call}", parallel)
     if not begin:
         return CallGrammar(syntax.call_open, inner)
     return CallGrammar(begin, f"{lark.text(syntax.call_open)} {inner} {lark.text(end)}")
@@ -155,15 +155,15 @@ def _named_calls(lark: Lark, syntax: Named, functions: Sequence[Function], many:
 # ---- formats whose arguments are not JSON
 
 
-def _marked_calls(lark: Lark, syntax: Marked, functions: Sequence[Function], many: str) -> CallGrammar:
+def _marked_calls(lark: Lark, syntax: Marked, functions: Sequence[Function], parallel: bool) -> CallGrammar:
     begin, end = syntax.section
     one = lark.one_of([_marked_call(lark, syntax, function) for function in functions])
     if not syntax.call_open:  # the section's tags are the call's
-        return CallGrammar(begin, _sequence(one, f"{lark.text(_LINE_END, begin)} {one}", many))
+        return CallGrammar(begin, _sequence(one, f"{lark.text(_LINE_END, begin)} {one}", parallel))
     if syntax.section[0] == "<tool_call>":  # each call has a section
         call = f"{lark.text(_LINE_END)} {one} {lark.text(_LINE_END, end)}"
-        return CallGrammar(begin, _sequence(call, f"{lark.text(_LINE_END, begin)} {call}", many))
-    calls = _sequence(one, f"{lark.text(_LINE_END)} {one}", many)
+        return CallGrammar(begin, _sequence(call, f"{lark.text(_LINE_END, begin)} {call}", parallel))
+    calls = _sequence(one, f"{lark.text(_LINE_END)} {one}", parallel)
     return CallGrammar(begin, f"{lark.text(_LINE_END)} {calls} {lark.text(_LINE_END, end)}")
 
 
@@ -187,11 +187,11 @@ def _marked_call(lark: Lark, syntax: Marked, function: Function) -> str:
     return lark.rule(" ".join([*pieces, lark.text(syntax.call_close)]))
 
 
-def _python_calls(lark: Lark, name: str, functions: Sequence[Function], many: str) -> CallGrammar:
+def _python_calls(lark: Lark, name: str, functions: Sequence[Function], parallel: bool) -> CallGrammar:
     before, between, behind = _PYTHON_SHAPES[name]
     open_tag, close_tag = _tags(name)
     one = lark.one_of([_python_call(lark, function) for function in functions])
-    calls = _sequence(one, f"{lark.text(between)} {one}", many)
+    calls = _sequence(one, f"{lark.text(between)} {one}", parallel)
     return CallGrammar(open_tag, f"{lark.text(before)} {calls} {lark.text(behind, close_tag)}")
 
 

@@ -30,7 +30,7 @@ class Calls:
     tools: Tools
     own: Collection[str]  # the tags that are tokens of their own
     special: Collection[str] = ()  # those of them that the engine's text leaves out
-    _tags: dict[frozenset[str], Tags] = field(default_factory=dict)
+    _tags: dict[frozenset[str], Tags] = field(default_factory=dict, init=False)
 
     def tags(self, *names: str) -> Tags:
         key = frozenset(filter(None, names))

@@ -123,7 +123,7 @@ class TextSink:
             return Verdict(text)
         self._recent.append(_Pushed(token_id, data, self._num_given + len(self._held), self._num_safe, state))
         self._held += text
-        stop_end, stop_start, stopped = self._first_stop()
+        stop_end, stop_start, stopped = first_stop(self._held, self._stop)
         for ban_end, ban_start in self._first_ban():
             if ban_end <= stop_end:
                 return Verdict(rewind=self._rewind(ban_start))
@@ -139,7 +139,7 @@ class TextSink:
             return ""
         self._held += self._decoder.finish()
         self._finished = True
-        _, start, stopped = self._first_stop()
+        _, start, stopped = first_stop(self._held, self._stop)
         if stopped is not None:
             return self._stop_at(start, stopped).text
         return self._given(len(self._held))
@@ -165,9 +165,6 @@ class TextSink:
     @property
     def _ended(self) -> bool:
         return self._finished or self.stopped is not None
-
-    def _first_stop(self) -> tuple[int, int, str | None]:
-        return first_stop(self._held, self._stop)
 
     def _first_ban(self) -> list[tuple[int, int]]:
         """End and start, in the text that is held, of the first banned string, if there is one."""
