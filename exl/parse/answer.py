@@ -48,11 +48,6 @@ class Parser:
         """False: a call has begun that did not become whole."""
         return not self._calls.output.in_call and not self._calls.output.num_unended
 
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that has ended the answer."""
-        return self._lexer.stopped
-
 
 def tagged_parser(
     tokenizer: Tokenizer,
