@@ -19,7 +19,7 @@ from exl.engine.request import Outcome
 from exl.request_options import RequestOptions
 from exl.sampling_params import MAX_STOPS
 from exl.server.bodies import Body, Json, json_body, read_body
-from exl.server.errors import ApiError, tgi_body
+from exl.server.errors import ApiError, tgi_body, told_as
 from exl.server.generation import Choice, Generation, Job, Update
 from exl.server.journeys import note_error
 from exl.server.openai.fields import MAX_TOP_LOGPROBS, GenerationFields, refused, request_options
@@ -30,6 +30,13 @@ from exl.text.logprobs import TokenLogprob
 from exl.text.sink import TextSink
 
 _DEFAULT_TOKENS = 100  # of an answer whose request does not say, as text-generation-inference has it
+# Where a request has what exl calls so, for errors.
+_FIELDS = {
+    "prompt": "inputs",
+    "max_tokens": "parameters.max_new_tokens",
+    "json_schema": "parameters.grammar.value",
+    "regex": "parameters.grammar.value",
+}
 
 
 class Grammar(Body):
@@ -115,8 +122,9 @@ async def _answer(server: Server, request: Request, body: GenerateRequest, *, as
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(server.models.use(None))
         prompt = await server.in_thread(lambda: _prompt(model, body.inputs, parameters.truncate))
-        options = _options(server, model, body, parameters, len(prompt))
-        generation = await Generation.begin(server, model, Job(prompt, options), request.scope["journey"])
+        with told_as(_FIELDS):
+            options = _options(server, model, body, parameters, len(prompt))
+            generation = await Generation.begin(server, model, Job(prompt, options), request.scope["journey"])
         stack.callback(generation.close)
         told = _Told(model, prompt, body.inputs if parameters.return_full_text else "", parameters)
         if not body.stream:

@@ -38,6 +38,7 @@ def _user(*blocks):
     return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
+_UNKNOWN_REF = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]}
 _IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 
 
@@ -94,6 +95,15 @@ _IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png
         ({"n": 2}, "n: unknown field"),
         ({"max_tokens": -1}, "max_tokens: input should be greater than or equal to 0, found -1"),
         ({"temperature": -1}, "temperature: found -1"),
+        ({"timeout": -1}, "timeout: input should be greater than 0, found -1"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}},
+            "output_config.format: ",
+        ),
+        (
+            {"tools": [{**WEATHER, "input_schema": _UNKNOWN_REF}], "tool_choice": {"type": "any"}},
+            "tools: at ",
+        ),
         ({"stop_sequences": [""]}, "stop: found a string of 0 characters"),
     ],
 )

@@ -128,12 +128,16 @@ def test_a_template_is_applied_as_transformers_does(chatting):
         parts = [{"type": "image_url", "image_url": {"url": "x"}}]
         body = {"messages": [{"role": "user", "content": parts}]}
         assert "messages[0].content[0]: this model reads text" in refused(client, "/apply-template", body)
+        body = {"messages": messages, "chat_template_kwargs": {"tools": []}}
+        assert refused(client, "/apply-template", body).startswith("chat_template_kwargs: found 'tools'")
 
 
 def test_apply_template_refuses_by_name(client):
     assert "messages" in refused(client, "/apply-template", {"messages": []})
     message = refused(client, "/apply-template", {"messages": [{"role": "user", "content": "a"}], "grammar": "x"})
     assert message == "grammar: unknown field"
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"x": 1}}
+    assert refused(client, "/apply-template", body) == "chat_template_kwargs: this model has no chat template"
 
 
 def test_props_tell_no_path(client, running):

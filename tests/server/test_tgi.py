@@ -248,6 +248,9 @@ def test_headers_tell_times_and_counts(plain):
         ({"grammar": {"type": "json", "value": [1]}}, "parameters.grammar.value: found list, expected a schema"),
         ({"grammar": {"type": "json_schema", "value": {"name": "x"}}}, "parameters.grammar.value: expected an object"),
         ({"grammar": {"type": "lark", "value": "x"}}, "parameters.grammar.type: input should be 'json'"),
+        ({"grammar": {"type": "regex", "value": "("}}, "parameters.grammar.value: "),
+        ({"grammar": {"type": "json", "value": {"type": "nonsense"}}}, "parameters.grammar.value: "),
+        ({"max_new_tokens": 2**31}, "parameters.max_new_tokens: found 2147483648"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(plain, parameters, message):

@@ -48,6 +48,8 @@ def refused(why: str, *harmless: Any) -> Any:
     return Annotated[Json, AfterValidator(check), Field(description=f"Refused: {why}.")]
 
 
+Timeout = Annotated[float | None, Field(gt=0, description="Seconds after which the answer ends as it is.")]
+
 # The names of the kinds as JSON has them; the option's own check judges ranges.
 _TYPES: dict[Any, Any] = {
     NUMBER: float,
@@ -99,7 +101,7 @@ class GenerationFields(SamplingFields):  # type: ignore[valid-type, misc]
     negative_prompt: str | None = None
     overflow: str | None = None
     shift_keep: int | None = None
-    timeout: float | None = Field(None, gt=0, description="Seconds after which the answer ends as it is.")
+    timeout: Timeout = None
 
 
 _OWN = (
