@@ -67,6 +67,10 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
+class ClientGone(Exception):
+    """The client has left before its answer was whole."""
+
+
 def api_error(error: Exception) -> ApiError:
     """Any error of a request's, as its client is told. What exl did not raise is "internal error": the log has it."""
     if isinstance(error, ApiError):

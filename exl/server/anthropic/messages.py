@@ -25,7 +25,6 @@ from exl.server.anthropic.content import (
 from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import ApiError, anthropic_body
 from exl.server.generation import Generation
-from exl.server.journeys import note_error
 from exl.server.openai.begin import AskedChat, begin_chat
 from exl.server.openai.fields import Ignored, SamplingFields, Timeout, refused
 from exl.server.responses import EventStream, json_response, sse, unless_gone
@@ -113,11 +112,7 @@ async def _answer(server: Server, request: Request, body: MessagesRequest) -> Re
             (choice,) = await unless_gone(request, generation.choices())
             return json_response(answer.whole(choice, generation.usage))
         return EventStream(
-            _events(answer, generation),
-            lambda error: sse(anthropic_body(error), "error"),
-            lambda error: note_error(generation.journey, error),
-            stack.pop_all(),
-            PING,
+            _events(answer, generation), lambda error: sse(anthropic_body(error), "error"), stack.pop_all(), PING
         )
 
 

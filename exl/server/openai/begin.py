@@ -1,9 +1,8 @@
-"""What the routes for chats share: from a conversation to a generation, and its stream."""
+"""What the routes for chats share: from a conversation to a generation."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,11 @@ from fastapi import Request
 from pydantic import BaseModel, Field
 
 from exl.request_options import CONSTRAINTS, RequestOptions
-from exl.server.errors import ApiError, openai_body, told_as
+from exl.server.errors import ApiError, told_as
 from exl.server.generation import Generation, Job
-from exl.server.journeys import note_error
 from exl.server.openai.fields import GenerationFields, JsonObject, Written, request_options
-from exl.server.responses import EventStream, sse
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
-from exl.server.watch import Journey
 
 TEMPLATE_NAMES = {"variables": "chat_template_kwargs"}  # exl's name and vLLM's
 
@@ -89,12 +85,3 @@ def _check_unconstrained(options: RequestOptions, schema_field: str) -> None:
     if given is not None:
         text = f"{given}: found it with {schema_field} or tools that constrain the answer: expected one of them"
         raise ApiError(400, text, param=given)
-
-
-def event_stream(
-    events: AsyncGenerator[bytes, None],
-    journey: Journey,
-    resources: AsyncExitStack,
-    tell: Callable[[ApiError], bytes] = lambda error: sse(openai_body(error)),
-) -> EventStream:
-    return EventStream(events, tell, lambda error: note_error(journey, error), resources)

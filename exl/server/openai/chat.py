@@ -13,11 +13,11 @@ from pydantic import BaseModel, Field
 from exl.server.bodies import json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Generation
-from exl.server.openai.begin import AskedChat, ChatFields, begin_chat, check_template_kwargs, event_stream
+from exl.server.openai.begin import AskedChat, ChatFields, begin_chat, check_template_kwargs
 from exl.server.openai.chat_answer import ChatAnswer
-from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, StreamOptions, refused
+from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, StreamOptions, openai_event, refused
 from exl.server.openai.messages import Effort, Message, ResponseFormat, Tool, chosen_tools, template_variables
-from exl.server.responses import SSE_DONE, json_response, unless_gone
+from exl.server.responses import SSE_DONE, EventStream, json_response, unless_gone
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
@@ -79,7 +79,7 @@ async def _answer(server: Server, request: Request, body: ChatRequest) -> Respon
         if not body.stream:
             choices = await unless_gone(request, generation.choices())
             return json_response(answer.whole(choices, generation))
-        return event_stream(_events(answer, generation), generation.journey, stack.pop_all())
+        return EventStream(_events(answer, generation), openai_event, stack.pop_all())
 
 
 def _conversation(body: ChatRequest, schema: Any) -> Conversation:

@@ -13,8 +13,9 @@ from exl.engine.request import Outcome
 from exl.request_options import RequestOptions
 from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
 from exl.server.bodies import Body, Json
-from exl.server.errors import ApiError
+from exl.server.errors import ApiError, openai_body
 from exl.server.generation import Usage
+from exl.server.responses import sse
 from exl.server.state import Server
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound of chats
@@ -144,6 +145,11 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
     except ValueError:
         bad = next(key for key in given if not key.lstrip("-").isdigit())
         raise ApiError(400, f"logit_bias: found the key {bad!r}, expected token ids", param="logit_bias") from None
+
+
+def openai_event(error: ApiError) -> bytes:
+    """The last event of a stream that has failed."""
+    return sse(openai_body(error))
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from pydantic import BaseModel, Field
 from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Generation
-from exl.server.openai.begin import AskedChat, ChatFields, begin_chat, check_template_kwargs, event_stream
+from exl.server.openai.begin import AskedChat, ChatFields, begin_chat, check_template_kwargs
 from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, refused
 from exl.server.openai.messages import Effort, chosen_tools, template_variables
 from exl.server.openai.response_answer import ResponseAnswer
 from exl.server.openai.response_items import Input, ResponseTool, TextConfig, messages_of
-from exl.server.responses import json_response, unless_gone
+from exl.server.responses import EventStream, json_response, unless_gone
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
@@ -102,7 +102,7 @@ async def _answer(server: Server, request: Request, body: ResponsesRequest) -> R
             answer.take(choice.parts, choice.logprobs)
             answer.end(choice.outcome, choice.is_whole, generation.usage)
             return json_response(answer.response)
-        return event_stream(_events(answer, generation), generation.journey, stack.pop_all(), answer.fail)
+        return EventStream(_events(answer, generation), answer.fail, stack.pop_all())
 
 
 async def _events(answer: ResponseAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:
