@@ -21,11 +21,11 @@ from exl.server.openai.fields import (
     GenerationFields,
     Ignored,
     StreamOptions,
+    counts_of,
     finish_reason,
     openai_event,
     refused,
     request_options,
-    usage_of,
 )
 from exl.server.openai.logprobs import LegacyLogprobs
 from exl.server.openai.prompts import Prompts
@@ -146,8 +146,7 @@ class _Told:
         return sse({**self._head, "choices": [], **self._counts()}) if self._wants_usage else b""
 
     def _counts(self) -> dict[str, Any]:
-        usage = total([generation.usage for generation in self._generations])
-        return {"usage": usage_of(usage), "timings": usage.timings()}
+        return counts_of(total([generation.usage for generation in self._generations]))
 
     def _choice(self, place: int, index: int, text: str, tokens: Sequence[Any], reason: str | None) -> dict[str, Any]:
         is_first = index not in self._began

@@ -152,8 +152,12 @@ def openai_event(error: ApiError) -> bytes:
     return sse(openai_body(error))
 
 
-def usage_of(usage: Usage) -> dict[str, Any]:
-    """OpenAI's ``usage``."""
+def counts_of(usage: Usage) -> dict[str, Any]:
+    """The fields of an answer that tell what it took: OpenAI's and llama-server's."""
+    return {"usage": _usage(usage), "timings": usage.timings()}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.num_prompt,
         "completion_tokens": usage.num_generated,
