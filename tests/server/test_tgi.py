@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 import tokenizers
 
 from exl.server.generation import Generation, Update
-from tests.server.running import SECONDS, RunningServer
+from tests.server.running import RunningServer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub.errors import TextGenerationError, ValidationError  # noqa: E402
@@ -21,17 +20,6 @@ PROMPT = "Tom had a dog. The dog"
 @pytest.fixture(scope="module")
 def client(running):
     return huggingface_hub.InferenceClient(base_url=running.url, token="none")
-
-
-@pytest.fixture(scope="module")
-def plain(running):
-    with httpx.Client(base_url=running.url, timeout=SECONDS) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def library(running):
-    return tokenizers.Tokenizer.from_file(str(running.llm.folder / "tokenizer.json"))
 
 
 def alone(running, prompt=PROMPT, **options):
