@@ -133,9 +133,9 @@ def _conversation(body: ConversationFields, stop: Sequence[str] = ()) -> Convers
         messages,
         tools,
         choice,
-        not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
-        None if output is None or output.format is None else output.format.schema_,
-        template_variables(body.thinking, output),
+        parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
+        json_schema=None if output is None or output.format is None else output.format.schema_,
+        variables=template_variables(body.thinking, output),
         continue_final=continues,
         stop=stop,
     )

@@ -58,7 +58,7 @@ async def begin_chat(server: Server, model: ServedModel, request: Request, asked
     conversation = asked.conversation
     with told_as(TEMPLATE_NAMES):
         prepared = await server.in_thread(lambda: model.prepare(conversation))
-    constrains = "tools" if conversation.json_schema is None else asked.schema_field
+    constrains = asked.schema_field if conversation.follows_schema else "tools"
     names = {"max_tokens": asked.tokens_field, **dict.fromkeys(prepared.constraint, constrains)}
     body = asked.body.model_copy(update={"max_tokens": asked.max_tokens})
     with told_as(names):

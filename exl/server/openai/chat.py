@@ -92,12 +92,12 @@ def _conversation(body: ChatRequest, schema: Any) -> Conversation:
         [message.for_template() for message in body.messages],
         tools,
         choice,
-        body.parallel_tool_calls is not False,
-        schema,
-        template_variables(body.reasoning_effort, body.chat_template_kwargs),
-        body.add_generation_prompt is not False,
-        bool(body.continue_final_message),
-        body.stops,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        json_schema=schema,
+        variables=template_variables(body.reasoning_effort, body.chat_template_kwargs),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final=bool(body.continue_final_message),
+        stop=body.stops,
     )
 
 

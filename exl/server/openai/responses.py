@@ -124,9 +124,9 @@ def _conversation(body: ResponsesRequest, schema: Any) -> Conversation:
         messages_of(body.input, body.instructions),
         tools,
         choice,
-        body.parallel_tool_calls is not False,
-        schema,
-        template_variables(effort, body.chat_template_kwargs),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        json_schema=schema,
+        variables=template_variables(effort, body.chat_template_kwargs),
         stop=body.stops,
     )
 
