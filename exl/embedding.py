@@ -43,7 +43,7 @@ def submit_embed(
 ) -> Handle[torch.Tensor]:
     """See ``LLM.submit_embed``."""
     _check(pooling, normalize)
-    return _submit(generator, _ids_of(encode, generator.context, "text", text), pooling, normalize, inline=False)
+    return _submit(generator, ids_of(encode, generator.context, "text", text), pooling, normalize, inline=False)
 
 
 def _submit(
@@ -83,17 +83,18 @@ def _token_ids(
         named = [("texts", texts)]
     else:
         named = [(f"texts[{i}]", text) for i, text in enumerate(texts)]
-    return [_ids_of(encode, context, name, text) for name, text in named]
+    return [ids_of(encode, context, name, text) for name, text in named]
 
 
-def _ids_of(encode: Callable[[Prompt], list[int]], context: int, name: str, text: Any) -> list[int]:
-    """Raises ``ConfigError`` that begins with ``name``."""
-    if isinstance(text, Sequence | np.ndarray) and not len(text):
-        raise ConfigError(f"{name}: found an empty text, expected at least one token")
+def ids_of(encode: Callable[[Prompt], list[int]], context: int, name: str, text: Any) -> list[int]:
+    """Token ids of a text that can be embedded. Raises ``ConfigError`` that begins with ``name``."""
+    is_empty = isinstance(text, Sequence | np.ndarray) and not len(text)  # though it may get a BOS
     try:
-        ids = encode(text)
+        ids = [] if is_empty else encode(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
+    if not ids:
+        raise ConfigError(f"{name}: found an empty text, expected at least one token")
     if len(ids) > context:
         raise ConfigError(f"{name}: found {len(ids)} tokens, the context holds {context}")
     return ids

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, PlainSerializer, Tag, ValidationError
 from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json
 
@@ -21,6 +21,16 @@ _REPR = reprlib.Repr()  # looks at no more of a large value than it shows
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 76
 M = TypeVar("M", bound=BaseModel)
 Json = Annotated[Any, PlainSerializer(lambda value: value)]  # whatever JSON can hold
+
+
+def text_or(items: Any) -> Any:
+    """The type of a text or of a list, ``items``. Told apart by hand, so that an error is of the one that was meant;
+    pydantic would tell those of both."""
+
+    def tag(value: Any) -> str:
+        return "List" if isinstance(value, list) else "Text"
+
+    return Annotated[Annotated[str, Tag("Text")] | Annotated[items, Tag("List")], Discriminator(tag)]
 
 
 class Body(BaseModel):

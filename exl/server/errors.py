@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from exl.errors import (
@@ -66,6 +67,10 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
+class ClientGone(Exception):
+    """The client has left before its answer was whole."""
+
+
 def api_error(error: Exception) -> ApiError:
     """Any error of a request's, as its client is told. What exl did not raise is "internal error": the log has it."""
     if isinstance(error, ApiError):
@@ -88,6 +93,21 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ExlError):  # the model was closed, or takes no more requests
         return ApiError(503, text, code="unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
     return ApiError(500, "internal error", code="internal_error")
+
+
+@contextlib.contextmanager
+def told_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of what is refused inside begin with the client's own name for a field, where exl has another: ``names``
+    has exl's names as keys."""
+    try:
+        yield
+    except (ApiError, ConfigError) as error:
+        told = api_error(error)
+        name, _, words = told.message.partition(": ")
+        if names.get(name, name) == name:
+            raise
+        field = names[name]
+        raise ApiError(told.status, f"{field}: {words}", code=told.code, param=field) from None
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:

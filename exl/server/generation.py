@@ -14,21 +14,19 @@ from exl.engine.handle import Handle
 from exl.engine.request import Outcome
 from exl.engine.ticket import Event
 from exl.parse.parts import AnswerParser, Part, Reasoning, Text, ToolCallArguments
-from exl.request_options import RequestOptions
+from exl.request_options import CONSTRAINTS, RequestOptions
 from exl.server.errors import ApiError
 from exl.server.served import ServedModel
 from exl.server.state import Server
 from exl.server.watch import Journey
 from exl.text.logprobs import TokenLogprob
 
-_CONSTRAINTS = frozenset({"json_schema", "regex", "grammar", "choices"})
-
 
 @dataclass(frozen=True)
 class Job:
     """What a protocol asks of the engine."""
 
-    prompt: str | Sequence[int]
+    prompt: Sequence[int]  # token ids
     options: RequestOptions
     # For each choice; None: its text is all text.
     make_parser: Callable[[], AnswerParser | None] | None = None
@@ -139,9 +137,8 @@ class Generation:
         job: Job,
         handle: Handle[Completion],
         journey: Journey,
-        prompt_ids: Sequence[int],
     ) -> None:
-        self.model, self.journey, self.prompt_ids = model, journey, prompt_ids
+        self.model, self.journey, self.prompt_ids = model, journey, job.prompt
         self._server, self._job, self._handle = server, job, handle
         self._readers: dict[int, _Reader | None] = {}
         self._wants_logprobs = job.options.get("top_logprobs") is not None
@@ -149,22 +146,21 @@ class Generation:
 
     @classmethod
     async def begin(cls, server: Server, model: ServedModel, job: Job, journey: Journey) -> Generation:
-        """Raises ``ExlError`` for what is refused. Grammars are compiled and prompts encoded in a thread. Of several
+        """Raises ``ExlError`` for what is refused. Grammars are compiled in a thread. Of several
         generations for one HTTP request, which begin one after the other, each but the first has a journey of its
         own, so that whoever looks on hears of each."""
         if journey.submitted is not None:
             journey = Journey(journey.request_id, journey.route, arrived=journey.arrived)
         journey.model = model.name
 
-        def submit() -> tuple[Handle[Completion], list[int]]:
-            ids = model.llm.encode(job.prompt)
+        def submit() -> Handle[Completion]:
             if server.options.log_prompts:
-                journey.prompt = model.llm.tokenizer.decode(ids)
-            journey.submitted, journey.num_prompt = time.perf_counter(), len(ids)  # before: it may begin at once
-            return model.llm.submit(ids, **job.options), ids
+                journey.prompt = model.llm.tokenizer.decode(job.prompt)
+            journey.submitted, journey.num_prompt = time.perf_counter(), len(job.prompt)  # before: it may begin at once
+            return model.llm.submit(job.prompt, **job.options)
 
-        handle, ids = await server.in_thread(submit, slow=not _CONSTRAINTS.isdisjoint(job.options))
-        return cls(server, model, job, handle, journey, ids)
+        handle = await server.in_thread(submit, slow=any(name in job.options for name in CONSTRAINTS))
+        return cls(server, model, job, handle, journey)
 
     @property
     def num_choices(self) -> int:
@@ -206,7 +202,7 @@ class Generation:
     def close(self) -> None:
         """Cancels what still runs. May be called more than once."""
         self._handle.cancel()
-        self._end(self.journey)
+        self._end()
 
     async def choices(self) -> list[Choice]:
         """All answers, once they are whole; with ``best_of`` the best ones, those first."""
@@ -286,8 +282,9 @@ class Generation:
             for watch in self._server.watches:
                 watch.token_gap(journey, now - before, len(event.token_ids))
 
-    def _end(self, journey: Journey) -> None:
+    def _end(self) -> None:
         """Tells what came of the request, as far as it came."""
+        journey = self.journey
         if journey.ended is not None:
             return
         usage, answers = self.usage, self._handle.answers

@@ -12,8 +12,7 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from exl.server.errors import api_error
-from exl.server.responses import ClientGone
+from exl.server.errors import ClientGone, api_error
 from exl.server.state import Server
 from exl.server.watch import CURRENT_JOURNEY, Journey
 

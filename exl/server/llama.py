@@ -14,8 +14,10 @@ from pydantic import BaseModel, Field
 import exl
 from exl.request_options import Request as EngineRequest
 from exl.sampling_params import SamplingParams
-from exl.server.bodies import Body, Json, json_body, read_body
-from exl.server.errors import ApiError
+from exl.server.bodies import Body, json_body, read_body
+from exl.server.errors import ApiError, told_as
+from exl.server.openai.begin import TEMPLATE_NAMES, check_template_kwargs
+from exl.server.openai.fields import JsonObject
 from exl.server.openai.messages import Message, Tool
 from exl.server.responses import json_response
 from exl.server.served import ServedModel
@@ -62,7 +64,7 @@ class ApplyTemplateRequest(Body):
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Json] | None = Field(None, description="Further variables of the template.")
+    chat_template_kwargs: JsonObject | None = Field(None, description="Further variables of the template.")
     model: str | None = None
 
 
@@ -126,7 +128,7 @@ def _tokens(model: ServedModel, body: TokenizeRequest) -> Any:
 
 def _llama_tokens(model: ServedModel, body: TokenizeRequest) -> list[Any]:
     tokenizer = model.llm.tokenizer
-    special = body.parse_special is None or body.parse_special
+    special = body.parse_special is not False
     ids = tokenizer.encode(body.content or "", bos=bool(body.add_special), special=special)
     return [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids] if body.with_pieces else ids
 
@@ -159,10 +161,11 @@ def _text(model: ServedModel, tokens: Sequence[int]) -> str:
 
 
 def _rendered(model: ServedModel, body: ApplyTemplateRequest) -> str:
-    to_answer = body.add_generation_prompt is None or body.add_generation_prompt
+    check_template_kwargs(model, body.chat_template_kwargs)
     messages = [message.for_template() for message in body.messages]
     tools = [tool.for_template() for tool in body.tools or ()] or None
-    return model.chat_text(messages, tools, body.chat_template_kwargs, to_answer)
+    with told_as(TEMPLATE_NAMES):
+        return model.chat_text(messages, tools, body.chat_template_kwargs, body.add_generation_prompt is not False)
 
 
 # The server

@@ -12,7 +12,9 @@ from fastapi import Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from exl.server.errors import ApiError, api_error
+from exl.server.errors import ApiError, ClientGone, api_error
+from exl.server.journeys import note_error
+from exl.server.watch import Journey
 
 T = TypeVar("T")
 _PING_SECONDS = 15.0  # proxies close streams that are silent for a minute
@@ -46,16 +48,14 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes, None],
         tell_error: Callable[[ApiError], bytes],
-        on_error: Callable[[Exception], None],
         resources: AsyncExitStack,
         ping: bytes = SSE_PING,
     ) -> None:
-        """``tell_error`` makes the event of an error; ``on_error`` hears of each. ``resources`` are closed at the end,
-        also if no event was ever asked for."""
+        """``tell_error`` makes the event of an error. ``resources`` are closed at the end, also if no event was ever
+        asked for."""
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers(_STREAM_HEADERS)
-        self._events, self._tell_error, self._on_error, self._ping = events, tell_error, on_error, ping
-        self._resources = resources
+        self._events, self._tell_error, self._resources, self._ping = events, tell_error, resources, ping
         self._last = 0.0  # when something was sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,20 +63,21 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             self._last = asyncio.get_running_loop().time()
-            tasks += map(asyncio.ensure_future, (self._send_all(send), self._send_pings(send), _gone(receive)))
+            works = self._send_all(send, scope["journey"]), self._send_pings(send), _gone(receive)
+            tasks += map(asyncio.ensure_future, works)
             await asyncio.wait((tasks[0], tasks[2]), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _end(tasks)
             await self._events.aclose()
             await self._resources.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, journey: Journey) -> None:
         try:
             async for event in self._events:
                 self._last = asyncio.get_running_loop().time()
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
-            self._on_error(error)
+            note_error(journey, error)
             await send({"type": "http.response.body", "body": self._tell_error(api_error(error)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -110,12 +111,3 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class ClientGone(Exception):
-    """The client has left before its answer was whole."""
-
-
-def without_none(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Without keys whose value is None."""
-    return {key: item for key, item in value.items() if item is not None}

@@ -38,6 +38,11 @@ class Conversation:
     continue_final: bool = False  # the last message, an assistant's, is the beginning of the answer
     stop: Sequence[str] = ()
 
+    @property
+    def follows_schema(self) -> bool:
+        """Whether the schema constrains the answer: of calls that are required there is no text."""
+        return self.json_schema is not None and self.tool_choice in ("auto", "none")
+
 
 @dataclass(frozen=True)
 class PreparedChat:
@@ -84,10 +89,9 @@ class ServedModel:
         return PreparedChat(prompt, constraint, lambda: self.parser(prompt, tools, (*chat.stop, *stop)), stop)
 
     def _constraint(self, chat: Conversation, tools: Tools, prompt: Sequence[int]) -> dict[str, Any]:
-        """What required and strict calls, and a schema of the text, ask of the engine. Of calls that are required there
-        is no text."""
+        """What required and strict calls, and a schema of the text, ask of the engine."""
         parallel, choice = chat.parallel_tool_calls, chat.tool_choice
-        if chat.json_schema is not None and choice in ("auto", "none"):
+        if chat.follows_schema:
             return constrain_text(
                 self.format, self.llm.tokenizer, chat.json_schema, tools=tools, parallel=parallel, prompt_ids=prompt
             )

@@ -19,17 +19,23 @@ from exl.engine.request import Outcome
 from exl.request_options import RequestOptions
 from exl.sampling_params import MAX_STOPS
 from exl.server.bodies import Body, Json, json_body, read_body
-from exl.server.errors import ApiError, tgi_body
+from exl.server.errors import ApiError, tgi_body, told_as
 from exl.server.generation import Choice, Generation, Job, Update
-from exl.server.journeys import note_error
 from exl.server.openai.fields import MAX_TOP_LOGPROBS, GenerationFields, refused, request_options
-from exl.server.responses import EventStream, json_response, sse, unless_gone, without_none
+from exl.server.responses import EventStream, json_response, sse, unless_gone
 from exl.server.served import ServedModel
 from exl.server.state import Server
 from exl.text.logprobs import TokenLogprob
 from exl.text.sink import TextSink
 
 _DEFAULT_TOKENS = 100  # of an answer whose request does not say, as text-generation-inference has it
+# Where a request has what exl calls so, for errors.
+_FIELDS = {
+    "prompt": "inputs",
+    "max_tokens": "parameters.max_new_tokens",
+    "json_schema": "parameters.grammar.value",
+    "regex": "parameters.grammar.value",
+}
 
 
 class Grammar(Body):
@@ -115,20 +121,16 @@ async def _answer(server: Server, request: Request, body: GenerateRequest, *, as
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(server.models.use(None))
         prompt = await server.in_thread(lambda: _prompt(model, body.inputs, parameters.truncate))
-        options = _options(server, model, body, parameters, len(prompt))
-        generation = await Generation.begin(server, model, Job(prompt, options), request.scope["journey"])
+        with told_as(_FIELDS):
+            options = _options(server, model, body, parameters, len(prompt))
+            generation = await Generation.begin(server, model, Job(prompt, options), request.scope["journey"])
         stack.callback(generation.close)
         told = _Told(model, prompt, body.inputs if parameters.return_full_text else "", parameters)
         if not body.stream:
             choices = await unless_gone(request, generation.choices())
             answer = told.whole(choices, generation)
             return json_response([answer] if as_list else answer, headers=_headers(body.inputs, generation))
-        return EventStream(
-            _events(told, generation),
-            lambda error: sse(tgi_body(error)),
-            lambda error: note_error(generation.journey, error),
-            stack.pop_all(),
-        )
+        return EventStream(_events(told, generation), lambda error: sse(tgi_body(error)), stack.pop_all())
 
 
 # Requests
@@ -386,18 +388,16 @@ def _headers(inputs: str, generation: Generation) -> dict[str, str]:
 
 def _info(server: Server, model: ServedModel) -> dict[str, Any]:
     num_sequences = model.llm.max_sequences
-    return without_none(
-        {
-            "model_id": model.name,
-            "model_pipeline_tag": "text-generation",
-            "max_concurrent_requests": num_sequences + server.options.max_queue,
-            "max_best_of": num_sequences,
-            "max_stop_sequences": MAX_STOPS,
-            "max_input_tokens": model.context - 1,
-            "max_total_tokens": model.context,
-            "max_client_batch_size": 1,
-            "validation_workers": 1,
-            "router": "exl",
-            "version": exl.__version__,
-        }
-    )
+    return {
+        "model_id": model.name,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": num_sequences + server.options.max_queue,
+        "max_best_of": num_sequences,
+        "max_stop_sequences": MAX_STOPS,
+        "max_input_tokens": model.context - 1,
+        "max_total_tokens": model.context,
+        "max_client_batch_size": 1,
+        "validation_workers": 1,
+        "router": "exl",
+        "version": exl.__version__,
+    }

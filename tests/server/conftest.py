@@ -28,3 +28,32 @@ def chatting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "chat"
     with RunningServer(loader(folder, CHATML, context=1024), "chat") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def plain(running):
+    """Plain requests to ``running``."""
+    with _client(running) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def plain_chatting(chatting):
+    """Plain requests to ``chatting``."""
+    with _client(chatting) as client:
+        yield client
+
+
+def _client(server):
+    import httpx
+
+    from tests.server.running import SECONDS
+
+    return httpx.Client(base_url=server.url, timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def library(running):
+    """The tokenizers library's own reading of ``running``'s tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    return tokenizers.Tokenizer.from_file(str(running.llm.folder / "tokenizer.json"))

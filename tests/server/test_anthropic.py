@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 import transformers
 
@@ -13,7 +12,7 @@ from exl.engine.request import Outcome
 from exl.parse.parts import Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from exl.server.generation import Generation, Update
 from tests.server.chat_models import TOOLS_ONLY, loader
-from tests.server.running import SECONDS, RunningServer
+from tests.server.running import RunningServer
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -36,12 +35,6 @@ WEATHER_FUNCTION = {
 @pytest.fixture(scope="module")
 def client(chatting):
     return anthropic.Anthropic(base_url=chatting.url, api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def plain(chatting):
-    with httpx.Client(base_url=chatting.url, timeout=SECONDS) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +76,9 @@ def test_an_answer_is_the_engines_own(client, chatting, prompt):
     assert again.usage.input_tokens + again.usage.cache_read_input_tokens == len(ids)
 
 
-def test_a_streams_events_come_in_anthropics_order(plain, chatting, prompt):
+def test_a_streams_events_come_in_anthropics_order(plain_chatting, chatting, prompt):
     body = {"model": "chat", "max_tokens": 12, "messages": HELLO, "seed": 5, "stream": True}
-    response = plain.post("/v1/messages?beta=true", json=body, headers={"anthropic-version": "2023-06-01"})
+    response = plain_chatting.post("/v1/messages?beta=true", json=body, headers={"anthropic-version": "2023-06-01"})
     assert response.headers["content-type"].startswith("text/event-stream")
     events = [lines.split("\n") for lines in response.text.strip().split("\n\n")]
     names = [name.removeprefix("event: ") for name, _ in events]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
-
-from tests.server.running import SECONDS
 
 HELLO = [{"role": "user", "content": "Tell me of a dog."}]
 WEATHER = {
@@ -15,22 +12,16 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain(chatting):
-    with httpx.Client(base_url=chatting.url, timeout=SECONDS) as client:
-        yield client
-
-
-def refused(plain, body, status=400):
-    response = plain.post("/v1/messages", json={"model": "chat", "max_tokens": 4, "messages": HELLO, **body})
+def refused(plain_chatting, body, status=400):
+    response = plain_chatting.post("/v1/messages", json={"model": "chat", "max_tokens": 4, "messages": HELLO, **body})
     assert response.status_code == status, response.text
     found = response.json()
     assert found["type"] == "error"
     return found["error"]["message"]
 
 
-def test_max_tokens_is_needed(plain):
-    response = plain.post("/v1/messages", json={"model": "chat", "messages": HELLO})
+def test_max_tokens_is_needed(plain_chatting):
+    response = plain_chatting.post("/v1/messages", json={"model": "chat", "messages": HELLO})
     assert response.json()["error"] == {"type": "invalid_request_error", "message": "max_tokens: field required"}
 
 
@@ -38,6 +29,7 @@ def _user(*blocks):
     return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
+_UNKNOWN_REF = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]}
 _IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 
 
@@ -94,14 +86,23 @@ _IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png
         ({"n": 2}, "n: unknown field"),
         ({"max_tokens": -1}, "max_tokens: input should be greater than or equal to 0, found -1"),
         ({"temperature": -1}, "temperature: found -1"),
+        ({"timeout": -1}, "timeout: input should be greater than 0, found -1"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}},
+            "output_config.format: ",
+        ),
+        (
+            {"tools": [{**WEATHER, "input_schema": _UNKNOWN_REF}], "tool_choice": {"type": "any"}},
+            "tools: at ",
+        ),
         ({"stop_sequences": [""]}, "stop: found a string of 0 characters"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(plain, body, message):
-    assert refused(plain, body).startswith(message)
+def test_what_cannot_be_honoured_is_refused_by_name(plain_chatting, body, message):
+    assert refused(plain_chatting, body).startswith(message)
 
 
-def test_what_changes_nothing_is_taken(plain):
+def test_what_changes_nothing_is_taken(plain_chatting):
     body = {
         "metadata": {"user_id": "a"},
         "service_tier": "auto",
@@ -110,5 +111,5 @@ def test_what_changes_nothing_is_taken(plain):
         "mcp_servers": [],
         "tools": [{**WEATHER, "type": "custom", "cache_control": {"type": "ephemeral"}, "eager_input_streaming": True}],
     }
-    response = plain.post("/v1/messages", json={"max_tokens": 2, "messages": HELLO, **body})
+    response = plain_chatting.post("/v1/messages", json={"max_tokens": 2, "messages": HELLO, **body})
     assert response.status_code == 200, response.text

@@ -76,7 +76,7 @@ def test_a_late_reader_gets_all_at_once(running):
     expected = running.llm.generate("One day", **options)
 
     async def read():
-        job = Job("One day", options)
+        job = Job(running.llm.encode("One day"), options)
         generation = await Generation.begin(running.server, served, job, Journey("r", "/"))
         while not all(answer.outcome for answer in generation._handle.answers):
             await asyncio.sleep(0.01)
@@ -97,7 +97,7 @@ def test_who_leaves_the_updates_ends_the_request(running):
     journey = Journey("r", "/")
 
     async def read():
-        job = Job("One day", {"max_tokens": 400, "ignore_eos": True})
+        job = Job(running.llm.encode("One day"), {"max_tokens": 400, "ignore_eos": True})
         generation = await Generation.begin(running.server, served, job, journey)
         async with aclosing(generation.updates()) as updates:
             async for _ in updates:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.server.running import wait_until
+from tests.server.running import SECONDS, wait_until
 
 openai = pytest.importorskip("openai")
 CreateEmbeddingResponse = openai.types.CreateEmbeddingResponse
@@ -77,13 +77,16 @@ def test_a_client_that_leaves_holds_up_nothing(running, client):
     texts = [f"{i} " + "word " * 150 for i in range(400)]
     before = running.llm.stats().prompt_tokens
 
-    def leave():
-        with pytest.raises(httpx.TimeoutException):
-            httpx.post(f"{running.url}/v1/embeddings", json={"input": texts}, timeout=0.3)
+    async def leave():
+        """Once the first texts are computed."""
+        async with httpx.AsyncClient(timeout=SECONDS) as leaver:
+            asked = asyncio.ensure_future(leaver.post(f"{running.url}/v1/embeddings", json={"input": texts}))
+            await asyncio.to_thread(wait_until, lambda: running.llm.stats().prompt_tokens > before)
+            assert asked.cancel()
+            await asyncio.wait([asked])
 
-    leaver = threading.Thread(target=leave)
-    leaver.start()
-    leaver.join()
+    asyncio.run(leave())
+    wait_until(lambda: not running.server.num_open)
     wait_until(lambda: not (running.llm.stats().running or running.llm.stats().waiting))
     computed = running.llm.stats().prompt_tokens - before
     time.sleep(0.1)

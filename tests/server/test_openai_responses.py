@@ -153,6 +153,13 @@ def test_an_error_in_a_stream_is_told_as_failed(running, client, monkeypatch):
         ({"tools": [{"type": "web_search"}]}, "tools[0]", "not 'web_search'"),
         ({"include": ["file_search_call.results"]}, "include", "found 'file_search_call.results'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "expected a schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}},
+            "text.format",
+            "nonsense",
+        ),
+        ({"extra_body": {"json_schema": {"type": "nonsense"}}}, "json_schema", "nonsense"),
+        ({"max_output_tokens": -2}, "max_output_tokens", "found -2"),
         ({"extra_body": {"n": 2}}, "n", "one answer"),
         ({"extra_body": {"max_tokens": 2}}, "max_tokens", "expected max_output_tokens"),
     ],

@@ -33,6 +33,7 @@ TIME = {
         "additionalProperties": False,
     },
 }
+UNKNOWN_REF = {"type": "object", "properties": {"zone": {"$ref": "#/nowhere"}}, "required": ["zone"]}
 TOOLS = [{"type": "function", "function": function} for function in (WEATHER, TIME)]
 MESSAGES = [{"role": "user", "content": "How is the weather?"}]
 CALL = '<tool_call>\n{"name": "get_time", "arguments": {"zone": "UTC"}}\n</tool_call>'
@@ -329,6 +330,12 @@ def test_langchains_round_trip(calling):
              "tool_choice": "required"},
             "tools[0]",
             "expected the schema of an object",
+        ),
+        (
+            {"tools": [{"type": "function", "function": TIME | {"parameters": UNKNOWN_REF}}],
+             "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tools",
+            "/nowhere",
         ),
     ],
 )  # fmt: skip

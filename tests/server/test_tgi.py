@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 import tokenizers
 
 from exl.server.generation import Generation, Update
-from tests.server.running import SECONDS, RunningServer
+from tests.server.running import RunningServer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub.errors import TextGenerationError, ValidationError  # noqa: E402
@@ -21,17 +20,6 @@ PROMPT = "Tom had a dog. The dog"
 @pytest.fixture(scope="module")
 def client(running):
     return huggingface_hub.InferenceClient(base_url=running.url, token="none")
-
-
-@pytest.fixture(scope="module")
-def plain(running):
-    with httpx.Client(base_url=running.url, timeout=SECONDS) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def library(running):
-    return tokenizers.Tokenizer.from_file(str(running.llm.folder / "tokenizer.json"))
 
 
 def alone(running, prompt=PROMPT, **options):
@@ -248,6 +236,9 @@ def test_headers_tell_times_and_counts(plain):
         ({"grammar": {"type": "json", "value": [1]}}, "parameters.grammar.value: found list, expected a schema"),
         ({"grammar": {"type": "json_schema", "value": {"name": "x"}}}, "parameters.grammar.value: expected an object"),
         ({"grammar": {"type": "lark", "value": "x"}}, "parameters.grammar.type: input should be 'json'"),
+        ({"grammar": {"type": "regex", "value": "("}}, "parameters.grammar.value: "),
+        ({"grammar": {"type": "json", "value": {"type": "nonsense"}}}, "parameters.grammar.value: "),
+        ({"max_new_tokens": 2**31}, "parameters.max_new_tokens: found 2147483648"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(plain, parameters, message):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from exl.server.bodies import Body, Json
+from exl.server.bodies import Body, Json, text_or
 from exl.server.errors import ApiError
 from exl.server.openai.fields import Ignored, refused
 from exl.server.openai.messages import Effort, FunctionDefinition, Tool, chosen_tools
@@ -74,16 +74,10 @@ def _member(known: Sequence[str]) -> Any:
     return tag
 
 
-def _text_or_blocks(value: Any) -> str:
-    return "Blocks" if isinstance(value, list) else "Text"
-
-
 _Unread = Annotated[UnreadBlock, Tag("Unread")]
 _Text = Annotated[TextBlock, Tag("Text")]
 OnlyText = Annotated[_Text | _Unread, Discriminator(_member(("text",)))]
-Texts = Annotated[
-    Annotated[str, Tag("Text")] | Annotated[list[OnlyText], Tag("Blocks")], Discriminator(_text_or_blocks)
-]
+Texts: Any = text_or(list[OnlyText])
 
 
 class ToolResultBlock(Body):
@@ -111,9 +105,7 @@ _BLOCKS_OF = {
 
 class InputMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[
-        Annotated[str, Tag("Text")] | Annotated[list[Block], Tag("Blocks")], Discriminator(_text_or_blocks)
-    ]
+    content: text_or(list[Block])  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _fits(self) -> InputMessage:

@@ -24,9 +24,9 @@ from exl.server.anthropic.content import (
 )
 from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import ApiError, anthropic_body
-from exl.server.generation import Generation, Job
-from exl.server.journeys import note_error
-from exl.server.openai.fields import Ignored, SamplingFields, refused, request_options
+from exl.server.generation import Generation
+from exl.server.openai.begin import AskedChat, begin_chat
+from exl.server.openai.fields import Ignored, SamplingFields, Timeout, refused
 from exl.server.responses import EventStream, json_response, sse, unless_gone
 from exl.server.served import Conversation
 from exl.server.state import Server
@@ -62,7 +62,7 @@ class MessagesRequest(ConversationFields, SamplingFields):  # type: ignore[valid
     max_tokens: int = Field(ge=0)
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    timeout: float | None = Field(None, description="Seconds after which the answer ends as it is.")
+    timeout: Timeout = None
     metadata: Ignored = None
     service_tier: Ignored = None
     container: refused("this server runs no code") = None  # type: ignore[valid-type]
@@ -103,10 +103,8 @@ async def _answer(server: Server, request: Request, body: MessagesRequest) -> Re
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(server.models.use(body.model))
         conversation = _conversation(body, body.stop or ())
-        prepared = await server.in_thread(lambda: model.prepare(conversation))
-        options = request_options(server, body, model.context - len(prepared.prompt_ids))
-        job = Job(prepared.prompt_ids, prepared.added_to(options), prepared.make_parser)
-        generation = await Generation.begin(server, model, job, request.scope["journey"])
+        asked = AskedChat(body, conversation, body.max_tokens, schema_field="output_config.format")
+        generation = await begin_chat(server, model, request, asked)
         stack.callback(generation.close)
         omits = body.thinking is not None and body.thinking.display == "omitted"
         answer = MessageAnswer(model.name, body.stop or (), omits)
@@ -114,11 +112,7 @@ async def _answer(server: Server, request: Request, body: MessagesRequest) -> Re
             (choice,) = await unless_gone(request, generation.choices())
             return json_response(answer.whole(choice, generation.usage))
         return EventStream(
-            _events(answer, generation),
-            lambda error: sse(anthropic_body(error), "error"),
-            lambda error: note_error(generation.journey, error),
-            stack.pop_all(),
-            PING,
+            _events(answer, generation), lambda error: sse(anthropic_body(error), "error"), stack.pop_all(), PING
         )
 
 
@@ -139,9 +133,9 @@ def _conversation(body: ConversationFields, stop: Sequence[str] = ()) -> Convers
         messages,
         tools,
         choice,
-        not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
-        None if output is None or output.format is None else output.format.schema_,
-        template_variables(body.thinking, output),
+        parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
+        json_schema=None if output is None or output.format is None else output.format.schema_,
+        variables=template_variables(body.thinking, output),
         continue_final=continues,
         stop=stop,
     )

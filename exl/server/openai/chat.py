@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -12,11 +13,11 @@ from pydantic import BaseModel, Field
 from exl.server.bodies import json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Generation
-from exl.server.openai.begin import ChatFields, begin_chat, event_stream
+from exl.server.openai.begin import AskedChat, ChatFields, begin_chat, check_template_kwargs
 from exl.server.openai.chat_answer import ChatAnswer
-from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, StreamOptions, refused
+from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, StreamOptions, openai_event, refused
 from exl.server.openai.messages import Effort, Message, ResponseFormat, Tool, chosen_tools, template_variables
-from exl.server.responses import SSE_DONE, json_response, unless_gone
+from exl.server.responses import SSE_DONE, EventStream, json_response, unless_gone
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
@@ -78,18 +79,12 @@ async def _answer(server: Server, request: Request, body: ChatRequest) -> Respon
         if not body.stream:
             choices = await unless_gone(request, generation.choices())
             return json_response(answer.whole(choices, generation))
-        return event_stream(_events(answer, generation), generation.journey, stack.pop_all())
+        return EventStream(_events(answer, generation), openai_event, stack.pop_all())
 
 
-def conversation_of(body: ChatRequest) -> Conversation:
+def _conversation(body: ChatRequest, schema: Any) -> Conversation:
     """Raises ``ApiError``."""
     tools, choice = chosen_tools([tool.for_template() for tool in body.tools or ()], body.tool_choice)
-    schema = body.json_schema
-    if body.response_format is not None and (wanted := body.response_format.schema_of()) is not None:
-        if schema is not None:
-            text = "response_format: found it and json_schema, expected one of the two"
-            raise ApiError(400, text, param="response_format")
-        schema = wanted
     if body.continue_final_message and body.add_generation_prompt:
         text = "continue_final_message: found it with add_generation_prompt, expected one of the two"
         raise ApiError(400, text, param="continue_final_message")
@@ -97,12 +92,12 @@ def conversation_of(body: ChatRequest) -> Conversation:
         [message.for_template() for message in body.messages],
         tools,
         choice,
-        body.parallel_tool_calls is not False,
-        schema,
-        template_variables(body.reasoning_effort, body.chat_template_kwargs),
-        body.add_generation_prompt is not False,
-        bool(body.continue_final_message),
-        [body.stop] if isinstance(body.stop, str) else body.stop or (),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        json_schema=schema,
+        variables=template_variables(body.reasoning_effort, body.chat_template_kwargs),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final=bool(body.continue_final_message),
+        stop=body.stops,
     )
 
 
@@ -111,13 +106,19 @@ async def _begin(server: Server, model: ServedModel, request: Request, body: Cha
         raise ApiError(400, "top_logprobs: found it without logprobs, expected both", param="top_logprobs")
     if body.prompt_logprobs is not None and body.stream:
         raise ApiError(400, "prompt_logprobs: found it with stream, expected one of the two", param="prompt_logprobs")
-    limits = {number for number in (body.max_tokens, body.max_completion_tokens) if number is not None}
-    if len(limits) > 1:
+    max_tokens, tokens_field = body.max_tokens, "max_tokens"
+    if max_tokens is None:
+        max_tokens, tokens_field = body.max_completion_tokens, "max_completion_tokens"
+    elif body.max_completion_tokens not in (None, max_tokens):
         text = "max_completion_tokens: found another number in max_tokens, expected one of the two"
         raise ApiError(400, text, param="max_completion_tokens")
+    check_template_kwargs(model, body.chat_template_kwargs)
+    wanted = None if body.response_format is None else body.response_format.schema_of()
+    schema, schema_field = body.only_schema(wanted, "response_format")
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    conversation, limit = conversation_of(body), limits.pop() if limits else None
-    return await begin_chat(server, model, request, body, conversation, limit, top_logprobs, "response_format")
+    conversation = _conversation(body, schema)
+    asked = AskedChat(body, conversation, max_tokens, tokens_field, schema_field, top_logprobs)
+    return await begin_chat(server, model, request, asked)
 
 
 async def _events(answer: ChatAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from exl.parse.parts import Part, Reasoning, Text, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from exl.server.generation import Choice, Generation, Update
-from exl.server.openai.fields import finish_reason, usage_of
-from exl.server.openai.logprobs import chat_logprobs
-from exl.server.responses import json_bytes
+from exl.server.openai.fields import counts_of, finish_reason
+from exl.server.openai.logprobs import chat_logprob, chat_logprobs
+from exl.server.responses import json_bytes, sse
 from exl.server.served import ServedModel
 from exl.text.logprobs import TokenLogprob
 
@@ -45,6 +45,7 @@ class ChatAnswer:
             "model": model.name,
             "system_fingerprint": model.fingerprint,
         }
+        self._chunk_head = self._head | {"object": "chat.completion.chunk"}
         self._wants_usage = wants_usage
         self._streamed: dict[int, _Streamed] = {}
         # ``usage`` is null in all chunks but the last, if it was asked for.
@@ -53,15 +54,10 @@ class ChatAnswer:
         self._num_ended = 0
 
     def whole(self, choices: Sequence[Choice], generation: Generation) -> dict[str, Any]:
-        usage = generation.usage
-        found = {
-            **self._head,
-            "choices": [_choice(i, choice) for i, choice in enumerate(choices)],
-            "usage": usage_of(usage),
-            "timings": usage.timings(),
-        }
+        shown = [_choice(i, choice) for i, choice in enumerate(choices)]
+        found = {**self._head, "choices": shown, **counts_of(generation.usage)}
         if (prompt := generation.prompt_logprobs()) is not None:
-            found["prompt_logprobs"] = [None if one is None else chat_logprobs([one])["content"][0] for one in prompt]
+            found["prompt_logprobs"] = [None if one is None else chat_logprob(one) for one in prompt]
         return found
 
     def chunks(self, update: Update, generation: Generation) -> bytes:
@@ -91,13 +87,10 @@ class ChatAnswer:
         """The chunk with the usage, if it was asked for."""
         if not self._wants_usage:
             return b""
-        usage = generation.usage
-        head = self._head | {"object": "chat.completion.chunk"}
-        return b"data: " + json_bytes({**head, "choices": [], **_counts(usage)}) + b"\n\n"
+        return sse({**self._chunk_head, "choices": [], **counts_of(generation.usage)})
 
     def _of(self, choice: int) -> _Streamed:
-        head = json_bytes(self._head | {"object": "chat.completion.chunk"})[:-1]
-        begin = b"data: " + head + b',"choices":[{"index":%d,"delta":' % choice
+        begin = b"data: " + json_bytes(self._chunk_head)[:-1] + b',"choices":[{"index":%d,"delta":' % choice
         told = self._streamed[choice] = _Streamed(begin, begin + b'{"content":')
         return told
 
@@ -112,10 +105,6 @@ class ChatAnswer:
         if timings is not None:
             close = b'}],"timings":' + json_bytes(timings) + b"}\n\n"
         return told.begin + json_bytes(delta) + b"," + json_bytes(rest)[1:-1] + close
-
-
-def _counts(usage: Any) -> dict[str, Any]:
-    return {"usage": usage_of(usage), "timings": usage.timings()}
 
 
 def _choice(index: int, choice: Choice) -> dict[str, Any]:

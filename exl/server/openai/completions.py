@@ -16,20 +16,20 @@ from exl.parse.parts import Text
 from exl.server.bodies import json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Choice, Generation, Job, Update, run_together, together, total
-from exl.server.openai.begin import event_stream
 from exl.server.openai.fields import (
     MAX_TOP_LOGPROBS,
     GenerationFields,
     Ignored,
     StreamOptions,
+    counts_of,
     finish_reason,
+    openai_event,
     refused,
     request_options,
-    usage_of,
 )
 from exl.server.openai.logprobs import LegacyLogprobs
 from exl.server.openai.prompts import Prompts
-from exl.server.responses import SSE_DONE, json_bytes, json_response, sse, unless_gone
+from exl.server.responses import SSE_DONE, EventStream, json_bytes, json_response, sse, unless_gone
 from exl.server.served import ServedModel
 from exl.server.state import Server
 
@@ -76,7 +76,7 @@ async def _answer(server: Server, request: Request, body: CompletionRequest) -> 
         if not body.stream:
             found = await unless_gone(request, run_together([generation.choices() for generation in generations]))
             return json_response(told.whole(found))
-        return event_stream(_events(told, generations), request.scope["journey"], stack.pop_all())
+        return EventStream(_events(told, generations), openai_event, stack.pop_all())
 
 
 def _encoded(model: ServedModel, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
@@ -146,8 +146,7 @@ class _Told:
         return sse({**self._head, "choices": [], **self._counts()}) if self._wants_usage else b""
 
     def _counts(self) -> dict[str, Any]:
-        usage = total([generation.usage for generation in self._generations])
-        return {"usage": usage_of(usage), "timings": usage.timings()}
+        return counts_of(total([generation.usage for generation in self._generations]))
 
     def _choice(self, place: int, index: int, text: str, tokens: Sequence[Any], reason: str | None) -> dict[str, Any]:
         is_first = index not in self._began

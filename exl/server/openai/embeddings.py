@@ -12,9 +12,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from exl.embedding import ids_of
 from exl.errors import ConfigError
 from exl.server.bodies import Body, json_body, read_body
-from exl.server.errors import ApiError
+from exl.server.errors import ApiError, api_error
 from exl.server.generation import run_together
 from exl.server.openai.fields import Ignored
 from exl.server.openai.prompts import Prompts
@@ -67,15 +68,10 @@ def _encoded(model: ServedModel, texts: Sequence[str | list[int]]) -> list[list[
     for i, text in enumerate(texts):
         where = "input" if len(texts) == 1 else f"input[{i}]"
         try:
-            ids = model.llm.encode(text)
+            found.append(ids_of(model.llm.encode, model.context, where, text))
         except ConfigError as error:
-            raise ApiError(400, f"{where}: {str(error).removeprefix('prompt: ')}", param="input") from None
-        if not text or not ids:
-            raise ApiError(400, f"{where}: found an empty text, expected at least one token", param="input")
-        if len(ids) > model.context:
-            text = f"{where}: found {len(ids)} tokens, the context holds {model.context}"
-            raise ApiError(400, text, param="input", code="context_length_exceeded")
-        found.append(ids)
+            told = api_error(error)
+            raise ApiError(told.status, told.message, code=told.code, param="input") from None
     return found
 
 

@@ -13,8 +13,9 @@ from exl.engine.request import Outcome
 from exl.request_options import RequestOptions
 from exl.sampling_params import BIASES, FLAG, IDS, INTEGER, NUMBER, OPTIONS, TEXTS
 from exl.server.bodies import Body, Json
-from exl.server.errors import ApiError
+from exl.server.errors import ApiError, openai_body
 from exl.server.generation import Usage
+from exl.server.responses import sse
 from exl.server.state import Server
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound of chats
@@ -47,6 +48,8 @@ def refused(why: str, *harmless: Any) -> Any:
 
     return Annotated[Json, AfterValidator(check), Field(description=f"Refused: {why}.")]
 
+
+Timeout = Annotated[float | None, Field(gt=0, description="Seconds after which the answer ends as it is.")]
 
 # The names of the kinds as JSON has them; the option's own check judges ranges.
 _TYPES: dict[Any, Any] = {
@@ -99,7 +102,7 @@ class GenerationFields(SamplingFields):  # type: ignore[valid-type, misc]
     negative_prompt: str | None = None
     overflow: str | None = None
     shift_keep: int | None = None
-    timeout: float | None = Field(None, gt=0, description="Seconds after which the answer ends as it is.")
+    timeout: Timeout = None
 
 
 _OWN = (
@@ -144,8 +147,17 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
         raise ApiError(400, f"logit_bias: found the key {bad!r}, expected token ids", param="logit_bias") from None
 
 
-def usage_of(usage: Usage) -> dict[str, Any]:
-    """OpenAI's ``usage``."""
+def openai_event(error: ApiError) -> bytes:
+    """The last event of a stream that has failed."""
+    return sse(openai_body(error))
+
+
+def counts_of(usage: Usage) -> dict[str, Any]:
+    """The fields of an answer that tell what it took: OpenAI's and llama-server's."""
+    return {"usage": _usage(usage), "timings": usage.timings()}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.num_prompt,
         "completion_tokens": usage.num_generated,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from exl.server.bodies import Body, Json
+from exl.server.bodies import Body, Json, text_or
 from exl.server.errors import ApiError
 from exl.server.openai.fields import Ignored, JsonObject, refused
 from exl.server.served import ToolChoice
@@ -51,14 +51,7 @@ class ContentPart(BaseModel):
         return self.refusal if self.type == "refusal" else self.text
 
 
-def _text_or_parts(value: Any) -> str:
-    return "Parts" if isinstance(value, list) else "Text"
-
-
-# Told apart by hand, so that an error is of the member that was meant; pydantic would tell those of all members.
-Content = Annotated[
-    Annotated[str, Tag("Text")] | Annotated[list[ContentPart], Tag("Parts")], Discriminator(_text_or_parts)
-]
+Content: Any = text_or(list[ContentPart])
 
 
 class FunctionCall(BaseModel):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from exl.server.bodies import Body, Json
+from exl.server.bodies import Body, Json, text_or
 from exl.server.openai.fields import Ignored, JsonObject, refused
 from exl.server.openai.messages import Content, ContentPart, FunctionDefinition, function_only
 
@@ -54,13 +54,7 @@ class InputItem(BaseModel):
         return self
 
 
-def _text_or_items(value: Any) -> str:
-    return "Items" if isinstance(value, list) else "Text"
-
-
-# Told apart by hand, so that an error is of the member that was meant.
-Items = Annotated[list[InputItem], Field(min_length=1)]
-Input = Annotated[Annotated[str, Tag("Text")] | Annotated[Items, Tag("Items")], Discriminator(_text_or_items)]
+Input: Any = text_or(Annotated[list[InputItem], Field(min_length=1)])
 
 
 def messages_of(given: str | Sequence[InputItem], instructions: str | None) -> list[dict[str, Any]]:

@@ -13,12 +13,12 @@ from pydantic import BaseModel, Field
 from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import ApiError
 from exl.server.generation import Generation
-from exl.server.openai.begin import ChatFields, begin_chat, event_stream
+from exl.server.openai.begin import AskedChat, ChatFields, begin_chat, check_template_kwargs
 from exl.server.openai.fields import MAX_TOP_LOGPROBS, Ignored, refused
 from exl.server.openai.messages import Effort, chosen_tools, template_variables
 from exl.server.openai.response_answer import ResponseAnswer
 from exl.server.openai.response_items import Input, ResponseTool, TextConfig, messages_of
-from exl.server.responses import json_response, unless_gone
+from exl.server.responses import EventStream, json_response, unless_gone
 from exl.server.served import Conversation, ServedModel
 from exl.server.state import Server
 
@@ -87,12 +87,14 @@ def router(server: Server) -> APIRouter:
 async def _answer(server: Server, request: Request, body: ResponsesRequest) -> Response:
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(server.models.use(body.model))
+        check_template_kwargs(model, body.chat_template_kwargs)
         with_logprobs = _wants_logprobs(body)
         top_logprobs = (body.top_logprobs or 0) if with_logprobs else None
-        conversation = _conversation(body)
-        generation = await begin_chat(
-            server, model, request, body, conversation, body.max_output_tokens, top_logprobs, "text.format"
-        )  # fmt: skip
+        form = None if body.text is None else body.text.format
+        schema, schema_field = body.only_schema(None if form is None else form.schema_of(), "text.format")
+        conversation, limit = _conversation(body, schema), body.max_output_tokens
+        asked = AskedChat(body, conversation, limit, "max_output_tokens", schema_field, top_logprobs)
+        generation = await begin_chat(server, model, request, asked)
         stack.callback(generation.close)
         answer = ResponseAnswer(_echoed(model, body), with_logprobs)
         if not body.stream:
@@ -100,7 +102,7 @@ async def _answer(server: Server, request: Request, body: ResponsesRequest) -> R
             answer.take(choice.parts, choice.logprobs)
             answer.end(choice.outcome, choice.is_whole, generation.usage)
             return json_response(answer.response)
-        return event_stream(_events(answer, generation), generation.journey, stack.pop_all(), answer.fail)
+        return EventStream(_events(answer, generation), answer.fail, stack.pop_all())
 
 
 async def _events(answer: ResponseAnswer, generation: Generation) -> AsyncGenerator[bytes, None]:
@@ -114,23 +116,18 @@ async def _events(answer: ResponseAnswer, generation: Generation) -> AsyncGenera
     yield answer.end(outcome, is_whole, generation.usage)
 
 
-def _conversation(body: ResponsesRequest) -> Conversation:
+def _conversation(body: ResponsesRequest, schema: Any) -> Conversation:
     """Raises ``ApiError``."""
     tools, choice = chosen_tools([tool.for_template() for tool in body.tools or ()], body.tool_choice)
-    schema = body.json_schema
-    if body.text is not None and body.text.format is not None and (wanted := body.text.format.schema_of()) is not None:
-        if schema is not None:
-            raise ApiError(400, "text.format: found it and json_schema, expected one of the two", param="text.format")
-        schema = wanted
     effort = None if body.reasoning is None else body.reasoning.effort
     return Conversation(
         messages_of(body.input, body.instructions),
         tools,
         choice,
-        body.parallel_tool_calls is not False,
-        schema,
-        template_variables(effort, body.chat_template_kwargs),
-        stop=[body.stop] if isinstance(body.stop, str) else body.stop or (),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        json_schema=schema,
+        variables=template_variables(effort, body.chat_template_kwargs),
+        stop=body.stops,
     )
 
 
