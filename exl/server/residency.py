@@ -50,7 +50,6 @@ class ModelState:
     error: str | None = None  # why it could not be loaded
     served: ServedModel | None = None
     num_users: int = 0  # requests that hold it
-    num_loads: int = 0
     own: Sizes = field(default_factory=dict)  # bytes that it holds by memory, without what models share
     last_used: float = 0.0  # seconds of time.monotonic
     # The residency's own:
@@ -267,8 +266,7 @@ class Residency:
             state.status = "unloaded"
             raise
         state.served, state.status, state.share = served, "loaded", 1.0
-        state.own, state.num_loads = own_bytes(served.llm.plan), state.num_loads + 1
-        state.last_used = time.monotonic()
+        state.own, state.last_used = own_bytes(served.llm.plan), time.monotonic()
         self.held.append(state)
 
     async def _make_room(self, state: ModelState, needed: Sizes) -> Sizes | None:
