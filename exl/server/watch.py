@@ -43,7 +43,7 @@ CURRENT_JOURNEY: ContextVar[Journey | None] = ContextVar("journey", default=None
 
 
 class Watch(Protocol):
-    """Called in the server's event loop, so none may wait."""
+    """Called in the server's event loop, so none may wait. Who inherits from it leaves out what it need not hear."""
 
     def token_gap(self, journey: Journey, seconds: float, num_tokens: int) -> None:
         """Tokens of a request came so long after those before them."""
