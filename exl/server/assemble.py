@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from exl.llm import load
 from exl.server.loading import Budgets, SharingLoader
 from exl.server.models import MAX_WAIT, Directory, Models
 from exl.server.options import ServerOptions
+from exl.server.served import ServedModel
 
 _OF_ONE_MODEL = ("draft", "rope", "revision")  # arguments of ``exl.load`` that would not suit another model
 
@@ -22,8 +24,7 @@ def models_of(model: str | None, options: ServerOptions, arguments: Mapping[str,
         "idle_unload": options.idle_unload,
         "max_wait": MAX_WAIT if options.timeout is None else options.timeout,
         "max_waiting": options.max_queue,
-        "tool_format": options.tool_format,
-        "reasoning_format": options.reasoning_format,
+        "make_served": partial(ServedModel, tool_format=options.tool_format, reasoning_format=options.reasoning_format),
     }
     names = options.served_names or (model_name(model),)
     if options.models_dir is None:  # then the machine is this model's alone

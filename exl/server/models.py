@@ -47,11 +47,10 @@ class Models:
         idle_unload: float | None = None,
         max_wait: float = MAX_WAIT,
         max_waiting: int = 512,
-        **formats: str,
+        make_served: Callable[[LLM, str], ServedModel] = ServedModel,
     ) -> None:
-        """``name``, ``load``: of the first model; None: there is none. A function is called in a thread. ``budgets``,
-        ``idle_unload``, ``max_wait``, ``max_waiting``: of ``Residency``; ``formats``: of ``ServedModel``. Raises
-        ``ConfigError`` if the directory cannot be read."""
+        """``name``, ``load``: of the first model; None: there is none. A function is called in a thread. The
+        others: of ``Residency``. Raises ``ConfigError`` if the directory cannot be read."""
         self.states: list[ModelState] = []  # the first model, then those of the directory by name
         self._first: ModelState | None = None
         if name is not None and load is not None:
@@ -62,7 +61,7 @@ class Models:
         self._listed: dict[str, ModelState] = {}
         self._residency = Residency(
             budgets,
-            lambda llm, name: ServedModel(llm, name, **formats),
+            make_served,
             max_wait=max_wait,
             max_waiting=max_waiting,
             idle_unload=idle_unload,
