@@ -16,6 +16,7 @@ from exl.errors import CheckpointError, DeviceLostError, ExlError, MemoryBudgetE
 from exl.server import residency
 from exl.server.errors import ApiError
 from exl.server.models import Models
+from exl.server.residency import Residency
 from tests.server.worlds import BUDGET, SECONDS, FakeLoader, World, run, settled, until
 
 
@@ -158,14 +159,16 @@ def test_who_leaves_just_when_it_got_the_model_gives_it_back():
     run(test())
 
 
-def test_a_wait_that_is_too_long_ends():
+def test_a_wait_that_is_too_long_ends(monkeypatch):
     async def test():
-        world, end = World({"a": 6, "b": 6}, max_wait=0.05), asyncio.Event()
+        world, end = World({"a": 6, "b": 6}), asyncio.Event()
         running = asyncio.ensure_future(world.ask("a", end))
         await until(lambda: "run a" in world.log)
+        monkeypatch.setattr(world.residency, "_max_wait", 0.05)
         with pytest.raises(ApiError, match=r"'b' is loading, and was not free in 0.05 seconds") as caught:
             await world.ask("b")
         assert (caught.value.status, "Retry-After" in caught.value.headers) == (503, True)
+        monkeypatch.undo()
         assert await world.ask("a") is False
         end.set()
         await running
@@ -403,7 +406,7 @@ def test_what_keeps_the_first_model_from_loading_is_raised():
     loader.errors = [CheckpointError("damaged")]
 
     async def test():
-        models = Models("a", loader, budgets=lambda: {"cpu": BUDGET})
+        models = Models("a", loader, residency=Residency(lambda: {"cpu": BUDGET}))
         models.start()
         assert models.starting is models.default
         with pytest.raises(CheckpointError, match="damaged"):
@@ -418,7 +421,7 @@ def test_a_first_model_whose_server_ends_meanwhile_is_no_error():
     loader.gate.clear()
 
     async def test():
-        models = Models("a", loader, budgets=lambda: {"cpu": BUDGET})
+        models = Models("a", loader, residency=Residency(lambda: {"cpu": BUDGET}))
         models.start()
         await until(lambda: models.default.share == 0.5)
         assert await asyncio.to_thread(models.drain, 5.0)
