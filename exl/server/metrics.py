@@ -26,7 +26,7 @@ from exl.memory.host import proc_bytes
 from exl.server import metric_names
 from exl.server.histogram import TOKENS, Histogram
 from exl.server.logs import ServerLog
-from exl.server.models import ModelState
+from exl.server.residency import ModelState
 from exl.server.state import Server
 from exl.server.watch import Journey, Watch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Journey:
 CURRENT_JOURNEY: ContextVar[Journey | None] = ContextVar("journey", default=None)
 
 
-class Watch(Protocol):
+class Watch:
     """Called in the server's event loop, so none may wait. Who inherits from it leaves out what it need not hear."""
 
     def token_gap(self, journey: Journey, seconds: float, num_tokens: int) -> None:

@@ -14,7 +14,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from exl.server.histogram import SECONDS, Histogram
-from exl.server.models import ModelState
+from exl.server.residency import ModelState
 from exl.server.watch import Journey, Watch
 from tests.server.raw import wait_for_idle
 from tests.server.running import RunningServer, load_bundled
