@@ -87,11 +87,9 @@ class RunningServer:
 
     def wait_until_loaded(self) -> None:
         for _ in range(int(SECONDS / 0.05)):
-            try:
-                if httpx.get(f"{self.url}/health", timeout=SECONDS).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            told = self.ask("/health")
+            if told is not None and told.status_code == 200:
+                return
             self._thread.join(0.05)
             if not self._thread.is_alive():
                 raise AssertionError(f"the server has ended: {self.error!r}")

@@ -282,7 +282,7 @@ def test_a_server_that_ends_while_it_loads_says_so(folder):
 
     loader = Slow(lambda tell: exl.load(folder / "small", **ENGINE, progress=False))
     server = RunningServer(models=Models("small", loader))
-    server._thread.start()
+    server.start()
     with httpx.Client(base_url=server.url, timeout=SECONDS) as client:
         assert began.wait(SECONDS)
         told = client.get("/health")
