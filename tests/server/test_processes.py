@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 import exl
+from exl.commands.options import RareLoadOptions
+from exl.commands.serve_options import ListenOptions
 from exl.server.run import run_http
 from tests.command_line import run_exl
 from tests.server.processes import Process, free_port
@@ -251,9 +253,14 @@ def test_a_wrong_option_is_one_line(options, message):
     assert line.startswith(f"exl: error: {message}")
 
 
-def test_keys_come_from_a_file(tmp_path):
-    from exl.commands.serve_options import ListenOptions
+def test_a_head_is_one_of_three():
+    assert [RareLoadOptions(head=text).engine()["head"] for text in ("file", "8", "4")] == ["file", 8, 4]
+    for text in ("5", "\u00b2", "", "file8"):
+        with pytest.raises(exl.ConfigError, match=f"head: found '{text}', expected file, 8 or 4"):
+            RareLoadOptions(head=text).engine()
 
+
+def test_keys_come_from_a_file(tmp_path):
     path = tmp_path / "keys"
     path.write_text("first\n\n  second  \n")
     assert ListenOptions(api_key=["given"], api_key_file=path).keys == ("given", "first", "second")
