@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ async def served_round(address: Address, prompts: Sequence[list[int]], num_token
 
 
 @contextmanager
-def bare_engine(model: Path, options: dict[str, object]) -> Iterator[subprocess.Popen[str]]:
+def bare_engine(model: Path, options: Mapping[str, object]) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "benchmarks.serving.bare_child", str(model), json.dumps(options)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None

@@ -22,6 +22,7 @@ from exl.request_options import RequestOptions
 
 LEAVE, RUBBISH = 1 / 3, 1 / 10
 PROMPT_WORDS = (1, 120)
+_PAGES_FREE = "exl_cache_pages_free"
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,12 @@ def _check(report: Report, request: Known, answer: Answer) -> None:
         report.between += [later - before for before, later in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
 
 
-async def free_pages(address: Address) -> int:
-    """Of the cache, as the server's metrics tell."""
+async def figure(address: Address, name: str) -> int:
+    """Of ``/metrics``: of all models together."""
     _, body = await get(address, "/metrics")
-    values = re.findall(rb"^exl_cache_pages_free(?:\{[^}]*\})? ([0-9.e+]+)", body, re.MULTILINE)
+    values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? ([0-9.e+]+)$".encode(), body, re.MULTILINE)
+    if not values:
+        raise RuntimeError(f"/metrics has no {name}")
     return int(sum(map(float, values)))
 
 
@@ -175,12 +178,12 @@ async def run_stress(
         # What a server makes once, it makes in the first seconds: buffers of the allocator, threads, compiled grammars.
         await crowd(min(20.0, seconds / 4), seed)
         await _rest(address)
-        report.before, before = server.resources, await free_pages(address)
+        report.before, before = server.resources, await figure(address, _PAGES_FREE)
         began = time.monotonic()
         await crowd(seconds, seed + 1)
         report.seconds = time.monotonic() - began
         await _rest(address)
-        report.after, report.pages = server.resources, (before, await free_pages(address))
+        report.after, report.pages = server.resources, (before, await figure(address, _PAGES_FREE))
     finally:
         telling.cancel()
     return report
@@ -189,9 +192,7 @@ async def run_stress(
 async def _rest(address: Address) -> None:
     """Until the server has noticed that clients have left."""
     for _ in range(100):
-        _, body = await get(address, "/metrics")
-        busy = re.findall(rb"^exl_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)", body, re.MULTILINE)
-        if not any(map(float, busy)):
+        if not await figure(address, "exl_sequences_running") + await figure(address, "exl_sequences_waiting"):
             break
         await asyncio.sleep(0.1)
     await asyncio.sleep(3.0)  # then it has given memory back, too

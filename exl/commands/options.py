@@ -49,6 +49,11 @@ Embed = Annotated[
         help="With a GPU, where the embedding is: auto (pinned RAM, if it is not also the head), device or disk.",
     ),
 ]
+Head = Annotated[str, typer.Option(metavar="BITS", help="Round a dense head to 8 or 4 bits; file keeps it.")]
+PrefillChunk = Annotated[int, typer.Option(metavar="N", help="Rows computed at once.")]
+PrefillWindow = Annotated[
+    int, typer.Option(metavar="N", help="Rows that go through one layer before the next layer starts.")
+]
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,12 @@ class LoadOptions:
 class RareLoadOptions:
     """The other options of ``exl.load``, which only long-running programs need."""
 
-    prefill_chunk: Annotated[int, typer.Option(metavar="N", help="Rows computed at once.")] = 512
-    prefill_window: Annotated[
-        int, typer.Option(metavar="N", help="Rows that go through one layer before the next layer starts.")
-    ] = 4096
+    prefill_chunk: PrefillChunk = 512
+    prefill_window: PrefillWindow = 4096
     resident_layers: Annotated[
         int | None, typer.Option(metavar="N", help="Keep at most this many layers in memory; others are streamed.")
     ] = None
-    head: Annotated[
-        str, typer.Option(metavar="BITS", help="8 or 4 rounds a dense head to this many bits; file leaves it.")
-    ] = "file"
+    head: Head = "file"
     packed_folder: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where streamed layers are kept. Default: the user's cache.")
     ] = None
@@ -162,12 +163,7 @@ class RareLoadOptions:
 
     def engine(self) -> dict[str, object]:
         """Keywords of ``exl.load``. Raises ``ConfigError``."""
-        found = dataclasses.asdict(self)
-        if self.head != "file":
-            if not self.head.isdigit():
-                raise ConfigError(f"--head: found {self.head!r}, expected file, 8 or 4")
-            found["head"] = int(self.head)
-        return found
+        return vars(self) | {"head": parse_head(self.head)}
 
 
 _TYPED = {NUMBER: (float, None), INTEGER: (int, None), FLAG: (bool, None), TEXTS: (list[str], "TEXT")}
@@ -254,6 +250,13 @@ def parse_tokens(name: str, text: str | None) -> int | str | None:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name}: found {text!r}, expected a number of tokens or auto") from None
+
+
+def parse_head(text: str) -> str | int:
+    """``parse_head("8") == 8``. Raises ``ConfigError``."""
+    if text not in ("file", "8", "4"):
+        raise ConfigError(f"head: found {text!r}, expected file, 8 or 4")
+    return text if text == "file" else int(text)
 
 
 def parse_rope(text: str | None) -> dict[str, Any] | None:

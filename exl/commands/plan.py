@@ -12,20 +12,23 @@ from exl.commands.options import (
     Context,
     Debug,
     Embed,
+    Head,
     KVCacheType,
     KVRam,
     MaxSequences,
     ModelName,
+    PrefillChunk,
+    PrefillWindow,
     Ram,
     Revision,
     Rope,
     Token,
+    parse_head,
     parse_rope,
     parse_tokens,
     parse_vram,
     shared_options,
 )
-from exl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,15 @@ def plan(
     embed: Embed = "auto",
     arithmetic: Arithmetic = None,
     rope: Rope = None,
-    head: Annotated[str, typer.Option(help="Round a dense head to 8 or 4 bits; file keeps it.")] = "file",
+    head: Head = "file",
     depth: Annotated[
         int | None, typer.Option(help="Tokens in the cache for which speed is told. Default: none, and all.")
     ] = None,
     max_sequences: MaxSequences = 16,
     cache_tokens: CacheTokens = None,
     kv_ram: KVRam = None,
-    prefill_chunk: Annotated[int, typer.Option(help="Rows computed at once.")] = 512,
-    prefill_window: Annotated[
-        int, typer.Option(help="Rows that go through one layer before the next layer starts.")
-    ] = 4096,
+    prefill_chunk: PrefillChunk = 512,
+    prefill_window: PrefillWindow = 4096,
     revision: Revision = None,
     token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
@@ -119,7 +120,7 @@ def plan(
         embed=embed,
         arithmetic=arithmetic,
         rope=parse_rope(rope),
-        head=_parse_head(head),
+        head=parse_head(head),
         depth=depth,
         max_sequences=max_sequences,
         cache_tokens=parse_tokens("cache_tokens", cache_tokens),
@@ -130,9 +131,3 @@ def plan(
         token=token,
     )
     print(json.dumps(found.to_json()) if as_json else found.table())
-
-
-def _parse_head(text: str) -> str | int:
-    if text not in ("file", "8", "4"):
-        raise ConfigError(f"head: found {text!r}, expected file, 8 or 4")
-    return text if text == "file" else int(text)

@@ -144,25 +144,10 @@ def server_options(
         root_path=listen.root_path,
         tls_cert=listen.tls_cert,
         tls_key=listen.tls_key,
-        max_body=max_body,
-        metrics_compat=tuple(watch.metrics_compat or ()),
-        log_format=watch.log_format,
-        log_file=watch.log_file,
-        log_prompts=watch.log_prompts,
-        trace=watch.trace,
-        otlp_endpoint=watch.otlp_endpoint,
-        models_dir=served.models_dir,
-        idle_unload=served.idle_unload,
-        tool_format=served.tool_format,
-        reasoning_format=served.reasoning_format,
-        **{name: getattr(limits, name) for name in _SAME},
+        **(vars(limits) | {"max_body": max_body}),
+        **(vars(watch) | {"metrics_compat": tuple(watch.metrics_compat or ())}),
+        **vars(served),
     )
-
-
-_SAME = (
-    *("max_queue", "max_tokens", "max_connections", "timeout", "header_timeout", "body_timeout", "write_timeout"),
-    *("keep_alive", "drain_seconds"),
-)
 
 
 def _keys_of(path: Path | None) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
@@ -30,8 +31,6 @@ LOG = logging.getLogger("exl.server")
 MAX_HEAD_BYTES = 64 << 10  # a request's line and headers
 _LOOK_SECONDS = 0.25  # between two looks at all connections
 _OWN_FILES = 256  # that the process may need beside its connections
-_PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
-_PHRASES[503] = b"Service Unavailable"
 
 
 class _Bounded:
@@ -91,7 +90,7 @@ class _Bounded:
         if self.cycle is None or self.cycle.response_complete:
             body = json.dumps(openai_body(ApiError(status, message))).encode()
             lines = [
-                b"HTTP/1.1 %d %s" % (status, _PHRASES[status]),
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode(),
                 b"content-type: application/json",
                 b"content-length: %d" % len(body),
                 b"connection: close",

@@ -14,16 +14,14 @@ from typing import Any
 
 from exl.server.log_writer import LogWriter
 from exl.server.options import ServerOptions
-from exl.server.watch import Journey
+from exl.server.watch import Journey, Watch
 
 _LOGGERS = ("exl", "uvicorn.error", "asyncio")
 _QUIET_ROUTES = ("/health", "/metrics")  # asked for all day by machines
 _MAX_PROMPT_CHARS = 20_000
 
 
-class ServerLog:
-    """A ``Watch``."""
-
+class ServerLog(Watch):
     def __init__(self, options: ServerOptions) -> None:
         """Raises ``ConfigError`` if the log file cannot be opened."""
         self.writer = LogWriter(options.log_file)
@@ -61,12 +59,6 @@ class ServerLog:
         self.writer.write("\n    ".join([" ".join(words), *map(_one_line, more)]))
 
     # ---- Watch
-
-    def token_gap(self, journey: Journey, seconds: float, num_tokens: int) -> None:
-        pass
-
-    def generated(self, journey: Journey) -> None:
-        pass
 
     def responded(self, journey: Journey) -> None:
         if journey.route in _QUIET_ROUTES and journey.status in (200, 503):

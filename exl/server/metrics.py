@@ -26,9 +26,9 @@ from exl.memory.host import proc_bytes
 from exl.server import metric_names
 from exl.server.histogram import TOKENS, Histogram
 from exl.server.logs import ServerLog
-from exl.server.models import ModelState
+from exl.server.residency import ModelState
 from exl.server.state import Server
-from exl.server.watch import Journey
+from exl.server.watch import Journey, Watch
 
 BODIES: tuple[type[BaseModel], ...] = ()
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -50,8 +50,8 @@ def router(server: Server) -> APIRouter:
     return routes
 
 
-class Metrics:
-    """A ``Watch`` and a collector of prometheus_client. All of it runs in the server's event loop."""
+class Metrics(Watch):
+    """Also a collector of prometheus_client. All of it runs in the server's event loop."""
 
     def __init__(self, server: Server) -> None:
         self._server = server

@@ -12,7 +12,6 @@ from pathlib import Path
 from exl.errors import ExlError
 from exl.llm import LLM
 from exl.progress import Progress
-from exl.server.budget import Sizes
 from exl.server.directory import list_models
 from exl.server.errors import ApiError
 from exl.server.loading import Loader, OnlyLoader
@@ -20,7 +19,6 @@ from exl.server.residency import LoadStoppedError, ModelState, Residency
 from exl.server.served import ServedModel
 from exl.server.watch import CURRENT_JOURNEY
 
-MAX_WAIT = 600.0  # seconds
 _NAMED = 10  # models that an error names, at most
 
 
@@ -43,15 +41,11 @@ class Models:
         aliases: tuple[str, ...] = (),
         *,
         directory: Directory | None = None,
-        budgets: Callable[[], Sizes] = dict,
-        idle_unload: float | None = None,
-        max_wait: float = MAX_WAIT,
-        max_waiting: int = 512,
-        **formats: str,
+        residency: Residency | None = None,
     ) -> None:
-        """``name``, ``load``: of the first model; None: there is none. A function is called in a thread. ``budgets``,
-        ``idle_unload``, ``max_wait``, ``max_waiting``: of ``Residency``; ``formats``: of ``ServedModel``. Raises
-        ``ConfigError`` if the directory cannot be read."""
+        """``name``, ``load``: of the first model; None: there is none. A function is called in a thread.
+        ``residency``: of these models alone; None: one without a budget. Raises ``ConfigError`` if the directory
+        cannot be read."""
         self.states: list[ModelState] = []  # the first model, then those of the directory by name
         self._first: ModelState | None = None
         if name is not None and load is not None:
@@ -60,13 +54,7 @@ class Models:
             self.states.append(self._first)
         self._directory, self._listing = directory, asyncio.Lock()
         self._listed: dict[str, ModelState] = {}
-        self._residency = Residency(
-            budgets,
-            lambda llm, name: ServedModel(llm, name, **formats),
-            max_wait=max_wait,
-            max_waiting=max_waiting,
-            idle_unload=idle_unload,
-        )
+        self._residency = Residency() if residency is None else residency
         self._starting: asyncio.Task[None] | None = None
         if directory is not None:
             self._list(directory, list_models(directory.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -75,10 +74,6 @@ class ServerOptions:
         _check_one("log_format", self.log_format, ("text", "json"))
         for name in self.metrics_compat:
             _check_one("metrics_compat", name, ("vllm",))
-
-    @classmethod
-    def field_names(cls) -> Sequence[str]:
-        return [field.name for field in dataclasses.fields(cls)]
 
 
 def _check_whole(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:

@@ -30,6 +30,7 @@ from exl.server.served import ServedModel
 
 T = TypeVar("T")
 LOG = logging.getLogger("exl.server")
+MAX_WAIT = 600.0  # seconds that a request waits for its model, where nobody says less
 _RETRY_LOAD = 5.0  # seconds after a load that failed in which requests get its error, and nothing is tried
 _LOOK = 1.0  # seconds between two looks for idle models, at most
 
@@ -50,7 +51,6 @@ class ModelState:
     error: str | None = None  # why it could not be loaded
     served: ServedModel | None = None
     num_users: int = 0  # requests that hold it
-    num_loads: int = 0
     own: Sizes = field(default_factory=dict)  # bytes that it holds by memory, without what models share
     last_used: float = 0.0  # seconds of time.monotonic
     # The residency's own:
@@ -88,12 +88,12 @@ class ModelState:
 class Residency:
     def __init__(
         self,
-        budgets: Callable[[], Sizes],
-        make_served: Callable[[LLM, str], ServedModel],
+        budgets: Callable[[], Sizes] = dict,
+        make_served: Callable[[LLM, str], ServedModel] = ServedModel,
         *,
-        max_wait: float,
-        max_waiting: int,
-        idle_unload: float | None,
+        max_wait: float = MAX_WAIT,
+        max_waiting: int = 512,
+        idle_unload: float | None = None,
     ) -> None:
         """``budgets``: of all models together, by memory; called in a thread. ``max_wait``: seconds that a request
         waits for its model, ``max_waiting``: how many may. ``idle_unload``: seconds without a request."""
@@ -267,8 +267,7 @@ class Residency:
             state.status = "unloaded"
             raise
         state.served, state.status, state.share = served, "loaded", 1.0
-        state.own, state.num_loads = own_bytes(served.llm.plan), state.num_loads + 1
-        state.last_used = time.monotonic()
+        state.own, state.last_used = own_bytes(served.llm.plan), time.monotonic()
         self.held.append(state)
 
     async def _make_room(self, state: ModelState, needed: Sizes) -> Sizes | None:

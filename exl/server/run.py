@@ -192,8 +192,10 @@ class _Http(uvicorn.Server):
     """Its first signal stops taking requests and lets those that run end; a second one ends them."""
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        """In the event loop that will run it."""
         super().__init__(config)
         self._server = server
+        self._loop = asyncio.get_running_loop()
         self._drains: list[asyncio.Task[None]] = []
 
     def handle_exit(self, sig: int, frame: object) -> None:
@@ -209,10 +211,6 @@ class _Http(uvicorn.Server):
         self.force_exit = seconds == 0
         await asyncio.to_thread(self._server.models.drain, seconds)
         self.should_exit = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        await super().startup(sockets=sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.force_exit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -23,7 +22,6 @@ class Server:
     def __init__(self, options: ServerOptions, models: Models) -> None:
         self.options, self.models = options, models
         self.watches: list[Watch] = []
-        self.started = time.time()
         self.num_open = 0  # HTTP requests under way
         self.num_requests = 0  # that have come, in all
         self.draining = False  # SIGTERM came: what runs goes on, nothing new is taken

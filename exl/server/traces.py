@@ -14,7 +14,7 @@ from typing import Any
 import exl
 from exl.errors import ConfigError
 from exl.server.options import ServerOptions
-from exl.server.watch import Journey
+from exl.server.watch import Journey, Watch
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -22,12 +22,16 @@ _OPERATIONS = {
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
 }  # others that generate: "text_completion"
+_EVENTS = {
+    "submitted": "queued",
+    "began": "admitted",
+    "first": "first token",
+    "last": "last token",
+}  # by Journey's field
 _HOW = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
 
-class Traces:
-    """A ``Watch``."""
-
+class Traces(Watch):
     def __init__(self, provider: Any, close: Callable[[], None] = lambda: None) -> None:
         """``provider``: an OpenTelemetry ``TracerProvider``. ``close``: called at the end."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
@@ -57,12 +61,6 @@ class Traces:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=options.otlp_endpoint)))
         return cls(provider, provider.shutdown)
 
-    def token_gap(self, journey: Journey, seconds: float, num_tokens: int) -> None:
-        pass
-
-    def generated(self, journey: Journey) -> None:
-        pass
-
     def responded(self, journey: Journey) -> None:
         if journey.submitted is None:
             return  # /health and /metrics are asked for all day
@@ -80,16 +78,13 @@ class Traces:
             attributes=_attributes(journey, operation),
             start_time=at(journey.arrived),
         )
-        for name in ("submitted", "began", "first", "last"):
+        for name, event in _EVENTS.items():
             moment = getattr(journey, name)
             if moment is not None:
-                span.add_event(_EVENTS[name], timestamp=at(moment))
+                span.add_event(event, timestamp=at(moment))
         if journey.error is not None or (journey.status or 0) >= 500:
             span.set_status(self._failed)
         span.end(end_time=at(time.perf_counter()))
-
-
-_EVENTS = {"submitted": "queued", "began": "admitted", "first": "first token", "last": "last token"}
 
 
 def _attributes(journey: Journey, operation: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
 
 
 @dataclass
@@ -42,8 +41,8 @@ class Journey:
 CURRENT_JOURNEY: ContextVar[Journey | None] = ContextVar("journey", default=None)
 
 
-class Watch(Protocol):
-    """Called in the server's event loop, so none may wait."""
+class Watch:
+    """Called in the server's event loop, so none may wait. Who inherits from it leaves out what it need not hear."""
 
     def token_gap(self, journey: Journey, seconds: float, num_tokens: int) -> None:
         """Tokens of a request came so long after those before them."""

@@ -17,6 +17,7 @@ from tests.draws import draws_of
 from tests.host.backends import make_backend
 from tests.host.recording import RecordingBackend, TorchCalls, on_device
 from tests.host.shim import HostShim, ShimBackend
+from tests.live_bytes import live_bytes
 from tests.model.batches import batch_of, run
 from tests.model.cuda_engines import (
     GREEDY,
@@ -25,7 +26,6 @@ from tests.model.cuda_engines import (
     some_ids,
     tokens,
 )
-from tests.model.test_memory_plan import live_bytes
 from tests.model.test_quantized import make
 
 # ---- one decode step ------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ from exl.planning.from_headers import open_model, plan_model
 from exl.planning.options import EngineOptions
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.run import quantize
+from tests.live_bytes import live_bytes
 from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import CASES, build, load_f32, prefill_logits, save
-from tests.model.test_memory_plan import live_bytes
 from tests.reference.plain_packer import dequantize, pack_layer
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -17,6 +17,7 @@ from exl.server.options import ServerOptions
 from exl.server.run import address_of, listen, run_http
 from exl.server.state import Server
 
+T = TypeVar("T")
 SECONDS = 60.0  # in which anything of a test must have happened
 
 
@@ -86,11 +87,9 @@ class RunningServer:
 
     def wait_until_loaded(self) -> None:
         for _ in range(int(SECONDS / 0.05)):
-            try:
-                if httpx.get(f"{self.url}/health", timeout=SECONDS).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            told = self.ask("/health")
+            if told is not None and told.status_code == 200:
+                return
             self._thread.join(0.05)
             if not self._thread.is_alive():
                 raise AssertionError(f"the server has ended: {self.error!r}")
@@ -104,11 +103,13 @@ class RunningServer:
         self.server.close()
 
 
-def wait_until(happened: Callable[[], bool]) -> None:
+def wait_until(happened: Callable[[], T]) -> T:
+    """What ``happened`` returns, as soon as that is true."""
     until = time.monotonic() + SECONDS
-    while not happened():
+    while not (value := happened()):
         assert time.monotonic() < until, "it has not happened"
         time.sleep(0.01)
+    return value
 
 
 def load_bundled(progress: Any) -> LLM:

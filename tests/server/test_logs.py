@@ -16,7 +16,7 @@ from exl.server.logs import ServerLog, facts_of
 from exl.server.options import ServerOptions
 from exl.server.watch import Journey
 from tests.server.raw import wait_for_idle
-from tests.server.running import RunningServer
+from tests.server.running import SECONDS, RunningServer, wait_until
 
 CHAT = "/v1/chat/completions"
 ASKED = {"messages": [{"role": "user", "content": "Tell me of a secret dog."}], "max_tokens": 7}
@@ -36,12 +36,11 @@ def logged(tmp_path):
         made.append((server, log))
 
         def lines(wanted: int) -> list[str]:
-            for _ in range(500):
-                found = [line for line in path.read_text().splitlines() if "/health" not in line]
-                if len(found) >= wanted:
-                    return found
-                time.sleep(0.01)
-            raise AssertionError(f"{wanted} lines expected, found {found}")
+            def found() -> list[str]:
+                return [line for line in path.read_text().splitlines() if "/health" not in line]
+
+            wait_until(lambda: len(found()) >= wanted)
+            return found()
 
         return server, lines
 
@@ -54,7 +53,10 @@ def logged(tmp_path):
 def test_a_line_says_what_a_request_was(logged):
     server, lines = logged(log_format="json", api_keys=("top-secret-key",))
     headers = {"x-api-key": "top-secret-key", "x-request-id": "mine-7"}
+    began = time.perf_counter()
     reply = httpx.post(server.url + CHAT, json=ASKED, headers=headers)
+    lines(1)
+    took = time.perf_counter() - began
     httpx.post(server.url + CHAT + "?key=top-secret-key", json=ASKED, headers={"x-api-key": "top-secret-ke"})
     httpx.post(server.url + CHAT, json={**ASKED, "n": 0}, headers=headers)
     text = lines(3)
@@ -65,7 +67,7 @@ def test_a_line_says_what_a_request_was(logged):
     assert done["client"].startswith("127.0.0.1:")
     assert (done["model"], done["finish"]) == ("stories", "length")
     assert (done["prompt_tokens"], done["generated_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
-    assert 0 <= done["queue_ms"] <= done["ttft_ms"] <= done["total_ms"] <= reply.elapsed.total_seconds() * 1e3 + 50
+    assert 0 <= done["queue_ms"] <= done["ttft_ms"] <= done["total_ms"] <= took * 1e3 + 0.1  # it is rounded
     assert abs(time.time() - time.mktime(time.strptime(done["time"][:19], "%Y-%m-%dT%H:%M:%S")) + time.timezone) < 60
     assert refused["status"] == 401
     assert "model" not in refused
@@ -97,8 +99,9 @@ def test_a_client_that_left_has_a_line(logged):
         next(reply.iter_lines())
     wait_for_idle(server)
     assert "cancelled" in json.loads(lines(1)[0])["finish"]
+    impatient = httpx.Timeout(SECONDS, read=0.05)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + CHAT, json={**ASKED, "max_tokens": 480, "n": 8}, timeout=0.05)
+        httpx.post(server.url + CHAT, json={**ASKED, "max_tokens": 480, "n": 8}, timeout=impatient)
     left = json.loads(lines(2)[1])
     assert left["status"] == 499
     assert left["error"] == "the client has left"
@@ -176,10 +179,7 @@ def test_a_disk_that_was_full_is_written_again_and_says_what_is_missing(tmp_path
     monkeypatch.setattr("exl.server.log_writer.os.write", sometimes)
     writer = LogWriter(path)
     writer.write("lost")
-    for _ in range(500):
-        if writer.num_dropped:
-            break
-        time.sleep(0.01)
+    wait_until(lambda: writer.num_dropped)
     full[0] = False
     writer.write("kept")
     writer.close()
@@ -207,10 +207,7 @@ def test_a_file_that_was_moved_away_is_made_anew(tmp_path):
     path = tmp_path / "log"
     writer = LogWriter(path)
     writer.write("first")
-    for _ in range(500):
-        if path.read_text():
-            break
-        time.sleep(0.01)
+    wait_until(path.read_text)
     path.rename(tmp_path / "log.1")
     writer.write("second")
     writer.close()

@@ -14,7 +14,8 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from exl.server.histogram import SECONDS, Histogram
-from exl.server.models import ModelState
+from exl.server.residency import ModelState
+from exl.server.watch import Journey, Watch
 from tests.server.raw import wait_for_idle
 from tests.server.running import RunningServer, load_bundled
 
@@ -105,13 +106,21 @@ def test_figures_are_what_was_done(fresh):
 
 
 def test_times_are_those_that_the_client_sees(fresh):
+    class Noted(Watch):
+        def generated(self, journey: Journey) -> None:
+            self.journey = journey
+
+    noted = Noted()
+    fresh.server.watches.append(noted)
     reply = httpx.post(fresh.url + CHAT, json=asked(1, max_tokens=60))
     found = Figures(fresh.url)
     seconds = found.of_model("exl_request_seconds_sum")
     first = found.of_model("exl_time_to_first_token_seconds_sum")
     gaps = found.of_model("exl_inter_token_seconds_sum")
     assert 0 < first < seconds <= reply.elapsed.total_seconds()
-    assert first + gaps == pytest.approx(seconds, abs=0.02)
+    assert first + gaps == pytest.approx(noted.journey.last - noted.journey.arrived)
+    assert seconds == pytest.approx(noted.journey.ended - noted.journey.arrived)
+    assert first + gaps <= seconds
 
 
 def test_counts_go_up_and_cancelled_answers_count_too(running):

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import shutil
 import threading
-import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,7 @@ from exl.server.loading import OnlyLoader
 from exl.server.models import Models
 from exl.server.options import ServerOptions
 from tests.live_bytes import live_bytes
-from tests.server.running import SECONDS, RunningServer
+from tests.server.running import SECONDS, RunningServer, wait_until
 
 DATA = Path(__file__).parents[1] / "data"
 ENGINE = {"device": "cpu", "context": 256, "max_sequences": 4, "prefill_chunk": 64, "prefill_window": 64}
@@ -228,10 +228,7 @@ def test_new_folders_appear_and_removed_ones_vanish(client, crowded, folder, alo
     assert [state.name for state in held] == ["new"]
     assert "new" not in listed(client)
     assert ask(client, "new").status_code == 404
-    until = time.monotonic() + SECONDS
-    while held:  # it is unloaded, though nobody wants its memory
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: not held)  # it is unloaded, though nobody wants its memory
 
 
 def test_a_model_whose_engine_has_stopped_is_loaded_again(client, crowded, alone):
@@ -260,10 +257,13 @@ def test_models_that_fit_stay_beside_each_other(folder, alone):
     """Each cache may have any size; so that there is room for both, none takes more than half."""
     ram = 2 * room_for_one(folder)
     with serving(folder, ram=ram) as server, httpx.Client(base_url=server.url, timeout=SECONDS) as client:
+        loads = Counter()
         for name in ("small", "owner/large", "small"):
-            assert text_of(ask(client, name)) == alone[name]
+            answer = ask(client, name)
+            assert text_of(answer) == alone[name]
+            loads[name] += "X-Exl-Model-Loaded" in answer.headers
+        assert [loads[name] for name in ("small", "owner/large")] == [1, 1]
         models = server.server.models
-        assert [models.find(name).num_loads for name in ("small", "owner/large")] == [1, 1]
         plans = [models.find(name).served.llm.plan for name in ("small", "owner/large")]
         kernels = sum(line.num_bytes for line in plans[0].lines if line.purpose == "kernels")
         assert sum(plan.num_bytes for plan in plans) - kernels <= ram
@@ -282,7 +282,7 @@ def test_a_server_that_ends_while_it_loads_says_so(folder):
 
     loader = Slow(lambda tell: exl.load(folder / "small", **ENGINE, progress=False))
     server = RunningServer(models=Models("small", loader))
-    server._thread.start()
+    server.start()
     with httpx.Client(base_url=server.url, timeout=SECONDS) as client:
         assert began.wait(SECONDS)
         told = client.get("/health")
@@ -310,10 +310,7 @@ def test_the_first_model_is_loaded_at_the_start_and_is_the_default(folder, alone
         for name in (None, "mine", "gpt-4", "small"):
             assert text_of(ask(client, name)) == alone["small"]
         # Without requests it goes, the server stays healthy, and the next request has it again.
-        until = time.monotonic() + SECONDS
-        while listed(client)["mine"]["status"]["value"] != "unloaded":
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(lambda: listed(client)["mine"]["status"]["value"] == "unloaded")
         assert client.get("/health").status_code == 200
         answer = ask(client, None)
         assert text_of(answer) == alone["small"]

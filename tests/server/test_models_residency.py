@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
 import time
 from types import SimpleNamespace
 
@@ -14,98 +13,17 @@ import pytest
 pytest.importorskip("fastapi")
 
 from exl.errors import CheckpointError, DeviceLostError, ExlError, MemoryBudgetError
-from exl.planning.plan import MemoryPlan, Placement, PlanLine
 from exl.server import residency
 from exl.server.errors import ApiError
-from exl.server.loading import Loader
 from exl.server.models import Models
-from exl.server.residency import ModelState, Residency
-
-SECONDS = 20.0
-BUDGET = 10
+from exl.server.residency import Residency
+from tests.server.worlds import BUDGET, SECONDS, FakeLoader, World, run, settled, until
 
 
 @pytest.fixture(autouse=True)
 def no_garbage(monkeypatch):
     """The collector takes 0.1 s in a process with so many modules, at each unload."""
     monkeypatch.setattr(residency, "gc", SimpleNamespace(collect=lambda: 0))
-
-
-class FakeLLM:
-    """What a residency knows of a model."""
-
-    def __init__(self, size):
-        self.plan = MemoryPlan((PlanLine("resident layers", "cpu", size, True),), Placement(()), 64, 1, 0)
-        self.failure, self.closed = None, threading.Event()
-
-    def close(self):
-        self.closed.set()
-
-
-class FakeLoader(Loader):
-    """``gate`` holds a load until it is set; ``errors`` are raised by the next ones."""
-
-    def __init__(self, world, name, size):
-        self.world, self.name, self.size = world, name, size
-        self.gate, self.errors, self.rooms = threading.Event(), [], []
-        self.gate.set()
-
-    def needs(self):
-        return {"cpu": self.size}
-
-    def load(self, room, tell):
-        self.rooms.append(room)
-        self.world.log.append(f"load {self.name}")
-        tell(1, 2)
-        while not self.gate.wait(0.01):
-            tell(1, 2)
-        if self.errors:
-            raise self.errors.pop(0)
-        llm = FakeLLM(self.size)
-        self.world.live.append(llm)
-        used = sum(one.plan.num_bytes for one in self.world.live if not one.closed.is_set())
-        assert used <= BUDGET, "more than the budget is loaded"
-        return llm
-
-
-class World:
-    def __init__(self, sizes, **options):
-        self.log, self.live = [], []
-        options = {"max_wait": SECONDS, "max_waiting": 100, "idle_unload": None} | options
-        self.residency = Residency(
-            lambda: {"cpu": BUDGET}, lambda llm, name: SimpleNamespace(llm=llm, name=name), **options
-        )
-        self.states = {name: ModelState(name, FakeLoader(self, name, size)) for name, size in sizes.items()}
-
-    def __getitem__(self, name):
-        return self.states[name]
-
-    async def ask(self, name, until=None, label=None):
-        """A request: holds the model until the event is set."""
-        was_loaded = await self.residency.lease(self[name])
-        try:
-            assert self[name].served is not None
-            self.log.append(label or f"run {name}")
-            if until is not None:
-                await until.wait()
-            assert not self[name].served.llm.closed.is_set(), "a model was closed under its request"
-        finally:
-            self.residency.release(self[name])
-        return was_loaded
-
-
-def run(test):
-    asyncio.run(asyncio.wait_for(test, SECONDS))
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-async def settled():
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 def test_requests_for_one_model_share_its_load():
@@ -241,14 +159,16 @@ def test_who_leaves_just_when_it_got_the_model_gives_it_back():
     run(test())
 
 
-def test_a_wait_that_is_too_long_ends():
+def test_a_wait_that_is_too_long_ends(monkeypatch):
     async def test():
-        world, end = World({"a": 6, "b": 6}, max_wait=0.05), asyncio.Event()
+        world, end = World({"a": 6, "b": 6}), asyncio.Event()
         running = asyncio.ensure_future(world.ask("a", end))
         await until(lambda: "run a" in world.log)
+        monkeypatch.setattr(world.residency, "_max_wait", 0.05)
         with pytest.raises(ApiError, match=r"'b' is loading, and was not free in 0.05 seconds") as caught:
             await world.ask("b")
         assert (caught.value.status, "Retry-After" in caught.value.headers) == (503, True)
+        monkeypatch.undo()
         assert await world.ask("a") is False
         end.set()
         await running
@@ -486,7 +406,7 @@ def test_what_keeps_the_first_model_from_loading_is_raised():
     loader.errors = [CheckpointError("damaged")]
 
     async def test():
-        models = Models("a", loader, budgets=lambda: {"cpu": BUDGET})
+        models = Models("a", loader, residency=Residency(lambda: {"cpu": BUDGET}))
         models.start()
         assert models.starting is models.default
         with pytest.raises(CheckpointError, match="damaged"):
@@ -501,7 +421,7 @@ def test_a_first_model_whose_server_ends_meanwhile_is_no_error():
     loader.gate.clear()
 
     async def test():
-        models = Models("a", loader, budgets=lambda: {"cpu": BUDGET})
+        models = Models("a", loader, residency=Residency(lambda: {"cpu": BUDGET}))
         models.start()
         await until(lambda: models.default.share == 0.5)
         assert await asyncio.to_thread(models.drain, 5.0)

@@ -4,6 +4,7 @@ own, which imports torch for seconds; for the rest, a signal's handler is called
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,10 +16,13 @@ import httpx
 import pytest
 
 import exl
+from exl.commands.options import RareLoadOptions
+from exl.commands.serve_options import ListenOptions
+from exl.server.run import run_http
 from tests.command_line import run_exl
 from tests.server.processes import Process, free_port
 from tests.server.raw import wait_for_idle
-from tests.server.running import RunningServer
+from tests.server.running import SECONDS, RunningServer, wait_until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Tell me of a dog."}]
@@ -63,21 +67,12 @@ def endings(events: list[dict]) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
-def wait_for(found):
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if value := found():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not happen")
-
-
 def test_a_signal_lets_answers_end_and_refuses_others():
     with RunningServer(load=load_large) as server, httpx.Client(base_url=server.url) as kept:
         kept.get("/health")
         stream = Stream(server.url, LONG)
         server.signal(signal.SIGTERM)
-        refused = wait_for(lambda: (reply := httpx.post(server.url + CHAT, json=SHORT)).status_code == 503 and reply)
+        refused = wait_until(lambda: (reply := httpx.post(server.url + CHAT, json=SHORT)).status_code == 503 and reply)
         assert refused.json()["error"]["code"] == "draining"
         assert "retry-after" in refused.headers
         assert kept.get("/health").json() == {"status": "draining"}
@@ -92,7 +87,7 @@ def test_answers_that_do_not_end_in_time_are_told():
         whole = threading.Thread(target=lambda: whole_replies.append(httpx.post(server.url + CHAT, json=one)))
         whole_replies, one = [], {**LONG, "n": 1, "stream": False}
         whole.start()
-        wait_for(lambda: server.server.num_open == 2)
+        wait_until(lambda: server.server.num_open == 2)
         server.signal(signal.SIGTERM)
         assert stream.events()[-1]["error"]["code"] == "cut_off"
         whole.join(60)
@@ -119,9 +114,9 @@ def test_a_signal_while_it_loads_ends_it():
 
     server = RunningServer(load=load)
     server.start()
-    reply = wait_for(lambda: server.ask("/health"))
+    reply = wait_until(lambda: server.ask("/health"))
     assert reply.status_code == 503
-    found = wait_for(lambda: (found := server.ask("/health").json())["progress"] and found)
+    found = wait_until(lambda: (found := server.ask("/health").json())["progress"] and found)
     assert found["status"] == "loading model"
     early = httpx.post(server.url + CHAT, json=SHORT)
     assert early.status_code == 503
@@ -131,6 +126,21 @@ def test_a_signal_while_it_loads_ends_it():
     server.wait_until_ended(5)
     assert server.error is None
     server.__exit__()
+
+
+def test_a_signal_before_it_listens_ends_it():
+    server = RunningServer()
+
+    async def main():
+        def began(http):
+            http.handle_exit(signal.SIGTERM, None)
+
+        await asyncio.wait_for(run_http(server.server, server.listening, server.lines.append, began), SECONDS)
+
+    asyncio.run(main())
+    assert server.server.draining
+    server.listening.close()
+    server.server.close()
 
 
 def test_a_client_that_leaves_while_others_stay_frees_its_pages(running):
@@ -243,9 +253,14 @@ def test_a_wrong_option_is_one_line(options, message):
     assert line.startswith(f"exl: error: {message}")
 
 
-def test_keys_come_from_a_file(tmp_path):
-    from exl.commands.serve_options import ListenOptions
+def test_a_head_is_one_of_three():
+    assert [RareLoadOptions(head=text).engine()["head"] for text in ("file", "8", "4")] == ["file", 8, 4]
+    for text in ("5", "\u00b2", "", "file8"):
+        with pytest.raises(exl.ConfigError, match=f"head: found '{text}', expected file, 8 or 4"):
+            RareLoadOptions(head=text).engine()
 
+
+def test_keys_come_from_a_file(tmp_path):
     path = tmp_path / "keys"
     path.write_text("first\n\n  second  \n")
     assert ListenOptions(api_key=["given"], api_key_file=path).keys == ("given", "first", "second")

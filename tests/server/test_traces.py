@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -43,8 +44,10 @@ def the_span(running, spans):
 
 
 def test_a_request_is_a_span_of_its_clients_trace(running, spans):
+    began = time.perf_counter()
     reply = httpx.post(running.url + CHAT, json=ASKED, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
     span = the_span(running, spans)
+    took = time.perf_counter() - began
     assert span.name == "chat stories"
     assert f"{span.context.trace_id:032x}" == TRACE
     assert f"{span.parent.span_id:016x}" == PARENT
@@ -63,7 +66,7 @@ def test_a_request_is_a_span_of_its_clients_trace(running, spans):
     assert [event.name for event in span.events] == ["queued", "admitted", "first token", "last token"]
     assert times[0] <= min(times[1:3])
     assert sorted(times[2:]) == times[2:]
-    assert (span.end_time - span.start_time) / 1e9 <= reply.elapsed.total_seconds() + 0.05
+    assert (span.end_time - span.start_time) / 1e9 <= took
     assert span.status.status_code != StatusCode.ERROR
 
 
