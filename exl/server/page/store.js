@@ -94,6 +94,7 @@ class Store {
 
   async write(chat, anyway) {
     if (!this.db) {
+      if (!anyway && chat.version > 0 && !this.memory.has(chat.id)) return;
       chat.version++;
       this.memory.set(chat.id, structuredClone(chat));
       return;
