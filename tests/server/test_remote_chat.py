@@ -173,6 +173,20 @@ def test_a_model_that_loads_is_waited_for(scripted):
     assert "model: 'scripted' is loading, 50% of it" in said
 
 
+def test_a_stop_while_a_model_loads_is_no_error(scripted):
+    scripted.script = [refusal(503, "model: 'scripted' is loading", "model_loading", Retry_After="60")]
+    chat = connected(scripted).chat()
+
+    def stop(text):
+        if "loading" in text:
+            answer.close()
+
+    answer = chat.stream("Hello", on_wait=stop)
+    assert list(answer) == []
+    assert chat.messages == []
+    assert len(scripted.asked) == 1
+
+
 def test_whoever_waits_can_end_it(scripted):
     def silent(handler):
         handler.reply(200, b": ping\n\n", "text/event-stream")
@@ -267,6 +281,8 @@ def test_servers_that_are_none(scripted, answer, error, expected):
         "http://a:b@host",
         "http://host/?x=1",
         "http://[::1",
+        "http://two..dots",
+        "http://host/\u00e9",
     ],
 )
 def test_addresses_that_are_none(url):
