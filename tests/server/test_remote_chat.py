@@ -9,11 +9,11 @@ import time
 import pytest
 
 from exl.chat import Chat
-from exl.engine.runner import Runner
 from exl.errors import ConfigError
 from exl.http_client import HttpClient, ServerError
 from exl.remote_chat import RemoteModel
 from tests.server.scripted import ScriptedServer, models, raw, refusal, stream
+from tests.slow_tokens import slow_tokens
 
 DOG = "Tell me about a dog."
 GREEDY = {"temperature": 0.0, "max_tokens": 20}
@@ -83,8 +83,7 @@ def test_saved_conversations_are_interchangeable(running, remote, tmp_path):
 
 
 def test_an_answer_that_is_closed_is_kept_and_frees_the_server(running, remote, monkeypatch):
-    plain = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self, *asked: (time.sleep(0.05), plain(self, *asked))[1])
+    slow_tokens(monkeypatch, 0.05)
     chat = remote.chat()
     with chat.stream(DOG, temperature=0.0, max_tokens=400) as answer:
         begun = next(answer) + next(answer)
