@@ -10,11 +10,11 @@ import typer
 
 from exl.commands.chat_partner import LocalModel, Partner, ServerModel
 from exl.commands.common import is_terminal, load_with_progress, say
+from exl.commands.key_file import read_keys
 from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, Stop, shared_options
 from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import read_argument
 from exl.errors import ConfigError
-from exl.user_text import read_text
 
 if TYPE_CHECKING:
     from exl.remote_chat import RemoteModel
@@ -90,7 +90,7 @@ def connect(url: str, key_file: Path | None, name: str | None) -> RemoteModel:
     """A server's model; waits until it is loaded, and tells so. Raises ``ExlError``."""
     from exl.remote_chat import RemoteModel
 
-    key = None if key_file is None else read_key(key_file)
+    key = None if key_file is None else read_keys(key_file, "one in its first line")[0]
     with PromptStatus() as status:
         told = False
 
@@ -102,12 +102,3 @@ def connect(url: str, key_file: Path | None, name: str | None) -> RemoteModel:
                 told = True
 
         return RemoteModel.connect(url, key, name, wait)
-
-
-def read_key(path: Path) -> str:
-    """The first line that is not empty. Raises ``ConfigError``."""
-    lines = [line.strip() for line in read_text(path, f"--api-key-file: {path}").splitlines()]
-    key = next(filter(None, lines), None)
-    if key is None:
-        raise ConfigError(f"--api-key-file: {path}: found no key, expected one in its first line")
-    return key
