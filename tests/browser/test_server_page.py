@@ -408,7 +408,7 @@ def test_it_fits_and_can_be_read(visit, scheme, size):
     if is_phone:
         page.get_by_role("button", name="Conversations").click()
         expect(page.get_by_role("navigation", name="Conversations")).to_be_visible()
-        page.wait_for_timeout(250)  # until it has come in
+        page.wait_for_function("() => document.getElementById('side').getAnimations().length === 0")  # it has come in
         assert page.evaluate(MEASURE) == FINE
         page.keyboard.press("Escape")
         expect(page.get_by_role("navigation", name="Conversations")).to_be_hidden()
