@@ -27,7 +27,7 @@ from gradio_parts.worker import Worker, context_of, one_line, talks
 
 import exl
 from exl.checkpoint.hub import BUNDLED_MODEL
-from exl.commands.chat import read_key
+from exl.commands.chat import connect, loaded_elsewhere
 from exl.remote_chat import RemoteModel
 from exl.sampling_params import OPTIONS
 from exl.user_cache import chat_model_folder
@@ -243,20 +243,10 @@ def from_server(args: argparse.Namespace) -> tuple[Worker, None]:
     """Finds a server's model, the one that is named or its first."""
     for name, value in (("--kv-cache", args.kv_cache), ("--ram", args.ram)):
         if value is not None:
-            raise exl.ConfigError(
-                f"{name}: found it with --url, whose server has loaded its model: expected one of the two"
-            )
+            raise loaded_elsewhere(name)
     if len(args.models) > 1:
         raise exl.ConfigError(f"models: found {len(args.models)} with --url, expected the name of one of the server's")
-    key = None if args.api_key_file is None else read_key(args.api_key_file)
-    said: list[str] = []
-
-    def wait(text: str) -> None:
-        if not said:
-            print(text, file=sys.stderr)
-        said.append(text)
-
-    return Worker(RemoteModel.connect(args.url, key, args.models[0] if args.models else None, wait)), None
+    return Worker(connect(args.url, args.api_key_file, args.models[0] if args.models else None)), None
 
 
 if __name__ == "__main__":

@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl.completion import Completion, TextIterator
-from exl.conversation import Conversation
+from exl.conversation import LEAST_ROOM, MAX_ANSWER, Conversation
 from exl.errors import ConfigError
 from exl.keywords import explain_foreign_keywords, explain_options
 from exl.llm import LLM
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
-from exl.saved_chat import SavedChat, parse_saved
+from exl.saved_chat import SavedChat
 from exl.text.chat_template import plain_messages
 from exl.text.content_forms import ContentForms
-from exl.user_text import read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
-_LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context, if it wants that much
 TRANSCRIPT_STOP = "\nUser:"
 _NOTICE = (
     "this model has no chat template: it was not trained to talk, and is shown a transcript of User and Assistant to "
@@ -113,7 +110,7 @@ class Chat(Conversation):
     def _stream(self, keep: _Kept, params: SamplingParams | int | None, options: RequestOptions) -> TextIterator:
         left = self._llm.context - len(keep.ids)
         options = {"reuse_prefix": True, **options}
-        request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(_MAX_ANSWER, left // 2)))
+        request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(MAX_ANSWER, left // 2)))
         if self.is_transcript:
             stop = (*(request.params.stop or ()), TRANSCRIPT_STOP)
             request = replace(request, params=replace(request.params, stop=stop))
@@ -171,9 +168,8 @@ class Chat(Conversation):
         overflow: str = "error",
     ) -> Chat:
         """Loads a conversation that ``save`` wrote, for any model. Raises ``ConfigError`` for any other file."""
-        path = Path(path).expanduser()
-        data = parse_saved(read_text(path, str(path)), str(path))
-        return cls.from_json(llm, data, source=str(path), tools=tools, variables=variables, overflow=overflow)
+        saved = SavedChat.load(path)
+        return cls._of(saved, llm, tools=tools, variables=variables, overflow=overflow)
 
     @classmethod
     @explain_foreign_keywords
@@ -189,7 +185,11 @@ class Chat(Conversation):
     ) -> Chat:
         """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
         saved = SavedChat.from_json(data, source)
-        chat = cls(llm, saved.system, tools=tools, variables=variables, overflow=overflow)
+        return cls._of(saved, llm, tools=tools, variables=variables, overflow=overflow)
+
+    @classmethod
+    def _of(cls, saved: SavedChat, llm: LLM, **options: Any) -> Chat:
+        chat = cls(llm, saved.system, **options)
         chat._take(saved)
         return chat
 
@@ -218,7 +218,7 @@ class Chat(Conversation):
         forgotten = min(self._forgotten, len(messages) - 1)
         ids, plain = self._prompt(messages, forgotten)
         context = self._llm.context
-        room = context // _LEAST_ROOM
+        room = context // LEAST_ROOM
         if isinstance(wanted, int) and not isinstance(wanted, bool):
             room = min(room, max(wanted, 1))
         if self._overflow == "drop-oldest" and context - len(ids) < room:

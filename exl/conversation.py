@@ -14,6 +14,8 @@ from exl.errors import ConfigError
 from exl.replace_file import replace_file
 from exl.saved_chat import SavedChat
 
+MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
+LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context, if it wants that much
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
 Message = dict[str, Any]
 

@@ -9,7 +9,7 @@ import queue
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +39,8 @@ class HttpClient:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
+            (host or "").encode("idna")
+            parts.path.encode("ascii")
         except ValueError:
             raise _bad_url(url) from None
         if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or parts.username:
@@ -62,7 +64,12 @@ class HttpClient:
         return EventReader(self, path, json.dumps(body).encode())
 
     def _ask(
-        self, method: str, path: str, body: bytes | None, seconds: float, opened: Any = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        seconds: float,
+        opened: Callable[[socket.socket], None] | None = None,
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """``opened`` is called with the socket. Raises ``ServerError`` for a status that is no success, else what
         Python raises."""
@@ -97,9 +104,7 @@ class HttpClient:
         if status in (401, 403):
             needs = "does not take this API key" if self._key else "asks for an API key: --api-key-file"
             text = f"{self.url}: the server {needs}"
-        with contextlib.suppress(ValueError):
-            return ServerError(text, status, code, min(60.0, float(response.headers.get("Retry-After", "0"))))
-        return ServerError(text, status, code)
+        return ServerError(text, status, code, _seconds(response.headers.get("Retry-After", "0")))
 
     def _json(self, data: bytes, path: str) -> Any:
         try:
@@ -185,6 +190,14 @@ def _events(response: http.client.HTTPResponse) -> Iterator[str]:
         elif not text and data:
             yield "\n".join(data)
             data = []
+
+
+def _seconds(text: str) -> float:
+    """Of a Retry-After, which may also be a date: then 0."""
+    try:
+        return min(60.0, float(text))
+    except ValueError:
+        return 0.0
 
 
 def _bad_url(url: str) -> ConfigError:

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl.conversation import Conversation, Message
+from exl.conversation import LEAST_ROOM, MAX_ANSWER, Conversation, Message
 from exl.errors import ConfigError, ExlError
-from exl.http_client import HttpClient, ServerError
+from exl.http_client import EventReader, HttpClient, ServerError
 from exl.sampling_params import OPTIONS
-from exl.saved_chat import SavedChat, parse_saved
-from exl.user_text import read_text
+from exl.saved_chat import SavedChat
 
-_MAX_ANSWER = 512  # tokens of an answer, unless more are asked for
-_LEAST_ROOM = 4  # with "drop-oldest", an answer has at least this part of the context
 _TICK = 0.1  # seconds between two looks whether the user has had enough
 _LOADING_PAUSE = 0.5  # seconds between two questions whether the model is loaded
 _OPTIONS = (*OPTIONS, "stop")
@@ -65,8 +62,7 @@ class RemoteModel:
 
     def load_chat(self, path: str | Path, *, overflow: str = "error") -> RemoteChat:
         """A conversation that ``save`` wrote, here or with a model that was loaded here. Raises ``ConfigError``."""
-        path = Path(path).expanduser()
-        saved = SavedChat.from_json(parse_saved(read_text(path, str(path)), str(path)), str(path))
+        saved = SavedChat.load(path)
         chat = self.chat(saved.system, overflow=overflow)
         chat._take(saved)
         return chat
@@ -162,14 +158,15 @@ class RemoteChat(Conversation):
             raise ConfigError(f"{unknown}: a server's chat does not take it; it takes {', '.join(_OPTIONS)}")
         forgotten = min(self._forgotten, len(messages) - 1)
         context, used = self._server.context, self._num_tokens
-        if self._overflow == "drop-oldest" and context and used and context - used < context // _LEAST_ROOM:
+        if self._overflow == "drop-oldest" and context and used and context - used < context // LEAST_ROOM:
             forgotten = _with_less(messages, forgotten) or forgotten
         return RemoteStream(self, messages, begun, forgotten, on_wait, options)
 
-    def _body(self, messages: list[Message], begun: str, forgotten: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        shown = [*messages[forgotten:], *([{"role": "assistant", "content": begun}] if begun else [])]
+    def _body(self, stream: RemoteStream) -> dict[str, Any]:
+        begun = [{"role": "assistant", "content": stream.begun}] if stream.begun else []
+        shown = [*stream.messages[stream.forgotten :], *begun]
         context, used = self._server.context, self._num_tokens or 0
-        room = _MAX_ANSWER if context is None else max(1, min(_MAX_ANSWER, (context - used) // 2))
+        room = MAX_ANSWER if context is None else max(1, min(MAX_ANSWER, (context - used) // 2))
         return {
             "model": self._server.name,
             "messages": [_without_thoughts(message) for message in self._with_system(shown)],
@@ -177,7 +174,7 @@ class RemoteChat(Conversation):
             "stream_options": {"include_usage": True},
             "max_tokens": room,
             **({"continue_final_message": True} if begun else {}),
-            **{name: value for name, value in options.items() if value is not None},
+            **{name: value for name, value in stream.options.items() if value is not None},
         }
 
     def _keep(self, stream: RemoteStream) -> None:
@@ -211,21 +208,21 @@ class RemoteStream:
         self.messages, self.begun, self.forgotten = messages, begun, forgotten
         self.text = ""  # so far
         self.num_tokens = 0  # so far, about: pieces, until the server has counted them
-        self._chat, self._on_wait, self._options = chat, on_wait, options
+        self.options = options
+        self._chat, self._on_wait = chat, on_wait
         self._completion: RemoteCompletion | None = None
         self._closed = False
         self._reader = self._ask()
         self._pieces = self._read()
 
-    def _ask(self) -> Any:
+    def _ask(self) -> EventReader:
         self._asked = time.perf_counter()
         self._first = self._last = 0.0
         self._reason: str | None = None
         self._usage: dict[str, Any] = {}
         self._timings: dict[str, Any] = {}
         self._is_thinking = False
-        body = self._chat._body(self.messages, self.begun, self.forgotten, self._options)
-        return self._chat._server.client.post_events("/v1/chat/completions", body)
+        return self._chat._server.client.post_events("/v1/chat/completions", self._chat._body(self))
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -262,14 +259,14 @@ class RemoteStream:
         while True:
             try:
                 data = self._next()
-                chunk = {} if data == "[DONE]" else _parsed(data)
+                chunk = None if data == "[DONE]" else _parsed(data)
             except (EOFError, ServerError) as error:
-                if self._closed:
-                    return
                 if self._may_ask_again(error):
                     continue
+                if self._closed:
+                    return
                 raise self._broken(error) from None
-            if data == "[DONE]":
+            if chunk is None:
                 self._completion = self._told()
                 return
             for piece in self._take(chunk):
@@ -278,15 +275,14 @@ class RemoteStream:
                 yield piece
 
     def _next(self) -> str:
-        while True:
+        while not self._closed:
             try:
                 return self._reader.next(_TICK)
             except queue.Empty:
                 self._wait("waiting for the server")
+        raise EOFError
 
     def _wait(self, text: str) -> None:
-        if self._closed:
-            raise EOFError
         if self._on_wait is not None:
             self._on_wait("" if self.text else text)
 
@@ -296,7 +292,7 @@ class RemoteStream:
             return False
         if error.code == "model_loading":
             until = time.monotonic() + max(_LOADING_PAUSE, error.wait)
-            while time.monotonic() < until:
+            while not self._closed and time.monotonic() < until:
                 self._wait(str(error))
                 time.sleep(_TICK)
         elif error.code == "context_length_exceeded" and self._chat._overflow == "drop-oldest":
@@ -306,7 +302,11 @@ class RemoteStream:
             self.forgotten = less
         else:
             return False
+        if self._closed:
+            return False
         self._reader = self._ask()
+        if self._closed:  # by another thread, which may have seen the reader before
+            self._reader.close()
         return True
 
     def _take(self, chunk: dict[str, Any]) -> Iterator[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from exl.errors import ConfigError
+from exl.user_text import read_text
 
 _FORMAT, _VERSION = "exl chat", 1
 
@@ -37,6 +39,12 @@ class SavedChat:
             if not found or not isinstance(message["content"], str | list | None):
                 raise _wrong(source, message, "messages with a role and a content")
         return cls(system, messages, model if isinstance(model, str) else None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SavedChat:
+        """Of a file. Raises ``ConfigError``, which names it, if it cannot be read or is none."""
+        path = Path(path).expanduser()
+        return cls.from_json(parse_saved(read_text(path, str(path)), str(path)), str(path))
 
     def to_json(self) -> dict[str, Any]:
         return {

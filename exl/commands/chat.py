@@ -4,17 +4,20 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from exl.commands.chat_partner import LocalModel, Partner, ServerModel
 from exl.commands.common import is_terminal, load_with_progress, say
+from exl.commands.key_file import read_keys
 from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, Stop, shared_options
 from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import read_argument
 from exl.errors import ConfigError
-from exl.user_text import read_text
+
+if TYPE_CHECKING:
+    from exl.remote_chat import RemoteModel
 
 
 @shared_options
@@ -64,7 +67,10 @@ def chat(
     with contextlib.ExitStack() as stack:
         partner: Partner
         if url is not None:
-            partner = connect(url, api_key_file, which.name, loading)
+            for option in dataclasses.fields(loading):
+                if getattr(loading, option.name) != option.default:
+                    raise loaded_elsewhere("--" + option.name.replace("_", "-"))
+            partner = ServerModel(connect(url, api_key_file, which.name))
         elif api_key_file is not None:
             raise ConfigError("--api-key-file: goes along with --url, which was not given")
         else:
@@ -75,18 +81,16 @@ def chat(
         run_chat(partner, chat, settings, other_model(chat, str(load), partner), overflow=overflow)
 
 
-def connect(url: str, key_file: Path | None, name: str | None, loading: LoadOptions) -> ServerModel:
-    """A server's model; waits until it is loaded. Raises ``ExlError``, also for options that only a model takes that
-    is loaded here."""
+def loaded_elsewhere(option: str) -> ConfigError:
+    """The refusal of an option that only a model takes that is loaded here."""
+    return ConfigError(f"{option}: found it with --url, whose server has loaded its model: expected one of the two")
+
+
+def connect(url: str, key_file: Path | None, name: str | None) -> RemoteModel:
+    """A server's model; waits until it is loaded, and tells so. Raises ``ExlError``."""
     from exl.remote_chat import RemoteModel
 
-    for option in dataclasses.fields(loading):
-        if getattr(loading, option.name) != option.default:
-            shown = "--" + option.name.replace("_", "-")
-            raise ConfigError(
-                f"{shown}: found it with --url, whose server has loaded its model: expected one of the two"
-            )
-    key = None if key_file is None else read_key(key_file)
+    key = None if key_file is None else read_keys(key_file, "one in its first line")[0]
     with PromptStatus() as status:
         told = False
 
@@ -97,13 +101,4 @@ def connect(url: str, key_file: Path | None, name: str | None, loading: LoadOpti
                 say(f"exl: {text}")
                 told = True
 
-        return ServerModel(RemoteModel.connect(url, key, name, wait))
-
-
-def read_key(path: Path) -> str:
-    """The first line that is not empty. Raises ``ConfigError``."""
-    lines = [line.strip() for line in read_text(path, f"--api-key-file: {path}").splitlines()]
-    key = next(filter(None, lines), None)
-    if key is None:
-        raise ConfigError(f"--api-key-file: {path}: found no key, expected one in its first line")
-    return key
+        return RemoteModel.connect(url, key, name, wait)

@@ -31,18 +31,17 @@ class PromptStatus:
         if not self._watched or now - self._began < _DELAY or (self._width and now - self._drawn < _PAUSE):
             return
         self._drawn = now
-        text = (
+        self._show(
             f"reading the prompt: {progress.tokens:,} of {progress.total:,} tokens "
             f"(layer {progress.layer} of {progress.num_layers})"
         )
-        self._show(text[: terminal_columns(sys.stderr) - 1])
 
     def wait(self, text: str) -> None:
         """Shows what is waited for; "": only looks whether the user has had enough."""
         if self._check is not None:
             self._check()
         if text and self._watched and time.monotonic() - self._began >= _DELAY:
-            self._show(text[: terminal_columns(sys.stderr) - 1])
+            self._show(text)
 
     def clear(self) -> None:
         """Removes the line. The answer begins, or there will be none."""
@@ -52,6 +51,7 @@ class PromptStatus:
             sys.stderr.flush()
 
     def _show(self, text: str) -> None:
+        text = text[: terminal_columns(sys.stderr) - 1]
         sys.stderr.write("\r" + text.ljust(self._width))
         sys.stderr.flush()
         self._width = len(text)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from exl.commands.key_file import read_keys
 from exl.errors import ConfigError
 from exl.server.options import ServerOptions
 from exl.units import parse_bytes
@@ -51,7 +52,8 @@ class ListenOptions:
     @property
     def keys(self) -> tuple[str, ...]:
         """Raises ``ConfigError`` for a file that cannot be read."""
-        return (*(self.api_key or ()), *_keys_of(self.api_key_file))
+        kept = () if self.api_key_file is None else read_keys(self.api_key_file, "one in each line")
+        return (*(self.api_key or ()), *kept)
 
 
 @dataclass(frozen=True)
@@ -148,16 +150,3 @@ def server_options(
         **(vars(watch) | {"metrics_compat": tuple(watch.metrics_compat or ())}),
         **vars(served),
     )
-
-
-def _keys_of(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file: {path}: {getattr(error, 'strerror', None) or error}") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigError(f"--api-key-file: {path}: found no key, expected one in each line")
-    return found

@@ -20,7 +20,7 @@ from exl.server.state import Server
 
 BODIES: tuple[type[BaseModel], ...] = ()
 _FOLDER = Path(__file__).parent / "page"
-# In this order they are one module: each uses what stands in those before it.
+# One module, main.js last: it runs when everything else is defined.
 _SCRIPTS = ("markdown.js", "store.js", "api.js", "message.js", "answers.js", "list.js", "main.js")
 
 
@@ -29,7 +29,7 @@ class Page:
     """A document and the headers that it is sent with."""
 
     body: bytes
-    compressed: bytes  # by gzip: about a quarter of it
+    compressed: bytes  # by gzip
     headers: dict[str, str]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import exl
+from tests.slow_tokens import slow_tokens
 
 ROOT = Path(__file__).parents[2]
 SECONDS_A_TOKEN = 0.02  # slow enough for a person, or a test, to press Stop
@@ -103,15 +103,7 @@ def is_foreign(requested: str, url: str) -> bool:
 @pytest.fixture
 def slow(monkeypatch):
     """Tokens take their time."""
-    from exl.engine.runner import Runner
-
-    plain = Runner.step
-
-    def step(self, *asked):
-        time.sleep(SECONDS_A_TOKEN)
-        return plain(self, *asked)
-
-    monkeypatch.setattr(Runner, "step", step)
+    slow_tokens(monkeypatch, SECONDS_A_TOKEN)
 
 
 @pytest.fixture(scope="session")

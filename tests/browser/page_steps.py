@@ -31,6 +31,11 @@ def text_of(page) -> str:
     return messages(page).last.locator(".body").inner_text()
 
 
+def reload(page) -> None:
+    page.reload()
+    page.locator("html[data-ready]").wait_for(state="attached")
+
+
 def wait_until_ended(page) -> None:
     expect(page.locator("article.running")).to_have_count(0)
     expect(page.locator("#send")).to_be_visible()
@@ -40,6 +45,46 @@ def wait_until_ended(page) -> None:
 def wait_until_kept(page) -> None:
     """The browser's own storage has what the page shows: a reload finds it."""
     expect(page.locator("#list")).to_have_attribute("aria-busy", "false")
+
+
+def wait_until_written(page, count: int) -> None:
+    """The browser's own storage has a conversation that ends with so many words."""
+    from tests.server.running import wait_until
+
+    wait_until(lambda: any(len(text.split()) >= count for text in page.evaluate(LAST_WRITTEN)))
+
+
+# ``wait_for_function`` takes the promise itself for true.
+LAST_WRITTEN = """() => new Promise((resolve, reject) => {
+  const opened = indexedDB.open(`exl ${location.pathname}`);
+  opened.onerror = () => reject(opened.error);
+  opened.onsuccess = () => {
+    const found = opened.result.transaction("chats").objectStore("chats").getAll();
+    found.onerror = () => reject(found.error);
+    found.onsuccess = () => {
+      opened.result.close();
+      resolve(found.result.map(chat => chat.messages.at(-1).content));
+    };
+  };
+})"""
+
+
+def watch_text(page) -> None:
+    """From now on ``watched_texts`` collects what the last answer shows, each change of it: a test that looks again and
+    again misses some on a busy machine."""
+    page.evaluate(
+        """() => {
+          globalThis.watchedTexts = [];
+          new MutationObserver(() => {
+            const text = document.querySelector("article.running:last-of-type .body")?.innerText;
+            if (text && text !== watchedTexts.at(-1)) watchedTexts.push(text);
+          }).observe(document.getElementById("log"), { childList: true, characterData: true, subtree: true });
+        }"""
+    )
+
+
+def watched_texts(page) -> list[str]:
+    return page.evaluate("watchedTexts")
 
 
 def wait_for_words(page, count: int = 4) -> str:

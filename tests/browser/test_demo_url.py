@@ -18,6 +18,7 @@ from exl.http_client import ServerError
 from tests.browser.conftest import ROOT
 from tests.browser.steps import LONG, MARKS, answers, expect, field, send, set_sampling, wait_for_end
 from tests.server.scripted import ScriptedServer, stream
+from tests.slow_tokens import slow_tokens
 
 pytestmark = MARKS
 
@@ -95,10 +96,7 @@ def test_answers_are_the_servers_own(visit, url, running):
 
 
 def test_an_answer_is_stopped(visit, url, running, monkeypatch):
-    from exl.engine.runner import Runner
-
-    plain = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self, *asked: (time.sleep(0.03), plain(self, *asked))[1])
+    slow_tokens(monkeypatch, 0.03)
     page = visit(url)
     set_sampling(page, temperature=0, max_tokens=400)
     send(page, "Tell me about a dog.")

@@ -16,6 +16,7 @@ from tests.browser.page_steps import (
     events,
     messages,
     refusal,
+    reload,
     say,
     text_of,
     use,
@@ -35,7 +36,7 @@ def test_a_busy_server_is_told_and_asked_again(visit):
     note = page.get_by_role("alert")
     expect(note).to_contain_text("The server is busy: the queue is full")
     wait_until_kept(page)
-    page.reload()
+    reload(page)
     expect(page.get_by_role("alert")).to_contain_text("busy")
     page.get_by_role("button", name="Try again").click()
     wait_until_ended(page)
@@ -63,7 +64,7 @@ def test_a_key_is_asked_for_and_kept_as_wished(visit):
         return route.fulfill(status=401, content_type="application/json", body=refusal("wrong key", "invalid_api_key"))
 
     page.route("**/v1/**", guarded)
-    page.reload()
+    reload(page)
     dialog = page.get_by_role("dialog", name="API key")
     expect(dialog).to_contain_text("This server asks for a key.")
     page.get_by_label("Key", exact=True).fill("guess")

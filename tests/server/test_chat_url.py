@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 
 import pytest
 
 from tests.command_line import run_exl
 from tests.server.scripted import ScriptedServer, models, refusal, stream
+from tests.slow_tokens import slow_tokens
 
 pexpect = pytest.importorskip("pexpect")
 STATUS = r"20 tokens, [\d.]+ tokens/s \| first after \d+ ms \| context (\d+) of 512 \| cut off by max_tokens"
@@ -19,15 +19,7 @@ STATUS = r"20 tokens, [\d.]+ tokens/s \| first after \d+ ms \| context (\d+) of 
 @pytest.fixture
 def slow(monkeypatch):
     """Tokens take their time, so that an answer can be stopped."""
-    from exl.engine.runner import Runner
-
-    plain = Runner.step
-
-    def step(self, *asked):
-        time.sleep(0.03)
-        return plain(self, *asked)
-
-    monkeypatch.setattr(Runner, "step", step)
+    slow_tokens(monkeypatch, 0.03)
 
 
 def test_in_a_pipe(running, tmp_path):

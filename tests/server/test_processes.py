@@ -239,7 +239,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
     ("options", "message"),
     [
         (("--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"), "tls_cert: /nowhere.pem: No such file"),
-        (("--api-key-file", "/nowhere.txt"), "--api-key-file: /nowhere.txt: No such file"),
+        (("--api-key-file", "/nowhere.txt"), "--api-key-file: /nowhere.txt: cannot be read: No such file"),
         (("--log-file", "/nowhere/log"), "log_file: /nowhere/log: No such file"),
         (("--max-body", "many"), "max_body: "),
         (("--cors-origin", "nonsense"), "cors_origins: found 'nonsense'"),
@@ -264,6 +264,8 @@ def test_keys_come_from_a_file(tmp_path):
     path = tmp_path / "keys"
     path.write_text("first\n\n  second  \n")
     assert ListenOptions(api_key=["given"], api_key_file=path).keys == ("given", "first", "second")
+    path.write_bytes(b"\xef\xbb\xbffirst\r\n")  # as Windows' editors write it
+    assert ListenOptions(api_key_file=path).keys == ("first",)
     path.write_text("\n")
     with pytest.raises(exl.ConfigError, match="found no key, expected one in each line"):
         _ = ListenOptions(api_key_file=path).keys

@@ -9,11 +9,11 @@ import time
 import pytest
 
 from exl.chat import Chat
-from exl.engine.runner import Runner
 from exl.errors import ConfigError
 from exl.http_client import HttpClient, ServerError
 from exl.remote_chat import RemoteModel
 from tests.server.scripted import ScriptedServer, models, raw, refusal, stream
+from tests.slow_tokens import slow_tokens
 
 DOG = "Tell me about a dog."
 GREEDY = {"temperature": 0.0, "max_tokens": 20}
@@ -83,8 +83,7 @@ def test_saved_conversations_are_interchangeable(running, remote, tmp_path):
 
 
 def test_an_answer_that_is_closed_is_kept_and_frees_the_server(running, remote, monkeypatch):
-    plain = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self, *asked: (time.sleep(0.05), plain(self, *asked))[1])
+    slow_tokens(monkeypatch, 0.05)
     chat = remote.chat()
     with chat.stream(DOG, temperature=0.0, max_tokens=400) as answer:
         begun = next(answer) + next(answer)
@@ -171,6 +170,20 @@ def test_a_model_that_loads_is_waited_for(scripted):
     said.clear()
     assert text_of(remote.chat().stream("Hello", on_wait=said.append)) == "Here."
     assert "model: 'scripted' is loading, 50% of it" in said
+
+
+def test_a_stop_while_a_model_loads_is_no_error(scripted):
+    scripted.script = [refusal(503, "model: 'scripted' is loading", "model_loading", Retry_After="60")]
+    chat = connected(scripted).chat()
+
+    def stop(text):
+        if "loading" in text:
+            answer.close()
+
+    answer = chat.stream("Hello", on_wait=stop)
+    assert list(answer) == []
+    assert chat.messages == []
+    assert len(scripted.asked) == 1
 
 
 def test_whoever_waits_can_end_it(scripted):
@@ -267,6 +280,8 @@ def test_servers_that_are_none(scripted, answer, error, expected):
         "http://a:b@host",
         "http://host/?x=1",
         "http://[::1",
+        "http://two..dots",
+        "http://host/\u00e9",
     ],
 )
 def test_addresses_that_are_none(url):

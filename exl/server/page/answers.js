@@ -10,10 +10,8 @@ function wireOf(chat) {
   return [...system, ...said.map(({ role, content, tool_calls, tool_call_id, name }) => ({ role, content, tool_calls, tool_call_id, name }))];
 }
 
-const NUMBERS = ["temperature", "top_p", "min_p", "max_tokens", "seed"];
-
 function bodyOf(chat, settings, model, goesOn) {
-  const numbers = NUMBERS.filter((name) => settings[name] !== "").map((name) => [name, Number(settings[name])]);
+  const numbers = NUMBERS.filter(([name]) => settings[name] !== "").map(([name]) => [name, Number(settings[name])]);
   const body = { ...(model ? { model } : {}), messages: wireOf(chat), stream: true, stream_options: { include_usage: true } };
   return { ...body, ...Object.fromEntries(numbers), ...(goesOn ? { continue_final_message: true } : {}) };
 }

@@ -41,7 +41,7 @@ function renameChat(item, head) {
     isOver = true;
     const title = field.value.trim();
     field.remove();
-    const named = isKept && title && ([...runs.keys(), chat].find((one) => one.id === head.id) ?? (await store.get(head.id)));
+    const named = isKept && title && (await chatOf(head.id));
     if (named) {
       named.title = title;
       await save(named);
@@ -50,7 +50,7 @@ function renameChat(item, head) {
     showList();
   };
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") finish(true);
+    if (isEnter(event)) finish(true);
     if (event.key === "Escape") (event.stopPropagation(), finish(false));
   });
   field.addEventListener("blur", () => finish(true));
@@ -59,7 +59,7 @@ function renameChat(item, head) {
 }
 
 async function removeChat(id) {
-  const removed = [...runs.keys(), chat].find((one) => one.id === id) ?? (await store.get(id));
+  const removed = await chatOf(id);
   runs.get(removed)?.stop();
   await store.remove(id);
   if (chat.id === id) startChat();

@@ -1,13 +1,6 @@
 // The page: which conversation is shown, what is pressed, and what then happens.
 
 const STARTERS = ["Tell me a story about a dog.", "Why is the sky blue?", "Write a short poem about the sea.", "Explain prime numbers with an example."];
-const FIELDS = [
-  ["temperature", "Temperature", 0, 5, 0.05, "0 is greedy"],
-  ["top_p", "Top-p", 0, 1, 0.01, "share of the likeliest"],
-  ["min_p", "Min-p", 0, 1, 0.01, "against the likeliest"],
-  ["max_tokens", "Max tokens", 1, 1e6, 1, "of an answer"],
-  ["seed", "Seed", 0, Number.MAX_SAFE_INTEGER, 1, "another each time"],
-];
 
 const store = await Store.open();
 let settings = readSettings();
@@ -20,7 +13,6 @@ const runs = new Map(); // conversation -> Run
 
 const scroll = $("scroll");
 let isFollowing = true;
-let numSaving = 0; // writes that have not ended
 const isAtEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 48;
 
 function toEnd() {
@@ -81,9 +73,13 @@ function showChat(next, isScrolled = true) {
   if (isScrolled) toEnd();
 }
 
+/** A conversation as this tab has it, or else as it is kept; undefined: there is none. */
+async function chatOf(id) {
+  return [...runs.keys(), chat].find((one) => one.id === id) ?? store.get(id);
+}
+
 async function openChat(id) {
-  const running = [...runs.keys()].find((one) => one.id === id);
-  const found = running ?? (id ? await store.get(id) : undefined);
+  const found = await chatOf(id);
   showChat(found ?? newChat(settings.system));
   if (!found && id) history.replaceState(null, "", BASE);
 }
@@ -96,17 +92,24 @@ function startChat() {
   focusDraft();
 }
 
+let numSaving = 0; // writes that have not ended
+
+function countSaving(more) {
+  numSaving += more;
+  $("list").setAttribute("aria-busy", String(numSaving > 0));
+}
+
 /** The address names the conversation at once: a reload may come before the write has ended. */
 async function save(which, anyway = false) {
   const before = which.id;
   nameInAddress(which);
-  $("list").setAttribute("aria-busy", String((numSaving += 1) > 0));
+  countSaving(1);
   try {
     await store.put(which, anyway);
   } catch (error) {
     toast(`The conversation could not be kept: ${error?.message ?? error}`);
   }
-  $("list").setAttribute("aria-busy", String((numSaving -= 1) > 0));
+  countSaving(-1);
   nameInAddress(which);
   if (which === chat && which.id !== before) toast("Another tab has changed this conversation: yours goes on as a copy.");
   await showList();
@@ -323,14 +326,14 @@ function change(changed) {
 function showSettings() {
   if (settings.theme) document.documentElement.dataset.theme = settings.theme;
   else delete document.documentElement.dataset.theme;
-  for (const [name] of FIELDS) if (document.activeElement !== $(`set-${name}`)) $(`set-${name}`).value = settings[name];
+  for (const [name] of NUMBERS) if (document.activeElement !== $(`set-${name}`)) $(`set-${name}`).value = settings[name];
   for (const radio of document.getElementsByName("theme")) radio.checked = radio.value === settings.theme;
   $("forget-key").hidden = !readKey();
   showModels();
 }
 
-for (const [name, label, min, max, step, hint] of FIELDS) {
-  const field = el("input", { id: `set-${name}`, type: "number", min, max, step: name === "seed" || name === "max_tokens" ? step : "any", placeholder: "default", inputmode: "decimal" });
+for (const [name, label, min, max, step, hint] of NUMBERS) {
+  const field = el("input", { id: `set-${name}`, type: "number", min, max, step, placeholder: "default", inputmode: "decimal" });
   const told = el("small", {}, hint);
   field.addEventListener("input", () => {
     const isFine = field.checkValidity();

@@ -16,7 +16,7 @@ function actionButton(name, label, work) {
 }
 
 class MessageView {
-  /** `actions`: edit, again, goOn, remove, retry; each is called with this view. */
+  /** `actions`: edit, again, goOn, look, remove; each is called with this view. */
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;

@@ -3,7 +3,15 @@
 
 const BASE = location.pathname.endsWith("/") ? location.pathname : `${location.pathname}/`;
 const NAME = `exl ${BASE}`; // two servers behind one host are kept apart
-const DEFAULTS = { system: "", temperature: "", top_p: "", min_p: "", max_tokens: "", seed: "", model: "", theme: "" };
+// Settings of sampling: name, label, least, most, step, what is told below the field.
+const NUMBERS = [
+  ["temperature", "Temperature", 0, 5, "any", "0 is greedy"],
+  ["top_p", "Top-p", 0, 1, "any", "share of the likeliest"],
+  ["min_p", "Min-p", 0, 1, "any", "against the likeliest"],
+  ["max_tokens", "Max tokens", 1, 1e6, 1, "of an answer"],
+  ["seed", "Seed", 0, Number.MAX_SAFE_INTEGER, 1, "another each time"],
+];
+const DEFAULTS = { system: "", model: "", theme: "", ...Object.fromEntries(NUMBERS.map(([name]) => [name, ""])) };
 
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36).padStart(2, "0")).join("");
 
@@ -94,6 +102,7 @@ class Store {
 
   async write(chat, anyway) {
     if (!this.db) {
+      if (!anyway && chat.version > 0 && !this.memory.has(chat.id)) return;
       chat.version++;
       this.memory.set(chat.id, structuredClone(chat));
       return;
