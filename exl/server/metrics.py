@@ -167,8 +167,8 @@ class ModelTally:
             self.queue.observe(max(0.0, journey.began - journey.submitted))
         if journey.first is not None:
             self.first.observe(journey.first - journey.arrived)
-        if journey.ended is not None:
-            self.total.observe(journey.ended - journey.arrived)
+        if journey.last is not None:
+            self.total.observe(journey.last - journey.arrived)
 
     def look(self, state: ModelState) -> None:
         """At the counts of the model that is loaded now. They begin anew with each loading; what is told never does."""
