@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from exl.families.config import ModelConfig
 
 _SIZES = {
     "vocab_size": 96,
@@ -104,6 +106,12 @@ def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transform
             else:
                 parameter.normal_(0, 0.5)
     return model
+
+
+def with_attention(config: ModelConfig, **changes: object) -> ModelConfig:
+    """The config with other values in the attention of all its layers."""
+    layers = (replace(layer, attention=replace(layer.attention, **changes)) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
 
 
 def save(model: transformers.PreTrainedModel, folder: Path) -> Path:

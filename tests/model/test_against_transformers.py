@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.engine.build import Engine, load_engine
 from exl.layout.specs import Target
 from exl.planning.options import EngineOptions
-from exl.weights.stream import ResidentWeights
 from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids
-from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
+from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save, with_attention
 
 TOLERANCE = 2e-4
 NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, 24 original positions, 48 positions, a page of 64
@@ -113,7 +112,7 @@ def test_dense_weights_keep_the_files_type(dtype, cpu, tmp_path):
     folder = save(build(CASES[2]).to(dtype), tmp_path)
     engine = _load(folder, cpu)
     weights = engine.generator.runner.weights.acquire(0)
-    assert weights.qkv[0].fields["weight"].dtype == dtype
+    assert weights["qkv"][0].fields["weight"].dtype == dtype
     model = load_f32(folder)
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
     difference = (_decode(engine, IDS, NUM_PROMPT) - decode_logits(model, IDS, NUM_PROMPT)).abs().max()
@@ -131,18 +130,19 @@ def _without(engine: Engine, feature: str) -> None:
         "rope_scaling": {"rope": RopeConfig(theta=rope.theta, max_position=rope.max_position)},
         "attention_factor": {"rope": dataclasses.replace(rope, attention_factor=1.0)},
         "truncate": {"rope": dataclasses.replace(rope, truncate=True)},
-        "window": {"windows": (None,) * config.num_layers},
-        "window_layers": {"windows": (16,) * config.num_layers},
+        "window": {"window": None},
+        "window_layers": {"window": 16},
     }
     if feature in changes:
-        decoder.config = dataclasses.replace(config, **changes[feature])
+        decoder.config = with_attention(config, **changes[feature])
     elif feature in ("q_norm", "k_norm"):
-        runner.weights = ResidentWeights([dataclasses.replace(layer, **{feature: None}) for layer in layers])
+        attention = decoder._attention
+        decoder._attention = lambda shape, w: dataclasses.replace(attention(shape, w), **{feature: None})
     else:
         names = {"qkv_bias": ("qkv",), "o_bias": ("o",), "mlp_bias": ("gate_up", "down")}[feature]
         for layer in layers:
             for name in names:
-                getattr(layer, name)[0].fields["bias"].zero_()
+                layer[name][0].fields["bias"].zero_()
 
 
 @with_both
