@@ -13,9 +13,16 @@ from typing import Any
 from exl.checkpoint.config_reader import MAX_POSITION, ConfigReader, read_json
 from exl.checkpoint.rope_config import RopeConfig, check_factors, read_ropes
 from exl.errors import UnsupportedModelError
+from exl.families.cohere import cohere2, prepare_cohere2
 from exl.families.common import Source
+from exl.families.gemma import gemma2, gemma3, prepare_gemma2, prepare_gemma3
+from exl.families.glm import glm, glm4, prepare_glm
+from exl.families.granite import granite
 from exl.families.llama import llama, mistral
+from exl.families.olmo import olmo2, prepare_olmo2
+from exl.families.phi import phi3, prepare_phi3
 from exl.families.qwen import qwen2, qwen3
+from exl.families.smollm import prepare_smollm3, smollm3
 from exl.families.specs import EmbedShape, FamilySpec, LayerSpec, LogitsShape, ModelNames, NormShape
 
 
@@ -30,10 +37,19 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
+        "cohere2": Family(cohere2, prepare_cohere2),
+        "gemma2": Family(gemma2, prepare_gemma2),
+        "gemma3_text": Family(gemma3, prepare_gemma3),
+        "glm": Family(glm, prepare_glm),
+        "glm4": Family(glm4, prepare_glm),
+        "granite": Family(granite),
         "llama": Family(llama),
         "mistral": Family(mistral),
+        "olmo2": Family(olmo2, prepare_olmo2),
+        "phi3": Family(phi3, prepare_phi3),
         "qwen2": Family(qwen2),
         "qwen3": Family(qwen3),
+        "smollm3": Family(smollm3, prepare_smollm3),
     }
 )
 
