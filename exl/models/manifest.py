@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
@@ -16,8 +15,6 @@ from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target, fuse
 from exl.models.other_names import find_names, other_names
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,10 +178,7 @@ class _ManifestReader:
         extra = [n for n in self.checkpoint.tensors if n not in self.seen and not n.endswith(names.ignored)]
         if self.config.is_text_part:
             mine = (names.layers.removesuffix("layers"), names.head + ".")
-            others = [name for name in extra if not name.startswith(mine)]
             extra = [name for name in extra if name.startswith(mine)]
-            if others:
-                logger.info("%s: %d tensors of other parts are not read", self.checkpoint.path, len(others))
         if extra:
             shown = ", ".join(sorted(extra)[:4]) + (", ..." if len(extra) > 4 else "")
             raise CheckpointError(

@@ -25,6 +25,7 @@ from exl.layout.steps import StepLimits
 from exl.layout.window import window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
+from exl.models.support import unsupported
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.draft import BesideDraft, draft_context, draft_options
@@ -168,7 +169,13 @@ def _checked_depth(depth: int, context: int) -> int:
 
 
 def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple[MemoryPlan, PlanInput]:
-    config, layouts = files.config, files.manifest.layouts(target)
+    config = files.config
+    if (lacking := unsupported(config, target)) is not None:
+        raise UnsupportedModelError(
+            f"{files.folder}: found {lacking}, which a {config.family} model has and exl's kernels for a GPU have not: "
+            "expected device='cpu'"
+        )
+    layouts = files.manifest.layouts(target)
     context = options.context or default_context(config)
     cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout

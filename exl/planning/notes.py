@@ -15,6 +15,8 @@ _OWN_SCALING = "dynamic"  # a kind of RoPE that is made for lengths beyond max_p
 def plan_notes(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> tuple[Note, ...]:
     """``rounded``: the plan of the same model with ``head=8``; None if its head is not dense."""
     found = [_beyond_ram(plan), _beyond_context(model, plan), _several_gpus(plan), _rounded_head(model, plan, rounded)]
+    if model.config.is_text_part:
+        found.append(Note("fact", "images are not read: this is the text part of a model that takes them"))
     if model.config.rope.kind != "default":
         found.append(Note("fact", f"RoPE: {model.config.rope}; {model.config.max_position} positions"))
     return tuple(note for note in found if note is not None)
