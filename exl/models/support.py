@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from exl.families.config import ModelConfig
-from exl.families.specs import EmbedShape, LayerSpec, LogitsShape
+from exl.families.specs import EmbedShape, LayerSpec, LogitsShape, MoeShape
 from exl.layout.specs import Target
 
 
@@ -31,6 +31,8 @@ def _missing(config: ModelConfig) -> Iterator[str]:
 
 
 def _missing_of(layer: LayerSpec) -> Iterator[str]:
+    if isinstance(layer.mlp, MoeShape):
+        yield f"mixtures of {layer.mlp.count} experts"
     if layer.mlp.activation != "silu":
         yield f"an MLP with {layer.mlp.activation}"
     if layer.attn_branch.norm or layer.mlp_branch.norm:
