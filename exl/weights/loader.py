@@ -125,7 +125,13 @@ class _Loader:
     def _key(self) -> bytes:
         # What exl's own packing depends on is in the layouts and their version; torch's kernels have orders of theirs.
         packer = "exl" if self.ops.target.compiled else f"torch {torch.__version__}"
-        return packed_key(self.checkpoint, self.quant, self.layouts, self.manifest.experts, self.ops.target, packer)
+        experts = [
+            (layout, spec)
+            for layout, spec in zip(self.layouts.experts, self.manifest.experts, strict=True)
+            if layout is not None and spec is not None
+        ]
+        first = self.all_layouts[: self.head_idx + 1]
+        return packed_key(self.checkpoint, self.quant, first, self.ops.target, packer, experts)
 
     def _read_packed(self, folder: Path) -> PackedFile | None:
         """Fills the blobs that stay from a valid packed file. None: there is none, or one that turned out damaged."""

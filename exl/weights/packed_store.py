@@ -19,7 +19,6 @@ from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import ExlError
 from exl.layout.layers import ExpertLayout, LayerLayout
 from exl.layout.specs import ExpertSpec, Target
-from exl.models.manifest import ModelLayout
 from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 
@@ -37,13 +36,13 @@ def default_packed_folder() -> Path:
 def packed_key(
     checkpoint: Checkpoint,
     quant: QuantConfig | None,
-    layouts: ModelLayout,
-    experts: Sequence[ExpertSpec | None],
+    layouts: Sequence[LayerLayout],
     target: Target,
     packer: str,
+    experts: Sequence[tuple[ExpertLayout, ExpertSpec]] = (),
 ) -> bytes:
     """Digest, 32 bytes, of all that the packed bytes depend on. ``packer`` names the library that packs, with its
-    version. ``experts``: by layer.
+    version. ``layouts``: one per blob, in the order of the file; then come ``experts``, layer by layer.
 
     A checkpoint is too large to hash at each load. Headers, sizes, modification times and a sample of each tensor stand
     for it. The samples are needed because unpacked archives and images often give all files the same time.
@@ -54,8 +53,8 @@ def packed_key(
         ["packer", packer],
         ["files", sorted((name, size, checkpoint.modified_ns[name]) for name, size in checkpoint.files.items())],
         ["tensors", _describe_tensors(checkpoint)],
-        ["layouts", [_describe_layout(blob, quant) for blob in (layouts.embed, *layouts.layers, layouts.head)]],
-        ["experts", [_describe_experts(*both, quant) for both in zip(layouts.experts, experts, strict=True)]],
+        ["layouts", [_describe_layout(layout, quant) for layout in layouts]],
+        ["experts", [_describe_experts(layout, spec, quant) for layout, spec in experts]],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
@@ -92,10 +91,8 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     return [layout.num_bytes, fields, norms, linears, configs]
 
 
-def _describe_experts(layout: ExpertLayout | None, spec: ExpertSpec | None, quant: QuantConfig | None) -> list | None:
+def _describe_experts(layout: ExpertLayout, spec: ExpertSpec, quant: QuantConfig | None) -> list:
     """By the first one: the manifest has seen that the others are like it."""
-    if layout is None or spec is None:
-        return None
     return [layout.count, sorted(spec.names.items()), _describe_layout(layout.blob, quant)]
 
 
