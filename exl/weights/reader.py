@@ -58,7 +58,7 @@ class _Part:
     start: int
     place: int
     num_bytes: int
-    compares: bool  # they are the whole blob, and its checksum is compared
+    whole: bool  # they are all of it, and its checksum is compared if it has not been
 
 
 @dataclass
@@ -322,8 +322,8 @@ class BufferReader:
     def _parts_of_blobs(self, blob_idx: int, count: int, blob_bytes: int, place: int) -> Iterator[_Part]:
         """Of blobs that lie one after another, all of which have been compared, or of one."""
         size = count * blob_bytes
-        if not self.packed.is_checked(blob_idx):  # by one thread, because it compares the checksum
-            yield _Part(blob_idx, 0, place, size, True)
+        if not self.packed.is_checked(blob_idx) or (count == 1 and size <= _PART_BYTES):
+            yield _Part(blob_idx, 0, place, size, True)  # by one thread, because it compares the checksum
             return
         for start in range(0, size, _PART_BYTES):
             yield _Part(blob_idx, start, place + start, min(size - start, _PART_BYTES), False)
@@ -368,7 +368,7 @@ class BufferReader:
                 return layer_idx in self._upcoming()[: len(self.buffers)]
 
         out = array[part.place : part.place + part.num_bytes]
-        if part.compares:
+        if part.whole:
             return self.packed.read_blob(part.blob_idx, out, is_wanted)
         if not is_wanted():
             return False

@@ -70,8 +70,8 @@ def test_layers_do_differ(four_bit, tmp_path):
     """Otherwise the test above could not detect exchanged layers."""
     with PlacedModel(four_bit, tmp_path) as model:
         right = model.logits()
-        blobs = model.source._reader._blob_indices
-        blobs[1], blobs[2] = blobs[2], blobs[1]
+        layers = model.source._reader._layers
+        layers[1], layers[2] = layers[2], layers[1]
         model.source.wait_until_idle()
         for buffer in model.source._reader.buffers:
             buffer.layer_idx = None
