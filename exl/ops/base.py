@@ -40,10 +40,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
+    """A norm of rows: ``x / sqrt(mean(x^2) + eps) * weight``, or as ``kind`` says."""
 
     weight: torch.Tensor  # [C] f32, with what a family adds or multiplies already in it (``exl.layout.specs.NormSpec``)
     eps: float
+    kind: str = "rms"  # or "layer": (x - mean) / sqrt(variance + eps) * weight
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class Ops(Protocol):
         """Token ids of the selected batch -> h [T, C] f32: their rows of the table as ``spec`` says."""
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        """out [T, N] = norm(h) W + b."""
+        """out [T, N] = norm(h) W + b; without a norm h is read as it is."""
 
     def attend(
         self,
@@ -265,13 +266,14 @@ class Ops(Protocol):
     def gated_mlp(
         self,
         h: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         w: Segments,
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
+        """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h) or h; ``consumer`` as for
+        ``attend``."""
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with
