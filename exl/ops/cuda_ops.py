@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.errors import KernelError, UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv
@@ -32,7 +32,7 @@ from exl.kernels.launch import Backend
 from exl.kernels.linear import LinearScratch
 from exl.kernels.linear_io import ACTIVATIONS, Output
 from exl.kernels.linear_many import PanelScratch
-from exl.kernels.norms import RowNorm, norm_add
+from exl.kernels.norms import RowNorm, norm_add, row_norm
 from exl.kernels.params import Bindings
 from exl.kernels.program import Programs, place
 from exl.kernels.scale_logits import scale_logits
@@ -270,6 +270,7 @@ class CudaOps:
             spec.window,
             spec.softcap,
             eps,
+            spec.norm_rows,
             rope,
         )
         norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
@@ -291,6 +292,8 @@ class CudaOps:
     ) -> None:
         batch = self._now
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
+        if spec.norm_rows:
+            _norm_rows(backend, qkv, spec, self._may_overlap())
         rows = QkvRows(qkv, *batch.angles[rope], _head_norms(spec))
         params = AttentionParams(spec.scale, spec.window, spec.softcap)
         channel_map = consumer[0].fields.get("channel_map") if consumer else None
@@ -371,8 +374,8 @@ class CudaOps:
             raise KernelError("norm of a block's output: found one, but the buffers of a step are made for none")
         y = self._view(self._arena.fields["branch"])[: len(h)]
         self._store(backend, x, w, y)
-        row_norm = RowNorm(norm.weight, norm.eps, norm.kind)
-        norm_add(backend, y, row_norm, h, sumsq, branch.scale, dependent=self._may_overlap())
+        post = RowNorm(norm.weight, norm.eps, norm.kind)
+        norm_add(backend, y, post, h, sumsq, branch.scale, dependent=self._may_overlap())
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         done = sum(stop - start for start, stop in self._now.shape.logit_runs)
@@ -421,8 +424,23 @@ def _weight(norm: Norm | None) -> torch.Tensor | None:
     return None if norm is None else norm.weight
 
 
+def _norm_rows(backend: Backend, qkv: torch.Tensor, spec: AttentionSpec, dependent: bool) -> None:
+    """q and k of ``qkv`` normalised in place, each over the channels of all heads."""
+    width = spec.num_heads * spec.head_dim
+    q, k = (None if norm is None else RowNorm(norm.weight, norm.eps, norm.kind) for norm in (spec.q_norm, spec.k_norm))
+    parts = qkv[:, :width], qkv[:, width : width + spec.num_kv_heads * spec.head_dim]
+    if q is not None and k is not None:
+        both = qkv[:, : width + spec.num_kv_heads * spec.head_dim]
+        row_norm(backend, both, q, both, k, dependent=dependent)
+        return
+    for x, norm in zip(parts, (q, k), strict=True):
+        if norm is not None:
+            row_norm(backend, x, norm, x, dependent=dependent)
+
+
 def _head_norms(spec: AttentionSpec) -> HeadNorms:
-    q, k = spec.q_norm, spec.k_norm
+    """What attention's own kernels normalise."""
+    q, k = (None, None) if spec.norm_rows else (spec.q_norm, spec.k_norm)
     return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
 
 
@@ -431,5 +449,7 @@ def _head_eps(spec: AttentionSpec) -> float:
     q, k = spec.q_norm, spec.k_norm
     if q is not None and k is not None and q.eps != k.eps:
         raise UnsupportedModelError(f"norms of q and k: found epsilons {q.eps} and {k.eps}, expected the same on a GPU")
+    if any(norm is not None and norm.kind != "rms" and not spec.norm_rows for norm in (q, k)):
+        raise UnsupportedModelError("norms of q and k: found LayerNorm of each head, expected RMSNorm on a GPU")
     norm = k if q is None else q
     return 0.0 if norm is None else norm.eps

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from exl.batch import ForwardBatch
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.formats.matrix import DenseMatrix
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout

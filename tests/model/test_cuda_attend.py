@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exl.cache.kv import KVCache
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.errors import KernelError, UnsupportedModelError
 from exl.layout.arena import table_words
 from exl.ops.base import AttentionSpec

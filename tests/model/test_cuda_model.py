@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -162,8 +161,8 @@ def test_scaled_branches_and_capped_logits_as_through_torch(backend, monkeypatch
         return all_logits(engine, PROMPT), step_logits(engine, PROMPT)
 
     plain = logits(load(STORIES, backend))
-    monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=0.3))
-    monkeypatch.setattr(decoder, "LogitsSpec", partial(LogitsSpec, softcap=4.0, scale=0.5))
+    monkeypatch.setattr(decoder, "Branch", lambda *described: Branch(scale=0.3))
+    monkeypatch.setattr(decoder, "LogitsSpec", lambda *described: LogitsSpec(softcap=4.0, scale=0.5))
     expected = all_logits(load_engine(STORIES, EngineOptions(device="cpu", context=128)), PROMPT)
     for found, before in zip(logits(load(STORIES, backend)), plain, strict=True):
         assert (found - expected).abs().max() < bound(expected, 4)
