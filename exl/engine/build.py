@@ -264,7 +264,7 @@ def _make_ops(
         model.kv_layout,
         model.limits,
         arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of),
-        files.config.rope,  # of all layers
+        files.config.ropes,
         plan.num_pages,
         act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,
         dependent=dependent,

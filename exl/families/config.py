@@ -15,6 +15,7 @@ from exl.checkpoint.rope_config import RopeConfig, check_factors, read_ropes
 from exl.errors import UnsupportedModelError
 from exl.families.cohere import cohere2, prepare_cohere2
 from exl.families.common import Source
+from exl.families.exaone import exaone4, prepare_exaone4
 from exl.families.gemma import gemma2, gemma3, prepare_gemma2, prepare_gemma3
 from exl.families.glm import glm, glm4, prepare_glm
 from exl.families.glm_moe import glm4_moe, prepare_glm4_moe
@@ -42,6 +43,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "cohere2": Family(cohere2, prepare_cohere2),
+        "exaone4": Family(exaone4, prepare_exaone4),
         "gemma2": Family(gemma2, prepare_gemma2),
         "gemma3_text": Family(gemma3, prepare_gemma3),
         "glm": Family(glm, prepare_glm),

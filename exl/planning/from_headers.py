@@ -390,6 +390,8 @@ def step_limits(
         decode_rows=decode_rows,
         chunk_rows=chunk,
         cache_tokens=cache_tokens or context,
+        num_ropes=len(config.ropes),
+        post_norms=any(layer.attn_branch.norm or layer.mlp_branch.norm for layer in config.layers),
         experts=expert_limits(config),
     )
 
