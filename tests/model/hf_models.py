@@ -195,7 +195,12 @@ CASES = [
         {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 0.7},
         ("window", "window_layers", "no_rope", "pairs", "parallel", "layer_norm", "logits_scale"),
     ),
-    Case("cohere2-biases", "cohere2", {"attention_bias": True, "sliding_window": 16}, ("qkv_bias", "o_bias")),
+    Case(
+        "cohere2-biases",
+        "cohere2",
+        {"attention_bias": True, "sliding_window": 16, "logit_scale": 0.7},
+        ("qkv_bias", "o_bias"),
+    ),
     Case("olmo2", "olmo2", {}, ("rope", "q_norm", "k_norm", "norm_rows", "attn_post_norm", "mlp_post_norm")),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}, ("rope", "no_rope")),
     Case(
