@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from exl.chat import Chat
     from exl.checkpoint.config import ModelConfig
-    from exl.checkpoint.quant_config import QuantConfig
+    from exl.checkpoint.quant.base import QuantConfig
     from exl.planning.plan import MemoryPlan
 
 Prompt = str | Sequence[int]

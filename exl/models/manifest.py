@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config import ModelConfig
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.errors import CheckpointError, warn_user
-from exl.formats.load import matrix_spec
+from exl.formats.load import matrix_spec, tensors_of
 from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
@@ -173,7 +173,7 @@ class _ManifestReader:
             )
         if bias and not spec.has_bias:
             raise CheckpointError(f"{self.checkpoint.path}: {name}.bias is missing, config.json expects it")
-        self.seen |= {f"{name}.{part}" for part in ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")}
+        self.seen |= tensors_of(self.checkpoint, name)
         return spec
 
     def _norm(self, name: str, spec: NormSpec) -> NormSpec:

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from exl.checkpoint.module_pattern import ModuleMatcher, ModulePattern
-from exl.checkpoint.quant_config import QuantConfig, parse_quant_config, read_quant_config
+from exl.checkpoint.quant.gptq import GptqConfig
+from exl.checkpoint.quant_config import parse_quant_config, read_quant_config
 from exl.errors import ConfigError, UnsupportedModelError
 
 SOURCE = "quantize_config.json"
@@ -30,7 +31,7 @@ def parse(values, source=SOURCE):
     return parse_quant_config(values, source)
 
 
-def of(config: QuantConfig) -> tuple:
+def of(config: GptqConfig) -> tuple:
     return (config.bits, config.group_size, config.desc_act, config.sym, config.checkpoint_format, config.lm_head)
 
 
@@ -104,7 +105,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_absent(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (BASE | {"quant_method": "awq", "version": "gemm"}, r"quant_method: found 'awq', exl reads gptq"),
+        (BASE | {"quant_method": "awq", "version": "gemm"}, r"quant_method: found 'awq'; exl reads GPTQ: take"),
         ({"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}, r"found an AWQ configuration"),
         (BASE | {"quant_method": "marlin"}, r"quant_method: found 'marlin'"),
         (BASE | {"is_marlin_format": True}, r"is_marlin_format: found true"),
@@ -193,7 +194,7 @@ def test_a_config_that_is_no_object(tmp_path):
 # --- a module's own ------------------------------------------------------------------------------------------------
 
 
-def dynamic(rules, **values) -> QuantConfig:
+def dynamic(rules, **values) -> GptqConfig:
     return parse(BASE | values | {"dynamic": rules})
 
 
