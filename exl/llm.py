@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
 from exl.checkpoint.hub_errors import Token
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from exl.chat import Chat
-    from exl.checkpoint.config import ModelConfig
     from exl.checkpoint.quant.base import QuantConfig
+    from exl.families.config import ModelConfig
     from exl.planning.plan import MemoryPlan
 
 Prompt = str | Sequence[int]

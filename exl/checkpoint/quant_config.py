@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exl.checkpoint.config import read_json
+from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.header import shown
 from exl.checkpoint.quant import gptq
 from exl.checkpoint.quant.base import QuantConfig, QuantMethod

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.hub import find_headers, find_small_files
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ExlError

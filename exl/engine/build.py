@@ -15,13 +15,14 @@ from exl import forks
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.cache.tier import ram_tier
-from exl.checkpoint.config import GenerationDefaults, ModelConfig
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.quant.base import QuantConfig
 from exl.engine.draft_model import DraftModel
 from exl.engine.draft_runner import BatchedDrafts
 from exl.engine.generator import Generator
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError, warn_user
+from exl.families.config import ModelConfig
 from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
@@ -263,7 +264,7 @@ def _make_ops(
         model.kv_layout,
         model.limits,
         arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of),
-        files.config.rope,
+        files.config.rope,  # of all layers
         plan.num_pages,
         act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,
         dependent=dependent,

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.errors import KernelError
 from exl.kernels.append_kv import check_slots
 from exl.kernels.attention_decode import DecodeTables, check_tables, first_parts

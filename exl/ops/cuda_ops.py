@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SamplingBatch
 from exl.cache.kv import KVCache
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.errors import KernelError, UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.append_kv import append_kv

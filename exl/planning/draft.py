@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl.checkpoint.config import ModelConfig
 from exl.errors import MemoryBudgetError
+from exl.families.config import ModelConfig
 from exl.layout.specs import Target
 from exl.planning.devices import HOST, STARTED_LINES
 from exl.planning.options import EngineOptions, default_context

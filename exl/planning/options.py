@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl.checkpoint.config import ModelConfig, check_rope
 from exl.checkpoint.remote import RemoteFolder
+from exl.checkpoint.rope_config import check_rope
 from exl.errors import ConfigError
+from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import ARITHMETIC
 from exl.layout.kv import KV_BITS
 from exl.threads import check_threads

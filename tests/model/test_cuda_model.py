@@ -35,7 +35,7 @@ from tests.model.cuda_engines import (
     step_logits,
     tokens,
 )
-from tests.model.hf_models import decode_logits, prefill_logits
+from tests.model.hf_models import decode_logits, prefill_logits, with_attention
 from tests.model.test_published_story import PUBLISHED
 from tests.model.test_quantized import make
 
@@ -173,7 +173,7 @@ def test_scaled_branches_and_capped_logits_as_through_torch(backend, monkeypatch
 def test_attention_of_other_angles_or_epsilons_is_named(backend, monkeypatch):
     engine = load(STORIES, backend)
     config = engine.generator.runner.decoder.config
-    engine.generator.runner.decoder.config = replace(config, rope=replace(config.rope, theta=123.0))
+    engine.generator.runner.decoder.config = with_attention(config, rope=replace(config.rope, theta=123.0))
     with pytest.raises(UnsupportedModelError, match=r"RoPE of layer 0: found default, theta 123, expected .* on a GPU"):
         all_logits(engine, PROMPT)
     weight = torch.ones(config.head_dim)

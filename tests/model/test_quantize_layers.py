@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig
 from exl.errors import UnsupportedModelError
+from exl.families.config import ModelConfig
 from exl.models import decoder
 from exl.models.manifest import read_manifest
 from exl.ops.base import Branch, LayerWeights, Norm, Segments
@@ -122,7 +122,7 @@ class Recorder:
 
 def spoil(model: transformers.PreTrainedModel, layer_idx: int, name: str, weights: LayerWeights) -> None:
     """Changes a linear in transformers and in exl, as rounding would."""
-    (linear,) = getattr(weights, name)
+    (linear,) = weights[name]
     stored, start = linear.fields["weight"], 0
     noise = torch.from_numpy(np.random.default_rng(layer_idx).normal(size=stored.shape)).float()
     stored += 0.2 * stored.std() * noise
