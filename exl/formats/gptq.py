@@ -15,11 +15,11 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant.gptq import GptqConfig
 from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import CheckpointError, warn_user
-from exl.formats.codes import unpack_codes
+from exl.formats.codes import unpack_codes, unpack_planes
 from exl.formats.format import Format
 from exl.formats.groups import num_groups, order_key, read_order, read_scales
-from exl.formats.matrix import QuantizedMatrix
-from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_bias, require_tensor
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_bias, require_tensor, to_float
 from exl.layout.specs import MatrixSpec
 
 K_MULTIPLE = 32  # 32 codes of any width fill whole words
@@ -76,7 +76,7 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> Quantized
     def read_codes(start: int, stop: int) -> NDArray[np.uint8]:
         if not 0 <= start <= stop <= shape.N:
             raise ValueError(f"columns {start}:{stop} of {name}, which has {shape.N}")
-        codes = unpack_codes(read_words()[:, start:stop], quant.bits)
+        codes = _unpack(read_words()[:, start:stop], quant)
         return codes if shape.order is None else codes[shape.order]
 
     return QuantizedMatrix(
@@ -90,8 +90,33 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> Quantized
         order=shape.order,
         bias=read_bias(checkpoint, f"{name}.bias", shape.N),
         read_codes=read_codes,
-        read_words=read_words,
+        read_words=None if _in_planes(quant) else read_words,
     )
+
+
+def load_gptq_table(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> DenseMatrix:
+    """A quantized embedding, dequantized as its rows are read. GPTQModel packs it along the vocabulary: a token is an
+    input, groups are of tokens, and a channel is an output. Raises as :func:`load_gptq`.
+
+    Values are f32: ``code - zero`` has 9 bits, so that products with f16 and bf16 scales are exact; those with f32
+    scales are rounded once.
+    """
+    shape = _read_shape(checkpoint, name, quant)
+    scales = to_float(read_scales(checkpoint, f"{name}.scales"), "f16")
+    zeros = _read_zeros(checkpoint, name, quant).astype(np.float32)
+    group = np.arange(shape.K, dtype=np.int32) // np.int32(shape.group_size)
+    if shape.order is not None:
+        sorted_group, group = group, np.empty_like(group)
+        group[shape.order] = sorted_group
+
+    def read_rows(start: int, stop: int) -> NDArray[np.float32]:
+        first, last = start // K_MULTIPLE, -(-stop // K_MULTIPLE)  # blocks of whole words
+        words = checkpoint.read_rows(f"{name}.qweight", first * quant.bits, last * quant.bits)
+        codes = _unpack(words, quant)[start - first * K_MULTIPLE :][: stop - start]
+        rows = group[start:stop]
+        return (codes - zeros[rows]) * scales[rows]
+
+    return DenseMatrix(dtype="f32", K=shape.N, N=shape.K, bias=None, bias_dtype=None, read_rows=read_rows)
 
 
 def gptq_fits(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> bool:
@@ -154,9 +179,11 @@ def _read_shape(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> _Shape:
 
 
 def _read_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> NDArray[np.uint8]:
-    """True zeros u8 [G, N]. Unpacked first, adjusted then: arithmetic on whole words would borrow between codes."""
-    stored = _stored_zeros(checkpoint, name, quant.bits)
+    """True zeros u8 [G, N]: as the file's writer has turned them into words."""
+    stored = _stored_zeros(checkpoint, name, quant)
     checkpoint_format = quant.checkpoint_format
+    if checkpoint_format == "gptq_p":
+        return stored
     found = _format_of(stored, quant.bits) if quant.sym else None
     if found is not None:
         checkpoint_format = found
@@ -167,16 +194,35 @@ def _read_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> NDArray
             )
     if checkpoint_format == "gptq_v2":
         return stored
-    return (stored + np.uint8(1)) & np.uint8((1 << quant.bits) - 1)  # 15 + 1 can only mean 0
+    if quant.borrowed and found is None and quant.bits != 3:  # 3 bits straddle words: even these writers part them
+        words = checkpoint.read(f"{name}.qzeros").view(np.uint32) + np.uint32(_ones(quant.bits))
+        return np.ascontiguousarray(unpack_codes(words.T, quant.bits).T)
+    # Field by field: arithmetic on whole words would borrow from neighbours. 15 + 1 can only mean 0.
+    return (stored + np.uint8(1)) & np.uint8((1 << quant.bits) - 1)
 
 
-def _stored_zeros(checkpoint: Checkpoint, name: str, bits: int) -> NDArray[np.uint8]:
+def _ones(bits: int) -> int:
+    """A word with 1 in each field: 0x11111111 at 4 bits."""
+    return sum(1 << shift for shift in range(0, 32, bits))
+
+
+def _stored_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> NDArray[np.uint8]:
     """As the file has them, u8 [G, N]."""
     words = checkpoint.read(f"{name}.qzeros")
+    bits = quant.bits
     codes = unpack_codes(words[:1, :3].T, bits)
     if bits != 3 and (words == words[0, 0]).all() and (codes == codes[0]).all():  # symmetric: one zero for all
         return np.full((len(words), words.shape[1] * 32 // bits), codes[0, 0])
-    return np.ascontiguousarray(unpack_codes(words.T, bits).T)
+    return np.ascontiguousarray(_unpack(words.T, quant).T)
+
+
+def _unpack(words: NDArray[np.int32] | NDArray[np.uint32], quant: GptqConfig) -> NDArray[np.uint8]:
+    return unpack_planes(words) if _in_planes(quant) else unpack_codes(words, quant.bits)
+
+
+def _in_planes(quant: GptqConfig) -> bool:
+    """Whether words are not the bit stream of all other files: at 2, 4 and 8 bits planes are that, too."""
+    return quant.checkpoint_format == "gptq_p" and quant.bits == 3
 
 
 def _format_of(stored: NDArray[np.uint8], bits: int) -> str | None:
@@ -187,9 +233,9 @@ def _format_of(stored: NDArray[np.uint8], bits: int) -> str | None:
     return "gptq" if stored[0, 0] == middle - 1 else "gptq_v2"
 
 
-def format_of_zeros(checkpoint: Checkpoint, name: str, bits: int) -> str | None:
+def format_of_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> str | None:
     """The ``checkpoint_format`` that a module's zeros show; None: they are not symmetric."""
-    return _format_of(_stored_zeros(checkpoint, name, bits), bits)
+    return _format_of(_stored_zeros(checkpoint, name, quant), quant.bits)
 
 
 FORMAT = Format("qweight", ("qweight", "qzeros", "scales", "g_idx", "bias"), gptq_spec, load_gptq)

@@ -11,6 +11,7 @@ from exl.checkpoint.quant.gptq import GptqConfig
 from exl.errors import CheckpointError, UnsupportedModelError
 from exl.formats import gptq
 from exl.formats.dense import dense_spec, load_dense
+from exl.formats.dequantize import dequantize
 from exl.formats.format import Format
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.formats.rounding import round_to_nearest
@@ -39,9 +40,30 @@ def load_matrix(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) ->
     return load_dense(checkpoint, name) if own is None else _FORMATS[type(own)].load(checkpoint, name, own)
 
 
+def table_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) -> MatrixSpec:
+    """An embedding as a table [N tokens, K channels]; codes in the file become f32. Raises as :func:`matrix_spec`."""
+    spec = matrix_spec(checkpoint, name, quant)
+    if not spec.quantized:
+        return spec
+    K, N = (spec.N, spec.K) if _packs_along_tokens(checkpoint, name, quant) else (spec.K, spec.N)
+    return MatrixSpec(name=name, K=K, N=N, bits=32, dtype="f32", dequantized=True)
+
+
+def _load_table(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) -> DenseMatrix:
+    """What :func:`table_spec` describes; rows are read when they are asked for."""
+    if _packs_along_tokens(checkpoint, name, quant):
+        return gptq.load_gptq_table(checkpoint, name, module_quant(checkpoint, name, quant))
+    return dequantize(load_matrix(checkpoint, name, quant))
+
+
+def _packs_along_tokens(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) -> bool:
+    """GPTQModel takes a token for an input, all others take it for an output, as a head does."""
+    return isinstance(module_quant(checkpoint, name, quant), GptqConfig)
+
+
 def load_part(checkpoint: Checkpoint, spec: MatrixSpec, quant: QuantConfig | None) -> QuantizedMatrix | DenseMatrix:
     """What a manifest asks for: a module as the file has it, some of its outputs, or the codes that ``spec`` names."""
-    matrix = load_matrix(checkpoint, spec.name, quant)
+    matrix = (_load_table if spec.dequantized else load_matrix)(checkpoint, spec.name, quant)
     if spec.rows is not None:
         matrix = select_rows(matrix, spec.rows)
     if spec.quantized and isinstance(matrix, DenseMatrix):

@@ -29,7 +29,9 @@ def settle_quant(checkpoint: Checkpoint, quant: QuantConfig | None) -> QuantConf
     """
     if quant is None or not quant.others:
         return quant
-    if not isinstance(quant, GptqConfig):
+    # What GPTQModel writes in planes looks like other bits of GPTQ: no tensor tells them apart.
+    planes = any(getattr(file, "checkpoint_format", "") == "gptq_p" for file in (quant, *quant.others))
+    if not isinstance(quant, GptqConfig) or planes:
         raise _disagreement(checkpoint, quant)
     files = [quant, *quant.others]
     modules = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
@@ -110,7 +112,7 @@ def _settle_zeros(
     if len(formats) == len(symmetries) == 1:
         return settled
     some = modules[:_REMOTE_ZEROS] if checkpoint.is_remote else modules
-    found = [format_of_zeros(checkpoint, name, _of_module(settled, name).bits) for name in some]
+    found = [format_of_zeros(checkpoint, name, _of_module(settled, name)) for name in some]
     if len(symmetries) > 1:
         settled = replace(settled, sym=None not in found)
     shown = set(found) - {None}

@@ -26,7 +26,7 @@ from exl.checkpoint.quant.values import (
 )
 from exl.errors import ConfigError, UnsupportedModelError
 
-FORMATS = ("gptq", "gptq_v2")
+FORMATS = ("gptq", "gptq_v2", "gptq_p")
 _OVERRIDES = frozenset({"bits", "group_size", "desc_act", "sym"})
 _METHOD_KEYS = frozenset(
     {"quant_method", "method", "checkpoint_format", "format", "pack_dtype", "rotation", "adapter", "is_marlin_format"}
@@ -38,6 +38,9 @@ _QUANTIZER_KEYS = frozenset(
         *("hyb_act", "mock_quantization", "mse", "smooth", "static_groups", "true_sequential"),
     }
 )
+
+# Programs that turn zeros into v1's by subtracting 1 from every field of a packed word at once, with borrows.
+_WHOLE_WORD_WRITERS = ("gptqmodel", "auto-round", "auto_round", "autoround")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class GptqConfig(QuantConfig):
     group_size: int  # inputs that share a scale; -1: all
     desc_act: bool = False  # what the file claims; g_idx tells what was done
     sym: bool = True  # AutoGPTQ's and GPTQModel's default
-    checkpoint_format: str = "gptq"  # "gptq" stores zero - 1, "gptq_v2" zero
+    checkpoint_format: str = "gptq"  # "gptq" stores zero - 1, "gptq_v2" zero; "gptq_p": zero, in planes
+    borrowed: bool = False  # "gptq": 1 was subtracted from every field of a word at once, with borrows between them
     lm_head: bool = False  # whether the head is quantized
     rules: tuple[ModuleRule, ...] = field(default=(), repr=False)  # in the order in which they are tried
 
@@ -100,6 +104,7 @@ def read_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     checkpoint_format = _read_format(values, source, None)
     fields = read_sizes(values, source) | {
         "checkpoint_format": checkpoint_format,
+        "borrowed": _read_borrowed(values),
         "rules": _read_rules(values.get("dynamic"), source, checkpoint_format or "gptq"),
     }
     fields |= {key: read_flag(values, key, source, None) for key in ("desc_act", "sym", "lm_head")}
@@ -124,6 +129,16 @@ def _read_format(values: Mapping[str, Any], source: str, default: str | None) ->
             )
         return value
     return default
+
+
+def _read_borrowed(values: Mapping[str, Any]) -> bool | None:
+    """By the program that wrote the file; None if it does not say. ``meta.quantizer`` is ``"gptqmodel:5.0.0"``, or a
+    list of such; AutoRound names itself in ``provider``."""
+    meta = values.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    writers = quantizer if isinstance(quantizer, list) else [quantizer]
+    stated = [writer.lower() for writer in (*writers, values.get("provider")) if isinstance(writer, str)]
+    return any(writer.startswith(_WHOLE_WORD_WRITERS) for writer in stated) if stated else None
 
 
 def _refuse_variants(values: Mapping[str, Any], source: str) -> None:

@@ -76,7 +76,7 @@ def assert_sane(config: GptqConfig) -> None:
     assert config.bits in (2, 3, 4, 8)
     assert config.group_size == -1 or 0 < config.group_size <= 1 << 24
     assert all(isinstance(flag, bool) for flag in (config.desc_act, config.sym, config.lm_head))
-    assert config.checkpoint_format in ("gptq", "gptq_v2")
+    assert config.checkpoint_format in ("gptq", "gptq_v2", "gptq_p")
 
 
 @pytest.mark.parametrize("key", ["bits", "group_size"])
