@@ -105,8 +105,6 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_absent(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (BASE | {"quant_method": "awq", "version": "gemm"}, r"quant_method: found 'awq'; exl reads GPTQ: take"),
-        ({"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}, r"found an AWQ configuration"),
         (BASE | {"quant_method": "marlin"}, r"quant_method: found 'marlin'"),
         (BASE | {"is_marlin_format": True}, r"is_marlin_format: found true"),
         (
