@@ -13,7 +13,7 @@ from typing import Any
 
 from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.header import shown
-from exl.checkpoint.quant import awq, gptq
+from exl.checkpoint.quant import auto_round, awq, gptq
 from exl.checkpoint.quant.base import QuantConfig, QuantMethod
 from exl.checkpoint.quant.foreign import TAKE_INSTEAD, refuse_method
 from exl.checkpoint.quant.values import read_text
@@ -21,7 +21,7 @@ from exl.errors import ConfigError, UnsupportedModelError
 
 _FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's order; then config.json's quantization_config
 _IN_CONFIG = "config.json: quantization_config"
-_METHODS: Mapping[str, QuantMethod] = {"gptq": gptq, "awq": awq}
+_METHODS: Mapping[str, QuantMethod] = {"gptq": gptq, "awq": awq, "auto-round": auto_round}
 
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:

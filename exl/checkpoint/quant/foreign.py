@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from exl.checkpoint.header import shown
 from exl.errors import UnsupportedModelError
 
-READ = "GPTQ and AWQ"
+READ = "GPTQ, AWQ and AutoRound"
 TAKE_INSTEAD = f"take a folder of the same model in {READ}, or the original for `exl quantize`"
 
 # By quant_method or method: its name.
 METHODS: Mapping[str, str] = {
-    "auto-round": "AutoRound",
     "compressed-tensors": "compressed-tensors",
     "fp8": "FP8",
     "bitsandbytes": "bitsandbytes (nf4, fp4, int8)",
