@@ -13,7 +13,7 @@ from typing import Any
 
 from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.header import shown
-from exl.checkpoint.quant import auto_round, awq, gptq
+from exl.checkpoint.quant import auto_round, awq, compressed_tensors, fp8, gptq
 from exl.checkpoint.quant.base import QuantConfig, QuantMethod
 from exl.checkpoint.quant.foreign import TAKE_INSTEAD, refuse_method
 from exl.checkpoint.quant.values import read_text
@@ -21,7 +21,13 @@ from exl.errors import ConfigError, UnsupportedModelError
 
 _FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's order; then config.json's quantization_config
 _IN_CONFIG = "config.json: quantization_config"
-_METHODS: Mapping[str, QuantMethod] = {"gptq": gptq, "awq": awq, "auto-round": auto_round}
+_METHODS: Mapping[str, QuantMethod] = {
+    "gptq": gptq,
+    "awq": awq,
+    "auto-round": auto_round,
+    "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
+}
 
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:
@@ -100,6 +106,8 @@ def _method_of(values: Mapping[str, Any], source: str) -> str:
         return found.pop()
     if any(values.get(key) for key in ("load_in_4bit", "load_in_8bit")):
         raise UnsupportedModelError(f"{source}: found a bitsandbytes configuration (load_in_...); {TAKE_INSTEAD}")
+    if "config_groups" in values:
+        return "compressed-tensors"
     if read_text(values, "version", source) is not None and "zero_point" in values:  # AutoAWQ's files name no method
         return "awq"
     return "gptq"

@@ -26,8 +26,8 @@ def read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int, sourc
     """The permutation that sorts the inputs by group, from ``name`` i32 [K], the group of each input; None where they
     are sorted already, or where the tensor is missing.
 
-    The tensor decides, whatever a configuration says. All zero means that nobody filled it in; -1 everywhere is what
-    compressed-tensors writes before it does.
+    The tensor decides, whatever a configuration says. All zero, or in files of compressed-tensors all -1, means that
+    nobody filled it in.
     """
     if name not in checkpoint.tensors:
         return None
@@ -35,7 +35,8 @@ def read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int, sourc
     expect_shape(info, (K,), f"{K} inputs")
     g_idx = checkpoint.read(info.name)
     count = num_groups(K, group_size)
-    if not g_idx.any() or np.array_equal(g_idx, np.arange(K) // group_size):
+    unset = not g_idx.any() or (g_idx == -1).all()
+    if unset or np.array_equal(g_idx, np.arange(K) // group_size):
         return None
     wrong = np.flatnonzero((g_idx < 0) | (g_idx >= count))
     if len(wrong):

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant.awq import AwqConfig
 from exl.checkpoint.quant.base import QuantConfig
+from exl.checkpoint.quant.compressed_tensors import IntConfig, PackedConfig
 from exl.checkpoint.quant.foreign import READ, TAKE_INSTEAD, TENSORS
+from exl.checkpoint.quant.fp8 import Fp8Config
 from exl.checkpoint.quant.gptq import GptqConfig
 from exl.errors import CheckpointError, UnsupportedModelError
-from exl.formats import awq, gptq
+from exl.formats import awq, compressed, fp8, gptq
 from exl.formats.dense import dense_spec, load_dense
 from exl.formats.dequantize import dequantize
 from exl.formats.format import Format
@@ -20,7 +22,13 @@ from exl.formats.select import select_rows
 from exl.layout.specs import MatrixSpec
 
 # By the class of a module's own parameters.
-_FORMATS: Mapping[type[QuantConfig], Format] = {GptqConfig: gptq.FORMAT, AwqConfig: awq.FORMAT}
+_FORMATS: Mapping[type[QuantConfig], Format] = {
+    GptqConfig: gptq.FORMAT,
+    AwqConfig: awq.FORMAT,
+    PackedConfig: compressed.PACKED,
+    IntConfig: compressed.BYTES,
+    Fp8Config: fp8.FORMAT,
+}
 _DENSE_PARTS = ("weight", "bias")
 
 

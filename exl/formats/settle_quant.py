@@ -24,9 +24,11 @@ _SHAPED = ("bits", "group_size", "rules")  # what shapes show
 def settle_quant(checkpoint: Checkpoint, quant: QuantConfig | None) -> QuantConfig | None:
     """``quant`` without ``others``: with the values that the tensors show wherever its files disagree.
 
-    Warns (``ExlWarning``) of the files, the fields and the values. Raises ``ConfigError`` that names them where the
-    tensors fit none of them, or cannot tell.
+    Warns (``ExlWarning``) of the files, the fields and the values, and of what a file asks for and exl leaves out.
+    Raises ``ConfigError`` that names them where the tensors fit none of them, or cannot tell.
     """
+    if quant is not None and quant.note is not None:
+        warn_user(f"{checkpoint.path}: {quant.note}")
     if quant is None or not quant.others:
         return quant
     # What GPTQModel writes in planes looks like other bits of GPTQ: no tensor tells them apart.

@@ -28,6 +28,11 @@ class QuantConfig(ABC):
     def layout(self) -> str:
         """Which of the method's ways to pack, in the file's words: ``"gptq_v2"``."""
 
+    @property
+    def note(self) -> str | None:
+        """What the file asks for besides and exl leaves out, because results are only better without; None: nothing."""
+        return None
+
     @abstractmethod
     def for_module(self, name: str) -> QuantConfig | None:
         """Parameters of one module, such as ``"model.layers.0.mlp.up_proj"``; None: the file says that it is dense.

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from exl.checkpoint.header import shown
 from exl.errors import UnsupportedModelError
 
-READ = "GPTQ, AWQ and AutoRound"
-TAKE_INSTEAD = f"take a folder of the same model in {READ}, or the original for `exl quantize`"
+READ = "GPTQ, AWQ, AutoRound, compressed-tensors and FP8"
+TAKE_INSTEAD = f"take a folder of the same model in one of {READ}, or the original for `exl quantize`"
 
 # By quant_method or method: its name.
 METHODS: Mapping[str, str] = {
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "FP8",
     "bitsandbytes": "bitsandbytes (nf4, fp4, int8)",
     "exl2": "EXL2",
     "exl3": "EXL3",
@@ -51,9 +49,6 @@ TENSORS: Mapping[str, str] = {
     "W_q": "HQQ",
     "weight.absmax": "bitsandbytes",
     "SCB": "bitsandbytes 8-bit",
-    "weight_packed": "compressed-tensors",
-    "weight_scale": "FP8 or another scaled format",
-    "weight_scale_inv": "FP8",
     "codebooks": "AQLM",
     "Qidxs": "QuIP#",
     "weight_global_scale": "NVFP4",

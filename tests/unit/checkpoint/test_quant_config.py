@@ -114,13 +114,8 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_absent(tmp_path):
         (BASE | {"format": "bitblas"}, r"format: found 'bitblas'"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quant_method: found 'bitsandbytes'"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, r"found a bitsandbytes configuration"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, r"quant_method: found 'fp8'"),
         ({"quant_method": "exl2", "bits": 4.25}, r"quant_method: found 'exl2'"),
         ({"quant_method": "exl3"}, r"quant_method: found 'exl3'"),
-        (
-            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-            r"quant_method: found 'compressed-tensors'",
-        ),
         (BASE | {"method": "qqq"}, r"method: found 'qqq'"),
         (BASE | {"bits": 5}, r"bits: found 5, exl has \(2, 3, 4, 8\)"),
         (BASE | {"bits": 16}, r"bits: found 16"),
