@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from exl.chat import Chat
-    from exl.checkpoint.quant_config import QuantConfig
+    from exl.checkpoint.quant.base import QuantConfig
     from exl.families.config import ModelConfig
     from exl.planning.plan import MemoryPlan
 

@@ -67,6 +67,7 @@ class MatrixSpec:
     symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
     scale_dtype: str = "f16"  # quantized: the file's type of scales, which layouts keep
     rows: Rows | None = None  # the outputs of the module that these are; None: all, as they are
+    dequantized: bool = False  # dense, but codes in the file: an embedding
 
     @property
     def quantized(self) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.errors import CheckpointError, warn_user
 from exl.families.config import ModelConfig
 from exl.families.specs import LayerSpec, ModelNames, PartSpec
-from exl.formats.load import matrix_spec
+from exl.formats.load import matrix_spec, table_spec, tensors_of
 from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
@@ -133,15 +133,13 @@ class _ManifestReader:
         return any(tensor.startswith(name + ".") for tensor in self.checkpoint.tensors)
 
     def _embed(self, name: str) -> MatrixSpec:
-        embed = self._matrix(name, self.config.hidden_size, self.config.vocab_size)
-        if embed.quantized:
-            raise CheckpointError(f"{name}: found {embed.bits}-bit codes, expected a dense embedding")
-        return embed
+        return self._matrix(name, self.config.hidden_size, self.config.vocab_size, read=table_spec)
 
     def _is_embedding(self, head: MatrixSpec, embed: MatrixSpec) -> bool:
         """Whether a head that config.json says there is none of is a copy of the embedding."""
         path, names = self.checkpoint.path, (f"{embed.name}.weight", f"{head.name}.weight")
-        if head.quantized or head.has_bias or not same_values(self.checkpoint, *names):
+        coded = head.quantized or embed.dequantized
+        if coded or head.has_bias or not same_values(self.checkpoint, *names):
             warn_user(
                 f"{path}: config.json: tie_word_embeddings: found true, but {head.name} differs from {embed.name}; "
                 "using both"
@@ -166,8 +164,8 @@ class _ManifestReader:
         spec = self._matrix(name, part.K, part.N if rows is None else rows.total, bias=part.has_bias)
         return spec if rows is None else replace(spec, N=part.N, rows=rows)
 
-    def _matrix(self, name: str, K: int, N: int, *, bias: bool = False) -> MatrixSpec:
-        spec = matrix_spec(self.checkpoint, name, self.quant)
+    def _matrix(self, name: str, K: int, N: int, *, bias: bool = False, read=matrix_spec) -> MatrixSpec:
+        spec = read(self.checkpoint, name, self.quant)
         if (spec.K, spec.N) != (K, N):
             raise CheckpointError(
                 f"{self.checkpoint.path}: {name}: found {spec.K} inputs x {spec.N} outputs, "
@@ -175,7 +173,7 @@ class _ManifestReader:
             )
         if bias and not spec.has_bias:
             raise CheckpointError(f"{self.checkpoint.path}: {name}.bias is missing, config.json expects it")
-        self.seen |= {f"{name}.{part}" for part in ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")}
+        self.seen |= tensors_of(self.checkpoint, name)
         return spec
 
     def _norm(self, prefix: str, norm: NormSpec) -> NormSpec:
