@@ -21,7 +21,7 @@ from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine, load_engine
-from exl.engine.cache_files import load_cache, save_cache
+from exl.engine.cache_files import cache_key, load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -294,6 +294,12 @@ class LLM:
         or kind of kernels; ``CheckpointError`` if it is damaged. Then nothing has changed."""
         self._open_generator()
         return load_cache(self._engine, self.folder, path)
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
+        configuration, the cache's type, the arithmetic, the kind of kernels."""
+        self._open_generator()
+        return dict(cache_key(self._engine, self.folder))
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
