@@ -6,10 +6,10 @@ log-probabilities (f64), and a code c (u16) for each token of the vocabulary: wi
 
     ln p = t - r (c / 65535)**2        decoded, these are normalized again (log_softmax in f64)
 
-so that steps are finest where the probability is: with a range of 40 nats, ln p is off by at most 1e-4 one nat below the
-likeliest token and 4e-4 sixteen nats below. Measured on SmolLM2-135M (V = 49152) against itself with another type of
-cache, by ``scripts/recording_error.py``, this is how far the divergence's mean and 99.9th percentile move; beside it,
-what log-probabilities in f16, of the same size, would do:
+so that steps are finest where the probability is: with a range of 40 nats, ln p is off by at most 1e-4 one nat below
+the likeliest token and 4e-4 sixteen nats below. Measured on SmolLM2-135M (V = 49152) against itself with another type
+of cache, by ``scripts/recording_error.py``, this is how far the divergence's mean and 99.9th percentile move; beside
+it, what log-probabilities in f16, of the same size, would do:
 
     cache   KL, mean   99.9th      mean      99.9th       f16: mean     99.9th
     q4      5.8e-2     7.9e-1   -0.0001 %   0.0013 %       0.0016 %   -0.0210 %

@@ -31,7 +31,7 @@ LADDER = (
     ("planning", "quantize"),
     ("weights",),
     ("engine",),
-    ("completion", "embedding", "load_test", "evaluation"),
+    ("completion", "embedding", "scoring", "load_test", "evaluation"),
     ("llm", "bench"),
     ("chat", "remote_chat", "evaluate"),
     ("server",),
