@@ -1,11 +1,22 @@
-"""Codes as a dense matrix: for an embedding, whose rows are looked up and never multiplied."""
+"""Codes as a dense matrix: an embedding, whose rows are looked up and never multiplied, or a router, whose products
+are never rounded."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.layout.specs import MatrixSpec
+
+
+def exact_spec(spec: MatrixSpec) -> MatrixSpec:
+    """Of a matrix that stays as it is, or becomes f32."""
+    if not spec.quantized:
+        return replace(spec, exact=True)
+    return MatrixSpec(spec.name, spec.K, spec.N, 32, "f32", has_bias=spec.has_bias, rows=spec.rows, exact=True)
 
 
 def dequantize(matrix: QuantizedMatrix) -> DenseMatrix:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant.awq import AwqConfig
@@ -19,7 +21,8 @@ from exl.formats.format import Format
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.formats.rounding import round_to_nearest
 from exl.formats.select import select_rows
-from exl.layout.specs import MatrixSpec
+from exl.formats.stacked import load_stacked
+from exl.layout.specs import LinearSpec, MatrixSpec
 
 # By the class of a module's own parameters.
 _FORMATS: Mapping[type[QuantConfig], Format] = {
@@ -72,12 +75,31 @@ def _packs_along_tokens(checkpoint: Checkpoint, name: str, quant: QuantConfig | 
 
 def load_part(checkpoint: Checkpoint, spec: MatrixSpec, quant: QuantConfig | None) -> QuantizedMatrix | DenseMatrix:
     """What a manifest asks for: a module as the file has it, some of its outputs, or the codes that ``spec`` names."""
-    matrix = (_load_table if spec.dequantized else load_matrix)(checkpoint, spec.name, quant)
+    if spec.stack is not None:
+        matrix = load_stacked(checkpoint, spec.name, spec.stack)
+    else:
+        matrix = (_load_table if spec.dequantized else load_matrix)(checkpoint, spec.name, quant)
     if spec.rows is not None:
         matrix = select_rows(matrix, spec.rows)
+    if spec.exact and isinstance(matrix, QuantizedMatrix):
+        return dequantize(matrix)
     if spec.quantized and isinstance(matrix, DenseMatrix):
         return round_to_nearest(matrix, spec.bits, spec.group_size)
     return matrix
+
+
+def expect_orders(parts: Sequence[QuantizedMatrix | DenseMatrix], spec: LinearSpec, name: str) -> None:
+    """Raises ``UnsupportedModelError`` if matrices that share a launch disagree about act-order with each other, or
+    with ``spec``, which is that of another expert, as to whether there is one."""
+    orders = [part.order if isinstance(part, QuantizedMatrix) else None for part in parts]
+    has_order = spec.order_key is not None
+    if any((order is not None) != has_order for order in orders) or not all(
+        np.array_equal(order, orders[0]) for order in orders[1:] if has_order
+    ):
+        raise UnsupportedModelError(
+            f"{name}: found {'no' if has_order else 'an'} act-order or one of its own, expected "
+            f"{'one' if has_order else 'none'}, as in {spec.parts[0].name}: experts of a layer are of one kind"
+        )
 
 
 def tensors_of(checkpoint: Checkpoint, name: str) -> frozenset[str]:
