@@ -152,8 +152,8 @@ class ModelNames:
     final_norm: str = "model.norm.weight"
     head: str = "lm_head"
     layers: str = "model.layers"
-    # Ends of names that are not loaded, because exl computes them.
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # Ends of names that are not loaded, because exl computes them or, scales of an 8-bit KV cache, has no use for them.
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
     unread: tuple[str, ...] = ()  # beginnings of names of what is not run: layers that predict further tokens, say
 
 

@@ -1,4 +1,5 @@
-"""A quantized matrix as a dense one of f32: for a router, whose products are never rounded."""
+"""Codes as a dense matrix: an embedding, whose rows are looked up and never multiplied, or a router, whose products
+are never rounded."""
 
 from __future__ import annotations
 
@@ -19,15 +20,16 @@ def exact_spec(spec: MatrixSpec) -> MatrixSpec:
 
 
 def dequantize(matrix: QuantizedMatrix) -> DenseMatrix:
-    """``(code - zero) * scale`` in f32, inputs in the checkpoint's order: exact where scales are f16 or bf16, else
-    rounded once."""
+    """In f32, row by row as rows are read. ``code - zero`` has 9 bits at most: products with f16 and bf16 scales are
+    exact, those with f32 scales are rounded once."""
     group = np.arange(matrix.K) // matrix.group_size
-    columns = slice(None) if matrix.order is None else np.argsort(matrix.order)
+    scales, zeros = matrix.scales.astype(np.float32), matrix.zeros.astype(np.float32)
 
     def read_rows(start: int, stop: int) -> NDArray[np.float32]:
-        codes = matrix.codes(start, stop).astype(np.float32)
-        scales, zeros = (some[:, start:stop].astype(np.float32)[group] for some in (matrix.scales, matrix.zeros))
-        return np.ascontiguousarray(((codes - zeros) * scales)[columns].T)
+        weights = (matrix.codes(start, stop) - zeros[group, start:stop]) * scales[group, start:stop]  # [K, n], sorted
+        rows = np.empty((stop - start, matrix.K), np.float32)
+        rows[:, slice(None) if matrix.order is None else matrix.order] = weights.T
+        return rows
 
     bias = None if matrix.bias is None else matrix.bias.astype(np.float32)
     return DenseMatrix("f32", matrix.K, matrix.N, bias, None if bias is None else "f32", read_rows)

@@ -78,6 +78,7 @@ class MatrixSpec:
     symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
     scale_dtype: str = "f16"  # quantized: the file's type of scales, which layouts keep
     rows: Rows | None = None  # the outputs of the module that these are; None: all, as they are
+    dequantized: bool = False  # dense, but codes in the file: an embedding
     stack: Stack | None = None  # the module has one such matrix for each expert
     exact: bool = False  # never rounded: a router
     codes: str = "int"  # what codes mean: themselves, or "fp4", numbers of the format e2m1 (exl.formats.mxfp4)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import TensorInfo
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.errors import CheckpointError, UnsupportedModelError, warn_user
 from exl.families.config import ModelConfig
 from exl.families.specs import LayerSpec, ModelNames, MoeShape, PartSpec
 from exl.formats.dequantize import exact_spec
-from exl.formats.load import matrix_spec
+from exl.formats.load import matrix_spec, table_spec, tensors_of
 from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
 from exl.formats.stacked import has_stacked, stacked_spec, stacked_tensors
@@ -168,15 +168,13 @@ class _ManifestReader:
         return any(tensor.startswith(name + ".") for tensor in self.checkpoint.tensors)
 
     def _embed(self, name: str) -> MatrixSpec:
-        embed = self._matrix(name, self.config.hidden_size, self.config.vocab_size)
-        if embed.quantized:
-            raise CheckpointError(f"{name}: found {embed.bits}-bit codes, expected a dense embedding")
-        return embed
+        return self._matrix(name, self.config.hidden_size, self.config.vocab_size, read=table_spec)
 
     def _is_embedding(self, head: MatrixSpec, embed: MatrixSpec) -> bool:
         """Whether a head that config.json says there is none of is a copy of the embedding."""
         path, names = self.checkpoint.path, (f"{embed.name}.weight", f"{head.name}.weight")
-        if head.quantized or head.has_bias or not same_values(self.checkpoint, *names):
+        coded = head.quantized or embed.dequantized
+        if coded or head.has_bias or not same_values(self.checkpoint, *names):
             warn_user(
                 f"{path}: config.json: tie_word_embeddings: found true, but {head.name} differs from {embed.name}; "
                 "using both"
@@ -237,7 +235,7 @@ class _ManifestReader:
         one configuration."""
         name = template.format(e=0)
         first, quant = self.modules[name], self.quant
-        config = quant.for_module(name) if quant is not None and quant.rules else None
+        config = None if quant is None else quant.for_module(name)
         for expert in range(1, count):
             other = template.format(e=expert)
             found = self.modules.get(other, {})
@@ -248,17 +246,17 @@ class _ManifestReader:
                         f"{self.checkpoint.path}: {other}.{end}: found {here}, expected {there}, as in {name}: "
                         "experts of a layer are of one kind"
                     )
-            if quant is not None and quant.rules and quant.for_module(other) != config:
+            if quant is not None and quant.for_module(other) != config:
                 raise UnsupportedModelError(
                     f"{self.checkpoint.path}: {other}: found another configuration than that of {name}: experts of a "
                     "layer are of one kind"
                 )
             self.seen |= {f"{other}.{end}" for end in found}
 
-    def _matrix(self, name: str, K: int, N: int, *, bias: bool = False) -> MatrixSpec:
-        spec = matrix_spec(self.checkpoint, name, self.quant)
+    def _matrix(self, name: str, K: int, N: int, *, bias: bool = False, read=matrix_spec) -> MatrixSpec:
+        spec = read(self.checkpoint, name, self.quant)
         self._expect_sizes(spec, K, N, bias, f"{name}.bias")
-        self.seen |= {f"{name}.{part}" for part in ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")}
+        self.seen |= tensors_of(self.checkpoint, name)
         return spec
 
     def _expect_sizes(self, spec: MatrixSpec, K: int, N: int, has_bias: bool, bias: str) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config_reader import read_json
-from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
+from exl.checkpoint.quant.base import QuantConfig
+from exl.checkpoint.quant_config import find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.families.config import ModelConfig

@@ -214,7 +214,9 @@ class _Loader:
         linears = [linear for some in layout.linears.values() for linear in some]
         if self.ops.target.kind != "cpu" or [linear.kind for linear in linears] != ["dense"]:
             return None
-        return f"{linears[0].spec.parts[0].name}.weight"
+        part = linears[0].spec.parts[0]
+        info = self.checkpoint.tensors.get(f"{part.name}.weight")
+        return info.name if info is not None and info.dtype == part.dtype and not part.dequantized else None
 
     def _pack_blob(
         self,

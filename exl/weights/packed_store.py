@@ -15,7 +15,7 @@ from pathlib import Path
 
 from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.errors import ExlError
 from exl.layout.layers import ExpertLayout, LayerLayout
 from exl.layout.specs import ExpertSpec, Target
@@ -85,8 +85,8 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     fields = [(name, f.offset, f.num_bytes, f.dtype, f.shape) for name, f in layout.fields.items()]
     linears = [(name, linear.kind, repr(linear.spec)) for name, some in layout.linears.items() for linear in some]
     matrices = [part for some in layout.linears.values() for linear in some for part in linear.spec.parts]
-    # As ``formats.load_matrix`` takes it: whether zeros have an offset is not in the layout.
-    configs = [repr(quant.for_module(m.name) or quant) for m in matrices if quant is not None and m.quantized]
+    # What their bytes mean besides: whether zeros have an offset is not in the layout.
+    configs = [] if quant is None else [repr(quant.for_module(matrix.name) or quant) for matrix in matrices]
     norms = [repr(norm) for norm in layout.norms]  # what is done to their values, too
     return [layout.num_bytes, fields, norms, linears, configs]
 
