@@ -82,6 +82,8 @@ class PagePool(PageHolders):
         """``null``, ``zero``: see ``PageHolders``. ``tier``: takes the bytes of full pages that are evicted, and gives
         them back. ``windows``: the pages of layers that have a window, in a model that has others, too; then ``null``
         and ``tier`` are not for this pool."""
+        if windows is not None and (null or tier is not None):
+            raise ValueError("windows=: expected neither a null page nor a tier")
         super().__init__(num_pages, null=null, zero=zero)
         self.windows = windows
         self.tier = tier
