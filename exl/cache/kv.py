@@ -64,6 +64,10 @@ class KVCache:
         """One layer's pages as its backend reads them: u8 [page, kv_head, head_page_bytes]; torch's kernels KVPages."""
         return self._layers[layer_idx]
 
+    def __contains__(self, layer_idx: int) -> bool:
+        """Whether a layer's pages are here."""
+        return layer_idx in self._layers
+
     def page_words(self, page: int) -> list[torch.Tensor]:
         """All bytes of a page, views i64 [layer, words]: on a GPU and for exl's own kernels one, for torch's kernels
         those of K, V and their scales."""

@@ -45,11 +45,15 @@ class GroupedPages(Pages):
     def num_free(self) -> int:
         return min(self.pool.num_free, self._windows.num_free)
 
-    def fits_together(self, num_members: int, num_pages: int) -> bool:
-        """Whether an empty cache has room for the window pages of so many sequences that run together or not at all,
-        whose texts take ``num_pages`` pages in the other layers."""
+    def fits_together(self, num_members: int, num_tokens: int, num_shared: int | None) -> bool:
+        """Whether an empty cache has room for the window pages of so many sequences that run together or not at all.
+        ``num_tokens``: of each in the end. ``num_shared``: if they share a prompt, those of them that are not in it."""
         each = window_pages(self._windows.window, self._least_reach)
-        return min(num_pages, (num_members + 1) * each) <= self._windows.num_usable  # one more: of a prompt they share
+        needed = num_members * min(each, -(-num_tokens // PAGE_SIZE))
+        if num_shared is not None:  # the prompt's pages, and behind it a copy of its last and one more
+            apart = num_members * min(each, num_shared // PAGE_SIZE + 3)
+            needed = min(num_members * -(-num_tokens // PAGE_SIZE), each + apart)
+        return needed <= self._windows.num_usable
 
     # ---- getting pages
 
