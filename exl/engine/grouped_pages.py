@@ -45,13 +45,13 @@ class GroupedPages(Pages):
     def num_free(self) -> int:
         return min(self.pool.num_free, self._windows.num_free)
 
-    def fits_together(self, num_members: int, num_tokens: int, num_shared: int | None) -> bool:
+    def fits_together(self, num_members: int, num_tokens: int, num_new: int | None) -> bool:
         """Whether an empty cache has room for the window pages of so many sequences that run together or not at all.
-        ``num_tokens``: of each in the end. ``num_shared``: if they share a prompt, those of them that are not in it."""
+        ``num_tokens``: of each in the end. ``num_new``: if they share a prompt, those of them that are not in it."""
         each = window_pages(self._windows.window, self._least_reach)
         needed = num_members * min(each, -(-num_tokens // PAGE_SIZE))
-        if num_shared is not None:  # the prompt's pages, and behind it a copy of its last and one more
-            apart = num_members * min(each, num_shared // PAGE_SIZE + 3)
+        if num_new is not None:  # the prompt's pages, and those from a copy of its last one on
+            apart = num_members * min(each, num_new // PAGE_SIZE + 2)
             needed = min(num_members * -(-num_tokens // PAGE_SIZE), each + apart)
         return needed <= self._windows.num_usable
 

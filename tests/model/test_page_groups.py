@@ -128,7 +128,11 @@ def test_the_bits_are_those_of_a_cache_with_all_pages(where, kv_cache, model_and
     engine = opened(folder, where, kv_cache=kv_cache)
     for words in engine.generator.runner.windows.page_words(0):
         words.fill_(-1)
+    others = engine.generator.pool.allocate(8)  # so that page numbers of the two kinds differ
     assert told(asked(engine, prompts, params)) == expected
+    engine.generator.pool.release(others)
+    windows = engine.generator.runner.windows
+    assert all(words.any() for page in (1, 2, 3) for words in windows.page_words(page))  # they were written to
     at_rest(engine)
     engine.close()
 

@@ -63,6 +63,7 @@ class FakeDevice:
     log: list[str] = field(default_factory=list)  # "step", "sample", "read", in order
     rows: Counter[str] = field(default_factory=Counter)  # that ran: "decode", "prompt"
     zeroed: list[int] = field(default_factory=list)  # pages
+    zeroed_windows: list[int] = field(default_factory=list)
     faults: Faults | None = None
     nan_row: int | None = None  # of the next step's rows in all: what it writes is not a number
 
@@ -150,6 +151,7 @@ class FakeDevice:
         for page in pages:
             self.window_ids[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
             self.window_bits[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
+            self.zeroed_windows.append(page)
 
     def copy_windows(self, src: Sequence[int], dst: Sequence[int]) -> None:
         for a, b in zip(src, dst, strict=True):
