@@ -121,10 +121,10 @@ def test_groups_get_to_their_end_wherever_they_are_let_in(kind: str, invariant_r
     params = SamplingParams(max_tokens=90, seed=3, temperature=0.0 if kind == "beams" else 1.0, ignore_eos=True)
     options = {
         "beams": {"num_beams": 3, "num_choices": 2},
-        "guided": {"guidance_scale": 2.0, "negative_ids": prompt(150, 4), "num_choices": 2},
+        "guided": {"guidance_scale": 2.0, "negative_ids": prompt(380, 4), "num_choices": 2},
         "choices": {"num_choices": 4},
     }[kind]
-    asked = TokenRequest(prompt(180), params, **options)
+    asked = TokenRequest(prompt(400), params, **options)
     device = FakeDevice(40, invariant_rows=invariant_rows, chunk=32, step_tokens=32)
     expected, least = alone(asked, device, CONTEXT), {"beams": 4 + 3 * 3, "guided": 2 * 4, "choices": 0}[kind]
     for num_windows in (24, 13, 12, 8, 7) if kind != "choices" else (10, 4):
@@ -154,13 +154,16 @@ def test_pages_of_a_prompt_that_never_drew_are_zeroed_for_another_text(num_steps
     assert (world.device.zeroed, world.device.zeroed_windows) == ([], [])
     world.device.nan_row = 60
     first = world.submit(request(prompt(250), 4))
-    for _ in range(num_steps):
+    world.scheduler.step()
+    world.device.nan_row, (page, *_) = None, first.sequences[0].window_pages
+    for _ in range(num_steps - 1):
         world.scheduler.step()
-        world.device.nan_row = None
     world.scheduler.cancel(first)
+    for pool, zeroed in ((world.pool, world.device.zeroed), (world.pool.windows, world.device.zeroed_windows)):
+        pool.release(pool.allocate(pool.num_free))  # for another text
+        assert zeroed
+    assert page in world.device.zeroed_windows
     run_all(world, [request(prompt(200, salt), 20, seed=salt) for salt in (1, 2, 3)])
-    assert world.device.zeroed
-    assert world.device.zeroed_windows
 
 
 def test_a_row_of_no_numbers_ends_its_request_alone() -> None:
