@@ -28,7 +28,7 @@ import exl
 from benchmarks.disk import machine
 from benchmarks.processor import instruction_sets
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import read_json
+from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.writer import write_safetensors
 from exl.evaluate import evaluate, read_documents
 from exl.quantize.calibration import read_calibration

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import load_engine
 from exl.errors import ExlError

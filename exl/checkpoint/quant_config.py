@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exl.checkpoint.config import read_json
+from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.header import shown
 from exl.checkpoint.module_pattern import ModuleMatcher, ModulePattern
 from exl.errors import ConfigError, UnsupportedModelError

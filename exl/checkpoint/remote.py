@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import MAX_JSON_BYTES, parse_json
+from exl.checkpoint.config_reader import MAX_JSON_BYTES, parse_json
 from exl.checkpoint.header import MAX_HEADER_BYTES
 from exl.checkpoint.hub_errors import Token, explain_hub_errors
 from exl.errors import CheckpointError
@@ -49,7 +49,7 @@ class RemoteFolder:
         return []  # the hub was asked for top-level files alone
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """None if there is no such file. Raises the errors of ``exl.checkpoint.config.read_json``, and
+        """None if there is no such file. Raises the errors of ``exl.checkpoint.config_reader.read_json``, and
         ``CheckpointError`` for those of the hub and the network."""
         if name not in self.sizes:
             return None

@@ -16,13 +16,14 @@ from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.cache.tier import ram_tier
 from exl.cache.window_pool import WindowPool
-from exl.checkpoint.config import GenerationDefaults, ModelConfig
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.quant_config import QuantConfig
 from exl.engine.draft_model import DraftModel
 from exl.engine.draft_runner import BatchedDrafts
 from exl.engine.generator import Generator
 from exl.engine.runner import Runner
 from exl.errors import ConfigError, KernelError, MemoryBudgetError, NoGpuError, warn_user
+from exl.families.config import ModelConfig
 from exl.kernels.device import open_backend
 from exl.kernels.launch import Backend
 from exl.layout.arena import arena_layout
@@ -101,7 +102,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope) as files:
+    with open_model(folder, options.reading) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
@@ -197,7 +198,7 @@ def _caches(model: PlanInput, plan: MemoryPlan, device: torch.device) -> tuple[K
 def plan_engine(folder: Path, options: EngineOptions) -> MemoryPlan:
     """The plan that ``load_engine`` would make now, from the headers alone. Raises as it does."""
     options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope) as files:
+    with open_model(folder, options.reading) as files:
         return plan_model(files, options, _target(backend))[0]
 
 
@@ -279,7 +280,7 @@ def _make_ops(
         model.kv_layout,
         model.limits,
         arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of),
-        files.config.rope,
+        files.config.ropes,
         plan.num_pages,
         num_window_pages=0 if plan.windows is None else plan.windows.num_pages,
         act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,

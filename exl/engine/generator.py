@@ -28,7 +28,7 @@ from exl.engine.stats import EngineStats
 from exl.engine.ticket import Answer, Ticket
 from exl.errors import ConfigError
 from exl.forks import ForkGuard
-from exl.ops.rope import depends_on_length
+from exl.ops.rope import depends_on_length, longest_alike
 from exl.philox import child_seed
 from exl.request_options import PromptProgress
 from exl.sampling_params import SamplingParams
@@ -94,9 +94,9 @@ class Generator:
             torch.cuda.set_device(device)
 
     def _reusable(self, num_tokens: int) -> bool:
-        """Beyond the model's maximum, "dynamic" RoPE depends on the length of the whole text: K of a prefix differs."""
-        rope = self.runner.decoder.config.rope
-        return not depends_on_length(rope) or num_tokens <= rope.max_position
+        """In long texts some kinds of RoPE depend on the length of the whole text: K of a prefix differs."""
+        longest = map(longest_alike, self.runner.decoder.config.ropes)
+        return all(length is None or num_tokens <= length for length in longest)
 
     def stats(self) -> EngineStats:
         """From any thread; waits for nobody."""
@@ -127,9 +127,9 @@ class Generator:
 
     def _check_shift(self) -> None:
         """Raises ``ConfigError`` for a model whose texts cannot go on beyond the context."""
-        if depends_on_length(self.runner.decoder.config.rope):
+        if kinds := [rope.kind for rope in self.runner.decoder.config.ropes if depends_on_length(rope)]:
             raise ConfigError(
-                "overflow: found 'shift' with RoPE of the kind 'dynamic', whose angles depend on the length of the "
+                f"overflow: found 'shift' with RoPE of the kind {kinds[0]!r}, whose angles depend on the length of the "
                 "text: expected 'stop'"
             )
         if self._windowed:

@@ -65,7 +65,7 @@ class Runner:
             max_decode_rows=min(MAX_NEW_TOKENS, limits.max_rows),
             invariant_rows=decoder.ops.invariant_rows,
             decode_alike=decoder.ops.decode_alike,
-            by_length=depends_on_length(decoder.config.rope),
+            by_length=any(map(depends_on_length, decoder.config.ropes)),
         )
         # With streamed layers, one crossing of the bus serves all rows of a step.
         self._one_window = not isinstance(self.weights, ResidentWeights)
@@ -166,7 +166,8 @@ class Runner:
     def turn_pages(self, src: Sequence[int], dst: Sequence[int], num_positions: int) -> None:
         ops = self.decoder.ops
         ops.fence()
-        turn_keys(self.kv, self.decoder.config.rope, src, dst, num_positions, on_gpu=ops.backend is not None)
+        ropes = [layer.attention.rope for layer in self.decoder.config.layers]
+        turn_keys(self.kv, ropes, src, dst, num_positions, on_gpu=ops.backend is not None)
 
     def abandon(self) -> None:
         self._rows = []

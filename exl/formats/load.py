@@ -11,6 +11,7 @@ from exl.formats.dense import dense_spec, load_dense
 from exl.formats.gptq import gptq_spec, load_gptq
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.formats.rounding import round_to_nearest
+from exl.formats.select import select_rows
 from exl.layout.specs import MatrixSpec
 
 # Tensors by which the formats that exl does not read give themselves away, whatever the configuration says.
@@ -47,8 +48,10 @@ def load_matrix(checkpoint: Checkpoint, name: str, quant: QuantConfig | None) ->
 
 
 def load_part(checkpoint: Checkpoint, spec: MatrixSpec, quant: QuantConfig | None) -> QuantizedMatrix | DenseMatrix:
-    """What a manifest asks for: the module as the file has it, or rounded to the codes that ``spec`` names."""
+    """What a manifest asks for: a module as the file has it, some of its outputs, or the codes that ``spec`` names."""
     matrix = load_matrix(checkpoint, spec.name, quant)
+    if spec.rows is not None:
+        matrix = select_rows(matrix, spec.rows)
     if spec.quantized and isinstance(matrix, DenseMatrix):
         return round_to_nearest(matrix, spec.bits, spec.group_size)
     return matrix

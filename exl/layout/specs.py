@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Target:
@@ -25,6 +28,31 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some outputs of a checkpoint's module, as a matrix of their own: ``count`` of its ``total``, from ``first`` on.
+
+    ``pairs``: (channels of a head, of which so many turn). In the file RoPE turns channels 2i and 2i + 1 of a head with
+    each other; here, as everywhere in exl, channel i and i + half of those that turn. So those channels are
+    rearranged, the even ones first: the same order in queries and keys, which changes no product of the two.
+    """
+
+    first: int
+    count: int
+    total: int
+    pairs: tuple[int, int] | None = None
+
+    def indices(self) -> NDArray[np.int64]:
+        """The module's output that is output i of the matrix, i64 [count]."""
+        rows = np.arange(self.first, self.first + self.count)
+        if self.pairs is None:
+            return rows
+        head_dim, turning = self.pairs
+        order = np.arange(head_dim)
+        order[:turning] = np.concatenate((order[:turning:2], order[1:turning:2]))
+        return rows.reshape(-1, head_dim)[:, order].reshape(-1)
+
+
+@dataclass(frozen=True)
 class MatrixSpec:
     """One matrix of the checkpoint, W [K, N]: what its header (and for act-order its g_idx) says."""
 
@@ -38,6 +66,7 @@ class MatrixSpec:
     order_key: str | None = None  # digest of the act-order permutation; None: groups are contiguous already
     symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
     scale_dtype: str = "f16"  # quantized: the file's type of scales, which layouts keep
+    rows: Rows | None = None  # the outputs of the module that these are; None: all, as they are
 
     @property
     def quantized(self) -> bool:
@@ -130,6 +159,7 @@ class NormSpec:
     width: int
     offset: float = 0.0
     scale: float = 1.0
+    tensor: str = ""  # its name in the checkpoint; "": a layout without one
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from exl.cache.kv import KVCache
-from exl.checkpoint.config import ModelConfig
+from exl.families.config import ModelConfig
+from exl.families.specs import AttentionShape, BranchShape
 from exl.ops.base import (
+    TORCH_DTYPES,
     AttentionSpec,
     Branch,
     EmbedSpec,
@@ -41,34 +43,51 @@ class Decoder:
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Tokens of the selected batch -> h [T, C]."""
-        self.ops.embed(table, h, EmbedSpec())
+        shape = self.config.embed
+        scale = shape.scale
+        if shape.in_file_type:
+            scale = torch.tensor(scale).to(TORCH_DTYPES[table.layout.spec.dtype]).item()
+        self.ops.embed(table, h, EmbedSpec(scale))
 
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:
-        """One pre-norm transformer block over the selected batch; h [T, C] in place, ``buffers`` of T rows."""
-        ops, qkv, attn, mlp = self.ops, buffers.qkv, buffers.attn, buffers.mlp
-        ops.project(h, self._norm(w.attn_norm), w.qkv, qkv)
-        ops.attend(qkv, self._attention(layer_idx, w), layer_idx, kv, attn, w.o)
-        ops.add_projection(attn, w.o, h, Branch())
-        ops.gated_mlp(h, self._norm(w.mlp_norm), w.gate_up, GatedMlp(), mlp, w.down)
-        ops.add_projection(mlp, w.down, h, Branch())
+        """One transformer block over the selected batch; h [T, C] in place, ``buffers`` of T rows."""
+        ops, attn, spec = self.ops, buffers.attn, self.config.layers[layer_idx]
+        mlp, activation = buffers.mlp, GatedMlp(spec.mlp.activation)
+        if spec.mlp.width < mlp.shape[1]:
+            mlp = mlp[:, : spec.mlp.width]
+        ops.project(h, self._norm(w, spec.attn_norm), w["qkv"], buffers.qkv)
+        ops.attend(buffers.qkv, self._attention(spec.attention, w), layer_idx, kv, attn, w["o"])
+        if spec.parallel:  # the MLP's inputs are those of attention, to which nothing has been added yet
+            ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"])
+        ops.add_projection(attn, w["o"], h, self._branch(w, spec.attn_branch))
+        if not spec.parallel:
+            ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"])
+        ops.add_projection(mlp, w["down"], h, self._branch(w, spec.mlp_branch))
 
     def head(self, final_norm: torch.Tensor, head: Linear, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits of the selected batch's logit rows, a view of ``out`` [R, V]."""
-        return self.ops.logits(h, self._norm(final_norm), head, LogitsSpec(), out)
+        norm, logits = self.config.norm, self.config.logits
+        spec = LogitsSpec(logits.softcap, logits.scale)
+        return self.ops.logits(h, Norm(final_norm, norm.eps, norm.kind), head, spec, out)
 
-    def _norm(self, weight: torch.Tensor) -> Norm:
-        return Norm(weight, self.config.rms_norm_eps)
+    def _norm(self, w: LayerWeights, name: str | None) -> Norm | None:
+        return None if name is None else Norm(w.norms[name], self.config.norm.eps, self.config.norm.kind)
 
-    def _attention(self, layer_idx: int, w: LayerWeights) -> AttentionSpec:
-        config = self.config
+    def _branch(self, w: LayerWeights, shape: BranchShape) -> Branch:
+        return Branch(shape.scale, self._norm(w, shape.norm))
+
+    def _attention(self, shape: AttentionShape, w: LayerWeights) -> AttentionSpec:
+        has_norms = shape.norms is not None
         return AttentionSpec(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            window=config.windows[layer_idx],
-            softcap=None,
-            rope=config.rope,
-            q_norm=None if w.q_norm is None else self._norm(w.q_norm),
-            k_norm=None if w.k_norm is None else self._norm(w.k_norm),
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            scale=shape.scale,
+            window=shape.window,
+            softcap=shape.softcap,
+            rope=shape.rope,
+            q_norm=self._norm(w, "q_norm" if has_norms else None),
+            k_norm=self._norm(w, "k_norm" if has_norms else None),
+            norm_rows=shape.norms == "row",
+            sinks=w.norms["sinks"] if shape.sinks else None,
         )

@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig
 from exl.checkpoint.quant_config import QuantConfig
 from exl.errors import CheckpointError, warn_user
+from exl.families.config import ModelConfig
+from exl.families.specs import LayerSpec, ModelNames, PartSpec
 from exl.formats.load import matrix_spec
 from exl.formats.rounding import rounding_group
 from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target, fuse
-from exl.models.other_names import other_names
-from exl.models.registry import NAME_TABLES, NameTable
+from exl.models.other_names import find_names, other_names
 
 
 @dataclass(frozen=True)
 class ModelManifest:
     """What is to be loaded: one blob for the embedding, one per layer, one for the final norm and the head."""
 
-    names: NameTable
+    names: ModelNames
     embed: BlobSpec
     layers: tuple[BlobSpec, ...]
     head: BlobSpec  # without a linear if the embedding is also the head
@@ -44,12 +44,30 @@ class ModelManifest:
         part = replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
         return replace(self, head=BlobSpec(self.head.norms, (("head", (LinearSpec((part,)),)),)))
 
+    def with_dense_bits(self, bits: int) -> ModelManifest:
+        """The manifest with the dense matrices of its layers rounded to ``bits`` on loading; those that the file has
+        quantized stay as they are."""
+        layers = (
+            replace(layer, linears=tuple((name, _rounded(name, some, bits)) for name, some in layer.linears))
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
     def layouts(self, target: Target) -> ModelLayout:
         return ModelLayout(
             layer_layout(self.embed, target),
             tuple(layer_layout(layer, target) for layer in self.layers),
             layer_layout(self.head, target),
         )
+
+
+def _rounded(name: str, linears: tuple[LinearSpec, ...], bits: int) -> tuple[LinearSpec, ...]:
+    parts = [
+        part if part.quantized else replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
+        for linear in linears
+        for part in linear.parts
+    ]
+    return fuse(parts, gated=name == "gate_up")
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ def read_manifest(checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfi
 class _ManifestReader:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig | None) -> None:
         self.checkpoint, self.config, self.quant = checkpoint, config, quant
-        self.names = NAME_TABLES[config.family]
+        self.names = find_names(checkpoint, config)
         self.seen: set[str] = set()
 
     def read(self) -> ModelManifest:
@@ -84,8 +102,9 @@ class _ManifestReader:
         if not any(self._has_module(name) for name in (names.embed, names.layers)):
             raise other_names(self.checkpoint, names)
         embed, head = self._embed_and_head()
-        layers = tuple(self._layer(f"{names.layers}.{i}.") for i in range(config.num_layers))
-        norms = (self._norm(names.final_norm, NormSpec("final_norm", config.hidden_size)),)
+        layers = tuple(self._layer(f"{names.layers}.{i}.", layer) for i, layer in enumerate(config.layers))
+        final_norm = NormSpec("final_norm", config.hidden_size, config.norm.offset, tensor=names.final_norm)
+        norms = (self._norm("", final_norm),)
         head_linears = () if head is None else (("head", (LinearSpec((head,)),)),)
         self._refuse_unexpected()
         embed_spec = BlobSpec((), (("embed", (LinearSpec((embed,)),)),))
@@ -135,34 +154,17 @@ class _ManifestReader:
             )
         return True
 
-    def _layer(self, prefix: str) -> BlobSpec:
-        config, names = self.config, self.names
-        hidden, width, kv = config.hidden_size, config.attn_width, config.kv_width
-        inter, head_dim = config.intermediate_size, config.head_dim
-        shapes = {
-            "qkv": ((hidden, width), (hidden, kv), (hidden, kv)),
-            "o": ((width, hidden),),
-            "gate_up": ((hidden, inter), (hidden, inter)),
-            "down": ((inter, hidden),),
-        }
-        biased = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
-        norms = [NormSpec("attn_norm", hidden), NormSpec("mlp_norm", hidden)]
-        if config.qk_norm:
-            norms += [NormSpec("q_norm", head_dim), NormSpec("k_norm", head_dim)]
+    def _layer(self, prefix: str, layer: LayerSpec) -> BlobSpec:
         linears = tuple(
-            (
-                key,
-                fuse(
-                    [
-                        self._matrix(prefix + module, *shape, bias=biased[key])
-                        for module, shape in zip(names.linears[key], shapes[key], strict=True)
-                    ],
-                    gated=key == "gate_up",
-                ),
-            )
-            for key in shapes
+            (name, fuse([self._part(prefix, part) for part in parts], gated=name == "gate_up"))
+            for name, parts in layer.linears.items()
         )
-        return BlobSpec(tuple(self._norm(prefix + names.norms[norm.name], norm) for norm in norms), linears)
+        return BlobSpec(tuple(self._norm(prefix, norm) for norm in layer.norms), linears)
+
+    def _part(self, prefix: str, part: PartSpec) -> MatrixSpec:
+        rows, name = part.rows, prefix + part.module
+        spec = self._matrix(name, part.K, part.N if rows is None else rows.total, bias=part.has_bias)
+        return spec if rows is None else replace(spec, N=part.N, rows=rows)
 
     def _matrix(self, name: str, K: int, N: int, *, bias: bool = False) -> MatrixSpec:
         spec = matrix_spec(self.checkpoint, name, self.quant)
@@ -176,19 +178,25 @@ class _ManifestReader:
         self.seen |= {f"{name}.{part}" for part in ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")}
         return spec
 
-    def _norm(self, name: str, spec: NormSpec) -> NormSpec:
-        info = self.checkpoint.tensors.get(name)
+    def _norm(self, prefix: str, norm: NormSpec) -> NormSpec:
+        """With its whole name."""
+        spec = replace(norm, tensor=prefix + norm.tensor)
+        info = self.checkpoint.tensors.get(spec.tensor)
         if info is None:
-            raise CheckpointError(f"{self.checkpoint.path}: {name} is missing")
+            raise CheckpointError(f"{self.checkpoint.path}: {spec.tensor} is missing")
         if tuple(info.shape) != (spec.width,):
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name}: found shape {list(info.shape)}, expected [{spec.width}]"
+                f"{self.checkpoint.path}: {spec.tensor}: found shape {list(info.shape)}, expected [{spec.width}]"
             )
-        self.seen.add(name)
+        self.seen.add(spec.tensor)
         return spec
 
     def _refuse_unexpected(self) -> None:
-        extra = [n for n in self.checkpoint.tensors if n not in self.seen and not n.endswith(self.names.ignored)]
+        names = self.names
+        extra = [n for n in self.checkpoint.tensors if n not in self.seen and not n.endswith(names.ignored)]
+        if self.config.is_text_part:
+            mine = (names.layers.removesuffix("layers"), names.head + ".")
+            extra = [name for name in extra if name.startswith(mine)]
         if extra:
             shown = ", ".join(sorted(extra)[:4]) + (", ..." if len(extra) > 4 else "")
             raise CheckpointError(

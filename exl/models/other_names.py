@@ -1,13 +1,16 @@
-"""Explains a checkpoint in which no tensor has the name that its family gives it: by a prefix, mostly."""
+"""Which names a checkpoint's tensors have: those of the family, in a model for images too under a prefix. Explains a
+checkpoint in which no tensor has them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import shown
 from exl.errors import CheckpointError
-from exl.models.registry import NameTable
+from exl.families.config import ModelConfig
+from exl.families.specs import ModelNames
 
 # What puts a prefix before all names, and what to do about it.
 _PREFIXES: Mapping[str, str] = {
@@ -19,7 +22,26 @@ _PREFIXES: Mapping[str, str] = {
 }
 
 
-def other_names(checkpoint: Checkpoint, names: NameTable) -> CheckpointError:
+# Of a model for images and text, what stands for "model." and before the head: since transformers 4.52, and before.
+_TEXT_PARTS = (("model.language_model.", ""), ("language_model.model.", "language_model."), ("model.", ""))
+
+
+def find_names(checkpoint: Checkpoint, config: ModelConfig) -> ModelNames:
+    """The names of the family's tensors in this checkpoint."""
+    if not config.is_text_part:
+        return config.names
+    for prefix, before_head in _TEXT_PARTS:
+        embed, layers, final_norm = (
+            prefix + name.removeprefix("model.")
+            for name in (config.names.embed, config.names.layers, config.names.final_norm)
+        )
+        if f"{embed}.weight" in checkpoint.tensors or any(name.startswith(f"{layers}.") for name in checkpoint.tensors):
+            head = before_head + config.names.head
+            return replace(config.names, embed=embed, layers=layers, final_norm=final_norm, head=head)
+    return config.names
+
+
+def other_names(checkpoint: Checkpoint, names: ModelNames) -> CheckpointError:
     """Of a checkpoint without embedding and layers under their names: names a tensor that it has, and its prefix."""
     path, wanted, num_tensors = checkpoint.path, f"{names.embed}.weight", len(checkpoint.tensors)
     expected = f"expected names such as {wanted}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch, SampleRows, SamplingBatch
 from exl.cache.kv import KVCache
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.launch import Backend
 from exl.layout.fields import Field
@@ -40,10 +40,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
+    """A norm of rows: ``x / sqrt(mean(x^2) + eps) * weight``, or as ``kind`` says."""
 
     weight: torch.Tensor  # [C] f32, with what a family adds or multiplies already in it (``exl.layout.specs.NormSpec``)
     eps: float
+    kind: str = "rms"  # or "layer": (x - mean(x)) / sqrt(variance(x) + eps) * weight
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class AttentionSpec:
     rope: RopeConfig
     q_norm: Norm | None  # over each head's channels, before RoPE
     k_norm: Norm | None
+    norm_rows: bool = False  # q_norm and k_norm go over the channels of all heads of a row together: [H * D], [Hkv * D]
+    sinks: torch.Tensor | None = None  # [H] f32: one more logit in each softmax of a head, without a value
 
 
 @dataclass(frozen=True)
@@ -114,34 +117,21 @@ class LogitsSpec:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights as views into its blob."""
+    """One layer's weights as views into its blob, by the names that its ``LayerSpec`` has."""
 
-    attn_norm: torch.Tensor  # [C] f32
-    qkv: Segments
-    q_norm: torch.Tensor | None  # [D] f32
-    k_norm: torch.Tensor | None
-    o: Segments
-    mlp_norm: torch.Tensor
-    gate_up: Segments
-    down: Segments
+    norms: Mapping[str, torch.Tensor]  # f32
+    linears: Mapping[str, Segments]
 
     @classmethod
     def view(cls, layout: LayerLayout, blob: torch.Tensor) -> LayerWeights:
         """``blob``: u8 [layout.num_bytes]."""
-
-        def norm(name: str) -> torch.Tensor | None:
-            return view_field(blob, layout.fields[name]) if name in layout.fields else None
-
         return cls(
-            attn_norm=norm("attn_norm"),
-            qkv=view_segments(layout, blob, "qkv"),
-            q_norm=norm("q_norm"),
-            k_norm=norm("k_norm"),
-            o=view_segments(layout, blob, "o"),
-            mlp_norm=norm("mlp_norm"),
-            gate_up=view_segments(layout, blob, "gate_up"),
-            down=view_segments(layout, blob, "down"),
+            {norm.name: view_field(blob, layout.fields[norm.name]) for norm in layout.norms},
+            {name: view_segments(layout, blob, name) for name in layout.linears},
         )
+
+    def __getitem__(self, name: str) -> Segments:
+        return self.linears[name]
 
 
 def view_field(blob: torch.Tensor, field: Field) -> torch.Tensor:
@@ -246,7 +236,7 @@ class Ops(Protocol):
         """Token ids of the selected batch -> h [T, C] f32: their rows of the table as ``spec`` says."""
 
     def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        """out [T, N] = norm(h) W + b."""
+        """out [T, N] = norm(h) W + b; without a norm, of h itself."""
 
     def attend(
         self,
@@ -265,13 +255,13 @@ class Ops(Protocol):
     def gated_mlp(
         self,
         h: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         w: Segments,
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h); ``consumer`` as for ``attend``."""
+        """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h), or h; ``consumer`` as for ``attend``."""
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with

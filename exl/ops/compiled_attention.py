@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.cpu_kernels.append_kv import AppendKV
 from exl.cpu_kernels.attention import DecodeAttention, PrefillAttention, partial_bytes
 from exl.cpu_kernels.library import Library, slots

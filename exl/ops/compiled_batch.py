@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.cpu_kernels.attention_items import ITEM, ROW, DecodeTables, decode_items, most_splits, prefill_items
 from exl.layout.cpu_steps import FEW_ROWS, scratch_partials
 from exl.layout.steps import StepLimits

@@ -1,8 +1,9 @@
-"""Inverse frequencies of rotary embedding: a pure function of the config and, for "dynamic", of the length.
+"""Inverse frequencies of rotary embedding: a pure function of the config and, for "dynamic" and "longrope", of the
+length of the text.
 
 Formulas: RoPE (arXiv 2104.09864), linear and NTK scaling as in transformers, yarn (arXiv 2309.00071), llama3
-(Llama 3.1's reference code). Computed in float32, like transformers: at position 100,000, an error of half a unit in
-the last place of a frequency visibly shifts the phase.
+(Llama 3.1's reference code), longrope (arXiv 2402.13753). Computed in float32, like transformers: at position 100,000,
+an error of half a unit in the last place of a frequency visibly shifts the phase.
 
 The bits are the same on every machine: nothing here calls a mathematical library's exp, log or pow, or NumPy's, which
 choose their code by the processor. Of NumPy's arithmetic only what IEEE 754 defines is used.
@@ -15,7 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.logarithm import natural_log
 
 _LN2 = (0.6931471804855391, 7.440617110012397e-11)  # high and low part: n * high is exact for |n| < 2^20
@@ -25,14 +26,16 @@ _LARGEST_LOG = 200.0  # e^200 is beyond float32
 
 def rotary_dim(rope: RopeConfig, head_dim: int) -> int:
     """The number of a head's channels that rotate: the first ones, paired as two halves."""
-    return int(head_dim * rope.partial_rotary_factor)
+    return 2 if rope.kind == "none" else int(head_dim * rope.partial_rotary_factor)  # by an angle of 0
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[NDArray[np.float32], float]:
     """Frequencies f32 [ceil(rotary_dim / 2)] in radians per token, and the factor for cos and sin.
 
-    ``length``: the sequence's length, used only by "dynamic".
+    ``length``: the sequence's length, used only by kinds that ``depends_on_length`` names.
     """
+    if rope.kind == "none":
+        return np.zeros(1, np.float32), 1.0
     dim = rotary_dim(rope, head_dim)
     theta, factor = rope.theta, rope.factor
     if rope.kind == "dynamic":
@@ -46,11 +49,19 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[N
         return _llama3(rope, freq), 1.0
     if rope.kind == "yarn":
         return _yarn(rope, freq, dim), _yarn_attention_factor(rope)
+    if rope.kind == "longrope":
+        factors = rope.long_factor if length > rope.original_max_position else rope.short_factor
+        return freq / np.array(factors, np.float32), _longrope_attention_factor(rope)
     return freq, 1.0
 
 
 def depends_on_length(rope: RopeConfig) -> bool:
-    return rope.kind == "dynamic"
+    return rope.kind in ("dynamic", "longrope")
+
+
+def longest_alike(rope: RopeConfig) -> int | None:
+    """Texts of up to so many tokens turn alike; None: of any length."""
+    return {"dynamic": rope.max_position, "longrope": rope.original_max_position}.get(rope.kind)
 
 
 def _power(base: float, exponent: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
@@ -94,6 +105,14 @@ def _yarn(rope: RopeConfig, freq: NDArray[np.float32], dim: int) -> NDArray[np.f
         high += 0.001
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     return (freq / np.float32(rope.factor) * ramp + freq * (1 - ramp)).astype(np.float32)
+
+
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + natural_log(rope.factor) / natural_log(rope.original_max_position))
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from exl.batch import ForwardBatch
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.ops.rope import depends_on_length, inverse_frequencies, rotary_dim
 
 

@@ -185,7 +185,7 @@ class TorchOps:
     def gated_mlp(
         self,
         h: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         w: Segments,
         spec: GatedMlp,
         out: torch.Tensor,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from exl.cache.kv import KVCache, KVPages
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.layout.cpu_pages import page_arrays
 from exl.layout.kv import KV_BITS
 from exl.layout.pages import PageLayout, replace_keys, unpack_pages
@@ -21,15 +21,22 @@ from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 
 
 def turn_keys(
-    kv: KVCache, rope: RopeConfig, src: Sequence[int], dst: Sequence[int], num_positions: int, *, on_gpu: bool
+    kv: KVCache,
+    ropes: Sequence[RopeConfig],
+    src: Sequence[int],
+    dst: Sequence[int],
+    num_positions: int,
+    *,
+    on_gpu: bool,
 ) -> None:
-    """Makes pages ``dst`` those of ``src``, whose tokens stand ``num_positions`` later. ``on_gpu``: the slab is in the
-    order of a GPU's kernels. Waits for the device. Not for RoPE that depends on the length of the text."""
+    """Makes pages ``dst`` those of ``src``, whose tokens stand ``num_positions`` later. ``ropes``: of each layer;
+    ``on_gpu``: the slab is in the order of a GPU's kernels. Waits for the device. Not for RoPE that depends on the
+    length of the text."""
     kv.copy_pages(src, dst)
-    frequencies, _ = inverse_frequencies(rope, kv.layout.head_dim, 0)
-    angles = torch.from_numpy(frequencies.astype(np.float64)) * num_positions
-    cosine, sine = angles.cos().float(), angles.sin().float()
-    for layer_idx in range(kv.layout.num_layers):
+    for layer_idx, rope in enumerate(ropes):
+        frequencies, _ = inverse_frequencies(rope, kv.layout.head_dim, 0)
+        angles = torch.from_numpy(frequencies.astype(np.float64)) * num_positions
+        cosine, sine = angles.cos().float(), angles.sin().float()
         pages = kv.layer(layer_idx)
         for page in dst:
             if isinstance(pages, KVPages):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl.checkpoint.config import ModelConfig
 from exl.errors import MemoryBudgetError
+from exl.families.config import ModelConfig
 from exl.layout.specs import Target
 from exl.planning.devices import HOST, STARTED_LINES
 from exl.planning.options import EngineOptions, default_context
@@ -40,6 +40,7 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
         kv_ram=None,
         resident_layers=None,
         head="file",
+        dense="file",
         embed="auto",
         prefill_window=options.prefill_chunk,
     )

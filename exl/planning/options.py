@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl.checkpoint.config import ModelConfig, check_rope
 from exl.checkpoint.remote import RemoteFolder
+from exl.checkpoint.rope_config import check_rope
 from exl.errors import ConfigError
+from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import ARITHMETIC
 from exl.layout.kv import KV_BITS
 from exl.threads import check_threads
@@ -18,6 +19,18 @@ from exl.units import one_each, parse_budget
 _MAX_DEFAULT_CONTEXT = 8192  # a cache for 128k tokens that nobody asked for would not fit anywhere
 _MAX_TOKENS = 1 << 30
 EMBED = ("auto", "device", "disk")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is made of a checkpoint while it is read: options of ``EngineOptions`` that change the model itself."""
+
+    head: str | int = "file"
+    dense: str | int = "file"
+    rope: Mapping[str, object] | None = None
+
+
+AS_IT_IS = Reading()
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class EngineOptions:
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
     resident_layers: int | None = None  # at most this many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
+    dense: str | int = "file"  # the same of what else is dense in the layers of a file
     embed: str = "auto"  # on a GPU: or "device", "disk": see docs/memory.md
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
@@ -66,8 +80,9 @@ class EngineOptions:
         if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_BITS:
             raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
         self._check_counts()
-        if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
-            raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
+        for name, bits in (("head", self.head), ("dense", self.dense)):
+            if isinstance(bits, bool) or bits not in ("file", 8, 4):
+                raise ConfigError(f"{name}: found {bits!r}, expected 'file', 8 or 4")
         if not isinstance(self.window_cache, bool):
             raise ConfigError(f"window_cache: found {self.window_cache!r}, expected True or False")
         if self.embed not in EMBED:
@@ -99,6 +114,10 @@ class EngineOptions:
                     f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
                     + (" or 'auto'" if may_be_auto else "")
                 )
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.head, self.dense, self.rope)
 
     @property
     def on_gpu(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from exl.batch import PAGE_SIZE
-from exl.checkpoint.config import ModelConfig
+from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import CompiledSizes, compiled_sizes
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.layers import LayerLayout

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from exl.batch import ForwardBatch
-from exl.checkpoint.config import ModelConfig
+from exl.families.config import ModelConfig
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import ModulePlan
 

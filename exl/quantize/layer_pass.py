@@ -14,7 +14,7 @@ import torch
 from exl.batch import I32, ForwardBatch
 from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import ModelConfig
+from exl.families.config import ModelConfig
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_norm
 from exl.layout.layers import layer_layout
@@ -109,14 +109,12 @@ class LayerPass:
         )
         layout = layer_layout(BlobSpec(spec.norms, linears), self._ops.target)
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        names = self.manifest.names
-        prefix = f"{names.layers}.{layer_idx}."
         for norm in layout.norms:
-            vector = torch.from_numpy(read_norm(self.checkpoint, prefix + names.norms[norm.name], norm))
+            vector = torch.from_numpy(read_norm(self.checkpoint, norm.tensor, norm))
             view_field(blob, layout.fields[norm.name]).copy_(vector)
         weights = LayerWeights.view(layout, blob)
         for name, _ in linears:
-            (linear,) = getattr(weights, name)
+            (linear,) = weights[name]
             start = 0
             for part in linear.layout.spec.parts:
                 self._fill(linear, part.name, start, start + part.N)
@@ -146,7 +144,7 @@ class LayerPass:
         the inputs ``x`` [T, K] of that linear.
         """
         ops, buffers = self._ops, self._buffers.rows(len(h))
-        ops.start, ops.stop = (None if name is None else getattr(weights, name) for name in (start, stop))
+        ops.start, ops.stop = (None if name is None else weights[name] for name in (start, stop))
         ops.branch = None
         if x is not None:
             inputs = buffers.attn if start == "o" else buffers.mlp

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from exl.batch import ForwardBatch
-from exl.checkpoint.config import ModelConfig
 from exl.errors import UnsupportedModelError
+from exl.families.config import ModelConfig
 from exl.ops.base import LayerWeights
 from exl.quantize.gptq import Hessian
 from exl.quantize.layer_pass import LayerPass, Passed
@@ -77,7 +77,7 @@ class Listener:
 
     def hear(self, name: str, write_dense: Write | None = None) -> Heard:
         """``write_dense`` takes the dense layer's outputs, chunk by chunk; only if ``name`` is "down"."""
-        (linear,) = getattr(self._weights, name)
+        (linear,) = self._weights[name]
         K = linear.layout.spec.K
         width = 0 if self._dense is None else linear.N if name in _SECOND else K
         compute = self._layers.compute
@@ -127,7 +127,7 @@ class Listener:
             return x, None
         if name not in _SECOND:
             return x, target.rows.sub_(x)
-        wanted, fields = target.rows.sub_(h).div_(target.scale), getattr(self._weights, name)[0].fields
+        wanted, fields = target.rows.sub_(h).div_(target.scale), self._weights[name][0].fields
         return x, wanted.sub_(fields["bias"]) if "bias" in fields else wanted
 
     def _follow(self, name: str, chunk: ForwardBatch, first: int, writes: Mapping[str, Write]) -> _Target:
@@ -141,7 +141,7 @@ class Listener:
 
     def _scale(self, name: str, passed: Passed) -> float:
         if passed.branch.post_norm is not None:
-            module = getattr(self._weights, name)[0].layout.spec.parts[0].name
+            module = self._weights[name][0].layout.spec.parts[0].name
             raise UnsupportedModelError(
                 f"{module}: found a norm of what it adds, expected none where quantized layers are to follow the dense "
                 "ones: no scale takes a difference of outputs back to the linear"
@@ -166,7 +166,7 @@ class Listener:
         return read_rows(path, first, first + chunk.num_rows, self._layers.config.hidden_size)
 
     def _inputs(self, name: str, chunk: ForwardBatch, first: int) -> torch.Tensor:
-        K = getattr(self._weights, name)[0].layout.spec.K
+        K = self._weights[name][0].layout.spec.K
         return read_rows(self._work.scratch_path(_INPUTS), first, first + chunk.num_rows, K)
 
 

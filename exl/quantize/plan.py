@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd, lcm, log2
 
-from exl.checkpoint.config import ModelConfig
 from exl.errors import ConfigError
+from exl.families.config import ModelConfig
 from exl.layout.specs import MatrixSpec
 from exl.models.manifest import ModelManifest
 from exl.quantize.options import QuantizeOptions

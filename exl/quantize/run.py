@@ -19,10 +19,12 @@ import torch.nn.functional as F
 
 from exl.batch import I32
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import GenerationDefaults, ModelConfig, read_json
+from exl.checkpoint.config_reader import read_json
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.quant_config import read_quant_config
 from exl.checkpoint.writer import write_safetensors
 from exl.errors import CheckpointError, ConfigError, ExlError
+from exl.families.config import ModelConfig
 from exl.formats.tensors import read_float
 from exl.models.manifest import read_manifest
 from exl.ops.base import LayerWeights
@@ -229,7 +231,7 @@ class _Run:
         self, layer_idx: int, name: str, weights: LayerWeights, heard: Heard | None
     ) -> dict[str, np.ndarray]:
         """The packed tensors of the linear's modules. Replaces the dense weights in ``weights`` by the rounded ones."""
-        (linear,) = getattr(weights, name)
+        (linear,) = weights[name]
         modules = self.plan.layers[layer_idx][name]
         K, out_K = modules[0].K, modules[0].out_K
         weight = linear.fields["weight"]  # [N, K]

@@ -63,7 +63,7 @@ class Span:
     def gated_mlp(
         self,
         h: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         w: Segments,
         spec: GatedMlp,
         out: torch.Tensor,

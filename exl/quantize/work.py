@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from exl.checkpoint.config import read_json
+from exl.checkpoint.config_reader import read_json
 from exl.errors import CheckpointError, ConfigError
 from exl.replace_file import replace_file
 

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from exl.checkpoint.config import read_json
+from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.lfs import refuse_lfs_pointer
 from exl.errors import CheckpointError, ConfigError
 from exl.text.chat_template import ChatTemplate

@@ -193,11 +193,10 @@ class _Loader:
         embed, head = self._table(self.layouts.embed), self._table(self.layouts.head)
         layers = self._tensor_names(prefixes)
         with ReadAhead(self.checkpoint, embed, layers, head) as ahead, self._pack_threads() as self.executor:
-            self._pack_blob(0, ahead.tables(), "", {}, writer)
-            for i, prefix in enumerate(prefixes):
-                self._pack_blob(1 + i, ahead.layer(i), prefix, dict(names.norms), writer)
-            final_norm = {"final_norm": names.final_norm}
-            self._pack_blob(len(self.sizes) - 1, ahead.tables(), "", final_norm, writer)
+            self._pack_blob(0, ahead.tables(), writer)
+            for i in range(self.config.num_layers):
+                self._pack_blob(1 + i, ahead.layer(i), writer)
+            self._pack_blob(len(self.sizes) - 1, ahead.tables(), writer)
 
     def _table(self, layout: LayerLayout) -> str | None:
         """The tensor of an embedding or a head whose bytes are copied as they are."""
@@ -216,28 +215,19 @@ class _Loader:
                 by_layer[prefix].append(name)
         return list(by_layer.values())
 
-    def _pack_blob(
-        self,
-        blob_idx: int,
-        checkpoint: Checkpoint,
-        prefix: str,
-        norms: dict[str, str],
-        writer: PackedWriter | None,
-    ) -> None:
+    def _pack_blob(self, blob_idx: int, checkpoint: Checkpoint, writer: PackedWriter | None) -> None:
         layout = self.all_layouts[blob_idx]
         blob = self.memory.blob(blob_idx)
-        self._fill(blob, layout, checkpoint, prefix, norms)
+        self._fill(blob, layout, checkpoint)
         if writer is not None:
             writer.write(blob.numpy())
         self.memory.filled(blob_idx)
         self.done += layout.num_bytes
         self.progress(self.done, self.layouts.num_bytes)
 
-    def _fill(
-        self, blob: torch.Tensor, layout: LayerLayout, checkpoint: Checkpoint, prefix: str, norms: dict[str, str]
-    ) -> None:
+    def _fill(self, blob: torch.Tensor, layout: LayerLayout, checkpoint: Checkpoint) -> None:
         for norm in layout.norms:
-            vector = torch.from_numpy(read_norm(checkpoint, prefix + norms[norm.name], norm))
+            vector = torch.from_numpy(read_norm(checkpoint, norm.tensor, norm))
             view_field(blob, layout.fields[norm.name]).copy_(vector)
 
         def pack(linear: LinearLayout, start: int, stop: int, order: NDArray[np.int32] | None) -> int:

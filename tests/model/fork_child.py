@@ -372,7 +372,7 @@ def evaluated() -> dict:
 
 def on_gpu() -> dict:
     """The tests' device stands for a GPU: a fork has none of it."""
-    from exl.checkpoint.config import GenerationDefaults
+    from exl.checkpoint.generation_config import GenerationDefaults
     from exl.engine.build import load_engine
     from exl.planning.options import EngineOptions
     from exl.text.tokenizer import Tokenizer

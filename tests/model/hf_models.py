@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from exl.families.config import ModelConfig
 
 _SIZES = {
     "vocab_size": 96,
@@ -21,14 +23,24 @@ _SIZES = {
     "max_position_embeddings": 48,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "pad_token_id": None,
+    "pad_token_id": 0,
     "attn_implementation": "eager",
 }
 _CLASSES = {
+    "cohere2": (transformers.Cohere2Config, transformers.Cohere2ForCausalLM),
+    "exaone4": (transformers.Exaone4Config, transformers.Exaone4ForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "glm": (transformers.GlmConfig, transformers.GlmForCausalLM),
+    "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
 }
 
 
@@ -50,6 +62,17 @@ def _rope(**parameters: Any) -> dict[str, Any]:
 
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+_LONGROPE = {
+    "original_max_position_embeddings": 48,
+    "max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1000.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    },
+}
 CASES = [
     Case("llama", "llama", _rope(rope_type="default")),
     Case("llama-tied", "llama", {"tie_word_embeddings": True}),
@@ -85,6 +108,115 @@ CASES = [
     ),
     Case("qwen3", "qwen3", {"head_dim": 32}, ("rope", "q_norm", "k_norm")),
     Case("qwen3-tied", "qwen3", {"head_dim": 16, "tie_word_embeddings": True}, ("q_norm",)),
+    Case(
+        "gemma2",
+        "gemma2",
+        {
+            "head_dim": 32,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+        (
+            "rope",
+            "window",
+            "window_layers",
+            "embed_scale",
+            "attn_scale",
+            "attn_softcap",
+            "logits_softcap",
+            "activation",
+            "attn_post_norm",
+            "mlp_post_norm",
+            "norm_offset",
+        ),
+    ),
+    Case(
+        "gemma2-uncapped",
+        "gemma2",
+        {"head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 16},
+        ("window",),
+    ),
+    Case(
+        "gemma3",
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        (
+            "one_rope",
+            "window",
+            "window_layers",
+            "embed_scale",
+            "attn_scale",
+            "activation",
+            "attn_post_norm",
+            "mlp_post_norm",
+            "norm_offset",
+            "q_norm",
+            "k_norm",
+        ),
+    ),
+    Case("phi3", "phi3", {}, ("rope",)),
+    Case("phi3-window", "phi3", {"sliding_window": 16, "num_key_value_heads": 4}, ("window",)),
+    Case("phi3-longrope", "phi3", _LONGROPE, ("rope_scaling", "attention_factor")),
+    Case(
+        "phi3-longrope-in-short-texts", "phi3", _LONGROPE | {"original_max_position_embeddings": 100}, ("rope_scaling",)
+    ),
+    Case("glm", "glm", {"head_dim": 16, "attention_bias": True}, ("rope", "pairs", "partial", "qkv_bias")),
+    Case(
+        "glm4",
+        "glm4",
+        {"head_dim": 16, "attention_bias": True},
+        ("pairs", "partial", "attn_post_norm", "mlp_post_norm", "qkv_bias"),
+    ),
+    Case(
+        "granite",
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+            "tie_word_embeddings": True,
+        },
+        ("rope", "embed_scale", "residual_scale", "attn_scale", "logits_scale"),
+    ),
+    Case(
+        "cohere2",
+        "cohere2",
+        {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 0.7},
+        ("window", "window_layers", "no_rope", "pairs", "parallel", "layer_norm", "logits_scale"),
+    ),
+    Case(
+        "cohere2-biases",
+        "cohere2",
+        {"attention_bias": True, "sliding_window": 16, "logit_scale": 0.7},
+        ("qkv_bias", "o_bias"),
+    ),
+    Case("olmo2", "olmo2", {}, ("rope", "q_norm", "k_norm", "norm_rows", "attn_post_norm", "mlp_post_norm")),
+    Case(
+        "exaone4",
+        "exaone4",
+        {"sliding_window": 16, "sliding_window_pattern": 2},
+        ("rope", "no_rope", "window", "window_layers", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm"),
+    ),
+    Case("exaone4-full", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}, ("rope",)),
+    Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}, ("rope", "no_rope")),
+    Case(
+        "smollm3-window",
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 16},
+        ("window", "window_layers", "no_rope"),
+    ),
 ]
 
 
@@ -92,11 +224,14 @@ def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transform
     """Builds the model; projections are scaled up, so that attention is peaked and every feature matters."""
     config_class, model_class = _CLASSES[case.family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_SIZES, **case.options})).float().eval()
+    options = copy.deepcopy(case.options)  # transformers writes into nested ones
+    model = model_class(config_class(**{**_SIZES, **options})).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+                if case.family.startswith("gemma"):
+                    parameter.sub_(1.0)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
             elif "proj" in name:
@@ -104,6 +239,12 @@ def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transform
             else:
                 parameter.normal_(0, 0.5)
     return model
+
+
+def with_attention(config: ModelConfig, **changes: object) -> ModelConfig:
+    """The config with other values in the attention of all its layers."""
+    layers = (replace(layer, attention=replace(layer.attention, **changes)) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
 
 
 def save(model: transformers.PreTrainedModel, folder: Path) -> Path:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.engine.build import Engine, load_engine
-from exl.layout.specs import Target
+from exl.families.config import ModelConfig
+from exl.families.specs import BranchShape, EmbedShape
+from exl.layout.specs import Rows, Target
 from exl.planning.options import EngineOptions
-from exl.weights.stream import ResidentWeights
 from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids
-from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save
+from tests.model.hf_models import CASES, Case, build, decode_logits, load_f32, prefill_logits, save, with_attention
 
 TOLERANCE = 2e-4
 NUM_PROMPT, NUM_TOKENS = 61, 90  # beyond windows of 16, 24 original positions, 48 positions, a page of 64
@@ -113,11 +115,15 @@ def test_dense_weights_keep_the_files_type(dtype, cpu, tmp_path):
     folder = save(build(CASES[2]).to(dtype), tmp_path)
     engine = _load(folder, cpu)
     weights = engine.generator.runner.weights.acquire(0)
-    assert weights.qkv[0].fields["weight"].dtype == dtype
+    assert weights["qkv"][0].fields["weight"].dtype == dtype
     model = load_f32(folder)
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() <= TOLERANCE
     difference = (_decode(engine, IDS, NUM_PROMPT) - decode_logits(model, IDS, NUM_PROMPT)).abs().max()
     assert difference <= TOLERANCE
+
+
+def _changed_layers(config: ModelConfig, **changes: object) -> ModelConfig:
+    return dataclasses.replace(config, layers=tuple(dataclasses.replace(x, **changes) for x in config.layers))
 
 
 def _without(engine: Engine, feature: str) -> None:
@@ -125,33 +131,64 @@ def _without(engine: Engine, feature: str) -> None:
     runner = engine.generator.runner
     decoder, layers = runner.decoder, runner.weights.layers
     config = decoder.config
-    rope = config.rope
-    changes = {
+    rope, mlp = config.rope, config.layers[0].mlp
+    in_attention = {
         "rope": {"rope": dataclasses.replace(rope, theta=1e30, kind="default")},
-        "rope_scaling": {"rope": RopeConfig(theta=rope.theta, max_position=rope.max_position)},
+        "rope_scaling": {"rope": RopeConfig(theta=rope.theta, partial_rotary_factor=rope.partial_rotary_factor)},
         "attention_factor": {"rope": dataclasses.replace(rope, attention_factor=1.0)},
         "truncate": {"rope": dataclasses.replace(rope, truncate=True)},
-        "window": {"windows": (None,) * config.num_layers},
-        "window_layers": {"windows": (16,) * config.num_layers},
+        "partial": {"rope": dataclasses.replace(rope, partial_rotary_factor=1.0)},
+        "one_rope": {"rope": rope},
+        "no_rope": {"rope": rope},
+        "window": {"window": None},
+        "window_layers": {"window": 16},
+        "attn_scale": {"scale": config.head_dim**-0.5},
+        "attn_softcap": {"softcap": None},
     }
-    if feature in changes:
-        decoder.config = dataclasses.replace(config, **changes[feature])
-    elif feature in ("q_norm", "k_norm"):
-        runner.weights = ResidentWeights([dataclasses.replace(layer, **{feature: None}) for layer in layers])
+    in_model = {
+        "embed_scale": {"embed": EmbedShape()},
+        "logits_softcap": {"logits": dataclasses.replace(config.logits, softcap=None)},
+        "logits_scale": {"logits": dataclasses.replace(config.logits, scale=1.0)},
+        "layer_norm": {"norm": dataclasses.replace(config.norm, kind="rms")},
+    }
+    in_layers = {
+        "activation": {"mlp": dataclasses.replace(mlp, activation="silu")},
+        "attn_post_norm": {"attn_branch": BranchShape()},
+        "mlp_post_norm": {"mlp_branch": BranchShape()},
+        "residual_scale": {"attn_branch": BranchShape(), "mlp_branch": BranchShape()},
+        "parallel": {"parallel": False},
+    }
+    if feature in in_attention:
+        decoder.config = with_attention(config, **in_attention[feature])
+    elif feature in in_model:
+        decoder.config = dataclasses.replace(config, **in_model[feature])
+    elif feature in in_layers:
+        decoder.config = _changed_layers(config, **in_layers[feature])
+    elif feature in ("q_norm", "k_norm", "norm_rows"):
+        attention = decoder._attention
+        nothing = False if feature == "norm_rows" else None
+        decoder._attention = lambda shape, w: dataclasses.replace(attention(shape, w), **{feature: nothing})
+    elif feature == "norm_offset":
+        for norm in (runner._final_norm, *(norm for layer in layers for norm in layer.norms.values())):
+            norm.sub_(1.0)
     else:
         names = {"qkv_bias": ("qkv",), "o_bias": ("o",), "mlp_bias": ("gate_up", "down")}[feature]
         for layer in layers:
             for name in names:
-                getattr(layer, name)[0].fields["bias"].zero_()
+                layer[name][0].fields["bias"].zero_()
 
 
 @with_both
 @pytest.mark.parametrize(
     ("case", "feature"), [(case, f) for case in CASES for f in case.features], ids=lambda value: str(value)
 )
-def test_every_feature_matters(case, feature, cpu, models):
+def test_every_feature_matters(case, feature, cpu, models, monkeypatch):
     """Without the feature the comparison above fails by a wide margin, so it is not vacuous."""
     model, folder = models(case)
-    engine = _load(folder, cpu)
-    _without(engine, feature)
+    if feature == "pairs":
+        monkeypatch.setattr(Rows, "indices", lambda rows: np.arange(rows.first, rows.first + rows.count))
+        engine = _load(folder, cpu)
+    else:
+        engine = _load(folder, cpu)
+        _without(engine, feature)
     assert (all_logits(engine, IDS) - prefill_logits(model, IDS)).abs().max() > 50 * TOLERANCE

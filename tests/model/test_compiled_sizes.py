@@ -10,8 +10,8 @@ import torch
 
 from exl.batch import PAGE_SIZE, padded_step
 from exl.cache.kv import KVCache
-from exl.checkpoint.config import ModelConfig
 from exl.cpu_kernels.processor import usable_isas
+from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import ARITHMETIC, FEW_ROWS, compiled_sizes
 from exl.layout.kv import KV_BITS, DeviceKVLayout
 from exl.layout.layers import layer_layout

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exl.checkpoint.config import GenerationDefaults
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.step_graph import MAX_GRAPHS, StepGraphs
 from exl.errors import KernelError

@@ -154,8 +154,8 @@ def blob(layer_idx: int) -> np.ndarray:
 
 def marks(weights: LayerWeights) -> set[int]:
     """All byte values that occur in a layer's views."""
-    tensors = [weights.attn_norm, weights.mlp_norm]
-    tensors += [w.fields["weight"] for w in (*weights.qkv, *weights.o, *weights.gate_up, *weights.down)]
+    tensors = [weights.norms["attn_norm"], weights.norms["mlp_norm"]]
+    tensors += [w.fields["weight"] for w in (*weights["qkv"], *weights["o"], *weights["gate_up"], *weights["down"])]
     return {int(b) for t in tensors for b in t.contiguous().view(torch.uint8).unique()}
 
 
@@ -279,7 +279,7 @@ def test_a_layers_address_never_changes(tmp_path):
     for length in (None, 3, None, 1, None):
         model.stream.begin(range(5))
         for layer_idx in range(5 if length is None else length):
-            address = model.stream.acquire(layer_idx).attn_norm.data_ptr()
+            address = model.stream.acquire(layer_idx).norms["attn_norm"].data_ptr()
             assert addresses.setdefault(layer_idx, address) == address
             model.stream.release(layer_idx)
     assert addresses[0] == addresses[3] != addresses[2] == addresses[4]

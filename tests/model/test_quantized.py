@@ -165,8 +165,8 @@ def test_orders_fuse_only_where_they_agree(cpu, tmp_path):
     make(tmp_path / "shared", 4, 32, order="shared")
     make(tmp_path / "own", 4, 32, order="own")
     shared, own = (_engine(tmp_path / name, cpu).generator.runner.weights.acquire(0) for name in ("shared", "own"))
-    assert [len(shared.qkv), len(shared.gate_up)] == [1, 1]
-    assert [len(own.qkv), len(own.gate_up)] == [3, 2]
+    assert [len(shared["qkv"]), len(shared["gate_up"])] == [1, 1]
+    assert [len(own["qkv"]), len(own["gate_up"])] == [3, 2]
 
 
 @pytest.mark.skipif(probe_int4pack() is None, reason="this torch has no int4pack kernel")
@@ -182,7 +182,9 @@ def test_bf16_decode_stays_within_its_roundings(options, tmp_path):
     model = make(tmp_path, 4, 32, std=0.05, **options)
     engine = _engine(tmp_path, torch_target())
     layer = engine.generator.runner.weights.acquire(0)
-    assert all(part.layout.kind == "int4pack" for part in (*layer.qkv, *layer.o, *layer.gate_up, *layer.down))
+    assert all(
+        part.layout.kind == "int4pack" for part in (*layer["qkv"], *layer["o"], *layer["gate_up"], *layer["down"])
+    )
     ids = some_ids(40)
     expected = decode_logits(model, ids, 1)
     error = step_logits(engine, ids) - expected

@@ -97,10 +97,11 @@ def test_blobs_are_the_same_bytes_everywhere(four_bit, tmp_path, monkeypatch):
 
 def bytes_of(model: PlacedModel, layer_idx: int) -> bytes:
     layer = model.source.acquire(layer_idx)
-    fields = [layer.attn_norm, *(t for part in (*layer.qkv, *layer.down) for t in part.fields.values())]
-    assert all(field.untyped_storage().data_ptr() == layer.attn_norm.untyped_storage().data_ptr() for field in fields)
-    start = layer.attn_norm.storage_offset() * layer.attn_norm.itemsize  # offset of the blob's first field
-    memory = torch.empty(0, dtype=torch.uint8).set_(layer.attn_norm.untyped_storage())
+    norm = layer.norms["attn_norm"]
+    fields = [norm, *(t for part in (*layer["qkv"], *layer["down"]) for t in part.fields.values())]
+    assert all(field.untyped_storage().data_ptr() == norm.untyped_storage().data_ptr() for field in fields)
+    start = norm.storage_offset() * norm.itemsize  # offset of the blob's first field
+    memory = torch.empty(0, dtype=torch.uint8).set_(norm.untyped_storage())
     whole = memory[start : start + model.sizes[layer_idx]].numpy().tobytes()
     model.source.release(layer_idx)
     return whole
@@ -208,7 +209,7 @@ class Schedule(RuleBasedStateMachine):
         self.at = (self.at + skip) % self.num_layers
         layer_idx = self.order[self.at]
         self.at = (self.at + 1) % self.num_layers
-        self.held.append((layer_idx, self.stream.acquire(layer_idx).attn_norm))
+        self.held.append((layer_idx, self.stream.acquire(layer_idx).norms["attn_norm"]))
         self.check()
 
     @precondition(lambda self: self.held)
@@ -318,7 +319,7 @@ def test_a_new_pass_forgets_what_failed_before(tmp_path, monkeypatch):
         stream.begin([2, 3])
         assert stream.wait_until_idle()
     stream.begin([2, 3])
-    assert stream.acquire(2).attn_norm.numpy().tobytes() == expected[2]
+    assert stream.acquire(2).norms["attn_norm"].numpy().tobytes() == expected[2]
     stream.close()
 
 

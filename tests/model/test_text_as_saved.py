@@ -12,9 +12,10 @@ import pytest
 
 import exl
 from exl.chat import Chat
-from exl.checkpoint.config import GenerationDefaults, ModelConfig
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.evaluate import read_documents
+from exl.families.config import ModelConfig
 from exl.quantize.calibration import read_calibration
 from exl.text.tokenizer import Tokenizer
 from tests.command_line import run_exl

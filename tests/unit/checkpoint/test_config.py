@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import exl
-from exl.checkpoint import config as config_module
-from exl.checkpoint.config import GenerationDefaults, ModelConfig
-from exl.errors import ConfigError, UnsupportedModelError
+from exl.checkpoint import generation_config
+from exl.checkpoint.generation_config import GenerationDefaults
+from exl.errors import ConfigError
+from exl.families.config import ModelConfig
 
 MODELS = Path(__file__).parents[2] / "data"
 LLAMA = json.loads((MODELS / "stories2M" / "config.json").read_text())
@@ -53,6 +54,22 @@ def test_rope_of_types_that_no_layer_has_does_not_count():
     assert rope(values) == rope(QWEN | {"rope_parameters": YARN})
 
 
+def test_rope_that_differs_by_layer_type_is_each_layers_own():
+    nested = {"full_attention": YARN, "sliding_attention": PLAIN}
+    config = ModelConfig.from_dict(QWEN | {"layer_types": TYPES, "rope_parameters": nested})
+    found = [(layer.attention.rope.kind, layer.attention.rope.theta) for layer in config.layers]
+    assert found == [("yarn", 1e6) if kind == "full_attention" else ("default", 5e5) for kind in TYPES]
+    assert [rope.kind for rope in config.ropes] == ["yarn", "default"]
+
+
+def test_a_given_rope_replaces_that_of_full_attention():
+    nested = {"full_attention": YARN, "sliding_attention": PLAIN}
+    values = QWEN | {"layer_types": TYPES, "rope_parameters": nested, "max_position_embeddings": 512}
+    config = ModelConfig.from_dict(values, rope={"rope_type": "linear", "factor": 2.0})
+    assert [(rope.kind, rope.theta) for rope in config.ropes] == [("linear", 1e6), ("default", 5e5)]
+    assert config.max_position == 512
+
+
 def test_defaults_beside_nested_rope_count_for_each():
     nested = {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}
     assert rope(QWEN | {"rope_parameters": nested, "rope_theta": 7e4}).theta == 7e4
@@ -61,16 +78,6 @@ def test_defaults_beside_nested_rope_count_for_each():
 @pytest.mark.parametrize(
     ("nested", "error", "said"),
     [
-        (
-            {"full_attention": PLAIN | {"rope_theta": 1e6}, "sliding_attention": PLAIN},
-            UnsupportedModelError,
-            r"rope_parameters: full_attention and sliding_attention differ in theta: found 1000000\.0 and 500000\.0;",
-        ),
-        (
-            {"full_attention": YARN, "sliding_attention": PLAIN},
-            UnsupportedModelError,
-            r"differ in kind: found 'yarn' and 'default'",
-        ),
         ({"full_attention": PLAIN}, ConfigError, r"rope_parameters: sliding_attention: found nothing, expected an obj"),
         (
             {"full_attention": PLAIN, "sliding_attention": None},
@@ -83,9 +90,9 @@ def test_defaults_beside_nested_rope_count_for_each():
             r"rope_parameters: sliding_attention: rope_theta: found 'x'",
         ),
     ],
-    ids=["theta", "kind", "missing", "null", "malformed"],
+    ids=["missing", "null", "malformed"],
 )
-def test_rope_that_differs_by_layer_type_is_refused_by_name(nested, error, said):
+def test_rope_by_layer_type_that_lacks_one_is_refused_by_name(nested, error, said):
     with pytest.raises(error, match=said):
         rope(QWEN | {"layer_types": TYPES, "rope_parameters": nested})
 
@@ -98,7 +105,7 @@ def read(tmp_path, caplog):
     """-> (the defaults, the warnings that reading them twice gives)"""
 
     def write_and_read(**values) -> tuple[GenerationDefaults, list[str]]:
-        config_module._warn_once.cache_clear()
+        generation_config._warn_once.cache_clear()
         (tmp_path / "generation_config.json").write_text(json.dumps(values))
         with caplog.at_level(logging.WARNING):
             defaults = GenerationDefaults.from_folder(tmp_path)

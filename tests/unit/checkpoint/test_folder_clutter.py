@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import exl
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.config import read_json
+from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.errors import CheckpointError, ConfigError, ExlWarning
 from tests.unit.checkpoint.hub_server import ORG

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exl.checkpoint.config import GenerationDefaults, ModelConfig, read_json
+from exl.checkpoint.config_reader import read_json
+from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.quant_config import QuantConfig, read_quant_config
 from exl.errors import ConfigError, ExlError, UnsupportedModelError
+from exl.families.config import ModelConfig
 
 SETTINGS = settings(
     max_examples=60,
@@ -245,7 +247,7 @@ def assert_sane_model(config: ModelConfig) -> None:
     assert len(config.windows) == config.num_layers
     assert all(window is None or window > 0 for window in config.windows)
     rope = config.rope
-    assert all(map(math.isfinite, (config.rms_norm_eps, rope.theta, rope.factor, rope.partial_rotary_factor)))
+    assert all(map(math.isfinite, (config.norm.eps, rope.theta, rope.factor, rope.partial_rotary_factor)))
     assert rope.theta > 0
     assert rope.factor > 0
     assert all(isinstance(i, int) and i >= 0 for i in config.eos_ids)

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.logarithm import natural_log
 from exl.ops.rope import inverse_frequencies
 
@@ -64,7 +64,7 @@ def test_powers_are_rounded_once(theta):
 BITS = """
 import hashlib
 import numpy as np
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.ops.rope import inverse_frequencies
 digest = hashlib.sha256()
 for theta in (1e4, 5e5, 1e6, 3.7):

@@ -8,7 +8,7 @@ import torch
 
 from exl.batch import PAGE_SIZE
 from exl.cache.kv import KVCache, KVPages
-from exl.checkpoint.config import RopeConfig
+from exl.checkpoint.rope_config import RopeConfig
 from exl.layout.cpu_pages import page_arrays
 from exl.layout.kv import KV_BITS, KV_GROUP, DeviceKVLayout, KVLayout, page_offsets
 from exl.layout.pages import PageLayout, pack_pages, unpack_pages
@@ -93,7 +93,7 @@ def test_keys_are_those_of_later_positions_and_nothing_else_changes(where, kind,
     kv = filled(kind, where)
     before, bits = kv.slab.clone(), KV_BITS[kind][0]
     size = D & -D if bits < 16 else 1
-    turn_keys(kv, rope, [2, 0], [3, 1], POSITIONS, on_gpu=where == "gpu")
+    turn_keys(kv, [rope] * kv.layout.num_layers, [2, 0], [3, 1], POSITIONS, on_gpu=where == "gpu")
     for src, dst in ((2, 3), (0, 1)):
         expected = hadamard(turned(hadamard(keys(kv, where, src), size), rope), size)
         padded = np.pad(np.abs(expected), [(0, 0)] * 3 + [(0, -D % KV_GROUP)])
