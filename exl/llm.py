@@ -494,6 +494,7 @@ def load(
     max_sequences: int = 16,
     max_queue: int | None = None,
     cache_tokens: int | str | None = None,
+    window_cache: bool = True,
     kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
@@ -520,7 +521,8 @@ def load(
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
     ``max_sequences``: how many run at once; others wait, but no more than ``max_queue`` (by default any number): beyond
     that a request is refused with ``QueueFullError``. ``cache_tokens``: of all of them in the cache, by default one
-    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
+    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``window_cache``: where
+    some layers have a sliding window, these keep only what it reaches. ``kv_ram``: with a GPU, how
     much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits, ``dense`` what else

@@ -102,10 +102,15 @@ def test_logits_are_those_of_transformers(where, model_and_folder):
     engine.close()
 
 
-def test_another_family(tmp_path):
-    model, folder = saved(tmp_path, "qwen3", head_dim=32, sliding_window=70)
-    engine, ids = opened(folder, TORCH, kv_cache="f32"), some_ids(400, seed=5)
-    assert engine.plan.windows.window == 70
+@pytest.mark.parametrize("where", TARGETS)
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2", "exaone4", "smollm3-window"])
+def test_other_families(name, where, tmp_path):
+    """With their own windows of 16 tokens."""
+    (case,) = [case for case in CASES if case.name == name]
+    model = build(replace(case, options={**case.options, "max_position_embeddings": CONTEXT}))
+    engine, ids = opened(save(model, tmp_path), where, kv_cache="f32"), some_ids(400, seed=5)
+    assert engine.plan.windows.window == 16
+    assert engine.plan.windows.num_pages == window_pages(16, CHUNK) + 1
     assert (all_logits(engine, ids) - prefill_logits(model, ids)).abs().max() <= TOLERANCE
     engine.close()
 
