@@ -23,8 +23,11 @@ _NUM_ROWS = (1, 2, 4, 12, 33)
 _SPEC_FIELDS = ("bits", "dtype", "group_size", "symmetric", "scale_dtype", "codes")  # that choose a linear's kernels
 
 
-def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache) -> None:
-    """Loads the kernels of decode steps and prompts. Nothing is computed, no weight is read."""
+def load_kernels(
+    decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache, windows: KVCache | None = None
+) -> None:
+    """Loads the kernels of decode steps and prompts. Nothing is computed, no weight is read. ``windows``: of the layers
+    that ``kv`` has not."""
     ops = decoder.ops
     assert isinstance(ops, CompiledOps)
     limits = model.limits
@@ -42,10 +45,11 @@ def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: 
             )
             decoder.embed(weights.embed, h)
             for layer_idx, layer in layers:
-                decoder.layer(layer_idx, layer, buffers, h, kv)
+                cache = kv if windows is None or layer_idx in kv else windows
+                decoder.layer(layer_idx, layer, buffers, h, cache)
             decoder.head(weights.final_norm, weights.head, h, torch.empty(num_logits, limits.vocab_size))
 
-        specs |= ops.kernels_of(step, _prompt(count, num_logits))
+        specs |= ops.kernels_of(step, _prompt(count, num_logits, windows is not None))
     ops.library.load(specs)
 
 
@@ -68,8 +72,9 @@ def _kinds(layout: LayerLayout) -> tuple:
     )
 
 
-def _prompt(count: int, num_logits: int) -> ForwardBatch:
+def _prompt(count: int, num_logits: int, has_windows: bool) -> ForwardBatch:
     """The first tokens of a text, of which the last ones' logits are wanted."""
+    table = np.zeros((1, 1), np.int32)
     array = np.arange(count, dtype=np.int32)
     one = np.array([count], np.int32)
     return ForwardBatch(
@@ -79,7 +84,9 @@ def _prompt(count: int, num_logits: int) -> ForwardBatch:
         query_start=np.array([0, count], np.int32),
         context_len=one,
         rope_len=one,
-        page_table=np.zeros((1, 1), np.int32),
+        page_table=table,
         logit_rows=array[count - num_logits :],
         num_decode_rows=0,
+        window_slots=array if has_windows else None,
+        window_table=table if has_windows else None,
     )

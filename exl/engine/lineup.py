@@ -190,7 +190,7 @@ class Lineup:
         for child in ticket.sequences[1:]:
             if child.state is not State.WAITING or child.num_drawn or len(self.running) >= self.device.max_sequences:
                 continue
-            if self.pages.pool.num_free <= self._reserve():
+            if self.pages.num_free <= self._reserve():
                 break
             self.pages.fork(leader, child)
             child.answer.num_reused = leader.num_cached

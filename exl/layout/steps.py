@@ -36,6 +36,7 @@ class StepLimits:
     decode_rows: int = 0  # of one batch, more than max_sequences where drafts are verified; 0: max_sequences
     chunk_rows: int = 0  # of a prompt; 0: max_rows
     cache_tokens: int = 0  # of all sequences; 0: a whole context for each of max_sequences
+    page_tables: int = 1  # 2: layers that have a window may have pages of their own
     num_ropes: int = 1  # that layers have, each with angles of its own
     post_norms: bool = False  # some block's output is normalised before it joins the residual stream
     experts: ExpertLimits | None = None

@@ -252,7 +252,7 @@ class CompiledOps:
         with self._stages() as tape:
             rows, form = tape.memory.read(qkv), self._linears.record_form(consumer)
             written, pages = tape.memory.write(out), kv.layer(layer_idx)
-            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form)
+            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form, kv.windowed)
             if records is not None:
                 self._made[out.data_ptr()] = records
 

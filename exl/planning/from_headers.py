@@ -24,7 +24,7 @@ from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import ExpertLimits, StepLimits
-from exl.layout.window import window_pages
+from exl.layout.window import mixed_layers, window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.models.packing_order import packing_order
@@ -187,6 +187,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),
+        one_group=not options.window_cache,
     )
     if target.kind == "cuda":
         model = dataclasses.replace(model, num_kept_pages=_kept_pages(options, model))
@@ -391,6 +392,7 @@ def step_limits(
         decode_rows=decode_rows,
         chunk_rows=chunk,
         cache_tokens=cache_tokens or context,
+        page_tables=2 if options.window_cache and mixed_layers(config.windows, context) else 1,
         num_ropes=len(config.ropes),
         post_norms=any(layer.attn_branch.norm or layer.mlp_branch.norm for layer in config.layers),
         experts=expert_limits(config),
