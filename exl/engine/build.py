@@ -17,7 +17,7 @@ from exl.cache.page_pool import PagePool
 from exl.cache.tier import ram_tier
 from exl.cache.window_pool import WindowPool
 from exl.checkpoint.generation_config import GenerationDefaults
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.engine.draft_model import DraftModel
 from exl.engine.draft_runner import BatchedDrafts
 from exl.engine.generator import Generator

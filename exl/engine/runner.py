@@ -56,7 +56,7 @@ class Runner:
 
         buffer = decoder.ops.buffer
         self._residual = buffer("residual")
-        self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
+        self._buffers = StepBuffers.of(decoder.ops, decoder.config)
         self._logits = buffer("logits")
         self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
         self.rules = ChunkRules(

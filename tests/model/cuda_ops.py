@@ -19,10 +19,10 @@ from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target, fuse
 from exl.layout.steps import StepLimits
 from exl.ops.base import EmbedSpec, Linear, Segments, view_field
 from exl.ops.cuda_ops import CudaOps
+from tests.model.attended import HEAD_DIM, KV_HEADS, QKV_WIDTH, WIDTH
 from tests.reference.linear_twin import dequantize, random_matrix
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 64, 4, 2, 24, 96, 72
-WIDTH, QKV_WIDTH, GROUP = HEADS * HEAD_DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM, 32
+HIDDEN, INNER, VOCAB, GROUP = 64, 96, 72, 32
 DEFAULT_ROPE = RopeConfig()
 
 
