@@ -70,7 +70,7 @@ def _shape_facts(files: ModelFiles) -> dict[str, str]:
     if windows := [window for window in config.windows if window is not None]:
         attention += f", sliding window of {max(windows)} in {len(windows)} layers"
     facts = {
-        "family": config.family,
+        "family": config.family + (", of a model that takes images, which are not read" if config.is_text_part else ""),
         "weights": _describe_weights(layers),
         "layers": f"{config.num_layers}, {config.hidden_size} channels, MLP {config.intermediate_size}",
         "attention": attention,
@@ -78,7 +78,7 @@ def _shape_facts(files: ModelFiles) -> dict[str, str]:
         "parameters": _rounded(_count(manifest)),
         "size": f"{format_bytes(_num_bytes(files))} in the files",
         "context": f"{config.max_position} tokens",
-        "RoPE": str(config.rope),
+        "RoPE": "; ".join(map(str, config.ropes)),
     }
     if files.quant is not None and layers:
         facts["format"] = f"{files.quant.method}, {files.quant.layout}, from {files.quant.source}"

@@ -25,7 +25,8 @@ class Source:
     max_position: int
 
     def rope(self, layer_type: str = FULL) -> RopeConfig:
-        return self.ropes[layer_type] if layer_type in self.ropes else self.ropes[""]
+        """Of layers of a type. Of a type that no layer has: any."""
+        return self.ropes.get(layer_type) or self.ropes.get("") or next(iter(self.ropes.values()))
 
 
 @dataclass(frozen=True)

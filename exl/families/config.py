@@ -15,6 +15,7 @@ from exl.checkpoint.rope_config import RopeConfig, check_factors, read_ropes
 from exl.errors import UnsupportedModelError
 from exl.families.cohere import cohere2, prepare_cohere2
 from exl.families.common import Source
+from exl.families.exaone import exaone4, prepare_exaone4
 from exl.families.gemma import gemma2, gemma3, prepare_gemma2, prepare_gemma3
 from exl.families.glm import glm, glm4, prepare_glm
 from exl.families.granite import granite
@@ -24,6 +25,7 @@ from exl.families.phi import phi3, prepare_phi3
 from exl.families.qwen import qwen2, qwen3
 from exl.families.smollm import prepare_smollm3, smollm3
 from exl.families.specs import EmbedShape, FamilySpec, LayerSpec, LogitsShape, ModelNames, NormShape
+from exl.families.text_part import find_text_part
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "cohere2": Family(cohere2, prepare_cohere2),
+        "exaone4": Family(exaone4, prepare_exaone4),
         "gemma2": Family(gemma2, prepare_gemma2),
         "gemma3_text": Family(gemma3, prepare_gemma3),
         "glm": Family(glm, prepare_glm),
@@ -141,11 +144,13 @@ class ModelConfig:
         """``rope`` replaces what ``values`` say of RoPE, see ``rope_config.check_rope``. Raises ``ConfigError`` for an
         invalid value, ``UnsupportedModelError`` for a model that exl does not have."""
         read = ConfigReader(values, source)
+        text_part = find_text_part(read)
+        read = text_part or read
         model_type = read.text("model_type", "")
         family = FAMILIES.get(model_type)
         if family is None:
             raise UnsupportedModelError(
-                f"{source}: model_type: found {model_type[:40]!r}, exl has {', '.join(sorted(FAMILIES))}"
+                f"{read.source}: model_type: found {model_type[:40]!r}, exl has {', '.join(sorted(FAMILIES))}"
             )
         _refuse_other_architectures(read)
         read = family.prepare(read)
@@ -165,6 +170,7 @@ class ModelConfig:
             tie_embeddings=read.flag("tie_word_embeddings", False),
             bos_id=next(iter(read.token_ids("bos_token_id")), None),
             eos_ids=read.token_ids("eos_token_id"),
+            is_text_part=text_part is not None,
         )
         for turns in config.ropes:
             _check_turns(read, turns, config.head_dim)

@@ -86,6 +86,7 @@ def scratch_sizes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic:
         "gate and up": _rows(T, 8 * limits.intermediate_size),
         "branch": _rows(T, 4 * limits.hidden_size),
         "queries": _rows(T, 4 * limits.attn_width),
+        "row factors": _rows(T, 8),
         "partials": align_up(scratch_partials(limits) * a_partial_bytes(limits), FIELD_ALIGN),
         "samples": 8 * limits.max_logit_rows,
     }
@@ -111,6 +112,7 @@ def arena_bytes(
     widths = (limits.qkv_width, 2 * limits.attn_width, 3 * limits.intermediate_size)  # with queries; gate, up, product
     a_layer = sum(_rows(T, 4 * width) for width in widths) + 8 * FIELD_ALIGN
     a_layer += 6 * _rows(T, hidden)  # two norms, two branches, the residual stream twice
+    a_layer += _rows(T, 8)  # factors of norms of q and k over all heads
     a_layer += align_up(step_partials(limits, T) * a_partial_bytes(limits), FIELD_ALIGN)
     total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + angle_bytes(limits, T)
     for layer in layers:

@@ -26,6 +26,8 @@ class StepLimits:
     decode_rows: int = 0  # of one batch, more than max_sequences where drafts are verified; 0: max_sequences
     chunk_rows: int = 0  # of a prompt; 0: max_rows
     cache_tokens: int = 0  # of all sequences; 0: a whole context for each of max_sequences
+    num_ropes: int = 1  # that layers have, each with angles of its own
+    post_norms: bool = False  # some block's output is normalised before it joins the residual stream
 
     def __post_init__(self) -> None:
         defaults = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 from exl.checkpoint.checkpoint import Checkpoint
@@ -16,8 +15,6 @@ from exl.formats.same_values import same_values
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, NormSpec, Target, fuse
 from exl.models.other_names import find_names, other_names
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,30 @@ class ModelManifest:
         part = replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
         return replace(self, head=BlobSpec(self.head.norms, (("head", (LinearSpec((part,)),)),)))
 
+    def with_dense_bits(self, bits: int) -> ModelManifest:
+        """The manifest with the dense matrices of its layers rounded to ``bits`` on loading; those that the file has
+        quantized stay as they are."""
+        layers = (
+            replace(layer, linears=tuple((name, _rounded(name, some, bits)) for name, some in layer.linears))
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
     def layouts(self, target: Target) -> ModelLayout:
         return ModelLayout(
             layer_layout(self.embed, target),
             tuple(layer_layout(layer, target) for layer in self.layers),
             layer_layout(self.head, target),
         )
+
+
+def _rounded(name: str, linears: tuple[LinearSpec, ...], bits: int) -> tuple[LinearSpec, ...]:
+    parts = [
+        part if part.quantized else replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
+        for linear in linears
+        for part in linear.parts
+    ]
+    return fuse(parts, gated=name == "gate_up")
 
 
 @dataclass(frozen=True)
@@ -179,10 +194,7 @@ class _ManifestReader:
         extra = [n for n in self.checkpoint.tensors if n not in self.seen and not n.endswith(names.ignored)]
         if self.config.is_text_part:
             mine = (names.layers.removesuffix("layers"), names.head + ".")
-            others = [name for name in extra if not name.startswith(mine)]
             extra = [name for name in extra if name.startswith(mine)]
-            if others:
-                logger.info("%s: %d tensors of other parts are not read", self.checkpoint.path, len(others))
         if extra:
             shown = ", ".join(sorted(extra)[:4]) + (", ..." if len(extra) > 4 else "")
             raise CheckpointError(

@@ -40,7 +40,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
+    """A norm of rows: ``x / sqrt(mean(x^2) + eps) * weight``, or as ``kind`` says."""
 
     weight: torch.Tensor  # [C] f32, with what a family adds or multiplies already in it (``exl.layout.specs.NormSpec``)
     eps: float

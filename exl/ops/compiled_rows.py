@@ -22,13 +22,13 @@ def embed(tape: Tape, table: Linear, ids: NDArray, out: Rows, spec: EmbedSpec) -
 
 def norm(tape: Tape, x: Rows, norm: Norm, out: Rows, chosen: NDArray | None = None) -> None:
     """out = norm(x), of all rows or of those whose numbers ``chosen`` i32 [R] has."""
-    kernel = RmsNorm(chosen=chosen is not None)
+    kernel = RmsNorm(chosen=chosen is not None, centred=norm.kind == "layer")
     rows = (x.address, x.stride, chosen, norm.weight, out.address, out.stride)
     tape.add(kernel, out.num_rows, *rows, out.width, norm.eps)
 
 
 def norm_to_records(tape: Tape, x: Rows, norm: Norm, form: RecordForm, out: Records) -> None:
-    kernel = RmsNorm(form.form, keeps=False, gathered=form.source is not None)
+    kernel = RmsNorm(form.form, keeps=False, gathered=form.source is not None, centred=norm.kind == "layer")
     rows = (x.address, x.stride, None, norm.weight, None, 0, x.width, norm.eps)
     tape.add(kernel, x.num_rows, *rows, out.address, out.num_rows, form.num_records, form.source)
 
@@ -37,7 +37,7 @@ def add_normed(tape: Tape, y: Rows, branch: Branch, h: Rows, out: Rows) -> None:
     """out = h + scale * post_norm(y); ``out`` may be h where stages run once."""
     norm = branch.post_norm
     rows = (y.address, y.stride, norm.weight, h.address, h.stride, out.address, out.stride)
-    tape.add(NormAdd(), out.num_rows, *rows, out.width, norm.eps, branch.scale)
+    tape.add(NormAdd(norm.kind == "layer"), out.num_rows, *rows, out.width, norm.eps, branch.scale)
 
 
 def check_activation(spec: GatedMlp) -> None:

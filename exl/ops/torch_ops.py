@@ -159,8 +159,10 @@ class TorchOps:
     def _input(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return h
-        normed = self._normed[: h.numel()].view(h.shape)
-        return normed.copy_(F.rms_norm(h, (h.shape[-1],), norm.weight, norm.eps))
+        normed, shape = self._normed[: h.numel()].view(h.shape), (h.shape[-1],)
+        if norm.kind == "layer":
+            return normed.copy_(F.layer_norm(h, shape, norm.weight, None, norm.eps))
+        return normed.copy_(F.rms_norm(h, shape, norm.weight, norm.eps))
 
     def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
         start = 0

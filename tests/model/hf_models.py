@@ -28,6 +28,7 @@ _SIZES = {
 }
 _CLASSES = {
     "cohere2": (transformers.Cohere2Config, transformers.Cohere2ForCausalLM),
+    "exaone4": (transformers.Exaone4Config, transformers.Exaone4ForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "glm": (transformers.GlmConfig, transformers.GlmForCausalLM),
@@ -195,8 +196,20 @@ CASES = [
         {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 0.7},
         ("window", "window_layers", "no_rope", "pairs", "parallel", "layer_norm", "logits_scale"),
     ),
-    Case("cohere2-biases", "cohere2", {"attention_bias": True, "sliding_window": 16}, ("qkv_bias", "o_bias")),
+    Case(
+        "cohere2-biases",
+        "cohere2",
+        {"attention_bias": True, "sliding_window": 16, "logit_scale": 0.7},
+        ("qkv_bias", "o_bias"),
+    ),
     Case("olmo2", "olmo2", {}, ("rope", "q_norm", "k_norm", "norm_rows", "attn_post_norm", "mlp_post_norm")),
+    Case(
+        "exaone4",
+        "exaone4",
+        {"sliding_window": 16, "sliding_window_pattern": 2},
+        ("rope", "no_rope", "window", "window_layers", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm"),
+    ),
+    Case("exaone4-full", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}, ("rope",)),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}, ("rope", "no_rope")),
     Case(
         "smollm3-window",

@@ -166,8 +166,17 @@ def _without(engine: Engine, feature: str) -> None:
         decoder.config = _changed_layers(config, **in_layers[feature])
     elif feature in ("q_norm", "k_norm", "norm_rows"):
         attention = decoder._attention
-        nothing = False if feature == "norm_rows" else None
-        decoder._attention = lambda shape, w: dataclasses.replace(attention(shape, w), **{feature: nothing})
+
+        def changed(shape, w):
+            spec = attention(shape, w)
+            if feature != "norm_rows":
+                return dataclasses.replace(spec, **{feature: None})
+            firsts = (
+                dataclasses.replace(norm, weight=norm.weight[: spec.head_dim]) for norm in (spec.q_norm, spec.k_norm)
+            )
+            return dataclasses.replace(spec, norm_rows=False, **dict(zip(("q_norm", "k_norm"), firsts, strict=True)))
+
+        decoder._attention = changed
     elif feature == "norm_offset":
         for norm in (runner._final_norm, *(norm for layer in layers for norm in layer.norms.values())):
             norm.sub_(1.0)

@@ -1,0 +1,18 @@
+"""What a device has no kernels for, asked by the plan before any byte is spent."""
+
+from __future__ import annotations
+
+from exl.families.config import ModelConfig
+from exl.layout.specs import Target
+
+
+def unsupported(config: ModelConfig, target: Target) -> str | None:
+    """The first property of the model that ``target`` has no kernels for, in words that fit behind "found"; None:
+    there is none. Operations refuse the same when they are called: this is only earlier."""
+    if target.kind != "cuda":
+        return None
+    if any(layer.attention.sinks for layer in config.layers):
+        return "attention sinks"
+    if config.norm.kind != "rms" and any(layer.attention.norms == "head" for layer in config.layers):
+        return "LayerNorm of each head's q and k"
+    return None
