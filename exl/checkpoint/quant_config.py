@@ -29,6 +29,8 @@ _METHODS: Mapping[str, QuantMethod] = {
     "fp8": fp8,
 }
 
+_SHOWN_BY_TENSORS = "mxfp4"  # there is nothing to say about it: gpt-oss has it, in tensors that show what they are
+
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:
     """None: the checkpoint is not quantized. ``config_json``: the content of the folder's ``config.json``.
@@ -55,7 +57,8 @@ def find_quant_config(
     if in_config is not None:
         if not isinstance(in_config, Mapping):
             raise ConfigError(f"{_IN_CONFIG}: found {shown(in_config)}, expected an object")
-        found.append((_IN_CONFIG, in_config))
+        if in_config.get("quant_method") != _SHOWN_BY_TENSORS:
+            found.append((_IN_CONFIG, in_config))
     if not found:
         return None
     method, stated = _read_files(found)

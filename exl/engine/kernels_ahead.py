@@ -20,7 +20,14 @@ from exl.weights.loader import ModelWeights
 
 # Rows of steps that take different kernels: a token, and prompts of a few, of some, and of many tokens.
 _NUM_ROWS = (1, 2, 4, 12, 33)
-_SPEC_FIELDS = ("bits", "dtype", "group_size", "symmetric", "scale_dtype", "codes")  # that choose a linear's kernels
+_SPEC_FIELDS = (
+    "bits",
+    "dtype",
+    "group_size",
+    "symmetric",
+    "scale_dtype",
+    "code_kind",
+)  # that choose a linear's kernels
 
 
 def load_kernels(

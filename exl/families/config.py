@@ -19,6 +19,7 @@ from exl.families.exaone import exaone4, prepare_exaone4
 from exl.families.gemma import gemma2, gemma3, prepare_gemma2, prepare_gemma3
 from exl.families.glm import glm, glm4, prepare_glm
 from exl.families.glm_moe import glm4_moe, prepare_glm4_moe
+from exl.families.gpt_oss import gpt_oss, prepare_gpt_oss
 from exl.families.granite import granite
 from exl.families.llama import llama, mistral
 from exl.families.mixtral import mixtral, prepare_mixtral
@@ -49,6 +50,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "glm": Family(glm, prepare_glm),
         "glm4": Family(glm4, prepare_glm),
         "glm4_moe": Family(glm4_moe, prepare_glm4_moe),
+        "gpt_oss": Family(gpt_oss, prepare_gpt_oss),
         "granite": Family(granite),
         "llama": Family(llama),
         "mistral": Family(mistral),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import FP4_VALUES, DenseMatrix, QuantizedMatrix
 from exl.layout.specs import MatrixSpec
 
 
@@ -24,9 +24,12 @@ def dequantize(matrix: QuantizedMatrix) -> DenseMatrix:
     exact, those with f32 scales are rounded once."""
     group = np.arange(matrix.K) // matrix.group_size
     scales, zeros = matrix.scales.astype(np.float32), matrix.zeros.astype(np.float32)
+    values = np.array(FP4_VALUES, np.float32)
 
     def read_rows(start: int, stop: int) -> NDArray[np.float32]:
-        weights = (matrix.codes(start, stop) - zeros[group, start:stop]) * scales[group, start:stop]  # [K, n], sorted
+        codes = matrix.codes(start, stop)
+        numbers = values[codes] if matrix.code_kind == "fp4" else codes - zeros[group, start:stop]
+        weights = numbers * scales[group, start:stop]  # [K, n], sorted
         rows = np.empty((stop - start, matrix.K), np.float32)
         rows[:, slice(None) if matrix.order is None else matrix.order] = weights.T
         return rows

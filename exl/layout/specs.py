@@ -81,7 +81,7 @@ class MatrixSpec:
     dequantized: bool = False  # dense, but codes in the file: an embedding
     stack: Stack | None = None  # the module has one such matrix for each expert
     exact: bool = False  # never rounded: a router
-    codes: str = "int"  # what codes mean: themselves, or "fp4", numbers of the format e2m1 (exl.formats.mxfp4)
+    code_kind: str = "int"  # what codes stand for, as ``exl.formats.matrix.QuantizedMatrix`` says
 
     @property
     def quantized(self) -> bool:
@@ -145,8 +145,8 @@ class LinearSpec:
         return all(part.symmetric for part in self.parts)
 
     @property
-    def codes(self) -> str:
-        return self.parts[0].codes
+    def code_kind(self) -> str:
+        return self.parts[0].code_kind
 
 
 def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpec, ...]:
@@ -156,7 +156,7 @@ def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpe
     """
 
     def key(part: MatrixSpec) -> tuple:
-        return part.K, part.bits, part.dtype, part.group_size, part.scale_dtype, part.order_key, part.codes
+        return part.K, part.bits, part.dtype, part.group_size, part.scale_dtype, part.order_key, part.code_kind
 
     fused: list[list[MatrixSpec]] = []
     for part in parts:

@@ -34,6 +34,7 @@ _CLASSES = {
     "glm": (transformers.GlmConfig, transformers.GlmForCausalLM),
     "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM),
     "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
@@ -306,6 +307,31 @@ MIXTURES = [
             "first_k_dense_replace": 2,
         },
         ("normalized", "router_bias"),
+    ),
+    Case(
+        "gpt_oss",
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 16,
+            "swiglu_limit": 1.5,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "beta_fast": 2.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+                "original_max_position_embeddings": 24,
+            },
+        },
+        (
+            *("window", "window_layers", "sinks", "rope_scaling", "truncate", "qkv_bias", "o_bias"),
+            *("chosen", "router_linear_bias", "expert_bias", "limit", "activation"),
+        ),
     ),
 ]
 CASES += MIXTURES

@@ -172,6 +172,7 @@ def _without(engine: Engine, feature: str) -> None:
         "normalize": {"normalize": False},
         "normalized": {"normalize": True},
         "sigmoid": {"score": "softmax"},
+        "chosen": {"score": "softmax", "normalize": False},
         "groups": {"groups": 1, "top_groups": 1},
         "route_scaling": {"scaling": 1.0},
     }
@@ -187,6 +188,17 @@ def _without(engine: Engine, feature: str) -> None:
         )
     elif feature == "experts":
         decoder.config = _changed_mixtures(config, lambda moe: {"route": dataclasses.replace(moe.route, scaling=0.0)})
+    elif feature == "limit":
+        decoder.config = _changed_mixtures(config, lambda moe: {"limit": None})
+    elif feature == "router_linear_bias":
+        for layer in layers:
+            layer["router"][0].fields["bias"].zero_()
+    elif feature == "expert_bias":
+        for layer in layers:
+            for expert in range(layer.experts.layout.count):
+                layer.experts[expert]["down"][0].fields["bias"].zero_()
+    elif feature == "sinks":
+        decoder.config = with_attention(config, sinks=False)
     elif feature == "shared":
         decoder.config = _changed_mixtures(config, lambda moe: {"shared": None})
     elif feature == "shared_gate":
