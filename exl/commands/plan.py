@@ -15,6 +15,7 @@ from exl.commands.options import (
     Head,
     KVCacheType,
     KVRam,
+    Loras,
     MaxSequences,
     ModelName,
     PrefillChunk,
@@ -24,6 +25,7 @@ from exl.commands.options import (
     Rope,
     Token,
     parse_head,
+    parse_loras,
     parse_rope,
     parse_tokens,
     parse_vram,
@@ -84,6 +86,7 @@ def plan(
     embed: Embed = "auto",
     arithmetic: Arithmetic = None,
     rope: Rope = None,
+    lora: Loras = None,
     head: Head = "file",
     depth: Annotated[
         int | None, typer.Option(help="Tokens in the cache for which speed is told. Default: none, and all.")
@@ -120,6 +123,7 @@ def plan(
         embed=embed,
         arithmetic=arithmetic,
         rope=parse_rope(rope),
+        lora=parse_loras(lora),
         head=parse_head(head),
         depth=depth,
         max_sequences=max_sequences,

@@ -43,6 +43,7 @@ from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart, format_bytes
+from exl.weights.adapters import AdapterWeights, load_adapters
 from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Engine:
     model: PlanInput  # layouts and limits that the plan was made from
     generator: Generator
     weights: ModelWeights
+    adapters: AdapterWeights
     owned: ExitStack
 
     @property
@@ -101,7 +103,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope) as files:
+    with open_model(folder, options.head, options.rope, options.lora) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
@@ -161,13 +163,14 @@ def build_engine(
         kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
+        adapters = load_adapters(model.adapters, ops, stack)
         stack.callback(ops.fence)  # before: a thread may be late in the last step, and read weights
+        decoder = Decoder(files.config, ops, adapters.loras)
         if model.target.compiled:
             from exl.engine.kernels_ahead import load_kernels
 
-            load_kernels(Decoder(files.config, ops), weights, model, kv)
+            load_kernels(decoder, weights, model, kv)
         short = min(_decode_prompt(model, backend), model.limits.chunk_rows)
-        decoder = Decoder(files.config, ops)
         runner = Runner(decoder, weights, kv, model.limits, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
@@ -175,14 +178,16 @@ def build_engine(
         if model.num_kept_pages:
             tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
         pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier, zero=runner.zero_pages)
-        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
-        return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
+        generator = Generator(
+            *(runner, pool, plan.context, eos_ids, options.max_queue), window=model.window, adapters=adapters.names
+        )
+        return Engine(files.config, files.quant, plan, model, generator, weights, adapters, stack.pop_all())
 
 
 def plan_engine(folder: Path, options: EngineOptions) -> MemoryPlan:
     """The plan that ``load_engine`` would make now, from the headers alone. Raises as it does."""
     options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope) as files:
+    with open_model(folder, options.head, options.rope, options.lora) as files:
         return plan_model(files, options, _target(backend))[0]
 
 

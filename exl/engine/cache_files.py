@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from exl.adapters.manifest import open_weights
 from exl.cache.file import Key, load_prefixes, save_prefixes
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
@@ -39,6 +40,16 @@ def _between_steps(
     return generator.seat.apart(apart)
 
 
+def _adapters_digest(engine: Engine) -> str:
+    """Of all adapters in the order of their numbers, by which the cache tells their texts apart."""
+    digest = hashlib.sha256()
+    for layout in engine.model.adapters:
+        with open_weights(layout.manifest.folder) as tensors:
+            digest.update(model_digest(tensors).encode())
+        digest.update(repr(layout.manifest.layers).encode())
+    return digest.hexdigest()
+
+
 def cache_key(engine: Engine, folder: Path) -> Key:
     """All that decides what a page's bytes mean, and which bits a run that reuses nothing would make of them."""
     model, target = engine.model, engine.model.target
@@ -48,7 +59,9 @@ def cache_key(engine: Engine, folder: Path) -> Key:
         kernels = "exl" if target.compiled else f"torch {torch.__version__}"
     with Checkpoint.open(folder) as checkpoint:
         tensors = model_digest(checkpoint)
+    adapters = {"adapters": _adapters_digest(engine)} if engine.adapters.names else {}
     return {
+        **adapters,
         "tensors": tensors,
         "config": hashlib.sha256(repr(engine.config).encode()).hexdigest(),
         "quantization": hashlib.sha256(repr(engine.quant).encode()).hexdigest(),

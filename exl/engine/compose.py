@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.engine.sequence import Sequence as Tokens
@@ -153,7 +154,14 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=np.array(logit_rows, np.int32),
         num_decode_rows=len(ids) if as_decode else 0,
+        lora_idx=_adapters(pieces),
     )
+
+
+def _adapters(pieces: Sequence[Piece]) -> NDArray[np.int32] | None:
+    """As ``ForwardBatch.lora_idx``."""
+    found = [piece.sequence.lora for piece in pieces]
+    return np.array(found, np.int32) if max(found) >= 0 else None
 
 
 def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
@@ -182,4 +190,5 @@ def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=rows[:-1],
         num_decode_rows=count,
+        lora_idx=_adapters(pieces),
     )

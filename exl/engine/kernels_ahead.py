@@ -10,6 +10,7 @@ import torch
 
 from exl.batch import ForwardBatch
 from exl.cache.kv import KVCache
+from exl.cpu_kernels.dense import dense_kernel
 from exl.layout.layers import LayerLayout
 from exl.models.decoder import Decoder, StepBuffers
 from exl.ops.base import LayerWeights
@@ -42,7 +43,15 @@ def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: 
             decoder.head(weights.final_norm, weights.head, h, torch.empty(num_logits, limits.vocab_size))
 
         specs |= ops.kernels_of(step, _prompt(count, num_logits))
+        if model.adapters:
+            specs |= ops.kernels_of(step, _prompt(count, num_logits, adapter=0))
+            specs |= {dense_kernel(dtype, count, ops.library.isa) for dtype in _adapter_types(model)}
     ops.library.load(specs)
+
+
+def _adapter_types(model: PlanInput) -> set[str]:
+    linears = [linear for adapter in model.adapters for some in adapter.blob.linears.values() for linear in some]
+    return {linear.spec.dtype for linear in linears}
 
 
 def _different(layouts: tuple[LayerLayout, ...]) -> Iterator[tuple[int, LayerWeights]]:
@@ -59,7 +68,7 @@ def _different(layouts: tuple[LayerLayout, ...]) -> Iterator[tuple[int, LayerWei
             yield layer_idx, LayerWeights.view(layout, torch.empty(layout.num_bytes, dtype=torch.uint8))
 
 
-def _prompt(count: int, num_logits: int) -> ForwardBatch:
+def _prompt(count: int, num_logits: int, adapter: int | None = None) -> ForwardBatch:
     """The first tokens of a text, of which the last ones' logits are wanted."""
     array = np.arange(count, dtype=np.int32)
     one = np.array([count], np.int32)
@@ -73,4 +82,5 @@ def _prompt(count: int, num_logits: int) -> ForwardBatch:
         page_table=np.zeros((1, 1), np.int32),
         logit_rows=array[count - num_logits :],
         num_decode_rows=0,
+        lora_idx=None if adapter is None else np.array([adapter], np.int32),
     )

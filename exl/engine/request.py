@@ -70,6 +70,7 @@ class TokenRequest:
     max_unread: int = MAX_UNREAD
     shift_keep: int | None = None  # the text goes on beyond the context, and keeps so many first tokens; None: it ends
     prompt_logprobs: int | None = None  # of each token of the prompt but the first, and of so many likeliest ones
+    lora: str | None = None  # the name of an adapter; None: none
     pooling: str | None = None  # "mean" or "last": no token is drawn, a state of the prompt is wanted, of one choice
 
     @property

@@ -69,6 +69,11 @@ class Sequence:
         return rows is not None and rows.is_wanted
 
     @property
+    def lora(self) -> int:
+        """The number of its adapter, -1: none."""
+        return self.ticket.lora
+
+    @property
     def num_tokens(self) -> int:
         """With the one that is drawn but not read."""
         return len(self.ids) + (self.sample_idx is not None)

@@ -87,6 +87,7 @@ def scratch_sizes(layers: Sequence[LayerLayout], limits: StepLimits, arithmetic:
         "branch": _rows(T, 4 * limits.hidden_size),
         "queries": _rows(T, 4 * limits.attn_width),
         "partials": align_up(scratch_partials(limits) * a_partial_bytes(limits), FIELD_ALIGN),
+        "adapters' inner rows": _rows(T, 4 * limits.lora_rank),
         "samples": 8 * limits.max_logit_rows,
     }
 

@@ -55,6 +55,7 @@ from exl.ops.base import (
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     Segments,
     TableRows,
@@ -241,7 +242,8 @@ class CudaOps:
 
         self._run(("embed", place(h)), self._bind((table,)), record)
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
+        _refuse_loras(loras)
         weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
         key = "project", place(h), place(out), eps
         self._run(key, self._bind(w, weight), lambda backend: self._project(backend, h, norm, w, out))
@@ -324,7 +326,9 @@ class CudaOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
+        _refuse_loras(loras)
         if spec.activation != "silu":
             raise UnsupportedModelError(
                 f"activation of the gated MLP: found {spec.activation!r}, expected silu on a GPU"
@@ -350,7 +354,10 @@ class CudaOps:
             *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
         )
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
+        _refuse_loras(loras)
         if branch.post_norm is not None:
             raise UnsupportedModelError("norm of a block's output: found one, expected none on a GPU")
 
@@ -461,6 +468,11 @@ class CudaOps:
 def _head_norms(spec: AttentionSpec) -> HeadNorms:
     q, k = spec.q_norm, spec.k_norm
     return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
+
+
+def _refuse_loras(loras: Loras) -> None:
+    if loras:
+        raise UnsupportedModelError(f"adapters: found {len(loras)}, expected none on a GPU")
 
 
 def _head_eps(spec: AttentionSpec) -> float:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from exl.adapters.manifest import AdapterManifest, read_adapter
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config_reader import read_json
@@ -38,6 +40,7 @@ from exl.units import format_apart, format_bytes, parse_budget
 
 _MAX_LOGITS_BYTES = 32 << 20  # at which a chunk's logits stop; decode rows may need more
 _OF_ALL_RAM = 2  # a cache of "auto" size without ram=: the plan takes one part in so many
+NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 _MAX_DRAFT_ROWS = 64  # decode rows of a step with drafts, if there are no more sequences
 
 
@@ -51,6 +54,7 @@ class ModelFiles:
     quant: QuantConfig | None
     manifest: ModelManifest
     tokenizer_bytes: int  # size of tokenizer.json
+    adapters: tuple[AdapterManifest, ...] = ()  # by their numbers
 
     @property
     def layer_file_bytes(self) -> int:
@@ -66,9 +70,12 @@ class ModelFiles:
 
 @contextmanager
 def open_model(
-    folder: Path | RemoteFolder, head: str | int = "file", rope: Mapping[str, object] | None = None
+    folder: Path | RemoteFolder,
+    head: str | int = "file",
+    rope: Mapping[str, object] | None = None,
+    lora: Mapping[str, Path] = NO_ADAPTERS,
 ) -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope`` as in
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope``, ``lora`` as in
     ``EngineOptions``.
 
     Raises ``ExlError``.
@@ -87,7 +94,7 @@ def open_model(
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope, lora)
 
 
 def model_files(
@@ -97,6 +104,7 @@ def model_files(
     tokenizer_bytes: int = 0,
     head: str | int = "file",
     rope: Mapping[str, object] | None = None,
+    lora: Mapping[str, Path] = NO_ADAPTERS,
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
     config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), rope)
@@ -104,7 +112,8 @@ def model_files(
     manifest = read_manifest(checkpoint, config, quant)
     if head != "file":
         manifest = manifest.with_head_bits(int(head))
-    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
+    adapters = tuple(read_adapter(name, path, manifest) for name, path in lora.items())
+    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes, adapters)
 
 
 def plan_model(
@@ -175,10 +184,14 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
             f"{files.folder}: found {lacking}, which a {config.family} model has and exl's kernels for a GPU have not: "
             "expected device='cpu'"
         )
+    if files.adapters and target.kind == "cuda":
+        names = ", ".join(repr(adapter.name) for adapter in files.adapters)
+        raise ConfigError(f"lora: found {names}, but adapters are computed on a CPU alone: expected device='cpu'")
     layouts = files.manifest.layouts(target)
     context = options.context or default_context(config)
     cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
+    limits = step_limits(config, context, options, cache_tokens, drafts=options.draft is not None)
     model = PlanInput(
         config=config,
         embed=layouts.embed,
@@ -186,7 +199,12 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         head=layouts.head,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options, cache_tokens, drafts=options.draft is not None),
+        limits=dataclasses.replace(
+            limits,
+            lora_rank=max((term.rank for adapter in files.adapters for term in adapter.terms), default=0),
+            lora_width=max((term.width for adapter in files.adapters for term in adapter.terms), default=0),
+        ),
+        adapters=tuple(adapter.layout(target) for adapter in files.adapters),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from exl.checkpoint.remote import RemoteFolder
 from exl.checkpoint.rope_config import check_rope
@@ -47,6 +48,7 @@ class EngineOptions:
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
     rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
+    lora: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))  # folders of adapters, by name
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
