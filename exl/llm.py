@@ -22,7 +22,7 @@ from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine, load_engine
-from exl.engine.cache_files import load_cache, save_cache
+from exl.engine.cache_files import cache_key, load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -36,6 +36,7 @@ from exl.planning.options import EngineOptions
 from exl.progress import Progress, shown_progress
 from exl.request_options import Request, RequestOptions, check_lora
 from exl.sampling_params import SamplingParams
+from exl.scoring import Score, submit_score
 from exl.streams import Stream
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
 from exl.text.sink import TextSink
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from exl.chat import Chat
-    from exl.checkpoint.quant_config import QuantConfig
+    from exl.checkpoint.quant.base import QuantConfig
     from exl.families.config import ModelConfig
     from exl.planning.plan import MemoryPlan
 
@@ -300,6 +301,23 @@ class LLM:
         ``QueueFullError``."""
         return submit_embed(self._open_generator(), self.encode, text, pooling, normalize, self._adapter(lora))
 
+    def score(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Score]:
+        """How likely each continuation is after its context: ``(context, continuation)``. A context is a text, which
+        gets the model's BOS, or token ids; a continuation is token ids. All are computed in one batch, and each has the
+        bits that it has alone; what the cache holds of a context is not computed again. Raises ``ConfigError`` for
+        either without a token, and for more tokens, the last one not counted, than the context holds."""
+        with contextlib.ExitStack() as stack:
+            handles = [
+                stack.enter_context(submit_score(self._open_generator(), context, continuation, inline=True))
+                for context, continuation in [(self.encode(a), self.encode(b)) for a, b in pairs]
+            ]
+            return [handle.result() for handle in handles]
+
+    def submit_score(self, context: Prompt, continuation: Sequence[int]) -> Handle[Score]:
+        """Begins to compute one score and returns at once: the handle's ``result()``, or ``await``, gives it, the same
+        as ``score``; ``cancel()`` ends it. Raises as ``score`` does, and ``QueueFullError``."""
+        return submit_score(self._open_generator(), self.encode(context), self.encode(continuation), inline=False)
+
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
         Returns their number of tokens. Waits for the step that runs now. Raises ``ConfigError`` if the file cannot be
@@ -314,6 +332,12 @@ class LLM:
         or kind of kernels; ``CheckpointError`` if it is damaged. Then nothing has changed."""
         self._open_generator()
         return load_cache(self._engine, self.folder, path)
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
+        configuration, the cache's type, the arithmetic, the kind of kernels."""
+        self._open_generator()
+        return dict(cache_key(self._engine, self.folder))
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
@@ -529,6 +553,7 @@ def load(
     prefill_window: int = 4096,
     resident_layers: int | None = None,
     head: str | int = "file",
+    dense: str | int = "file",
     embed: str = "auto",
     packed_folder: str | Path | None = None,
     threads: int | None = None,
@@ -553,7 +578,8 @@ def load(
     context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
     much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
-    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
+    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits, ``dense`` what else
+    a file has dense in its layers: attention, in many published files. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
     disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit

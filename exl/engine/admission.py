@@ -113,10 +113,10 @@ class Pages:
         exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
         # What a cold run computes as decode rows has other bits than a longer prompt that begins alike.
         differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
-        may_reuse = request.reuse_prefix is not False and not sequence.wants_rows and not differs
+        may_reuse = request.reuse_prefix is not False and not differs
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
             most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
-            most = min(most, sequence.next_shift)  # what comes later saw other tokens
+            most = min(most, sequence.num_unwanted, sequence.next_shift)  # what comes later saw other tokens
             known = _key(sequence, most if rules.all_alike else min(most, sequence.num_chunked))
         taken = self.pool.take_prefix(
             known,

@@ -50,6 +50,8 @@ class Answers:
         for which even an empty cache has no room."""
         ids = request.prompt_ids
         self._check_ids("prompt", ids)
+        if request.scored_ids is not None:
+            self._check_ids("continuation", request.scored_ids)
         if request.shift_keep is not None:
             most = Shift.of(request.shift_keep, self.context).num_tokens
             if len(ids) > most:

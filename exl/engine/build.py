@@ -16,7 +16,7 @@ from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.cache.tier import ram_tier
 from exl.checkpoint.generation_config import GenerationDefaults
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.engine.draft_model import DraftModel
 from exl.engine.draft_runner import BatchedDrafts
 from exl.engine.generator import Generator
@@ -103,7 +103,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope, options.lora) as files:
+    with open_model(folder, options.reading) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
@@ -187,7 +187,7 @@ def build_engine(
 def plan_engine(folder: Path, options: EngineOptions) -> MemoryPlan:
     """The plan that ``load_engine`` would make now, from the headers alone. Raises as it does."""
     options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope, options.lora) as files:
+    with open_model(folder, options.reading) as files:
         return plan_model(files, options, _target(backend))[0]
 
 
@@ -269,7 +269,7 @@ def _make_ops(
         model.kv_layout,
         model.limits,
         arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of),
-        files.config.rope,  # of all layers
+        files.config.ropes,
         plan.num_pages,
         act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,
         dependent=dependent,

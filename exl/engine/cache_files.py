@@ -60,9 +60,11 @@ def cache_key(engine: Engine, folder: Path) -> Key:
     with Checkpoint.open(folder) as checkpoint:
         tensors = model_digest(checkpoint)
     adapters = {"adapters": _adapters_digest(engine)} if engine.adapters.names else {}
+    specs = [linear.spec for layer in model.layers for some in layer.linears.values() for linear in some]
     return {
         **adapters,
         "tensors": tensors,
+        "layers": hashlib.sha256(repr(specs).encode()).hexdigest(),  # rounded on loading, too
         "config": hashlib.sha256(repr(engine.config).encode()).hexdigest(),
         "quantization": hashlib.sha256(repr(engine.quant).encode()).hexdigest(),
         "kv_cache": model.kv_layout.kind,

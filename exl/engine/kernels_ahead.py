@@ -12,7 +12,8 @@ from exl.batch import ForwardBatch
 from exl.cache.kv import KVCache
 from exl.cpu_kernels.dense import dense_kernel
 from exl.layout.layers import LayerLayout
-from exl.models.decoder import Decoder, StepBuffers
+from exl.layout.steps import routed_widths
+from exl.models.decoder import Decoder, RoutedRows, StepBuffers
 from exl.ops.base import LayerWeights
 from exl.ops.compiled_ops import CompiledOps
 from exl.planning.plan import PlanInput
@@ -20,7 +21,7 @@ from exl.weights.loader import ModelWeights
 
 # Rows of steps that take different kernels: a token, and prompts of a few, of some, and of many tokens.
 _NUM_ROWS = (1, 2, 4, 12, 33)
-_SPEC_FIELDS = ("bits", "dtype", "group_size", "symmetric", "scale_dtype")  # that choose a linear's kernels
+_SPEC_FIELDS = ("bits", "dtype", "group_size", "symmetric", "scale_dtype", "codes")  # that choose a linear's kernels
 
 
 def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache) -> None:
@@ -28,7 +29,7 @@ def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: 
     ops = decoder.ops
     assert isinstance(ops, CompiledOps)
     limits = model.limits
-    layers = list(_different(model.layers))
+    layers = list(_different(model))
     specs = set()
     for count in sorted({min(count, limits.max_rows) for count in _NUM_ROWS}):
         num_logits = min(count, limits.max_logit_rows)
@@ -36,7 +37,10 @@ def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: 
         def step(count: int = count, num_logits: int = num_logits) -> None:
             h = torch.empty(count, limits.hidden_size)
             widths = (limits.qkv_width, limits.attn_width, limits.intermediate_size)
-            buffers = StepBuffers(*(torch.empty(count, width) for width in widths))
+            routed = {name: torch.empty(count, width) for name, width in routed_widths(limits).items()}
+            buffers = StepBuffers(
+                *(torch.empty(count, width) for width in widths), RoutedRows(*routed.values()) if routed else None
+            )
             decoder.embed(weights.embed, h)
             for layer_idx, layer in layers:
                 decoder.layer(layer_idx, layer, buffers, h, kv)
@@ -54,18 +58,23 @@ def _adapter_types(model: PlanInput) -> set[str]:
     return {linear.spec.dtype for linear in linears}
 
 
-def _different(layouts: tuple[LayerLayout, ...]) -> Iterator[tuple[int, LayerWeights]]:
+def _different(model: PlanInput) -> Iterator[tuple[int, LayerWeights]]:
     """One layer of each kind, with memory that is never touched in the place of its weights."""
     seen = set()
-    for layer_idx, layout in enumerate(layouts):
-        kinds = tuple(
-            (name, linear.kind, *linear.fields, *(getattr(linear.spec, field) for field in _SPEC_FIELDS))
-            for name, segments in layout.linears.items()
-            for linear in segments
-        )
+    for layer_idx, (layout, experts) in enumerate(zip(model.layers, model.experts, strict=True)):
+        kinds = _kinds(layout), None if experts is None else (experts.count, _kinds(experts.blob))
         if kinds not in seen:
             seen.add(kinds)
-            yield layer_idx, LayerWeights.view(layout, torch.empty(layout.num_bytes, dtype=torch.uint8))
+            num_bytes = layout.num_bytes + model.expert_bytes[layer_idx]
+            yield layer_idx, LayerWeights.view(layout, torch.empty(num_bytes, dtype=torch.uint8), experts)
+
+
+def _kinds(layout: LayerLayout) -> tuple:
+    return tuple(
+        (name, linear.kind, *linear.fields, *(getattr(linear.spec, field) for field in _SPEC_FIELDS))
+        for name, segments in layout.linears.items()
+        for linear in segments
+    )
 
 
 def _prompt(count: int, num_logits: int, adapter: int | None = None) -> ForwardBatch:

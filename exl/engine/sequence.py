@@ -74,6 +74,12 @@ class Sequence:
         return self.ticket.lora
 
     @property
+    def num_unwanted(self) -> int:
+        """The known tokens, less those from the first one on whose row is wanted: the others may come from the cache,
+        which has their K and V, but no logits."""
+        return self.ticket.rows.num_done if self.wants_rows else len(self.ids)
+
+    @property
     def num_tokens(self) -> int:
         """With the one that is drawn but not read."""
         return len(self.ids) + (self.sample_idx is not None)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.rope_tables import fill_rope_tables, num_angles
 
+_Item = TypeVar("_Item")
 _MAX_SERIALS = 1024  # remembered; a forgotten one is never used again
 _MAX_STEPS = 64  # shapes of steps whose tables' places are remembered
 _FIRST_CONTEXT = 4096  # decode attention's grid is made for this many tokens, or four times as many, and so on
@@ -90,8 +92,7 @@ class DeviceBatch:
     context_len: torch.Tensor  # i32 [B]
     first_part: torch.Tensor  # i32 [B]
     page_table: torch.Tensor  # i32 [B, max_pages]; what lies beyond a sequence's pages is left from earlier batches
-    cosine: torch.Tensor  # f32 [T, angles]
-    sine: torch.Tensor
+    angles: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of each RoPE: cos and sin, f32 [T, angles]
 
     def decode_tables(self, most_items: int) -> Iterator[DecodeTables]:
         """Of each launch, whose sequences have no more than ``most_items`` items."""
@@ -157,8 +158,7 @@ class _HostTables:
     context_len: NDArray[np.int32]
     first_part: NDArray[np.int32]
     page_table: NDArray[np.int32]
-    cosine: NDArray[np.float32]
-    sine: NDArray[np.float32]
+    angles: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
 
     def fill(self, batch: ForwardBatch, per_launch: int) -> None:
         """All but the angles."""
@@ -179,12 +179,12 @@ class Staging:
         backend: Backend,
         tables: torch.Tensor,
         limits: StepLimits,
-        rope: RopeConfig,
+        ropes: Sequence[RopeConfig],
         num_pages: int,
         stack: ExitStack,
     ) -> None:
-        """``tables`` i32, a view of the arena. ``num_pages``: of the cache."""
-        self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
+        """``tables`` i32, a view of the arena. ``ropes``: each has angles of its own. ``num_pages``: of the cache."""
+        self._tables, self._limits, self._ropes, self._num_pages = tables, limits, tuple(ropes), num_pages
         self.most_items = attention_items(limits)  # of a launch of decode attention
         self._upload = Upload(backend, tables, "tables of a window", stack)
         self._steps: dict[tuple[BatchShape, int], tuple[DeviceBatch, _HostTables, int]] = {}
@@ -206,8 +206,8 @@ class Staging:
             staged, host, at = self._places(words, shape, start, at)
             host.fill(batch, shape.per_launch)
             found.append(staged)
-            angles = (torch.from_numpy(x) for x in (host.cosine, host.sine))
-            fill_rope_tables(batch, self._rope, self._limits.head_dim, *angles)
+            for rope, angles in zip(self._ropes, host.angles, strict=True):
+                fill_rope_tables(batch, rope, self._limits.head_dim, *map(torch.from_numpy, angles))
             start += shape.num_rows
         self._upload.send(4 * at)
         return found
@@ -254,9 +254,10 @@ class Staging:
             ours.append(words[at:stop].reshape(size))
             theirs.append(self._tables[at:stop].view(size))
             at = align_up(stop, TABLE_ALIGN)
-        host = _HostTables(*ours[:-2], *(x.view(np.float32) for x in ours[-2:]))
-        angles = (x.view(torch.float32) for x in theirs[-2:])
-        found = DeviceBatch(shape, start, serial, *theirs[:-2], *angles), host, at
+        own = -2 * len(self._ropes)
+        host = _HostTables(*ours[:own], _pairs([x.view(np.float32) for x in ours[own:]]))
+        angles = _pairs([x.view(torch.float32) for x in theirs[own:]])
+        found = DeviceBatch(shape, start, serial, *theirs[:own], angles), host, at
         if start == 0 and shape.is_decode:  # a decode step's come again
             if len(self._steps) >= _MAX_STEPS:
                 self._steps.clear()
@@ -265,8 +266,8 @@ class Staging:
 
     def _sizes(self, shape: BatchShape) -> list[tuple[int, ...]]:
         T, B = shape.num_rows, shape.num_sequences
-        half = num_angles(self._rope, self._limits.head_dim)
-        return [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), (T, half), (T, half)]
+        halves = [num_angles(rope, self._limits.head_dim) for rope in self._ropes for _ in ("cos", "sin")]
+        return [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), *((T, half) for half in halves)]
 
     def _serial(self, *where: BatchShape | int) -> int:
         """Of a batch of a shape, from a row of the window and a word of the tables on."""
@@ -275,6 +276,11 @@ class Staging:
                 self._serials.clear()
             self._serials[where] = next(self._next_serial)
         return self._serials[where]
+
+
+def _pairs(items: list[_Item]) -> tuple[tuple[_Item, _Item], ...]:
+    """Neighbours: ``_pairs([1, 2, 3, 4]) == ((1, 2), (3, 4))``."""
+    return tuple(zip(items[::2], items[1::2], strict=True))
 
 
 def _context_bound(length: int, most: int) -> int:

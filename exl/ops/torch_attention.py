@@ -57,10 +57,9 @@ def attend(
     T, H, Hkv, D = batch.num_rows, spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads = qkv.view(T, H + 2 * Hkv, D)
     q, k, v = heads[:, :H], heads[:, H : H + Hkv], heads[:, H + Hkv :]
-    if spec.q_norm is not None:
-        _norm_heads(q, spec.q_norm)
-    if spec.k_norm is not None:
-        _norm_heads(k, spec.k_norm)
+    for part, norm in ((q, spec.q_norm), (k, spec.k_norm)):
+        if norm is not None:
+            _normalize(part.view(T, -1) if spec.norm_rows else part, norm)
     _rotate(heads[:, : H + Hkv], *staged.rope(spec))
     pages = kv.layer(layer_idx)
     size = kv.layout.hadamard_size
@@ -81,14 +80,17 @@ def attend(
             low = 0 if spec.window is None else max(0, seen - (last - first) - spec.window + 1)
             k_run = _read(pages.k, pages.k_scales, batch.page_table[b], low, seen, D)
             v_run = _read(pages.v, pages.v_scales, batch.page_table[b], low, seen, D)
-            fixed = k_run.dtype == torch.float32 or spec.softcap is not None
+            fixed = k_run.dtype == torch.float32 or not _is_fused(spec)
             with threads.all() if fixed else nullcontext():
                 attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
     if kv.layout.quantized:
         hadamard(attended, size)  # its own inverse
 
 
-def _norm_heads(x: torch.Tensor, norm: Norm) -> None:
+def _normalize(x: torch.Tensor, norm: Norm) -> None:
+    """Over the last axis, in place."""
+    if norm.kind == "layer":
+        x.sub_(x.mean(-1, keepdim=True))
     x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)).mul_(norm.weight)
 
 
@@ -150,12 +152,25 @@ def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attenti
         rows = rows.clone()
     mask = None if n == 1 else _causal_mask(n, S, spec.window, q.dtype).repeat(group, 1)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    if spec.softcap is None:
+    if _is_fused(spec):
         mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=spec.scale)
     else:
-        scores = (rows.float() @ k.float().transpose(-1, -2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
-        mixed = torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v.float()
+        scores = rows.float() @ k.float().transpose(-1, -2)
+        if spec.softcap is None:
+            scores.mul_(spec.scale)
+        else:
+            scores.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+        scores = scores if mask is None else scores + mask
+        if spec.sinks is not None:
+            sinks = spec.sinks.view(1, Hkv, group, 1).expand(-1, -1, -1, n).reshape(1, Hkv, group * n, 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        mixed = torch.softmax(scores, dim=-1)[..., :S] @ v.float()
     return mixed.view(Hkv, group, n, -1).permute(2, 0, 1, 3).reshape(n, spec.num_heads, -1)
+
+
+def _is_fused(spec: AttentionSpec) -> bool:
+    """Whether torch's fused kernel computes it."""
+    return spec.softcap is None and spec.sinks is None
 
 
 def _causal_mask(n: int, S: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:

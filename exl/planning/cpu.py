@@ -28,16 +28,20 @@ def plan_cpu(
 
 def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_buffers: int) -> MemoryPlan:
     device, limits = model.target.kind, model.limits
-    layer_bytes = [layer.num_bytes for layer in model.layers]
+    layer_bytes, expert_bytes = [layer.num_bytes for layer in model.layers], model.expert_bytes
     num_streamed = len(layer_bytes) - num_resident
     num_buffers = min(num_buffers, num_streamed)
-    buffer_bytes = max(layer_bytes[num_resident:], default=0)
+    buffer_bytes = max(
+        (sum(pair) for pair in list(zip(layer_bytes, expert_bytes, strict=True))[num_resident:]), default=0
+    )
     num_pages = model.num_pages
     resident_bytes = sum(layer_bytes[:num_resident])
     steps = step_bytes(limits)
+    activations = sum(num_bytes for name, num_bytes in steps.items() if name not in ("residual", "logits"))
     lines = [
         PlanLine("embedding", device, model.embed.num_bytes, True),
         PlanLine("resident layers", device, resident_bytes, True, f"{num_resident} of {len(layer_bytes)}"),
+        *_expert_lines(model, num_resident),
         PlanLine(
             "stream buffers", device, num_buffers * buffer_bytes, True,
             f"{num_buffers} for {num_streamed} layers" if num_buffers else "",
@@ -48,7 +52,7 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
             f"{model.kv_layout.kind}, {limits.cache_tokens} tokens",
         ),
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
-        PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),
+        PlanLine("activations", device, activations, True, f"{limits.max_rows} rows"),
         PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
     ]  # fmt: skip
     if model.adapters:
@@ -68,6 +72,15 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
     )
     budgets = {} if budget is None else {device: budget}
     return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, num_buffers, budgets)
+
+
+def _expert_lines(model: PlanInput, num_resident: int) -> list[PlanLine]:
+    """Of resident layers that are mixtures; those of others are in the stream's buffers."""
+    if not any(model.expert_bytes):
+        return []
+    counts = [0 if experts is None else experts.count for experts in model.experts]
+    note = f"{sum(counts[:num_resident])} of {sum(counts)}"
+    return [PlanLine("resident experts", model.target.kind, sum(model.expert_bytes[:num_resident]), True, note)]
 
 
 def _named(model: PlanInput) -> str:
@@ -104,7 +117,9 @@ def _compiled_lines(model: PlanInput) -> list[PlanLine]:
 # by the model's formats. 50 and 80 MB of that are pages of LLVM's own code.
 _KERNEL_BYTES = 128 << 20
 _SAMPLING_BYTES = 64  # per token of the vocabulary: its logit in f64, shifted, sorted, and its weight
-_LOADED_FIRST = ("embedding", "resident layers", "stream buffers", "head and final norm", ADAPTER_LINE)
+_LOADED_FIRST = (
+    *("embedding", "resident layers", "resident experts", "stream buffers", "head and final norm", ADAPTER_LINE),
+)
 _TOKENIZER_FACTOR = 8
 _TABLE_PIECE_BYTES = 4 << 20
 _READ_AHEAD_BYTES = 16 << 20

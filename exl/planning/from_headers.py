@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
 from exl.adapters.manifest import AdapterManifest, read_adapter
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config_reader import read_json
-from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
+from exl.checkpoint.quant.base import QuantConfig
+from exl.checkpoint.quant_config import find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.families.config import ModelConfig
@@ -23,16 +24,17 @@ from exl.layout.cpu_steps import DEFAULT_ARITHMETIC
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
-from exl.layout.steps import StepLimits
+from exl.layout.steps import ExpertLimits, StepLimits
 from exl.layout.window import window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
+from exl.models.packing_order import packing_order
 from exl.models.support import unsupported
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.draft import BesideDraft, draft_context, draft_options
 from exl.planning.notes import plan_notes
-from exl.planning.options import EngineOptions, default_context
+from exl.planning.options import AS_IT_IS, EngineOptions, Reading, default_context
 from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
@@ -40,7 +42,6 @@ from exl.units import format_apart, format_bytes, parse_budget
 
 _MAX_LOGITS_BYTES = 32 << 20  # at which a chunk's logits stop; decode rows may need more
 _OF_ALL_RAM = 2  # a cache of "auto" size without ram=: the plan takes one part in so many
-NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 _MAX_DRAFT_ROWS = 64  # decode rows of a step with drafts, if there are no more sequences
 
 
@@ -56,27 +57,16 @@ class ModelFiles:
     tokenizer_bytes: int  # size of tokenizer.json
     adapters: tuple[AdapterManifest, ...] = ()  # by their numbers
 
-    @property
+    @cached_property
     def layer_file_bytes(self) -> int:
-        """Bytes of the largest layer in the checkpoint's files."""
-        prefix = self.manifest.names.layers + "."
-        sizes: dict[str, int] = {}
-        for name, info in self.checkpoint.tensors.items():
-            if name.startswith(prefix):
-                layer = name[len(prefix) :].split(".")[0]
-                sizes[layer] = sizes.get(layer, 0) + info.num_bytes
-        return max(sizes.values(), default=0)
+        """Bytes in the checkpoint's files of what is packed together: the largest layer without its experts, or the
+        largest expert."""
+        return packing_order(self.checkpoint, self.manifest).largest
 
 
 @contextmanager
-def open_model(
-    folder: Path | RemoteFolder,
-    head: str | int = "file",
-    rope: Mapping[str, object] | None = None,
-    lora: Mapping[str, Path] = NO_ADAPTERS,
-) -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope``, ``lora`` as in
-    ``EngineOptions``.
+def open_model(folder: Path | RemoteFolder, reading: Reading = AS_IT_IS) -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it.
 
     Raises ``ExlError``.
     """
@@ -94,7 +84,7 @@ def open_model(
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope, lora)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, reading)
 
 
 def model_files(
@@ -102,17 +92,17 @@ def model_files(
     config_json: Mapping[str, object],
     quant: QuantConfig | None,
     tokenizer_bytes: int = 0,
-    head: str | int = "file",
-    rope: Mapping[str, object] | None = None,
-    lora: Mapping[str, Path] = NO_ADAPTERS,
+    reading: Reading = AS_IT_IS,
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
-    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), rope)
+    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), reading.rope)
     quant = settle_quant(checkpoint, quant)
     manifest = read_manifest(checkpoint, config, quant)
-    if head != "file":
-        manifest = manifest.with_head_bits(int(head))
-    adapters = tuple(read_adapter(name, path, manifest) for name, path in lora.items())
+    if reading.head != "file":
+        manifest = manifest.with_head_bits(int(reading.head))
+    if reading.dense != "file":
+        manifest = manifest.with_dense_bits(int(reading.dense))
+    adapters = tuple(read_adapter(name, path, manifest) for name, path in reading.lora.items())
     return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes, adapters)
 
 
@@ -151,24 +141,24 @@ def _plan_alone(
     depths = (0, plan.context) if depth is None else (_checked_depth(depth, plan.context),)
     plan = dataclasses.replace(
         plan,
-        notes=plan_notes(model, plan, _with_rounded_head(files, options, target)),
+        notes=plan_notes(model, plan, _rounded(files, options, target)),
         tokens=tuple(token_bytes(model, plan, depth) for depth in depths),
         speeds=speeds or Speeds(),
     )
     return plan, model
 
 
-def _with_rounded_head(
-    files: ModelFiles, options: EngineOptions, target: Target
-) -> tuple[MemoryPlan, PlanInput] | None:
-    """The same with ``head=8``; None if the head is not dense, or cannot be rounded on this device."""
-    manifest = files.manifest.with_head_bits(8)
-    if manifest.head == files.manifest.head:
-        return None
-    try:
-        return _attempt(dataclasses.replace(files, manifest=manifest), options, target)
-    except UnsupportedModelError:
-        return None
+def _rounded(files: ModelFiles, options: EngineOptions, target: Target) -> dict[str, tuple[MemoryPlan, PlanInput]]:
+    """The same with ``head=8``, and with ``dense=8``: those that change something, and that this device can."""
+    given, found = files.manifest, {}
+    changed = {"head": given.with_head_bits(8)}
+    if files.quant is not None:  # a model that is dense altogether is better quantized
+        changed["dense"] = given.with_dense_bits(8)
+    for name, manifest in changed.items():
+        if manifest != given:
+            with suppress(UnsupportedModelError):
+                found[name] = _attempt(dataclasses.replace(files, manifest=manifest), options, target)
+    return found
 
 
 def _checked_depth(depth: int, context: int) -> int:
@@ -197,6 +187,7 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         embed=layouts.embed,
         layers=layouts.layers,
         head=layouts.head,
+        experts=layouts.experts,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
         limits=dataclasses.replace(
@@ -412,4 +403,19 @@ def step_limits(
         decode_rows=decode_rows,
         chunk_rows=chunk,
         cache_tokens=cache_tokens or context,
+        num_ropes=len(config.ropes),
+        post_norms=any(layer.attn_branch.norm or layer.mlp_branch.norm for layer in config.layers),
+        experts=expert_limits(config),
+    )
+
+
+def expert_limits(config: ModelConfig) -> ExpertLimits | None:
+    found = config.mixtures
+    if not found:
+        return None
+    return ExpertLimits(
+        count=max(moe.count for moe in found),
+        per_token=max(moe.per_token for moe in found),
+        width=max(moe.width for moe in found),
+        shared_width=max(0 if moe.shared is None else moe.shared.width for moe in found),
     )

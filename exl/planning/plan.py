@@ -15,7 +15,7 @@ from exl.batch import PAGE_SIZE
 from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import CompiledSizes, compiled_sizes
 from exl.layout.kv import DeviceKVLayout, KVLayout
-from exl.layout.layers import LayerLayout
+from exl.layout.layers import ExpertLayout, LayerLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.planning.html import plan_html
@@ -191,12 +191,13 @@ class PlanInput:
     embed: LayerLayout
     layers: Sequence[LayerLayout]
     head: LayerLayout
+    experts: Sequence[ExpertLayout | None]  # by layer
     target: Target
     kv_layout: KVLayout | DeviceKVLayout
     limits: StepLimits
     num_kept_pages: int = 0  # in pinned RAM, beside a GPU's cache
     tokenizer_bytes: int = 0  # size of tokenizer.json
-    layer_file_bytes: int = 0  # bytes of the largest layer in the checkpoint
+    layer_file_bytes: int = 0  # bytes in the checkpoint of the largest layer without its experts, or expert
     adapters: Sequence[AdapterLayout] = ()  # by their numbers
     arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
 
@@ -216,4 +217,9 @@ class PlanInput:
     def compiled_sizes(self) -> CompiledSizes:
         """What the CPU's own kernels compute in."""
         head = self.head if self.head.linears else self.embed
-        return compiled_sizes(self.layers, self.limits, self.arithmetic, head)
+        return compiled_sizes(self.layers, self.limits, self.arithmetic, head, self.experts)
+
+    @property
+    def expert_bytes(self) -> list[int]:
+        """Of the experts of each layer."""
+        return [0 if experts is None else experts.num_bytes for experts in self.experts]

@@ -41,6 +41,7 @@ TARGETS = {
     "glm": ["q_proj", "k_proj", "gate_up_proj", "o_proj"],
     "gemma2": ALL,
     "granite": ALL,
+    "cohere2": ALL,
 }
 
 
@@ -268,7 +269,7 @@ def test_a_saved_cache_is_for_the_adapters_that_made_it(several, tmp_path):
     assert [reused for _, reused in found] == [64, 64, 0]
     for changed in ({}, {"b": adapters["b"], "a": adapters["a"], "c": adapters["c"]}):
         other = load(folder, torch_target(), **options | {"lora": changed})
-        with pytest.raises(ConfigError, match="adapters: found"):
+        with pytest.raises(ConfigError, match="'adapters': found"):
             load_cache(other, folder, tmp_path / "kept")
 
 

@@ -137,7 +137,7 @@ def test_it_hears_what_transformers_feeds(scale, compute, monkeypatch, tmp_path)
     """Two streams, one through rounded linears, the other through dense ones, against two models in f64: inputs,
     what they lack to be the dense model's, and outputs."""
     if scale != 1.0:
-        monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=scale))
+        monkeypatch.setattr(decoder, "Branch", lambda *described: Branch(scale=scale))
     make = partial(dense_model, torch.float64) if scale == 1.0 else partial(granite_model, scale)
     rounded, dense = make(), make()
     sequences = calibration(40)  # ragged, and more than one chunk
@@ -223,7 +223,7 @@ def test_every_linear_is_run_once(compute, tmp_path, monkeypatch):
 
 
 def test_outputs_of_a_normalised_block_are_refused(compute, monkeypatch, tmp_path):
-    monkeypatch.setattr(decoder, "Branch", partial(Branch, post_norm=Norm(torch.ones(64), 1e-5)))
+    monkeypatch.setattr(decoder, "Branch", lambda *described: Branch(post_norm=Norm(torch.ones(64), 1e-5)))
     with Checkpoint.open(SOURCE) as checkpoint:
         config = ModelConfig.from_folder(SOURCE)
         layers = LayerPass(checkpoint, config, read_manifest(checkpoint, config, None), calibration(1), compute)
@@ -293,7 +293,7 @@ def test_every_linear_sees_quantized_ones_before_it(tmp_path, module):
 
 def test_a_scaled_branch_makes_up_for_what_the_residual_lacks(tmp_path, monkeypatch):
     """A linear whose result is multiplied by 0.3 has to add 1 / 0.3 of what the layer's output lacks."""
-    monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=0.3))
+    monkeypatch.setattr(decoder, "Branch", lambda *described: Branch(scale=0.3))
     written = quantized_weights(tmp_path / "out", match_dense=True)
     model, layer, module = granite_model(0.3), "model.layers.1", "model.layers.1.mlp.down_proj"
     _, dense = inputs_and_outputs(model, layer, calibration(12))
