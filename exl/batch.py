@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,14 @@ PAGE_SIZE = 64  # tokens per page of the KV cache
 MAX_STEP_TOKENS = 8  # new tokens of a sequence in a step: its last one, and drafts
 
 I32 = NDArray[np.int32]
+
+
+class LoraRun(NamedTuple):
+    """Rows ``start`` to ``stop - 1`` of a batch, which all have this adapter."""
+
+    start: int
+    stop: int
+    adapter: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class ForwardBatch:
     # The same for layers that have a window and pages of their own, where others have none; None: there are none.
     window_slots: I32 | None = None
     window_table: I32 | None = None  # [B, P']
+    lora_idx: I32 | None = None  # [B]; the number of a sequence's adapter, -1: none; None: none of any
 
     def places(self, windowed: bool) -> tuple[I32, I32]:
         """``slots`` and ``page_table`` of layers that keep all tokens, or of those with pages of their own."""
@@ -46,6 +56,22 @@ class ForwardBatch:
         if self.window_slots is None or self.window_table is None:
             raise ValueError("a batch without pages for layers that have a window")
         return self.window_slots, self.window_table
+
+    @cached_property
+    def lora_runs(self) -> tuple[LoraRun, ...]:
+        """Neighbouring rows with one adapter, in order; rows without one are in none."""
+        runs: list[LoraRun] = []
+        if self.lora_idx is None:
+            return ()
+        starts = self.query_start.tolist()
+        for adapter, start, stop in zip(self.lora_idx.tolist(), starts, starts[1:], strict=False):
+            if adapter < 0 or start == stop:
+                continue
+            if runs and runs[-1].stop == start and runs[-1].adapter == adapter:
+                runs[-1] = LoraRun(runs[-1].start, stop, adapter)
+            else:
+                runs.append(LoraRun(start, stop, adapter))
+        return tuple(runs)
 
     @property
     def num_rows(self) -> int:
@@ -102,6 +128,7 @@ def padded_step(batch: ForwardBatch, num_rows: int, num_sequences: int | None = 
         page_table=_with_empty(batch.page_table, empty),
         logit_rows=np.arange(num_rows, dtype=np.int32),
         num_decode_rows=num_rows,
+        lora_idx=None if batch.lora_idx is None else np.concatenate([batch.lora_idx, sequences - 1]),
     )
 
 

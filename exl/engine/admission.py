@@ -14,6 +14,18 @@ from exl.engine.sequence import Sequence, State
 from exl.errors import MemoryBudgetError
 from exl.layout.window import pages_behind, rows_within, window_pages
 
+_SALT = 1 << 24  # above any token id (``exl.checkpoint.config_reader.MAX_SIZE``), and with all adapters below 2**31
+
+
+def prefix_key(sequence: Sequence, num_tokens: int) -> list[int]:
+    """The first tokens of a sequence, as the cache of prefixes knows them: a text under an adapter has other K and V
+    than under another one, so its first token is one that no other adapter's texts begin with. What follows is known
+    by what is before it."""
+    ids = sequence.ids[:num_tokens]
+    if ids:
+        ids[0] += (sequence.lora + 1) * _SALT
+    return ids
+
 
 class Pages:
     """Gives a sequence its pages and takes them back; knows what a later sequence may use of them."""
@@ -146,7 +158,7 @@ class Pages:
         if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
             most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
             most = min(most, sequence.num_unwanted, sequence.next_shift)  # what comes later saw other tokens
-            known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
+            known = prefix_key(sequence, most if rules.all_alike else min(most, sequence.num_chunked))
         return known, exact
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
@@ -266,7 +278,7 @@ class Pages:
         """Others may use what the sequence has computed so far; but not what it has since it was shifted."""
         if self._reusable(sequence.num_cached) and not sequence.num_dropped:
             num_exact = None if self._rules.all_alike else sequence.num_exact
-            self.pool.remember(sequence.ids[: sequence.num_cached], sequence.pages, num_exact)
+            self.pool.remember(prefix_key(sequence, sequence.num_cached), sequence.pages, num_exact)
 
     def give_back(self, sequence: Sequence) -> None:
         if sequence.pages:

@@ -44,6 +44,7 @@ from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart, format_bytes
+from exl.weights.adapters import AdapterWeights, load_adapters
 from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Engine:
     model: PlanInput  # layouts and limits that the plan was made from
     generator: Generator
     weights: ModelWeights
+    adapters: AdapterWeights
     owned: ExitStack
 
     @property
@@ -162,13 +164,14 @@ def build_engine(
         kv, windows = _caches(model, plan, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
+        adapters = load_adapters(model.adapters, ops, stack)
         stack.callback(ops.fence)  # before: a thread may be late in the last step, and read weights
+        decoder = Decoder(files.config, ops, adapters.loras)
         if model.target.compiled:
             from exl.engine.kernels_ahead import load_kernels
 
-            load_kernels(Decoder(files.config, ops), weights, model, kv, windows)
+            load_kernels(decoder, weights, model, kv, windows)
         short = min(_decode_prompt(model, backend), model.limits.chunk_rows)
-        decoder = Decoder(files.config, ops)
         runner = Runner(decoder, weights, kv, model.limits, windows=windows, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
@@ -179,8 +182,10 @@ def build_engine(
         if plan.windows is not None:
             beside = WindowPool(plan.windows.num_pages, plan.windows.window, runner.zero_windows)
         pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier, zero=runner.zero_pages, windows=beside)
-        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
-        return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
+        generator = Generator(
+            *(runner, pool, plan.context, eos_ids, options.max_queue), window=model.window, adapters=adapters.names
+        )
+        return Engine(files.config, files.quant, plan, model, generator, weights, adapters, stack.pop_all())
 
 
 def _caches(model: PlanInput, plan: MemoryPlan, device: torch.device) -> tuple[KVCache, KVCache | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from exl.adapters.manifest import open_weights
 from exl.cache.file import Key, load_prefixes, save_prefixes
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
@@ -46,6 +47,16 @@ def _between_steps(
     return generator.seat.apart(apart)
 
 
+def _adapters_digest(engine: Engine) -> str:
+    """Of all adapters in the order of their numbers, by which the cache tells their texts apart."""
+    digest = hashlib.sha256()
+    for layout in engine.model.adapters:
+        with open_weights(layout.manifest.folder) as tensors:
+            digest.update(model_digest(tensors).encode())
+        digest.update(repr(layout.manifest.layers).encode())
+    return digest.hexdigest()
+
+
 def cache_key(engine: Engine, folder: Path) -> Key:
     """All that decides what a page's bytes mean, and which bits a run that reuses nothing would make of them."""
     model, target = engine.model, engine.model.target
@@ -55,8 +66,10 @@ def cache_key(engine: Engine, folder: Path) -> Key:
         kernels = "exl" if target.compiled else f"torch {torch.__version__}"
     with Checkpoint.open(folder) as checkpoint:
         tensors = model_digest(checkpoint)
+    adapters = {"adapters": _adapters_digest(engine)} if engine.adapters.names else {}
     specs = [linear.spec for layer in model.layers for some in layer.linears.values() for linear in some]
     return {
+        **adapters,
         "tensors": tensors,
         "layers": hashlib.sha256(repr(specs).encode()).hexdigest(),  # rounded on loading, too
         "config": hashlib.sha256(repr(engine.config).encode()).hexdigest(),

@@ -155,7 +155,14 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         logit_rows=np.array(logit_rows, np.int32),
         num_decode_rows=len(ids) if as_decode else 0,
         **_window_places(pieces),
+        lora_idx=_adapters(pieces),
     )
+
+
+def _adapters(pieces: Sequence[Piece]) -> NDArray[np.int32] | None:
+    """As ``ForwardBatch.lora_idx``."""
+    found = [piece.sequence.lora for piece in pieces]
+    return np.array(found, np.int32) if max(found) >= 0 else None
 
 
 def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
@@ -185,6 +192,7 @@ def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
         logit_rows=rows[:-1],
         num_decode_rows=count,
         **_window_places(pieces),
+        lora_idx=_adapters(pieces),
     )
 
 

@@ -15,7 +15,7 @@ from exl.batch import MAX_STEP_TOKENS, PAGE_SIZE
 from exl.cache.holders import CopyPages
 from exl.cache.page_pool import PagePool, TakenPrefix
 from exl.cache.window_pool import WindowPool
-from exl.engine.admission import Pages
+from exl.engine.admission import Pages, prefix_key
 from exl.engine.compose import ChunkRules
 from exl.engine.sequence import Sequence
 from exl.errors import MemoryBudgetError
@@ -175,7 +175,7 @@ class GroupedPages(Pages):
         if self._reusable(sequence.num_cached):
             whole = sequence.num_cached // PAGE_SIZE * PAGE_SIZE
             num_exact = None if self._rules.all_alike else min(sequence.num_exact, whole)
-            self.pool.remember(sequence.ids[:whole], sequence.pages, num_exact, sequence.window_pages)
+            self.pool.remember(prefix_key(sequence, whole), sequence.pages, num_exact, sequence.window_pages)
 
     # ---- giving them back
 

@@ -10,6 +10,7 @@ import torch
 
 from exl.batch import ForwardBatch
 from exl.cache.kv import KVCache
+from exl.cpu_kernels.dense import dense_kernel
 from exl.layout.layers import LayerLayout
 from exl.layout.steps import routed_widths
 from exl.models.decoder import Decoder, RoutedRows, StepBuffers
@@ -57,7 +58,15 @@ def load_kernels(
             decoder.head(weights.final_norm, weights.head, h, torch.empty(num_logits, limits.vocab_size))
 
         specs |= ops.kernels_of(step, _prompt(count, num_logits, windows is not None))
+        if model.adapters:
+            specs |= ops.kernels_of(step, _prompt(count, num_logits, windows is not None, adapter=0))
+            specs |= {dense_kernel(dtype, count, ops.library.isa) for dtype in _adapter_types(model)}
     ops.library.load(specs)
+
+
+def _adapter_types(model: PlanInput) -> set[str]:
+    linears = [linear for adapter in model.adapters for some in adapter.blob.linears.values() for linear in some]
+    return {linear.spec.dtype for linear in linears}
 
 
 def _different(model: PlanInput) -> Iterator[tuple[int, LayerWeights]]:
@@ -79,7 +88,7 @@ def _kinds(layout: LayerLayout) -> tuple:
     )
 
 
-def _prompt(count: int, num_logits: int, has_windows: bool) -> ForwardBatch:
+def _prompt(count: int, num_logits: int, has_windows: bool, adapter: int | None = None) -> ForwardBatch:
     """The first tokens of a text, of which the last ones' logits are wanted."""
     table = np.zeros((1, 1), np.int32)
     array = np.arange(count, dtype=np.int32)
@@ -96,4 +105,5 @@ def _prompt(count: int, num_logits: int, has_windows: bool) -> ForwardBatch:
         num_decode_rows=0,
         window_slots=array if has_windows else None,
         window_table=table if has_windows else None,
+        lora_idx=None if adapter is None else np.array([adapter], np.int32),
     )

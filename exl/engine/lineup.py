@@ -176,6 +176,7 @@ class Lineup:
         return len(sequence.ids) > least and any(
             (other.state is State.PREFILL or other.num_read == 0)
             and len(other.ids) > least
+            and other.lora == sequence.lora
             and other.ids[:least] == head
             and not other.ticket.lags
             for other in self.running

@@ -18,6 +18,7 @@ class ManualSequence:
     pages: list[int] = field(default_factory=list)
     window_pages: list[int] = field(default_factory=list)  # as of ``exl.engine.sequence.Sequence``
     ids: list[int] = field(default_factory=list)
+    lora: int = -1  # the number of its adapter; none
     sample_idx: int | None = None  # never: its tokens are read before they are run
 
     @property

@@ -128,8 +128,11 @@ class Runner:
 
     def final_states(self, chunk: int, rows: range) -> NDArray[np.float64]:
         h = self._rows[self._kept(chunk)][rows.start : rows.stop].to("cpu").numpy().astype(np.float64)
+        norm = self.decoder.config.norm
+        if norm.kind == "layer":
+            h -= h.mean(axis=1, keepdims=True)
         mean = np.square(h).mean(axis=1, keepdims=True)
-        return h / np.sqrt(mean + self.decoder.config.rms_norm_eps) * self._final_weight
+        return h / np.sqrt(mean + norm.eps) * self._final_weight
 
     @functools.cached_property
     def _final_weight(self) -> NDArray[np.float64]:

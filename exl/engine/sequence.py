@@ -72,6 +72,11 @@ class Sequence:
         return rows is not None and rows.is_wanted
 
     @property
+    def lora(self) -> int:
+        """The number of its adapter, -1: none."""
+        return self.ticket.lora
+
+    @property
     def num_unwanted(self) -> int:
         """The known tokens, less those from the first one on whose row is wanted: the others may come from the cache,
         which has their K and V, but no logits."""

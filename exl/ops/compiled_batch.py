@@ -33,9 +33,10 @@ class StagedBatch:
         return BatchTables(self)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Hashable, ...]:
         """Batches of one shape run the same stages, but for how their sequences attend."""
-        return self.batch.num_rows, self.batch.num_sequences, len(self.batch.logit_rows)
+        counts = self.batch.num_rows, self.batch.num_sequences, len(self.batch.logit_rows)
+        return counts if self.batch.lora_idx is None else (*counts, *self.batch.lora_runs)
 
     @cached_property
     def num_few(self) -> int:

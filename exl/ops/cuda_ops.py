@@ -54,6 +54,7 @@ from exl.ops.base import (
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     Segments,
     TableRows,
@@ -242,7 +243,8 @@ class CudaOps:
 
         self._run(("embed", place(h), spec.scale), self._bind((table,)), record)
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
+        _refuse_loras(loras)
         key = "project", place(h), place(out), _numbers(norm)
         self._run(
             key, self._bind(w, _weight(norm)), lambda backend: self._store(backend, self._residual(h, norm), w, out)
@@ -336,7 +338,9 @@ class CudaOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
+        _refuse_loras(loras)
         if spec.activation not in ACTIVATIONS:
             names = " or ".join(ACTIVATIONS)
             raise UnsupportedModelError(f"activation of the gated MLP: found {spec.activation!r}, expected {names}")
@@ -363,7 +367,10 @@ class CudaOps:
             dependent=self._may_overlap(),
         )
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
+        _refuse_loras(loras)
         norm = branch.post_norm
         key = "add_projection", place(x), place(h), branch.scale, _numbers(norm)
         self._run(key, self._bind(w, _weight(norm)), lambda backend: self._add_projection(backend, x, w, h, branch))
@@ -447,6 +454,11 @@ def _head_norms(spec: AttentionSpec) -> HeadNorms:
     """What attention's own kernels normalise."""
     q, k = (None, None) if spec.norm_rows else (spec.q_norm, spec.k_norm)
     return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
+
+
+def _refuse_loras(loras: Loras) -> None:
+    if loras:
+        raise UnsupportedModelError(f"adapters: found {len(loras)}, expected none on a GPU")
 
 
 def _head_eps(spec: AttentionSpec) -> float:

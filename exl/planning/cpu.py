@@ -9,6 +9,8 @@ from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
 from exl.layout.window import WindowGroup
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 
+ADAPTER_LINE = "adapters"
+_NAMED = 4  # adapters that a line names, at most
 KERNEL_LINE = "kernels"  # taken with the first model, and kept after the last: models of a process share it
 
 
@@ -57,6 +59,9 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
         PlanLine("activations", device, activations, True, f"{limits.max_rows} rows"),
         PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
     ]  # fmt: skip
+    if model.adapters:
+        num_bytes = sum(adapter.num_bytes for adapter in model.adapters)
+        lines.insert(4, PlanLine(ADAPTER_LINE, device, num_bytes, True, _named(model)))
     lines += _compiled_lines(model) if model.target.compiled else _torch_lines(model)
     if model.tokenizer_bytes:
         lines.append(PlanLine("tokenizer", device, _TOKENIZER_FACTOR * model.tokenizer_bytes, False))
@@ -94,6 +99,11 @@ def _expert_lines(model: PlanInput, num_resident: int) -> list[PlanLine]:
     return [PlanLine("resident experts", model.target.kind, sum(model.expert_bytes[:num_resident]), True, note)]
 
 
+def _named(model: PlanInput) -> str:
+    names = ", ".join(adapter.manifest.name for adapter in model.adapters[:_NAMED])
+    return names + (f" and {len(model.adapters) - _NAMED} more" if len(model.adapters) > _NAMED else "")
+
+
 def _torch_lines(model: PlanInput) -> list[PlanLine]:
     device, scratch = model.target.kind, scratch_bytes(model.limits, model.target)
     return [
@@ -123,7 +133,9 @@ def _compiled_lines(model: PlanInput) -> list[PlanLine]:
 # by the model's formats. 50 and 80 MB of that are pages of LLVM's own code.
 _KERNEL_BYTES = 128 << 20
 _SAMPLING_BYTES = 64  # per token of the vocabulary: its logit in f64, shifted, sorted, and its weight
-_LOADED_FIRST = ("embedding", "resident layers", "resident experts", "stream buffers", "head and final norm")
+_LOADED_FIRST = (
+    *("embedding", "resident layers", "resident experts", "stream buffers", "head and final norm", ADAPTER_LINE),
+)
 _TOKENIZER_FACTOR = 8
 _TABLE_PIECE_BYTES = 4 << 20
 _READ_AHEAD_BYTES = 16 << 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from exl.checkpoint.remote import RemoteFolder
 from exl.checkpoint.rope_config import check_rope
@@ -23,11 +24,13 @@ EMBED = ("auto", "device", "disk")
 
 @dataclass(frozen=True)
 class Reading:
-    """What is made of a checkpoint while it is read: options of ``EngineOptions`` that change the model itself."""
+    """What is made of a checkpoint while it is read: options of ``EngineOptions`` that change the model itself, or are
+    read with it."""
 
     head: str | int = "file"
     dense: str | int = "file"
     rope: Mapping[str, object] | None = None
+    lora: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))
 
 
 AS_IT_IS = Reading()
@@ -62,6 +65,7 @@ class EngineOptions:
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
     rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
+    lora: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))  # folders of adapters, by name
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -117,7 +121,7 @@ class EngineOptions:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.head, self.dense, self.rope)
+        return Reading(self.head, self.dense, self.rope, self.lora)
 
     @property
     def on_gpu(self) -> bool:

@@ -10,6 +10,7 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from exl.adapters.manifest import AdapterLayout
 from exl.batch import PAGE_SIZE
 from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import CompiledSizes, compiled_sizes
@@ -203,6 +204,7 @@ class PlanInput:
     num_kept_pages: int = 0  # in pinned RAM, beside a GPU's cache
     tokenizer_bytes: int = 0  # size of tokenizer.json
     layer_file_bytes: int = 0  # bytes in the checkpoint of the largest layer without its experts, or expert
+    adapters: Sequence[AdapterLayout] = ()  # by their numbers
     arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
     one_group: bool = False  # layers that have a window keep all tokens, as the others do
 

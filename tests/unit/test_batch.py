@@ -47,7 +47,7 @@ def step(*new: int) -> ForwardBatch:
 )
 def test_buckets(new, rows, sequences):
     """Buffers for 60 rows and 48 sequences."""
-    batch = step(*new)
+    batch = replace(step(*new), lora_idx=np.arange(len(new), dtype=np.int32) - 1)
     padded = step_bucket(batch, 60, 48)
     assert (padded.num_rows, padded.num_sequences, padded.num_decode_rows) == (rows, sequences, rows)
     assert padded.logit_rows.tolist() == list(range(rows))
@@ -89,3 +89,16 @@ def test_steps():
     assert all(map(is_step, (step(1), step(1, 1), step(8, 1), step(2, 3))))
     assert not is_step(step(9))
     assert not is_step(padded_step(step(2, 1), 8))
+
+
+def test_runs_of_adapters():
+    """Rows of neighbouring sequences with one adapter; sequences without rows and padding are in none."""
+    found = replace(step(2, 1, 3, 1, 1, 1), lora_idx=np.array([1, 1, -1, 0, 1, 1], np.int32))
+    assert found.lora_runs == ((0, 3, 1), (6, 7, 0), (7, 9, 1))
+    padded = padded_step(found, 16, 8)
+    assert padded.lora_runs == found.lora_runs
+    assert padded.lora_idx.tolist() == [1, 1, -1, 0, 1, 1, -1, -1]
+    empty = replace(step(2, 1), query_start=np.array([0, 2, 2], np.int32), lora_idx=np.array([-1, 3], np.int32))
+    assert empty.lora_runs == ()
+    assert step(1, 2).lora_runs == ()
+    assert padded_step(step(1, 2), 8).lora_idx is None
