@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class StepBuffers:
         return StepBuffers(self.qkv[:num_rows], self.attn[:num_rows], self.mlp[:num_rows])
 
 
+@functools.lru_cache(maxsize=16)  # once for a model, not in each step
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value).to(dtype).item()
+
+
 class Decoder:
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self.config = config
@@ -46,7 +52,7 @@ class Decoder:
         shape = self.config.embed
         scale = shape.scale
         if shape.in_file_type:
-            scale = torch.tensor(scale).to(TORCH_DTYPES[table.layout.spec.dtype]).item()
+            scale = _rounded(scale, TORCH_DTYPES[table.layout.spec.dtype])
         self.ops.embed(table, h, EmbedSpec(scale))
 
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:
