@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,11 @@ class StepBuffers:
         return StepBuffers(self.qkv[:num_rows], self.attn[:num_rows], self.mlp[:num_rows], routed)
 
 
+@functools.lru_cache(maxsize=16)  # once for a model, not in each step
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value).to(dtype).item()
+
+
 class Decoder:
     def __init__(self, config: ModelConfig, ops: Ops, loras: Sequence[Mapping[str, Loras]] = ()) -> None:
         """``loras``: by layer and linear, what adapters add; (): there are none."""
@@ -73,7 +79,7 @@ class Decoder:
         shape = self.config.embed
         scale = shape.scale
         if shape.in_file_type:
-            scale = torch.tensor(scale).to(TORCH_DTYPES[table.layout.spec.dtype]).item()
+            scale = _rounded(scale, TORCH_DTYPES[table.layout.spec.dtype])
         self.ops.embed(table, h, EmbedSpec(scale))
 
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:

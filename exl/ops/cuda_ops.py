@@ -281,7 +281,7 @@ class CudaOps:
         norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
         self._run(
             key,
-            self._bind(pages, *norms, consumer),
+            self._bind(pages, *norms, spec.sinks, consumer),
             lambda backend: self._attend(backend, qkv, spec, rope, kv.windowed, pages, out, consumer),
         )
 
@@ -301,7 +301,7 @@ class CudaOps:
         if spec.norm_rows:
             _norm_rows(backend, qkv, spec, self._may_overlap())
         rows = QkvRows(qkv, *batch.angles[rope], _head_norms(spec))
-        params = AttentionParams(spec.scale, spec.window, spec.softcap)
+        params = AttentionParams(spec.scale, spec.window, spec.softcap, spec.sinks)
         channel_map = consumer[0].fields.get("channel_map") if consumer else None
         for tables in batch.decode_tables(self._staging.most_items, windowed):
             attention_decode(
