@@ -5,9 +5,9 @@ The forward pass is the decoder's own, over the operations that models run by; n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -18,25 +18,18 @@ from exl.families.config import ModelConfig
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_norm
 from exl.layout.layers import layer_layout
-from exl.layout.specs import BlobSpec, LinearSpec
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import Branch, LayerWeights, Linear, view_field, view_segments
+from exl.ops.base import LayerWeights, Linear, view_field, view_segments
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.quantize.compute import Compute
 from exl.quantize.span_ops import Stopped
+from exl.quantize.steps import ATTN, HIDDEN, MLP
 from exl.threads import layer_kind
 
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What ``LayerPass.run`` found where it stopped."""
-
-    x: torch.Tensor | None  # [T, K], inputs of the linear where it stopped; valid until the next call
-    branch: Branch | None  # how the last linear of the span that adds to the residual stream does so
 
 
 class _OneLayerCache(KVCache):
@@ -117,45 +110,49 @@ class LayerPass:
             (linear,) = weights[name]
             start = 0
             for part in linear.layout.spec.parts:
-                self._fill(linear, part.name, start, start + part.N)
+                self._fill(linear, part, start)
                 start += part.N
         return weights
 
-    def _fill(self, linear: Linear, name: str, start: int, stop: int) -> None:
-        linear.fields["weight"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.weight"))
-        if f"{name}.bias" in self.checkpoint.tensors:
-            linear.fields["bias"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.bias"))
+    def _fill(self, linear: Linear, part: MatrixSpec, start: int) -> None:
+        chosen = slice(None) if part.rows is None else part.rows.indices()
+        for kind in ("weight", "bias"):
+            if f"{part.name}.{kind}" in self.checkpoint.tensors:
+                values = torch.from_numpy(read_float(self.checkpoint, f"{part.name}.{kind}")[chosen])
+                linear.fields[kind][start : start + part.N] = values
 
     def run(
         self,
         layer_idx: int,
         weights: LayerWeights,
         chunk: ForwardBatch,
-        h: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
         *,
         start: str | None = None,
-        x: torch.Tensor | None = None,
         stop: str | None = None,
-    ) -> Passed:
-        """Runs the chunk's hidden states h [T, C] through the layer, in place: from the linear ``start`` (None: the
-        first) to the linear ``stop``, which is not run (None: to the end).
+    ) -> dict[str, torch.Tensor]:
+        """Runs a chunk through the layer from the linear ``start`` (None: the first) to the linear ``stop``, which is
+        not run (None: to the end).
 
-        A span that starts at "gate_up" takes h as attention has left it; one that starts at "o" or "down" also takes
-        the inputs ``x`` [T, K] of that linear.
+        ``state`` is what the chunk has come to: "hidden" [T, C], changed in place, and the inputs [T, K] "attn" of "o"
+        and "mlp" of "down", if they are computed before ``start`` and needed. Returns the state at ``stop`` and "x"
+        [T, K], the inputs of ``stop``; all but "hidden" is valid until the next call.
         """
-        ops, buffers = self._ops, self._buffers.rows(len(h))
+        ops, h = self._ops, state[HIDDEN]
+        buffers = self._buffers.rows(len(h))
+        mlp = buffers.mlp[:, : self.config.layers[layer_idx].mlp.width]
+        places = {ATTN: buffers.attn, MLP: mlp}
+        for name, place in places.items():
+            if name in state and state[name].data_ptr() != place.data_ptr():
+                place.copy_(state[name])
         ops.start, ops.stop = (None if name is None else weights[name] for name in (start, stop))
-        ops.branch = None
-        if x is not None:
-            inputs = buffers.attn if start == "o" else buffers.mlp
-            if x.data_ptr() != inputs.data_ptr():
-                inputs.copy_(x)
         ops.stage([chunk])
         kind = f"{layer_kind(len(h))} from {start} to {stop}"
+        found = {HIDDEN: h, **places}
         with nullcontext() if ops.threads is None else ops.threads.measured(kind, len(h)):
             try:
                 self._decoder.layer(layer_idx, weights, buffers, h, self._kv)
             except Stopped as stopped:
-                return Passed(stopped.x, ops.branch)
+                return found | {"x": stopped.x}
             ops.fence()
-        return Passed(None, ops.branch)
+        return found

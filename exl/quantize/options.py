@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from exl.checkpoint.quant_config import SUPPORTED_BITS
 from exl.errors import ConfigError
+from exl.quantize.overrides import Override, Settings
 from exl.text.chats import DOCUMENTS
 
 _CHOICES = {
@@ -35,6 +38,9 @@ class QuantizeOptions:
     method: str = "gptq"  # "rtn": round to nearest, from the weights alone
     checkpoint_format: str = "gptq"  # "gptq": stores zero - 1, which every loader reads; "gptq_v2": stores zero
     max_shard_bytes: int = 4_000_000_000
+    # Settings of single modules, "PATTERN=bits:8,group_size:32" or "PATTERN=dense". PATTERN is a regular expression
+    # that matches from the start of a module's name. The first that matches decides, those with "dense" before others.
+    overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS or isinstance(self.bits, bool):
@@ -55,6 +61,19 @@ class QuantizeOptions:
             raise ConfigError(
                 "calibration: found nothing, expected a text file: GPTQ measures the layers' inputs on it"
             )
+        if isinstance(self.overrides, str) or not all(isinstance(text, str) for text in self.overrides):
+            raise ConfigError(f"overrides: found {self.overrides!r}, expected a sequence of strings")
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        self.parsed_overrides  # noqa: B018, checks them
+
+    @property
+    def settings(self) -> Settings:
+        """Of modules that no override names."""
+        return Settings(self.bits, self.group_size, self.sym)
+
+    @cached_property
+    def parsed_overrides(self) -> tuple[Override, ...]:
+        return tuple(Override.parse(text) for text in self.overrides)
 
 
 def _check_count(name: str, value: object, low: int, otherwise: str = "") -> None:
