@@ -499,6 +499,7 @@ def load(
     prefill_window: int = 4096,
     resident_layers: int | None = None,
     head: str | int = "file",
+    dense: str | int = "file",
     embed: str = "auto",
     packed_folder: str | Path | None = None,
     threads: int | None = None,
@@ -522,7 +523,8 @@ def load(
     context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
     much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
-    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits. ``embed``: with a GPU, "auto"
+    this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits, ``dense`` what else
+    a file has dense in its layers: attention, in many published files. ``embed``: with a GPU, "auto"
     leaves the embedding in pinned RAM if it is not also the head; "device" puts it into VRAM, "disk" leaves it on the
     disk. More on all of these: ``docs/memory.md``. ``threads``: at most so many of the CPU's threads compute, by
     default all that the process may use. ``arithmetic``: on a CPU, how quantized layers multiply: "int16", with 16-bit

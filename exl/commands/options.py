@@ -50,6 +50,9 @@ Embed = Annotated[
     ),
 ]
 Head = Annotated[str, typer.Option(metavar="BITS", help="Round a dense head to 8 or 4 bits; file keeps it.")]
+Dense = Annotated[
+    str, typer.Option(metavar="BITS", help="Round what else is dense in the layers to 8 or 4 bits; file keeps it.")
+]
 PrefillChunk = Annotated[int, typer.Option(metavar="N", help="Rows computed at once.")]
 PrefillWindow = Annotated[
     int, typer.Option(metavar="N", help="Rows that go through one layer before the next layer starts.")
@@ -154,6 +157,7 @@ class RareLoadOptions:
         int | None, typer.Option(metavar="N", help="Keep at most this many layers in memory; others are streamed.")
     ] = None
     head: Head = "file"
+    dense: Dense = "file"
     packed_folder: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where streamed layers are kept. Default: the user's cache.")
     ] = None
@@ -163,7 +167,7 @@ class RareLoadOptions:
 
     def engine(self) -> dict[str, object]:
         """Keywords of ``exl.load``. Raises ``ConfigError``."""
-        return vars(self) | {"head": parse_head(self.head)}
+        return vars(self) | {name: parse_rounding(name, getattr(self, name)) for name in ("head", "dense")}
 
 
 _TYPED = {NUMBER: (float, None), INTEGER: (int, None), FLAG: (bool, None), TEXTS: (list[str], "TEXT")}
@@ -252,10 +256,10 @@ def parse_tokens(name: str, text: str | None) -> int | str | None:
         raise ConfigError(f"{name}: found {text!r}, expected a number of tokens or auto") from None
 
 
-def parse_head(text: str) -> str | int:
-    """``parse_head("8") == 8``. Raises ``ConfigError``."""
+def parse_rounding(name: str, text: str) -> str | int:
+    """``parse_rounding("head", "8") == 8``. Raises ``ConfigError``."""
     if text not in ("file", "8", "4"):
-        raise ConfigError(f"head: found {text!r}, expected file, 8 or 4")
+        raise ConfigError(f"{name}: found {text!r}, expected file, 8 or 4")
     return text if text == "file" else int(text)
 
 

@@ -101,7 +101,7 @@ def load_engine(
     kernels take them). Raises ``ExlError``; ``MemoryBudgetError`` before anything is allocated."""
     if backend is None:
         options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope) as files:
+    with open_model(folder, options.reading) as files:
 
         def load(ops: Ops, plan: MemoryPlan) -> ModelWeights:
             placement = plan.placement
@@ -182,7 +182,7 @@ def build_engine(
 def plan_engine(folder: Path, options: EngineOptions) -> MemoryPlan:
     """The plan that ``load_engine`` would make now, from the headers alone. Raises as it does."""
     options, backend = choose_device(options)
-    with open_model(folder, options.head, options.rope) as files:
+    with open_model(folder, options.reading) as files:
         return plan_model(files, options, _target(backend))[0]
 
 

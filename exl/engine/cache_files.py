@@ -48,8 +48,10 @@ def cache_key(engine: Engine, folder: Path) -> Key:
         kernels = "exl" if target.compiled else f"torch {torch.__version__}"
     with Checkpoint.open(folder) as checkpoint:
         tensors = model_digest(checkpoint)
+    specs = [linear.spec for layer in model.layers for some in layer.linears.values() for linear in some]
     return {
         "tensors": tensors,
+        "layers": hashlib.sha256(repr(specs).encode()).hexdigest(),  # rounded on loading, too
         "config": hashlib.sha256(repr(engine.config).encode()).hexdigest(),
         "quantization": hashlib.sha256(repr(engine.quant).encode()).hexdigest(),
         "kv_cache": model.kv_layout.kind,

@@ -44,12 +44,30 @@ class ModelManifest:
         part = replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
         return replace(self, head=BlobSpec(self.head.norms, (("head", (LinearSpec((part,)),)),)))
 
+    def with_dense_bits(self, bits: int) -> ModelManifest:
+        """The manifest with the dense matrices of its layers rounded to ``bits`` on loading; those that the file has
+        quantized stay as they are."""
+        layers = (
+            replace(layer, linears=tuple((name, _rounded(name, some, bits)) for name, some in layer.linears))
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
     def layouts(self, target: Target) -> ModelLayout:
         return ModelLayout(
             layer_layout(self.embed, target),
             tuple(layer_layout(layer, target) for layer in self.layers),
             layer_layout(self.head, target),
         )
+
+
+def _rounded(name: str, linears: tuple[LinearSpec, ...], bits: int) -> tuple[LinearSpec, ...]:
+    parts = [
+        part if part.quantized else replace(part, bits=bits, dtype="u8", group_size=rounding_group(part.K))
+        for linear in linears
+        for part in linear.parts
+    ]
+    return fuse(parts, gated=name == "gate_up")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from exl.errors import ConfigError
 from exl.keywords import explain_foreign_keywords
 from exl.planning.from_headers import ModelFiles, model_files, open_model, plan_model
 from exl.planning.machine import Links, describe_machine
-from exl.planning.options import EngineOptions
+from exl.planning.options import EngineOptions, Reading
 from exl.planning.plan import MemoryPlan
 from exl.planning.shapes import DENSE_BITS, check_quantization, find_shape, shape_checkpoint
 
@@ -42,6 +42,7 @@ def plan(
     prefill_window: int = 4096,
     resident_layers: int | None = None,
     head: str | int = "file",
+    dense: str | int = "file",
     embed: str = "auto",
     arithmetic: str | None = None,
     draft: str | Path | None = None,
@@ -75,10 +76,10 @@ def plan(
     if gpu is not None:
         options = replace(options, vram=machine.vram)
     if shape is not None:
-        opened = _open_shape(model, shape, bits, group_size, options.head, options.rope)
+        opened = _open_shape(model, shape, bits, group_size, options.reading)
     else:
         _refuse(bits=bits, group_size=group_size)
-        opened = open_model(find_headers(model, revision=revision, token=token), options.head, options.rope)
+        opened = open_model(find_headers(model, revision=revision, token=token), options.reading)
     with opened as files:
         found, _ = plan_model(files, options, machine.target, machine.speeds, depth)
     return replace(found, notes=machine.notes + found.notes)
@@ -90,8 +91,7 @@ def _open_shape(
     name: str,
     bits: int | None,
     group_size: int | None,
-    head: str | int,
-    rope: Mapping[str, Any] | None = None,
+    reading: Reading,
 ) -> Iterator[ModelFiles]:
     if model is not None:
         raise ConfigError(f"shape: found {name!r} beside model={str(model)!r}, expected one of them")
@@ -104,7 +104,7 @@ def _open_shape(
     label = name if bits == DENSE_BITS else f"{name}, {bits} bits"
     config = found.config(bits, group_size)
     quant = find_quant_config(lambda name: None, config)
-    yield model_files(shape_checkpoint(found, label, bits, group_size), config, quant, head=head, rope=rope)
+    yield model_files(shape_checkpoint(found, label, bits, group_size), config, quant, reading=reading)
 
 
 def _refuse(**options: object) -> None:

@@ -39,6 +39,7 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
         kv_ram=None,
         resident_layers=None,
         head="file",
+        dense="file",
         embed="auto",
         prefill_window=options.prefill_chunk,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.draft import BesideDraft, draft_context, draft_options
 from exl.planning.notes import plan_notes
-from exl.planning.options import EngineOptions, default_context
+from exl.planning.options import AS_IT_IS, EngineOptions, Reading, default_context
 from exl.planning.plan import MemoryPlan, PlanInput
 from exl.planning.speed import Speeds
 from exl.planning.traffic import token_bytes
@@ -65,11 +65,8 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(
-    folder: Path | RemoteFolder, head: str | int = "file", rope: Mapping[str, object] | None = None
-) -> Iterator[ModelFiles]:
-    """``folder`` may also be a ``.safetensors`` file with its config.json beside it; ``head``, ``rope`` as in
-    ``EngineOptions``.
+def open_model(folder: Path | RemoteFolder, reading: Reading = AS_IT_IS) -> Iterator[ModelFiles]:
+    """``folder`` may also be a ``.safetensors`` file with its config.json beside it.
 
     Raises ``ExlError``.
     """
@@ -87,7 +84,7 @@ def open_model(
             quant = read_quant_config(checkpoint.folder, config_json)
             tokenizer = checkpoint.folder / "tokenizer.json"
             tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, head, rope)
+        yield model_files(checkpoint, config_json, quant, tokenizer_bytes, reading)
 
 
 def model_files(
@@ -95,15 +92,16 @@ def model_files(
     config_json: Mapping[str, object],
     quant: QuantConfig | None,
     tokenizer_bytes: int = 0,
-    head: str | int = "file",
-    rope: Mapping[str, object] | None = None,
+    reading: Reading = AS_IT_IS,
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
-    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), rope)
+    config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), reading.rope)
     quant = settle_quant(checkpoint, quant)
     manifest = read_manifest(checkpoint, config, quant)
-    if head != "file":
-        manifest = manifest.with_head_bits(int(head))
+    if reading.head != "file":
+        manifest = manifest.with_head_bits(int(reading.head))
+    if reading.dense != "file":
+        manifest = manifest.with_dense_bits(int(reading.dense))
     return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
 
 
@@ -142,24 +140,24 @@ def _plan_alone(
     depths = (0, plan.context) if depth is None else (_checked_depth(depth, plan.context),)
     plan = dataclasses.replace(
         plan,
-        notes=plan_notes(model, plan, _with_rounded_head(files, options, target)),
+        notes=plan_notes(model, plan, _rounded(files, options, target)),
         tokens=tuple(token_bytes(model, plan, depth) for depth in depths),
         speeds=speeds or Speeds(),
     )
     return plan, model
 
 
-def _with_rounded_head(
-    files: ModelFiles, options: EngineOptions, target: Target
-) -> tuple[MemoryPlan, PlanInput] | None:
-    """The same with ``head=8``; None if the head is not dense, or cannot be rounded on this device."""
-    manifest = files.manifest.with_head_bits(8)
-    if manifest.head == files.manifest.head:
-        return None
-    try:
-        return _attempt(dataclasses.replace(files, manifest=manifest), options, target)
-    except UnsupportedModelError:
-        return None
+def _rounded(files: ModelFiles, options: EngineOptions, target: Target) -> dict[str, tuple[MemoryPlan, PlanInput]]:
+    """The same with ``head=8``, and with ``dense=8``: those that change something, and that this device can."""
+    given, found = files.manifest, {}
+    changed = {"head": given.with_head_bits(8)}
+    if files.quant is not None:  # a model that is dense altogether is better quantized
+        changed["dense"] = given.with_dense_bits(8)
+    for name, manifest in changed.items():
+        if manifest != given:
+            with suppress(UnsupportedModelError):
+                found[name] = _attempt(dataclasses.replace(files, manifest=manifest), options, target)
+    return found
 
 
 def _checked_depth(depth: int, context: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from exl.memory.host import system_ram
 from exl.planning.plan import MemoryPlan, PlanInput
-from exl.planning.traffic import head_bytes, model_bytes_a_token
+from exl.planning.traffic import model_bytes_a_token
 from exl.planning.verdict import Note
 from exl.units import format_bytes
 
@@ -12,9 +14,12 @@ _WORTH_SAYING = 0.01  # of a token's bytes
 _OWN_SCALING = "dynamic"  # a kind of RoPE that is made for lengths beyond max_position_embeddings
 
 
-def plan_notes(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> tuple[Note, ...]:
-    """``rounded``: the plan of the same model with ``head=8``; None if its head is not dense."""
-    found = [_beyond_ram(plan), _beyond_context(model, plan), _several_gpus(plan), _rounded_head(model, plan, rounded)]
+def plan_notes(
+    model: PlanInput, plan: MemoryPlan, rounded: Mapping[str, tuple[MemoryPlan, PlanInput]]
+) -> tuple[Note, ...]:
+    """``rounded``: by "head" and "dense", the plan of the same model with that option at 8 bits."""
+    found = [_beyond_ram(plan), _beyond_context(model, plan), _several_gpus(plan)]
+    found += [_rounded(model, plan, f"{option}=8", other) for option, other in rounded.items()]
     if model.config.is_text_part:
         found.append(Note("fact", "images are not read: this is the text part of a model that takes them"))
     if model.config.rope.kind != "default":
@@ -50,14 +55,14 @@ def _several_gpus(plan: MemoryPlan) -> Note | None:
     return Note("warning", f"a plan for {used} GPUs: this version of exl computes on one") if used > 1 else None
 
 
-def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan, PlanInput] | None) -> Note | None:
-    """What ``head=8`` would gain, if the head is dense: the difference of the two plans. exl's own kernels multiply
-    codes as they read them. torch's, on a CPU, write panels of f32 first, and no gain in speed has been measured there:
-    memory is all that is told."""
-    if rounded is None or not rounded[0].fits:
-        return None
+def _rounded(model: PlanInput, plan: MemoryPlan, option: str, rounded: tuple[MemoryPlan, PlanInput]) -> Note | None:
+    """What ``option`` would gain: the difference of the two plans. exl's own kernels multiply codes as they read them.
+    torch's, on a CPU, write panels of f32 first, and no gain in speed has been measured there: memory is all that is
+    told."""
     other, of_other = rounded
-    read = head_bytes(model) - head_bytes(of_other)
+    if not other.fits:
+        return None
+    read = model_bytes_a_token(model, 0) - model_bytes_a_token(of_other, 0)
     share = read / model_bytes_a_token(model, 0)
     more_layers = len(other.placement.resident) - len(plan.placement.resident)
     if share < _WORTH_SAYING or more_layers < 0:
@@ -68,13 +73,13 @@ def _rounded_head(model: PlanInput, plan: MemoryPlan, rounded: tuple[MemoryPlan,
     grows = _exact_bytes(other, on_gpu) - _exact_bytes(plan, on_gpu)
     if not on_gpu and not model.target.compiled:
         text = layers if more_layers else f"save {format_bytes(-grows)} of RAM" if grows < 0 else ""
-        return Note("advice", f"head=8 would {text}") if text else None
+        return Note("advice", f"{option} would {text}") if text else None
     # More memory without more layers: the embedding is the head; it stays beside the new one, or moves to RAM.
     more_ram = _exact_bytes(other, False) - _exact_bytes(plan, False) if on_gpu else 0
     more = ((0 if more_layers else grows, place), (more_ram, "RAM"))
     costs = [f"{format_bytes(num_bytes)} more of {memory}" for num_bytes, memory in more if num_bytes > 0]
     rest = (f" and {layers}" if more_layers else "") + (f", for {' and '.join(costs)}" if costs else "")
-    return Note("advice", f"head=8 would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{rest}")
+    return Note("advice", f"{option} would save {format_bytes(read)}, {100 * share:.0f} % of a token's bytes{rest}")
 
 
 def _exact_bytes(plan: MemoryPlan, on_gpu: bool) -> int:

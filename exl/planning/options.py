@@ -22,6 +22,18 @@ EMBED = ("auto", "device", "disk")
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What is made of a checkpoint while it is read: options of ``EngineOptions`` that change the model itself."""
+
+    head: str | int = "file"
+    dense: str | int = "file"
+    rope: Mapping[str, object] | None = None
+
+
+AS_IT_IS = Reading()
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Checked when made: ``ConfigError`` names the option, what was found and what was expected."""
 
@@ -41,6 +53,7 @@ class EngineOptions:
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
     resident_layers: int | None = None  # at most this many, whatever the budget
     head: str | int = "file"  # or 8 or 4: bits that a dense head is rounded to when it is loaded
+    dense: str | int = "file"  # the same of what else is dense in the layers of a file
     embed: str = "auto"  # on a GPU: or "device", "disk": see docs/memory.md
     packed_folder: str | Path | None = None  # where streamed layers are kept; None: the user's cache folder
     threads: int | None = None  # of the CPU, at most; None: all that the process may use
@@ -65,8 +78,9 @@ class EngineOptions:
         if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_BITS:
             raise ConfigError(f"kv_cache: found {self.kv_cache!r}, expected one of {', '.join(KV_BITS)}")
         self._check_counts()
-        if isinstance(self.head, bool) or self.head not in ("file", 8, 4):
-            raise ConfigError(f"head: found {self.head!r}, expected 'file', 8 or 4")
+        for name, bits in (("head", self.head), ("dense", self.dense)):
+            if isinstance(bits, bool) or bits not in ("file", 8, 4):
+                raise ConfigError(f"{name}: found {bits!r}, expected 'file', 8 or 4")
         if self.embed not in EMBED:
             raise ConfigError(f"embed: found {self.embed!r}, expected one of {', '.join(EMBED)}")
         if self.arithmetic is not None and self.arithmetic not in ARITHMETIC:
@@ -96,6 +110,10 @@ class EngineOptions:
                     f"{name}: found {value!r}, expected a whole number from {low} to {_MAX_TOKENS - 1}"
                     + (" or 'auto'" if may_be_auto else "")
                 )
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.head, self.dense, self.rope)
 
     @property
     def on_gpu(self) -> bool:

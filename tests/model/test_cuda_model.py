@@ -162,8 +162,8 @@ def test_scaled_branches_and_capped_logits_as_through_torch(backend, monkeypatch
         return all_logits(engine, PROMPT), step_logits(engine, PROMPT)
 
     plain = logits(load(STORIES, backend))
-    monkeypatch.setattr(decoder, "Branch", partial(Branch, scale=0.3))
-    monkeypatch.setattr(decoder, "LogitsSpec", partial(LogitsSpec, softcap=4.0, scale=0.5))
+    monkeypatch.setattr(decoder, "Branch", lambda *described: Branch(scale=0.3))
+    monkeypatch.setattr(decoder, "LogitsSpec", lambda *described: LogitsSpec(softcap=4.0, scale=0.5))
     expected = all_logits(load_engine(STORIES, EngineOptions(device="cpu", context=128)), PROMPT)
     for found, before in zip(logits(load(STORIES, backend)), plain, strict=True):
         assert (found - expected).abs().max() < bound(expected, 4)
@@ -193,7 +193,7 @@ def test_attention_of_other_angles_or_epsilons_is_named(backend, monkeypatch):
     ids=lambda value: value.func.__name__ if isinstance(value, partial) else "",
 )
 def test_what_no_kernel_does_is_named(backend, monkeypatch, spec, found):
-    monkeypatch.setattr(decoder, spec.func.__name__, spec)
+    monkeypatch.setattr(decoder, spec.func.__name__, lambda *described: spec())
     with pytest.raises(UnsupportedModelError, match=f"{found}, expected .* on a GPU"):
         all_logits(load(STORIES, backend), PROMPT)
 

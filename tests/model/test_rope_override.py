@@ -14,7 +14,7 @@ from exl.engine.cache_files import load_cache, save_cache
 from exl.errors import ConfigError
 from exl.ops.cpu_target import torch_target
 from exl.planning.from_headers import open_model
-from exl.planning.options import EngineOptions
+from exl.planning.options import EngineOptions, Reading
 from exl.weights.packed_store import packed_key
 from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids
@@ -73,7 +73,8 @@ def test_logits_are_those_of_transformers_with_the_same_override(rope, max_posit
 def test_kept_pages_are_of_one_rope_and_packed_weights_of_any(folders, tmp_path):
     rope, cpu, keys = {"rope_type": "linear", "factor": 3.0}, torch_target(), set()
     for other in (None, rope):
-        with open_model(folders["llama"], rope=other) as files, Checkpoint.open(folders["llama"]) as checkpoint:
+        reading = Reading(rope=other)
+        with open_model(folders["llama"], reading) as files, Checkpoint.open(folders["llama"]) as checkpoint:
             layouts = files.manifest.layouts(cpu)
             keys.add(packed_key(checkpoint, None, [layouts.embed, *layouts.layers, layouts.head], cpu, "torch"))
     assert len(keys) == 1
