@@ -40,6 +40,14 @@ def quantize(
     seq_len: Annotated[int | None, typer.Option(help="At most this many tokens per sequence.")] = None,
     damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration text.")] = "gptq",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SETTINGS",
+            help="Settings of modules whose names the regular expression matches: bits:8,group_size:32,sym:true, or "
+            "dense. May be repeated; the first that matches decides.",
+        ),
+    ] = None,
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
     threads: Threads = None,
     revision: Revision = None,
@@ -69,6 +77,7 @@ def quantize(
         damp=damp,
         method=method,
         checkpoint_format=checkpoint_format,
+        overrides=override or (),
     )
     with WorkBar("quantizing") as bar:
         done = run(find_model(src, revision=revision, token=token), dst, options, bar.update, threads)

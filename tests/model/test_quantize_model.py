@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +62,9 @@ def unpack_stream(words: np.ndarray, bits: int) -> np.ndarray:
     return np.stack(codes, axis=1).reshape(-1, words.shape[1])
 
 
-def dequantized(folder: Path) -> dict[str, np.ndarray]:
+def dequantized(
+    folder: Path, bits_of: Callable[[str], int] | None = None, only: str | None = None
+) -> dict[str, np.ndarray]:
     """Weights [N, K] in f64 of every quantized module, read from the files by the format's description."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     tensors = {}
@@ -70,10 +72,13 @@ def dequantized(folder: Path) -> dict[str, np.ndarray]:
         tensors |= load_file(path)
     weights = {}
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
-        codes = unpack_stream(tensors[f"{name}.qweight"], config["bits"])
-        zeros = unpack_stream(np.ascontiguousarray(tensors[f"{name}.qzeros"].T), config["bits"]).T
+        if only not in (None, name):
+            continue
+        bits = config["bits"] if bits_of is None else bits_of(name)
+        codes = unpack_stream(tensors[f"{name}.qweight"], bits)
+        zeros = unpack_stream(np.ascontiguousarray(tensors[f"{name}.qzeros"].T), bits).T
         if config["checkpoint_format"] == "gptq":
-            zeros = (zeros + 1) % 2 ** config["bits"]
+            zeros = (zeros + 1) % 2**bits
         g_idx = tensors[f"{name}.g_idx"]
         scales = tensors[f"{name}.scales"].astype(np.float64)
         weights[name] = (scales[g_idx] * (codes - zeros[g_idx])).T
