@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from exl.batch import ForwardBatch
+from exl.families.config import ModelConfig
 from exl.families.specs import LayerSpec
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import LinearPlan, ModulePlan
@@ -71,6 +72,14 @@ class Effort:
         if not hearing.step.joins_plainly:  # what the inputs lack
             return round(runs + hessian + flop * 2 * T * K * K)
         return round(runs + hessian + flop * 2 * T * K * N + _ELEMENT * 2 * T * N)
+
+    def through(self, chunk: ForwardBatch) -> int:
+        """A chunk through the layer, heard by nobody."""
+        return round(self._run(range(len(self._steps)), chunk))
+
+    def head(self, num_rows: int, config: ModelConfig) -> int:
+        """The logits of so many rows, and what is computed of them."""
+        return round(num_rows * config.vocab_size * (self._row_flop * 2 * config.hidden_size + _ELEMENT * 12))
 
     def read(self) -> int:
         """The layer's weights, once for each stream."""

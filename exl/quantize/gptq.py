@@ -115,18 +115,46 @@ def gptq(
 
     Overwrites H, so that at most three matrices of its size are alive at once. Raises ``ExlError`` if H is not finite.
     """
-    K = weight.shape[0]
-    rounding = TorchRounding(Threads(torch.get_num_threads())) if rounding is None else rounding
-    order = torch.arange(K)
+    factor = factorize(hessian, act_order=act_order, damp=damp, dtype=weight.dtype)
+    return solve(weight, factor, grid, group_size, static_groups=static_groups, drift=drift, rounding=rounding)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What is done to a Hessian, for all widths and all outputs of its linear."""
+
+    U: torch.Tensor  # [K, K], of the weights' type
+    order: torch.Tensor  # [K], in which inputs are rounded
+    act_order: bool
+
+
+def factorize(hessian: torch.Tensor, *, act_order: bool, damp: float, dtype: torch.dtype) -> Factor:
+    """Overwrites H f64 [K, K]."""
+    order = torch.arange(len(hessian))
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian.copy_(hessian[order[:, None], order])
-    U = _inverse_factor(hessian, damp).to(weight.dtype)
+    return Factor(_inverse_factor(hessian, damp).to(dtype), order, act_order)
+
+
+def solve(
+    weight: torch.Tensor,
+    factor: Factor,
+    grid: Grid,
+    group_size: int,
+    *,
+    static_groups: bool = False,
+    drift: torch.Tensor | None = None,
+    rounding: Rounding | None = None,
+) -> QuantizedWeight:
+    """:func:`gptq` behind the factor."""
+    K, U, order = weight.shape[0], factor.U, factor.order
+    rounding = TorchRounding(Threads(torch.get_num_threads())) if rounding is None else rounding
     weight = weight[order]
     if drift is not None:
         weight += U.T @ (U @ drift[order].to(weight.dtype))
     back = torch.argsort(order)
-    if act_order and static_groups:
+    if factor.act_order and static_groups:
         scales, zeros = _fit(rounding, grid, weight[back], group_size)
         g_idx, fit_size = order // group_size, 0
     else:

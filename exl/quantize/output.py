@@ -88,7 +88,7 @@ def write_checkpoint(
     for name in _COMPANIONS:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
-    quant_json = quantization_config(options)
+    quant_json = quantization_config(options, plan)
     write_text(out / "quantize_config.json", json.dumps(quant_json, indent=1) + "\n")
     config_json = {**_with_shapes(config_json, plan), "quantization_config": quant_json}
     write_text(out / "config.json", json.dumps(config_json, indent=1) + "\n")
@@ -136,7 +136,7 @@ def _read_tensors(
         progress(entry)
 
 
-def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
+def quantization_config(options: QuantizeOptions, plan: QuantizePlan) -> dict[str, Any]:
     """Keys as AutoGPTQ and GPTQModel write them. ``desc_act`` means that groups are shuffled, as loaders read it."""
     used_gptq = options.method == "gptq"
     act_order = used_gptq and options.act_order
@@ -145,7 +145,7 @@ def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
         meta |= {"act_order": act_order, "match_dense": options.match_dense}
     values: dict[str, Any] = {
         "quant_method": "gptq",
-        "bits": options.bits,
+        "bits": plan.assignment.base.bits,
         "group_size": options.group_size,
         "desc_act": act_order and not options.static_groups,
         "sym": options.sym,
@@ -153,8 +153,10 @@ def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
         "checkpoint_format": options.checkpoint_format,
         "pack_dtype": "int32",
     }
-    if options.overrides:
-        values["dynamic"] = dynamic(options.parsed_overrides)
+    if plan.assignment.overrides:
+        values["dynamic"] = dynamic(plan.assignment.overrides)
+    if options.target_bits is not None:
+        meta |= {"target_bits": options.target_bits, "average_bits": round(plan.average_bits, 4)}
     if used_gptq:
         values |= {
             "damp_percent": options.damp,

@@ -6,8 +6,10 @@ always mean the same.
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from exl.checkpoint.header import shown
@@ -88,7 +90,7 @@ def dynamic(overrides: Iterable[Override]) -> dict[str, dict[str, Any]]:
 def settings_of(names: Sequence[str], base: Settings, overrides: Sequence[Override]) -> dict[str, Settings | None]:
     """The settings of each module; None: it stays dense. Raises ``ConfigError`` for a pattern that matches none of
     them."""
-    values = {"bits": base.bits, "group_size": base.group_size, "sym": base.sym}
+    values = asdict(base)
     for override in overrides:
         alone = parse_quant_config({**values, "dynamic": {f"-:{override.pattern}": {}}}, "override")
         if all(alone.for_module(name) is not None for name in names):
@@ -98,3 +100,51 @@ def settings_of(names: Sequence[str], base: Settings, overrides: Sequence[Overri
     config = parse_quant_config({**values, "dynamic": dynamic(overrides)}, "override")
     found = {name: config.for_module(name) for name in names}
     return {name: x and Settings(x.bits, x.group_size, x.sym) for name, x in found.items()}
+
+
+_PATTERN_LAYERS = 64  # in one pattern, whose length is limited
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The settings of all linears' modules, by name, and what a configuration has to say so."""
+
+    settings: Mapping[str, Settings | None]
+    base: Settings
+    overrides: tuple[Override, ...]
+
+    @classmethod
+    def make(cls, names: Sequence[str], base: Settings, overrides: Sequence[Override]) -> Assignment:
+        return cls(settings_of(names, base, overrides), base, tuple(overrides))
+
+    def without_bits(self) -> set[str]:
+        """Modules whose bits no override says."""
+        other = replace(self.base, bits=next(bits for bits in SUPPORTED_BITS if bits != self.base.bits))
+        changed = settings_of(list(self.settings), other, self.overrides)
+        return {name for name, found in self.settings.items() if found and found.bits != changed[name].bits}
+
+    def with_bits(self, bits: Mapping[str, int]) -> Assignment:
+        """With these bits for the modules named. What most of them have is what the configuration says for all that it
+        does not name."""
+        counts = Counter(bits.values())
+        most = max(counts, key=lambda width: (counts[width], width))
+        settings = {name: x and replace(x, bits=bits.get(name, x.bits)) for name, x in self.settings.items()}
+        base = replace(self.base, bits=most)
+        dense = [override for override in self.overrides if override.values is None]
+        return Assignment(settings, base, (*dense, *_by_name(settings, base)))
+
+
+def _by_name(settings: Mapping[str, Settings | None], base: Settings) -> list[Override]:
+    """Overrides for exactly the modules that differ from ``base``, as few as modules of many layers allow."""
+    layers: dict[tuple[str, str, Settings], list[str]] = defaultdict(list)
+    for name, found in settings.items():
+        if found not in (None, base):
+            before, layer, after = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name).groups()
+            layers[before, after, found].append(layer)
+    overrides = []
+    for (before, after, found), numbers in layers.items():
+        values = {key: value for key, value in asdict(found).items() if value != asdict(base)[key]}
+        for start in range(0, len(numbers), _PATTERN_LAYERS):
+            chosen = "|".join(numbers[start : start + _PATTERN_LAYERS])
+            overrides.append(Override(f"{re.escape(before)}({chosen}){re.escape(after)}$", values))
+    return overrides

@@ -14,8 +14,7 @@ from exl.errors import ConfigError, warn_user
 from exl.families.config import ModelConfig
 from exl.layout.specs import BlobSpec, MatrixSpec
 from exl.models.manifest import ModelManifest
-from exl.quantize.options import QuantizeOptions
-from exl.quantize.overrides import Settings, settings_of
+from exl.quantize.overrides import Assignment, Settings
 
 K_MULTIPLE = 32  # this many codes fill whole words of qweight at every number of bits
 Entry = tuple[str, str, tuple[int, ...]]  # a tensor's name, dtype and shape
@@ -60,6 +59,10 @@ class ModulePlan:
             found[part.outputs] = part.column + np.arange(len(part.outputs))
         return found
 
+    def places(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As ``columns``, among those of the linear's columns, in ascending order."""
+        return np.where(self.columns < 0, -1, np.searchsorted(columns, self.columns))
+
     def place_bias(self, bias: NDArray) -> NDArray:
         """The source's [N] -> the file's [out_N]."""
         placed = np.zeros(self.out_N, bias.dtype)
@@ -87,6 +90,10 @@ class LinearPlan:
     N: int
     modules: tuple[ModulePlan, ...]
 
+    def columns(self, modules: Sequence[ModulePlan]) -> NDArray[np.int64]:
+        """The linear's columns that these modules are, in ascending order."""
+        return np.sort(np.concatenate([module.columns[module.columns >= 0] for module in modules]))
+
     def solves(self) -> list[tuple[ModulePlan, ...]]:
         """Modules with the same settings, which are rounded together."""
         found: dict[Settings, list[ModulePlan]] = {}
@@ -103,6 +110,13 @@ class QuantizePlan:
     layers: tuple[Mapping[str, LinearPlan], ...]
     tied: bool  # the embedding is also the head
     unused: str | None  # module of the source that is left out: a head that is a copy of the embedding
+    assignment: Assignment
+
+    @property
+    def average_bits(self) -> float:
+        """Of the codes, over all quantized weights of the source."""
+        sizes = [(module.K * module.N, module.bits) for module, _ in self.modules()]
+        return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes)
 
     def modules(self) -> list[tuple[ModulePlan, int]]:
         """All quantized ones, with the layer's index."""
@@ -121,18 +135,17 @@ def module_names(manifest: ModelManifest) -> list[str]:
     return list(dict.fromkeys(parts))
 
 
-def make_plan(manifest: ModelManifest, config: ModelConfig, options: QuantizeOptions) -> QuantizePlan:
+def make_plan(manifest: ModelManifest, config: ModelConfig, assignment: Assignment) -> QuantizePlan:
     """Raises ``ConfigError`` that names the module that the bits do not fit; warns (``ExlWarning``) of groups that are
     shorter than the others."""
-    names = module_names(manifest)
-    settings = settings_of(names, options.settings, options.parsed_overrides)
+    settings = assignment.settings
     if not any(settings.values()):
         raise ConfigError("override: all linears stay dense: nothing is left to quantize")
     padding = _Padding(config.intermediate_size, _padded_size(manifest, config, settings))
     layers = tuple(_plan_layer(blob, settings, padding) for blob in manifest.layers)
     embed_name = dict(manifest.embed.linears)["embed"][0].parts[0].name
     unused = manifest.names.head if manifest.tied and embed_name != manifest.names.head else None
-    plan = QuantizePlan(padding.padded, layers, manifest.tied, unused)
+    plan = QuantizePlan(padding.padded, layers, manifest.tied, unused, assignment)
     _check(plan)
     return plan
 
@@ -198,6 +211,11 @@ def _add_part(
     modules[matrix.name] = ModulePlan(matrix.name, matrix.K, N, out_K, out_N, matrix.has_bias, settings, (part,))
 
 
+def outputs_per_word(bits: int) -> int:
+    """So many outputs' zeros fill whole words."""
+    return 32 // gcd(bits, 32)
+
+
 def _check(plan: QuantizePlan) -> None:
     shorter: list[ModulePlan] = []
     for module, _ in plan.modules():
@@ -206,7 +224,7 @@ def _check(plan: QuantizePlan) -> None:
                 f"{module.name}: found {module.out_K} inputs, expected a multiple of {K_MULTIPLE}: "
                 "GPTQ packs inputs by 32; leave it dense"
             )
-        per_word = 32 // gcd(module.bits, 32)
+        per_word = outputs_per_word(module.bits)
         if module.out_N % per_word:
             raise ConfigError(
                 f"{module.name}: found {module.out_N} outputs, expected a multiple of {per_word}: "

@@ -31,9 +31,11 @@ from exl.quantize.layer_pass import LayerPass
 from exl.quantize.listen import Listener, scratch_width
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
-from exl.quantize.plan import Entry, QuantizePlan, make_plan
+from exl.quantize.overrides import Assignment
+from exl.quantize.plan import Entry, QuantizePlan, make_plan, module_names
+from exl.quantize.sensitivity import Probe, Texts, choose_bits, measure_pass
 from exl.quantize.solve import Solver
-from exl.quantize.work import WorkFolder, as_bytes, write_atomically
+from exl.quantize.work import WorkFolder, as_bytes, write_atomically, write_text
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart
@@ -50,6 +52,7 @@ class QuantizeResult:
     num_bytes: int  # of weights
     num_calibration_tokens: int
     num_resumed_layers: int  # layers that an earlier run had finished
+    average_bits: float  # of the codes, over all quantized weights
 
 
 def quantize(
@@ -103,29 +106,43 @@ class _Run:
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
         if read_quant_config(folder, self.config_json) is not None:
             raise ConfigError(f"{folder}: already quantized, expected a dense model")
-        manifest = read_manifest(checkpoint, self.config, None)
-        self.plan: QuantizePlan = make_plan(manifest, self.config, options)
+        self.manifest = read_manifest(checkpoint, self.config, None)
+        self.asked = Assignment.make(module_names(self.manifest), options.settings, options.parsed_overrides)
+        self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
-        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, compute)
+        self.layers = LayerPass(checkpoint, self.config, self.manifest, self.sequences, compute)
         self.solver = Solver(checkpoint, options, compute)
         self._progress, self._done = progress, 0
-        self._tensors = output_entries(checkpoint, self.plan)
-        num_layers = self.config.num_layers
+        self._measuring = 0  # work of choosing widths
+        self._follow(self.plan)
+
+    def _follow(self, plan: QuantizePlan) -> None:
+        """Takes a plan, and knows then what each step of it will be."""
+        self.plan, self._tensors = plan, output_entries(self.checkpoint, plan)
+        num_layers, compiled = self.config.num_layers, self.compute.compiled
         self.efforts = [
-            Effort(self.config.layers[i], options, self.plan.layers[i], compute.compiled, is_last=i + 1 == num_layers)
+            Effort(self.config.layers[i], self.options, plan.layers[i], compiled, is_last=i + 1 == num_layers)
             for i in range(num_layers)
         ]
         layers = [effort.whole(self.layers.chunks) for effort in self.efforts]
         self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last
-        self._total = self._done_before[-1] + sum(map(_write_work, self._entries()))
+        self._total = self._measuring + self._done_before[-1] + sum(map(_write_work, self._entries()))
 
     def run(self) -> QuantizeResult:
         work = WorkFolder.open(self.dst, self._request(), self.streams)
         num_layers = self.config.num_layers
+        probe = None if self.options.target_bits is None else self._probe(work)
+        chosen = self._chosen_before(work)
+        if probe is not None:
+            self._measuring = probe.total_work()
+            self._follow(self.plan if chosen is None else self._plan_with(chosen))
         finished = work.num_finished(num_layers)
-        self._check_space(work)
-        self._step("resuming" if finished else "starting", self._done_before[finished])
+        self._check_space(work, 0 if probe is None else probe.scratch_bytes())
+        before = self._done_before[finished] + (0 if chosen is None else self._measuring)
+        self._step("resuming" if before else "starting", before)
+        if probe is not None and chosen is None:
+            self._follow(self._plan_with(self._choose(work, probe)))
         if self.sequences and finished < num_layers and not work.has_hidden(finished):
             self._write_hidden(work, 0, {stream: self.layers.embed() for stream in self.streams})
         for layer_idx in range(finished, num_layers):
@@ -136,7 +153,28 @@ class _Run:
         num_bytes = write_checkpoint(self.dst, work, self.checkpoint, self.plan, self.options, self.config_json, write)
         work.remove()
         num_tokens = sum(map(len, self.sequences))
-        return QuantizeResult(self.dst, num_bytes, num_tokens, finished)
+        return QuantizeResult(self.dst, num_bytes, num_tokens, finished, self.plan.average_bits)
+
+    # Widths
+
+    def _probe(self, work: WorkFolder) -> Probe:
+        texts = Texts.of(self.sequences)
+        learn = LayerPass(self.checkpoint, self.config, self.manifest, texts.learn, self.compute)
+        measure = measure_pass(learn, texts.measure)
+        told = lambda layer_idx, what, done: self._step(f"measuring {self._at(layer_idx, what)}", done)  # noqa: E731
+        return Probe(learn, measure, self.plan, self.options, self.solver, work.path / "probe", told)
+
+    def _chosen_before(self, work: WorkFolder) -> dict[str, int] | None:
+        """The bits of modules that a run has chosen before it was interrupted."""
+        return dict(read_json(work.bits_path)) if work.bits_path.is_file() else None
+
+    def _choose(self, work: WorkFolder, probe: Probe) -> dict[str, int]:
+        chosen = choose_bits(self.plan, probe.run(), self.options.target_bits)
+        write_text(work.bits_path, json.dumps(chosen, indent=1))
+        return chosen
+
+    def _plan_with(self, chosen: dict[str, int]) -> QuantizePlan:
+        return make_plan(self.manifest, self.config, self.asked.with_bits(chosen))
 
     def _entries(self) -> Iterator[Entry]:
         return (entry for entry, _ in self._tensors)
@@ -171,6 +209,7 @@ class _Run:
         options = asdict(self.options)
         del options["calibration"]
         options["overrides"] = list(self.options.overrides)
+        options["bit_choices"] = None if self.options.bit_choices is None else list(self.options.bit_choices)
         source = hashlib.sha256()
         for name, info in self.checkpoint.tensors.items():
             source.update(f"{name} {info.file} {info.dtype} {info.shape} {info.start}\n".encode())
@@ -186,7 +225,7 @@ class _Run:
             "calibration tokens": text.hexdigest(),
         }
 
-    def _check_space(self, work: WorkFolder) -> None:
+    def _check_space(self, work: WorkFolder, probe_bytes: int) -> None:
         """Raises ``ExlError`` now if the disk will be full later: a run may take hours."""
         C, follow = self.config.hidden_size, "dense" in self.streams
         scratch = max(scratch_width(layer, C, follow) for layer in self.config.layers)
@@ -194,7 +233,7 @@ class _Run:
         hidden = 4 * width * sum(map(len, self.sequences))
         weights = 2 * sum(map(entry_bytes, self._entries()))
         there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
-        needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
+        needed, free = max(probe_bytes, hidden) + weights - there, shutil.disk_usage(self.dst).free
         if free < needed:
             has, needs = format_apart(free, needed)
             raise ExlError(f"{self.dst}: {has} free on this disk, quantizing needs {needs}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,20 @@ from exl.errors import CheckpointError, ExlError
 from exl.formats.tensors import read_float
 from exl.ops.base import Linear
 from exl.quantize.compute import Compute
-from exl.quantize.gptq import QuantizedWeight, gptq, round_to_nearest
+from exl.quantize.gptq import Factor, QuantizedWeight, factorize, round_to_nearest, solve
 from exl.quantize.grid import Grid
 from exl.quantize.listen import Heard
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.pack import gptq_tensors
 from exl.quantize.plan import LinearPlan, ModulePlan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was heard of a linear, ready for any of its modules at any width."""
+
+    factor: Factor
+    drift: torch.Tensor | None  # f32 [out_K, N of the linear]
 
 
 @dataclass(frozen=True)
@@ -30,58 +39,56 @@ class Solver:
 
     def solve(self, plan: LinearPlan, linear: Linear, heard: Heard | None) -> dict[str, NDArray]:
         """The tensors of the linear's modules, by name. Replaces the dense weights in ``linear`` by the rounded ones.
-        ``heard``: None rounds to nearest."""
+        ``heard``: None rounds to nearest. Overwrites the Hessian."""
         weight = linear.fields["weight"]  # [N, K]
+        prepared = None if heard is None else self.prepare(plan, heard)
         tensors: dict[str, NDArray] = {}
-        solves = plan.solves()
-        for i, modules in enumerate(solves):
-            is_last = i + 1 == len(solves)
-            columns = np.sort(np.concatenate([module.columns[module.columns >= 0] for module in modules]))
-            whole = len(columns) == plan.N
-            chosen = slice(None) if whole else torch.from_numpy(columns)
-            mine = None if heard is None else self._heard(heard, chosen, keep=not is_last)
-            result = self._quantize(modules[0], weight[chosen], mine)
-            weight[chosen] = result.dequantize()[: plan.K].T
+        for modules in plan.solves():
+            columns = plan.columns(modules)
+            result = self.round(plan, modules, weight, prepared)
+            weight[columns] = result.dequantize()[: plan.K].T
             for module in modules:
-                # Columns of the linear -> columns of the result; padding stays -1.
-                places = np.where(module.columns < 0, -1, np.searchsorted(columns, module.columns))
-                tensors |= gptq_tensors(module, result, places, self._read_bias(module), self.options.checkpoint_format)
+                bias = self._read_bias(module)
+                places = module.places(columns)
+                tensors |= gptq_tensors(module, result, places, bias, self.options.checkpoint_format)
         return tensors
 
-    def _heard(self, heard: Heard, chosen: slice | torch.Tensor, keep: bool) -> Heard:
-        """For some columns. ``keep``: what is heard is needed again, and GPTQ overwrites the Hessian."""
-        drift = heard.drift if heard.drift is None else heard.drift[:, chosen]
-        return Heard(heard.hessian.clone() if keep else heard.hessian, drift)
-
-    def _quantize(self, module: ModulePlan, weight: torch.Tensor, heard: Heard | None) -> QuantizedWeight:
-        """``weight`` [N, K], with ``module``'s settings."""
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{module.name}: found weights that are not finite")
-        padded = torch.zeros(module.out_K, len(weight))  # rows from K on are padding, for inputs that are always 0
-        padded[: module.K] = weight.T
-        try:
-            return self.round(padded, module, heard)
-        except ExlError as error:
-            raise ExlError(f"{module.name}: {error}") from None
-
-    def round(self, weight: torch.Tensor, module: ModulePlan, heard: Heard | None) -> QuantizedWeight:
-        """``weight`` [out_K, N]."""
-        settings, options = module.settings, self.options
-        grid = Grid(settings.bits, settings.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
-        if heard is None:
-            return round_to_nearest(weight, grid, module.group_size)
-        H, drift, num_padding = heard.hessian, heard.drift, module.out_K - module.K
-        if num_padding:
+    def prepare(self, plan: LinearPlan, heard: Heard) -> Prepared:
+        """Overwrites the Hessian."""
+        H, drift, options = heard.hessian, heard.drift, self.options
+        num_padding = plan.modules[0].out_K - plan.K
+        if num_padding:  # inputs that are always 0
             H = F.pad(H, (0, num_padding, 0, num_padding))
             drift = None if drift is None else F.pad(drift, (0, 0, 0, num_padding))
-        return gptq(
-            weight,
-            H,
+        try:
+            factor = factorize(H, act_order=options.act_order, damp=options.damp, dtype=torch.float32)
+        except ExlError as error:
+            raise ExlError(f"{plan.modules[0].name}: {error}") from None
+        return Prepared(factor, drift)
+
+    def round(
+        self, plan: LinearPlan, modules: Sequence[ModulePlan], weight: torch.Tensor, prepared: Prepared | None
+    ) -> QuantizedWeight:
+        """Modules of equal settings, at once: their columns of ``weight`` [N, K], of the whole linear."""
+        module, columns, options = modules[0], plan.columns(modules), self.options
+        chosen = weight if len(columns) == plan.N else weight[columns]
+        if not bool(torch.isfinite(chosen).all()):
+            raise CheckpointError(f"{module.name}: found weights that are not finite")
+        padded = torch.zeros(module.out_K, len(columns))
+        padded[: plan.K] = chosen.T
+        settings = module.settings
+        grid = Grid(settings.bits, settings.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
+        if prepared is None:
+            return round_to_nearest(padded, grid, module.group_size)
+        drift = prepared.drift
+        if drift is not None and len(columns) < plan.N:
+            drift = drift[:, columns]
+        return solve(
+            padded,
+            prepared.factor,
             grid,
             module.group_size,
-            act_order=options.act_order,
             static_groups=options.static_groups,
-            damp=options.damp,
             drift=drift,
             rounding=self.compute.rounding,
         )
