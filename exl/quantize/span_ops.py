@@ -29,7 +29,6 @@ class Span:
 
     start: Segments | None = None
     stop: Segments | None = None
-    branch: Branch | None = None  # of the last linear that added to the residual stream
 
     def _skips(self, w: Segments) -> bool:
         if self.start is not None and w is not self.start:
@@ -84,7 +83,6 @@ class Span:
         if w is self.stop:
             raise Stopped(self._inputs(x, None))
         super().add_projection(x, w, h, branch, loras)
-        self.branch = branch
 
 
 class TorchSpan(Span, TorchOps):
