@@ -13,7 +13,16 @@ from exl.commands.options import Debug, Revision, Threads, Token
 def quantize(
     src: Annotated[str, typer.Argument(help="Folder of a dense model, or its Hugging Face repository.")],
     dst: Annotated[Path, typer.Argument(help="Folder to create. An interrupted run is resumed.")],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; by default 4.")] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --bits: their average, such as 3.5. Linears whose rounding does more harm get more."
+        ),
+    ] = None,
+    bit_choices: Annotated[
+        str | None, typer.Option(help="Bits that --target-bits chooses from; by default 2,3,4,8.")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: all of them.")] = 128,
     act_order: Annotated[
         bool, typer.Option("--act-order/--no-act-order", help="Round the inputs that matter most first.")
@@ -40,6 +49,14 @@ def quantize(
     seq_len: Annotated[int | None, typer.Option(help="At most this many tokens per sequence.")] = None,
     damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, relative to its mean.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration text.")] = "gptq",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SETTINGS",
+            help="Settings of modules whose names the regular expression matches: bits:8,group_size:32,sym:true, or "
+            "dense. May be repeated; the first that matches decides.",
+        ),
+    ] = None,
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq, or gptq_v2.")] = "gptq",
     threads: Threads = None,
     revision: Revision = None,
@@ -69,13 +86,27 @@ def quantize(
         damp=damp,
         method=method,
         checkpoint_format=checkpoint_format,
+        overrides=override or (),
+        target_bits=target_bits,
+        bit_choices=None if bit_choices is None else _whole_numbers(bit_choices),
     )
     with WorkBar("quantizing") as bar:
         done = run(find_model(src, revision=revision, token=token), dst, options, bar.update, threads)
     resumed = f", {done.num_resumed_layers} layers were already done" if done.num_resumed_layers else ""
-    say(f"{done.folder}: {done.num_bytes} bytes of weights, {done.num_calibration_tokens} tokens of text{resumed}")
+    average = "" if target_bits is None else f", {done.average_bits:.3f} bits on average"
+    weights, tokens = f"{done.num_bytes} bytes of weights{average}", f"{done.num_calibration_tokens} tokens of text"
+    say(f"{done.folder}: {weights}, {tokens}{resumed}")
     if (command := run_command(done.folder)) is not None:
         say(f"run it: {command}")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    from exl.errors import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"bit_choices: found {text!r}, expected whole numbers such as 2,3,4") from None
 
 
 def run_command(folder: Path) -> str | None:

@@ -10,6 +10,7 @@ import torch
 
 from exl.batch import ForwardBatch
 from exl.cache.kv import KVCache
+from exl.cpu_kernels.dense import dense_kernel
 from exl.layout.layers import LayerLayout
 from exl.layout.steps import routed_widths
 from exl.models.decoder import Decoder, RoutedRows, StepBuffers
@@ -30,8 +31,11 @@ _SPEC_FIELDS = (
 )  # that choose a linear's kernels
 
 
-def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache) -> None:
-    """Loads the kernels of decode steps and prompts. Nothing is computed, no weight is read."""
+def load_kernels(
+    decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: KVCache, windows: KVCache | None = None
+) -> None:
+    """Loads the kernels of decode steps and prompts. Nothing is computed, no weight is read. ``windows``: of the layers
+    that ``kv`` has not."""
     ops = decoder.ops
     assert isinstance(ops, CompiledOps)
     limits = model.limits
@@ -49,11 +53,20 @@ def load_kernels(decoder: Decoder, weights: ModelWeights, model: PlanInput, kv: 
             )
             decoder.embed(weights.embed, h)
             for layer_idx, layer in layers:
-                decoder.layer(layer_idx, layer, buffers, h, kv)
+                cache = kv if windows is None or layer_idx in kv else windows
+                decoder.layer(layer_idx, layer, buffers, h, cache)
             decoder.head(weights.final_norm, weights.head, h, torch.empty(num_logits, limits.vocab_size))
 
-        specs |= ops.kernels_of(step, _prompt(count, num_logits))
+        specs |= ops.kernels_of(step, _prompt(count, num_logits, windows is not None))
+        if model.adapters:
+            specs |= ops.kernels_of(step, _prompt(count, num_logits, windows is not None, adapter=0))
+            specs |= {dense_kernel(dtype, count, ops.library.isa) for dtype in _adapter_types(model)}
     ops.library.load(specs)
+
+
+def _adapter_types(model: PlanInput) -> set[str]:
+    linears = [linear for adapter in model.adapters for some in adapter.blob.linears.values() for linear in some]
+    return {linear.spec.dtype for linear in linears}
 
 
 def _different(model: PlanInput) -> Iterator[tuple[int, LayerWeights]]:
@@ -75,8 +88,9 @@ def _kinds(layout: LayerLayout) -> tuple:
     )
 
 
-def _prompt(count: int, num_logits: int) -> ForwardBatch:
+def _prompt(count: int, num_logits: int, has_windows: bool, adapter: int | None = None) -> ForwardBatch:
     """The first tokens of a text, of which the last ones' logits are wanted."""
+    table = np.zeros((1, 1), np.int32)
     array = np.arange(count, dtype=np.int32)
     one = np.array([count], np.int32)
     return ForwardBatch(
@@ -86,7 +100,10 @@ def _prompt(count: int, num_logits: int) -> ForwardBatch:
         query_start=np.array([0, count], np.int32),
         context_len=one,
         rope_len=one,
-        page_table=np.zeros((1, 1), np.int32),
+        page_table=table,
         logit_rows=array[count - num_logits :],
         num_decode_rows=0,
+        window_slots=array if has_windows else None,
+        window_table=table if has_windows else None,
+        lora_idx=None if adapter is None else np.array([adapter], np.int32),
     )

@@ -176,6 +176,7 @@ class Lineup:
         return len(sequence.ids) > least and any(
             (other.state is State.PREFILL or other.num_read == 0)
             and len(other.ids) > least
+            and other.lora == sequence.lora
             and other.ids[:least] == head
             and not other.ticket.lags
             for other in self.running
@@ -190,7 +191,7 @@ class Lineup:
         for child in ticket.sequences[1:]:
             if child.state is not State.WAITING or child.num_drawn or len(self.running) >= self.device.max_sequences:
                 continue
-            if self.pages.pool.num_free <= self._reserve():
+            if self.pages.num_free <= self._reserve():
                 break
             self.pages.fork(leader, child)
             child.answer.num_reused = leader.num_cached

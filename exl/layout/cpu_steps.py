@@ -154,6 +154,7 @@ def scratch_sizes(
         "queries": _rows(T, 4 * limits.attn_width),
         "row factors": _rows(T, 8),
         "partials": align_up(scratch_partials(limits) * a_partial_bytes(limits), FIELD_ALIGN),
+        "adapters' inner rows": _rows(T, 4 * limits.lora_rank),
         "samples": 8 * limits.max_logit_rows,
     }
 

@@ -36,6 +36,9 @@ class StepLimits:
     decode_rows: int = 0  # of one batch, more than max_sequences where drafts are verified; 0: max_sequences
     chunk_rows: int = 0  # of a prompt; 0: max_rows
     cache_tokens: int = 0  # of all sequences; 0: a whole context for each of max_sequences
+    page_tables: int = 1  # 2: layers that have a window may have pages of their own
+    lora_rank: int = 0  # the largest of all adapters' terms, see ``exl.adapters.manifest``; 0: there are none
+    lora_width: int = 0  # and outputs
     num_ropes: int = 1  # that layers have, each with angles of its own
     post_norms: bool = False  # some block's output is normalised before it joins the residual stream
     experts: ExpertLimits | None = None
@@ -109,5 +112,7 @@ def scratch_bytes(limits: StepLimits, target: Target) -> dict[str, int]:
         "sorted input": limits.max_rows * max_k * 4,
         "normed input": limits.max_rows * limits.hidden_size * 4,
         "fused output": limits.max_rows * max(2 * limits.intermediate_size, limits.hidden_size) * 4,
+        "adapters' inner rows": limits.max_rows * limits.lora_rank * 4,
+        "adapters' output": limits.max_rows * limits.lora_width * 4,
         "samples": limits.max_logit_rows * 8,
     }

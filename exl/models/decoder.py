@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from exl.ops.base import (
     LayerWeights,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     Ops,
     RouteSpec,
@@ -59,17 +62,24 @@ class StepBuffers:
         return StepBuffers(self.qkv[:num_rows], self.attn[:num_rows], self.mlp[:num_rows], routed)
 
 
+@functools.lru_cache(maxsize=16)  # once for a model, not in each step
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value).to(dtype).item()
+
+
 class Decoder:
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, loras: Sequence[Mapping[str, Loras]] = ()) -> None:
+        """``loras``: by layer and linear, what adapters add; (): there are none."""
         self.config = config
         self.ops = ops
+        self._loras = loras
 
     def embed(self, table: Linear, h: torch.Tensor) -> None:
         """Tokens of the selected batch -> h [T, C]."""
         shape = self.config.embed
         scale = shape.scale
         if shape.in_file_type:
-            scale = torch.tensor(scale).to(TORCH_DTYPES[table.layout.spec.dtype]).item()
+            scale = _rounded(scale, TORCH_DTYPES[table.layout.spec.dtype])
         self.ops.embed(table, h, EmbedSpec(scale))
 
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:
@@ -78,17 +88,19 @@ class Decoder:
         mlp, activation = buffers.mlp, GatedMlp(spec.mlp.activation, spec.mlp.limit)
         if spec.mlp.width < mlp.shape[1]:
             mlp = mlp[:, : spec.mlp.width]
-        ops.project(h, self._norm(w, spec.attn_norm), w["qkv"], buffers.qkv)
+        loras: Mapping[str, Loras] = self._loras[layer_idx] if self._loras else {}
+        added = loras.get("gate_up", ())
+        ops.project(h, self._norm(w, spec.attn_norm), w["qkv"], buffers.qkv, loras.get("qkv", ()))
         ops.attend(buffers.qkv, self._attention(spec.attention, w), layer_idx, kv, attn, w["o"])
         if spec.parallel:  # the MLP's inputs are those of attention, to which nothing has been added yet
-            ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"])
-        ops.add_projection(attn, w["o"], h, self._branch(w, spec.attn_branch))
+            ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"], added)
+        ops.add_projection(attn, w["o"], h, self._branch(w, spec.attn_branch), loras.get("o", ()))
         if isinstance(spec.mlp, MoeShape):
             self._mixture(spec, spec.mlp, w, buffers.routed, activation, h)
             return
         if not spec.parallel:
-            ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"])
-        ops.add_projection(mlp, w["down"], h, self._branch(w, spec.mlp_branch))
+            ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"], added)
+        ops.add_projection(mlp, w["down"], h, self._branch(w, spec.mlp_branch), loras.get("down", ()))
 
     def _mixture(
         self, spec: LayerSpec, moe: MoeShape, w: LayerWeights, rows: RoutedRows, activation: GatedMlp, h: torch.Tensor

@@ -13,8 +13,6 @@ def unsupported(config: ModelConfig, target: Target) -> str | None:
         return None
     if config.mixtures:
         return f"mixtures of {config.mixtures[0].count} experts"
-    if any(layer.attention.sinks for layer in config.layers):
-        return "attention sinks"
     if config.norm.kind != "rms" and any(layer.attention.norms == "head" for layer in config.layers):
         return "LayerNorm of each head's q and k"
     return None

@@ -63,6 +63,20 @@ Segments = tuple[Linear, ...]  # side by side along N; only one if the parts cou
 
 
 @dataclass(frozen=True)
+class Lora:
+    """What an adapter adds to some outputs of a linear: ``out[:, start : start + N] += scale * (x A^T) B^T``, in f32.
+    Dense linears: A of K inputs and r outputs, B of r inputs and N outputs."""
+
+    A: Linear
+    B: Linear
+    start: int
+    scale: float
+
+
+Loras = tuple[tuple[Lora, ...], ...]  # for one linear (all its segments), by the number of the adapter; (): none at all
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """The parameters of attention: everything it needs besides the rows."""
 
@@ -204,8 +218,10 @@ class Ops(Protocol):
     """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on.
 
     What a family adds to an operation is a field of its spec: ``EmbedSpec``, ``AttentionSpec``, ``GatedMlp``,
-    ``Branch`` or ``LogitsSpec``. An operation raises ``UnsupportedModelError`` for what the backend has no kernel for;
-    it ignores no field.
+    ``Branch`` or ``LogitsSpec``. What adapters add is ``loras``, for the rows that ``ForwardBatch.lora_idx`` says: it
+    joins the linear's own product before anything else is done with that. A row has the same bits whatever adapters
+    other rows have, and without one those that it has in a model that was loaded without any. An operation raises
+    ``UnsupportedModelError`` for what the backend has no kernel for; it ignores no field.
     """
 
     device: torch.device
@@ -274,7 +290,7 @@ class Ops(Protocol):
     def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
         """Token ids of the selected batch -> h [T, C] f32: their rows of the table as ``spec`` says."""
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
         """out [T, N] = norm(h) W + b; without a norm, of h itself."""
 
     def attend(
@@ -299,10 +315,13 @@ class Ops(Protocol):
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
         """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h), or h; ``consumer`` as for ``attend``."""
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with
         ``consumer=w``."""
 

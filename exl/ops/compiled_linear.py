@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from exl.batch import LoraRun
 from exl.cpu_kernels.dense import dense_kernel
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.linear import ROW_BLOCK, best_kind
@@ -15,7 +18,7 @@ from exl.layout.columns import ColumnLayout
 from exl.layout.cpu_steps import ARITHMETIC, input_bytes
 from exl.layout.fields import DTYPE_BYTES
 from exl.layout.layers import column_layout
-from exl.ops.base import Linear, Segments
+from exl.ops.base import Linear, Loras, Segments
 from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 
 # Of weights in one chunk: some ten microseconds, so that no thread waits long for another's last one, and so much that
@@ -48,6 +51,18 @@ class LinearStages:
             else:
                 self._quantized(tape, x, linear, part, rest, scale)
             start += linear.N
+
+    def add_loras(
+        self, tape: Tape, x: Rows, loras: Loras, runs: Sequence[LoraRun], out: Rows, scale: float = 1.0
+    ) -> None:
+        """out += scale * what adapters add, in place: for stages that run once."""
+        for start, stop, adapter in runs:
+            for lora in loras[adapter]:
+                r = lora.A.N
+                inner = Rows(tape.memory.scratch("adapters' inner rows", 4 * (stop - start) * r), r, stop - start, r)
+                part = out.some(start, stop).columns(lora.start, lora.B.N)
+                self._dense(tape, x.some(start, stop), lora.A, inner, None, 1.0)
+                self._dense(tape, inner, lora.B, part, part, scale * lora.scale)
 
     def record_form(self, w: Segments) -> RecordForm | None:
         """The form in which all of ``w`` take their input, so that whoever computes it can write it at once; None: they

@@ -8,7 +8,7 @@ row's values are never depends on which of these happens, on other rows, or on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -38,6 +38,7 @@ from exl.ops.base import (
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     RouteSpec,
     Segments,
@@ -124,7 +125,7 @@ class CompiledOps:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """The operations that ``step`` calls, on the selected batch, as a function that runs them for whichever batch
         of the same shape is selected when it is called. What no recording has room for runs as ``step`` itself does."""
-        small = self._now.batch.num_rows <= self._arena_rows
+        small = self._now.batch.num_rows <= self._arena_rows and not self._now.batch.lora_runs  # those add in place
         sets = tuple(self._record(step, arena) for arena in self._arenas) if small else ()
         shared: list[RecordedSet] = [] if small else [self._record(step)]
 
@@ -212,17 +213,30 @@ class CompiledOps:
             self._steps.settle()
 
     @property
-    def step_key(self) -> tuple[int, ...]:
+    def step_key(self) -> tuple[Hashable, ...]:
         return self._now.shape
 
     def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
         with self._stages() as tape:
             compiled_rows.embed(tape, table, self._now.tables.ids, tape.memory.write(h), spec)
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
         with self._stages() as tape:
-            x = self._normed(tape, tape.memory.read(h), norm, w)
-            self._linears.multiply(tape, x, w, tape.memory.write(out))
+            rows = tape.memory.read(h)
+            x, written = self._normed(tape, rows, norm, w), tape.memory.write(out)
+            self._linears.multiply(tape, x, w, written)
+            self._add_loras(tape, rows, norm, x, loras, written)
+
+    def _add_loras(self, tape: Tape, h: Rows, norm: Norm | None, x: Rows | Records, loras: Loras, out: Rows) -> None:
+        """To the product of a linear and x, which is norm(h), what adapters add."""
+        runs = self._now.batch.lora_runs
+        if not loras or not runs:
+            return
+        if isinstance(x, Records):
+            normed = self._normed_rows(tape, h)
+            compiled_rows.norm(tape, h, norm, normed)
+            x = normed
+        self._linears.add_loras(tape, x, loras, runs, out)
 
     def _normed(self, tape: Tape, x: Rows, norm: Norm | None, w: Segments) -> Rows | Records:
         """x as ``w`` reads it: normalized, and at once in the form that all of ``w`` take."""
@@ -233,9 +247,16 @@ class CompiledOps:
             records = self._records(tape, form, x.num_rows)
             compiled_rows.norm_to_records(tape, x, norm, form, records)
             return records
-        normed = Rows(tape.memory.scratch("normed", 4 * x.num_rows * x.width), x.width, x.num_rows, x.width)
+        normed = self._normed_rows(tape, x)
         compiled_rows.norm(tape, x, norm, normed)
         return normed
+
+    def _normed_rows(self, tape: Tape, x: Rows) -> Rows:
+        return Rows(tape.memory.scratch("normed", 4 * x.num_rows * x.width), x.width, x.num_rows, x.width)
+
+    def _form_for(self, consumer: Segments) -> RecordForm | None:
+        """The form in which a result may be handed to the linear that reads it. Adapters read it, too, in f32."""
+        return None if self._now.batch.lora_runs else self._linears.record_form(consumer)
 
     def _records(self, tape: Tape, form: RecordForm, num_rows: int) -> Records:
         return Records(tape.memory.scratch("inputs", form.num_bytes(num_rows)), num_rows)
@@ -250,9 +271,9 @@ class CompiledOps:
         consumer: Segments = (),
     ) -> None:
         with self._stages() as tape:
-            rows, form = tape.memory.read(qkv), self._linears.record_form(consumer)
+            rows, form = tape.memory.read(qkv), self._form_for(consumer)
             written, pages = tape.memory.write(out), kv.layer(layer_idx)
-            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form)
+            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form, kv.windowed)
             if records is not None:
                 self._made[out.data_ptr()] = records
 
@@ -264,30 +285,38 @@ class CompiledOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
         compiled_rows.check_activation(spec)
         with self._stages() as tape:
             num_rows, width = out.shape
             place = tape.memory.scratch("gate and up", 8 * num_rows * width)
             both = Rows(place, 2 * width, num_rows, 2 * width)
-            x = self._normed(tape, tape.memory.read(h), norm, w)
+            rows = tape.memory.read(h)
+            x = self._normed(tape, rows, norm, w)
             self._linears.multiply(tape, x, w, both)
-            form = self._linears.record_form(consumer)
+            self._add_loras(tape, rows, norm, x, loras, both)
+            form = self._form_for(consumer)
             if form is None:
                 compiled_rows.gated(tape, both, spec, tape.memory.write(out))
                 return
             records = self._made[out.data_ptr()] = self._records(tape, form, num_rows)
             compiled_rows.gated_to_records(tape, both, spec, form, records)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         with self._stages() as tape:
             inputs = self._made.pop(x.data_ptr(), None) or tape.memory.read(x)
             before, after = tape.memory.read(h), tape.memory.write(h)
+            runs = self._now.batch.lora_runs if loras else ()
             if branch.post_norm is None:
                 self._linears.multiply(tape, inputs, w, after, residual=before, scale=branch.scale)
+                self._linears.add_loras(tape, inputs, loras, runs, after, branch.scale)
                 return
             y = Rows(tape.memory.scratch("branch", 4 * after.num_rows * after.width), after.width, *_shape(after))
             self._linears.multiply(tape, inputs, w, y)
+            self._linears.add_loras(tape, inputs, loras, runs, y)
             compiled_rows.add_normed(tape, y, branch, before, after)
 
     def route(

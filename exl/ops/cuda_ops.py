@@ -54,6 +54,7 @@ from exl.ops.base import (
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     Segments,
     TableRows,
@@ -81,13 +82,15 @@ class CudaOps:
         ropes: Sequence[RopeConfig],
         num_pages: int,
         *,
+        num_window_pages: int = 0,
         act_dtype: torch.dtype = torch.float16,
         dependent: bool = True,
     ) -> None:
-        """``ropes``: those of all layers, each once; ``limits.num_ropes`` of them. ``act_dtype``: f16, or bf16 for
-        models whose values leave f16's range. ``dependent``: launches start before their predecessors have ended, where
-        the GPU can do that. A plain attribute, read at every launch: False from here on makes every launch wait for
-        those before it, and changes no result. Graphs stay as they were captured.
+        """``ropes``: those of all layers, each once; ``limits.num_ropes`` of them. ``num_pages``, ``num_window_pages``:
+        of the cache, see ``Staging``. ``act_dtype``: f16, or bf16 for models whose values leave f16's range.
+        ``dependent``: launches start before their predecessors have ended, where the GPU can do that. A plain
+        attribute, read at every launch: False from here on makes every launch wait for those before it, and changes no
+        result. Graphs stay as they were captured.
         """
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
@@ -116,7 +119,7 @@ class CudaOps:
         self._ropes = tuple(ropes)  # in the order of the angles that each batch brings
         self._owned = ExitStack()
         tables = self._view(arena.fields["tables"])
-        self._staging = Staging(backend, tables, limits, ropes, num_pages, self._owned)
+        self._staging = Staging(backend, tables, limits, ropes, num_pages, self._owned, num_window_pages)
         self._programs = Programs(backend)
         self._bound: dict[tuple[int, ...], tuple[Sequence, Bindings]] = {}
         fields = {name: self._view(field) for name, field in arena.fields.items()}
@@ -240,7 +243,8 @@ class CudaOps:
 
         self._run(("embed", place(h), spec.scale), self._bind((table,)), record)
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
+        _refuse_loras(loras)
         key = "project", place(h), place(out), _numbers(norm)
         self._run(
             key, self._bind(w, _weight(norm)), lambda backend: self._store(backend, self._residual(h, norm), w, out)
@@ -270,14 +274,15 @@ class CudaOps:
             spec.window,
             spec.softcap,
             eps,
+            kv.windowed,
             spec.norm_rows,
             rope,
         )
         norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
         self._run(
             key,
-            self._bind(pages, *norms, consumer),
-            lambda backend: self._attend(backend, qkv, spec, rope, pages, out, consumer),
+            self._bind(pages, *norms, spec.sinks, consumer),
+            lambda backend: self._attend(backend, qkv, spec, rope, kv.windowed, pages, out, consumer),
         )
 
     def _attend(
@@ -286,6 +291,7 @@ class CudaOps:
         qkv: torch.Tensor,
         spec: AttentionSpec,
         rope: int,
+        windowed: bool,
         pages: torch.Tensor,
         out: torch.Tensor,
         consumer: Segments,
@@ -295,9 +301,9 @@ class CudaOps:
         if spec.norm_rows:
             _norm_rows(backend, qkv, spec, self._may_overlap())
         rows = QkvRows(qkv, *batch.angles[rope], _head_norms(spec))
-        params = AttentionParams(spec.scale, spec.window, spec.softcap)
+        params = AttentionParams(spec.scale, spec.window, spec.softcap, spec.sinks)
         channel_map = consumer[0].fields.get("channel_map") if consumer else None
-        for tables in batch.decode_tables(self._staging.most_items):
+        for tables in batch.decode_tables(self._staging.most_items, windowed):
             attention_decode(
                 *(backend, self._pages, rows.rows(0, n), tables, pages, out[:n], self._attention, params),
                 channel_map=channel_map,
@@ -305,12 +311,13 @@ class CudaOps:
             )
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
+            slots, _ = batch.places(windowed)
             append_kv(
-                *(backend, self._pages, rows.rows(n, T), batch.slots[n:], pages, q[n:]),
+                *(backend, self._pages, rows.rows(n, T), slots[n:], pages, q[n:]),
                 dependent=self._may_overlap(),
             )
             attention_prefill(
-                *(backend, self._pages, q, batch.prefill_tables, pages, out, params),
+                *(backend, self._pages, q, batch.prefill_tables(windowed), pages, out, params),
                 channel_map=channel_map,
                 dependent=self._may_overlap(),
             )
@@ -331,7 +338,9 @@ class CudaOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
+        _refuse_loras(loras)
         if spec.activation not in ACTIVATIONS:
             names = " or ".join(ACTIVATIONS)
             raise UnsupportedModelError(f"activation of the gated MLP: found {spec.activation!r}, expected {names}")
@@ -358,7 +367,10 @@ class CudaOps:
             dependent=self._may_overlap(),
         )
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
+        _refuse_loras(loras)
         norm = branch.post_norm
         key = "add_projection", place(x), place(h), branch.scale, _numbers(norm)
         self._run(key, self._bind(w, _weight(norm)), lambda backend: self._add_projection(backend, x, w, h, branch))
@@ -442,6 +454,11 @@ def _head_norms(spec: AttentionSpec) -> HeadNorms:
     """What attention's own kernels normalise."""
     q, k = (None, None) if spec.norm_rows else (spec.q_norm, spec.k_norm)
     return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
+
+
+def _refuse_loras(loras: Loras) -> None:
+    if loras:
+        raise UnsupportedModelError(f"adapters: found {len(loras)}, expected none on a GPU")
 
 
 def _head_eps(spec: AttentionSpec) -> float:

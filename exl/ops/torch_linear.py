@@ -286,6 +286,12 @@ def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, padding))[:, : x.shape[1]] if padding and x.shape[0] > 1 else x
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy, such that its first row is aligned as torch allocates: rows from the middle of a buffer may not
+    be."""
+    return x if x.data_ptr() % (4 * _ALIGNED_ELEMENTS) == 0 else x.clone()
+
+
 def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor, by_tiles: bool) -> None:
     """In multiples of 16 rows; the last ones are padded. MKL gives each thread some of the rows, and sums those of a
     share that is no multiple of its tile in another order: bits would depend on the number of threads."""

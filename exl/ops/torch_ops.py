@@ -27,6 +27,7 @@ from exl.ops.base import (
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     RouteSpec,
     Segments,
@@ -34,7 +35,7 @@ from exl.ops.base import (
 )
 from exl.ops.cpu_buffers import refuse_output_order, step_buffer
 from exl.ops.torch_experts import choose_experts, gated_product, sigmoid
-from exl.ops.torch_linear import Scratch, matmul, pack_linear
+from exl.ops.torch_linear import Scratch, aligned, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
 
@@ -80,6 +81,7 @@ class TorchOps:
         self._scratch = Scratch(buffer("panel"), buffer("panel codes", torch.uint8), buffer("sorted input"))
         self._normed = buffer("normed input")
         self._fused = buffer("fused output")
+        self._inner, self._added = buffer("adapters' inner rows"), buffer("adapters' output")
         self._expert_rows = buffer("expert rows") if limits.experts is not None else None
         self._samples = buffer("samples", torch.int64)
         self._staged: list[torch_attention.StagedBatch] = []
@@ -156,8 +158,23 @@ class TorchOps:
             matmul(x, linear, num_decode_rows, self._scratch, out[:, start : start + linear.N])
             start += linear.N
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        self._multiply(self._input(h, norm), w, out, self._now.batch.num_decode_rows)
+    def _add_loras(self, x: torch.Tensor, loras: Loras, out: torch.Tensor) -> None:
+        """To rows of ``out`` what their adapters add: ``out`` is the product of x and the linear itself."""
+        batch = self._now.batch
+        for start, stop, adapter in batch.lora_runs if loras else ():
+            num_rows, num_decode_rows = stop - start, min(max(batch.num_decode_rows - start, 0), stop - start)
+            for lora in loras[adapter]:
+                inner = self._inner[: num_rows * lora.A.N].view(num_rows, lora.A.N)
+                added = self._added[: num_rows * lora.B.N].view(num_rows, lora.B.N)
+                matmul(aligned(x[start:stop]), lora.A, num_decode_rows, self._scratch, inner)
+                matmul(inner, lora.B, num_decode_rows, self._scratch, added)
+                # The factor by itself: added with one, elements of whole vectors and the last ones round differently.
+                out[start:stop, lora.start : lora.start + lora.B.N].add_(added.mul_(lora.scale))
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
+        x = self._input(h, norm)
+        self._multiply(x, w, out, self._now.batch.num_decode_rows)
+        self._add_loras(x, loras, out)
 
     def attend(
         self,
@@ -178,13 +195,23 @@ class TorchOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
-        self._gated(self._input(h, norm), w, spec, out, self._now.batch.num_decode_rows)
+        self._gated(self._input(h, norm), w, spec, out, self._now.batch.num_decode_rows, loras)
 
-    def _gated(self, x: torch.Tensor, w: Segments, spec: GatedMlp, out: torch.Tensor, num_decode_rows: int) -> None:
+    def _gated(
+        self,
+        x: torch.Tensor,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        num_decode_rows: int,
+        loras: Loras = (),
+    ) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
         self._multiply(x, w, both, num_decode_rows)
+        self._add_loras(x, loras, both)
         gated_product(both[:, :width], both[:, width:], spec, out)
 
     def route(
@@ -243,9 +270,12 @@ class TorchOps:
         pieces = self._expert_rows[: sum(sizes)].split(sizes)
         return tuple(piece.view(num_rows, -1) for piece in pieces)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         y = self._fused[: h.numel()].view(h.shape)
         self._multiply(x, w, y, self._now.batch.num_decode_rows)
+        self._add_loras(x, loras, y)
         h.add_(self._input(y, branch.post_norm), alpha=branch.scale)
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from exl.adapters.manifest import AdapterManifest, read_adapter
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config_reader import read_json
@@ -24,7 +25,7 @@ from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
 from exl.layout.steps import ExpertLimits, StepLimits
-from exl.layout.window import window_pages
+from exl.layout.window import mixed_layers, window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.models.packing_order import packing_order
@@ -54,6 +55,7 @@ class ModelFiles:
     quant: QuantConfig | None
     manifest: ModelManifest
     tokenizer_bytes: int  # size of tokenizer.json
+    adapters: tuple[AdapterManifest, ...] = ()  # by their numbers
 
     @cached_property
     def layer_file_bytes(self) -> int:
@@ -100,7 +102,8 @@ def model_files(
         manifest = manifest.with_head_bits(int(reading.head))
     if reading.dense != "file":
         manifest = manifest.with_dense_bits(int(reading.dense))
-    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
+    adapters = tuple(read_adapter(name, path, manifest) for name, path in reading.lora.items())
+    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes, adapters)
 
 
 def plan_model(
@@ -171,10 +174,14 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
             f"{files.folder}: found {lacking}, which a {config.family} model has and exl's kernels for a GPU have not: "
             "expected device='cpu'"
         )
+    if files.adapters and target.kind == "cuda":
+        names = ", ".join(repr(adapter.name) for adapter in files.adapters)
+        raise ConfigError(f"lora: found {names}, but adapters are computed on a CPU alone: expected device='cpu'")
     layouts = files.manifest.layouts(target)
     context = options.context or default_context(config)
     cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
+    limits = step_limits(config, context, options, cache_tokens, drafts=options.draft is not None)
     model = PlanInput(
         config=config,
         embed=layouts.embed,
@@ -183,10 +190,16 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         experts=layouts.experts,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options, cache_tokens, drafts=options.draft is not None),
+        limits=dataclasses.replace(
+            limits,
+            lora_rank=max((term.rank for adapter in files.adapters for term in adapter.terms), default=0),
+            lora_width=max((term.width for adapter in files.adapters for term in adapter.terms), default=0),
+        ),
+        adapters=tuple(adapter.layout(target) for adapter in files.adapters),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),
+        one_group=not options.window_cache,
     )
     if target.kind == "cuda":
         model = dataclasses.replace(model, num_kept_pages=_kept_pages(options, model))
@@ -391,6 +404,7 @@ def step_limits(
         decode_rows=decode_rows,
         chunk_rows=chunk,
         cache_tokens=cache_tokens or context,
+        page_tables=2 if options.window_cache and mixed_layers(config.windows, context) else 1,
         num_ropes=len(config.ropes),
         post_norms=any(layer.attn_branch.norm or layer.mlp_branch.norm for layer in config.layers),
         experts=expert_limits(config),

@@ -8,12 +8,13 @@ shares of the steps hold roughly on any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from exl.batch import ForwardBatch
 from exl.families.config import ModelConfig
+from exl.families.specs import LayerSpec
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.plan import ModulePlan
+from exl.quantize.plan import LinearPlan, ModulePlan
+from exl.quantize.steps import ATTN, Step, layer_steps, plan_hearings
 
 # In microseconds, as measured on one core at layers of SmolLM2-135M.
 _FLOP = 1e-5  # 100 GFLOP/s in f32
@@ -31,86 +32,109 @@ _UPDATE_PASSES = 140  # errors passed on to the rest of their block of 128 input
 _ROUND_PASSES = 100  # round to nearest, and packing
 
 
-@dataclass(frozen=True)
 class Effort:
-    """Work in microseconds, as whole numbers. ``layer``: the modules of one layer as in ``QuantizePlan.layers``; all
-    layers have the same shapes."""
+    """Of one layer: work in microseconds, as whole numbers."""
 
-    config: ModelConfig
-    options: QuantizeOptions
-    layer: Mapping[str, Sequence[ModulePlan]]
-    compiled: bool  # kernels multiply the rows and round the weights, not torch
+    def __init__(
+        self,
+        layer: LayerSpec,
+        options: QuantizeOptions,
+        plan: Mapping[str, LinearPlan],
+        compiled: bool,
+        is_last: bool = False,
+    ) -> None:
+        """``compiled``: kernels multiply the rows and round the weights, not torch. ``is_last``: nothing reads the
+        layer's outputs, so they are not computed."""
+        self._layer, self._options, self._plan = layer, options, plan
+        self._compiled, self._is_last = compiled, is_last
+        self._steps = layer_steps(layer)
+        self.heard = heard_linears(self._steps, plan)
+        hearings = plan_hearings(self._steps, self.heard, self._follows_dense)
+        self._hearings = {hearing.step.name: hearing for hearing in hearings}
+        last = hearings[-1] if hearings else None
+        self._rest = {
+            "outputs": range(0 if last is None else last.quantized.stop, len(self._steps)),
+            "dense outputs": range(0 if last is None else last.dense.stop, len(self._steps)),
+        }
 
     def chunk(self, name: str, chunk: ForwardBatch) -> int:
-        """A chunk through the span of the layer that ends at the linear ``name``, or at its "outputs", and its rows'
-        part of the Hessian."""
-        T = chunk.num_rows
-        run = {
-            "qkv": 0.0,
-            "o": self._multiply("qkv", T) + self._attend(chunk),
-            "gate_up": self._multiply("o", T),
-            "down": self._multiply("gate_up", T),
-            "outputs": self._multiply("down", T),
-        }
-        if name == "outputs":
-            return round(run[name])
-        K, N = self._shape(name)
+        """A chunk through the spans of the layer that end at the linear ``name``, or at its "outputs" or "dense
+        outputs", and its rows' part of the Hessian."""
+        if name in self._rest:
+            return round(self._run(self._rest[name], chunk))
+        T, hearing, plan = chunk.num_rows, self._hearings[name], self._plan[name]
+        K, N = plan.K, plan.N
         flop = self._row_flop
+        runs = self._run(hearing.quantized, chunk) + self._run(hearing.dense, chunk)
         hessian = flop * T * K * (K + 256) + _ELEMENT * K * K  # blocks of its lower triangle
         if not self._follows_dense:
-            return round(run[name] + hessian)
-        if name in ("qkv", "gate_up"):  # what the inputs lack
-            return round(run[name] + hessian + flop * 2 * T * K * K)
-        # The outputs that are wanted, by way of the dense stream through half of the layer.
-        return round(2 * run[name] + self._multiply(name, T) + hessian + flop * 2 * T * K * N + _ELEMENT * 2 * T * N)
+            return round(runs + hessian)
+        if not hearing.step.joins_plainly:  # what the inputs lack
+            return round(runs + hessian + flop * 2 * T * K * K)
+        return round(runs + hessian + flop * 2 * T * K * N + _ELEMENT * 2 * T * N)
+
+    def through(self, chunk: ForwardBatch) -> int:
+        """A chunk through the layer, heard by nobody."""
+        return round(self._run(range(len(self._steps)), chunk))
+
+    def head(self, num_rows: int, config: ModelConfig) -> int:
+        """The logits of so many rows, and what is computed of them."""
+        return round(num_rows * config.vocab_size * (self._row_flop * 2 * config.hidden_size + _ELEMENT * 12))
 
     def read(self) -> int:
-        """A layer's weights, once for each stream."""
-        return round(_READ * sum(map(self._num_weights, self.layer)) * (2 if self._follows_dense else 1))
+        """The layer's weights, once for each stream."""
+        num_weights = sum(linear.K * linear.N for linear in self._plan.values())
+        return round(_READ * num_weights * (2 if self._follows_dense else 1))
 
     def solve(self, name: str) -> int:
         """One linear's rounding and packing."""
-        K, N = self._shape(name)
-        if self.options.method == "rtn":
+        return sum(self._solve(modules) for modules in self._plan[name].solves())
+
+    def _solve(self, modules: Sequence[ModulePlan]) -> int:
+        K, N = modules[0].K, sum(module.N for module in modules)
+        if self._options.method == "rtn":
             return round(_WEIGHT * _ROUND_PASSES * K * N)
         factor = _FLOP_F64 * (4 / 3) * K**3
         products = _FLOP * K * K * N * (5 if self._follows_dense else 1)
         rounding = _COMPILED * K * N
-        if not self.compiled:
+        if not self._compiled:
             rounding = _INPUT * K + _WEIGHT * (_FIT_PASSES + _UPDATE_PASSES) * K * N
         return round(factor + products + rounding + _WEIGHT * _ROUND_PASSES * K * N)
 
-    def write(self, num_bytes: int) -> int:
-        """A tensor of the output."""
-        return round(_TENSOR + _BYTE * num_bytes)
-
-    def whole_layer(self, chunks: Sequence[ForwardBatch], is_last: bool) -> int:
-        """All steps of one layer. Nothing reads the last layer's outputs, so they are not computed."""
-        spans = [*self.layer, *([] if is_last else ["outputs"])]
-        work = sum(self.chunk(name, chunk) for name in spans for chunk in chunks)
-        return self.read() + work + sum(map(self.solve, self.layer))
+    def whole(self, chunks: Sequence[ForwardBatch]) -> int:
+        """All steps of the layer."""
+        ends = [] if self._is_last else ["outputs", "dense outputs"] if self._follows_dense else ["outputs"]
+        work = sum(self.chunk(name, chunk) for name in [*self.heard, *ends] for chunk in chunks)
+        return self.read() + work + sum(map(self.solve, self.heard))
 
     @property
     def _row_flop(self) -> float:
         """Of products with rows of the calibration text."""
-        return _FLOP_COMPILED if self.compiled else _FLOP
+        return _FLOP_COMPILED if self._compiled else _FLOP
 
     @property
     def _follows_dense(self) -> bool:
-        return self.options.method == "gptq" and self.options.match_dense
+        return self._options.method == "gptq" and self._options.match_dense
 
-    def _num_weights(self, name: str) -> int:
-        K, N = self._shape(name)
-        return K * N
+    def _run(self, steps: range, chunk: ForwardBatch) -> float:
+        return sum(self._step(self._steps[i], chunk) for i in steps)
 
-    def _shape(self, name: str) -> tuple[int, int]:
-        modules = self.layer[name]
-        return modules[0].K, sum(module.N for module in modules)
-
-    def _multiply(self, name: str, num_rows: int) -> float:
-        K, N = self._shape(name)
-        return self._row_flop * 2 * num_rows * K * N + _ELEMENT * 4 * num_rows * (K + N)
+    def _step(self, step: Step, chunk: ForwardBatch) -> float:
+        plan, T = self._plan[step.name], chunk.num_rows
+        work = self._row_flop * 2 * T * plan.K * plan.N + _ELEMENT * 4 * T * (plan.K + plan.N)
+        return work + self._attend(chunk) if step.writes == ATTN else work
 
     def _attend(self, chunk: ForwardBatch) -> float:
         pairs = sum(int(length) ** 2 for length in chunk.context_len)  # each token with every other of its sequence
-        return self._row_flop * 4 * pairs * self.config.attn_width + _ELEMENT * 3 * pairs * self.config.num_heads
+        shape = self._layer.attention
+        return self._row_flop * 4 * pairs * shape.width + _ELEMENT * 3 * pairs * shape.num_heads
+
+
+def heard_linears(steps: Sequence[Step], plan: Mapping[str, LinearPlan]) -> tuple[str, ...]:
+    """Those of a layer with modules that are quantized, in the order in which they are."""
+    return tuple(step.name for step in steps if plan[step.name].modules)
+
+
+def write_work(num_bytes: int) -> int:
+    """Of a tensor of the output."""
+    return round(_TENSOR + _BYTE * num_bytes)

@@ -78,9 +78,10 @@ class Hessian:
 
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid, group_size: int) -> QuantizedWeight:
-    """W [K, N]; groups of consecutive inputs; each group's grid spans its smallest to its largest weight."""
-    K, N = weight.shape
-    grouped = weight.view(K // group_size, group_size, N)
+    """W [K, N]; groups of consecutive inputs, the last one shorter if need be; each group's grid spans its smallest to
+    its largest weight."""
+    K = len(weight)
+    grouped = weight.split(group_size)
     scales, zeros = map(torch.stack, zip(*(grid.fit_span(group) for group in grouped), strict=True))
     codes = torch.cat([grid.codes(*parts) for parts in zip(grouped, scales, zeros, strict=True)])
     return _result(codes, scales, zeros, torch.arange(K) // group_size)
@@ -114,26 +115,64 @@ def gptq(
 
     Overwrites H, so that at most three matrices of its size are alive at once. Raises ``ExlError`` if H is not finite.
     """
-    K = weight.shape[0]
-    rounding = TorchRounding(Threads(torch.get_num_threads())) if rounding is None else rounding
-    order = torch.arange(K)
+    factor = factorize(hessian, act_order=act_order, damp=damp, dtype=weight.dtype)
+    return solve(weight, factor, grid, group_size, static_groups=static_groups, drift=drift, rounding=rounding)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What is done to a Hessian, for all widths and all outputs of its linear."""
+
+    U: torch.Tensor  # [K, K], of the weights' type
+    order: torch.Tensor  # [K], in which inputs are rounded
+    act_order: bool
+
+
+def factorize(hessian: torch.Tensor, *, act_order: bool, damp: float, dtype: torch.dtype) -> Factor:
+    """Overwrites H f64 [K, K]."""
+    order = torch.arange(len(hessian))
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian.copy_(hessian[order[:, None], order])
-    U = _inverse_factor(hessian, damp).to(weight.dtype)
+    return Factor(_inverse_factor(hessian, damp).to(dtype), order, act_order)
+
+
+def solve(
+    weight: torch.Tensor,
+    factor: Factor,
+    grid: Grid,
+    group_size: int,
+    *,
+    static_groups: bool = False,
+    drift: torch.Tensor | None = None,
+    rounding: Rounding | None = None,
+) -> QuantizedWeight:
+    """:func:`gptq` behind the factor."""
+    K, U, order = weight.shape[0], factor.U, factor.order
+    rounding = TorchRounding(Threads(torch.get_num_threads())) if rounding is None else rounding
     weight = weight[order]
     if drift is not None:
         weight += U.T @ (U @ drift[order].to(weight.dtype))
     back = torch.argsort(order)
-    if act_order and static_groups:
-        scales, zeros = rounding.fit(grid, weight[back], group_size)
+    if factor.act_order and static_groups:
+        scales, zeros = _fit(rounding, grid, weight[back], group_size)
         g_idx, fit_size = order // group_size, 0
     else:
-        scales = weight.new_empty(K // group_size, weight.shape[1])
+        scales = weight.new_empty(-(-K // group_size), weight.shape[1])
         zeros = torch.empty_like(scales)
         g_idx, fit_size = torch.arange(K) // group_size, group_size
     codes = _solve(weight, U, grid, g_idx, scales, zeros, fit_size, rounding)
     return _result(codes[back], scales, zeros, g_idx[back])
+
+
+def _fit(rounding: Rounding, grid: Grid, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [G, N] of all groups of W [K, N]."""
+    whole = len(weight) // group_size * group_size
+    found = [rounding.fit(grid, weight[:whole], group_size)] if whole else []
+    if whole < len(weight):
+        found.append(rounding.fit(grid, weight[whole:], len(weight) - whole))
+    scales, zeros = map(torch.cat, zip(*found, strict=True))
+    return scales, zeros
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -174,12 +213,12 @@ def _solve(
     fitted when its first input is reached, and written to ``scales`` and ``zeros``."""
     codes = torch.empty_like(weight)
     for start, stop in _blocks(len(weight), group_size):
-        fit_size = group_size
+        fit_size = min(group_size, stop - start)  # a block that is one shorter group
         if group_size > BLOCK:  # the grid of a group that begins here; blocks are parts of it
             fit_size, g = 0, start // group_size
             if start % group_size == 0:
-                found = rounding.fit(grid, weight[start : start + group_size], group_size)
-                scales[g : g + 1], zeros[g : g + 1] = found
+                group = weight[start : start + group_size]
+                scales[g : g + 1], zeros[g : g + 1] = rounding.fit(grid, group, len(group))
         rows = slice(start, stop)
         factor = U[rows, rows].T.contiguous()
         block = Block(weight[rows], factor, g_idx[rows], scales, zeros, codes[rows], fit_size)
@@ -190,16 +229,18 @@ def _solve(
 def _blocks(K: int, group_size: int) -> list[tuple[int, int]]:
     """(start, stop) of each block: several whole groups if they fit into a block, else a part of one group.
 
-    So when a group begins, all of its weights have received all updates so far, and its grid can be fitted.
+    So when a group begins, all of its weights have received all updates so far, and its grid can be fitted. A last
+    group that is shorter is a block of its own.
     """
     if 0 < group_size <= BLOCK:
-        step = BLOCK // group_size * group_size
-        return [(start, min(K, start + step)) for start in range(0, K, step)]
+        step, whole = BLOCK // group_size * group_size, K // group_size * group_size
+        blocks = [(start, min(whole, start + step)) for start in range(0, whole, step)]
+        return blocks if whole == K else [*blocks, (whole, K)]
     group_size = group_size or K
     return [
-        (start, min(start + BLOCK, first + group_size))
+        (start, min(start + BLOCK, first + group_size, K))
         for first in range(0, K, group_size)
-        for start in range(first, first + group_size, BLOCK)
+        for start in range(first, min(K, first + group_size), BLOCK)
     ]
 
 

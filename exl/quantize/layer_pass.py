@@ -5,10 +5,11 @@ The forward pass is the decoder's own, over the operations that models run by; n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from exl.batch import I32, ForwardBatch
@@ -17,26 +18,25 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.families.config import ModelConfig
 from exl.formats.load import load_matrix
 from exl.formats.tensors import read_float, read_norm
-from exl.layout.layers import layer_layout
-from exl.layout.specs import BlobSpec, LinearSpec
+from exl.layout.layers import LayerLayout, layer_layout
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec
 from exl.layout.steps import StepLimits
 from exl.models.decoder import Decoder, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import Branch, LayerWeights, Linear, view_field, view_segments
+from exl.ops.base import LayerWeights, Linear, view_field, view_segments
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.quantize.compute import Compute
 from exl.quantize.span_ops import Stopped
+from exl.quantize.steps import ATTN, HIDDEN, MLP
 from exl.threads import layer_kind
 
 _CHUNK_ROWS = 2048  # bounds the activations that are alive at once; larger chunks do not multiply faster
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What ``LayerPass.run`` found where it stopped."""
-
-    x: torch.Tensor | None  # [T, K], inputs of the linear where it stopped; valid until the next call
-    branch: Branch | None  # how the last linear of the span that adds to the residual stream does so
+class Head:
+    final_norm: torch.Tensor  # f32 [C]
+    linear: Linear
 
 
 class _OneLayerCache(KVCache):
@@ -57,7 +57,9 @@ class LayerPass:
         manifest: ModelManifest,
         sequences: Sequence[I32],
         compute: Compute,
+        max_logit_rows: int = 1,
     ) -> None:
+        """``max_logit_rows``: rows of which :meth:`logits` gives the logits at a time."""
         self.checkpoint, self.config, self.manifest, self.compute = checkpoint, config, manifest, compute
         max_rows = max(_CHUNK_ROWS, max((len(sequence) for sequence in sequences), default=0))
         self.chunks = make_chunks(sequences, max_rows)
@@ -65,7 +67,7 @@ class LayerPass:
         limits = StepLimits(
             max_rows=max_rows,
             window_rows=max_rows,
-            max_logit_rows=1,
+            max_logit_rows=max_logit_rows,
             max_context=max_rows,
             hidden_size=config.hidden_size,
             qkv_width=config.qkv_width,
@@ -75,6 +77,7 @@ class LayerPass:
             head_dim=config.head_dim,
             max_sequences=max((chunk.num_sequences for chunk in self.chunks), default=1),
         )
+        self._max_logit_rows = max_logit_rows
         self._ops = compute.span_ops(limits, config.num_kv_heads)
         self._decoder = Decoder(config, self._ops)
         pages = max(map(num_pages, self.chunks), default=1)
@@ -87,18 +90,49 @@ class LayerPass:
 
     def embed(self) -> Iterator[torch.Tensor]:
         """The first layer's input for each chunk, f32 [T, C]."""
-        layout = layer_layout(self.manifest.embed, self._ops.target)
-        blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        start, stop = layout.linear_range("embed", 0)
-        matrix = load_matrix(self.checkpoint, layout.linears["embed"][0].spec.parts[0].name, None)
-        self._ops.pack([matrix], layout.linears["embed"][0], blob[start:stop])
-        table: Linear = view_segments(layout, blob, "embed")[0]
+        table, _ = self._read_table(self.manifest.embed, "embed")
         for chunk in self.chunks:
             h = torch.empty(chunk.num_rows, self.config.hidden_size)
             self._ops.stage([chunk])
             self._decoder.embed(table, h)
             self._ops.fence()
             yield h
+
+    def _read_table(self, spec: BlobSpec, name: str) -> tuple[Linear, dict[str, torch.Tensor]]:
+        """A linear in the file's own type, and the norms beside it."""
+        layout = layer_layout(spec, self._ops.target)
+        blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+        start, stop = layout.linear_range(name, 0)
+        matrix = load_matrix(self.checkpoint, layout.linears[name][0].spec.parts[0].name, None)
+        self._ops.pack([matrix], layout.linears[name][0], blob[start:stop])
+        return view_segments(layout, blob, name)[0], self._read_norms(layout, blob)
+
+    def _read_norms(self, layout: LayerLayout, blob: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = {norm.name: view_field(blob, layout.fields[norm.name]) for norm in layout.norms}
+        for norm in layout.norms:
+            found[norm.name].copy_(torch.from_numpy(read_norm(self.checkpoint, norm.tensor, norm)))
+        return found
+
+    def read_head(self) -> Head:
+        """If the embedding is also the head, that."""
+        manifest = self.manifest
+        if not manifest.tied:
+            linear, norms = self._read_table(manifest.head, "head")
+            return Head(norms["final_norm"], linear)
+        layout = layer_layout(manifest.head, self._ops.target)
+        norms = self._read_norms(layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
+        return Head(norms["final_norm"], self._read_table(manifest.embed, "embed")[0])
+
+    def logits(self, head: Head, chunk: ForwardBatch, h: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The logits [R, V] of hidden states [T, C] behind the last layer, some rows at a time; each valid until the
+        next."""
+        out = torch.empty(self._max_logit_rows, self.config.vocab_size)
+        for start in range(0, chunk.num_rows, self._max_logit_rows):
+            rows = np.arange(start, min(chunk.num_rows, start + self._max_logit_rows), dtype=np.int32)
+            self._ops.stage([replace(chunk, logit_rows=rows)])
+            logits = self._decoder.head(head.final_norm, head.linear, h, out)
+            self._ops.fence()
+            yield logits
 
     def read_layer(self, layer_idx: int) -> LayerWeights:
         """The dense layer in f32; modules that share an input are fused into one linear."""
@@ -109,53 +143,55 @@ class LayerPass:
         )
         layout = layer_layout(BlobSpec(spec.norms, linears), self._ops.target)
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        for norm in layout.norms:
-            vector = torch.from_numpy(read_norm(self.checkpoint, norm.tensor, norm))
-            view_field(blob, layout.fields[norm.name]).copy_(vector)
+        self._read_norms(layout, blob)
         weights = LayerWeights.view(layout, blob)
         for name, _ in linears:
             (linear,) = weights[name]
             start = 0
             for part in linear.layout.spec.parts:
-                self._fill(linear, part.name, start, start + part.N)
+                self._fill(linear, part, start)
                 start += part.N
         return weights
 
-    def _fill(self, linear: Linear, name: str, start: int, stop: int) -> None:
-        linear.fields["weight"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.weight"))
-        if f"{name}.bias" in self.checkpoint.tensors:
-            linear.fields["bias"][start:stop] = torch.from_numpy(read_float(self.checkpoint, f"{name}.bias"))
+    def _fill(self, linear: Linear, part: MatrixSpec, start: int) -> None:
+        chosen = slice(None) if part.rows is None else part.rows.indices()
+        for kind in ("weight", "bias"):
+            if f"{part.name}.{kind}" in self.checkpoint.tensors:
+                values = torch.from_numpy(read_float(self.checkpoint, f"{part.name}.{kind}")[chosen])
+                linear.fields[kind][start : start + part.N] = values
 
     def run(
         self,
         layer_idx: int,
         weights: LayerWeights,
         chunk: ForwardBatch,
-        h: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
         *,
         start: str | None = None,
-        x: torch.Tensor | None = None,
         stop: str | None = None,
-    ) -> Passed:
-        """Runs the chunk's hidden states h [T, C] through the layer, in place: from the linear ``start`` (None: the
-        first) to the linear ``stop``, which is not run (None: to the end).
+    ) -> dict[str, torch.Tensor]:
+        """Runs a chunk through the layer from the linear ``start`` (None: the first) to the linear ``stop``, which is
+        not run (None: to the end).
 
-        A span that starts at "gate_up" takes h as attention has left it; one that starts at "o" or "down" also takes
-        the inputs ``x`` [T, K] of that linear.
+        ``state`` is what the chunk has come to: "hidden" [T, C], changed in place, and the inputs [T, K] "attn" of "o"
+        and "mlp" of "down", if they are computed before ``start`` and needed. Returns the state at ``stop`` and "x"
+        [T, K], the inputs of ``stop``; all but "hidden" is valid until the next call.
         """
-        ops, buffers = self._ops, self._buffers.rows(len(h))
+        ops, h = self._ops, state[HIDDEN]
+        buffers = self._buffers.rows(len(h))
+        mlp = buffers.mlp[:, : self.config.layers[layer_idx].mlp.width]
+        places = {ATTN: buffers.attn, MLP: mlp}
+        for name, place in places.items():
+            if name in state and state[name].data_ptr() != place.data_ptr():
+                place.copy_(state[name])
         ops.start, ops.stop = (None if name is None else weights[name] for name in (start, stop))
-        ops.branch = None
-        if x is not None:
-            inputs = buffers.attn if start == "o" else buffers.mlp
-            if x.data_ptr() != inputs.data_ptr():
-                inputs.copy_(x)
         ops.stage([chunk])
         kind = f"{layer_kind(len(h))} from {start} to {stop}"
+        found = {HIDDEN: h, **places}
         with nullcontext() if ops.threads is None else ops.threads.measured(kind, len(h)):
             try:
                 self._decoder.layer(layer_idx, weights, buffers, h, self._kv)
             except Stopped as stopped:
-                return Passed(stopped.x, ops.branch)
+                return found | {"x": stopped.x}
             ops.fence()
-        return Passed(None, ops.branch)
+        return found

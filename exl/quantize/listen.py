@@ -1,42 +1,44 @@
 """The inputs of a layer's linears on the calibration text, each as computed by the quantized linears before it.
 
-A layer is two halves, attention and MLP, and each is ``h += second(f(first(norm(h))))``. A linear is quantized when its
-inputs are known, and the next one's inputs are known only then. Instead of running the layer from its beginning for
-each of them, what a linear was fed is kept on disk, and the next span of the layer begins there. So every linear is
-run once, as if the whole layer had been run once.
+A linear is quantized when its inputs are known, and the next one's inputs are known only then. Instead of running the
+layer from its beginning for each of them, the state where the layer stopped is kept on disk, and the next span of the
+layer begins there (``steps.py``). So every linear is run once, as if the whole layer had been run once.
 
-The dense stream, which the quantized layers are to follow, is run by halves; only its hidden states are kept.
+The dense stream, which the quantized layers are to follow, goes through the layer beside it in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from exl.batch import ForwardBatch
-from exl.errors import UnsupportedModelError
-from exl.families.config import ModelConfig
-from exl.ops.base import LayerWeights
+from exl.families.specs import LayerSpec
+from exl.ops.base import LayerWeights, Linear
 from exl.quantize.gptq import Hessian
-from exl.quantize.layer_pass import LayerPass, Passed
+from exl.quantize.layer_pass import LayerPass
+from exl.quantize.steps import ATTN, HIDDEN, MLP, Step, layer_steps, needed, plan_hearings
 from exl.quantize.work import WorkFolder, as_bytes, read_rows, write_scratch
 
 Write = Callable[[Any], object]
-
-_SECOND = {"o": "gate_up", "down": None}  # linears that add to the hidden states -> the linear after them in the layer
-# What is kept until the layer goes on from there: the inputs of "o" and "down", and the hidden states between the
-# halves, of the quantized stream and of the dense one.
-_INPUTS, _MIDDLE, _DENSE = "inputs", "hidden-middle", "dense-middle"
-_KEPT = {"qkv": (), "o": (_INPUTS, _DENSE), "gate_up": (_MIDDLE,), "down": (_INPUTS,)}
+RunChunk = Callable[[ForwardBatch, int], dict[str, torch.Tensor]]
 
 
-def scratch_width(config: ModelConfig, num_streams: int) -> int:
-    """How many f32 per token are on disk while a layer is quantized, besides the hidden states before and after it."""
-    return num_streams * config.hidden_size + max(config.attn_width, config.intermediate_size)
+def scratch_width(layer: LayerSpec, hidden_size: int, follow_dense: bool) -> int:
+    """How many f32 per token are on disk at most while a layer is quantized, besides the hidden states before it and
+    after it."""
+    attn, mlp = layer.attention.width, layer.mlp.width
+    width = hidden_size + (attn + mlp if layer.parallel else max(attn, mlp))
+    if not follow_dense:
+        return width
+    # Where both branches join plainly, the dense stream stops only between attention and MLP.
+    halves = not layer.parallel and all(step.joins_plainly for step in layer_steps(layer) if step.branch is not None)
+    return width + (hidden_size if halves else width)
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,73 @@ class Heard:
     drift: torch.Tensor | None  # f32 [K, N]; None: there are no dense outputs to follow
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The dense stream's inputs of a linear; for "o" and "down", its hidden states behind the linear."""
+class _Stream:
+    """The rows of the calibration text on their way through one layer: where they are, and their state on disk."""
 
-    rows: torch.Tensor
-    scale: float = 1.0  # by how much the hidden states change when the linear's output changes by 1
+    def __init__(
+        self,
+        layers: LayerPass,
+        work: WorkFolder,
+        layer_idx: int,
+        kind: str,
+        weights: LayerWeights,
+        steps: tuple[Step, ...],
+    ) -> None:
+        """``kind``: of the hidden states, "hidden" or "dense"."""
+        self._layers, self._work, self._layer_idx, self._kind = layers, work, layer_idx, kind
+        self._weights, self._steps = weights, steps
+        self._files: dict[str, Path] = {HIDDEN: work.hidden_path(kind, layer_idx)}
+        self._at = 0  # the first step that has not run
+
+    @property
+    def has_ended(self) -> bool:
+        return self._at == len(self._steps)
+
+    @contextmanager
+    def going(self, to: int, write_end: Write | None = None) -> Iterator[RunChunk]:
+        """Up to the step ``to``; len(steps) is the end, where ``write_end`` takes the hidden states. Inside, the
+        function that it gives has to be called for every chunk, in order, with its first row's number. It returns the
+        state there, and "x", as :meth:`LayerPass.run` does."""
+        passed, rest = self._steps[self._at : to], self._steps[to:]
+        stop = rest[0].name if rest else None
+        reads = needed(passed) | ({rest[0].reads} if rest else set()) | {HIDDEN}
+        loaded = {part: path for part, path in self._files.items() if part in reads}
+        changed = {step.writes for step in passed} & needed(rest)
+        new = {part: self._work.scratch_path(f"{self._kind}-{part}-{to}") for part in changed}
+        start = passed[0].name if passed else stop
+        with ExitStack() as files:
+            writes = {part: files.enter_context(write_scratch(path)) for part, path in new.items()}
+            if not rest and write_end is not None:
+                writes[HIDDEN] = write_end
+
+            def run(chunk: ForwardBatch, first: int) -> dict[str, torch.Tensor]:
+                stop_row = first + chunk.num_rows
+                state = {part: read_rows(path, first, stop_row, self._width(part)) for part, path in loaded.items()}
+                found = self._layers.run(self._layer_idx, self._weights, chunk, state, start=start, stop=stop)
+                for part, write in writes.items():
+                    write(as_bytes(found[part]))
+                return found
+
+            yield run
+        self._at = to
+        self._keep({part: path for part, path in (self._files | new).items() if part in needed(rest)})
+
+    def _keep(self, files: dict[str, Path]) -> None:
+        for part, path in self._files.items():
+            if files.get(part) != path and path != self._work.hidden_path(self._kind, self._layer_idx):
+                path.unlink()
+        self._files = files
+
+    def _width(self, part: str) -> int:
+        config = self._layers.config
+        layer = config.layers[self._layer_idx]
+        return {HIDDEN: config.hidden_size, ATTN: layer.attention.width, MLP: layer.mlp.width}[part]
 
 
 class Listener:
-    """The calibration text in one layer. ``hear`` is called for "qkv", "o", "gate_up" and "down" in this order, each
-    time after the linear before has been replaced by the quantized one in ``weights``; then ``outputs``.
+    """The calibration text in one layer. ``hear`` is called for each linear in ``names`` in the order of the layer's
+    steps, each time after the linear before has been replaced by the quantized one in ``weights``; then ``end_dense``
+    and ``outputs``.
 
     ``dense``: the dense layer, if the quantized one is to follow it. ``told`` is called after each chunk, with what was
     done.
@@ -70,86 +128,63 @@ class Listener:
         layer_idx: int,
         weights: LayerWeights,
         dense: LayerWeights | None,
+        names: Collection[str],
         told: Callable[[str, ForwardBatch], None],
     ) -> None:
-        self._layers, self._work, self._layer_idx = layers, work, layer_idx
-        self._weights, self._dense, self._told = weights, dense, told
+        self._layers, self._weights, self._told = layers, weights, told
+        self._steps = layer_steps(layers.config.layers[layer_idx])
+        self._hearings = {x.step.name: x for x in plan_hearings(self._steps, names, dense is not None)}
+        self._quantized = _Stream(layers, work, layer_idx, "hidden", weights, self._steps)
+        self._dense = None if dense is None else _Stream(layers, work, layer_idx, "dense", dense, self._steps)
 
     def hear(self, name: str, write_dense: Write | None = None) -> Heard:
-        """``write_dense`` takes the dense layer's outputs, chunk by chunk; only if ``name`` is "down"."""
+        """``write_dense`` takes the dense layer's outputs, chunk by chunk, if the dense stream comes to its end."""
+        hearing = self._hearings[name]
         (linear,) = self._weights[name]
+        follows_stream = hearing.step.joins_plainly
         K = linear.layout.spec.K
-        width = 0 if self._dense is None else linear.N if name in _SECOND else K
+        width = 0 if self._dense is None else linear.N if follows_stream else K
         compute = self._layers.compute
         hessian = Hessian(K, width, compute.products)
-        with ExitStack() as files:
-            kept = [kind for kind in _KEPT[name] if kind != _DENSE or self._dense is not None]
-            writes = {kind: files.enter_context(write_scratch(self._work.scratch_path(kind))) for kind in kept}
-            if write_dense is not None:
-                writes[_DENSE] = write_dense
+        with ExitStack() as stack:
+            run_dense = None
+            if self._dense is not None:
+                run_dense = stack.enter_context(self._dense.going(hearing.dense.stop, write_dense))
+            run = stack.enter_context(self._quantized.going(hearing.quantized.stop))
             for chunk, first in self._chunks():
                 with compute.mixed(f"hear {name}", chunk.num_rows):
-                    target = None if self._dense is None else self._follow(name, chunk, first, writes)
-                    hessian.add(*self._hear_chunk(name, chunk, first, target, writes))
+                    wanted = None if run_dense is None else run_dense(chunk, first)
+                    if wanted is not None and not follows_stream:
+                        wanted["x"] = wanted["x"].clone()  # the next run overwrites it
+                    found = run(chunk, first)
+                    lack = None if wanted is None else _lack(hearing.step, linear, wanted, found)
+                    hessian.add(found["x"], lack)
                 self._told(name, chunk)
         H, product = hessian.finish(), hessian.finish_product()
         if product is None:
             return Heard(H, None)
         weight = linear.fields["weight"].T
-        if name not in _SECOND:  # from what the inputs lack to what the outputs lack
+        if not follows_stream:  # from what the inputs lack to what the outputs lack
             return Heard(H, product.float() @ weight)
         # x (d - x W)^T, summed; in f64, because the two parts are much larger than their difference.
         return Heard(H, product.sub_(H @ weight.double()).float())
 
+    def end_dense(self, write: Write) -> None:
+        """Takes the dense stream to the layer's end, if it is not there yet."""
+        if self._dense is None or self._dense.has_ended:
+            return
+        with self._dense.going(len(self._steps), write) as run:
+            for chunk, first in self._chunks():
+                run(chunk, first)
+                self._told("dense outputs", chunk)
+
     def outputs(self) -> Iterator[torch.Tensor]:
         """The quantized layer's outputs [T, C], chunk by chunk."""
-        for chunk, first in self._chunks():
-            h = self._hidden("hidden", "down", chunk, first)
-            self._run(self._weights, chunk, h, start="down", x=self._inputs("down", chunk, first))
-            self._told("outputs", chunk)
-            yield h
-
-    def _hear_chunk(
-        self, name: str, chunk: ForwardBatch, first: int, target: _Target | None, writes: Mapping[str, Write]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The quantized stream's inputs of the linear and, with a ``target``, what they lack to be the dense stream's;
-        for "o" and "down" the products x W with which the hidden states would be the dense stream's."""
-        if name == "gate_up":  # from within the first half
-            h, inputs = self._hidden("hidden", "o", chunk, first), self._inputs("o", chunk, first)
-            x = self._run(self._weights, chunk, h, start="o", x=inputs, stop=name).x
-        else:
-            h = self._hidden("hidden", name, chunk, first)
-            x = self._run(self._weights, chunk, h, start=_half(name), stop=name).x
-        for kind, rows in ((_INPUTS, x), (_MIDDLE, h)):
-            if kind in writes:
-                writes[kind](as_bytes(rows))
-        if target is None:
-            return x, None
-        if name not in _SECOND:
-            return x, target.rows.sub_(x)
-        wanted, fields = target.rows.sub_(h).div_(target.scale), self._weights[name][0].fields
-        return x, wanted.sub_(fields["bias"]) if "bias" in fields else wanted
-
-    def _follow(self, name: str, chunk: ForwardBatch, first: int, writes: Mapping[str, Write]) -> _Target:
-        h = self._hidden("dense", name, chunk, first)
-        passed = self._run(self._dense, chunk, h, start=_half(name), stop=_SECOND.get(name, name))
-        if name not in _SECOND:
-            return _Target(passed.x.clone())  # the next call overwrites it
-        if _DENSE in writes:
-            writes[_DENSE](as_bytes(h))
-        return _Target(h, self._scale(name, passed))
-
-    def _scale(self, name: str, passed: Passed) -> float:
-        if passed.branch.post_norm is not None:
-            module = self._weights[name][0].layout.spec.parts[0].name
-            raise UnsupportedModelError(
-                f"{module}: found a norm of what it adds, expected none where quantized layers are to follow the dense "
-                "ones: no scale takes a difference of outputs back to the linear"
-            )
-        return passed.branch.scale
-
-    def _run(self, weights: LayerWeights, chunk: ForwardBatch, h: torch.Tensor, **span: Any) -> Passed:
-        return self._layers.run(self._layer_idx, weights, chunk, h, **span)
+        with self._quantized.going(len(self._steps)) as run:
+            for chunk, first in self._chunks():
+                found = run(chunk, first)
+                self._told("outputs", chunk)
+                yield found[HIDDEN]
 
     def _chunks(self) -> Iterator[tuple[ForwardBatch, int]]:
         """Each with its first row's number."""
@@ -158,18 +193,13 @@ class Listener:
             yield chunk, first
             first += chunk.num_rows
 
-    def _hidden(self, stream: str, name: str, chunk: ForwardBatch, first: int) -> torch.Tensor:
-        """A chunk's hidden states at the beginning of the half of the layer with the linear ``name``, f32 [T, C]."""
-        path = self._work.hidden_path(stream, self._layer_idx)
-        if _half(name) is not None:
-            path = self._work.scratch_path(_MIDDLE if stream == "hidden" else _DENSE)
-        return read_rows(path, first, first + chunk.num_rows, self._layers.config.hidden_size)
 
-    def _inputs(self, name: str, chunk: ForwardBatch, first: int) -> torch.Tensor:
-        K = self._weights[name][0].layout.spec.K
-        return read_rows(self._work.scratch_path(_INPUTS), first, first + chunk.num_rows, K)
-
-
-def _half(name: str) -> str | None:
-    """The linear that the half of the layer with the linear ``name`` begins with; None: the layer's first."""
-    return "gate_up" if name in ("gate_up", "down") else None
+def _lack(
+    step: Step, linear: Linear, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What a linear's inputs lack to be the dense stream's; where it joins the residual stream plainly, the products
+    x W with which the residual stream would be the dense stream's."""
+    if not step.joins_plainly:
+        return wanted["x"].sub_(found["x"])
+    outputs = wanted[HIDDEN].sub_(found[HIDDEN]).div_(step.branch.scale)
+    return outputs.sub_(linear.fields["bias"]) if "bias" in linear.fields else outputs

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import ConfigError
+from exl.quantize.overrides import Override, Settings
 from exl.text.chats import DOCUMENTS
 
 _CHOICES = {
@@ -21,7 +24,7 @@ _CHOICES = {
 class QuantizeOptions:
     """Raises ``ConfigError`` that names the option, what was found and what was expected."""
 
-    bits: int = 4  # 2, 3, 4 or 8
+    bits: int | None = None  # 2, 3, 4 or 8; None: 4, or, with target_bits, what is measured to be best
     group_size: int = 128  # inputs that share a scale; -1: all
     act_order: bool = True  # GPTQ rounds the inputs that matter most first
     static_groups: bool = True  # with act_order, groups stay consecutive inputs: no cost at inference
@@ -35,18 +38,23 @@ class QuantizeOptions:
     method: str = "gptq"  # "rtn": round to nearest, from the weights alone
     checkpoint_format: str = "gptq"  # "gptq": stores zero - 1, which every loader reads; "gptq_v2": stores zero
     max_shard_bytes: int = 4_000_000_000
+    # Settings of single modules, "PATTERN=bits:8,group_size:32" or "PATTERN=dense". PATTERN is a regular expression
+    # that matches from the start of a module's name. The first that matches decides, those with "dense" before others.
+    overrides: Sequence[str] = ()
+    # The average number of bits per quantized weight, scales and zeros not counted: linears get bits of their own,
+    # of ``bit_choices``, more where the measured error is larger (``sensitivity.py``).
+    target_bits: float | None = None
+    bit_choices: Sequence[int] | None = None  # None, with target_bits: 2, 3, 4 and 8
 
     def __post_init__(self) -> None:
-        if self.bits not in SUPPORTED_BITS or isinstance(self.bits, bool):
-            raise ConfigError(f"bits: found {self.bits!r}, expected one of {', '.join(map(str, SUPPORTED_BITS))}")
+        self._check_bits()
         if self.group_size != -1:
             _check_count("group_size", self.group_size, 2, " or -1 for one group")
         _check_count("num_samples", self.num_samples, 1)
         _check_count("max_shard_bytes", self.max_shard_bytes, 1)
         if self.seq_len is not None:
             _check_count("seq_len", self.seq_len, 8)
-        number = isinstance(self.damp, int | float) and not isinstance(self.damp, bool) and math.isfinite(self.damp)
-        if not number or not 0 < self.damp <= 1:
+        if not _is_number(self.damp) or not 0 < self.damp <= 1:
             raise ConfigError(f"damp: found {self.damp!r}, expected a number above 0, at most 1")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -55,6 +63,56 @@ class QuantizeOptions:
             raise ConfigError(
                 "calibration: found nothing, expected a text file: GPTQ measures the layers' inputs on it"
             )
+        if isinstance(self.overrides, str) or not all(isinstance(text, str) for text in self.overrides):
+            raise ConfigError(f"overrides: found {self.overrides!r}, expected a sequence of strings")
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        self.parsed_overrides  # noqa: B018, checks them
+
+    def _check_bits(self) -> None:
+        if self.target_bits is None:
+            if self.bits is None:
+                object.__setattr__(self, "bits", 4)
+            if self.bit_choices is not None:
+                raise ConfigError("bit_choices: found some, which have no meaning without target_bits")
+            _check_width("bits", self.bits)
+            return
+        if self.bits is not None:
+            raise ConfigError(f"bits: found {self.bits}, expected none beside target_bits, which chooses them")
+        choices = SUPPORTED_BITS if self.bit_choices is None else tuple(self.bit_choices)
+        for width in choices:
+            _check_width("bit_choices", width)
+        if len(set(choices)) < 2:
+            raise ConfigError(f"bit_choices: found {choices!r}, expected at least two different ones")
+        object.__setattr__(self, "bit_choices", tuple(sorted(set(choices))))
+        low, high = self.bit_choices[0], self.bit_choices[-1]
+        if not _is_number(self.target_bits) or not low <= self.target_bits <= high:
+            raise ConfigError(f"target_bits: found {self.target_bits!r}, expected a number from {low} to {high}")
+        if self.method != "gptq":
+            raise ConfigError(f"target_bits: found method {self.method!r}, expected gptq: errors are measured on text")
+
+    @property
+    def reference_bits(self) -> int:
+        """With ``target_bits``: the width at which the effect of a linear's rounding is measured. The nearest below the
+        target, so that it is no smaller than what is left of it in the end."""
+        return max(width for width in self.bit_choices if width <= self.target_bits)
+
+    @property
+    def settings(self) -> Settings:
+        """Of modules that no override names; with ``target_bits`` before they are chosen."""
+        return Settings(self.reference_bits if self.bits is None else self.bits, self.group_size, self.sym)
+
+    @cached_property
+    def parsed_overrides(self) -> tuple[Override, ...]:
+        return tuple(Override.parse(text) for text in self.overrides)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_width(name: str, value: object) -> None:
+    if value not in SUPPORTED_BITS or isinstance(value, bool):
+        raise ConfigError(f"{name}: found {value!r}, expected one of {', '.join(map(str, SUPPORTED_BITS))}")
 
 
 def _check_count(name: str, value: object, low: int, otherwise: str = "") -> None:

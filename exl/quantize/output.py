@@ -12,6 +12,7 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import DTYPE_BITS
 from exl.checkpoint.writer import write_safetensors
 from exl.quantize.options import QuantizeOptions
+from exl.quantize.overrides import dynamic
 from exl.quantize.plan import Entry, QuantizePlan
 from exl.quantize.work import WorkFolder, write_text
 from exl.replace_file import replace_file
@@ -20,6 +21,7 @@ from exl.replace_file import replace_file
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
 )
 _METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -39,9 +41,7 @@ def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Ent
     In the source's order; a quantized module's tensors take the place of its weight. A head that is a copy of the
     embedding is left out.
     """
-    modules = {
-        module.name: (module, i) for i, layer in enumerate(plan.layers) for parts in layer.values() for module in parts
-    }
+    modules = {module.name: (module, i) for module, i in plan.modules()}
     entries: list[tuple[Entry, int | None]] = []
     for name, info in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
@@ -88,15 +88,27 @@ def write_checkpoint(
     for name in _COMPANIONS:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
-    quant_json = quantization_config(options)
+    quant_json = quantization_config(options, plan)
     write_text(out / "quantize_config.json", json.dumps(quant_json, indent=1) + "\n")
-    config_json = {**config_json, "intermediate_size": plan.intermediate_size, "quantization_config": quant_json}
-    if config_json.get("tie_word_embeddings") and not plan.tied:  # the source was wrong about its head
-        config_json["tie_word_embeddings"] = False
+    config_json = {**_with_shapes(config_json, plan), "quantization_config": quant_json}
     write_text(out / "config.json", json.dumps(config_json, indent=1) + "\n")
     for path in sorted(out.iterdir(), key=lambda path: path.name == "config.json"):
         replace_file(path, dst / path.name)
     return total
+
+
+def _with_shapes(config_json: dict[str, Any], plan: QuantizePlan) -> dict[str, Any]:
+    """What the output's tensors are, where the source's config says otherwise; of a model with a text part, there."""
+    values = dict(config_json)
+    text = values.get("text_config")
+    holder = values
+    if text:  # checked when the config was read
+        holder = values["text_config"] = dict(text)
+    holder["intermediate_size"] = plan.intermediate_size
+    for place in (values, holder):
+        if place.get("tie_word_embeddings") and not plan.tied:  # the source was wrong about its head
+            place["tie_word_embeddings"] = False
+    return values
 
 
 def _cut_shards(entries: list[tuple[Entry, int | None]], max_bytes: int) -> list[list[tuple[Entry, int | None]]]:
@@ -124,7 +136,7 @@ def _read_tensors(
         progress(entry)
 
 
-def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
+def quantization_config(options: QuantizeOptions, plan: QuantizePlan) -> dict[str, Any]:
     """Keys as AutoGPTQ and GPTQModel write them. ``desc_act`` means that groups are shuffled, as loaders read it."""
     used_gptq = options.method == "gptq"
     act_order = used_gptq and options.act_order
@@ -133,7 +145,7 @@ def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
         meta |= {"act_order": act_order, "match_dense": options.match_dense}
     values: dict[str, Any] = {
         "quant_method": "gptq",
-        "bits": options.bits,
+        "bits": plan.assignment.base.bits,
         "group_size": options.group_size,
         "desc_act": act_order and not options.static_groups,
         "sym": options.sym,
@@ -141,6 +153,10 @@ def quantization_config(options: QuantizeOptions) -> dict[str, Any]:
         "checkpoint_format": options.checkpoint_format,
         "pack_dtype": "int32",
     }
+    if plan.assignment.overrides:
+        values["dynamic"] = dynamic(plan.assignment.overrides)
+    if options.target_bits is not None:
+        meta |= {"target_bits": options.target_bits, "average_bits": round(plan.average_bits, 4)}
     if used_gptq:
         values |= {
             "damp_percent": options.damp,

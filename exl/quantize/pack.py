@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl.quantize.gptq import QuantizedWeight
-from exl.quantize.options import QuantizeOptions
 from exl.quantize.plan import ModulePlan
 
 _BLOCK = 32  # this many codes fill whole words at every number of bits
@@ -43,26 +42,28 @@ def pack_zeros(zeros: NDArray[np.uint8], bits: int, checkpoint_format: str) -> N
 def gptq_tensors(
     module: ModulePlan,
     result: QuantizedWeight,
-    start: int,
+    columns: NDArray[np.int64],
     bias: NDArray[np.float16] | None,
-    options: QuantizeOptions,
+    checkpoint_format: str,
 ) -> dict[str, NDArray]:
-    """A module's tensors by name, from the columns of ``result`` that begin at ``start``.
+    """A module's tensors by name. ``columns``: for each output of the module the column of ``result``, -1: padding.
 
     In padded outputs every code equals its zero, so that they are exactly 0.
     """
-    columns = slice(start, start + module.N)
-    middle = 1 << (options.bits - 1)
-    pad = ((0, 0), (0, module.out_N - module.N))
-    codes = np.pad(result.codes[:, columns].numpy(), pad, constant_values=middle)
-    zeros = np.pad(result.zeros[:, columns].numpy(), pad, constant_values=middle)
-    scales = np.pad(result.scales[:, columns].numpy(), pad, constant_values=1)
+    bits = module.bits
+    middle = 1 << (bits - 1)
     tensors = {
-        f"{module.name}.qweight": pack_codes(codes, options.bits),
-        f"{module.name}.qzeros": pack_zeros(zeros, options.bits, options.checkpoint_format),
-        f"{module.name}.scales": np.ascontiguousarray(scales),
+        f"{module.name}.qweight": pack_codes(_place(result.codes.numpy(), columns, middle), bits),
+        f"{module.name}.qzeros": pack_zeros(_place(result.zeros.numpy(), columns, middle), bits, checkpoint_format),
+        f"{module.name}.scales": _place(result.scales.numpy(), columns, 1),
         f"{module.name}.g_idx": result.g_idx.numpy(),
     }
     if bias is not None:
-        tensors[f"{module.name}.bias"] = np.pad(bias, (0, module.out_N - module.N))
+        tensors[f"{module.name}.bias"] = module.place_bias(bias)
     return tensors
+
+
+def _place(values: NDArray, columns: NDArray[np.int64], padding: int) -> NDArray:
+    placed = np.full((len(values), len(columns)), padding, values.dtype)
+    placed[:, columns >= 0] = values[:, columns[columns >= 0]]
+    return placed

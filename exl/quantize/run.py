@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from exl.batch import I32
 from exl.checkpoint.checkpoint import Checkpoint
@@ -25,28 +23,25 @@ from exl.checkpoint.quant_config import read_quant_config
 from exl.checkpoint.writer import write_safetensors
 from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.families.config import ModelConfig
-from exl.formats.tensors import read_float
 from exl.models.manifest import read_manifest
-from exl.ops.base import LayerWeights
 from exl.quantize.calibration import read_calibration
 from exl.quantize.compute import Compute, open_compute
-from exl.quantize.effort import Effort
-from exl.quantize.gptq import QuantizedWeight, gptq, round_to_nearest
-from exl.quantize.grid import Grid
+from exl.quantize.effort import Effort, write_work
 from exl.quantize.layer_pass import LayerPass
-from exl.quantize.listen import Heard, Listener, scratch_width
+from exl.quantize.listen import Listener, scratch_width
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
-from exl.quantize.pack import gptq_tensors
-from exl.quantize.plan import Entry, ModulePlan, QuantizePlan, make_plan
-from exl.quantize.work import WorkFolder, as_bytes, write_atomically
+from exl.quantize.overrides import Assignment
+from exl.quantize.plan import Entry, QuantizePlan, make_plan, module_names
+from exl.quantize.sensitivity import Probe, Texts, choose_bits, measure_pass
+from exl.quantize.solve import Solver
+from exl.quantize.work import WorkFolder, as_bytes, write_atomically, write_text
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart
 
 Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py``), what is being done
 
-_LINEARS = ("qkv", "o", "gate_up", "down")  # in the order in which a layer computes them
 _DEFAULT_SEQ_LEN = 2048
 _ALGORITHM = 3  # version: raised by each change after which a run that is resumed would write other bytes
 
@@ -57,6 +52,7 @@ class QuantizeResult:
     num_bytes: int  # of weights
     num_calibration_tokens: int
     num_resumed_layers: int  # layers that an earlier run had finished
+    average_bits: float  # of the codes, over all quantized weights
 
 
 def quantize(
@@ -91,6 +87,10 @@ def quantize(
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
 
 
+def _write_work(entry: Entry) -> int:
+    return write_work(entry_bytes(entry))
+
+
 class _Run:
     def __init__(
         self,
@@ -106,43 +106,78 @@ class _Run:
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
         if read_quant_config(folder, self.config_json) is not None:
             raise ConfigError(f"{folder}: already quantized, expected a dense model")
-        manifest = read_manifest(checkpoint, self.config, None)
-        self.plan: QuantizePlan = make_plan(manifest, self.config, options)
+        self.manifest = read_manifest(checkpoint, self.config, None)
+        self.asked = Assignment.make(module_names(self.manifest), options.settings, options.parsed_overrides)
+        self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
-        self.layers = LayerPass(checkpoint, self.config, manifest, self.sequences, compute)
-        self.grid = Grid(options.bits, options.sym, min_zero=1 if options.checkpoint_format == "gptq" else 0)
+        self.layers = LayerPass(checkpoint, self.config, self.manifest, self.sequences, compute)
+        self.solver = Solver(checkpoint, options, compute)
         self._progress, self._done = progress, 0
-        self._tensors = output_entries(checkpoint, self.plan)
-        self.effort = Effort(self.config, options, self.plan.layers[0], compiled=compute.compiled)
-        num_layers = self.config.num_layers
-        layers = [self.effort.whole_layer(self.layers.chunks, i + 1 == num_layers) for i in range(num_layers)]
+        self._measuring = 0  # work of choosing widths
+        self._follow(self.plan)
+
+    def _follow(self, plan: QuantizePlan) -> None:
+        """Takes a plan, and knows then what each step of it will be."""
+        self.plan, self._tensors = plan, output_entries(self.checkpoint, plan)
+        num_layers, compiled = self.config.num_layers, self.compute.compiled
+        self.efforts = [
+            Effort(self.config.layers[i], self.options, plan.layers[i], compiled, is_last=i + 1 == num_layers)
+            for i in range(num_layers)
+        ]
+        layers = [effort.whole(self.layers.chunks) for effort in self.efforts]
         self._done_before = [0, *accumulate(layers)]  # the work before each layer, and after the last
-        self._total = self._done_before[-1] + sum(map(self._write_work, self._entries()))
+        self._total = self._measuring + self._done_before[-1] + sum(map(_write_work, self._entries()))
 
     def run(self) -> QuantizeResult:
         work = WorkFolder.open(self.dst, self._request(), self.streams)
         num_layers = self.config.num_layers
+        probe = None if self.options.target_bits is None else self._probe(work)
+        chosen = self._chosen_before(work)
+        if probe is not None:
+            self._measuring = probe.total_work()
+            self._follow(self.plan if chosen is None else self._plan_with(chosen))
         finished = work.num_finished(num_layers)
-        self._check_space(work)
-        self._step("resuming" if finished else "starting", self._done_before[finished])
+        self._check_space(work, 0 if probe is None else probe.scratch_bytes())
+        before = self._done_before[finished] + (0 if chosen is None else self._measuring)
+        self._step("resuming" if before else "starting", before)
+        if probe is not None and chosen is None:
+            self._follow(self._plan_with(self._choose(work, probe)))
         if self.sequences and finished < num_layers and not work.has_hidden(finished):
             self._write_hidden(work, 0, {stream: self.layers.embed() for stream in self.streams})
         for layer_idx in range(finished, num_layers):
             for older in range(layer_idx):
                 work.drop_hidden(older)
             self._quantize_layer(work, layer_idx)
-        write = lambda entry: self._step("writing", self._write_work(entry))  # noqa: E731
+        write = lambda entry: self._step("writing", _write_work(entry))  # noqa: E731
         num_bytes = write_checkpoint(self.dst, work, self.checkpoint, self.plan, self.options, self.config_json, write)
         work.remove()
         num_tokens = sum(map(len, self.sequences))
-        return QuantizeResult(self.dst, num_bytes, num_tokens, finished)
+        return QuantizeResult(self.dst, num_bytes, num_tokens, finished, self.plan.average_bits)
+
+    # Widths
+
+    def _probe(self, work: WorkFolder) -> Probe:
+        texts = Texts.of(self.sequences)
+        learn = LayerPass(self.checkpoint, self.config, self.manifest, texts.learn, self.compute)
+        measure = measure_pass(learn, texts.measure)
+        told = lambda layer_idx, what, done: self._step(f"measuring {self._at(layer_idx, what)}", done)  # noqa: E731
+        return Probe(learn, measure, self.plan, self.options, self.solver, work.path / "probe", told)
+
+    def _chosen_before(self, work: WorkFolder) -> dict[str, int] | None:
+        """The bits of modules that a run has chosen before it was interrupted."""
+        return dict(read_json(work.bits_path)) if work.bits_path.is_file() else None
+
+    def _choose(self, work: WorkFolder, probe: Probe) -> dict[str, int]:
+        chosen = choose_bits(self.plan, probe.run(), self.options.target_bits)
+        write_text(work.bits_path, json.dumps(chosen, indent=1))
+        return chosen
+
+    def _plan_with(self, chosen: dict[str, int]) -> QuantizePlan:
+        return make_plan(self.manifest, self.config, self.asked.with_bits(chosen))
 
     def _entries(self) -> Iterator[Entry]:
         return (entry for entry, _ in self._tensors)
-
-    def _write_work(self, entry: Entry) -> int:
-        return self.effort.write(entry_bytes(entry))
 
     def _step(self, what: str, work: int) -> None:
         """Reports that ``work`` more is done."""
@@ -173,6 +208,8 @@ class _Run:
         """Everything that the result depends on, in JSON's types, so that it compares equal after a round trip."""
         options = asdict(self.options)
         del options["calibration"]
+        options["overrides"] = list(self.options.overrides)
+        options["bit_choices"] = None if self.options.bit_choices is None else list(self.options.bit_choices)
         source = hashlib.sha256()
         for name, info in self.checkpoint.tensors.items():
             source.update(f"{name} {info.file} {info.dtype} {info.shape} {info.start}\n".encode())
@@ -188,14 +225,15 @@ class _Run:
             "calibration tokens": text.hexdigest(),
         }
 
-    def _check_space(self, work: WorkFolder) -> None:
+    def _check_space(self, work: WorkFolder, probe_bytes: int) -> None:
         """Raises ``ExlError`` now if the disk will be full later: a run may take hours."""
-        num_streams = len(self.streams)
-        width = 2 * num_streams * self.config.hidden_size + scratch_width(self.config, num_streams)
+        C, follow = self.config.hidden_size, "dense" in self.streams
+        scratch = max(scratch_width(layer, C, follow) for layer in self.config.layers)
+        width = 2 * len(self.streams) * C + scratch
         hidden = 4 * width * sum(map(len, self.sequences))
         weights = 2 * sum(map(entry_bytes, self._entries()))
         there = sum(path.stat().st_size for path in work.path.rglob("*") if path.is_file())
-        needed, free = hidden + weights - there, shutil.disk_usage(self.dst).free
+        needed, free = max(probe_bytes, hidden) + weights - there, shutil.disk_usage(self.dst).free
         if free < needed:
             has, needs = format_apart(free, needed)
             raise ExlError(f"{self.dst}: {has} free on this disk, quantizing needs {needs}")
@@ -206,11 +244,12 @@ class _Run:
         return f"layer {layer_idx + 1} of {self.config.num_layers}: {what}"
 
     def _quantize_layer(self, work: WorkFolder, layer_idx: int) -> None:
+        effort, plan = self.efforts[layer_idx], self.plan.layers[layer_idx]
         weights = self.layers.read_layer(layer_idx)
         dense = self.layers.read_layer(layer_idx) if "dense" in self.streams else None
-        self._step(self._at(layer_idx, "read"), self.effort.read())
-        told = lambda name, chunk: self._step(self._at(layer_idx, name), self.effort.chunk(name, chunk))  # noqa: E731
-        listener = Listener(self.layers, work, layer_idx, weights, dense, told)
+        self._step(self._at(layer_idx, "read"), effort.read())
+        told = lambda name, chunk: self._step(self._at(layer_idx, name), effort.chunk(name, chunk))  # noqa: E731
+        listener = Listener(self.layers, work, layer_idx, weights, dense, effort.heard, told)
         tensors: dict[str, np.ndarray] = {}
         is_last = layer_idx + 1 == self.config.num_layers
         with ExitStack() as stack:
@@ -218,71 +257,17 @@ class _Run:
             if dense is not None and not is_last:
                 # Renamed when the stack closes, after the layer's file: hidden states must follow a finished layer.
                 write_dense = stack.enter_context(write_atomically(work.hidden_path("dense", layer_idx + 1)))
-            for name in _LINEARS:
-                heard = listener.hear(name, write_dense if name == "down" else None) if self.sequences else None
-                tensors |= self._quantize_linear(layer_idx, name, weights, heard)
-                self._step(self._at(layer_idx, name), self.effort.solve(name))
+            for name in effort.heard:
+                heard = listener.hear(name, write_dense) if self.sequences else None
+                (linear,) = weights[name]
+                tensors |= self.solver.solve(plan[name], linear, heard)
+                self._step(self._at(layer_idx, name), effort.solve(name))
+            if write_dense is not None:
+                listener.end_dense(write_dense)
             entries = self.plan.layer_entries(layer_idx)
             write_safetensors(work.layer_path(layer_idx), entries, (tensors[name] for name, _, _ in entries))
         if self.sequences and not is_last:
             self._write_hidden(work, layer_idx + 1, {"hidden": listener.outputs()})
-
-    def _quantize_linear(
-        self, layer_idx: int, name: str, weights: LayerWeights, heard: Heard | None
-    ) -> dict[str, np.ndarray]:
-        """The packed tensors of the linear's modules. Replaces the dense weights in ``weights`` by the rounded ones."""
-        (linear,) = weights[name]
-        modules = self.plan.layers[layer_idx][name]
-        K, out_K = modules[0].K, modules[0].out_K
-        weight = linear.fields["weight"]  # [N, K]
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{modules[0].name}: found weights that are not finite")
-        padded = torch.zeros(out_K, weight.shape[0])
-        padded[:K] = weight.T
-        try:
-            result = self._solve(padded, K, modules[0].group_size, heard)
-        except ExlError as error:
-            raise ExlError(f"{modules[0].name}: {error}") from None
-        weight.copy_(result.dequantize()[:K].T)
-        tensors: dict[str, np.ndarray] = {}
-        start = 0
-        for module in modules:
-            bias = self._read_bias(module)
-            tensors |= gptq_tensors(module, result, start, bias, self.options)
-            start += module.N
-        return tensors
-
-    def _solve(self, weight: torch.Tensor, K: int, group_size: int, heard: Heard | None) -> QuantizedWeight:
-        """``weight`` [out_K, N]: rows from K on are padding, for inputs that are always 0."""
-        if heard is None:
-            return round_to_nearest(weight, self.grid, group_size)
-        H, drift, num_padding = heard.hessian, heard.drift, len(weight) - K
-        if num_padding:
-            H = F.pad(H, (0, num_padding, 0, num_padding))
-            drift = None if drift is None else F.pad(drift, (0, 0, 0, num_padding))
-        return gptq(
-            weight,
-            H,
-            self.grid,
-            group_size,
-            act_order=self.options.act_order,
-            static_groups=self.options.static_groups,
-            damp=self.options.damp,
-            drift=drift,
-            rounding=self.compute.rounding,
-        )
-
-    def _read_bias(self, module: ModulePlan) -> np.ndarray | None:
-        if not module.has_bias:
-            return None
-        bias = read_float(self.checkpoint, f"{module.name}.bias")
-        with np.errstate(over="ignore"):
-            rounded = bias.astype(np.float16)
-        if not np.isfinite(rounded).all():
-            raise CheckpointError(
-                f"{module.name}.bias: found values up to {float(np.abs(bias).max())!r}, f16 ends at 65504"
-            )
-        return rounded
 
     # Hidden states
 

@@ -1,5 +1,6 @@
 """The folder ``DST/.partial``: the state of an unfinished run, and whether this run can resume it.
 
+    bits.json                with target_bits: the widths that were chosen; measured before any layer is quantized
     request.json             the options, and digests of everything else that the result depends on
     layer-0007.safetensors   the quantized tensors of layer 7, finished
     hidden-0008.f32          inputs of layer 8, as computed by the quantized layers
@@ -64,6 +65,10 @@ class WorkFolder:
 
     def layer_path(self, layer_idx: int) -> Path:
         return self.path / f"layer-{layer_idx:04d}.safetensors"
+
+    @property
+    def bits_path(self) -> Path:
+        return self.path / "bits.json"
 
     def hidden_path(self, stream: str, layer_idx: int) -> Path:
         return self.path / f"{stream}-{layer_idx:04d}.f32"

@@ -1,5 +1,5 @@
-"""What families ask of a GPU's attention, on the host shim against float64: a RoPE of each layer. Each feature, taken
-out, would be seen."""
+"""What families ask of a GPU's attention, on the host shim against float64: a RoPE of each layer, norms of whole
+rows, sinks. Each, taken out, would be seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exl.layout.arena import table_words
 from exl.ops.base import AttentionSpec
 from tests.host.backends import make_backend
 from tests.model import attended
-from tests.model.attended import HEAD_DIM, Attended, row_norms, spec_of
+from tests.model.attended import HEAD_DIM, Attended, row_norms, sinks, spec_of
 from tests.model.batches import batch_of
 from tests.model.cuda_ops import Bench
 
@@ -63,6 +63,14 @@ def test_a_rope_that_the_model_did_not_name_is_refused():
 def test_q_and_k_are_normalised_over_all_heads(backend):
     bench = Bench(backend, rows=16, ropes=ROPES)
     spec = spec_of(**row_norms(bench.rng, backend.device))
+    a = attend(bench, spec)
+    assert a.largest_error(spec) < LIMIT
+    assert a.largest_error(spec_of()) > 20 * LIMIT
+
+
+def test_a_sink_takes_its_part_of_the_weights(backend):
+    bench = Bench(backend, rows=16, ropes=ROPES)
+    spec = spec_of(sinks=sinks(bench.rng, backend.device))
     a = attend(bench, spec)
     assert a.largest_error(spec) < LIMIT
     assert a.largest_error(spec_of()) > 20 * LIMIT

@@ -3,11 +3,15 @@ by prefill and token by token. Each feature, taken out, is seen."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.host.backends import make_backend
-from tests.model.cuda_engines import all_logits, load, some_ids, step_logits
+from tests.live_bytes import live_bytes
+from tests.model import test_cuda_steps
+from tests.model.cuda_engines import GREEDY, all_logits, load, some_ids, step_logits, tokens
 from tests.model.hf_models import CASES, build, decode_logits, load_f32, prefill_logits, save
 from tests.model.test_against_transformers import _without
 
@@ -88,3 +92,44 @@ def test_under_the_sanitizers(name, mode, arch, models):
     engine = load(folder, make_backend(mode, arch))
     assert share(all_logits(engine, PROMPT[:20]), prefill[:20]) < LIMITS[name]
     assert share(step_logits(engine, STEPS[:4]), steps[:4]) < LIMITS[name]
+
+
+# Of one layer in a decode step, and of the head. q stands for a linear.
+LAUNCHES = {
+    "gemma2": ("q attention_decode q norm_add q q norm_add", "q scale_logits"),
+    "cohere2": ("row_norm q attention_decode row_norm q q q", "row_norm q scale_logits"),
+    "olmo2": ("row_norm q row_norm attention_decode q norm_add row_norm q q norm_add", "q"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_a_decode_step(backend, name, models):
+    """A launch for each feature that needs one, and nothing by torch."""
+    launches, calls = test_cuda_steps.launches_of_a_step(backend, models(name)[0])
+    layer, head = (["linear_dense" if word == "q" else word for word in part.split()] for part in LAUNCHES[name])
+    assert launches == ["embed", *layer * 3, *head]
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["gemma3", "cohere2"])
+def test_steps_are_replayed(recorder, name, models):
+    """Two tables of angles, norms behind blocks, scaled logits: what a graph launches again reads the new step's."""
+    folder, _, _ = models(name)
+    engine, params = load(folder, recorder), replace(GREEDY, max_tokens=12)
+    assert tokens(engine, params) == tokens(load(folder, recorder.inner), params)
+    assert len(recorder.graphs) == 1
+    assert engine.generator.runner.graphs.reason is None
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2"])
+def test_the_plan_counts_every_byte(backend, name, models):
+    """Among them the buffer of normalised branches, and a table of angles for each RoPE."""
+    folder, _, _ = models(name)
+    before = live_bytes()
+    engine = load(folder, backend)
+    exact = [line for line in engine.plan.lines if line.exact and line.device == "cuda:0"]
+    in_ram = [line for line in engine.plan.lines if line.purpose == "embedding" and line.device != "cuda:0"]
+    lines = [line for line in (*exact, *in_ram) if line.purpose != "rounding to segments"]
+    assert live_bytes() - before == sum(line.num_bytes for line in lines)
+    assert len(tokens(engine, replace(GREEDY, max_tokens=3))) == 3
+    assert live_bytes() - before == sum(line.num_bytes for line in lines)

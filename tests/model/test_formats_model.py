@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,11 @@ from safetensors.torch import save_file
 
 from exl.engine.build import load_engine
 from exl.errors import CheckpointError
+from exl.formats.load import load_matrix
+from exl.formats.matrix import DenseMatrix
+from exl.kernels.tile_pack import pack_matrix
 from exl.layout.specs import Target
+from exl.planning.from_headers import open_model
 from exl.planning.options import EngineOptions
 from tests.model.cpu_targets import with_both
 from tests.model.cuda_engines import all_logits, some_ids
@@ -229,3 +234,17 @@ def test_a_tensor_that_belongs_to_another_format_is_unexpected(tmp_path):
     make(tmp_path, quant, with_extra)
     with pytest.raises(CheckpointError, match=r"14 tensors that a llama model .* does not have: .*weight_shape"):
         load_engine(tmp_path, EngineOptions(context=128))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpus_tiles_hold_the_same_codes(case, tmp_path):
+    """The packer takes words where a format has them as GPTQ does, else codes: tiles are the same."""
+    make(tmp_path, *CASES[case])
+    with open_model(tmp_path) as files:
+        for name in LINEARS:
+            matrix = load_matrix(files.checkpoint, f"model.layers.0.{name}", files.quant)
+            if isinstance(matrix, DenseMatrix):
+                continue
+            tiles, plain = (pack_matrix([m]) for m in (matrix, replace(matrix, read_words=None)))
+            np.testing.assert_array_equal(tiles.codes, plain.codes)
+            np.testing.assert_array_equal(tiles.qparams, plain.qparams)

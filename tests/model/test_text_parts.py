@@ -17,8 +17,12 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.engine.build import load_engine
 from exl.families.config import ModelConfig
 from exl.planning.options import EngineOptions
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.run import quantize
+from tests.model.cpu_targets import EXACT
 from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import prefill_logits
+from tests.model.test_quantize_model import dequantized
 
 _TEXT = {
     "vocab_size": 96,
@@ -121,6 +125,30 @@ def test_names_of_tensors(style, whole, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     ids = some_ids(40, seed=2)
     assert (_logits(tmp_path, ids) - prefill_logits(model, ids)).abs().max() <= 2e-4
+
+
+def test_the_text_part_is_quantized_and_the_rest_is_copied(whole, tmp_path):
+    """The padded width of the MLP stands in the text part's own config, and other tensors are as they were."""
+    model, folder = copy.deepcopy(whole[0]), whole[1]
+    quantize(folder, tmp_path / "out", QuantizeOptions(method="rtn", group_size=64))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["intermediate_size"] == 192
+    assert config.get("intermediate_size") is None
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    weights = dequantized(tmp_path / "out")
+    assert len(weights) == 14  # two layers
+    kept = {name for name in before if name.rpartition(".")[0] not in weights}
+    assert kept == {name for name in after if name.rpartition(".")[0] not in weights}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    for name, weight in weights.items():
+        module = model.model.language_model.layers.get_submodule(name.partition("layers.")[2])
+        N, K = module.weight.shape
+        module.weight.data = torch.from_numpy(weight[:N, :K].copy()).float()
+        if module.bias is not None:
+            module.bias.data = after[f"{name}.bias"].float()
+    ids = some_ids(60, seed=3)
+    engine = load_engine(tmp_path / "out", EngineOptions(kv_cache="f32", context=128, **EXACT))
+    assert (all_logits(engine, ids) - prefill_logits(model, ids)).abs().max() <= 2e-4
 
 
 def test_a_plan_says_that_images_are_not_read(whole):

@@ -29,6 +29,7 @@ LADDER = (
     ("kernels", "cpu_kernels"),
     ("ops",),
     ("models",),
+    ("adapters",),
     ("planning", "quantize"),
     ("weights",),
     ("engine",),

@@ -2,7 +2,7 @@
 // Attention of one warp over pages (page.cuh) on tensor cores: S = K Q^T and O = V^T P, with an online softmax. Operand A is
 // codes read straight from the pages; operand B is columns, each one query head and one new token.
 //
-// Macros: page.cuh.
+// Macros: page.cuh; EXL_SINKS, if defined: each query head has one more score, which has no value.
 #include <exl/half.cuh>
 #include <exl/page.cuh>
 #include <exl/softcap.cuh>
@@ -118,6 +118,16 @@ struct Columns {
 EXL_DEVICE float log2_score(float x, float scale, float softcap) {
   return capped(x * scale, softcap) * kLog2E;
 }
+
+#if defined(EXL_SINKS)
+constexpr bool kSinks = true;
+#else
+constexpr bool kSinks = false;
+#endif
+
+// What a head's sink adds to a column's sum l, whose maximum is `top`. It may be infinite: then the column's output is 0. A
+// column that sees no token has the maximum kNone.
+EXL_DEVICE float sink_weight(float sink, float top) { return ex2_approx(sink * kLog2E - top + (kHasMma ? kLift : 0.0f)); }
 
 // s += K Q^T over channels 64 tile .. 64 tile + 63, or fewer in a last tile. Loads for all 64 tokens are in flight together.
 template <bool kWhole, int kN>

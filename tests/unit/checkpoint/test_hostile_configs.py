@@ -131,6 +131,56 @@ def test_quant_configs_of_anything(tmp_path, values):
         assert_sane(verdict)
 
 
+METHODS = {
+    "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]},
+    "auto-round": {
+        **{"bits": 4, "group_size": 128, "sym": False, "data_type": "int", "packing_format": "auto_round"},
+        **{"block_name_to_quantize": "model.layers", "extra_config": {"lm_head": {"bits": 8}}},
+    },
+    "compressed-tensors": {
+        **{"format": "pack-quantized", "ignore": ["lm_head"], "kv_cache_scheme": None, "sparsity_config": {}},
+        "config_groups": {
+            "group_0": {
+                **{"targets": ["Linear"], "input_activations": None, "format": None},
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+            }
+        },
+    },
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@SETTINGS
+@given(data=st.data())
+def test_configs_of_other_methods_with_anything_in_them(tmp_path, method, data):
+    """At any depth: an error that names the file, or a configuration that answers for any module."""
+    values = json.loads(json.dumps(METHODS[method])) | {"quant_method": method}
+    place = values
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+        else:
+            place[key] = data.draw(JUNK | EXTREMES)
+            break
+    write(tmp_path, "quantize_config.json", json.dumps(values))
+    try:
+        config = read_quant_config(tmp_path, {})
+    except (ConfigError, UnsupportedModelError) as error:
+        message = str(error)
+    else:
+        message = ""
+    assert len(message) < 800
+    if message:
+        assert message.startswith("quantize_config.json: ")
+        return
+    for name in ("", "lm_head", "model.layers.0.mlp.up_proj", "ab" * 30):
+        for own in (config.for_module(name), config.for_quantized(name)):
+            assert own is None or own.bits in (2, 3, 4, 8)
+    assert isinstance(config.layout, str)
+
+
 @pytest.mark.parametrize("key", [*QUANT, "dynamic"])
 def test_deeply_nested_values_of_a_quant_config(tmp_path, key):
     message = quant_verdict(tmp_path, QUANT | {key: TOO_DEEP})

@@ -56,7 +56,7 @@ def plain_gptq(
         group = k // group_size if act_order and static_groups else step // group_size
         if group not in grids:
             if act_order and static_groups:
-                members, values = np.arange(group * group_size, (group + 1) * group_size), original
+                members, values = np.arange(group * group_size, min(K, (group + 1) * group_size)), original
             else:
                 members, values = order[step : step + group_size], weight
             grids[group] = tuple(part.numpy() for part in grid.fit(torch.from_numpy(values[members])))
@@ -78,7 +78,8 @@ def compute(request):
 @pytest.mark.parametrize(
     ("act_order", "static_groups"), [(False, False), (True, False), (True, True)], ids=["plain", "act", "static"]
 )
-@pytest.mark.parametrize("group_size", [32, 96, 144, K])  # below, not dividing, above a block of 128; one group
+# Below, not dividing, above a block of 128; one group; last groups that are shorter: 8, 32 and 88 inputs.
+@pytest.mark.parametrize("group_size", [32, 96, 144, K, 40, 128, 200])
 def test_codes_are_the_papers(group_size, act_order, static_groups, compute):
     weight, _, hessian = problem()
     grid = Grid(4, sym=False, min_zero=1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from exl.quantize.gptq import QuantizedWeight
-from exl.quantize.options import QuantizeOptions
+from exl.quantize.overrides import Settings
 from exl.quantize.pack import gptq_tensors, pack_codes, pack_zeros
-from exl.quantize.plan import ModulePlan
+from exl.quantize.plan import ModulePlan, PartPlan
 from tests.reference.plain_packer import dequantize, pack_layer
 
 
@@ -40,9 +40,10 @@ def test_padded_outputs_are_exactly_zero(checkpoint_format):
         zeros=torch.from_numpy(rng.integers(1, 16, (2, 50), dtype=np.uint8)),
         g_idx=torch.from_numpy(np.arange(64, dtype=np.int32) // 32),
     )
-    options = QuantizeOptions(method="rtn", checkpoint_format=checkpoint_format)
-    module = ModulePlan("m", K=64, N=20, out_K=64, out_N=32, has_bias=True, group_size=32, bits=4)
-    tensors = gptq_tensors(module, result, 30, np.arange(20, dtype=np.float16), options)
+    part = PartPlan(30, np.arange(20), np.arange(20))
+    settings = Settings(bits=4, group_size=32, sym=False)
+    module = ModulePlan("m", K=64, N=20, out_K=64, out_N=32, has_bias=True, settings=settings, parts=(part,))
+    tensors = gptq_tensors(module, result, module.columns, np.arange(20, dtype=np.float16), checkpoint_format)
     codes = np.pad(result.codes[:, 30:].numpy(), ((0, 0), (0, 12)), constant_values=8)
     zeros = np.pad(result.zeros[:, 30:].numpy(), ((0, 0), (0, 12)), constant_values=8)
     scales = tensors["m.scales"]

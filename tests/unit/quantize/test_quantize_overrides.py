@@ -1,0 +1,75 @@
+"""Overrides of single modules: read, refused, and as another reader of ``dynamic`` takes them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from exl.errors import ConfigError
+from exl.quantize.options import QuantizeOptions
+from exl.quantize.overrides import Override, Settings, dynamic, settings_of
+
+NAMES = [f"model.layers.{i}.{tail}" for i in range(12) for tail in ("self_attn.q_proj", "mlp.down_proj")]
+BASE = Settings(4, 128, False)
+
+
+def first_match(entries: dict, name: str) -> dict | None:
+    """As GPTQModel reads ``dynamic``: patterns in the order of the file, the first that matches decides. {}: none;
+    None: excluded."""
+    for key, values in entries.items():
+        excludes, pattern = key.startswith("-:"), key[2:] if key[:2] in ("+:", "-:") else key
+        if re.match(pattern, name):
+            return None if excludes else values
+    return {}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [r".*down_proj=bits:8,group_size:32"],
+        [r"model\.layers\.1\..*=bits:3", r"model\.layers\.1.*=sym:true,group_size:-1"],
+        [r".*down_proj=bits:8", r"model\.layers\.(0|11)\.=dense"],
+        [r"model\.layers\.[0-3]\.(?!mlp)=dense", r".*=bits:2"],
+    ],
+    ids=str,
+)
+def test_settings_are_those_that_other_readers_find(texts):
+    overrides = [Override.parse(text) for text in texts]
+    found = settings_of(NAMES, BASE, overrides)
+    entries = dynamic(overrides)
+    for name in NAMES:
+        values = first_match(entries, name)
+        expected = None if values is None else Settings(**{**vars(BASE), **values})
+        assert found[name] == expected, name
+    assert len({*found.values()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mlp", r"override: 'mlp': expected PATTERN=bits:8"),
+        ("=bits:8", r"expected PATTERN=bits:8"),
+        ("(=bits:8", r"not a regular expression"),
+        ("x=bits:5", r"bits: found '5', expected one of 2, 3, 4, 8"),
+        ("x=bits", r"bits: found '', expected one of"),
+        ("x=group_size:0", r"group_size: found '0', expected a whole number of at least 2, or -1"),
+        ("x=sym:1", r"sym: found '1', expected true or false"),
+        ("x=desc_act:true", r"found 'desc_act'; expected PATTERN"),
+        ("x=bits:4,bits:8", r"bits is there twice"),
+        ("x=Dense", r"found 'Dense'"),
+    ],
+)
+def test_what_is_no_override_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        QuantizeOptions(method="rtn", overrides=[text])
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"'down_proj' matches the name of no linear .*; one is model\.layers\.0\."):
+        settings_of(NAMES, BASE, [Override.parse("down_proj=bits:8")])
+
+
+def test_overrides_are_a_sequence():
+    with pytest.raises(ConfigError, match="overrides: found 'x=bits:8', expected a sequence of strings"):
+        QuantizeOptions(method="rtn", overrides="x=bits:8")
