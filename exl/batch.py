@@ -35,6 +35,17 @@ class ForwardBatch:
     page_table: I32  # [B, P]; a snapshot
     logit_rows: I32  # [R]; rows whose logits are wanted
     num_decode_rows: int
+    # The same for layers that have a window and pages of their own, where others have none; None: there are none.
+    window_slots: I32 | None = None
+    window_table: I32 | None = None  # [B, P']
+
+    def places(self, windowed: bool) -> tuple[I32, I32]:
+        """``slots`` and ``page_table`` of layers that keep all tokens, or of those with pages of their own."""
+        if not windowed:
+            return self.slots, self.page_table
+        if self.window_slots is None or self.window_table is None:
+            raise ValueError("a batch without pages for layers that have a window")
+        return self.window_slots, self.window_table
 
     @property
     def num_rows(self) -> int:
@@ -83,13 +94,20 @@ def padded_step(batch: ForwardBatch, num_rows: int, num_sequences: int | None = 
         token_ids=np.concatenate([batch.token_ids, rows]),
         positions=np.concatenate([batch.positions, rows]),
         slots=np.concatenate([batch.slots, rows - 1]),
+        window_slots=None if batch.window_slots is None else np.concatenate([batch.window_slots, rows - 1]),
+        window_table=None if batch.window_table is None else _with_empty(batch.window_table, empty),
         query_start=np.concatenate([batch.query_start, sequences + batch.num_rows]),
         context_len=np.concatenate([batch.context_len, sequences]),
         rope_len=np.concatenate([batch.rope_len, sequences + 1]),
-        page_table=np.concatenate([batch.page_table, np.zeros((empty, batch.page_table.shape[1]), np.int32)]),
+        page_table=_with_empty(batch.page_table, empty),
         logit_rows=np.arange(num_rows, dtype=np.int32),
         num_decode_rows=num_rows,
     )
+
+
+def _with_empty(table: I32, count: int) -> I32:
+    """With ``count`` rows of zeros more."""
+    return np.concatenate([table, np.zeros((count, table.shape[1]), np.int32)])
 
 
 @dataclass(frozen=True)

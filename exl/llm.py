@@ -21,7 +21,7 @@ from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine, load_engine
-from exl.engine.cache_files import load_cache, save_cache
+from exl.engine.cache_files import cache_key, load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -35,6 +35,7 @@ from exl.planning.options import EngineOptions
 from exl.progress import Progress, shown_progress
 from exl.request_options import Request, RequestOptions
 from exl.sampling_params import SamplingParams
+from exl.scoring import Score, submit_score
 from exl.streams import Stream
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
 from exl.text.sink import TextSink
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from exl.chat import Chat
-    from exl.checkpoint.quant_config import QuantConfig
+    from exl.checkpoint.quant.base import QuantConfig
     from exl.families.config import ModelConfig
     from exl.planning.plan import MemoryPlan
 
@@ -280,6 +281,23 @@ class LLM:
         ``QueueFullError``."""
         return submit_embed(self._open_generator(), self.encode, text, pooling, normalize)
 
+    def score(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Score]:
+        """How likely each continuation is after its context: ``(context, continuation)``. A context is a text, which
+        gets the model's BOS, or token ids; a continuation is token ids. All are computed in one batch, and each has the
+        bits that it has alone; what the cache holds of a context is not computed again. Raises ``ConfigError`` for
+        either without a token, and for more tokens, the last one not counted, than the context holds."""
+        with contextlib.ExitStack() as stack:
+            handles = [
+                stack.enter_context(submit_score(self._open_generator(), context, continuation, inline=True))
+                for context, continuation in [(self.encode(a), self.encode(b)) for a, b in pairs]
+            ]
+            return [handle.result() for handle in handles]
+
+    def submit_score(self, context: Prompt, continuation: Sequence[int]) -> Handle[Score]:
+        """Begins to compute one score and returns at once: the handle's ``result()``, or ``await``, gives it, the same
+        as ``score``; ``cancel()`` ends it. Raises as ``score`` does, and ``QueueFullError``."""
+        return submit_score(self._open_generator(), self.encode(context), self.encode(continuation), inline=False)
+
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
         Returns their number of tokens. Waits for the step that runs now. Raises ``ConfigError`` if the file cannot be
@@ -294,6 +312,12 @@ class LLM:
         or kind of kernels; ``CheckpointError`` if it is damaged. Then nothing has changed."""
         self._open_generator()
         return load_cache(self._engine, self.folder, path)
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
+        configuration, the cache's type, the arithmetic, the kind of kernels."""
+        self._open_generator()
+        return dict(cache_key(self._engine, self.folder))
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
@@ -494,6 +518,7 @@ def load(
     max_sequences: int = 16,
     max_queue: int | None = None,
     cache_tokens: int | str | None = None,
+    window_cache: bool = True,
     kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
@@ -520,7 +545,8 @@ def load(
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
     ``max_sequences``: how many run at once; others wait, but no more than ``max_queue`` (by default any number): beyond
     that a request is refused with ``QueueFullError``. ``cache_tokens``: of all of them in the cache, by default one
-    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
+    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``window_cache``: where
+    some layers have a sliding window, these keep only what it reaches. ``kv_ram``: with a GPU, how
     much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits, ``dense`` what else

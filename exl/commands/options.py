@@ -53,6 +53,13 @@ Head = Annotated[str, typer.Option(metavar="BITS", help="Round a dense head to 8
 Dense = Annotated[
     str, typer.Option(metavar="BITS", help="Round what else is dense in the layers to 8 or 4 bits; file keeps it.")
 ]
+WindowCache = Annotated[
+    bool,
+    typer.Option(
+        "--window-cache/--no-window-cache",
+        help="Whether layers with a sliding window, where others have none, keep only what it reaches.",
+    ),
+]
 PrefillChunk = Annotated[int, typer.Option(metavar="N", help="Rows computed at once.")]
 PrefillWindow = Annotated[
     int, typer.Option(metavar="N", help="Rows that go through one layer before the next layer starts.")
@@ -151,6 +158,7 @@ class LoadOptions:
 class RareLoadOptions:
     """The other options of ``exl.load``, which only long-running programs need."""
 
+    window_cache: WindowCache = True
     prefill_chunk: PrefillChunk = 512
     prefill_window: PrefillWindow = 4096
     resident_layers: Annotated[

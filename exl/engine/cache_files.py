@@ -13,6 +13,7 @@ from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.engine.build import Engine
+from exl.errors import ConfigError
 from exl.weights.packed_store import LAYOUT_VERSION, model_digest
 
 
@@ -29,7 +30,13 @@ def load_cache(engine: Engine, folder: Path, path: str | Path) -> int:
 def _between_steps(
     engine: Engine, folder: Path, path: str | Path, work: Callable[[str | Path, PagePool, KVCache, Key], int]
 ) -> int:
-    generator, key = engine.generator, cache_key(engine, folder)
+    generator = engine.generator
+    if generator.pool.windows is not None:
+        raise ConfigError(
+            "the cache of this model cannot be in a file: its layers with a sliding window have pages of their own. "
+            "Load it with window_cache=False, so that all layers keep all tokens"
+        )
+    key = cache_key(engine, folder)
 
     def apart() -> int:
         generator.runner.decoder.ops.fence()  # no kernel, and no late thread, writes to a page any more

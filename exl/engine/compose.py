@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.engine.sequence import Sequence as Tokens
@@ -153,6 +154,7 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=np.array(logit_rows, np.int32),
         num_decode_rows=len(ids) if as_decode else 0,
+        **_window_places(pieces),
     )
 
 
@@ -182,4 +184,19 @@ def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=rows[:-1],
         num_decode_rows=count,
+        **_window_places(pieces),
     )
+
+
+def _window_places(pieces: Sequence[Piece]) -> dict[str, NDArray[np.int32]]:
+    """``window_slots`` and ``window_table``, where layers that have a window have pages of their own."""
+    if not pieces[0].sequence.window_pages:
+        return {}
+    tables = [piece.sequence.window_table for piece in pieces]
+    table = np.zeros((len(pieces), max(map(len, tables))), np.int32)
+    slots = []
+    for row, piece, pages in zip(table, pieces, tables, strict=True):
+        row[: len(pages)] = pages
+        where = np.arange(piece.start, piece.start + piece.num_rows, dtype=np.int32)
+        slots.append(pages[where // PAGE_SIZE] * PAGE_SIZE + where % PAGE_SIZE)
+    return {"window_slots": np.concatenate(slots), "window_table": table}

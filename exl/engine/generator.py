@@ -16,6 +16,7 @@ from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.drafts import Drafts
+from exl.engine.grouped_pages import GroupedPages
 from exl.engine.handle import Handle
 from exl.engine.manual import ManualSequence
 from exl.engine.prompt_lookup import PromptLookup
@@ -52,22 +53,32 @@ class Generator:
         window: int | None = None,
     ) -> None:
         """``max_queue``: how many requests may wait to begin; None: any number. ``window``: of all layers, if a
-        sequence gives back the pages that it does not reach; then ``pool`` has a null page."""
+        sequence gives back the pages that it does not reach; then ``pool`` has a null page. With ``pool.windows`` the
+        layers that have a window have pages of their own."""
         self.runner, self.pool, self.context = runner, pool, context
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
         # Where pages are given back, the cache limits no text.
         num_pages = pool.num_usable if window is None else -(-context // PAGE_SIZE) + 1
+        pages = self._pages(window)
         self.answers = Answers(
-            *(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences), group_pages=pool.num_usable
+            *(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences),
+            group_pages=pool.num_usable,
+            fits_together=pages.fits_together if isinstance(pages, GroupedPages) else None,
         )
         self.eos_ids = frozenset(eos_ids)
         self._windowed = window is not None
-        pages = Pages(
-            pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens, runner.turn_pages
-        )
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
         self.scheduler = Scheduler(runner, pages, self.answers, drafts)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread, max_queue)
+
+    def _pages(self, window: int | None) -> Pages:
+        runner, pool = self.runner, self.pool
+        if pool.windows is not None:
+            copies = runner.copy_pages, runner.copy_windows
+            return GroupedPages(pool, pool.windows, runner.rules, *copies, self._reusable, runner.step_tokens)
+        return Pages(
+            pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens, runner.turn_pages
+        )
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -126,6 +137,11 @@ class Generator:
                 "overflow: found 'shift', but all layers of this model have a sliding window, so that a longer context "
                 "takes no more memory: expected 'stop' and a larger context"
             )
+        if self.pool.windows is not None:
+            raise ConfigError(
+                "overflow: found 'shift', but this model's layers with a sliding window have pages of their own: "
+                "expected 'stop', or the model loaded with window_cache=False"
+            )
 
     def stream(
         self,
@@ -166,7 +182,13 @@ class Generator:
         ``MemoryBudgetError``."""
         self.guard.begin()
         try:
-            return ManualSequence(self.pool.allocate(-(-num_tokens // PAGE_SIZE)))
+            count, windows = -(-num_tokens // PAGE_SIZE), self.pool.windows
+            pages = self.pool.allocate(count)
+            if windows is None:
+                return ManualSequence(pages)
+            # In turn: when one comes again, no window reaches what it had.
+            own = windows.allocate(min(count, windows.num_usable))
+            return ManualSequence(pages, [own[i % len(own)] for i in range(count)])
         except BaseException:
             self.guard.end()
             raise
@@ -187,5 +209,7 @@ class Generator:
     def end(self, sequence: ManualSequence) -> None:
         """Gives the pages back."""
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        if self.pool.windows is not None:
+            self.pool.windows.release(list(dict.fromkeys(sequence.window_pages)))
+        sequence.pages, sequence.window_pages = [], []
         self.guard.end()

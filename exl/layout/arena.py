@@ -152,8 +152,9 @@ def table_words(limits: StepLimits) -> int:
     """i32 and f32 words of the tables of a window: see ``exl/ops/cuda_batch.py``."""
     half = (limits.head_dim + 1) // 2
     sequences = limits.window_sequences
-    a_row, a_sequence = 2 + 2 * half * limits.num_ropes, limits.max_pages + 3
-    tables = _TABLES + 2 * limits.num_ropes
+    more = limits.page_tables - 1  # each with slots of its own
+    a_row, a_sequence = 2 + more + 2 * half * limits.num_ropes, limits.max_pages * (1 + more) + 3
+    tables = _TABLES + 2 * limits.num_ropes + 2 * more
     return limits.window_rows * a_row + sequences * (a_sequence + 1 + tables * TABLE_ALIGN)
 
 

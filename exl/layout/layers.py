@@ -154,6 +154,18 @@ class LayerLayout:
         return first.offset, first.offset + layout.num_bytes
 
 
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The experts of a layer: ``count`` blobs of one layout, which has no norms, and linears "gate_up" and "down"."""
+
+    count: int
+    blob: LayerLayout
+
+    @property
+    def num_bytes(self) -> int:
+        return self.count * self.blob.num_bytes
+
+
 def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:
     """Norms first, then the linears in the order in which a pass meets them."""
     pack = FieldPacker()

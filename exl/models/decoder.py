@@ -9,7 +9,7 @@ import torch
 
 from exl.cache.kv import KVCache
 from exl.families.config import ModelConfig
-from exl.families.specs import AttentionShape, BranchShape
+from exl.families.specs import AttentionShape, BranchShape, LayerSpec, MoeShape
 from exl.ops.base import (
     TORCH_DTYPES,
     AttentionSpec,
@@ -21,7 +21,20 @@ from exl.ops.base import (
     LogitsSpec,
     Norm,
     Ops,
+    RouteSpec,
 )
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """What a router leaves for the experts: see ``Ops.route``."""
+
+    x: torch.Tensor  # f32 [max_rows, C]
+    ids: torch.Tensor  # i32 [max_rows, k]
+    weights: torch.Tensor  # f32 [max_rows, k]
+
+    def rows(self, num_rows: int) -> RoutedRows:
+        return RoutedRows(self.x[:num_rows], self.ids[:num_rows], self.weights[:num_rows])
 
 
 @dataclass(frozen=True)
@@ -31,10 +44,20 @@ class StepBuffers:
     qkv: torch.Tensor  # [max_rows, W]
     attn: torch.Tensor  # [max_rows, A]
     mlp: torch.Tensor  # [max_rows, F]
+    routed: RoutedRows | None = None  # of a model with mixtures of experts
+
+    @classmethod
+    def of(cls, ops: Ops, config: ModelConfig) -> StepBuffers:
+        """The buffers that ``ops`` has."""
+        routed = None
+        if config.mixtures:
+            routed = RoutedRows(*map(ops.buffer, ("routed", "expert ids", "expert weights")))
+        return cls(*map(ops.buffer, ("qkv", "attn", "mlp")), routed)
 
     def rows(self, num_rows: int) -> StepBuffers:
         """The first rows of each."""
-        return StepBuffers(self.qkv[:num_rows], self.attn[:num_rows], self.mlp[:num_rows])
+        routed = None if self.routed is None else self.routed.rows(num_rows)
+        return StepBuffers(self.qkv[:num_rows], self.attn[:num_rows], self.mlp[:num_rows], routed)
 
 
 @functools.lru_cache(maxsize=16)  # once for a model, not in each step
@@ -58,7 +81,7 @@ class Decoder:
     def layer(self, layer_idx: int, w: LayerWeights, buffers: StepBuffers, h: torch.Tensor, kv: KVCache) -> None:
         """One transformer block over the selected batch; h [T, C] in place, ``buffers`` of T rows."""
         ops, attn, spec = self.ops, buffers.attn, self.config.layers[layer_idx]
-        mlp, activation = buffers.mlp, GatedMlp(spec.mlp.activation)
+        mlp, activation = buffers.mlp, GatedMlp(spec.mlp.activation, spec.mlp.limit)
         if spec.mlp.width < mlp.shape[1]:
             mlp = mlp[:, : spec.mlp.width]
         ops.project(h, self._norm(w, spec.attn_norm), w["qkv"], buffers.qkv)
@@ -66,9 +89,26 @@ class Decoder:
         if spec.parallel:  # the MLP's inputs are those of attention, to which nothing has been added yet
             ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"])
         ops.add_projection(attn, w["o"], h, self._branch(w, spec.attn_branch))
+        if isinstance(spec.mlp, MoeShape):
+            self._mixture(spec, spec.mlp, w, buffers.routed, activation, h)
+            return
         if not spec.parallel:
             ops.gated_mlp(h, self._norm(w, spec.mlp_norm), w["gate_up"], activation, mlp, w["down"])
         ops.add_projection(mlp, w["down"], h, self._branch(w, spec.mlp_branch))
+
+    def _mixture(
+        self, spec: LayerSpec, moe: MoeShape, w: LayerWeights, rows: RoutedRows, activation: GatedMlp, h: torch.Tensor
+    ) -> None:
+        ops, route = self.ops, moe.route
+        how = RouteSpec(
+            moe.per_token, route.score, route.normalize, route.eps, route.scaling, route.groups, route.top_groups
+        )
+        bias = w.norms.get("router_bias")
+        ops.route(h, self._norm(w, spec.mlp_norm), w["router"][0], bias, how, rows.x, rows.ids, rows.weights)
+        ops.experts_add(rows.x, rows.ids, rows.weights, w.experts, activation, h)
+        if moe.shared is not None:
+            gate = w["shared_gate"][0] if moe.shared.gated else None
+            ops.shared_add(rows.x, w["shared_gate_up"], w["shared_down"], gate, activation, h)
 
     def head(self, final_norm: torch.Tensor, head: Linear, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits of the selected batch's logit rows, a view of ``out`` [R, V]."""

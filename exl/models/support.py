@@ -11,6 +11,8 @@ def unsupported(config: ModelConfig, target: Target) -> str | None:
     there is none. Operations refuse the same when they are called: this is only earlier."""
     if target.kind != "cuda":
         return None
+    if config.mixtures:
+        return f"mixtures of {config.mixtures[0].count} experts"
     if config.norm.kind != "rms" and any(layer.attention.norms == "head" for layer in config.layers):
         return "LayerNorm of each head's q and k"
     return None

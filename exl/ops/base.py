@@ -22,7 +22,7 @@ from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.launch import Backend
 from exl.layout.fields import Field
 from exl.layout.kv import DeviceKVLayout, KVLayout
-from exl.layout.layers import LayerLayout, LinearLayout
+from exl.layout.layers import ExpertLayout, LayerLayout, LinearLayout
 from exl.layout.specs import Target
 from exl.threads import Threads
 
@@ -91,9 +91,24 @@ class GatedMlp:
     """What a gated MLP computes between its linears: ``activation(gate) * up``.
 
     ``activation``: "silu", x / (1 + exp(-x)), or "gelu_tanh", 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    Or "swiglu_oai", of g = min(gate, limit) and u = up within +-limit: g / (1 + exp(-1.702 g)) * (u + 1).
     """
 
     activation: str = "silu"
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class RouteSpec:
+    """How a router chooses experts: as ``exl.families.specs.RouteShape`` says. ``per_token``: k."""
+
+    per_token: int
+    score: str = "softmax"
+    normalize: bool = True
+    eps: float = 0.0
+    scaling: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,19 +130,41 @@ class LogitsSpec:
     scale: float = 1.0
 
 
+class ExpertSet:
+    """The experts of a layer, and where each of them lies."""
+
+    def __init__(self, layout: ExpertLayout, memory: torch.Tensor) -> None:
+        """``memory``: u8 [layout.num_bytes], their blobs one after another."""
+        self.layout = layout
+        self._blobs = memory.view(layout.count, layout.blob.num_bytes)
+        # i64 [E]: the address of each blob.
+        self.table = memory.data_ptr() + layout.blob.num_bytes * np.arange(layout.count, dtype=np.int64)
+        self._views: dict[int, Mapping[str, Segments]] = {}
+
+    def __getitem__(self, expert: int) -> Mapping[str, Segments]:
+        """Its linears by name, "gate_up" and "down"."""
+        if expert not in self._views:
+            blob, layout = self._blobs[expert], self.layout.blob
+            self._views[expert] = {name: view_segments(layout, blob, name) for name in layout.linears}
+        return self._views[expert]
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights as views into its blob, by the names that its ``LayerSpec`` has."""
 
     norms: Mapping[str, torch.Tensor]  # f32
     linears: Mapping[str, Segments]
+    experts: ExpertSet | None = None
 
     @classmethod
-    def view(cls, layout: LayerLayout, blob: torch.Tensor) -> LayerWeights:
-        """``blob``: u8 [layout.num_bytes]."""
+    def view(cls, layout: LayerLayout, blob: torch.Tensor, experts: ExpertLayout | None = None) -> LayerWeights:
+        """``blob``: u8 [layout.num_bytes], or more; the layer's experts come behind it."""
+        behind = blob[layout.num_bytes :]
         return cls(
             {norm.name: view_field(blob, layout.fields[norm.name]) for norm in layout.norms},
             {name: view_segments(layout, blob, name) for name in layout.linears},
+            None if experts is None else ExpertSet(experts, behind[: experts.num_bytes]),
         )
 
     def __getitem__(self, name: str) -> Segments:
@@ -185,8 +222,10 @@ class Ops(Protocol):
 
     def buffer(self, name: str) -> torch.Tensor:
         """A step's buffer, zeroed, whose address never changes: ``residual`` f32 [window rows, C]; ``qkv``, ``attn``,
-        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]. On a GPU whose model has its embedding on
-        the disk, also ``embedding rows`` [rows of a window, C]."""
+        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]. Of a model with mixtures of experts also
+        ``routed`` f32 [rows of a chunk, C], ``expert ids`` i32 and ``expert weights`` f32 [rows of a chunk, k].
+
+        On a GPU whose model has its embedding on the disk, also ``embedding rows`` [rows of a window, C]."""
 
     # load
     def pack(
@@ -266,6 +305,37 @@ class Ops(Protocol):
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with
         ``consumer=w``."""
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """x [T, C] = norm(h), and from its products with the router, in f32, ids i32 [T, k], rising, and their weights
+        f32 [T, k]. ``bias`` f32 [E]: of the choice alone. Padding rows may get no experts: ids of -1."""
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        """h [T, C] += the sum of weight * expert(x) over a row's experts, one after another as ``ids`` has them; what
+        ``route`` has written."""
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        """h [T, C] += sigmoid(x g) * MLP(x), x as ``route`` has written it; without a gate: + MLP(x)."""
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         """Rows ``logit_rows`` of h -> logits f32 [R, V], norm(h) W as ``spec`` says, written to out[:R], which is

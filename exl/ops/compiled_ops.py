@@ -34,15 +34,18 @@ from exl.ops.base import (
     AttentionSpec,
     Branch,
     EmbedSpec,
+    ExpertSet,
     GatedMlp,
     Linear,
     LogitsSpec,
     Norm,
+    RouteSpec,
     Segments,
     TableRows,
 )
 from exl.ops.compiled_attention import AttentionStages
 from exl.ops.compiled_batch import BatchTables, StagedBatch
+from exl.ops.compiled_experts import ExpertStages
 from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
@@ -87,6 +90,7 @@ class CompiledOps:
         self._arenas = [host_tensor([sizes.arena], torch.uint8, "recorded steps") for _ in range(2)]
         self._linears = LinearStages(arithmetic, library.isa, pool.num_threads)
         self._attention = AttentionStages(library, kv_layout)
+        self._experts = ExpertStages(self._linears, limits, arithmetic, library.isa)
         self._sampling = CompiledMath(library)
         self._steps = StepRunner(self._pool)
         self._staged: list[StagedBatch] = []
@@ -248,7 +252,7 @@ class CompiledOps:
         with self._stages() as tape:
             rows, form = tape.memory.read(qkv), self._linears.record_form(consumer)
             written, pages = tape.memory.write(out), kv.layer(layer_idx)
-            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form)
+            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form, kv.windowed)
             if records is not None:
                 self._made[out.data_ptr()] = records
 
@@ -285,6 +289,69 @@ class CompiledOps:
             y = Rows(tape.memory.scratch("branch", 4 * after.num_rows * after.width), after.width, *_shape(after))
             self._linears.multiply(tape, inputs, w, y)
             compiled_rows.add_normed(tape, y, branch, before, after)
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        with self._stages() as tape:
+            before, normed = tape.memory.read(h), tape.memory.write(x)
+            compiled_rows.norm(tape, before, norm, normed)
+            chosen = tape.memory.write(ids), tape.memory.write(weights)
+            self._experts.choose(tape, normed, router, bias, spec, self._now.tables.slots, *chosen)
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        compiled_rows.check_activation(spec)
+        with self._stages() as tape:
+            rows = (tape.memory.read(tensor) for tensor in (x, ids, weights))
+            before, after = tape.memory.read(h), tape.memory.write(h)
+            self._experts.add(tape, *rows, experts, spec, before, after)
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        compiled_rows.check_activation(spec)
+        with self._stages() as tape:
+            rows, num_rows = tape.memory.read(x), h.shape[0]
+            inputs = self._gated(tape, rows, gate_up, down, spec)
+            before, after = tape.memory.read(h), tape.memory.write(h)
+            if gate is None:
+                self._linears.multiply(tape, inputs, down, after, residual=before)
+                return
+            factor = Rows(tape.memory.scratch("shared gate", 4 * num_rows), 1, num_rows, 1)
+            self._linears.multiply(tape, rows, (gate,), factor)
+            y = Rows(tape.memory.scratch("branch", 4 * num_rows * after.width), after.width, num_rows, after.width)
+            self._linears.multiply(tape, inputs, down, y)
+            self._experts.add_shared(tape, y, factor, before, after)
+
+    def _gated(self, tape: Tape, x: Rows, w: Segments, consumer: Segments, spec: GatedMlp) -> Rows | Records:
+        """The product of a shared expert, in the form that ``consumer`` takes."""
+        num_rows, width = x.num_rows, sum(linear.N for linear in w) // 2
+        both = Rows(tape.memory.scratch("gate and up", 8 * num_rows * width), 2 * width, num_rows, 2 * width)
+        self._linears.multiply(tape, x, w, both)
+        form = self._linears.record_form(consumer)
+        if form is None:
+            product = Rows(tape.memory.scratch("shared products", 4 * num_rows * width), width, num_rows, width)
+            compiled_rows.gated(tape, both, spec, product)
+            return product
+        records = self._records(tape, form, num_rows)
+        compiled_rows.gated_to_records(tape, both, spec, form, records)
+        return records
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         rows = self._now.tables.logit_rows

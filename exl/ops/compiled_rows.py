@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy.typing import NDArray
 
 from exl.cpu_kernels.embed import Embed
-from exl.cpu_kernels.gated_mlp import ACTIVATIONS, GatedProduct
+from exl.cpu_kernels.gated_mlp import ACTIVATIONS, CLAMPED, GatedProduct
 from exl.cpu_kernels.norm import NormAdd, RmsNorm
 from exl.cpu_kernels.softcap import ScaleLogits
 from exl.errors import UnsupportedModelError
@@ -42,9 +42,10 @@ def add_normed(tape: Tape, y: Rows, branch: Branch, h: Rows, out: Rows) -> None:
 
 def check_activation(spec: GatedMlp) -> None:
     """Raises ``UnsupportedModelError`` for one that there is no kernel for."""
-    if spec.activation not in ACTIVATIONS:
+    known = (*ACTIVATIONS, CLAMPED)
+    if spec.activation not in known:
         raise UnsupportedModelError(
-            f"activation of the gated MLP: found {spec.activation!r}, the CPU's kernels have {', '.join(ACTIVATIONS)}"
+            f"activation of the gated MLP: found {spec.activation!r}, the CPU's kernels have {', '.join(known)}"
         )
 
 
@@ -52,11 +53,11 @@ def gated(tape: Tape, both: Rows, spec: GatedMlp, out: Rows) -> None:
     """out = activation(gate) * up, of rows ``[gate | up]``."""
     chunks = -(-out.width // _COLUMNS)
     rows = (both.address, both.stride, out.width, out.address, out.stride)
-    tape.add(GatedProduct(spec.activation), out.num_rows * chunks, *rows, _COLUMNS, chunks)
+    tape.add(GatedProduct(spec.activation, limit=spec.limit), out.num_rows * chunks, *rows, _COLUMNS, chunks)
 
 
 def gated_to_records(tape: Tape, both: Rows, spec: GatedMlp, form: RecordForm, out: Records) -> None:
-    kernel = GatedProduct(spec.activation, form.form, form.source is not None)
+    kernel = GatedProduct(spec.activation, form.form, form.source is not None, spec.limit)
     records = max(1, _COLUMNS // form.form.rows)
     chunks = -(-form.num_records // records)
     rows = (both.address, both.stride, both.width // 2, out.address, 0, records, chunks)

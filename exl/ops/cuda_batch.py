@@ -93,26 +93,29 @@ class DeviceBatch:
     first_part: torch.Tensor  # i32 [B]
     page_table: torch.Tensor  # i32 [B, max_pages]; what lies beyond a sequence's pages is left from earlier batches
     angles: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of each RoPE: cos and sin, f32 [T, angles]
+    window_slots: torch.Tensor | None = None  # as ``slots`` and ``page_table``, see ``ForwardBatch.places``
+    window_table: torch.Tensor | None = None
 
-    def decode_tables(self, most_items: int) -> Iterator[DecodeTables]:
+    def places(self, windowed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """``slots`` and ``page_table`` of a layer."""
+        return (self.window_slots, self.window_table) if windowed else (self.slots, self.page_table)
+
+    def decode_tables(self, most_items: int, windowed: bool) -> Iterator[DecodeTables]:
         """Of each launch, whose sequences have no more than ``most_items`` items."""
-        shape, T = self.shape, self.shape.num_decode_rows
+        shape, T, (slots, page_table) = self.shape, self.shape.num_decode_rows, self.places(windowed)
         for start in range(0, shape.num_decode_sequences, shape.per_launch):
             stop = min(start + shape.per_launch, shape.num_decode_sequences)
-            mine = (x[start:stop] for x in (self.context_len, self.page_table))
+            mine = (x[start:stop] for x in (self.context_len, page_table))
             yield DecodeTables(
-                *(self.query_start[start : stop + 1], *mine, self.slots[:T], self.first_part[start:stop]),
+                *(self.query_start[start : stop + 1], *mine, slots[:T], self.first_part[start:stop]),
                 most_items=most_items,
                 max_context=shape.max_context,
                 max_new=shape.max_new,
             )
 
-    @property
-    def prefill_tables(self) -> PrefillTables:
-        B = self.shape.num_decode_sequences
-        return PrefillTables(
-            self.query_start[B:], self.context_len[B:], self.page_table[B:], max_new=self.shape.max_chunk
-        )
+    def prefill_tables(self, windowed: bool) -> PrefillTables:
+        B, (_, page_table) = self.shape.num_decode_sequences, self.places(windowed)
+        return PrefillTables(self.query_start[B:], self.context_len[B:], page_table[B:], max_new=self.shape.max_chunk)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -159,6 +162,8 @@ class _HostTables:
     first_part: NDArray[np.int32]
     page_table: NDArray[np.int32]
     angles: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+    window_slots: NDArray[np.int32] | None = None
+    window_table: NDArray[np.int32] | None = None
 
     def fill(self, batch: ForwardBatch, per_launch: int) -> None:
         """All but the angles."""
@@ -167,8 +172,16 @@ class _HostTables:
         self.query_start[:] = batch.query_start
         self.context_len[:] = batch.context_len
         self.first_part[:] = first_parts(batch.context_len, per_launch)
-        width = min(self.page_table.shape[1], batch.page_table.shape[1])
-        self.page_table[:, :width] = batch.page_table[:, :width]
+        _fill_table(self.page_table, batch.page_table)
+        if self.window_slots is not None and self.window_table is not None:
+            slots, table = batch.places(windowed=True)
+            self.window_slots[:] = slots
+            _fill_table(self.window_table, table)
+
+
+def _fill_table(table: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
+    width = min(table.shape[1], pages.shape[1])
+    table[:, :width] = pages[:, :width]
 
 
 class Staging:
@@ -182,9 +195,12 @@ class Staging:
         ropes: Sequence[RopeConfig],
         num_pages: int,
         stack: ExitStack,
+        num_window_pages: int = 0,
     ) -> None:
-        """``tables`` i32, a view of the arena. ``ropes``: each has angles of its own. ``num_pages``: of the cache."""
+        """``tables`` i32, a view of the arena. ``ropes``: each has angles of its own. ``num_pages``: of the cache.
+        ``num_window_pages``: of its other slab, if layers that have a window have pages of their own."""
         self._tables, self._limits, self._ropes, self._num_pages = tables, limits, tuple(ropes), num_pages
+        self._num_window_pages = num_window_pages
         self.most_items = attention_items(limits)  # of a launch of decode attention
         self._upload = Upload(backend, tables, "tables of a window", stack)
         self._steps: dict[tuple[BatchShape, int], tuple[DeviceBatch, _HostTables, int]] = {}
@@ -230,13 +246,20 @@ class Staging:
             raise KernelError(f"sequences own rows {first} to {last}: expected 0 to {batch.num_rows} or fewer")
         if batch.num_sequences > B and int(batch.query_start[B]) != batch.num_decode_rows:
             raise KernelError(f"{batch.num_decode_rows} decode rows: expected whole sequences, they end inside of one")
-        if batch.page_table.shape[1] > limits.max_pages:
-            raise KernelError(f"{batch.page_table.shape[1]} pages of a sequence: expected {limits.max_pages} or fewer")
         check_ids(batch.token_ids, limits.vocab_size, num_samples)
-        check_slots(batch.slots[batch.num_decode_rows :], self._num_pages)  # check_tables knows the others
-        first, lengths, table = batch.query_start, batch.context_len, batch.page_table
-        check_tables(first[: B + 1], lengths[:B], table[:B], batch.slots, self._num_pages)
-        check_pages(first[B:], lengths[B:], table[B:], self._num_pages)
+        self._check_places(batch, B, False, self._num_pages)
+        if self._num_window_pages:
+            self._check_places(batch, B, True, self._num_window_pages)
+
+    def _check_places(self, batch: ForwardBatch, B: int, windowed: bool, num_pages: int) -> None:
+        """``B``: sequences that decode."""
+        slots, table = batch.places(windowed)
+        if table.shape[1] > self._limits.max_pages:
+            raise KernelError(f"{table.shape[1]} pages of a sequence: expected {self._limits.max_pages} or fewer")
+        check_slots(slots[batch.num_decode_rows :], num_pages)  # check_tables knows the others
+        first, lengths = batch.query_start, batch.context_len
+        check_tables(first[: B + 1], lengths[:B], table[:B], slots, num_pages)
+        check_pages(first[B:], lengths[B:], table[B:], num_pages)
 
     def _places(
         self, words: NDArray[np.int32], shape: BatchShape, start: int, at: int
@@ -255,9 +278,9 @@ class Staging:
             theirs.append(self._tables[at:stop].view(size))
             at = align_up(stop, TABLE_ALIGN)
         own = -2 * len(self._ropes)
-        host = _HostTables(*ours[:own], _pairs([x.view(np.float32) for x in ours[own:]]))
+        host = _HostTables(*ours[:6], _pairs([x.view(np.float32) for x in ours[own:]]), *ours[6:own])
         angles = _pairs([x.view(torch.float32) for x in theirs[own:]])
-        found = DeviceBatch(shape, start, serial, *theirs[:own], angles), host, at
+        found = DeviceBatch(shape, start, serial, *theirs[:6], angles, *theirs[6:own]), host, at
         if start == 0 and shape.is_decode:  # a decode step's come again
             if len(self._steps) >= _MAX_STEPS:
                 self._steps.clear()
@@ -267,7 +290,9 @@ class Staging:
     def _sizes(self, shape: BatchShape) -> list[tuple[int, ...]]:
         T, B = shape.num_rows, shape.num_sequences
         halves = [num_angles(rope, self._limits.head_dim) for rope in self._ropes for _ in ("cos", "sin")]
-        return [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), *((T, half) for half in halves)]
+        windows = [(T,), (B, shape.max_pages)] if self._num_window_pages else []
+        tables = [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), *windows]
+        return [*tables, *((T, half) for half in halves)]
 
     def _serial(self, *where: BatchShape | int) -> int:
         """Of a batch of a shape, from a row of the window and a word of the tables on."""

@@ -81,13 +81,15 @@ class CudaOps:
         ropes: Sequence[RopeConfig],
         num_pages: int,
         *,
+        num_window_pages: int = 0,
         act_dtype: torch.dtype = torch.float16,
         dependent: bool = True,
     ) -> None:
-        """``ropes``: those of all layers, each once; ``limits.num_ropes`` of them. ``act_dtype``: f16, or bf16 for
-        models whose values leave f16's range. ``dependent``: launches start before their predecessors have ended, where
-        the GPU can do that. A plain attribute, read at every launch: False from here on makes every launch wait for
-        those before it, and changes no result. Graphs stay as they were captured.
+        """``ropes``: those of all layers, each once; ``limits.num_ropes`` of them. ``num_pages``, ``num_window_pages``:
+        of the cache, see ``Staging``. ``act_dtype``: f16, or bf16 for models whose values leave f16's range.
+        ``dependent``: launches start before their predecessors have ended, where the GPU can do that. A plain
+        attribute, read at every launch: False from here on makes every launch wait for those before it, and changes no
+        result. Graphs stay as they were captured.
         """
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
@@ -116,7 +118,7 @@ class CudaOps:
         self._ropes = tuple(ropes)  # in the order of the angles that each batch brings
         self._owned = ExitStack()
         tables = self._view(arena.fields["tables"])
-        self._staging = Staging(backend, tables, limits, ropes, num_pages, self._owned)
+        self._staging = Staging(backend, tables, limits, ropes, num_pages, self._owned, num_window_pages)
         self._programs = Programs(backend)
         self._bound: dict[tuple[int, ...], tuple[Sequence, Bindings]] = {}
         fields = {name: self._view(field) for name, field in arena.fields.items()}
@@ -270,6 +272,7 @@ class CudaOps:
             spec.window,
             spec.softcap,
             eps,
+            kv.windowed,
             spec.norm_rows,
             rope,
         )
@@ -277,7 +280,7 @@ class CudaOps:
         self._run(
             key,
             self._bind(pages, *norms, spec.sinks, consumer),
-            lambda backend: self._attend(backend, qkv, spec, rope, pages, out, consumer),
+            lambda backend: self._attend(backend, qkv, spec, rope, kv.windowed, pages, out, consumer),
         )
 
     def _attend(
@@ -286,6 +289,7 @@ class CudaOps:
         qkv: torch.Tensor,
         spec: AttentionSpec,
         rope: int,
+        windowed: bool,
         pages: torch.Tensor,
         out: torch.Tensor,
         consumer: Segments,
@@ -297,7 +301,7 @@ class CudaOps:
         rows = QkvRows(qkv, *batch.angles[rope], _head_norms(spec))
         params = AttentionParams(spec.scale, spec.window, spec.softcap, spec.sinks)
         channel_map = consumer[0].fields.get("channel_map") if consumer else None
-        for tables in batch.decode_tables(self._staging.most_items):
+        for tables in batch.decode_tables(self._staging.most_items, windowed):
             attention_decode(
                 *(backend, self._pages, rows.rows(0, n), tables, pages, out[:n], self._attention, params),
                 channel_map=channel_map,
@@ -305,12 +309,13 @@ class CudaOps:
             )
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
+            slots, _ = batch.places(windowed)
             append_kv(
-                *(backend, self._pages, rows.rows(n, T), batch.slots[n:], pages, q[n:]),
+                *(backend, self._pages, rows.rows(n, T), slots[n:], pages, q[n:]),
                 dependent=self._may_overlap(),
             )
             attention_prefill(
-                *(backend, self._pages, q, batch.prefill_tables, pages, out, params),
+                *(backend, self._pages, q, batch.prefill_tables(windowed), pages, out, params),
                 channel_map=channel_map,
                 dependent=self._may_overlap(),
             )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 
 from exl.batch import ForwardBatch, SampleRows, SamplingBatch
 from exl.cache.kv import KVCache
-from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.kv import KVLayout
 from exl.layout.layers import LinearLayout
@@ -25,33 +23,20 @@ from exl.ops.base import (
     AttentionSpec,
     Branch,
     EmbedSpec,
+    ExpertSet,
     GatedMlp,
     Linear,
     LogitsSpec,
     Norm,
+    RouteSpec,
     Segments,
     TableRows,
 )
 from exl.ops.cpu_buffers import refuse_output_order, step_buffer
+from exl.ops.torch_experts import choose_experts, gated_product, sigmoid
 from exl.ops.torch_linear import Scratch, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
-
-
-def _silu(x: torch.Tensor) -> torch.Tensor:
-    """``F.silu`` has other bits where a thread's share of the elements ends: its last few are computed by other code
-    than whole vectors. exp and plain arithmetic are not, so that a row's bits depend on no other row."""
-    denominator = torch.neg(x).exp_().add_(1.0)
-    return torch.div(x, denominator, out=denominator)
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """In place of ``F.gelu``, for the same reason."""
-    y = torch.mul(x, x).mul_(0.044715).add_(1.0).mul_(x).mul_(math.sqrt(2 / math.pi))
-    return y.tanh_().add_(1.0).mul_(x).mul_(0.5)
-
-
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
 @dataclass(frozen=True)
@@ -95,6 +80,7 @@ class TorchOps:
         self._scratch = Scratch(buffer("panel"), buffer("panel codes", torch.uint8), buffer("sorted input"))
         self._normed = buffer("normed input")
         self._fused = buffer("fused output")
+        self._expert_rows = buffer("expert rows") if limits.experts is not None else None
         self._samples = buffer("samples", torch.int64)
         self._staged: list[torch_attention.StagedBatch] = []
         self._now: torch_attention.StagedBatch | None = None
@@ -193,15 +179,69 @@ class TorchOps:
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        activation = _ACTIVATIONS.get(spec.activation)
-        if activation is None:
-            raise UnsupportedModelError(
-                f"activation of the gated MLP: found {spec.activation!r}, expected {' or '.join(_ACTIVATIONS)}"
-            )
+        self._gated(self._input(h, norm), w, spec, out, self._now.batch.num_decode_rows)
+
+    def _gated(self, x: torch.Tensor, w: Segments, spec: GatedMlp, out: torch.Tensor, num_decode_rows: int) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
-        self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
-        torch.mul(activation(both[:, :width]), both[:, width:], out=out)
+        self._multiply(x, w, both, num_decode_rows)
+        gated_product(both[:, :width], both[:, width:], spec, out)
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        x.copy_(self._input(h, norm))
+        logits = torch.empty(len(x), router.N)
+        self._multiply(x, (router,), logits, self._now.batch.num_decode_rows)
+        choose_experts(logits, bias, spec, ids, weights)
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        hidden, num_decode_rows = h.shape[1], self._now.batch.num_decode_rows
+        for expert in ids.unique().tolist():  # rising
+            rows, place = (ids == expert).nonzero(as_tuple=True)
+            w = experts[expert]
+            num_decode = int((rows < num_decode_rows).sum())
+            width = sum(linear.N for linear in w["gate_up"]) // 2
+            gathered, product, y = self._rows_of_expert(len(rows), hidden, width)
+            torch.index_select(x, 0, rows, out=gathered)
+            self._gated(gathered, w["gate_up"], spec, product, num_decode)
+            self._multiply(product, w["down"], y, num_decode)
+            h[rows] += y.mul_(weights[rows, place][:, None])
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        num_decode_rows = self._now.batch.num_decode_rows
+        _, product, y = self._rows_of_expert(*h.shape, sum(linear.N for linear in gate_up) // 2)
+        self._gated(x, gate_up, spec, product, num_decode_rows)
+        self._multiply(product, down, y, num_decode_rows)
+        if gate is not None:
+            factor = torch.empty(len(x), 1)
+            self._multiply(x, (gate,), factor, num_decode_rows)
+            y.mul_(sigmoid(factor))
+        h.add_(y)
+
+    def _rows_of_expert(self, num_rows: int, hidden: int, width: int) -> tuple[torch.Tensor, ...]:
+        """Room for an expert's inputs [n, C], what is between its linears [n, F], and what it gives [n, C]."""
+        sizes = [num_rows * hidden, num_rows * width, num_rows * hidden]
+        pieces = self._expert_rows[: sum(sizes)].split(sizes)
+        return tuple(piece.view(num_rows, -1) for piece in pieces)
 
     def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
         y = self._fused[: h.numel()].view(h.shape)

@@ -37,6 +37,7 @@ def plan(
     kv_cache: str = "f16",
     max_sequences: int = 16,
     cache_tokens: int | str | None = None,
+    window_cache: bool = True,
     kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,

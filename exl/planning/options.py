@@ -48,6 +48,8 @@ class EngineOptions:
     # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one,
     # or what one sequence needs of it at once where all layers have a window.
     cache_tokens: int | str | None = None
+    # Layers that have a window give back what it does not reach, where others have none; False: all keep all tokens.
+    window_cache: bool = True
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
     prefill_chunk: int = 512  # rows computed at once
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
@@ -81,6 +83,8 @@ class EngineOptions:
         for name, bits in (("head", self.head), ("dense", self.dense)):
             if isinstance(bits, bool) or bits not in ("file", 8, 4):
                 raise ConfigError(f"{name}: found {bits!r}, expected 'file', 8 or 4")
+        if not isinstance(self.window_cache, bool):
+            raise ConfigError(f"window_cache: found {self.window_cache!r}, expected True or False")
         if self.embed not in EMBED:
             raise ConfigError(f"embed: found {self.embed!r}, expected one of {', '.join(EMBED)}")
         if self.arithmetic is not None and self.arithmetic not in ARITHMETIC:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import TensorInfo, shown
-from exl.checkpoint.quant_config import SUPPORTED_BITS
+from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import ConfigError
-from exl.formats.gptq import num_groups
+from exl.families.config import ModelConfig
+from exl.families.specs import LayerSpec
+from exl.formats.groups import num_groups
 
 DENSE_BITS = 16  # an original checkpoint, not quantized
 _DTYPE_BYTES = {"f16": 2, "i32": 4}
-_ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
 TensorEntry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -42,33 +43,19 @@ class ModelShape:
     tied: bool = False
     sliding_window: int | None = None
 
+    @cached_property
+    def layer(self) -> LayerSpec:
+        """The first one: in these families all have tensors of the same shapes."""
+        return ModelConfig.from_dict(self.config(DENSE_BITS, 0)).layers[0]
+
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """A layer's matrices by name: inputs, outputs."""
-        hidden, inter = self.hidden_size, self.intermediate_size
-        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+    def modules(self) -> dict[str, tuple[int, int, bool]]:
+        """A layer's modules as files have them: inputs, outputs, and whether there is a bias."""
         return {
-            "self_attn.q_proj": (hidden, width),
-            "self_attn.k_proj": (hidden, kv_width),
-            "self_attn.v_proj": (hidden, kv_width),
-            "self_attn.o_proj": (width, hidden),
-            "mlp.gate_proj": (hidden, inter),
-            "mlp.up_proj": (hidden, inter),
-            "mlp.down_proj": (inter, hidden),
+            part.module: (part.K, part.N if part.rows is None else part.rows.total, part.has_bias)
+            for parts in self.layer.linears.values()
+            for part in parts
         }
-
-    @property
-    def biases(self) -> tuple[str, ...]:
-        """The matrices that have one."""
-        return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") if self.family == "qwen2" else ()
-
-    @property
-    def norms(self) -> dict[str, int]:
-        """A layer's norms by name, and their widths."""
-        found = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
-        if self.family == "qwen3":
-            found |= {"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
-        return found
 
     @property
     def num_parameters(self) -> int:
@@ -81,10 +68,10 @@ class ModelShape:
         found: list[TensorEntry] = [("model.embed_tokens.weight", "f16", (self.vocab_size, self.hidden_size))]
         for i in range(self.num_layers):
             prefix = f"model.layers.{i}."
-            found += [(f"{prefix}{name}.weight", "f16", (width,)) for name, width in self.norms.items()]
-            for name, (K, N) in self.linears.items():
+            found += [(prefix + norm.tensor, "f16", (norm.width,)) for norm in self.layer.norms]
+            for name, (K, N, has_bias) in self.modules.items():
                 found += _linear_tensors(prefix + name, K, N, bits, group_size)
-                if name in self.biases:
+                if has_bias:
                     found.append((f"{prefix}{name}.bias", "f16", (N,)))
         found.append(("model.norm.weight", "f16", (self.hidden_size,)))
         if not self.tied:
@@ -94,7 +81,6 @@ class ModelShape:
     def config(self, bits: int, group_size: int) -> dict[str, object]:
         """A ``config.json``. Only what sizes depend on is the model's own: RoPE and the norms' epsilon are not."""
         values: dict[str, object] = {
-            "architectures": [f"{_ARCHITECTURES[self.family]}ForCausalLM"],
             "model_type": self.family,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -110,7 +96,7 @@ class ModelShape:
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
-        if self.family == "mistral":
+        if self.sliding_window is not None or self.family == "mistral":
             values["sliding_window"] = self.sliding_window
         if bits != DENSE_BITS:
             values["quantization_config"] = {
@@ -140,6 +126,14 @@ def _qwen2(*sizes: int, tied: bool = False) -> ModelShape:
 
 def _qwen3(*sizes: int, tied: bool = False) -> ModelShape:
     return ModelShape("qwen3", *sizes, 128, 151936, 40960, tied=tied)
+
+
+def _gemma2(*sizes: int) -> ModelShape:
+    return ModelShape("gemma2", *sizes, 256000, 8192, tied=True, sliding_window=4096)
+
+
+def _gemma3(*sizes: int, window: int) -> ModelShape:
+    return ModelShape("gemma3_text", *sizes, tied=True, sliding_window=window)
 
 
 # hidden, intermediate, layers, heads, kv heads, head size, vocabulary, longest context
@@ -175,6 +169,26 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
         "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
         "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8),
         "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
+        "mistral-nemo-12b": ModelShape("mistral", 5120, 14336, 40, 32, 8, 128, 131072, 131072),
+        "mistral-small-24b": ModelShape("mistral", 5120, 32768, 40, 32, 8, 128, 131072, 32768),
+        "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4, 256),
+        "gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8, 256),
+        "gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, 128),
+        "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 256, 262144, 32768, window=512),
+        "gemma-3-4b": _gemma3(2560, 10240, 34, 8, 4, 256, 262208, 131072, window=1024),
+        "gemma-3-12b": _gemma3(3840, 15360, 48, 16, 8, 256, 262208, 131072, window=1024),
+        "gemma-3-27b": _gemma3(5376, 21504, 62, 32, 16, 128, 262208, 131072, window=1024),
+        "phi-3-mini": ModelShape("phi3", 3072, 8192, 32, 32, 32, 96, 32064, 4096, sliding_window=2047),
+        "phi-3-medium": ModelShape("phi3", 5120, 17920, 40, 40, 10, 128, 32064, 4096, sliding_window=2047),
+        "phi-4": ModelShape("phi3", 5120, 17920, 40, 40, 10, 128, 100352, 16384),
+        "glm-4-9b": ModelShape("glm4", 4096, 13696, 40, 32, 2, 128, 151552, 32768),
+        "glm-4-32b": ModelShape("glm4", 6144, 23040, 61, 48, 2, 128, 151552, 32768),
+        "granite-3.1-2b": ModelShape("granite", 2048, 8192, 40, 32, 8, 64, 49155, 131072, tied=True),
+        "granite-3.1-8b": ModelShape("granite", 4096, 12800, 40, 32, 8, 128, 49155, 131072, tied=True),
+        "command-r7b": ModelShape("cohere2", 4096, 14336, 32, 32, 8, 128, 256000, 132096, True, 4096),
+        "olmo-2-7b": ModelShape("olmo2", 4096, 11008, 32, 32, 32, 128, 100352, 4096),
+        "olmo-2-13b": ModelShape("olmo2", 5120, 13824, 40, 40, 40, 128, 100352, 4096),
+        "smollm3-3b": ModelShape("smollm3", 2048, 11008, 36, 16, 4, 128, 128256, 65536, tied=True),
     }
 )
 

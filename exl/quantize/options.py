@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from exl.checkpoint.quant_config import SUPPORTED_BITS
+from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import ConfigError
 from exl.text.chats import DOCUMENTS
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ def step(*new: int) -> ForwardBatch:
         page_table=array(sequences[:, None]),
         logit_rows=array(np.arange(count)),
         num_decode_rows=count,
+        window_slots=array(np.repeat(sequences + 3, new) * 64 + 5 + offset),
+        window_table=array(np.repeat(sequences[:, None] + 3, 2, axis=1)),
     )
 
 
@@ -55,9 +57,19 @@ def test_buckets(new, rows, sequences):
             own = getattr(batch, field.name)
             np.testing.assert_array_equal(getattr(padded, field.name)[: len(own)], own)
             assert getattr(padded, field.name).dtype == np.int32
-    assert set(padded.slots[T:].tolist()) <= {-1}
+    assert {*padded.slots[T:].tolist(), *padded.window_slots[T:].tolist()} <= {-1}
     assert set(padded.query_start[B:].tolist()) == {T}
     assert set(padded.context_len[B:].tolist()) <= {0}
+
+
+def test_places_of_layers_with_pages_of_their_own():
+    batch = step(1, 1)
+    assert [array.tolist() for array in batch.places(False)] == [[5, 69], [[0], [1]]]
+    assert [array.tolist() for array in batch.places(True)] == [[197, 261], [[3, 3], [4, 4]]]
+    plain = padded_step(replace(batch, window_slots=None, window_table=None), 4)
+    assert plain.window_slots is plain.window_table is None
+    with pytest.raises(ValueError, match="without pages for layers"):
+        plain.places(True)
 
 
 def test_a_step_that_is_its_bucket_is_not_copied():

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.generation_config import GenerationDefaults
-from exl.checkpoint.quant_config import QuantConfig, read_quant_config
+from exl.checkpoint.quant.gptq import GptqConfig
+from exl.checkpoint.quant_config import read_quant_config
 from exl.errors import ConfigError, ExlError, UnsupportedModelError
 from exl.families.config import ModelConfig
 
@@ -57,7 +58,7 @@ FLAGS = ("desc_act", "sym", "lm_head", "is_marlin_format")
 TEXTS = ("quant_method", "checkpoint_format", "pack_dtype", "method", "format")
 
 
-def quant_verdict(folder, values) -> QuantConfig | str:
+def quant_verdict(folder, values) -> GptqConfig | str:
     """The config, or the error's message. Never None, because the file exists."""
     write(folder, "quantize_config.json", json.dumps(values))
     try:
@@ -65,17 +66,17 @@ def quant_verdict(folder, values) -> QuantConfig | str:
     except (ConfigError, UnsupportedModelError) as error:
         message = str(error)
     else:
-        assert isinstance(config, QuantConfig)
+        assert isinstance(config, GptqConfig)
         return config
     assert len(message) < 800
     return message
 
 
-def assert_sane(config: QuantConfig) -> None:
+def assert_sane(config: GptqConfig) -> None:
     assert config.bits in (2, 3, 4, 8)
     assert config.group_size == -1 or 0 < config.group_size <= 1 << 24
     assert all(isinstance(flag, bool) for flag in (config.desc_act, config.sym, config.lm_head))
-    assert config.checkpoint_format in ("gptq", "gptq_v2")
+    assert config.checkpoint_format in ("gptq", "gptq_v2", "gptq_p")
 
 
 @pytest.mark.parametrize("key", ["bits", "group_size"])

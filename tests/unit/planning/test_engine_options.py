@@ -20,7 +20,7 @@ OWN = {"load": {"model", "revision", "token", "progress"}, "plan": PLANNED}
 MISSING = {"load": set(), "plan": {"device", "packed_folder", "threads", "max_queue"}}
 CHANGED = {
     "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
-    "cache_tokens": 300, "kv_ram": "1GB",
+    "cache_tokens": 300, "window_cache": False, "kv_ram": "1GB",
     "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "embed": "disk",
     "packed_folder": "somewhere", "threads": 1, "arithmetic": "int8", "max_queue": 5, "draft": BUNDLED_MODEL,
     "rope": {"rope_theta": 5e5},

@@ -158,6 +158,8 @@ def test_copies_are_those_that_a_stream_makes(num_streamed, num_resident, num_bu
     plan = MemoryPlan((), Placement(tuple(tiers), Tier.PINNED), 64, 1, num_buffers)
     model = SimpleNamespace(
         layers=[TINY] * num_layers,
+        experts=[None] * num_layers,
+        expert_bytes=[0] * num_layers,
         head=SimpleNamespace(fields={}, linears={"head": ()}),
         embed=SimpleNamespace(linears={"embed": (next(iter(TINY.linears["o"])),)}),
         config=SimpleNamespace(windows=[None] * num_layers),
