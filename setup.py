@@ -22,6 +22,7 @@ CLIENTS = [
     "schemathesis>=4",
     "opentelemetry-sdk>=1.30",
 ]
+LM_EVAL = ["lm_eval>=0.4.13"]
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"]
 
 # The kernel sources are in `cuda/`, where readers look for them, and are installed as the package `exl._cuda`. `cuda/`
@@ -64,13 +65,16 @@ setup(
         # Runs the demo in the system's Chromium; downloads no browser.
         "browser": ["playwright>=1.50"],
         "chat-model": CHAT_MODEL,
+        "lm-eval": LM_EVAL,
         "notebook": NOTEBOOK,
         "test": [
             *CHAT_MODEL,
             *CONSTRAINTS,
+            *LM_EVAL,
             *NOTEBOOK,
             *SERVER,
             *CLIENTS,
+            "accelerate>=1",  # without which lm_eval's own model for transformers does not import
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -9,6 +9,7 @@
 //   first_part   i32 [B]: items of the sequences before b, whose parts lie before those of b
 //   partial      f32 [items of all sequences, times Hkv * column tiles][8][kD + 2]: O, then m and l, of each item's
 //                columns; sequence by sequence, then by pair of kv head and column tile, then by item
+//   sinks        f32 [H]: scores of the heads' sinks; read if EXL_SINKS is defined
 //   arrived      u32 [B][Hkv * column tiles], zero before the first launch and after every launch
 //
 // The context is cut into items: of 256 tokens up to token 4096, of 1024 after it. A column is one query head of the kv
@@ -19,7 +20,7 @@
 // The last block to arrive combines the items; the counter is the only atomic.
 //
 // Block: 4 warps; grid: (max_items, Hkv * column tiles, B). Shared bytes: kSharedBytes (attention_decode.py has the same sum).
-// Macros: page.cuh. Architectures: all; below sm_75 in f32 arithmetic. Tests: tests/kernels/test_attention_decode.py
+// Macros: attend.cuh. Architectures: all; below sm_75 in f32 arithmetic. Tests: tests/kernels/test_attention_decode.py
 #include <exl/attend.cuh>
 #include <exl/attend_simt.cuh>
 #include <exl/head_row.cuh>
@@ -65,7 +66,7 @@ EXL_DEVICE float combined(const float* o, const float* m, const float* l, int pa
 EXL_KERNEL(attention_decode, 128, 2)
 (const void* qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm, const float* cosine, const float* sine,
  const i32* slots, const i32* query_start, const i32* context_len, const i32* page_table, const i32* first_part,
- u8* pages, half* out, const i32* __restrict__ channel_map, float* partial, u32* arrived, int num_heads, int num_kv_heads, int column_tiles,
+ u8* pages, half* out, const i32* __restrict__ channel_map, float* partial, u32* arrived, const float* __restrict__ sinks, int num_heads, int num_kv_heads, int column_tiles,
  int max_pages, int half_dim, int in_type, int qkv_stride, int window, float scale, float softcap, float eps) {
   EXL_DYNAMIC_SMEM(u8, smem);
   Shared& s = *reinterpret_cast<Shared*>(smem);
@@ -187,15 +188,16 @@ EXL_KERNEL(attention_decode, 128, 2)
   if (s.arrived() != static_cast<u32>(num_items - 1)) return;
   __threadfence();
   for (int c = warp; c < num_columns; c += kWarps) {
+    const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     const float* from = parts + static_cast<size_t>(first_item) * (kColumns * (kD + 2)) + c * (kD + 2);
     for (int channel = lane; channel < kD; channel += 32) {
       float top, sum;
       const float value = combined(from + channel, from + kD, from + kD + 1, num_items, kColumns * (kD + 2), top, sum);
+      if constexpr (kSinks) sum += sink_weight(sinks[head], top);
       row[channel] = sum == 0.0f ? 0.0f : value / sum;   // 0: the column sees no token; NaN stays NaN
     }
     __syncwarp();
     rotate_by_hadamard(row, lane);
-    const int token = row0 + (column0 + c) / group, head = kv_head * group + (column0 + c) % group;
     for (int channel = lane; channel < kD; channel += 32) {
       const int n = head * kD + channel;
       out[static_cast<size_t>(token) * num_heads * kD + (channel_map == nullptr ? n : channel_map[n])] = saturated_half(row[channel]);

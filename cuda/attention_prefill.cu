@@ -4,6 +4,7 @@
 //   query_start  i32 [B + 1]: sequence b owns rows query_start[b] .. query_start[b + 1] - 1
 //   context_len  i32 [B]: tokens of the sequence, the new ones included; 0: the sequence is empty
 //   page_table   i32 [B, max_pages]; pages u8 [pages][Hkv][kPageBytes] (page.cuh)
+//   sinks        f32 [H]: scores of the heads' sinks; read if EXL_SINKS is defined
 //   out          f16 [num_tokens, H * kD], saturated; channel n is stored at channel_map[n] (i32 [H * kD]) if not null
 //
 // A column is one query head of the kv head's group and one new token. A warp has 8 kN columns and goes through all
@@ -12,7 +13,7 @@
 //
 // Block: EXL_WARPS warps; grid: (blocks of columns, Hkv, B). Shared bytes: EXL_WARPS * kWarpBytes (attention_prefill.py
 // has the same sum).
-// Macros: page.cuh; EXL_N: kN, 1 or 2, below sm_75 1; EXL_WARPS 2 or 4. Architectures: all; below sm_75 in f32
+// Macros: attend.cuh; EXL_N: kN, 1 or 2, below sm_75 1; EXL_WARPS 2 or 4. Architectures: all; below sm_75 in f32
 // arithmetic. Tests: tests/kernels/test_attention_prefill.py
 #include <exl/attend.cuh>
 #include <exl/attend_simt.cuh>
@@ -25,7 +26,7 @@ constexpr int kWarpBytes = kHasMma ? kMmaBytes : kOBytes + 8 * kSimtPitch * 4 + 
 
 EXL_KERNEL(attention_prefill, 128, 1)
 (const half* q, const i32* query_start, const i32* context_len, const i32* page_table, const u8* pages, half* out,
- const i32* __restrict__ channel_map, int num_heads, int num_kv_heads, int max_pages, int window, float scale, float softcap) {
+ const i32* __restrict__ channel_map, const float* __restrict__ sinks, int num_heads, int num_kv_heads, int max_pages, int window, float scale, float softcap) {
   EXL_DYNAMIC_SMEM(u8, smem);
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -83,14 +84,18 @@ EXL_KERNEL(attention_prefill, 128, 1)
     if constexpr (kHasMma) {
       EXL_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const float l = sum_over_rows(a.l[n][e % 2]), inverse = l == 0.0f ? 0.0f : 1.0f / l;
+        float l = sum_over_rows(a.l[n][e % 2]);
+        if constexpr (kSinks) l += sink_weight(sinks[kv_head * group + (column0 + n * 8 + 2 * t + e % 2) % group], a.m[n][e % 2]);
+        const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
         EXL_UNROLL
         for (int c = 0; c < kTiles; ++c)
           if (c * 16 + 8 * (e / 2) < kD) rows[(2 * t + e % 2) * kD + c * 16 + g + 8 * (e / 2)] = a.o[n][c].r[e] * inverse;
       }
     } else {
       for (int c = 0; c < 8; ++c) {
-        const float l = __shfl_sync(kWarp, sums.l, c), inverse = l == 0.0f ? 0.0f : 1.0f / l;
+        float l = __shfl_sync(kWarp, sums.l, c);
+        if constexpr (kSinks) l += sink_weight(sinks[kv_head * group + (column0 + c) % group], __shfl_sync(kWarp, sums.m, c));
+        const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
         for (int i = lane; i < kD; i += 32) rows[c * kD + i] *= inverse;
       }
     }

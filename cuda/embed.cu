@@ -4,18 +4,23 @@
 //   ids        i32 [num_tokens]; -1 - i means samples[i]
 //   samples    i32 [num_samples], the token ids that the previous step sampled, or null if no id is negative. They stay
 //              on the device, so that the host need not wait for them
-//   h          f32 [num_tokens, C]; zeros if the id is out of range
+//   h          f32 [num_tokens, C]: scale * row; zeros if the id is out of range
 //   sumsq      f32 [num_tokens, ceil(C / 16)]: sums of squares of 16 channels each, added in the order of epilogue.cuh
 //   permuted   f32 [num_tokens, C], a second copy with channel n at channel_map[n] (i32 [C]), or null
 //
 // A thread has 8 channels, which are one load of 16 bytes; a warp reads 512 consecutive bytes, because over the bus
 // short requests cost most. Two neighbours share a tile of 16 channels, and the first of them adds its squares. C is a
 // multiple of 8. Block: 128 threads; grid: (ceil(C / 1024), num_tokens). No shared memory.
-// Macros: EXL_BF16. Architectures: all. Tests: tests/kernels/test_small_kernels.py
-#include <exl/half.cuh>
+// Macros: EXL_BF16; EXL_SCALED, if defined: `scale` is not 1. Architectures: all. Tests: tests/kernels/test_small_kernels.py
+#include <exl/rows.cuh>
 
 constexpr int kTile = 16, kChannels = 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
+#if defined(EXL_SCALED)
+constexpr bool kScaled = true;
+#else
+constexpr bool kScaled = false;   // a kernel of its own: the multiplication would cost others registers
+#endif
 
 EXL_DEVICE float widened(u32 pair, int second) {
   if (EXL_BF16) return __uint_as_float(second ? pair & 0xffff0000u : pair << 16);
@@ -24,7 +29,7 @@ EXL_DEVICE float widened(u32 pair, int second) {
 
 EXL_KERNEL(embed, 128, 4)
 (const void* __restrict__ table, const i32* ids, const i32* samples, float* h, float* sumsq,
- float* permuted, const i32* __restrict__ channel_map, int C, int vocab_size, int num_samples) {
+ float* permuted, const i32* __restrict__ channel_map, int C, int vocab_size, int num_samples, float scale) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int channel = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
@@ -45,7 +50,8 @@ EXL_KERNEL(embed, 128, 4)
     const u32 next = __shfl_down_sync(kAllLanes, pairs[i], 1);
     EXL_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const float mine = widened(pairs[i], j), second = widened(next, j);
+      float mine = widened(pairs[i], j), second = widened(next, j);
+      if constexpr (kScaled) { mine *= scale; second *= scale; }
       v[2 * i + j] = mine;
       square[2 * i + j] = fmaf(second, second, mine * mine);
     }
@@ -60,11 +66,6 @@ EXL_KERNEL(embed, 128, 4)
     for (int i = 0; i < kChannels; ++i) permuted[at - channel + channel_map[channel + i]] = v[i];
   }
   if (channel % kTile != 0) return;
-  EXL_UNROLL
-  for (int d = 1; d < kChannels; d *= 2) {   // the same tree as the shuffles over lanes in epilogue.cuh
-    EXL_UNROLL
-    for (int g = 0; g < kChannels; g += 2 * d) square[g] += square[g + d];
-  }
   const int num_tiles = (C + kTile - 1) / kTile;
-  sumsq[static_cast<size_t>(token) * num_tiles + channel / kTile] = square[0];
+  sumsq[static_cast<size_t>(token) * num_tiles + channel / kTile] = tree_sum(square);
 }

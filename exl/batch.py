@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,14 @@ PAGE_SIZE = 64  # tokens per page of the KV cache
 MAX_STEP_TOKENS = 8  # new tokens of a sequence in a step: its last one, and drafts
 
 I32 = NDArray[np.int32]
+
+
+class LoraRun(NamedTuple):
+    """Rows ``start`` to ``stop - 1`` of a batch, which all have this adapter."""
+
+    start: int
+    stop: int
+    adapter: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,34 @@ class ForwardBatch:
     page_table: I32  # [B, P]; a snapshot
     logit_rows: I32  # [R]; rows whose logits are wanted
     num_decode_rows: int
+    # The same for layers that have a window and pages of their own, where others have none; None: there are none.
+    window_slots: I32 | None = None
+    window_table: I32 | None = None  # [B, P']
+    lora_idx: I32 | None = None  # [B]; the number of a sequence's adapter, -1: none; None: none of any
+
+    def places(self, windowed: bool) -> tuple[I32, I32]:
+        """``slots`` and ``page_table`` of layers that keep all tokens, or of those with pages of their own."""
+        if not windowed:
+            return self.slots, self.page_table
+        if self.window_slots is None or self.window_table is None:
+            raise ValueError("a batch without pages for layers that have a window")
+        return self.window_slots, self.window_table
+
+    @cached_property
+    def lora_runs(self) -> tuple[LoraRun, ...]:
+        """Neighbouring rows with one adapter, in order; rows without one are in none."""
+        runs: list[LoraRun] = []
+        if self.lora_idx is None:
+            return ()
+        starts = self.query_start.tolist()
+        for adapter, start, stop in zip(self.lora_idx.tolist(), starts, starts[1:], strict=False):
+            if adapter < 0 or start == stop:
+                continue
+            if runs and runs[-1].stop == start and runs[-1].adapter == adapter:
+                runs[-1] = LoraRun(runs[-1].start, stop, adapter)
+            else:
+                runs.append(LoraRun(start, stop, adapter))
+        return tuple(runs)
 
     @property
     def num_rows(self) -> int:
@@ -83,13 +120,21 @@ def padded_step(batch: ForwardBatch, num_rows: int, num_sequences: int | None = 
         token_ids=np.concatenate([batch.token_ids, rows]),
         positions=np.concatenate([batch.positions, rows]),
         slots=np.concatenate([batch.slots, rows - 1]),
+        window_slots=None if batch.window_slots is None else np.concatenate([batch.window_slots, rows - 1]),
+        window_table=None if batch.window_table is None else _with_empty(batch.window_table, empty),
         query_start=np.concatenate([batch.query_start, sequences + batch.num_rows]),
         context_len=np.concatenate([batch.context_len, sequences]),
         rope_len=np.concatenate([batch.rope_len, sequences + 1]),
-        page_table=np.concatenate([batch.page_table, np.zeros((empty, batch.page_table.shape[1]), np.int32)]),
+        page_table=_with_empty(batch.page_table, empty),
         logit_rows=np.arange(num_rows, dtype=np.int32),
         num_decode_rows=num_rows,
+        lora_idx=None if batch.lora_idx is None else np.concatenate([batch.lora_idx, sequences - 1]),
     )
+
+
+def _with_empty(table: I32, count: int) -> I32:
+    """With ``count`` rows of zeros more."""
+    return np.concatenate([table, np.zeros((count, table.shape[1]), np.int32)])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from exl.completion import Completion, TextIterator
 from exl.conversation import LEAST_ROOM, MAX_ANSWER, Conversation
@@ -46,15 +46,18 @@ class Chat(Conversation):
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
+        lora: str | Literal[False] | None = None,
     ) -> None:
         """``messages``: earlier turns; the first may be the system prompt. ``tools`` and ``variables`` are passed to
         the chat template. ``overflow``: what happens when the context is full. "error": ``ConfigError``. "drop-oldest":
         the model is not shown the oldest turns any more (``num_forgotten``), until half of the context is free.
+        ``lora``: the adapter that answers where a turn's own ``lora=`` does not say.
 
         Raises ``ConfigError`` for messages that are none, and if there are tools but the model has no chat template.
         """
         super().__init__(llm.folder.name, system, messages, overflow)
-        self._llm = llm
+        llm._adapter(lora)  # refuses one that there is not
+        self._llm, self._lora = llm, lora
         self._tools, self._variables = tools, variables
         self._run_ids: list[int] = []  # as run, up to the end of the last answer; empty: render all messages
         self._plain_ids: list[int] = []  # the template's rendering of the last answer's prompt
@@ -110,6 +113,8 @@ class Chat(Conversation):
     def _stream(self, keep: _Kept, params: SamplingParams | int | None, options: RequestOptions) -> TextIterator:
         left = self._llm.context - len(keep.ids)
         options = {"reuse_prefix": True, **options}
+        if options.get("lora") is None and self._lora is not None:
+            options["lora"] = self._lora
         request = Request.of(params, options, self._llm.defaults, max_tokens=max(1, min(MAX_ANSWER, left // 2)))
         if self.is_transcript:
             stop = (*(request.params.stop or ()), TRANSCRIPT_STOP)
@@ -166,10 +171,11 @@ class Chat(Conversation):
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
+        lora: str | Literal[False] | None = None,
     ) -> Chat:
         """Loads a conversation that ``save`` wrote, for any model. Raises ``ConfigError`` for any other file."""
         saved = SavedChat.load(path)
-        return cls._of(saved, llm, tools=tools, variables=variables, overflow=overflow)
+        return cls._of(saved, llm, tools=tools, variables=variables, overflow=overflow, lora=lora)
 
     @classmethod
     @explain_foreign_keywords
@@ -182,10 +188,11 @@ class Chat(Conversation):
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
+        lora: str | Literal[False] | None = None,
     ) -> Chat:
         """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
         saved = SavedChat.from_json(data, source)
-        return cls._of(saved, llm, tools=tools, variables=variables, overflow=overflow)
+        return cls._of(saved, llm, tools=tools, variables=variables, overflow=overflow, lora=lora)
 
     @classmethod
     def _of(cls, saved: SavedChat, llm: LLM, **options: Any) -> Chat:

@@ -27,27 +27,33 @@ def embed(
     texts: Prompt | Sequence[Prompt],
     pooling: str,
     normalize: bool,
+    lora: str | None = None,
 ) -> torch.Tensor:
     """See ``LLM.embed``. ``encode``: a text -> token ids."""
     _check(pooling, normalize)
     with contextlib.ExitStack() as stack:
         handles = [
-            stack.enter_context(_submit(generator, ids, pooling, normalize, inline=True))
+            stack.enter_context(_submit(generator, ids, pooling, normalize, lora, inline=True))
             for ids in _token_ids(encode, generator.context, texts)
         ]
         return torch.stack([handle.result() for handle in handles])
 
 
 def submit_embed(
-    generator: Generator, encode: Callable[[Prompt], list[int]], text: Prompt, pooling: str, normalize: bool
+    generator: Generator,
+    encode: Callable[[Prompt], list[int]],
+    text: Prompt,
+    pooling: str,
+    normalize: bool,
+    lora: str | None = None,
 ) -> Handle[torch.Tensor]:
     """See ``LLM.submit_embed``."""
     _check(pooling, normalize)
-    return _submit(generator, ids_of(encode, generator.context, "text", text), pooling, normalize, inline=False)
+    return _submit(generator, ids_of(encode, generator.context, "text", text), pooling, normalize, lora, inline=False)
 
 
 def _submit(
-    generator: Generator, ids: list[int], pooling: str, normalize: bool, *, inline: bool
+    generator: Generator, ids: list[int], pooling: str, normalize: bool, lora: str | None, *, inline: bool
 ) -> Handle[torch.Tensor]:
     def finish(answers: list[Answer]) -> torch.Tensor:
         found = answers[0].embedding
@@ -58,7 +64,7 @@ def _submit(
             found = (found / (length if length > 0.0 else 1.0)).astype(np.float32)
         return torch.from_numpy(found)
 
-    request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling)
+    request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, pooling=pooling, lora=lora)
     return generator.submit(request, finish, inline=inline)
 
 

@@ -2,151 +2,146 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from exl.errors import ConfigError
+from exl.evaluation.figures import Comparison, Evaluation
+from exl.evaluation.passages import Passage, as_passages, read_chunks, read_documents, read_passages
+from exl.evaluation.recording import SLICE_VALUES, Recording, record
 from exl.llm import LLM
-from exl.text.chats import read_chats, resolve_documents
-from exl.text.tokenizer import Tokenizer
-from exl.user_text import read_text
 
-MIN_TOKENS = 8  # shorter documents are skipped
-WINDOW = 512
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "Passage",
+    "Recording",
+    "evaluate",
+    "read_chunks",
+    "read_documents",
+    "read_passages",
+    "record_predictions",
+]
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model compared with a reference, over the same positions. KL(reference || model) is in nats."""
-
-    reference_loss: float
-    kl_mean: float
-    kl_99th: float  # 99th percentile over positions
-    top1_agreement: float  # share of positions at which both rank the same token first
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss in nats per token, over all tokens except the first of each document."""
-
-    loss: float
-    num_tokens: int
-    num_documents: int
-    against: Comparison | None = None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
+Documents = Iterable[Sequence[int] | Passage]
+Progress = Callable[[int, int], None]
 
 
-def read_documents(
-    path: str | Path, tokenizer: Tokenizer, documents: str = "auto", window: int = WINDOW
-) -> list[list[int]]:
-    """Token ids of a UTF-8 text, each document with the tokenizer's BOS and at most ``window`` tokens.
+def evaluate(
+    llm: LLM, documents: Documents, against: LLM | Recording | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """Loss over documents of token ids; with ``against``, also the distance from that reference.
 
-    ``documents``: "lines", each line is a document, stripped of white space and truncated to ``window`` tokens;
-    "whole", the file is cut into consecutive windows, each with its own BOS; "chats", each line is a chat
-    (``exl/text/chats.py``), rendered by the model's template and truncated; "auto", chats if the file is a ``.jsonl``,
-    else lines. Documents of fewer than 8 tokens are skipped. Raises ``ConfigError``.
+    Of a document of plain ids every token after the first is predicted and counts once; a ``Passage`` says which.
+    ``against``: a model that is loaded beside this one, or its predictions over the same documents
+    (``record_predictions``). Memory: a step's logits of each model, some 100 MB of log-probabilities in f64, and 33
+    bytes per predicted token, however long the text. ``progress``: called with the documents that are done, and all.
+    Raises ``ConfigError`` if the vocabularies differ in size, or the documents from those that were recorded.
     """
-    if documents not in ("auto", "lines", "whole", "chats"):
-        raise ConfigError(f"documents: found {documents!r}, expected 'auto', 'lines', 'whole' or 'chats'")
-    documents = resolve_documents(documents, path)
-    if window < MIN_TOKENS:
-        raise ConfigError(f"window: found {window}, expected {MIN_TOKENS} tokens or more")
-    if documents == "chats":
-        found = [ids[:window] for ids in read_chats(path, tokenizer, "text")]
-    else:
-        found = _read_text(Path(path), tokenizer, documents, window)
-    found = [ids for ids in found if len(ids) >= MIN_TOKENS]
-    if not found:
-        raise ConfigError(f"text: {path}: found no document of {MIN_TOKENS} tokens or more")
-    return found
-
-
-def _read_text(path: Path, tokenizer: Tokenizer, documents: str, window: int) -> list[list[int]]:
-    text = read_text(path, f"text: {path}")
-    if documents == "lines":
-        return [tokenizer.encode(line.strip())[:window] for line in text.split("\n")]
-    prefix = tokenizer.encode("")
-    ids = tokenizer.encode(text.strip())[len(prefix) :]
-    step = window - len(prefix)
-    return [[*prefix, *ids[start : start + step]] for start in range(0, len(ids), step)]
-
-
-def evaluate(llm: LLM, documents: Iterable[Sequence[int]], against: LLM | None = None) -> Evaluation:
-    """Loss over documents of token ids; with ``against``, also the distance from that reference model.
-
-    Every token after a document's first counts once. Logits are processed in chunks: at most one per model is in use at
-    a time. Raises ``ConfigError`` if the models' vocabularies differ in size.
-    """
-    if against is not None and against.config.vocab_size != llm.config.vocab_size:
-        raise ConfigError(
-            f"against: found a vocabulary of {against.config.vocab_size} tokens, expected {llm.config.vocab_size}"
-        )
-    loss = reference_loss = 0.0
-    num_tokens = num_documents = num_agreed = 0
+    passages = as_passages(documents)
+    if against is not None:
+        _check_reference(llm, passages, against)
+    losses: list[np.ndarray] = []
+    reference_losses: list[np.ndarray] = []
     divergences: list[np.ndarray] = []
-    for ids in documents:
-        num_documents += 1
-        num_tokens += len(ids) - 1
-        targets = torch.tensor(ids[1:])
-        for start, ours, theirs in _aligned(llm, against, ids):
-            wanted = targets[start : start + len(ours), None]
-            loss -= float(ours.gather(1, wanted).sum())
-            if theirs is not None:
-                reference_loss -= float(theirs.gather(1, wanted).sum())
-                divergences.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).numpy())
-                num_agreed += int((ours.argmax(1) == theirs.argmax(1)).sum())
-    if not num_tokens:
+    agreed: list[np.ndarray] = []
+    for i, passage in enumerate(passages):
+        if progress is not None:
+            progress(i, len(passages))
+        targets, start = torch.tensor(passage.ids[passage.first :]), 0
+        ours = predictions(llm, passage)
+        if against is None:
+            for rows in ours:
+                losses.append(_losses(rows, targets[start : start + len(rows)]))
+                start += len(rows)
+            continue
+        theirs = against.log_probs(i) if isinstance(against, Recording) else predictions(against, passage)
+        if isinstance(against, Recording) and passage.num_predicted:
+            reference_losses.append(against.losses(i))
+        for q, p in _aligned(ours, theirs):
+            wanted = targets[start : start + len(q)]
+            losses.append(_losses(q, wanted))
+            if isinstance(against, LLM):
+                reference_losses.append(_losses(p, wanted))
+            divergences.append(divergence(p, q))
+            agreed.append((q.argmax(1) == p.argmax(1)).numpy())
+            start += len(q)
+    if not losses:
         raise ConfigError("documents: found no token to predict, expected documents of two tokens or more")
     comparison = None
+    loss = np.concatenate(losses)
     if against is not None:
-        divergence = np.concatenate(divergences)
-        comparison = Comparison(
-            reference_loss / num_tokens,
-            float(divergence.mean()),
-            float(np.quantile(divergence, 0.99)),
-            num_agreed / num_tokens,
+        comparison = Comparison.of(loss, *map(np.concatenate, (reference_losses, divergences, agreed)))
+    return Evaluation.of(loss, len(passages), comparison)
+
+
+def record_predictions(llm: LLM, documents: Documents, path: str | Path, progress: Progress | None = None) -> None:
+    """Writes a model's predictions over documents to a file that ``evaluate`` takes as ``against``.
+
+    2 bytes per predicted token and token of the vocabulary; how exact they are, and the format, says
+    ``exl/evaluation/recording.py``. An interrupted call goes on where it was when it is made again. Raises as
+    ``record`` does.
+    """
+    passages = as_passages(documents)
+    if not any(passage.num_predicted for passage in passages):
+        raise ConfigError("documents: found no token to predict, expected documents of two tokens or more")
+    model = {"folder": llm.folder.name, **llm.identity()}
+    record(path, passages, llm.config.vocab_size, model, lambda passage: predictions(llm, passage), progress)
+
+
+def _check_reference(llm: LLM, passages: Sequence[Passage], against: LLM | Recording) -> None:
+    vocab_size = against.vocab_size if isinstance(against, Recording) else against.config.vocab_size
+    if vocab_size != llm.config.vocab_size:
+        raise ConfigError(f"against: found a vocabulary of {vocab_size} tokens, expected {llm.config.vocab_size}")
+    if not isinstance(against, Recording):
+        return
+    if len(passages) > len(against.passages):
+        raise ConfigError(
+            f"against: found {len(against.passages)} documents in {against.path}, expected {len(passages)}"
         )
-    return Evaluation(loss / num_tokens, num_tokens, num_documents, comparison)
+    for i, passage in enumerate(passages):
+        if passage != against.passages[i]:
+            raise ConfigError(
+                f"against: document {i} is not the one of {against.path}: expected the same text, tokenizer and options"
+            )
+
+
+def predictions(llm: LLM, passage: Passage) -> Iterator[torch.Tensor]:
+    """Log-probabilities of each predicted token of a passage, f64 [rows, V], in slices."""
+    first, stop, at = passage.first - 1, len(passage.ids) - 1, 0  # rows of logits that predict, and where the chunk is
+    most = max(1, SLICE_VALUES // llm.config.vocab_size)
+    if first >= stop:
+        return
+    for chunk in llm.iter_logits(passage.ids):
+        wanted = chunk[max(0, first - at) : max(0, stop - at)]
+        for start in range(0, len(wanted), most):
+            yield torch.log_softmax(wanted[start : start + most].double(), 1)
+        at += len(chunk)
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> np.ndarray:
+    """KL(p || q) of each row in nats, f64 [n], of log-probabilities [n, V]. What p rules out adds nothing."""
+    mass = p.exp()
+    return torch.where(mass > 0, mass * (p - q), 0.0).sum(1).numpy()
+
+
+def _losses(log_probs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    return -log_probs.gather(1, targets[:, None])[:, 0].numpy()
 
 
 def _aligned(
-    llm: LLM, against: LLM | None, ids: Sequence[int]
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """Yields the first position, log-probabilities f64 [n, V] and the reference's, for the same positions. Leaves out
-    the last position, which has no known next token. The two models may cut their chunks differently."""
-    last = len(ids) - 1
-    if against is None:
-        for start, chunk in _log_probs(llm, ids):
-            if start < last:
-                yield start, chunk[: last - start], None
-        return
-    theirs = _log_probs(against, ids)
-    at, held = 0, torch.empty(0, 0)
-    for start, ours in _log_probs(llm, ids):
-        done = 0
-        while done < len(ours):
-            if not len(held):
-                at, held = next(theirs)
-            n = min(len(ours) - done, len(held), last - at)
-            if n <= 0:
-                break
-            yield start + done, ours[done : done + n], held[:n]
-            done, at, held = done + n, at + n, held[n:]
-    for _ in theirs:  # exhaust it: it holds the model's lock
+    ours: Iterator[torch.Tensor], theirs: Iterator[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of both, which may cut them differently."""
+    held = None
+    for rows in ours:
+        while len(rows):
+            held = next(theirs) if held is None or not len(held) else held
+            n = min(len(rows), len(held))
+            yield rows[:n], held[:n]
+            rows, held = rows[n:], held[n:]
+    for _ in theirs:  # exhaust it: a model's stream holds what the request holds
         pass
-
-
-def _log_probs(llm: LLM, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    start = 0
-    for chunk in llm.iter_logits(ids):
-        yield start, F.log_softmax(chunk.double(), dim=-1)
-        start += len(chunk)

@@ -14,6 +14,8 @@ _ONE_GPU = "exl computes on one GPU; vram= limits what it takes of it"
 
 # Another library's keyword -> exl's keyword, and what to know about it. A hint without a keyword always counts.
 _HINTS: dict[str, tuple[str | None, str]] = {
+    "adapter": ("lora", ""),
+    "adapter_name": ("lora", ""),
     "batch_size": (None, "give a list of prompts"),
     "beam_width": ("num_beams", ""),
     "cache_dir": (None, "downloads are kept in huggingface_hub's cache"),
@@ -34,6 +36,8 @@ _HINTS: dict[str, tuple[str | None, str]] = {
     "load_in_4bit": (None, _GPTQ),
     "load_in_8bit": (None, _GPTQ),
     "logprobs": ("top_logprobs", ""),
+    "lora_path": ("lora", ""),
+    "lora_request": ("lora", "lora, the name of an adapter"),
     "low_vram": ("vram", 'vram (a size such as "6GB")'),
     "max_batch_size": ("max_sequences", ""),
     "max_memory": ("vram", 'vram (a size such as "6GB"), and ram'),

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from exl.adapters.choice import Adapters, find_adapters
 from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.header import shown
 from exl.checkpoint.hub import find_model
@@ -21,7 +22,7 @@ from exl.checkpoint.hub_errors import Token
 from exl.completion import Completion, TextIterator
 from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine, load_engine
-from exl.engine.cache_files import load_cache, save_cache
+from exl.engine.cache_files import cache_key, load_cache, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -33,8 +34,9 @@ from exl.keywords import explain_foreign_keywords, explain_options
 from exl.memory.device import release_cached
 from exl.planning.options import EngineOptions
 from exl.progress import Progress, shown_progress
-from exl.request_options import Request, RequestOptions
+from exl.request_options import Request, RequestOptions, check_lora
 from exl.sampling_params import SamplingParams
+from exl.scoring import Score, submit_score
 from exl.streams import Stream
 from exl.text.logprobs import TokenLogprob, check_top_logprobs
 from exl.text.sink import TextSink
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from exl.chat import Chat
-    from exl.checkpoint.quant_config import QuantConfig
+    from exl.checkpoint.quant.base import QuantConfig
     from exl.families.config import ModelConfig
     from exl.planning.plan import MemoryPlan
 
@@ -64,6 +66,7 @@ class LLM:
     plan: MemoryPlan
     _engine: Engine | None
     _streams: weakref.WeakSet[Stream[Any]]
+    default_adapter: str | None  # of requests that do not say lora=; None: none
     _grammars: Grammars | None  # made for the first request with a constraint
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -77,7 +80,7 @@ class LLM:
         llm.config, llm.quant, llm.plan = engine.config, engine.quant, engine.plan
         engine.generator.eos_ids = frozenset(tokenizer.eos_ids)
         llm._engine, llm._streams = engine, weakref.WeakSet()
-        llm._grammars = None
+        llm._grammars, llm.default_adapter = None, None
         return llm
 
     @property
@@ -89,6 +92,11 @@ class LLM:
     def max_sequences(self) -> int:
         """How many sequences run at once; others wait."""
         return self._open_generator().runner.max_sequences
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that the model was loaded with, for a request's ``lora=``."""
+        return self._open_generator().adapters
 
     @property
     def decode_steps(self) -> str | None:
@@ -200,16 +208,17 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
+        lora: str | Literal[False] | None = None,
     ) -> Chat:
         """Starts a conversation, or goes on with one, whose earlier turns are not computed again.
 
         ``messages``: earlier turns, ``{"role": "user", "content": "Hello"}``; the first may be the system prompt.
         ``send(None)`` answers the last one. ``overflow``: what happens when the context is full: "error", or
-        "drop-oldest". More: ``exl.chat.Chat``.
+        "drop-oldest". ``lora``: the adapter that answers, unless a turn says otherwise. More: ``exl.chat.Chat``.
         """
         from exl.chat import Chat  # imported late: a Chat is built on this module
 
-        return Chat(self, system, messages=messages, tools=tools, variables=variables, overflow=overflow)
+        return Chat(self, system, messages=messages, tools=tools, variables=variables, overflow=overflow, lora=lora)
 
     @explain_options(RequestOptions)
     def complete_chat(
@@ -241,20 +250,20 @@ class LLM:
         options.setdefault("reuse_prefix", "exact")  # a Chat's own default is True
         return self.chat(messages=messages, tools=tools, variables=variables).stream(None, params, **options)
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits after every token of ``ids``: f32 [T, V], computed in chunks."""
+    def logits(self, ids: Sequence[int], *, lora: str | Literal[False] | None = None) -> torch.Tensor:
+        """Logits after every token of ``ids``: f32 [T, V], computed in chunks. ``lora``: as in a request."""
         out = torch.empty(len(ids), self.config.vocab_size)
         start = 0
-        for chunk in self.iter_logits(ids):
+        for chunk in self.iter_logits(ids, lora=lora):
             out[start : start + len(chunk)] = chunk
             start += len(chunk)
         return out
 
-    def iter_logits(self, ids: Sequence[int]) -> Stream[torch.Tensor]:
+    def iter_logits(self, ids: Sequence[int], *, lora: str | Literal[False] | None = None) -> Stream[torch.Tensor]:
         """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk. Of one
         step they may wait for their reader: for ``prefill_chunk`` tokens, ``prefill_window`` with streamed layers."""
-        ids = self.encode(ids)
-        request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, wants_all=True)
+        ids, adapter = self.encode(ids), self._adapter(lora)
+        request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, wants_all=True, lora=adapter)
 
         def start(inline: bool) -> Handle[Any]:
             return self._open_generator().submit(request, inline=inline)
@@ -262,23 +271,52 @@ class LLM:
         return self._track(Stream(start, lambda event: event.logits))
 
     def embed(
-        self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", *, normalize: bool = False
+        self,
+        texts: Prompt | Sequence[Prompt],
+        pooling: str = "mean",
+        *,
+        normalize: bool = False,
+        lora: str | Literal[False] | None = None,
     ) -> torch.Tensor:
         """A vector for each text, f32 [texts, hidden size] on the CPU; of one text [1, hidden size].
 
         ``texts``: a text or token ids, or a list of these; a text gets the model's BOS. The vector is the state of the
         last layer after the final norm: ``pooling="mean"`` takes the mean over all tokens, "last" the last one's.
-        ``normalize``: each vector's length becomes 1. All texts are computed in one batch with all other requests, and
-        each vector has the bits that it has alone. Raises ``ConfigError`` for an empty list, an empty text, and one
-        that is longer than the context.
+        ``normalize``: each vector's length becomes 1. ``lora``: as in a request. All texts are computed in one batch
+        with all other requests, and each vector has the bits that it has alone. Raises ``ConfigError`` for an empty
+        list, an empty text, and one that is longer than the context.
         """
-        return embed(self._open_generator(), self.encode, texts, pooling, normalize)
+        return embed(self._open_generator(), self.encode, texts, pooling, normalize, self._adapter(lora))
 
-    def submit_embed(self, text: Prompt, pooling: str = "mean", *, normalize: bool = False) -> Handle[torch.Tensor]:
+    def submit_embed(
+        self,
+        text: Prompt,
+        pooling: str = "mean",
+        *,
+        normalize: bool = False,
+        lora: str | Literal[False] | None = None,
+    ) -> Handle[torch.Tensor]:
         """Begins to compute the vector of one text and returns at once: the handle's ``result()``, or ``await``, gives
         it, f32 [hidden size], the same as ``embed``; ``cancel()`` ends it. Raises as ``embed`` does, and
         ``QueueFullError``."""
-        return submit_embed(self._open_generator(), self.encode, text, pooling, normalize)
+        return submit_embed(self._open_generator(), self.encode, text, pooling, normalize, self._adapter(lora))
+
+    def score(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Score]:
+        """How likely each continuation is after its context: ``(context, continuation)``. A context is a text, which
+        gets the model's BOS, or token ids; a continuation is token ids. All are computed in one batch, and each has the
+        bits that it has alone; what the cache holds of a context is not computed again. Raises ``ConfigError`` for
+        either without a token, and for more tokens, the last one not counted, than the context holds."""
+        with contextlib.ExitStack() as stack:
+            handles = [
+                stack.enter_context(submit_score(self._open_generator(), context, continuation, inline=True))
+                for context, continuation in [(self.encode(a), self.encode(b)) for a, b in pairs]
+            ]
+            return [handle.result() for handle in handles]
+
+    def submit_score(self, context: Prompt, continuation: Sequence[int]) -> Handle[Score]:
+        """Begins to compute one score and returns at once: the handle's ``result()``, or ``await``, gives it, the same
+        as ``score``; ``cancel()`` ends it. Raises as ``score`` does, and ``QueueFullError``."""
+        return submit_score(self._open_generator(), self.encode(context), self.encode(continuation), inline=False)
 
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
@@ -294,6 +332,12 @@ class LLM:
         or kind of kernels; ``CheckpointError`` if it is damaged. Then nothing has changed."""
         self._open_generator()
         return load_cache(self._engine, self.folder, path)
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
+        configuration, the cache's type, the arithmetic, the kind of kernels."""
+        self._open_generator()
+        return dict(cache_key(self._engine, self.folder))
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
@@ -377,8 +421,18 @@ class LLM:
             deadline=request.deadline,
             max_unread=request.max_unread,
             shift_keep=request.shift_keep,
+            lora=self._adapter(request.lora),
         )
         return generator.submit(asked, lambda answers: self._completion(asked, request, answers), inline=inline)
+
+    def _adapter(self, lora: str | Literal[False] | None) -> str | None:
+        """The adapter of a request that says ``lora``. Raises ``ConfigError`` for one that there is not."""
+        if lora is None:
+            return self.default_adapter
+        check_lora("lora", lora)
+        name = lora or None
+        self._open_generator().adapter_number(name)
+        return name
 
     def _check_logprobs(self, request: Request) -> None:
         for name in ("top_logprobs", "prompt_logprobs"):
@@ -494,6 +548,7 @@ def load(
     max_sequences: int = 16,
     max_queue: int | None = None,
     cache_tokens: int | str | None = None,
+    window_cache: bool = True,
     kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
@@ -506,6 +561,7 @@ def load(
     arithmetic: str | None = None,
     draft: str | Path | None = None,
     rope: Mapping[str, Any] | None = None,
+    lora: Adapters | None = None,
     revision: str | None = None,
     token: Token = None,
     progress: bool | Progress | None = None,
@@ -520,7 +576,8 @@ def load(
     the model's own maximum, but at most 8192. ``kv_cache``: "f32" (CPU), "f16", "q8", "k8v4" or "q4".
     ``max_sequences``: how many run at once; others wait, but no more than ``max_queue`` (by default any number): beyond
     that a request is refused with ``QueueFullError``. ``cache_tokens``: of all of them in the cache, by default one
-    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``kv_ram``: with a GPU, how
+    context (less where all layers have a sliding window); "auto" is what the budgets leave. ``window_cache``: where
+    some layers have a sliding window, these keep only what it reaches. ``kv_ram``: with a GPU, how
     much pinned RAM keeps what leaves the cache. ``prefill_chunk``: rows computed at once.
     ``prefill_window``: rows that go through one layer before the next layer starts. ``resident_layers``: keep at most
     this many layers in memory. ``head``: 8 or 4 rounds a dense head to this many bits, ``dense`` what else
@@ -534,6 +591,10 @@ def load(
     that such files hold: ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}``, or
     ``{"rope_theta": 1e6}``; with a factor, the model's own context is so many times as long.
 
+    ``lora``: LoRA adapters as peft saves them, which stay beside the weights (``docs/adapters.md``). One folder or
+    repository: an adapter for all requests. A list of these, or a mapping of names: requests choose by ``lora="name"``,
+    and others get the model itself.
+
     ``revision`` and ``token`` are for repositories: a branch, tag or commit; and the access token that a private or
     gated repository needs, by default the one that ``hf auth login`` has saved. ``progress``: True shows a bar, False
     shows none; by default there is one in notebooks and terminals, if loading takes more than half a second. A function
@@ -544,7 +605,8 @@ def load(
     """
     if draft is not None:
         draft = find_model(draft, token=token, quiet=progress is False)
-    options = EngineOptions.from_arguments(locals())
+    adapters = find_adapters(lora, token=token, quiet=progress is False)
+    options = EngineOptions.from_arguments({**locals(), "lora": adapters.folders})
     folder = find_model(model, revision=revision, token=token, quiet=progress is False)
     with shown_progress(progress, "loading") as tell:
         engine = load_engine(folder, options, tell)
@@ -555,7 +617,9 @@ def load(
         tokenizer = Tokenizer.from_folder(folder, bos_id=bos_id, eos_ids=tuple(engine.generator.eos_ids))
         if draft is not None:
             check_same_vocabulary(tokenizer, Tokenizer.from_folder(draft if draft.is_dir() else draft.parent))
-        return LLM._of(folder, engine, tokenizer, defaults)
+        llm = LLM._of(folder, engine, tokenizer, defaults)
+        llm.default_adapter = adapters.default
+        return llm
     except BaseException:
         engine.close()
         raise

@@ -102,6 +102,9 @@ class RequestOptions(TypedDict, total=False):
     # first ``shift_keep`` tokens (by default 4; rounded up to pages of 64) and goes on, until max_tokens
     overflow: Literal["stop", "shift"] | None
     shift_keep: int | None
+    # The name of the adapter that is to answer, of those that the model was loaded with (``lora=``); False: none. By
+    # default the one that was given to ``exl.load`` without a name, else none.
+    lora: str | Literal[False] | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Request:
     max_unread: int = 512
     overflow: Literal["stop", "shift"] = "stop"
     shift_keep: int | None = None
+    lora: str | Literal[False] | None = None
 
     @classmethod
     def of(
@@ -263,6 +267,12 @@ def _check_speculate(name: str, value: object) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected {', '.join(map(repr, SPECULATE))} or False")
 
 
+def check_lora(name: str, value: object) -> None:
+    """Raises ``ConfigError`` unless it may be the name of an adapter, or False."""
+    if value is not False and not (isinstance(value, str) and value):
+        raise ConfigError(f"{name}: found {value!r}, expected the name of an adapter, or False for none")
+
+
 def _check_overflow(name: str, value: object) -> None:
     if value not in ("stop", "shift"):
         raise ConfigError(f"{name}: found {value!r}, expected 'stop' or 'shift'")
@@ -304,4 +314,5 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "max_unread": _check_unread,
     "overflow": _check_overflow,
     "shift_keep": _check_shift_keep,
+    "lora": check_lora,
 }

@@ -1,12 +1,13 @@
-"""Builds llama.cpp's llama-bench for this machine and prints its path.
+"""Builds llama.cpp's llama-bench, or another of its programs, for this machine and prints its path.
 
-    python -m scripts.build_llama_bench [--folder build/llama] [--jobs 2]
+    python -m scripts.build_llama_bench [--folder build/llama] [--jobs 2] [--program llama-perplexity]
 
 The source is the one in the package llama-cpp-python on the package index: pip downloads it (77 MB), its hash is
 checked, and nothing of the package is installed. The build is llama.cpp's own Release build with its defaults
 (``GGML_NATIVE``: all instructions that this processor has; OpenMP), as one program, without server and TLS. Needs a C++
 compiler; CMake and Ninja come from the package index if the system has none. It runs at the lowest priority, some ten
-minutes on two processors; a second start builds what is missing. For ``benchmarks/compare_llama_cpp.py``.
+minutes on two processors; a second start builds what is missing. llama-bench is for
+``benchmarks/compare_llama_cpp.py``, llama-perplexity and llama-quantize for ``benchmarks/quality.py``.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ OPTIONS = {
     "LLAMA_OPENSSL": "OFF",
 }
 TARGET = "llama-bench"
+PROGRAMS = (TARGET, "llama-perplexity", "llama-quantize")
 
 
-def build(folder: Path, jobs: int) -> Path:
-    """The path of llama-bench, built in ``folder``. Raises ``CalledProcessError`` if a step fails."""
+def build(folder: Path, jobs: int, program: str = TARGET) -> Path:
+    """The path of one of ``PROGRAMS``, built in ``folder``. Raises ``CalledProcessError`` if a step fails."""
     folder.mkdir(parents=True, exist_ok=True)
     package, objects = folder / UNPACKED, folder / "cmake"
     source = package / "vendor" / "llama.cpp"
@@ -52,9 +54,9 @@ def build(folder: Path, jobs: int) -> Path:
     flags = [f"-D{name}={value}" for name, value in options.items()]
     run([cmake, "-S", source, "-B", objects, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *flags])
     nice = shutil.which("nice")
-    run([*([nice, "-n", "19"] if nice else []), cmake, "--build", objects, "--parallel", jobs, "--target", TARGET])
-    (program,) = (path for path in (objects / "bin").rglob(f"{TARGET}*") if path.stem == TARGET)
-    return Path(shutil.copy2(program, folder))
+    run([*([nice, "-n", "19"] if nice else []), cmake, "--build", objects, "--parallel", jobs, "--target", program])
+    (built,) = (path for path in (objects / "bin").rglob(f"{program}*") if path.stem == program)
+    return Path(shutil.copy2(built, folder))
 
 
 def download(folder: Path) -> Path:
@@ -106,9 +108,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "llama", help="default: build/llama")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default: 2)")
+    parser.add_argument("--program", choices=PROGRAMS, default=TARGET, help=f"which one (default: {TARGET})")
     args = parser.parse_args()
     try:
-        print(build(args.folder.resolve(), args.jobs))
+        print(build(args.folder.resolve(), args.jobs, args.program))
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: {error}")
 

@@ -28,6 +28,7 @@ ASAN_ONE_IN = 4  # a sample runs one case in this many under AddressSanitizer
 # test modules that need it are skipped.
 TEST_ONLY = frozenset(
     {
+        "accelerate",
         "gguf",
         "gradio",
         "hypothesis",
@@ -35,6 +36,7 @@ TEST_ONLY = frozenset(
         "jsonschema",
         "llguidance",
         "llvmlite",
+        "lm_eval",
         "matplotlib",
         "nbclient",
         "nbformat",

@@ -34,23 +34,39 @@ class KVCache:
     late in the last step.
     """
 
-    def __init__(self, layout: KVLayout | DeviceKVLayout, num_pages: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KVLayout | DeviceKVLayout,
+        num_pages: int,
+        device: torch.device,
+        layers: Sequence[int] | None = None,
+        *,
+        windowed: bool = False,
+    ) -> None:
+        """``layers``: which of a model's layers these are, as many as ``layout`` has; None: all, from 0 on.
+        ``windowed``: they have a window and pages of their own: see ``ForwardBatch.places``."""
         self.layout = layout
         self.num_pages = num_pages
+        self.windowed = windowed
         self.slab = device_tensor(layout.slab_bytes(num_pages), device, "KV cache")
         blobs = self.slab.split(layout.layer_bytes(num_pages))
-        self._layers: list[KVPages | torch.Tensor]
+        pages: list[KVPages | torch.Tensor]
         if isinstance(layout, DeviceKVLayout):
             shape = (num_pages, layout.num_kv_heads, layout.head_page_bytes)
-            self._layers = [blob.view(shape) for blob in blobs]
+            pages = [blob.view(shape) for blob in blobs]
         else:
-            self._layers = [_cpu_pages(layout, num_pages, blob) for blob in blobs]
+            pages = [_cpu_pages(layout, num_pages, blob) for blob in blobs]
+        self._layers = dict(zip(range(len(pages)) if layers is None else layers, pages, strict=True))
         self._arrays = _page_words(layout, num_pages, self.slab)
         self.page_bytes = sum(array[:, 0].nbytes for array in self._arrays) if num_pages else 0
 
     def layer(self, layer_idx: int) -> KVPages | torch.Tensor:
         """One layer's pages as its backend reads them: u8 [page, kv_head, head_page_bytes]; torch's kernels KVPages."""
         return self._layers[layer_idx]
+
+    def __contains__(self, layer_idx: int) -> bool:
+        """Whether a layer's pages are here."""
+        return layer_idx in self._layers
 
     def page_words(self, page: int) -> list[torch.Tensor]:
         """All bytes of a page, views i64 [layer, words]: on a GPU and for exl's own kernels one, for torch's kernels

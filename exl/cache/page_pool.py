@@ -1,29 +1,27 @@
-"""Which sequence holds which page of the cache, and which pages a later prompt may reuse as its prefix. Host only.
+"""Which pages of the cache a later prompt may reuse as its prefix, beside which sequence holds which. Host only.
 
-A page is *held* by one or more sequences (counted), *kept* (nobody holds it, but its tokens are known and a prompt may
-reuse it), *dirty* (its bytes must be zeroed before somebody else has it) or *free*. If free pages run out, kept pages
-are evicted, least recently used first, the end of a text before its beginning.
+Of pages that nobody holds those whose tokens are known are kept. They are evicted least recently used first, the end of
+a text before its beginning.
 
 A page is written only behind the tokens that are remembered of it, and only by a sequence that is its single holder.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from exl.batch import PAGE_SIZE
-from exl.cache.free_pages import FreePages
+from exl.cache.holders import CopyPages, PageHolders
 from exl.cache.prefix_tree import NOWHERE, KnownPage, PrefixNode, PrefixPath, PrefixTree
-from exl.errors import MemoryBudgetError
+from exl.cache.window_pool import WindowPool
 from exl.layout.window import pages_behind
 
 if TYPE_CHECKING:
     import torch
-
-CopyPages = Callable[[Sequence[int], Sequence[int]], None]  # (src, dst), as ``KVCache.copy_pages``
 
 
 class Tier(Protocol):
@@ -69,7 +67,7 @@ class PoolStats:
     pages_restored: int = 0  # that came back from the RAM tier
 
 
-class PagePool:
+class PagePool(PageHolders):
     """Holders of pages, free pages, and the tree of known prefixes."""
 
     def __init__(
@@ -79,203 +77,46 @@ class PagePool:
         null: bool = False,
         tier: Tier | None = None,
         zero: Callable[[list[int]], None] | None = None,
+        windows: WindowPool | None = None,
     ) -> None:
-        """``null``: page 0 is never given away and stays zeroed; it stands in tables of pages for pages that a sequence
-        has given back because no window reaches them. It may be held and released, which does nothing. ``tier``: takes
-        the bytes of full pages that are evicted, and gives them back. ``zero`` is called with pages that may hold what
-        is no number (``doubt``), before somebody gets them to write to; None: they are given as they are."""
-        self.num_pages = num_pages
-        self.null_page = 0 if null else None
-        self._num_usable = num_pages - null
-        self._free = FreePages(int(null), num_pages)
-        self._holders = [0] * num_pages
-        self._epochs = [0] * num_pages
-        self._tree = PrefixTree(self._free, tier.num_slots if tier else 0, self.null_page)
-        self._dirty: set[int] = set()
-        self._doubted: set[int] = set()
-        self._zero = zero
+        """``null``, ``zero``: see ``PageHolders``. ``tier``: takes the bytes of full pages that are evicted, and gives
+        them back. ``windows``: the pages of layers that have a window, in a model that has others, too; then ``null``
+        and ``tier`` are not for this pool."""
+        if windows is not None and (null or tier is not None):
+            raise ValueError("windows=: expected neither a null page nor a tier")
+        super().__init__(num_pages, null=null, zero=zero)
+        self.windows = windows
         self.tier = tier
+        self._tree = self._new_tree()
         self._counts: Counter[str] = Counter()
 
-    @property
-    def num_free(self) -> int:
-        """Allocatable pages: free + kept."""
-        return len(self._free) + len(self._tree.kept)
+    def _new_tree(self) -> PrefixTree:
+        return PrefixTree(self._free, self.tier.num_slots if self.tier else 0, self.null_page, self.windows)
 
     @property
-    def num_usable(self) -> int:
-        """All pages but the null page."""
-        return self._num_usable
-
-    @property
-    def num_kept(self) -> int:
-        """Pages that nobody holds and that a prompt may reuse."""
-        return len(self._tree.kept)
+    def _known(self) -> PrefixTree:
+        return self._tree
 
     @property
     def stats(self) -> PoolStats:
         return PoolStats(**self._counts)
 
-    # ---- pages of a sequence ----------------------------------------------------------------------------------------
-
-    def allocate(self, count: int, after: int | None = None) -> list[int]:
-        """Pages for one holder, contiguous if possible; first those right behind page ``after``.
-
-        Raises ``MemoryBudgetError``, and nothing is changed, if ``num_free`` is too small."""
-        self._check_room(count, self.num_free)
-        self._make_room(count)
-        pages = self._free.take(count, after)
-        doubted = sorted(self._doubted.intersection(pages))
-        try:
-            if doubted:
-                self._zero(doubted)
-        except BaseException:
-            self._free.add(pages)
-            raise
-        self._doubted.difference_update(doubted)
-        for page in pages:
-            self._holders[page] = 1
-            self._epochs[page] += 1
-        return pages
-
-    def grow(self, pages: list[int], count: int) -> None:
-        """Extends a sequence's list by ``count`` pages. Raises ``MemoryBudgetError``, and nothing is changed."""
-        pages += self.allocate(count, pages[-1] if pages else None)
-
-    def hold(self, pages: Iterable[int]) -> None:
-        """Adds one holder to pages that are held or kept."""
-        for page in pages:
-            if page != self.null_page:
-                if not self._holders[page] and page not in self._tree.kept:
-                    raise ValueError(f"page {page} is free: expected one that is held or kept")
-                self._tree.kept.pop(page, None)
-                self._holders[page] += 1
-
-    def release(self, pages: Sequence[int]) -> None:
-        """Removes one holder. A page without holders is kept if its tokens are known, else free.
-
-        Goes from the last page to the first, so that a text's last pages are evicted first.
-        """
-        for page in reversed(pages):
-            if page == self.null_page:
-                continue
-            if not self._holders[page]:
-                raise ValueError(f"page {page} is released once too often")
-            self._holders[page] -= 1
-            if self._holders[page] or page in self._dirty:
-                continue
-            if page in self._tree.on_page:
-                self._tree.kept[page] = None
-            else:
-                self._free.add([page])
-
-    def pass_by(self, pages: list[int], first: int, last: int) -> None:
-        """Removes a holder of ``pages[first:last]``, which no window of a sequence reaches any more; in its list the
-        null page stands for them."""
-        passed, pages[first:last] = pages[first:last], [self._null] * (last - first)
-        self.release(passed)
-
-    @property
-    def _null(self) -> int:
-        if self.null_page is None:
-            raise ValueError("this pool has no null page: expected null=True")
-        return self.null_page
-
-    def num_holders(self, page: int) -> int:
-        return self._holders[page]
-
-    def epoch(self, page: int) -> int:
-        """Changes when the page gets an owner who may write to it: until then it holds what its last owner wrote."""
-        return self._epochs[page]
-
-    def reclaim(self, old: Sequence[tuple[int, int]]) -> list[int]:
-        """Takes back the pages of a sequence that has released them: (page, epoch at that time). Holds the longest
-        beginning that is unchanged, and returns it."""
-        pages: list[int] = []
-        for page, epoch in old:
-            if self._epochs[page] != epoch or page in self._dirty:
-                break
-            if page != self.null_page:
-                self._hold_unchanged(page)
-            pages.append(page)
-        return pages
-
-    def fork(self, pages: Sequence[int], num_tokens: int, copy: CopyPages) -> list[int]:
-        """Pages of a second sequence with the same first ``num_tokens`` tokens: the full pages are shared, a partly
-        filled one is copied. Raises ``MemoryBudgetError``, and nothing is changed."""
-        num_full, rest = divmod(num_tokens, PAGE_SIZE)
-        forked = list(pages[:num_full])
-        fresh = self.allocate(1, forked[-1] if forked else None) if rest else []
-        try:
-            if fresh:
-                copy([pages[num_full]], fresh)
-        except BaseException:
-            self.release(fresh)
-            raise
-        self.hold(forked)
-        return forked + fresh
-
-    def rewind(self, pages: list[int], num_tokens: int, copy: CopyPages) -> None:
-        """Behind the first ``num_tokens`` tokens of a sequence its pages are going to be written anew: those that
-        others hold are replaced in the list, and what is known of the rest is forgotten. Raises ``MemoryBudgetError``,
-        and nothing is changed."""
-        first, rest = divmod(num_tokens, PAGE_SIZE)
-        behind = [i for i in range(first, len(pages)) if pages[i] != self.null_page]
-        shared = [i for i in behind if self._holders[pages[i]] > 1]
-        fresh = self.allocate(len(shared))
-        try:
-            if rest and shared[:1] == [first]:
-                copy([pages[first]], fresh[:1])
-        except BaseException:
-            self.release(fresh)
-            raise
-        for i, page in zip(shared, fresh, strict=True):
-            self.release([pages[i]])
-            pages[i] = page
-        for i in behind:
-            node = self._tree.on_page.get(pages[i])
-            if node is not None and (i > first or len(node.tokens) > rest):
-                self._tree.forget(node)
-            self._epochs[pages[i]] += 1  # a sequence that is paused may have had this page, too
-
-    def poison(self, pages: Iterable[int]) -> None:
-        """The bytes of these pages are not numbers. Those with a single holder, and all that was known to follow them,
-        are forgotten; once released they wait for ``clean``. Other holders' pages were good when they came to them."""
-        for page in pages:
-            if page != self.null_page and self._holders[page] == 1:
-                if page in self._tree.on_page:
-                    self._tree.forget(self._tree.on_page[page])
-                self._dirty.add(page)
-
-    def doubt(self, pages: Iterable[int]) -> None:
-        """Nobody has seen yet that what was written to these pages is numbers: no logits depend on all of it. A text
-        that begins alike may use them. Whoever gets one for another text gets it zeroed, since attention reads a page
-        to its end, and a weight of 0 times NaN is NaN."""
-        if self._zero is not None:
-            self._doubted.update(page for page in pages if page != self.null_page)
-
-    def trust(self, pages: Iterable[int]) -> None:
-        """Logits that depend on all that was written to these pages are numbers."""
-        self._doubted.difference_update(pages)
-
-    def clean(self, zero: Callable[[list[int]], None]) -> None:
-        """``zero`` is called with the poisoned pages that nobody holds any more; then they are free."""
-        pages = sorted(page for page in self._dirty if not self._holders[page])
-        if pages:
-            zero(pages)
-            for page in pages:
-                self._epochs[page] += 1
-            self._dirty.difference_update(pages)
-            self._free.add(pages)
-
     # ---- known prefixes ---------------------------------------------------------------------------------------------
 
     def find(self, ids: Sequence[int], *, exact: bool = False, multiple: int = 1) -> PrefixMatch:
         """The longest known beginning of a text. ``exact``: only tokens with the bits of a cold run. Its length is cut
-        to a multiple of ``multiple``. Holds and changes nothing."""
-        path = self._tree.find(ids, exact=exact, multiple=multiple)
+        to a multiple of ``multiple``; with ``windows`` to whole pages, too, and to where all that their window reaches
+        is known. Holds and changes nothing."""
+        path = self._find(ids, exact, multiple)
         pages = tuple(node.page for node in path.nodes if not node.is_away)
         return PrefixMatch(path.num_tokens, path.num_exact, pages)
+
+    def _find(self, ids: Sequence[int], exact: bool, multiple: int) -> PrefixPath:
+        if self.windows is None:
+            return self._tree.find(ids, exact=exact, multiple=multiple)
+        multiple = math.lcm(multiple, PAGE_SIZE)
+        path = self._tree.find(ids, exact=exact, multiple=multiple)
+        return replace(path, nodes=path.nodes[: self.windows.reaching(path.nodes, multiple // PAGE_SIZE)])
 
     def take_prefix(
         self,
@@ -296,33 +137,76 @@ class PagePool:
 
         Raises ``MemoryBudgetError``, and nothing is changed, if that would leave less than ``spare`` pages to others.
         """
-        path = self._tree.find(ids, exact=exact, multiple=multiple)
+        path = self._find(ids, exact, multiple)
         if path.last is not None and path.last.page in self._doubted:  # what stands behind is another text's
             path = replace(path, last=None, num_last=0)
         if window is not None:
             path = path.without(pages_behind(window, len(path.nodes) * PAGE_SIZE))
             num_pages = min(num_pages - path.num_passed, most)
+        taken = self._take_path(path, copy, num_pages, spare)
+        self._counts.update(lookups=len(ids) > 0, hits=taken.num_reused > 0, tokens_reused=taken.num_reused)
+        return taken
+
+    def take_both(
+        self,
+        ids: Sequence[int],
+        *,
+        num_pages: int,
+        spare: int = 0,
+        exact: bool = False,
+        multiple: int = 1,
+        most: int,
+    ) -> tuple[TakenPrefix, list[int]]:
+        """``take_prefix`` with ``windows``, of which all pages are shared: also a sequence's pages there, ``most`` at
+        most besides null pages. ``spare`` pages of each kind are left to others."""
+        windows = self._windows
+        path = self._find(ids, exact, multiple)
+        num_passed = pages_behind(windows.window, path.num_tokens)
+        known = [node.window_page for node in path.nodes[num_passed:]]
+        beside = windows.take(known, num_passed, min(num_pages - num_passed, most), spare)
+        try:
+            taken = self._take_path(path, _copy_nothing, num_pages, spare)
+        except BaseException:
+            windows.release(beside)
+            raise
+        self._counts.update(lookups=len(ids) > 0, hits=taken.num_reused > 0, tokens_reused=taken.num_reused)
+        return replace(taken, num_passed=num_passed), beside
+
+    @property
+    def _windows(self) -> WindowPool:
+        if self.windows is None:
+            raise ValueError("this pool is for all layers: expected windows=")
+        return self.windows
+
+    def _take_path(self, path: PrefixPath, copy: CopyPages, num_pages: int, spare: int) -> TakenPrefix:
+        """``num_pages``: the path's and fresh ones."""
         room = self.num_free - sum(node.page in self._tree.kept for node in path.nodes)
         path, in_place = self._fit(path, room - spare, num_pages)
         num_missing = len(path.away)
         num_behind = max(num_pages - len(path.nodes), path.last is not None) - in_place
         room -= path.last is not None and path.last.page in self._tree.kept
         self._check_room(num_missing + num_behind + spare, room)
-        self._counts.update(lookups=len(ids) > 0, hits=path.num_tokens > 0, tokens_reused=path.num_tokens)
         pages = self._take(path, in_place, num_missing, num_behind, copy)
         if path.num_passed:
             pages[:0] = [self._null] * path.num_passed
         return TakenPrefix(pages, path.num_tokens, path.num_exact, path.num_passed)
 
-    def remember(self, ids: Sequence[int], pages: Sequence[int], num_exact: int | None = None) -> None:
+    def remember(
+        self,
+        ids: Sequence[int],
+        pages: Sequence[int],
+        num_exact: int | None = None,
+        window_pages: Sequence[int] = (),
+    ) -> None:
         """Enters a sequence's pages into the tree: ``pages`` hold ``ids``; the last may be partly filled. To be called
         again when the sequence has grown; only the new part costs time.
 
         ``num_exact``: its first tokens that have the bits of a cold run (None: all). Where the tree has the text on
-        another page, that one stays if somebody holds it or if it is exact where the new one is not.
+        another page, that one stays if somebody holds it or if it is exact where the new one is not. ``window_pages``:
+        the same tokens' pages of ``windows``, null pages among them; then ``ids`` are whole pages.
         """
         usable = next((i for i, page in enumerate(pages) if page in self._dirty), len(pages)) if self._dirty else None
-        self._tree.remember(ids, pages[:usable], len(ids) if num_exact is None else num_exact)
+        self._tree.remember(ids, pages[:usable], len(ids) if num_exact is None else num_exact, window_pages)
 
     def known_pages(self) -> list[KnownPage]:
         """All that the tree knows, each after the page before it; else what was used last comes first."""
@@ -358,52 +242,28 @@ class PagePool:
         self.release([pages[i] for i in sorted(pages)])
         return sum(len(known[i].tokens) for i in pages)
 
-    def clear(self, holders: Iterable[Sequence[int]] | None = None) -> None:
+    def clear(
+        self, holders: Iterable[Sequence[int]] | None = None, window_holders: Iterable[Sequence[int]] | None = None
+    ) -> None:
         """Forgets all prefixes. ``holders``: the lists of pages that are in use, from which the counts are made anew,
-        after an interruption that ``check`` has found to have left them wrong."""
-        self._tree = PrefixTree(self._free, self.tier.num_slots if self.tier else 0, self.null_page)
-        if holders is not None:
-            self._holders = self._count_holders(holders)
-            self._epochs = [epoch + 1 for epoch in self._epochs]
-        unusable = {*self._dirty, self.null_page}
-        self._free.clear()
-        self._free.add(page for page in range(self.num_pages) if not self._holders[page] and page not in unusable)
+        after an interruption that ``check`` has found to have left them wrong; ``window_holders``: those of
+        ``windows``."""
+        self._tree = self._new_tree()
+        self._count_anew(holders)
+        if self.windows is not None:
+            self.windows.clear(window_holders)
 
-    def _count_holders(self, holders: Iterable[Sequence[int]]) -> list[int]:
-        counts = Counter(page for pages in holders for page in pages if page != self.null_page)
-        return [counts[page] for page in range(self.num_pages)]
-
-    def check(self, holders: Iterable[Sequence[int]] | None = None) -> None:
+    def check(
+        self, holders: Iterable[Sequence[int]] | None = None, window_holders: Iterable[Sequence[int]] | None = None
+    ) -> None:
         """Raises ``RuntimeError`` unless every page is in one place and the tree is in order. ``holders``: the lists of
-        pages that are in use, which must give the counts."""
-        free = set(self._free)
-        if len(self._free) != len(free):
-            raise RuntimeError(f"{len(self._free)} free pages are counted, there are {len(free)}")
-        for page in range(self.num_pages):
-            places = [
-                *(["null"] if page == self.null_page else []),
-                *(["free"] if page in free else []),
-                *(["held"] if self._holders[page] else []),
-                *(["kept"] if page in self._tree.kept else []),
-                *(["dirty"] if page in self._dirty and not self._holders[page] else []),
-            ]
-            if len(places) != 1:
-                raise RuntimeError(f"page {page} is {' and '.join(places) or 'lost'}")
-        if holders is not None:
-            for page, count in enumerate(self._count_holders(holders)):
-                if self._holders[page] != count:
-                    raise RuntimeError(f"page {page} counts {self._holders[page]} holders, {count} have it")
+        pages that are in use, which must give the counts; ``window_holders``: those of ``windows``."""
+        self._check_places(holders)
         self._tree.check()
-        if self._dirty & self._tree.on_page.keys():
-            raise RuntimeError("a page is known that is to be zeroed")
+        if self.windows is not None:
+            self.windows.check(self._tree.root.subtree(), window_holders)
 
     # ---- taking -----------------------------------------------------------------------------------------------------
-
-    def _check_room(self, count: int, room: int) -> None:
-        if count > room:
-            raise MemoryBudgetError(
-                f"KV cache: {count} pages of {PAGE_SIZE} tokens requested, {room} of {self._num_usable} available"
-            )
 
     def _fit(self, path: PrefixPath, room: int, num_pages: int) -> tuple[PrefixPath, bool]:
         """How the partly filled page comes to a sequence that may take ``room`` pages: the path, and whether the page
@@ -455,13 +315,6 @@ class PagePool:
             self.release([source])
         return [*shared.values(), *([own] if in_place else []), *fresh[num_missing:]]
 
-    def _hold_unchanged(self, page: int) -> None:
-        if not self._holders[page] and page not in self._tree.kept:
-            self._free.discard(page)
-            self._holders[page] = 1
-        else:
-            self.hold([page])
-
     def _make_room(self, count: int) -> None:
         """Evicts until ``count`` pages are free. The bytes of full pages go to the tier, if there is one."""
         saved: list[tuple[int, int]] = []
@@ -478,3 +331,7 @@ class PagePool:
                     if slot in self._tree.in_slot:  # else it has gone with one before
                         self._tree.forget(self._tree.in_slot[slot])
                 raise
+
+
+def _copy_nothing(src: Sequence[int], dst: Sequence[int]) -> None:
+    raise ValueError(f"pages {list(src)} to {list(dst)}: whole pages are shared")

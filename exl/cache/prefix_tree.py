@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from exl.batch import PAGE_SIZE
 from exl.cache.free_pages import FreePages
@@ -27,6 +28,7 @@ class PrefixNode:
     page: int = NOWHERE
     slot: int = NOWHERE
     num_exact: int = 0  # its first tokens that have the bits of a cold run; above 0 only if its parents are all exact
+    window_page: int = NOWHERE  # where the layers with a window have it, if they have pages of their own
     children: dict[Tokens, PrefixNode] = field(default_factory=dict)
     _order: list[Tokens] = field(default_factory=list)  # the keys of ``children``, sorted
 
@@ -115,17 +117,30 @@ class PrefixPath:
         return [node for node in self.nodes if node.is_away]
 
 
+class WindowPages(Protocol):
+    """``exl.cache.window_pool.WindowPool``."""
+
+    null_page: int | None
+
+    def attach(self, node: PrefixNode, page: int, num_exact: int) -> None: ...
+
+    def detach(self, node: PrefixNode) -> None: ...
+
+
 class PrefixTree:
     """The nodes, by page and by slot; which pages are kept for them alone; least recent use of both. Pages that nobody
     has any more go to ``free``."""
 
-    def __init__(self, free: FreePages, num_slots: int, null_page: int | None) -> None:
+    def __init__(
+        self, free: FreePages, num_slots: int, null_page: int | None, windows: WindowPages | None = None
+    ) -> None:
         self.root = PrefixNode((), None)
         self.on_page: dict[int, PrefixNode] = {}
         self.kept: OrderedDict[int, None] = OrderedDict()  # pages without holders, least recently used first
         self.in_slot: OrderedDict[int, PrefixNode] = OrderedDict()  # least recently used first
         self._free, self._null_page, self._num_slots = free, null_page, num_slots
         self._free_slots = list(range(num_slots))[::-1]
+        self._windows = windows
 
     def find(self, ids: Sequence[int], *, exact: bool, multiple: int) -> PrefixPath:
         """The longest known beginning of ``ids``: with ``exact`` of tokens that are marked so, cut to a multiple of
@@ -148,15 +163,20 @@ class PrefixTree:
 
     # ---- what is known ----------------------------------------------------------------------------------------------
 
-    def remember(self, ids: Sequence[int], pages: Sequence[int], num_exact: int) -> None:
+    def remember(
+        self, ids: Sequence[int], pages: Sequence[int], num_exact: int, window_pages: Sequence[int] = ()
+    ) -> None:
         """``PagePool.remember``."""
         node, start = self._last_known(ids, pages)
-        self._mark(pages[:start], num_exact)
+        self._mark(pages[:start], num_exact, window_pages)
+        if self._windows is not None:
+            self._attach_before(node, start, num_exact, window_pages)
         for i in range(start, min(len(pages), -(-len(ids) // PAGE_SIZE))):
             if node is not self.root and node.num_exact < PAGE_SIZE:
                 num_exact = 0  # for what follows
             tokens = tuple(ids[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
-            known = self.enter(node, tokens, pages[i], min(max(num_exact - i * PAGE_SIZE, 0), len(tokens)))
+            exact = min(_exact_in(i, num_exact), len(tokens))
+            known = self.enter(node, tokens, pages[i], exact, window_pages[i] if i < len(window_pages) else NOWHERE)
             if known is None or not known.is_full:
                 return
             node = known
@@ -170,21 +190,41 @@ class PrefixTree:
                 return node, i
         return self.root, 0
 
-    def _mark(self, pages: Sequence[int], num_exact: int) -> None:
+    def _mark(self, pages: Sequence[int], num_exact: int, window_pages: Sequence[int]) -> None:
         """Of full pages that are in the tree, ``num_exact`` tokens are exact after all."""
-        marks: list[tuple[PrefixNode, int]] = []
+        marks: list[tuple[PrefixNode, int, int]] = []
         for i in range(min(len(pages), -(-num_exact // PAGE_SIZE)), 0, -1):
-            node, exact = self.on_page.get(pages[i - 1]), min(num_exact - (i - 1) * PAGE_SIZE, PAGE_SIZE)
+            node, exact = self.on_page.get(pages[i - 1]), _exact_in(i - 1, num_exact)
             if node is None:  # the tree has this text on another page
                 return
             if node.num_exact >= exact:
                 break
-            marks.append((node, exact))
-        for node, exact in marks:
-            node.num_exact = exact
+            marks.append((node, exact, window_pages[i - 1] if i <= len(window_pages) else NOWHERE))
+        for node, exact, window_page in marks:
+            self._raise_exact(node, exact, window_page)
 
-    def enter(self, parent: PrefixNode, tokens: Tokens, page: int, num_exact: int) -> PrefixNode | None:
-        """The node of these tokens, on ``page`` if it may be; None if that is the null page and they are not known."""
+    def _raise_exact(self, node: PrefixNode, num_exact: int, window_page: int) -> None:
+        """So many of the node's tokens are exact, as those are on ``window_page``; another one is perhaps not."""
+        if num_exact > node.num_exact:
+            node.num_exact = num_exact
+            if self._windows is not None and node.window_page != window_page:
+                self._windows.detach(node)
+
+    def _attach_before(self, node: PrefixNode, start: int, num_exact: int, window_pages: Sequence[int]) -> None:
+        """Of a text's pages before ``start``, the last of which is the node's, those of the layers with a window, as
+        far as they are not known yet: what is before them is known, too, or was given back."""
+        for i in range(start - 1, -1, -1):
+            if i < len(window_pages):
+                if window_pages[i] in (self._windows.null_page, node.window_page):
+                    return
+                self._windows.attach(node, window_pages[i], _exact_in(i, num_exact))
+            node = node.parent
+
+    def enter(
+        self, parent: PrefixNode, tokens: Tokens, page: int, num_exact: int, window_page: int = NOWHERE
+    ) -> PrefixNode | None:
+        """The node of these tokens, on ``page`` if it may be; None if that is the null page and they are not known.
+        ``window_page``: theirs in the layers with a window."""
         known = parent.children.get(tokens)
         if page == self._null_page:
             return known
@@ -196,11 +236,13 @@ class PrefixTree:
             parent.attach(known)
             self.place(known, page)
         elif known.page == page:
-            known.num_exact = max(known.num_exact, num_exact)
+            self._raise_exact(known, num_exact, window_page)
         elif num_exact >= known.num_exact and (known.is_away or known.page in self.kept):
             self._leave(known)
             known.num_exact = num_exact
             self.place(known, page)
+        if self._windows is not None and window_page != NOWHERE:
+            self._windows.attach(known, window_page, num_exact)
         return known
 
     def place(self, node: PrefixNode, page: int) -> None:
@@ -210,6 +252,8 @@ class PrefixTree:
 
     def _leave(self, node: PrefixNode) -> None:
         """A node is nowhere from here on; a page that nobody holds is free then."""
+        if self._windows is not None:
+            self._windows.detach(node)
         if node.page != NOWHERE:
             del self.on_page[node.page]
             if node.page in self.kept:
@@ -327,6 +371,11 @@ class PrefixTree:
                 raise RuntimeError(f"the tree is broken at page {node.page}")
             if node.num_exact and parent is not self.root and parent.num_exact < PAGE_SIZE:
                 raise RuntimeError(f"page {node.page} is marked as exact, the page before it is not")
+
+
+def _exact_in(i: int, num_exact: int) -> int:
+    """Of the i-th page's tokens, if a text's first ``num_exact`` tokens are exact."""
+    return min(max(num_exact - i * PAGE_SIZE, 0), PAGE_SIZE)
 
 
 def count_common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _WANTED_FOR_TEXT = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
 # The same weights in Mistral's own format, adapters, and what macOS leaves: nothing that is ever opened.
 _UNWANTED = ["consolidated*.safetensors", "*/consolidated*.safetensors", "adapter_model*.safetensors", "._*", "*/._*"]
+_OF_ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 _NOT_HERE = "no such folder here"
 
 
@@ -44,6 +45,20 @@ def find_model(
     with explain_hub_errors(f"{model}: {_NOT_HERE}", revision):
         patterns = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
         return Path(snapshot_download(str(model), revision=revision, token=token, **patterns, **bars))
+
+
+def find_adapter(adapter: str | Path, *, token: Token = None, quiet: bool = False) -> Path:
+    """The local folder ``adapter`` if it exists, else the snapshot of a repository that holds a LoRA adapter, of which
+    only its two files are downloaded. Raises ``CheckpointError`` if it is not found."""
+    path = _local_path(adapter)
+    if path is not None:
+        return path
+    _check_access(None, token)
+    from huggingface_hub import snapshot_download
+
+    bars = {"tqdm_class": _no_bar()} if quiet or sys.stderr is None else {}
+    with explain_hub_errors(f"{adapter}: {_NOT_HERE}", None):
+        return Path(snapshot_download(str(adapter), token=token, allow_patterns=_OF_ADAPTER, **bars))
 
 
 def find_headers(model: str | Path | None, *, revision: str | None = None, token: Token = None) -> Path | RemoteFolder:

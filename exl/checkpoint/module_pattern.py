@@ -110,6 +110,10 @@ class ModuleMatcher:
         for i, char in enumerate(name):
             self._chars[char] = self._chars.get(char, 0) | 1 << i
 
+    def found(self, pattern: ModulePattern) -> bool:
+        """Whether ``re.search`` finds the pattern: anywhere in the name. Raises as :meth:`matches`."""
+        return pattern.literal in self.name and self._reach(pattern.tree, self._end * 2 - 1) != 0
+
     def matches(self, pattern: ModulePattern) -> bool:
         """Raises ``ConfigError`` if the steps are used up."""
         if pattern.exact is not None:  # "$" also matches before a final line break

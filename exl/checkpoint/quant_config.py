@@ -1,96 +1,35 @@
-"""A checkpoint's quantization parameters, checked once and frozen.
+"""A checkpoint's quantization parameters, from the files that have them: which files, and of which method each is.
 
-Files and keys are those that AutoGPTQ and GPTQModel write and read (``quantization/config.py`` of both). GPTQModel's
-``dynamic`` overrides parameters per module: its exclusions (``"-:"``) are tried first, the others in the file's order,
-and the first pattern that ``re.match`` finds at the start of the module's name decides.
+Files are those that AutoGPTQ and GPTQModel look for; ``exl/checkpoint/quant/`` has a module for each method.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.header import shown
-from exl.checkpoint.module_pattern import ModuleMatcher, ModulePattern
+from exl.checkpoint.quant import auto_round, awq, compressed_tensors, fp8, gptq
+from exl.checkpoint.quant.base import QuantConfig, QuantMethod
+from exl.checkpoint.quant.foreign import TAKE_INSTEAD, refuse_method
+from exl.checkpoint.quant.values import read_text
 from exl.errors import ConfigError, UnsupportedModelError
 
-SUPPORTED_BITS = (2, 3, 4, 8)
-_FORMATS = ("gptq", "gptq_v2")
 _FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's order; then config.json's quantization_config
 _IN_CONFIG = "config.json: quantization_config"
-_BITS_KEYS, _GROUP_KEYS = ("bits", "w_bit", "wbits"), ("group_size", "q_group_size")
-DECIDING = ("bits", "group_size", "rules", "checkpoint_format", "sym")  # fields in which files must not disagree
-_MAX_STEPS = 100_000  # limit for all patterns on one module; one pattern takes about 50
-_MAX_GROUP_SIZE = 1 << 24
+_METHODS: Mapping[str, QuantMethod] = {
+    "gptq": gptq,
+    "awq": awq,
+    "auto-round": auto_round,
+    "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
+}
 
-_OVERRIDES = frozenset({"bits", "group_size", "desc_act", "sym"})
-_METHOD_KEYS = frozenset(
-    {"quant_method", "method", "checkpoint_format", "format", "pack_dtype", "rotation", "adapter", "is_marlin_format"}
-)
-# Keys of an override that control how the quantizer works, but not what it writes. Ignored.
-_QUANTIZER_KEYS = frozenset(
-    {
-        *("act_group_aware", "damp_auto_increment", "damp_percent", "failsafe", "fallback", "gptaq", "hessian"),
-        *("hyb_act", "mock_quantization", "mse", "smooth", "static_groups", "true_sequential"),
-    }
-)
-
-
-@dataclass(frozen=True)
-class ModuleRule:
-    """One entry of ``dynamic``. ``excluded``: the module is not quantized. None: the file's value for all modules."""
-
-    pattern: ModulePattern
-    excluded: bool
-    bits: int | None = None
-    group_size: int | None = None
-    desc_act: bool | None = None
-    sym: bool | None = None
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """GPTQ parameters of a checkpoint, or of one module of it (:meth:`for_module`)."""
-
-    bits: int  # 2, 3, 4 or 8
-    group_size: int  # inputs that share a scale; -1: all
-    desc_act: bool = False  # what the file claims; g_idx tells what was done
-    sym: bool = True  # AutoGPTQ's and GPTQModel's default
-    checkpoint_format: str = "gptq"  # "gptq" stores zero - 1, "gptq_v2" stores zero
-    lm_head: bool = False  # whether the head is quantized
-    source: str = "quantize_config.json"  # file, for error messages
-    rules: tuple[ModuleRule, ...] = field(default=(), repr=False)  # in the order in which they are tried
-    method: str = "gptq"
-    others: tuple[QuantConfig, ...] = field(default=(), repr=False)  # other files of the folder, if they disagree
-
-    def for_module(self, name: str) -> QuantConfig | None:
-        """Parameters of one module, such as ``"model.layers.0.mlp.up_proj"``; None: the file says that it is dense.
-
-        Raises ``ConfigError`` if the file's patterns need too many steps.
-        """
-        matcher = ModuleMatcher(name, _MAX_STEPS)
-        try:
-            rule = next((rule for rule in self.rules if matcher.matches(rule.pattern)), None)
-        except ConfigError as error:
-            raise ConfigError(f"{self.source}: dynamic: {error}") from None
-        if rule is None:
-            is_head = name == "lm_head" or name.endswith(".lm_head")
-            return replace(self, rules=(), others=()) if self.lm_head or not is_head else None
-        if rule.excluded:
-            return None
-        return replace(
-            self,
-            bits=self.bits if rule.bits is None else rule.bits,
-            group_size=self.group_size if rule.group_size is None else rule.group_size,
-            desc_act=self.desc_act if rule.desc_act is None else rule.desc_act,
-            sym=self.sym if rule.sym is None else rule.sym,
-            rules=(),
-            others=(),
-        )
+_SHOWN_BY_TENSORS = "mxfp4"  # there is nothing to say about it: gpt-oss has it, in tensors that show what they are
 
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:
@@ -118,182 +57,60 @@ def find_quant_config(
     if in_config is not None:
         if not isinstance(in_config, Mapping):
             raise ConfigError(f"{_IN_CONFIG}: found {shown(in_config)}, expected an object")
-        found.append((_IN_CONFIG, in_config))
+        if in_config.get("quant_method") != _SHOWN_BY_TENSORS:
+            found.append((_IN_CONFIG, in_config))
     if not found:
         return None
-    stated = _read_files(found)
+    method, stated = _read_files(found)
     defaults = {key: value for _, values in reversed(stated) for key, value in values.items()}
-    first, *others = (_make(source, defaults | values) for source, values in stated)
-    return replace(first, others=tuple(other for other in others if not _agree(first, other)))
+    first, *others = (_METHODS[method].make(source, defaults | values) for source, values in stated)
+    return replace(first, others=tuple(other for other in others if not first.agrees(other)))
 
 
-def _read_files(found: list[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """What each file says. One that exl does not read is an error, also beside others that it does."""
-    stated: list[tuple[str, dict[str, Any]]] = []
+def _read_files(found: list[tuple[str, Mapping[str, Any]]]) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """The method, and what each file says. One that exl does not read is an error, also beside others that it does."""
+    stated: list[tuple[str, str, dict[str, Any]]] = []
     problems: list[ConfigError | UnsupportedModelError] = []
     for source, values in found:
         try:
-            stated.append((source, _read_fields(values, source)))
+            method = _method_of(values, source)
+            stated.append((method, source, _METHODS[method].read_fields(values, source)))
         except (ConfigError, UnsupportedModelError) as error:
             problems.append(error)
     if problems and stated:
         raise type(problems[0])(
-            f"{problems[0]}; {stated[0][0]} beside it describes a GPTQ checkpoint: correct the file that is wrong, "
-            "or delete it"
+            f"{problems[0]}; {stated[0][1]} beside it describes a checkpoint of {stated[0][0]}: correct the file that "
+            "is wrong, or delete it"
         )
     if problems:
         raise problems[0]
-    return stated
+    if len({method for method, _, _ in stated}) > 1:
+        said = " and ".join(f"{method} in {source}" for method, source, _ in stated)
+        raise ConfigError(f"found {said}: correct the file that is wrong, or delete it")
+    return stated[0][0], [(source, fields) for _, source, fields in stated]
 
 
 def parse_quant_config(values: Mapping[str, Any], source: str) -> QuantConfig:
     """One file's. Raises the errors of :func:`read_quant_config`."""
-    return _make(source, _read_fields(values, source))
+    method = _METHODS[_method_of(values, source)]
+    return method.make(source, method.read_fields(values, source))
 
 
-def _read_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What a file says of ``QuantConfig``'s fields; one that it leaves out, or that is null, is missing."""
-    _refuse_other_methods(values, source)
-    bits, group_size = (_first(values, source, *keys) for keys in (_BITS_KEYS, _GROUP_KEYS))
-    checkpoint_format = _read_format(values, source, None)
-    fields = {
-        "bits": None if bits is None else _read_bits(bits, f"{source}: bits"),
-        "group_size": None if group_size is None else _read_group_size(group_size, f"{source}: group_size"),
-        "checkpoint_format": checkpoint_format,
-        "rules": _read_rules(values.get("dynamic"), source, checkpoint_format or "gptq"),
-    }
-    fields |= {key: _read_flag(values, key, source, None) for key in ("desc_act", "sym", "lm_head")}
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def _make(source: str, fields: Mapping[str, Any]) -> QuantConfig:
-    for key in ("bits", "group_size"):
-        if key not in fields:
-            raise ConfigError(f"{source}: found no {key}, which a GPTQ checkpoint needs")
-    return QuantConfig(source=source, **fields)
-
-
-def _agree(one: QuantConfig, other: QuantConfig) -> bool:
-    """In all that decides how weights are read. ``desc_act`` and ``lm_head`` do not: tensors always decide there."""
-    return all(getattr(one, key) == getattr(other, key) for key in DECIDING)
-
-
-def _first(values: Mapping[str, Any], source: str, *keys: str) -> Any:
-    """The value under any of its names; None if none has any. ``ConfigError`` if two names have different values."""
-    found = {key: values[key] for key in keys if values.get(key) is not None}
-    if not found:
-        return None
-    first, *others = found.values()
-    if any(other != first for other in others):
-        raise ConfigError(f"{source}: found {shown(found)}, expected names of one thing to agree")
-    return first
-
-
-def _read_bits(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{where}: found {shown(value)}, expected one of {SUPPORTED_BITS}")
-    if value not in SUPPORTED_BITS:
-        raise UnsupportedModelError(f"{where}: found {shown(value)}, exl has {SUPPORTED_BITS}")
-    return value
-
-
-def _read_group_size(value: Any, where: str) -> int:
-    good = isinstance(value, int) and not isinstance(value, bool) and (value == -1 or 0 < value <= _MAX_GROUP_SIZE)
-    if not good:
-        raise ConfigError(f"{where}: found {shown(value)}, expected a number of inputs above 0, or -1 for all")
-    return value
-
-
-def _read_flag(values: Mapping[str, Any], key: str, source: str, default: Any) -> Any:
-    """The boolean under ``key``; ``default`` if there is none."""
-    value = values.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ConfigError(f"{source}: {key}: found {shown(value)}, expected true or false")
-    return value
-
-
-def _read_text(values: Mapping[str, Any], key: str, source: str) -> str | None:
-    value = values.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{source}: {key}: found {shown(value)}, expected a string")
-    return None if value is None else value.lower()
-
-
-def _read_format(values: Mapping[str, Any], source: str, default: str | None) -> str | None:
-    """Older files use ``checkpoint_format``, newer ones ``format``. If a file has both, they must agree."""
-    formats = {key: _read_text(values, key, source) for key in ("checkpoint_format", "format")}
-    found = {key: value for key, value in formats.items() if value is not None}
-    if len(set(found.values())) > 1:
-        raise ConfigError(f"{source}: found {shown(found)}, expected names of one thing to agree")
-    for key, value in found.items():
-        if value not in _FORMATS:
-            raise UnsupportedModelError(f"{source}: {key}: found {shown(value)}, exl reads {' and '.join(_FORMATS)}")
-        return value
-    return default
-
-
-def _refuse_other_methods(values: Mapping[str, Any], source: str) -> None:
-    for key in ("quant_method", "method"):
-        method = _read_text(values, key, source)
-        if method not in (None, "gptq"):
-            raise UnsupportedModelError(f"{source}: {key}: found {shown(method)}, exl reads gptq")
-    if _read_text(values, "version", source) is not None and "zero_point" in values:  # AutoAWQ's files name no method
-        raise UnsupportedModelError(f"{source}: found an AWQ configuration (version, zero_point), exl reads gptq")
+def _method_of(values: Mapping[str, Any], source: str) -> str:
+    """By its name; files of programs that write none by the keys that they have."""
+    named = {key: read_text(values, key, source) for key in ("quant_method", "method")}
+    for key, method in named.items():
+        if method is not None and method.replace("_", "-") not in _METHODS:
+            raise refuse_method(method, f"{source}: {key}")
+    found = {method.replace("_", "-") for method in named.values() if method is not None}
+    if len(found) > 1:
+        raise ConfigError(f"{source}: found {shown(named)}, expected names of one thing to agree")
+    if found:
+        return found.pop()
     if any(values.get(key) for key in ("load_in_4bit", "load_in_8bit")):
-        raise UnsupportedModelError(f"{source}: found a bitsandbytes configuration (load_in_...), exl reads gptq")
-    if _read_flag(values, "is_marlin_format", source, False):
-        raise UnsupportedModelError(f"{source}: is_marlin_format: found true, exl reads gptq, not marlin")
-    _read_pack_dtype(values, source)
-    for key, what in (("rotation", "rotated weights"), ("adapter", "an adapter to add to the output")):
-        if values.get(key) is not None:
-            raise UnsupportedModelError(f"{source}: {key}: found {shown(values[key])}: {what}, which exl does not have")
-
-
-def _read_pack_dtype(values: Mapping[str, Any], source: str) -> None:
-    pack_dtype = _read_text(values, "pack_dtype", source)
-    if pack_dtype not in (None, "int32", "torch.int32"):
-        raise UnsupportedModelError(f"{source}: pack_dtype: found {shown(pack_dtype)}, exl reads int32")
-
-
-def _read_rules(dynamic: Any, source: str, checkpoint_format: str) -> tuple[ModuleRule, ...] | None:
-    if dynamic is None:
-        return None
-    if not isinstance(dynamic, Mapping):
-        raise ConfigError(f"{source}: dynamic: found {shown(dynamic)}, expected an object")
-    rules = [
-        _read_rule(key, values, f"{source}: dynamic: {shown(key)}", checkpoint_format)
-        for key, values in dynamic.items()
-    ]
-    return tuple(sorted(rules, key=lambda rule: not rule.excluded))  # stable: exclusions first, the rest in order
-
-
-def _read_rule(key: str, values: Any, where: str, checkpoint_format: str) -> ModuleRule:
-    excluded = key.startswith("-:")
-    try:
-        pattern = ModulePattern.parse(key[2:] if key.startswith(("-:", "+:")) else key)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    if excluded:
-        return ModuleRule(pattern, True)
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: found {shown(values)}, expected an object")
-    unknown = sorted(values.keys() - _OVERRIDES - _METHOD_KEYS - _QUANTIZER_KEYS)
-    if unknown:
-        raise UnsupportedModelError(f"{where}: {shown(unknown[0])}: an override that exl does not know")
-    _refuse_other_methods(values, where)
-    found_format = _read_format(values, where, checkpoint_format)
-    if found_format != checkpoint_format:
-        raise UnsupportedModelError(
-            f"{where}: found {found_format} in a file of {checkpoint_format}, exl reads one format"
-        )
-    bits, group_size = values.get("bits"), values.get("group_size")
-    return ModuleRule(
-        pattern,
-        False,
-        bits=None if bits is None else _read_bits(bits, f"{where}: bits"),
-        group_size=None if group_size is None else _read_group_size(group_size, f"{where}: group_size"),
-        desc_act=_read_flag(values, "desc_act", where, None),
-        sym=_read_flag(values, "sym", where, None),
-    )
+        raise UnsupportedModelError(f"{source}: found a bitsandbytes configuration (load_in_...); {TAKE_INSTEAD}")
+    if "config_groups" in values:
+        return "compressed-tensors"
+    if read_text(values, "version", source) is not None and "zero_point" in values:  # AutoAWQ's files name no method
+        return "awq"
+    return "gptq"

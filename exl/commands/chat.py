@@ -11,7 +11,7 @@ import typer
 from exl.commands.chat_partner import LocalModel, Partner, ServerModel
 from exl.commands.common import is_terminal, load_with_progress, say
 from exl.commands.key_file import read_keys
-from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, Stop, shared_options
+from exl.commands.options import Debug, DrawOptions, LoadOptions, Lora, ModelName, Stop, shared_options
 from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import read_argument
 from exl.errors import ConfigError
@@ -45,6 +45,7 @@ def chat(
     *,
     drawing: DrawOptions,
     stop: Stop = None,
+    lora: Lora = None,
     loading: LoadOptions,
     debug: Debug = False,
 ) -> None:
@@ -70,11 +71,13 @@ def chat(
             for option in dataclasses.fields(loading):
                 if getattr(loading, option.name) != option.default:
                     raise loaded_elsewhere("--" + option.name.replace("_", "-"))
+            if lora is not None:
+                raise loaded_elsewhere("--lora")
             partner = ServerModel(connect(url, api_key_file, which.name))
         elif api_key_file is not None:
             raise ConfigError("--api-key-file: goes along with --url, which was not given")
         else:
-            partner = LocalModel(stack.enter_context(load_with_progress(which.name, loading)))
+            partner = LocalModel(stack.enter_context(load_with_progress(which.name, loading, lora=lora)))
         chat = partner.new_chat(system, overflow) if load is None else partner.load_chat(str(load), overflow)
         if load is not None and system is not None:
             chat.system = system

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from exl.llm import LLM
 
 
-def load_with_progress(model: str | None, options: LoadOptions, context: int | None = None) -> LLM:
+def load_with_progress(
+    model: str | None, options: LoadOptions, context: int | None = None, lora: str | None = None
+) -> LLM:
     """Loads a model, with a progress bar if standard error is a terminal. Imports torch. ``context``: the default if
-    the user gave none."""
+    the user gave none. ``lora``: the folder of an adapter."""
     from exl.llm import load
 
-    return load(model, **options.source, **options.engine(context))
+    return load(model, lora=lora, **options.source, **options.engine(context))
 
 
 def say(line: str) -> None:

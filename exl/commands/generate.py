@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import is_terminal, load_with_progress, say
-from exl.commands.options import Debug, DrawOptions, LoadOptions, ModelName, ModelOption, Stop, shared_options
+from exl.commands.options import Debug, DrawOptions, LoadOptions, Lora, ModelName, ModelOption, Stop, shared_options
 from exl.commands.prompt_status import PromptStatus
 from exl.commands.standard_streams import print_json, read_argument, read_input, write
 from exl.commands.word_wrap import WordWrap, columns, dimmed
@@ -30,6 +30,7 @@ def generate(
     drawing: DrawOptions,
     stop: Stop = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    lora: Lora = None,
     loading: LoadOptions,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +45,7 @@ def generate(
     model, prompt = model_and_prompt(first, second, model_option)
     text = read_input("the prompt") if prompt == "-" else read_argument(prompt, "PROMPT")
     stops = [read_argument(item, "--stop") for item in stop or ()]
-    with load_with_progress(model, loading) as llm, PromptStatus() as status:
+    with load_with_progress(model, loading, lora=lora) as llm, PromptStatus() as status:
         stream = llm.stream(text, max_tokens, stop=stops, prompt_progress=status.update, **drawing.asked())
         with closing(stream):
             show = None if as_json else _Continuation(text)

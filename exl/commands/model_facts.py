@@ -81,7 +81,7 @@ def _shape_facts(files: ModelFiles) -> dict[str, str]:
         "RoPE": "; ".join(map(str, config.ropes)),
     }
     if files.quant is not None and layers:
-        facts["format"] = f"{files.quant.method}, {files.quant.checkpoint_format}, from {files.quant.source}"
+        facts["format"] = f"{files.quant.method}, {files.quant.layout}, from {files.quant.source}"
     return facts
 
 

@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Optional, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -53,6 +54,13 @@ Head = Annotated[str, typer.Option(metavar="BITS", help="Round a dense head to 8
 Dense = Annotated[
     str, typer.Option(metavar="BITS", help="Round what else is dense in the layers to 8 or 4 bits; file keeps it.")
 ]
+WindowCache = Annotated[
+    bool,
+    typer.Option(
+        "--window-cache/--no-window-cache",
+        help="Whether layers with a sliding window, where others have none, keep only what it reaches.",
+    ),
+]
 PrefillChunk = Annotated[int, typer.Option(metavar="N", help="Rows computed at once.")]
 PrefillWindow = Annotated[
     int, typer.Option(metavar="N", help="Rows that go through one layer before the next layer starts.")
@@ -94,6 +102,18 @@ Rope = Annotated[
         metavar="NAME=X,NAME=X",
         help="Another RoPE than config.json says: rope_type=yarn,factor=4,original_max_position_embeddings=32768; "
         "or the JSON object of such a file.",
+    ),
+]
+
+
+Lora = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="A LoRA adapter as peft saves it: a folder or a Hugging Face repository."),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="NAME=FOLDER", help="A LoRA adapter, which is called so; may be given more than once."
     ),
 ]
 
@@ -151,6 +171,7 @@ class LoadOptions:
 class RareLoadOptions:
     """The other options of ``exl.load``, which only long-running programs need."""
 
+    window_cache: WindowCache = True
     prefill_chunk: PrefillChunk = 512
     prefill_window: PrefillWindow = 4096
     resident_layers: Annotated[
@@ -261,6 +282,22 @@ def parse_rounding(name: str, text: str) -> str | int:
     if text not in ("file", "8", "4"):
         raise ConfigError(f"{name}: found {text!r}, expected file, 8 or 4")
     return text if text == "file" else int(text)
+
+
+def parse_loras(texts: list[str] | None) -> dict[str, str] | None:
+    """``parse_loras(["poems=path/to/adapter"]) == {"poems": "path/to/adapter"}``; an adapter without a name is called
+    as its folder. Raises ``ConfigError`` for two of one name."""
+    if not texts:
+        return None
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, folder = text.partition("=")
+        if not sign:
+            name, folder = Path(text).name, text
+        if not name or not folder or name in found:
+            raise ConfigError(f"--lora: found {text!r}, expected NAME=FOLDER, each with a name of its own")
+        found[name] = folder
+    return found
 
 
 def parse_rope(text: str | None) -> dict[str, Any] | None:

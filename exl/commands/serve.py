@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from exl.commands.common import say
-from exl.commands.options import Debug, LoadOptions, ModelName, RareLoadOptions, shared_options
+from exl.commands.options import Debug, LoadOptions, Loras, ModelName, RareLoadOptions, parse_loras, shared_options
 from exl.commands.serve_options import LimitOptions, ListenOptions, ServedOptions, WatchOptions, server_options
 from exl.errors import ConfigError
 
@@ -18,6 +18,7 @@ def serve(
     served: ServedOptions,
     loading: LoadOptions = _LOADING,
     rarely: RareLoadOptions,
+    lora: Loras = None,
     debug: Debug = False,
 ) -> None:
     """Serve a model over HTTP, for the clients of OpenAI, Anthropic, Hugging Face and llama-server.
@@ -36,5 +37,5 @@ def serve(
     from exl.server.state import Server
 
     check_formats(options.tool_format, options.reasoning_format)
-    engine = {**loading.engine(), **rarely.engine(), "max_queue": options.max_queue}
+    engine = {**loading.engine(), **rarely.engine(), "max_queue": options.max_queue, "lora": parse_loras(lora)}
     run(Server(options, models_of(which.name, options, {**engine, **loading.source})), say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -31,6 +32,8 @@ class AppendKV(KernelSpec):
     2 q out f32 [T][H][D]; 3 the layer's pages u8 [page][Hkv][bytes of a page]; 4 slots i32 [T], page * 64 + token,
     negative: not stored; 5 cos f32 [T][half]; 6 sin f32 [T][half]; 7 H; 8 Hkv;
     9 weight of q's norm f32 [D]; 10 its eps f32; 11 weight of k's norm f32 [D]; 12 its eps f32 (9 to 12: 0 without).
+    ``row_norms``: weights are f32 [H * D] and [Hkv * D], and what a head is multiplied by besides is that of its row:
+    13 f32 [T][2], for q and for k, of ``RowFactors``.
 
     Chunk: row * Hkv + head of K and V, with the query heads that share it; T * Hkv in all.
     """
@@ -40,10 +43,13 @@ class AppendKV(KernelSpec):
     half: int  # angles of a row: half of the channels that turn, at most head_dim / 2
     q_norm: bool = False
     k_norm: bool = False
+    row_norms: bool = False  # the norms there are go over the channels of all heads together
 
     @property
     def name(self) -> str:
-        return f"append_kv_{self.kind}_{self.head_dim}_{self.half}_{self.q_norm:d}{self.k_norm:d}"
+        return f"append_kv_{self.kind}_{self.head_dim}_{self.half}_{self.q_norm:d}{self.k_norm:d}" + (
+            "_rows" if self.row_norms else ""
+        )
 
     @property
     def _quantized(self) -> bool:
@@ -58,7 +64,8 @@ class AppendKV(KernelSpec):
         scratch = k.memory(4 * max(LANES * num_vectors(D), KV_GROUP * -(-D // KV_GROUP)))
         with k.loop(group) as i:
             head = k.add(k.mul(kv, group), i)
-            x = self._ready(k, k.at(source, k.mul(head, 4 * D)), row, scratch, 9 if self.q_norm else None)
+            norm = self._norm(k, 9, row, head) if self.q_norm else None
+            x = self._ready(k, k.at(source, k.mul(head, 4 * D)), row, scratch, norm)
             store_head(k, x, D, k.at(k.pointer(2), k.mul(4 * D, k.add(k.mul(row, num_heads), head))))
         slot = b.sext(k.load(I32, k.pointer(4), k.mul(4, row)), I64)
         with b.if_then(b.icmp_signed(">=", slot, I64(0))):
@@ -66,7 +73,7 @@ class AppendKV(KernelSpec):
             index = k.add(k.mul(b.ashr(slot, I64(6)), num_kv), kv)
             page, token = k.at(k.pointer(3), k.mul(index, offsets.num_bytes)), b.and_(slot, I64(PAGE_SIZE - 1))
             key, value = (k.at(source, k.mul(k.add(num_heads, more, kv), 4 * D)) for more in (0, num_kv))
-            x = self._ready(k, key, row, scratch, 11 if self.k_norm else None)
+            x = self._ready(k, key, row, scratch, self._norm(k, 11, row, kv) if self.k_norm else None)
             self._put(k, x, KV_BITS[self.kind][0], scratch, _Rows(k, page, offsets.k_scales, token, D, across=True))
             x = load_head(k, D, value)
             x = hadamard(k, x, D) if self._quantized else x
@@ -75,26 +82,34 @@ class AppendKV(KernelSpec):
             self._put(k, x, KV_BITS[self.kind][1], scratch, _Rows(k, page, scales, token, D, across=False))
 
     def _ready(
-        self, k: Kernel, head: ir.Value, row: ir.Value, scratch: ir.Value, norm_slot: int | None
+        self, k: Kernel, head: ir.Value, row: ir.Value, scratch: ir.Value, norm: _HeadNorm | None
     ) -> list[ir.Value]:
         x = load_head(k, self.head_dim, head)
-        if norm_slot is not None:
-            x = self._normalized(k, x, k.pointer(norm_slot), k.number(norm_slot + 1))
+        if norm is not None:
+            x = self._normalized(k, x, norm)
         if self.half:
             store_head(k, x, self.head_dim, scratch)
             self._rotate(k, scratch, row)
             x = load_head(k, self.head_dim, scratch)
         return hadamard(k, x, self.head_dim) if self._quantized else x
 
-    def _normalized(self, k: Kernel, x: Sequence[ir.Value], weight: ir.Value, eps: ir.Value) -> list[ir.Value]:
-        squares = k.splat(0.0)
-        for v in x:
-            squares = k.fma(v, v, squares)
-        factor = k.splat(rms_factor(k, k.total(squares, k.b.fadd), I64(self.head_dim), eps))
-        return [
-            k.b.fmul(k.b.fmul(v, factor), w)
-            for v, w in zip(x, load_head(k, self.head_dim, weight), strict=True)
-        ]  # fmt: skip
+    def _norm(self, k: Kernel, slot: int, row: ir.Value, head: ir.Value) -> _HeadNorm:
+        """Of a head of q (``slot`` 9) or k (11)."""
+        if not self.row_norms:
+            return _HeadNorm(k.pointer(slot), k.number(slot + 1))
+        place = k.add(k.mul(8, row), 4 * (slot > 9))
+        weight = k.at(k.pointer(slot), k.mul(head, 4 * self.head_dim))
+        return _HeadNorm(weight, k.number(slot + 1), k.load(F32, k.pointer(13), place))
+
+    def _normalized(self, k: Kernel, x: Sequence[ir.Value], norm: _HeadNorm) -> list[ir.Value]:
+        factor = norm.factor
+        if factor is None:
+            squares = k.splat(0.0)
+            for v in x:
+                squares = k.fma(v, v, squares)
+            factor = rms_factor(k, k.total(squares, k.b.fadd), I64(self.head_dim), norm.eps)
+        factor, weights = k.splat(factor), load_head(k, self.head_dim, norm.weight)
+        return [k.b.fmul(k.b.fmul(v, factor), w) for v, w in zip(x, weights, strict=True)]
 
     def _rotate(self, k: Kernel, scratch: ir.Value, row: ir.Value) -> None:
         """In ``scratch``. Pairs lie ``half`` apart, which need not be a whole number of vectors."""
@@ -127,6 +142,14 @@ class AppendKV(KernelSpec):
                 high = load_exact(k, I8, count, codes, D // 2 + first)
                 bytes_[i] = k.b.or_(k.b.add(bytes_[i], eight), k.b.shl(k.b.add(high, eight), four))
         rows.put(bytes_, I8, D if bits == 8 else D // 2)
+
+
+class _HeadNorm(NamedTuple):
+    """A head's norm, while code is written for it."""
+
+    weight: ir.Value
+    eps: ir.Value
+    factor: ir.Value | None = None  # known already; None: of the head's own channels
 
 
 class _Rows:

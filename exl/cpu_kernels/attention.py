@@ -8,7 +8,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from exl.cpu_kernels.attention_items import ITEM
-from exl.cpu_kernels.attention_tiles import NONE, SPLIT, Tiles, combine, finish, queries_of_a_block
+from exl.cpu_kernels.attention_tiles import NONE, SPLIT, Tiles, combine, finish, queries_of_a_block, with_sink
 from exl.cpu_kernels.heads import num_vectors, store_head
 from exl.cpu_kernels.ir import F32, I32, I64, LANES, F, Kernel
 from exl.cpu_kernels.kernel import KernelSpec
@@ -78,13 +78,18 @@ class DecodeAttention(_Attention):
 class PrefillAttention(_Attention):
     """Attention of any rows, cut by rows: the bits of ``DecodeAttention`` and ``MergeAttention``.
 
-    Slots as for ``DecodeAttention``, but 4 items i32 [n][8] of ``prefill_items``, 5 out f32 [T][H][D]. Rows of no
-    item are not written.
+    Slots as for ``DecodeAttention``, but 4 items i32 [n][8] of ``prefill_items``, 5 out f32 [T][H][D], and with
+    ``sinks`` 11 f32 [H], one more score of each head. Rows of no item are not written.
 
     Chunk: item * Hkv + head of K and V; n * Hkv in all.
     """
 
+    sinks: bool = False
     verb: ClassVar = "attend_rows"
+
+    @property
+    def name(self) -> str:
+        return super().name + ("_sinks" if self.sinks else "")
 
     def _emit_block(self, k: Kernel, work: _Work, first: ir.Value, count: ir.Value, softcap: ir.Value | None) -> None:
         tiles, most, vectors = work.tiles, queries_of_a_block(self.head_dim), num_vectors(self.head_dim)
@@ -99,7 +104,9 @@ class PrefillAttention(_Attention):
         with k.loop(count) as i:
             index, source = work.place(k.add(first, i), work.item(1)), k.mul(i, tiles.stride)
             result = [k.load(F, sums, k.add(source, 64 * v), 64) for v in range(vectors)]
-            result = finish(k, result, k.load(F32, totals, k.mul(i, 4)), self.kind, self.head_dim)
+            top, total = (k.load(F32, of, k.mul(i, 4)) for of in (maxima, totals))
+            total = with_sink(k, top, total, k.pointer(11) if self.sinks else None, work.head(k.add(first, i)))
+            result = finish(k, result, total, self.kind, self.head_dim)
             store_head(k, result, self.head_dim, k.at(k.pointer(5), k.mul(index, 4 * self.head_dim)))
 
     def _add(
@@ -140,7 +147,10 @@ class _Work:
         """The number of a query in [rows][H], where the item's first row is ``first_row``."""
         k = self._k
         row = k.add(first_row, k.b.sdiv(query, self._group))
-        return k.add(k.mul(row, self._num_heads), k.mul(self._kv, self._group), k.b.srem(query, self._group))
+        return k.add(k.mul(row, self._num_heads), self.head(query))
+
+    def head(self, query: ir.Value) -> ir.Value:
+        return self._k.add(self._k.mul(self._kv, self._group), self._k.b.srem(query, self._group))
 
     def position(self, query: ir.Value, more: int = 0) -> ir.Value:
         return self._k.add(self.item(3), self._k.b.sdiv(query, self._group), more)

@@ -263,6 +263,15 @@ def combine(
     return both, k.fma(total, old, b.fmul(more_total, new)), k.splat(old), k.splat(new)
 
 
+def with_sink(k: Kernel, top: ir.Value, total: ir.Value, sinks: ir.Value | None, head: ir.Value) -> ir.Value:
+    """l of all splits with the weight of query head ``head``'s sink, f32 [H]: a score that has no value."""
+    if sinks is None:
+        return total
+    four = vec(F32, 4)
+    score = k.b.insert_element(ir.Constant(four, None), k.b.fsub(k.load(F32, sinks, k.mul(4, head)), top), I32(0))
+    return k.b.fadd(total, k.b.extract_element(exp(k, score), I32(0)))
+
+
 def finish(k: Kernel, sums: Sequence[ir.Value], total: ir.Value, kind: str, head_dim: int) -> list[ir.Value]:
     """The attention's result of a query, from the sums of all splits."""
     inverse = k.splat(k.b.fdiv(F32(1.0), total))

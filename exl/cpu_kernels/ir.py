@@ -198,6 +198,23 @@ class Kernel:
         ones = ir.Constant(half, [1] * half.count)
         return self.b.add(total, self.call("llvm.x86.avx2.pmadd.wd", total.type, pairs, ones))
 
+    def look_up(self, indices: ir.Value, table: Sequence[int]) -> ir.Value:
+        """Each byte of ``indices`` (a vector of i32), 0 to 15, -> ``table``'s of that number; from 128 on -> 0."""
+        type_, num_bytes = indices.type, 4 * indices.type.count
+        most = {"avx512vnni": 64, "neon": 16}.get(self.isa, 32)
+        if num_bytes > most:
+            half = type_.count // 2
+            parts = [self.shuffle(indices, indices, range(half * i, half * i + half)) for i in (0, 1)]
+            return self.shuffle(*(self.look_up(part, table) for part in parts), range(type_.count))
+        bytes_ = vec(I8, num_bytes)
+        values, where = self.constant([*table] * (num_bytes // 16), I8), self.b.bitcast(indices, bytes_)
+        if self.isa == "neon":
+            found = self.call("llvm.aarch64.neon.tbl1.v16i8", bytes_, values, where)
+        else:
+            name = {64: "avx512.pshuf.b.512", 32: "avx2.pshuf.b", 16: "ssse3.pshuf.b.128"}[num_bytes]
+            found = self.call(f"llvm.x86.{name}", bytes_, values, where)
+        return self.b.bitcast(found, type_)
+
     # control
 
     @contextmanager

@@ -19,7 +19,7 @@ from llvmlite import ir
 
 from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
-from exl.cpu_kernels.linear_codes import ByteSource, CodeForm, WordSource, code_form
+from exl.cpu_kernels.linear_codes import FP4_ZERO, ByteSource, CodeForm, WordSource, code_form
 from exl.cpu_kernels.linear_end import ROW_BLOCK, each_block, finish_block
 from exl.cpu_kernels.linear_sums import Tile, integer_sums
 from exl.cpu_kernels.quantize import ActivationForm, form_of
@@ -54,6 +54,7 @@ _TILES = {
 @dataclass(frozen=True)
 class Linear(KernelSpec):
     """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32". ``parts``: of the activations.
+    ``code_kind``: as ``ColumnLayout`` has it.
     ``prefetches``: asks for weights ahead of their use; the bits are the same.
 
     Kinds: "row": M = 1. "rows": M to 32; codes are taken out of words for each few rows. "panel": any M; chunks have
@@ -72,17 +73,20 @@ class Linear(KernelSpec):
     parts: int
     kind: str
     prefetches: bool = True
+    code_kind: str = "int"
 
     @property
     def name(self) -> str:
         zeros = "symmetric" if self.symmetric else "zeros"
+        zeros += "" if self.code_kind == "int" else f"_{self.code_kind}"
         how = f"{self.kind}{'' if self.prefetches else '_plain'}"
         return f"linear_{how}_{self.bits}_{self.rows}_{zeros}_{self.scale_dtype}_{8 * self.parts}"
 
     @property
     def layout(self) -> ColumnLayout:
         """Of one record."""
-        return ColumnLayout(self.bits, self.rows, COLUMNS, self.rows, self.symmetric, self.scale_dtype)
+        sizes = self.bits, self.rows, COLUMNS, self.rows
+        return ColumnLayout(*sizes, self.symmetric, self.scale_dtype, self.code_kind)
 
     def emit(self, k: Kernel) -> None:
         _Emitter(self, k).chunk()
@@ -91,7 +95,8 @@ class Linear(KernelSpec):
 def linear(layout: ColumnLayout, parts: int, kind: str) -> Linear:
     """The kernel for a linear's weights."""
     prefetches = kind != "row" or _row_prefetches()
-    return Linear(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, parts, kind, prefetches)
+    found = layout.bits, layout.rows, layout.symmetric, layout.scale_dtype
+    return Linear(*found, parts, kind, prefetches, layout.code_kind)
 
 
 @functools.cache
@@ -112,7 +117,7 @@ class _Emitter:
     def __init__(self, spec: Linear, k: Kernel) -> None:
         self.k, self.spec, self.layout = k, spec, spec.layout
         self.form: ActivationForm = form_of(self.layout, spec.parts)
-        self.codes: CodeForm = code_form(spec.bits, k.isa)
+        self.codes: CodeForm = code_form(spec.bits, k.isa, spec.code_kind)
         self.lanes = {"avx512vnni": LANES, "neon": 4}.get(k.isa, 8)
         tiles = _TILES.get(k.isa, _TILES["avxvnni"])[spec.kind][spec.parts - 1]
         together = spec.kind != "panel" or k.isa == "avx2"
@@ -201,6 +206,7 @@ class _Emitter:
             k.prefetch(scales, self.ahead)
         scale = k.widen(layout.scale_dtype, self.lanes, scales)
         if layout.symmetric:
-            return scale, k.splat(1 << (layout.bits - 1), vec(I32, self.lanes))
+            zero = FP4_ZERO if layout.code_kind == "fp4" else 1 << (layout.bits - 1)
+            return scale, k.splat(zero, vec(I32, self.lanes))
         zeros = k.load(vec(I8, self.lanes), record, k.add(layout.zeros_offset, column))
         return scale, k.b.zext(zeros, vec(I32, self.lanes))

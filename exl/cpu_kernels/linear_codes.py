@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from exl.cpu_kernels.ir import I32, Kernel, vec
+from exl.formats.matrix import FP4_VALUES
 from exl.layout.columns import COLUMNS
 
+FP4_ZERO = 12  # what is added to FP4_VALUES, so that they are not below 0
 _LINE = 64  # bytes that a prefetch asks for
 _ROW = 4 * COLUMNS  # bytes of one word, or of one step's bytes, of all columns of a record
 
 
 @dataclass(frozen=True)
 class CodeForm:
-    """``bits`` of a code; ``halves``: codes of 8 bits as two of 4, the high one worth 16."""
+    """``bits`` of a code; ``halves``: codes of 8 bits as two of 4, the high one worth 16. ``kind`` "fp4": codes of 4
+    bits become numbers, ``FP4_ZERO`` above what they stand for."""
 
     bits: int
     halves: bool = False
+    kind: str = "int"
 
     @property
     def inputs(self) -> int:
@@ -41,8 +45,14 @@ class CodeForm:
         return (1, 16) if self.halves else (1,)
 
 
-def code_form(bits: int, isa: str) -> CodeForm:
-    return CodeForm(bits, halves=bits == 8 and isa not in ("avx512vnni", "avxvnni"))
+def code_form(bits: int, isa: str, kind: str = "int") -> CodeForm:
+    return CodeForm(bits, halves=bits == 8 and isa not in ("avx512vnni", "avxvnni"), kind=kind)
+
+
+def fp4_numbers(k: Kernel, codes: ir.Value) -> ir.Value:
+    """i32 lanes of four bytes each: a code of 4 bits -> the number that it stands for, plus ``FP4_ZERO``; a byte of 128
+    or more -> 0."""
+    return k.look_up(codes, [FP4_ZERO + value for value in FP4_VALUES])
 
 
 def unpacked_bytes(k: Kernel, words: list[ir.Value], form: CodeForm) -> Iterator[list[ir.Value]]:
@@ -65,7 +75,8 @@ def unpacked_bytes(k: Kernel, words: list[ir.Value], form: CodeForm) -> Iterator
         yield [words[0]]
     else:
         for step in range(8 // form.bits):
-            yield [masked(words[0], form.bits * step, (1 << form.bits) - 1)]
+            codes = masked(words[0], form.bits * step, (1 << form.bits) - 1)
+            yield [fp4_numbers(k, codes) if form.kind == "fp4" else codes]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from llvmlite import ir
 from exl.cpu_kernels.dense import wide_registers
 from exl.cpu_kernels.ir import F32, I8, I32, I64, LANES, F, Kernel, vec
 from exl.cpu_kernels.kernel import KernelSpec
+from exl.cpu_kernels.linear_codes import FP4_ZERO, fp4_numbers
 from exl.cpu_kernels.linear_end import ROW_BLOCK, each_block, finish_block
 from exl.layout.columns import COLUMNS, ColumnLayout
 
 MOST_ROWS = 8  # of "rows"
 _AHEAD = 4096  # bytes that are asked for ahead, about
 _LINE = 64
+_OTHER_BYTES = 0x80808000 - (1 << 32)  # which mean nothing, as i32
 # Of each kind: tiles (rows, vectors), largest first, that fit in the registers.
 _WIDE = {
     "row": ((1, 4),),
@@ -83,7 +85,7 @@ _CODES = {
 
 @dataclass(frozen=True)
 class LinearF32(KernelSpec):
-    """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32".
+    """``rows``: inputs of a record. ``scale_dtype``: "f16", "bf16" or "f32". ``code_kind``: as ``ColumnLayout`` has it.
 
     Kinds: "row": M = 1. "rows": M to 8; codes are taken out of words for each few rows. "panel": any M; chunks have 128
     rows, for which a record's codes are unpacked once.
@@ -98,16 +100,19 @@ class LinearF32(KernelSpec):
     symmetric: bool
     scale_dtype: str
     kind: str
+    code_kind: str = "int"
 
     @property
     def name(self) -> str:
         zeros = "symmetric" if self.symmetric else "zeros"
+        zeros += "" if self.code_kind == "int" else f"_{self.code_kind}"
         return f"linear_f32_{self.kind}_{self.bits}_{self.rows}_{zeros}_{self.scale_dtype}"
 
     @property
     def layout(self) -> ColumnLayout:
         """Of one record."""
-        return ColumnLayout(self.bits, self.rows, COLUMNS, self.rows, self.symmetric, self.scale_dtype)
+        sizes = self.bits, self.rows, COLUMNS, self.rows
+        return ColumnLayout(*sizes, self.symmetric, self.scale_dtype, self.code_kind)
 
     def emit(self, k: Kernel) -> None:
         _Emitter(self, k).chunk()
@@ -115,7 +120,7 @@ class LinearF32(KernelSpec):
 
 def linear_f32(layout: ColumnLayout, kind: str) -> LinearF32:
     """The kernel for a linear's weights."""
-    return LinearF32(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, kind)
+    return LinearF32(layout.bits, layout.rows, layout.symmetric, layout.scale_dtype, kind, layout.code_kind)
 
 
 def best_f32_kind(num_rows: int) -> str:
@@ -198,12 +203,13 @@ class _Emitter:
         for column in range(0, COLUMNS, LANES):
             scales = k.widen(layout.scale_dtype, LANES, record, layout.scales_offset + scale_bytes * column)
             k.store(scales, self.scales, 4 * column, _LINE)
+            fp4 = layout.code_kind == "fp4"
             if layout.symmetric:
-                zeros = k.splat(float(1 << (layout.bits - 1)))
+                zeros = k.splat(float(FP4_ZERO if fp4 else 1 << (layout.bits - 1)))
             else:
                 zeros = k.b.uitofp(k.load(vec(I8), record, layout.zeros_offset + column), F)
             for place, offsets in zip(_CODES[layout.bits].places, self.offsets, strict=True):
-                k.store(k.b.fadd(zeros, k.splat(2.0 ** (23 - place))), offsets, 4 * column, _LINE)
+                k.store(k.b.fadd(zeros, k.splat(2.0 ** (23 - (0 if fp4 else place)))), offsets, 4 * column, _LINE)
         for line in range(layout.scales_offset, layout.record_bytes, _LINE):
             k.prefetch(record, line + self.ahead)
 
@@ -284,7 +290,8 @@ class _Emitter:
                     if i and not place:
                         words = [k.b.lshr(word, k.splat(2 * codes.pitch, word.type)) for word in words]
                     bit, zeros = codes.places[place], offsets[place]
-                    numbers = [_code(k, codes.bits, bit, *pair) for pair in zip(words, zeros, strict=True)]
+                    number = _fp4_number if self.spec.code_kind == "fp4" else _code
+                    numbers = [number(k, codes.bits, bit, *pair) for pair in zip(words, zeros, strict=True)]
                     use(k.add(first, i * codes.stride), numbers)
 
 
@@ -294,3 +301,11 @@ def _code(k: Kernel, bits: int, place: int, word: ir.Value, offset: ir.Value) ->
     code = k.b.and_(word, k.splat(((1 << bits) - 1) << place, word.type))
     number = k.b.or_(code, k.splat((127 + 23 - place) << 23, word.type))
     return k.b.fsub(k.b.bitcast(number, offset.type), offset)
+
+
+def _fp4_number(k: Kernel, bits: int, place: int, word: ir.Value, offset: ir.Value) -> ir.Value:
+    """The same of codes that stand for other numbers: of the code at bit ``place``; ``offset`` is as for place 0."""
+    shifted = k.b.lshr(word, k.splat(place, word.type)) if place else word
+    code = k.b.and_(shifted, k.splat((1 << bits) - 1, word.type))
+    number = fp4_numbers(k, k.b.or_(code, k.splat(_OTHER_BYTES, word.type)))
+    return k.b.fsub(k.b.bitcast(k.b.or_(number, k.splat((127 + 23) << 23, word.type)), offset.type), offset)

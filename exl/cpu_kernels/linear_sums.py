@@ -12,7 +12,9 @@ from exl.cpu_kernels.ir import I8, I16, I32, Kernel, Var, vec
 from exl.cpu_kernels.linear_codes import ByteSource, WordSource
 from exl.cpu_kernels.quantize import ActivationForm
 
-_MOST_STEPS = 8  # of unsigned codes up to 15 times signed bytes, in pairs, that 16 bits hold: 8 * 2 * 15 * 128 = 30720
+# Of unsigned codes up to 15, or up to 24, times signed bytes, in pairs, that 16 bits hold: 8 * 2 * 15 * 128 = 30720 and
+# 4 * 2 * 24 * 128 = 24576.
+_MOST_STEPS = {"int": 8, "fp4": 4}
 
 _Totals = list[list[ir.Value]]  # i32 [rows][vectors of columns]
 _Term = tuple[int, int, int, int]  # row, part of the activations, plane of the codes, vector of columns
@@ -81,7 +83,8 @@ class _Sums:
         with AVX2 the step to 32 bits costs as much as the products. It also weighs parts and planes, so one sum takes
         all."""
         k, b = self.k, self.k.b
-        inputs = 4 * _MOST_STEPS if self.form.rows % (4 * _MOST_STEPS) == 0 else 16
+        most = 4 * _MOST_STEPS[self.source.form.kind]
+        inputs = most if self.form.rows % most == 0 else 16
         sums = [[k.var(total) for total in row] for row in totals]
         with k.loop(self.form.rows, step=inputs) as i:
             pairs: dict[_Term, ir.Value] = {}

@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from exl.cpu_kernels.attention import partial_bytes
 from exl.cpu_kernels.attention_items import ROW
-from exl.cpu_kernels.attention_tiles import NONE, combine, finish
+from exl.cpu_kernels.attention_tiles import NONE, combine, finish, with_sink
 from exl.cpu_kernels.heads import num_vectors, store_head
 from exl.cpu_kernels.ir import F32, I32, I64, F, Kernel
 from exl.cpu_kernels.kernel import KernelSpec
@@ -24,7 +24,7 @@ class MergeAttention(KernelSpec):
 
     Slots, for H query heads, Hkv heads of K and V, D channels:
     0 partials [partial rows][H][``partial_bytes``]; 1 rows i32 [n][4] of ``decode_items``; 2 out f32 [T][H][D]; 3 H;
-    4 Hkv; only with ``form``: 5 records out [R][M], 6 M.
+    4 Hkv; only with ``form``: 5 records out [R][M], 6 M; only with ``sinks``: 7 f32 [H], one more score of each head.
 
     Chunk: entry of the rows' table * Hkv + head of K and V, with the query heads that share it; n * Hkv in all.
     """
@@ -32,10 +32,12 @@ class MergeAttention(KernelSpec):
     kind: str  # a key of KV_BITS
     head_dim: int  # even
     form: ActivationForm | None = None  # its rows must divide H / Hkv * D
+    sinks: bool = False
 
     @property
     def name(self) -> str:
-        return f"merge_attention_{self.kind}_{self.head_dim}" + (f"_{self.form.name}" if self.form else "")
+        words = [self.form.name] if self.form else []
+        return "_".join([f"merge_attention_{self.kind}_{self.head_dim}", *words, *["sinks"] * self.sinks])
 
     def emit(self, k: Kernel) -> None:
         b = k.b
@@ -50,7 +52,7 @@ class MergeAttention(KernelSpec):
             with k.loop(per_turn) as i:
                 head = k.add(first_head, i)
                 source = k.at(k.pointer(0), k.mul(k.add(k.mul(first, num_heads), head), size))
-                result = self._merged(k, source, k.mul(k.mul(step, num_heads), size), count)
+                result = self._merged(k, source, k.mul(k.mul(step, num_heads), size), count, head)
                 target = k.mul(k.add(k.mul(row, num_heads), head), 4 * self.head_dim)
                 store_head(k, result, self.head_dim, k.at(k.pointer(2), target))
                 store_head(k, result, self.head_dim, k.at(values, k.mul(i, 4 * self.head_dim)))
@@ -65,8 +67,8 @@ class MergeAttention(KernelSpec):
             record = k.at(k.pointer(5), k.mul(index, self.form.num_bytes))
             emit_record(k, k.at(values, k.mul(i, 4 * self.form.rows)), record, self.form)
 
-    def _merged(self, k: Kernel, source: ir.Value, stride: ir.Value, count: ir.Value) -> list[ir.Value]:
-        """A query's ``count`` partials, ``stride`` bytes apart."""
+    def _merged(self, k: Kernel, source: ir.Value, stride: ir.Value, count: ir.Value, head: ir.Value) -> list[ir.Value]:
+        """``count`` partials of a query of ``head``, ``stride`` bytes apart."""
         end = 64 * num_vectors(self.head_dim)
         maximum, total = k.var(F32(NONE)), k.var(F32(0.0))
         sums = [k.var(k.splat(0.0)) for _ in range(num_vectors(self.head_dim))]
@@ -79,5 +81,6 @@ class MergeAttention(KernelSpec):
             for v, part in enumerate(sums):
                 part.set(k.fma(part.get(), old, k.b.fmul(k.load(F, partial, 64 * v), new)))
         some = k.b.icmp_signed(">", count, I64(0))
-        divisor = k.b.select(some, total.get(), F32(1.0))
+        whole = with_sink(k, maximum.get(), total.get(), k.pointer(7) if self.sinks else None, head)
+        divisor = k.b.select(some, whole, F32(1.0))
         return finish(k, [part.get() for part in sums], divisor, self.kind, self.head_dim)

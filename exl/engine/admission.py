@@ -7,11 +7,24 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from exl.batch import PAGE_SIZE
-from exl.cache.page_pool import CopyPages, PagePool
+from exl.cache.holders import CopyPages, PageHolders
+from exl.cache.page_pool import PagePool, TakenPrefix
 from exl.engine.compose import ChunkRules
 from exl.engine.sequence import Sequence, State
 from exl.errors import MemoryBudgetError
 from exl.layout.window import pages_behind, rows_within, window_pages
+
+_SALT = 1 << 24  # above any token id (``exl.checkpoint.config_reader.MAX_SIZE``), and with all adapters below 2**31
+
+
+def prefix_key(sequence: Sequence, num_tokens: int) -> list[int]:
+    """The first tokens of a sequence, as the cache of prefixes knows them: a text under an adapter has other K and V
+    than under another one, so its first token is one that no other adapter's texts begin with. What follows is known
+    by what is before it."""
+    ids = sequence.ids[:num_tokens]
+    if ids:
+        ids[0] += (sequence.lora + 1) * _SALT
+    return ids
 
 
 class Pages:
@@ -34,10 +47,21 @@ class Pages:
         self._turn = turn_pages
         self.pool, self._rules, self._copy, self._reusable = pool, rules, copy_pages, reusable
         self._window = window
+        self._passing: PageHolders = pool  # of pages that windows pass
         self._reach, self._most = 0, pool.num_usable
         if window is not None:
-            self._reach = max(rules.chunk, min(step_tokens, rows_within(window, pool.num_usable)))
-            self._most = min(pool.num_usable, window_pages(window, self._reach))
+            self._set_reach(window, pool, step_tokens)
+
+    def _set_reach(self, window: int, pool: PageHolders, step_tokens: int) -> None:
+        """Rows of a prompt for which a sequence gets pages at once, and the most pages that it has then."""
+        self._window, self._passing = window, pool
+        self._reach = max(self._rules.chunk, min(step_tokens, rows_within(window, pool.num_usable)))
+        self._most = min(pool.num_usable, window_pages(window, self._reach))
+
+    @property
+    def num_free(self) -> int:
+        """Pages that a sequence could get."""
+        return self.pool.num_free
 
     def place(self, sequence: Sequence, reserve: int) -> bool:
         """Pages for all tokens that are known and one more, among them those that hold its beginning already; leaves
@@ -64,15 +88,16 @@ class Pages:
         chunk, num_cached = self._rules.chunk, min(num_pages * PAGE_SIZE, sequence.old_cached)
         cut = num_cached < min(sequence.old_cached, sequence.num_chunked) and not self._rules.chunks_alike
         num_cached = num_cached // chunk * chunk if cut else num_cached
-        return num_cached if self._sees_all(num_cached, self._count_passed(sequence.old_pages)) else 0
+        return num_cached if self._sees_all(num_cached, self._count_passed(sequence)) else 0
 
     def _gives_prompt(self, sequence: Sequence) -> bool:
         """Whether it must come to the end of its prompt first, where others begin: with a window its later tokens have
         fewer pages before them."""
         return self._window is not None and sequence.group is not None and sequence.group.shares_prompt
 
-    def _count_passed(self, old: Many[tuple[int, int]]) -> int:
-        return sum(page == self.pool.null_page for page, _ in old)
+    def _count_passed(self, sequence: Sequence) -> int:
+        """Of the pages that it had before it was paused."""
+        return sum(page == self.pool.null_page for page, _ in sequence.old_pages)
 
     def _sees_all(self, num_cached: int, num_passed: int) -> bool:
         """Whether the rows behind the first ``num_cached`` tokens see nothing of the first ``num_passed`` pages."""
@@ -96,30 +121,45 @@ class Pages:
     def _begin(self, sequence: Sequence, reserve: int) -> None:
         """With pages that hold its beginning, as far as it may use them. The last known token is always computed, for
         its logits."""
-        request, rules = sequence.ticket.request, self._rules
-        known: list[int] = []
-        exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
-        # What a cold run computes as decode rows has other bits than a longer prompt that begins alike.
-        differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
-        may_reuse = request.reuse_prefix is not False and not sequence.wants_rows and not differs
-        if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
-            most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
-            most = min(most, sequence.next_shift)  # what comes later saw other tokens
-            known = sequence.ids[: most if rules.all_alike else min(most, sequence.num_chunked)]
-        taken = self.pool.take_prefix(
+        rules = self._rules
+        known, exact = self._usable(sequence)
+        taken = self._take(
+            sequence,
             known,
-            self._copy,
-            num_pages=sequence.pages_needed,
-            spare=reserve,
+            reserve,
             exact=exact and not rules.all_alike,
             multiple=1 if rules.chunks_alike or not exact else rules.chunk,
-            window=self._window,
-            most=self._most,
         )
         sequence.pages, sequence.num_cached, sequence.num_exact = taken.pages, taken.num_reused, taken.num_exact
         sequence.num_passed = taken.num_passed
         if sequence.num_drawn == 0:
             sequence.answer.num_reused = taken.num_reused
+
+    def _take(self, sequence: Sequence, known: list[int], reserve: int, *, exact: bool, multiple: int) -> TakenPrefix:
+        return self.pool.take_prefix(
+            known,
+            self._copy,
+            num_pages=sequence.pages_needed,
+            spare=reserve,
+            exact=exact,
+            multiple=multiple,
+            window=self._window,
+            most=self._most,
+        )
+
+    def _usable(self, sequence: Sequence) -> tuple[list[int], bool]:
+        """The beginning of a sequence that it may take from the cache; whether only with the bits of a cold run."""
+        request, rules = sequence.ticket.request, self._rules
+        known: list[int] = []
+        exact = request.reuse_prefix != True or sequence.num_drawn > 0  # noqa: E712  "exact" is another value
+        # What a cold run computes as decode rows has other bits than a longer prompt that begins alike.
+        differs = exact and not rules.all_alike and sequence.num_chunked <= rules.max_decode_prompt
+        may_reuse = request.reuse_prefix is not False and not differs
+        if may_reuse and self._reusable(sequence.num_prompt + sequence.max_new):
+            most = sequence.num_chunked if self._gives_prompt(sequence) else len(sequence.ids) - 1
+            most = min(most, sequence.num_unwanted, sequence.next_shift)  # what comes later saw other tokens
+            known = prefix_key(sequence, most if rules.all_alike else min(most, sequence.num_chunked))
+        return known, exact
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Pages for so many tokens in all. Raises ``MemoryBudgetError`` and changes nothing if there are too few."""
@@ -131,8 +171,11 @@ class Pages:
         """For its next row, or the rows of its prompt that may run in one step. Raises as ``grow`` does."""
         num_tokens = sequence.num_tokens
         if self._window is not None and sequence.state is State.PREFILL:  # else it has pages for all since it began
-            num_tokens = min(num_tokens, sequence.num_cached + self._reach)
+            num_tokens = min(num_tokens, sequence.num_cached + self._reach_of(sequence))
         self.grow(sequence, num_tokens)
+
+    def _reach_of(self, sequence: Sequence) -> int:
+        return self._reach
 
     def shift(self, sequence: Sequence) -> None:
         """Makes room for the next row of a text that has filled the context: see ``exl.engine.shift``. Raises
@@ -157,14 +200,22 @@ class Pages:
         """Gives back what no window reaches any more. A later text that begins alike finds it as long as nobody else
         needs the pages."""
         for sequence in sequences if self._window is not None else ():
-            num_passed = pages_behind(self._window, sequence.num_cached)
+            num_passed = pages_behind(self._window, self._passes_at(sequence.num_cached))
             if num_passed > sequence.num_passed:
                 self.remember(sequence)
+                pages = self._passing_pages(sequence)
                 if sequence.num_read == 0:
-                    self.pool.doubt(sequence.pages[sequence.num_passed : num_passed])
-                self.pool.pass_by(sequence.pages, sequence.num_passed, num_passed)
+                    self._passing.doubt(pages[sequence.num_passed : num_passed])
+                self._passing.pass_by(pages, sequence.num_passed, num_passed)
                 sequence.num_passed = num_passed
                 sequence.pages_changed()
+
+    def _passing_pages(self, sequence: Sequence) -> list[int]:
+        return sequence.pages
+
+    def _passes_at(self, num_cached: int) -> int:
+        """What rows behind so many tokens do not see is given back."""
+        return num_cached
 
     def fork(self, leader: Sequence, child: Sequence) -> None:
         """The child, whose prompt the leader has computed, shares its whole pages and gets a copy of the last one.
@@ -201,6 +252,9 @@ class Pages:
 
     def drop(self, sequence: Sequence) -> None:
         """Takes the pages of a text that nobody goes on with; it is not remembered."""
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.lose_pages())
 
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
@@ -224,14 +278,14 @@ class Pages:
         """Others may use what the sequence has computed so far; but not what it has since it was shifted."""
         if self._reusable(sequence.num_cached) and not sequence.num_dropped:
             num_exact = None if self._rules.all_alike else sequence.num_exact
-            self.pool.remember(sequence.ids[: sequence.num_cached], sequence.pages, num_exact)
+            self.pool.remember(prefix_key(sequence, sequence.num_cached), sequence.pages, num_exact)
 
     def give_back(self, sequence: Sequence) -> None:
         if sequence.pages:
             if sequence.num_read == 0:
                 self.pool.doubt(sequence.pages)
             self.remember(sequence)
-            self.pool.release(sequence.lose_pages())
+            self._release(sequence)
 
     def poison(self, sequences: Many[Sequence], zero: Callable[[list[int]], None]) -> None:
         """Gives the pages back of a request with a row of no numbers, whose choices share them. They are zeroed before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -33,12 +34,14 @@ class Answers:
         page_size: int,
         max_sequences: int,
         group_pages: int | None = None,
+        fits_together: Callable[[int, int, int | None], bool] | None = None,
     ) -> None:
         """``num_pages``: that limit a text. ``max_sequences``: that run at once. ``group_pages``: that there are for
-        those of a group together, if they are fewer, since a text gives pages back on its way."""
+        those of a group together, if they are fewer, since a text gives pages back on its way. ``fits_together``: see
+        ``GroupedPages``."""
         self.context, self.vocab_size = context, vocab_size
         self._num_pages = num_pages if group_pages is None else group_pages
-        self._max_sequences = max_sequences
+        self._max_sequences, self._fits_together = max_sequences, fits_together
         self.eos_ids: frozenset[int] = frozenset()
         self._most_tokens = num_pages * page_size
         self._num_words = -(-vocab_size // 32)  # of a mask
@@ -50,6 +53,8 @@ class Answers:
         for which even an empty cache has no room."""
         ids = request.prompt_ids
         self._check_ids("prompt", ids)
+        if request.scored_ids is not None:
+            self._check_ids("continuation", request.scored_ids)
         if request.shift_keep is not None:
             most = Shift.of(request.shift_keep, self.context).num_tokens
             if len(ids) > most:
@@ -68,6 +73,23 @@ class Answers:
         if request.num_beams > 1:
             num_ends = len(self.eos_ids.union(request.params.stop_token_ids))
             check_beams(request, num_ends, self.vocab_size, self.context, self._num_pages, self._max_sequences)
+        if self._fits_together is not None:
+            self._check_windows(request)
+
+    def _check_windows(self, request: TokenRequest) -> None:
+        """Whether sequences that run together have room in the layers that have a window."""
+        beams = request.num_beams > 1
+        if not beams and request.guidance_scale == 1.0:
+            return
+        length = max(len(request.prompt_ids), 0 if beams else len(negative_ids(request)))
+        max_new = min(request.params.max_tokens, self.context - length)
+        count = request.num_beams if beams else 2
+        if not self._fits_together(count, length + max_new, max_new if beams else None):
+            name = "num_beams" if beams else "guidance_scale"
+            raise MemoryBudgetError(
+                f"{name}: {count} sequences need more pages together than there are for layers with a sliding window: "
+                "load the model with a larger cache_tokens= or max_sequences=, or with window_cache=False"
+            )
 
     def _check_ids(self, name: str, ids: Ids[int]) -> None:
         if not len(ids):

@@ -15,8 +15,9 @@ from exl import forks
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.cache.tier import ram_tier
+from exl.cache.window_pool import WindowPool
 from exl.checkpoint.generation_config import GenerationDefaults
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.engine.draft_model import DraftModel
 from exl.engine.draft_runner import BatchedDrafts
 from exl.engine.generator import Generator
@@ -43,6 +44,7 @@ from exl.planning.plan import MemoryPlan, PlanInput, Tier
 from exl.progress import Progress
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart, format_bytes
+from exl.weights.adapters import AdapterWeights, load_adapters
 from exl.weights.loader import ModelWeights, WeightPlaces, load_weights
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Engine:
     model: PlanInput  # layouts and limits that the plan was made from
     generator: Generator
     weights: ModelWeights
+    adapters: AdapterWeights
     owned: ExitStack
 
     @property
@@ -158,25 +161,43 @@ def build_engine(
         if backend is not None:
             _check_device(plan, backend)
         ops = _make_ops(files, plan, model, backend, dependent, stack, options.threads)
-        kv = KVCache(model.kv_layout, plan.num_pages, ops.device)
+        kv, windows = _caches(model, plan, ops.device)
         weights = load(ops, plan)
         stack.callback(weights.close)
+        adapters = load_adapters(model.adapters, ops, stack)
         stack.callback(ops.fence)  # before: a thread may be late in the last step, and read weights
+        decoder = Decoder(files.config, ops, adapters.loras)
         if model.target.compiled:
             from exl.engine.kernels_ahead import load_kernels
 
-            load_kernels(Decoder(files.config, ops), weights, model, kv)
+            load_kernels(decoder, weights, model, kv, windows)
         short = min(_decode_prompt(model, backend), model.limits.chunk_rows)
-        decoder = Decoder(files.config, ops)
-        runner = Runner(decoder, weights, kv, model.limits, graphs=graphs, max_decode_prompt=short)
+        runner = Runner(decoder, weights, kv, model.limits, windows=windows, graphs=graphs, max_decode_prompt=short)
         # Of the two configurations. The tokenizer knows more, and whoever has one gives the generator its own.
         eos_ids = (*files.config.eos_ids, *GenerationDefaults.from_folder(files.folder).eos_ids)
         tier = None
         if model.num_kept_pages:
             tier = ram_tier(kv, model.num_kept_pages * kv.page_bytes, ops.fence, stack)
-        pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier, zero=runner.zero_pages)
-        generator = Generator(runner, pool, plan.context, eos_ids, options.max_queue, window=model.window)
-        return Engine(files.config, files.quant, plan, model, generator, weights, stack.pop_all())
+        beside = None
+        if plan.windows is not None:
+            beside = WindowPool(plan.windows.num_pages, plan.windows.window, runner.zero_windows)
+        pool = PagePool(plan.num_pages, null=plan.null_page, tier=tier, zero=runner.zero_pages, windows=beside)
+        generator = Generator(
+            *(runner, pool, plan.context, eos_ids, options.max_queue), window=model.window, adapters=adapters.names
+        )
+        return Engine(files.config, files.quant, plan, model, generator, weights, adapters, stack.pop_all())
+
+
+def _caches(model: PlanInput, plan: MemoryPlan, device: torch.device) -> tuple[KVCache, KVCache | None]:
+    """Of all layers; or of those that keep all tokens, and of those with a window."""
+    layout = model.kv_layout
+    if plan.windows is None:
+        return KVCache(layout, plan.num_pages, device), None
+    inside = sorted(plan.windows.layers)
+    others = [i for i in range(layout.num_layers) if i not in plan.windows.layers]
+    whole = KVCache(replace(layout, num_layers=len(others)), plan.num_pages, device, others)
+    few = replace(layout, num_layers=len(inside))
+    return whole, KVCache(few, plan.windows.num_pages, device, inside, windowed=True)
 
 
 def plan_engine(folder: Path, options: EngineOptions) -> MemoryPlan:
@@ -264,8 +285,9 @@ def _make_ops(
         model.kv_layout,
         model.limits,
         arena_layout(model.limits, model.target, (*model.layers, model.head), rows_of),
-        files.config.rope,  # of all layers
+        files.config.ropes,
         plan.num_pages,
+        num_window_pages=0 if plan.windows is None else plan.windows.num_pages,
         act_dtype=torch.bfloat16 if embed.spec.dtype == "bf16" else torch.float16,
         dependent=dependent,
     )

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from exl.adapters.manifest import open_weights
 from exl.cache.file import Key, load_prefixes, save_prefixes
 from exl.cache.kv import KVCache
 from exl.cache.page_pool import PagePool
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.engine.build import Engine
+from exl.errors import ConfigError
 from exl.weights.packed_store import LAYOUT_VERSION, model_digest
 
 
@@ -29,7 +31,13 @@ def load_cache(engine: Engine, folder: Path, path: str | Path) -> int:
 def _between_steps(
     engine: Engine, folder: Path, path: str | Path, work: Callable[[str | Path, PagePool, KVCache, Key], int]
 ) -> int:
-    generator, key = engine.generator, cache_key(engine, folder)
+    generator = engine.generator
+    if generator.pool.windows is not None:
+        raise ConfigError(
+            "the cache of this model cannot be in a file: its layers with a sliding window have pages of their own. "
+            "Load it with window_cache=False, so that all layers keep all tokens"
+        )
+    key = cache_key(engine, folder)
 
     def apart() -> int:
         generator.runner.decoder.ops.fence()  # no kernel, and no late thread, writes to a page any more
@@ -37,6 +45,16 @@ def _between_steps(
         return work(path, generator.pool, generator.runner.kv, key)
 
     return generator.seat.apart(apart)
+
+
+def _adapters_digest(engine: Engine) -> str:
+    """Of all adapters in the order of their numbers, by which the cache tells their texts apart."""
+    digest = hashlib.sha256()
+    for layout in engine.model.adapters:
+        with open_weights(layout.manifest.folder) as tensors:
+            digest.update(model_digest(tensors).encode())
+        digest.update(repr(layout.manifest.layers).encode())
+    return digest.hexdigest()
 
 
 def cache_key(engine: Engine, folder: Path) -> Key:
@@ -48,8 +66,10 @@ def cache_key(engine: Engine, folder: Path) -> Key:
         kernels = "exl" if target.compiled else f"torch {torch.__version__}"
     with Checkpoint.open(folder) as checkpoint:
         tensors = model_digest(checkpoint)
+    adapters = {"adapters": _adapters_digest(engine)} if engine.adapters.names else {}
     specs = [linear.spec for layer in model.layers for some in layer.linears.values() for linear in some]
     return {
+        **adapters,
         "tensors": tensors,
         "layers": hashlib.sha256(repr(specs).encode()).hexdigest(),  # rounded on loading, too
         "config": hashlib.sha256(repr(engine.config).encode()).hexdigest(),

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.engine.sequence import Sequence as Tokens
@@ -153,7 +154,15 @@ def batch_of(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=np.array(logit_rows, np.int32),
         num_decode_rows=len(ids) if as_decode else 0,
+        **_window_places(pieces),
+        lora_idx=_adapters(pieces),
     )
+
+
+def _adapters(pieces: Sequence[Piece]) -> NDArray[np.int32] | None:
+    """As ``ForwardBatch.lora_idx``."""
+    found = [piece.sequence.lora for piece in pieces]
+    return np.array(found, np.int32) if max(found) >= 0 else None
 
 
 def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
@@ -182,4 +191,20 @@ def _last_rows(pieces: Sequence[Piece]) -> ForwardBatch:
         page_table=table,
         logit_rows=rows[:-1],
         num_decode_rows=count,
+        **_window_places(pieces),
+        lora_idx=_adapters(pieces),
     )
+
+
+def _window_places(pieces: Sequence[Piece]) -> dict[str, NDArray[np.int32]]:
+    """``window_slots`` and ``window_table``, where layers that have a window have pages of their own."""
+    if not pieces[0].sequence.window_pages:
+        return {}
+    tables = [piece.sequence.window_table for piece in pieces]
+    table = np.zeros((len(pieces), max(map(len, tables))), np.int32)
+    slots = []
+    for row, piece, pages in zip(table, pieces, tables, strict=True):
+        row[: len(pages)] = pages
+        where = np.arange(piece.start, piece.start + piece.num_rows, dtype=np.int32)
+        slots.append(pages[where // PAGE_SIZE] * PAGE_SIZE + where % PAGE_SIZE)
+    return {"window_slots": np.concatenate(slots), "window_table": table}

@@ -16,6 +16,7 @@ from exl.cache.page_pool import PagePool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.drafts import Drafts
+from exl.engine.grouped_pages import GroupedPages
 from exl.engine.handle import Handle
 from exl.engine.manual import ManualSequence
 from exl.engine.prompt_lookup import PromptLookup
@@ -50,24 +51,36 @@ class Generator:
         max_queue: int | None = None,
         *,
         window: int | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         """``max_queue``: how many requests may wait to begin; None: any number. ``window``: of all layers, if a
-        sequence gives back the pages that it does not reach; then ``pool`` has a null page."""
+        sequence gives back the pages that it does not reach; then ``pool`` has a null page. With ``pool.windows`` the
+        layers that have a window have pages of their own. ``adapters``: names, by number."""
         self.runner, self.pool, self.context = runner, pool, context
         self.guard = ForkGuard(on_gpu=runner.decoder.ops.backend is not None)
         # Where pages are given back, the cache limits no text.
         num_pages = pool.num_usable if window is None else -(-context // PAGE_SIZE) + 1
+        pages = self._pages(window)
         self.answers = Answers(
-            *(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences), group_pages=pool.num_usable
+            *(context, runner.vocab_size, num_pages, PAGE_SIZE, runner.max_sequences),
+            group_pages=pool.num_usable,
+            fits_together=pages.fits_together if isinstance(pages, GroupedPages) else None,
         )
         self.eos_ids = frozenset(eos_ids)
         self._windowed = window is not None
-        pages = Pages(
-            pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens, runner.turn_pages
-        )
+        self.adapters = tuple(adapters)
         drafts = Drafts({"prompt": PromptLookup()}, runner.limits.decode_rows, MAX_STEP_TOKENS - 1)
         self.scheduler = Scheduler(runner, pages, self.answers, drafts)
         self.seat = Seat(self.scheduler, self.guard, self._enter_thread, max_queue)
+
+    def _pages(self, window: int | None) -> Pages:
+        runner, pool = self.runner, self.pool
+        if pool.windows is not None:
+            copies = runner.copy_pages, runner.copy_windows
+            return GroupedPages(pool, pool.windows, runner.rules, *copies, self._reusable, runner.step_tokens)
+        return Pages(
+            pool, runner.rules, runner.copy_pages, self._reusable, window, runner.step_tokens, runner.turn_pages
+        )
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -109,10 +122,19 @@ class Generator:
             request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
         seed, ranked = request.params.seed, request.top_logprobs is not None
         answers = [Answer(i, child_seed(seed, i), ranked=[] if ranked else None) for i in range(request.num_choices)]
-        ticket = Ticket(request, answers, threading.get_ident() if inline else None)
+        ticket = Ticket(request, answers, threading.get_ident() if inline else None, self.adapter_number(request.lora))
         handle = Handle(self.seat, ticket, finish)
         self.seat.submit(ticket)
         return handle
+
+    def adapter_number(self, name: str | None) -> int:
+        """-1: none. Raises ``ConfigError`` for a name that no adapter has."""
+        if name is None:
+            return -1
+        if name not in self.adapters:
+            has = ", ".join(map(repr, self.adapters)) or "none: it was loaded without lora="
+            raise ConfigError(f"lora: found {name!r}, the model has {has}")
+        return self.adapters.index(name)
 
     def _check_shift(self) -> None:
         """Raises ``ConfigError`` for a model whose texts cannot go on beyond the context."""
@@ -125,6 +147,11 @@ class Generator:
             raise ConfigError(
                 "overflow: found 'shift', but all layers of this model have a sliding window, so that a longer context "
                 "takes no more memory: expected 'stop' and a larger context"
+            )
+        if self.pool.windows is not None:
+            raise ConfigError(
+                "overflow: found 'shift', but this model's layers with a sliding window have pages of their own: "
+                "expected 'stop', or the model loaded with window_cache=False"
             )
 
     def stream(
@@ -151,9 +178,9 @@ class Generator:
             if isinstance(answer.outcome.stop_reason, int):
                 yield GeneratedToken(answer.outcome.stop_reason, "stop", answer.num_reused)
 
-    def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+    def logits(self, ids: Sequence[int], lora: str | None = None) -> Iterator[torch.Tensor]:
         """Logits of every position, f32 [n, V] on the host, per chunk."""
-        request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, wants_all=True)
+        request = TokenRequest(ids, SamplingParams(max_tokens=0), reuse_prefix=False, wants_all=True, lora=lora)
         with contextlib.closing(self.submit(request, inline=True)) as handle:
             for event in handle.events():
                 if event.logits is not None:
@@ -161,12 +188,19 @@ class Generator:
 
     # ---- one sequence by hand
 
-    def begin(self, num_tokens: int) -> ManualSequence:
+    def begin(self, num_tokens: int, lora: str | None = None) -> ManualSequence:
         """Pages for ``num_tokens`` tokens. While it lasts, nothing else may be asked of the engine. Raises
         ``MemoryBudgetError``."""
         self.guard.begin()
         try:
-            return ManualSequence(self.pool.allocate(-(-num_tokens // PAGE_SIZE)))
+            number = self.adapter_number(lora)
+            count, windows = -(-num_tokens // PAGE_SIZE), self.pool.windows
+            pages = self.pool.allocate(count)
+            if windows is None:
+                return ManualSequence(pages, lora=number)
+            # In turn: when one comes again, no window reaches what it had.
+            own = windows.allocate(min(count, windows.num_usable))
+            return ManualSequence(pages, [own[i % len(own)] for i in range(count)], lora=number)
         except BaseException:
             self.guard.end()
             raise
@@ -187,5 +221,7 @@ class Generator:
     def end(self, sequence: ManualSequence) -> None:
         """Gives the pages back."""
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        if self.pool.windows is not None:
+            self.pool.windows.release(list(dict.fromkeys(sequence.window_pages)))
+        sequence.pages, sequence.window_pages = [], []
         self.guard.end()

@@ -169,13 +169,14 @@ class Lineup:
         leader = sequence.ticket.sequences[0]
         if leader not in members_of(sequence) and leader.state is not State.DONE and leader.num_read == 0:
             return True
-        if sequence.ticket.request.reuse_prefix is False or sequence.wants_rows:
-            return False
         least = PAGE_SIZE if self.device.rules.chunks_alike else max(PAGE_SIZE, self.device.rules.chunk)
+        if sequence.ticket.request.reuse_prefix is False or sequence.num_unwanted < least:
+            return False
         head = sequence.ids[:least]
         return len(sequence.ids) > least and any(
             (other.state is State.PREFILL or other.num_read == 0)
             and len(other.ids) > least
+            and other.lora == sequence.lora
             and other.ids[:least] == head
             and not other.ticket.lags
             for other in self.running
@@ -190,7 +191,7 @@ class Lineup:
         for child in ticket.sequences[1:]:
             if child.state is not State.WAITING or child.num_drawn or len(self.running) >= self.device.max_sequences:
                 continue
-            if self.pages.pool.num_free <= self._reserve():
+            if self.pages.num_free <= self._reserve():
                 break
             self.pages.fork(leader, child)
             child.answer.num_reused = leader.num_cached

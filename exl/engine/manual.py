@@ -16,12 +16,18 @@ class ManualSequence:
     """Tokens, and pages for their K and V."""
 
     pages: list[int] = field(default_factory=list)
+    window_pages: list[int] = field(default_factory=list)  # as of ``exl.engine.sequence.Sequence``
     ids: list[int] = field(default_factory=list)
+    lora: int = -1  # the number of its adapter; none
     sample_idx: int | None = None  # never: its tokens are read before they are run
 
     @property
     def page_table(self) -> NDArray[np.int32]:
         return np.asarray(self.pages, np.int32)
+
+    @property
+    def window_table(self) -> NDArray[np.int32]:
+        return np.asarray(self.window_pages, np.int32)
 
     def row(self) -> Piece:
         """The last token as a decode row."""

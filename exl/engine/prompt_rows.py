@@ -6,6 +6,7 @@ All choices of a request share it. What was told once is not told again, though 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -69,23 +70,25 @@ class NotNumbersError(Exception):
         self.error = error
 
 
-class PromptLogprobs(_Rows):
-    """The log-probability of each token after the first, and those of the likeliest at its place. Each is measured as
-    that of a generated token is: by a draw, here one that only this token is allowed for."""
+class TokenLogprobs(_Rows):
+    """The log-probabilities of given tokens, one after each of a run of rows, and those of the likeliest at its place.
+    Each is measured as that of a generated token is: by a draw, here one that only this token is allowed for."""
 
-    def __init__(self, ticket: Ticket, count: int) -> None:
-        """``count``: of the likeliest."""
-        self._ids, self._count = ticket.request.prompt_ids, count
-        super().__init__(len(self._ids) - 1)
-        # Per token of the prompt: itself, then the likeliest; nothing is known of the first one.
-        self.found: list[tuple[tuple[int, float], ...] | None] = [None]
+    def __init__(self, ticket: Ticket, count: int, targets: Sequence[int], first_row: int) -> None:
+        """``count``: of the likeliest. ``targets[i]`` is the token after row ``first_row + i``."""
+        self._targets, self._count, self._first_row = targets, count, first_row
+        super().__init__(first_row + len(targets))
+        self.num_done = first_row  # nothing is wanted of those before
+        # Of each target: itself, then the likeliest.
+        self.found: list[tuple[tuple[int, float], ...] | None] = []
         for answer in ticket.answers:
             answer.prompt_ranked = self.found
 
     def take(self, device: Device, chunk: int, rows: range) -> None:
         for some in slices(rows, device.max_logit_rows):
             logits = device.prompt_logits(chunk, some)
-            ids = self._ids[self.num_done + 1 : self.num_done + 1 + len(some)]
+            done = self.num_done - self._first_row
+            ids = self._targets[done : done + len(some)]
             draws = [
                 DrawRow(i, num_logprobs=self._count, mask=_only(token_id, device.vocab_size))
                 for i, token_id in enumerate(ids)
@@ -138,7 +141,11 @@ def prompt_rows(ticket: Ticket) -> PromptRows | None:
     if request.wants_all:
         return WholeText(ticket)
     if request.prompt_logprobs is not None:
-        return PromptLogprobs(ticket, request.prompt_logprobs)
+        found = TokenLogprobs(ticket, request.prompt_logprobs, request.prompt_ids[1:], 0)
+        found.found.append(None)  # nothing is known of the first token
+        return found
+    if request.scored_ids is not None:
+        return TokenLogprobs(ticket, 1, request.scored_ids, len(request.prompt_ids) - len(request.scored_ids))
     if request.pooling is not None:
         return Pooled(ticket)
     return None

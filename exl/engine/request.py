@@ -70,8 +70,12 @@ class TokenRequest:
     max_unread: int = MAX_UNREAD
     shift_keep: int | None = None  # the text goes on beyond the context, and keeps so many first tokens; None: it ends
     prompt_logprobs: int | None = None  # of each token of the prompt but the first, and of so many likeliest ones
+    lora: str | None = None  # the name of an adapter; None: none
+    # No token is drawn: of these, which follow the prompt's last rows, one each, the log-probability is wanted, and
+    # the likeliest token at its place. The last one is no part of the prompt; the others are its last tokens.
+    scored_ids: Sequence[int] | None = None
     pooling: str | None = None  # "mean" or "last": no token is drawn, a state of the prompt is wanted, of one choice
 
     @property
     def draws_nothing(self) -> bool:
-        return self.wants_all or self.pooling is not None
+        return self.wants_all or self.pooling is not None or self.scored_ids is not None

@@ -42,18 +42,21 @@ class Runner:
         kv: KVCache,
         limits: StepLimits,
         *,
+        windows: KVCache | None = None,
         graphs: bool = True,
         max_decode_prompt: int = 1,
     ) -> None:
-        """``max_decode_prompt``: prompts up to this length run as decode rows, whose kernels are faster there."""
-        self.decoder, self.kv, self.limits = decoder, kv, limits
+        """``windows``: of layers that have a window and pages of their own; ``kv`` has the others.
+        ``max_decode_prompt``: prompts up to this length run as decode rows, whose kernels are faster there."""
+        self.decoder, self.kv, self.windows, self.limits = decoder, kv, windows, limits
+        self._cache_of = [kv if windows is None or i in kv else windows for i in range(decoder.config.num_layers)]
         self.weights: WeightSource = weights.source
         self._embed, self._final_norm, self._head = weights.embed, weights.final_norm, weights.head
         self._embed_rows = weights.embed_rows
 
         buffer = decoder.ops.buffer
         self._residual = buffer("residual")
-        self._buffers = StepBuffers(qkv=buffer("qkv"), attn=buffer("attn"), mlp=buffer("mlp"))
+        self._buffers = StepBuffers.of(decoder.ops, decoder.config)
         self._logits = buffer("logits")
         self.graphs = StepGraphs(decoder.ops, self.weights) if graphs and decoder.ops.captures else None
         self.rules = ChunkRules(
@@ -125,8 +128,11 @@ class Runner:
 
     def final_states(self, chunk: int, rows: range) -> NDArray[np.float64]:
         h = self._rows[self._kept(chunk)][rows.start : rows.stop].to("cpu").numpy().astype(np.float64)
+        norm = self.decoder.config.norm
+        if norm.kind == "layer":
+            h -= h.mean(axis=1, keepdims=True)
         mean = np.square(h).mean(axis=1, keepdims=True)
-        return h / np.sqrt(mean + self.decoder.config.rms_norm_eps) * self._final_weight
+        return h / np.sqrt(mean + norm.eps) * self._final_weight
 
     @functools.cached_property
     def _final_weight(self) -> NDArray[np.float64]:
@@ -149,6 +155,16 @@ class Runner:
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
         self.decoder.ops.fence()  # a late thread of the last step may still write to its page
         self.kv.copy_pages(src, dst)
+
+    def zero_windows(self, pages: Sequence[int]) -> None:
+        """``zero_pages`` of ``windows``."""
+        self.decoder.ops.fence()
+        self.windows.zero_pages(pages)
+
+    def copy_windows(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """``copy_pages`` of ``windows``."""
+        self.decoder.ops.fence()
+        self.windows.copy_pages(src, dst)
 
     def turn_pages(self, src: Sequence[int], dst: Sequence[int], num_positions: int) -> None:
         ops = self.decoder.ops
@@ -258,7 +274,7 @@ class Runner:
             for i, h in enumerate(rows):
                 ops.select(i)
                 with self._measured(h.shape[0]):
-                    decoder.layer(layer_idx, weights, buffers[i], h, self.kv)
+                    decoder.layer(layer_idx, weights, buffers[i], h, self._cache_of[layer_idx])
             ops.launch()
             self.weights.release(layer_idx)
             if on_layer is not None:

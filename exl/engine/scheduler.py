@@ -189,6 +189,8 @@ class Scheduler:
         self.lineup.admit()
         chunks = self.lineup.chunks()
         drawing = [sequence for sequence in self.running if self.lineup.draws_next(sequence)]
+        if any(sequence.lora >= 0 for sequence in drawing):
+            drawing.sort(key=lambda sequence: sequence.lora)  # rows of one adapter are multiplied together
         proposed = self._drafted(drawing)
         return [decode_piece(sequence, proposed.get(sequence, ())) for sequence in drawing], chunks
 

@@ -48,6 +48,8 @@ class Sequence:
     state: State = State.WAITING
     pages: list[int] = field(default_factory=list)
     old_pages: list[tuple[int, int]] = field(default_factory=list)  # (page, epoch) of before a pause
+    window_pages: list[int] = field(default_factory=list)  # of layers with a window, where they have their own pages
+    old_window_pages: list[tuple[int, int]] = field(default_factory=list)
     old_cached: int = 0  # num_cached and num_exact of before a pause
     old_exact: int = 0
     shift: Shift | None = None  # how it goes on beyond the context; None: it ends there
@@ -61,12 +63,24 @@ class Sequence:
     group: Group | None = None  # those that run in the same steps or not at all
     awaits_prompt: bool = False  # another one computes its prompt; until then its pages are those behind the prompt
     _table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    _window_table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def wants_rows(self) -> bool:
         """Whether something is still wanted of the rows of its prompt, besides the logits after the last one."""
         rows = self.ticket.rows
         return rows is not None and rows.is_wanted
+
+    @property
+    def lora(self) -> int:
+        """The number of its adapter, -1: none."""
+        return self.ticket.lora
+
+    @property
+    def num_unwanted(self) -> int:
+        """The known tokens, less those from the first one on whose row is wanted: the others may come from the cache,
+        which has their K and V, but no logits."""
+        return self.ticket.rows.num_done if self.wants_rows else len(self.ids)
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +119,12 @@ class Sequence:
     def may_grow(self) -> bool:
         """Whether it may need a page more than it has, before it ends."""
         longest = self.num_prompt + (0 if self.prompt_only else self.max_new)
-        return self.shift is not None or len(self.pages) * PAGE_SIZE < longest
+        return self.shift is not None or self._num_pages * PAGE_SIZE < longest
+
+    @property
+    def _num_pages(self) -> int:
+        """That it has, from the first one on, in all layers."""
+        return min(len(self.pages), len(self.window_pages)) if self.window_pages else len(self.pages)
 
     @property
     def next_shift(self) -> int:
@@ -119,7 +138,7 @@ class Sequence:
     @property
     def room(self) -> int:
         """Tokens that its pages have room for, from its first one on."""
-        return min(self.num_dropped + len(self.pages) * PAGE_SIZE, self.next_shift)
+        return min(self.num_dropped + self._num_pages * PAGE_SIZE, self.next_shift)
 
     @property
     def page_table(self) -> NDArray[np.int32]:
@@ -128,9 +147,22 @@ class Sequence:
             self._table = np.asarray(self.pages, dtype=np.int32)
         return self._table
 
+    @property
+    def window_table(self) -> NDArray[np.int32]:
+        """``window_pages``, as ``page_table``."""
+        if len(self._window_table) != len(self.window_pages):
+            self._window_table = np.asarray(self.window_pages, dtype=np.int32)
+        return self._window_table
+
     def pages_changed(self) -> None:
         """Some of the pages are others now."""
-        self._table = np.empty(0, np.int32)
+        self._table = self._window_table = np.empty(0, np.int32)
+
+    def lose_window_pages(self) -> list[int]:
+        """``window_pages``, which the caller releases, before or after ``lose_pages``."""
+        pages, self.window_pages = self.window_pages, []
+        self.pages_changed()
+        return pages
 
     def lose_pages(self) -> list[int]:
         """The pages, which the caller releases. All tokens are to be computed again before the next is drawn."""

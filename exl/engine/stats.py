@@ -35,6 +35,8 @@ class EngineStats:
     drafts_accepted: int
     read_bytes: int = 0  # of streamed layers, from the disk
     read_wait_seconds: float = 0.0  # that steps waited for them
+    window_pages_total: int = 0  # of layers that have a window, where they have pages of their own
+    window_pages_free: int = 0
 
     @classmethod
     def of(cls, seat: Seat, scheduler: Scheduler, pool: PagePool, read: StreamStats) -> EngineStats:
@@ -59,4 +61,6 @@ class EngineStats:
             drafts_accepted=done.drafts_accepted,
             read_bytes=read.bytes_read,
             read_wait_seconds=read.wait_seconds,
+            window_pages_total=0 if pool.windows is None else pool.windows.num_usable,
+            window_pages_free=0 if pool.windows is None else pool.windows.num_free,
         )

@@ -64,10 +64,10 @@ class Ticket:
     Callers never see an event late: every event is put into ``outbox`` before ``ended`` is set.
     """
 
-    def __init__(self, request: TokenRequest, answers: list[Answer], party: object) -> None:
+    def __init__(self, request: TokenRequest, answers: list[Answer], party: object, lora: int = -1) -> None:
         """``party``: whose request it is; requests of one party may be driven by its own thread. None: by nobody's but
-        the engine's."""
-        self.request, self.answers, self.party = request, answers, party
+        the engine's. ``lora``: the number of its adapter, -1: none."""
+        self.request, self.answers, self.party, self.lora = request, answers, party, lora
         self.outbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: look at ``ended``
         self.rows: PromptRows | None = prompt_rows(self)  # its choices share them
         self.sequences: list[Sequence] = []

@@ -15,15 +15,20 @@ from exl.checkpoint.rope_config import RopeConfig, check_factors, read_ropes
 from exl.errors import UnsupportedModelError
 from exl.families.cohere import cohere2, prepare_cohere2
 from exl.families.common import Source
+from exl.families.exaone import exaone4, prepare_exaone4
 from exl.families.gemma import gemma2, gemma3, prepare_gemma2, prepare_gemma3
 from exl.families.glm import glm, glm4, prepare_glm
+from exl.families.glm_moe import glm4_moe, prepare_glm4_moe
+from exl.families.gpt_oss import gpt_oss, prepare_gpt_oss
 from exl.families.granite import granite
 from exl.families.llama import llama, mistral
+from exl.families.mixtral import mixtral, prepare_mixtral
 from exl.families.olmo import olmo2, prepare_olmo2
 from exl.families.phi import phi3, prepare_phi3
 from exl.families.qwen import qwen2, qwen3
+from exl.families.qwen_moe import prepare_qwen2_moe, prepare_qwen3_moe, qwen2_moe, qwen3_moe
 from exl.families.smollm import prepare_smollm3, smollm3
-from exl.families.specs import EmbedShape, FamilySpec, LayerSpec, LogitsShape, ModelNames, NormShape
+from exl.families.specs import EmbedShape, FamilySpec, LayerSpec, LogitsShape, ModelNames, MoeShape, NormShape
 from exl.families.text_part import find_text_part
 
 
@@ -39,17 +44,23 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "cohere2": Family(cohere2, prepare_cohere2),
+        "exaone4": Family(exaone4, prepare_exaone4),
         "gemma2": Family(gemma2, prepare_gemma2),
         "gemma3_text": Family(gemma3, prepare_gemma3),
         "glm": Family(glm, prepare_glm),
         "glm4": Family(glm4, prepare_glm),
+        "glm4_moe": Family(glm4_moe, prepare_glm4_moe),
+        "gpt_oss": Family(gpt_oss, prepare_gpt_oss),
         "granite": Family(granite),
         "llama": Family(llama),
         "mistral": Family(mistral),
+        "mixtral": Family(mixtral, prepare_mixtral),
         "olmo2": Family(olmo2, prepare_olmo2),
         "phi3": Family(phi3, prepare_phi3),
         "qwen2": Family(qwen2),
+        "qwen2_moe": Family(qwen2_moe, prepare_qwen2_moe),
         "qwen3": Family(qwen3),
+        "qwen3_moe": Family(qwen3_moe, prepare_qwen3_moe),
         "smollm3": Family(smollm3, prepare_smollm3),
     }
 )
@@ -105,8 +116,13 @@ class ModelConfig:
 
     @property
     def intermediate_size(self) -> int:
-        """Of the widest MLP."""
-        return max(layer.mlp.width for layer in self.layers)
+        """Of the widest MLP, expert or shared expert."""
+        return max(layer.mlp.widest for layer in self.layers)
+
+    @property
+    def mixtures(self) -> tuple[MoeShape, ...]:
+        """Of the layers that are mixtures of experts."""
+        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeShape))
 
     @property
     def windows(self) -> tuple[int | None, ...]:

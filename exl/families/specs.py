@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from exl.checkpoint.rope_config import RopeConfig
-from exl.layout.specs import NormSpec, Rows
+from exl.layout.specs import NormSpec, Rows, Stack
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,56 @@ class MlpShape:
 
     width: int  # F
     activation: str = "silu"  # as ``exl.ops.base.GatedMlp`` has them
+    limit: float | None = None  # of "swiglu_oai"
+
+    @property
+    def widest(self) -> int:
+        """Of the channels between its linears, those that lie in a buffer of the step."""
+        return self.width
+
+
+@dataclass(frozen=True)
+class RouteShape:
+    """How a router's logits choose experts, and with which weights.
+
+    Scores are "softmax" (over all experts) or "sigmoid" of the logits, or the logits themselves ("chosen": weights are
+    the softmax over those that are chosen). The ``per_token`` experts of the largest score + ``router_bias`` (a norm of
+    the layer of that name, if there is one) are chosen; equal ones by their number, the lower first. Of several
+    ``groups`` of neighbours, only those of the ``top_groups`` best, by the sum of a group's two best. Weights are the
+    scores without the bias, ``normalize``: divided by their sum + ``eps``; then times ``scaling``.
+    """
+
+    score: str = "softmax"
+    normalize: bool = True
+    eps: float = 0.0
+    scaling: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True)
+class SharedShape:
+    """The expert that every token takes. ``gated``: times sigmoid(x g), g a vector of the layer."""
+
+    width: int
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """A mixture of experts: gated MLPs, of which a router chooses some for each token."""
+
+    count: int  # E
+    per_token: int  # k
+    width: int  # F of one
+    activation: str = "silu"
+    limit: float | None = None  # of "swiglu_oai"
+    route: RouteShape = RouteShape()
+    shared: SharedShape | None = None
+
+    @property
+    def widest(self) -> int:
+        return self.width if self.shared is None else max(self.width, self.shared.width)
 
 
 @dataclass(frozen=True)
@@ -60,11 +110,13 @@ class BranchShape:
 class PartSpec:
     """A matrix of a layer, W [K, N], and where it is: the module's name, and which of its outputs."""
 
-    module: str  # without the layer's prefix: "self_attn.q_proj"
+    module: str  # without the layer's prefix: "self_attn.q_proj"; of an expert with "{e}" for its number
     K: int
     N: int
     has_bias: bool = False  # whether the file must have one; one that it has is used in any case
     rows: Rows | None = None
+    stack: Stack | None = None  # of an expert: the file has those of all in one tensor, this is the first one's
+    exact: bool = False  # a router: stays what it is in the file, and is dequantized where that has it quantized
 
 
 @dataclass(frozen=True)
@@ -73,11 +125,14 @@ class LayerSpec:
 
     Attention reads ``norms["attn_norm"]`` of the residual stream, the MLP ``mlp_norm``, each unless it is None, which
     is: the residual stream itself. ``linears``: "qkv", "o", "gate_up", "down", in the order in which a pass meets them,
-    each of matrices side by side along N.
+    each of matrices side by side along N. With a mixture of experts, in place of the last two: "router" [C, E], and
+    where there is a shared expert "shared_gate_up", "shared_down" and, if it is gated, "shared_gate" [C, 1].
+    ``experts``: "gate_up" and "down" of one of them, under the names that files of this family have; the first whose
+    tensors are there. Such a layer's ``mlp_branch`` is the plain one.
     """
 
     attention: AttentionShape
-    mlp: MlpShape
+    mlp: MlpShape | MoeShape
     norms: tuple[NormSpec, ...]  # tensors' names without the layer's prefix
     linears: Mapping[str, tuple[PartSpec, ...]]
     attn_norm: str | None = "attn_norm"
@@ -85,6 +140,7 @@ class LayerSpec:
     attn_branch: BranchShape = BranchShape()
     mlp_branch: BranchShape = BranchShape()
     parallel: bool = False  # the MLP reads what attention has read, not what it has added to
+    experts: tuple[Mapping[str, tuple[PartSpec, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +152,9 @@ class ModelNames:
     final_norm: str = "model.norm.weight"
     head: str = "lm_head"
     layers: str = "model.layers"
-    # Ends of names that are not loaded, because exl computes them.
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # Ends of names that are not loaded, because exl computes them or, scales of an 8-bit KV cache, has no use for them.
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
+    unread: tuple[str, ...] = ()  # beginnings of names of what is not run: layers that predict further tokens, say
 
 
 @dataclass(frozen=True)

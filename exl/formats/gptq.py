@@ -6,43 +6,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import SUPPORTED_BITS, QuantConfig
+from exl.checkpoint.quant.gptq import GptqConfig
+from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import CheckpointError, warn_user
-from exl.formats.matrix import QuantizedMatrix
-from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_float, require_float, require_tensor
+from exl.formats.codes import unpack_codes, unpack_planes
+from exl.formats.format import Format
+from exl.formats.groups import num_groups, order_key, read_order, read_scales
+from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_bias, require_tensor, to_float
 from exl.layout.specs import MatrixSpec
 
 K_MULTIPLE = 32  # 32 codes of any width fill whole words
-
-
-def unpack_codes(packed: NDArray[np.int32] | NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
-    """Packed words i32 [R, N] -> codes u8 [R * 32 / bits, N]: consecutive codes lie in consecutive bits along axis 0.
-
-    All widths are one bit stream, least significant bit first; at 3 bits codes 10 and 21 of every 32 straddle words.
-    Example, 4 bits: the word 0x76543210 holds codes 0, 1, 2, ... 7.
-    """
-    num_words, codes_per_block = (3, 32) if bits == 3 else (1, 32 // bits)
-    num_rows, N = packed.shape
-    num_blocks, num_bytes = num_rows // num_words, 4 * num_words
-    little = np.ascontiguousarray(packed, "<i4").view(np.uint8).reshape(num_blocks, num_words, N, 4)
-    # Bytes of one significance side by side, so that the shifts below run over contiguous memory.
-    stream = np.ascontiguousarray(little.transpose(0, 1, 3, 2)).reshape(num_blocks, num_bytes, N)
-    codes = np.empty((num_blocks, codes_per_block, N), np.uint8)
-    mask = (1 << bits) - 1
-    for j in range(codes_per_block):
-        byte, shift = divmod(j * bits, 8)
-        code = stream[:, byte] >> shift
-        if shift + bits > 8:
-            code |= stream[:, byte + 1] << (8 - shift)
-        np.bitwise_and(code, mask, out=codes[:, j])
-    return codes.reshape(num_blocks * codes_per_block, N)
 
 
 @dataclass(frozen=True)
@@ -59,13 +39,12 @@ class _Shape:
         return num_groups(self.K, self.group_size)
 
 
-def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSpec:
+def gptq_spec(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> MatrixSpec:
     """Shapes of one module, from headers and, where there is one, ``g_idx``. ``quant`` is the module's own.
 
     Raises ``CheckpointError`` that names the tensor, what was found and what was expected.
     """
     shape = _read_shape(checkpoint, name, quant)
-    order_key = None if shape.order is None else hashlib.sha256(shape.order.astype("<i4").tobytes()).hexdigest()
     return MatrixSpec(
         name=name,
         K=shape.K,
@@ -74,13 +53,13 @@ def gptq_spec(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> MatrixSp
         dtype="u8",
         group_size=shape.group_size,
         has_bias=f"{name}.bias" in checkpoint.tensors,
-        order_key=order_key,
+        order_key=order_key(shape.order),
         symmetric=quant.sym,
         scale_dtype=checkpoint.info(f"{name}.scales").dtype,
     )
 
 
-def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> QuantizedMatrix:
+def load_gptq(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> QuantizedMatrix:
     """One module with its scales and zeros in memory. Codes are read at the first use and unpacked by block.
 
     Raises as :func:`gptq_spec`, also for scales that are not finite; warns (``ExlWarning``) where symmetric zeros show
@@ -97,7 +76,7 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
     def read_codes(start: int, stop: int) -> NDArray[np.uint8]:
         if not 0 <= start <= stop <= shape.N:
             raise ValueError(f"columns {start}:{stop} of {name}, which has {shape.N}")
-        codes = unpack_codes(read_words()[:, start:stop], quant.bits)
+        codes = _unpack(read_words()[:, start:stop], quant)
         return codes if shape.order is None else codes[shape.order]
 
     return QuantizedMatrix(
@@ -105,17 +84,42 @@ def load_gptq(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> Quantize
         group_size=shape.group_size,
         K=shape.K,
         N=shape.N,
-        scales=_read_scales(checkpoint, name),
+        scales=read_scales(checkpoint, f"{name}.scales"),
         scale_dtype=checkpoint.info(f"{name}.scales").dtype,
         zeros=_read_zeros(checkpoint, name, quant),
         order=shape.order,
-        bias=_read_bias(checkpoint, name, shape.N),
+        bias=read_bias(checkpoint, f"{name}.bias", shape.N),
         read_codes=read_codes,
-        read_words=read_words,
+        read_words=None if _in_planes(quant) else read_words,
     )
 
 
-def gptq_fits(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> bool:
+def load_gptq_table(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> DenseMatrix:
+    """A quantized embedding, dequantized as its rows are read. GPTQModel packs it along the vocabulary: a token is an
+    input, groups are of tokens, and a channel is an output. Raises as :func:`load_gptq`.
+
+    Values are f32: ``code - zero`` has 9 bits, so that products with f16 and bf16 scales are exact; those with f32
+    scales are rounded once.
+    """
+    shape = _read_shape(checkpoint, name, quant)
+    scales = to_float(read_scales(checkpoint, f"{name}.scales"), "f16")
+    zeros = _read_zeros(checkpoint, name, quant).astype(np.float32)
+    group = np.arange(shape.K, dtype=np.int32) // np.int32(shape.group_size)
+    if shape.order is not None:
+        sorted_group, group = group, np.empty_like(group)
+        group[shape.order] = sorted_group
+
+    def read_rows(start: int, stop: int) -> NDArray[np.float32]:
+        first, last = start // K_MULTIPLE, -(-stop // K_MULTIPLE)  # blocks of whole words
+        words = checkpoint.read_rows(f"{name}.qweight", first * quant.bits, last * quant.bits)
+        codes = _unpack(words, quant)[start - first * K_MULTIPLE :][: stop - start]
+        rows = group[start:stop]
+        return (codes - zeros[rows]) * scales[rows]
+
+    return DenseMatrix(dtype="f32", K=shape.N, N=shape.K, bias=None, bias_dtype=None, read_rows=read_rows)
+
+
+def gptq_fits(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> bool:
     """Whether a module's shapes and ``g_idx`` are those of the bits and the group size that ``quant`` says."""
     try:
         _read_shape(checkpoint, name, quant)
@@ -138,7 +142,7 @@ def stored_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int] | No
     return (bits, K, G) if g_idx is None or g_idx.shape == (K,) else None
 
 
-def _stored_sizes_shown(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> str:
+def _stored_sizes_shown(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> str:
     """What the shapes show, if that is something else than ``quant`` says; for the end of a message."""
     sizes = stored_sizes(checkpoint, name)
     if sizes is None:
@@ -149,11 +153,7 @@ def _stored_sizes_shown(checkpoint: Checkpoint, name: str, quant: QuantConfig) -
     return f"; the shapes of all its tensors are those of {bits} bits and {K} inputs in {G} group{'s' * (G > 1)}"
 
 
-def num_groups(K: int, group_size: int) -> int:
-    return 1 if group_size == -1 else -(-K // group_size)
-
-
-def _read_shape(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> _Shape:
+def _read_shape(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> _Shape:
     qweight = require_tensor(checkpoint, f"{name}.qweight", ("i32",), 2)
     num_rows, N = qweight.shape
     K = num_rows * 32 // quant.bits
@@ -175,62 +175,15 @@ def _read_shape(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> _Shape
             f"{qweight.file}: {name}: {N} outputs, whose {quant.bits}-bit zeros do not fill whole words of qzeros"
         )
     expect_shape(qzeros, (G, N * quant.bits // 32), reason)
-    return _Shape(K, N, group_size, _read_order(checkpoint, name, K, group_size, quant.source))
+    return _Shape(K, N, group_size, read_order(checkpoint, f"{name}.g_idx", K, group_size, quant.source))
 
 
-def _read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int, source: str) -> NDArray[np.int32] | None:
-    """The permutation that sorts the inputs by group; None where they are sorted already.
-
-    ``g_idx`` decides, whatever ``desc_act`` says. All zero means that nobody filled it in.
-    """
-    if f"{name}.g_idx" not in checkpoint.tensors:
-        return None
-    info = require_tensor(checkpoint, f"{name}.g_idx", ("i32",), 1)
-    expect_shape(info, (K,), f"{K} inputs")
-    g_idx = checkpoint.read(info.name)
-    num_groups = -(-K // group_size)
-    if not g_idx.any() or np.array_equal(g_idx, np.arange(K) // group_size):
-        return None
-    wrong = np.flatnonzero((g_idx < 0) | (g_idx >= num_groups))
-    if len(wrong):
-        raise CheckpointError(
-            f"{info.file}: {info.name}: found group {g_idx[wrong[0]]} for input {wrong[0]}, "
-            f"expected 0 to {num_groups - 1}"
-        )
-    sizes = np.bincount(g_idx, minlength=num_groups)
-    expected = np.full(num_groups, group_size)
-    expected[-1] = K - (num_groups - 1) * group_size
-    uneven = np.flatnonzero(sizes != expected)
-    if len(uneven):
-        rest = "each" if K % group_size == 0 else f"each and {expected[-1]} in the last"
-        raise CheckpointError(
-            f"{info.file}: {info.name}: found {sizes[uneven[0]]} inputs in group {uneven[0]}, expected {group_size} "
-            f"in {rest}: the file is damaged, or {source} has another file's group_size"
-        )
-    return np.argsort(g_idx, kind="stable").astype(np.int32)
-
-
-def _read_scales(checkpoint: Checkpoint, name: str) -> NDArray[np.float16] | NDArray[np.float32]:
-    """f16 as the file has them; other types become f32, which holds them exactly."""
-    info = checkpoint.info(f"{name}.scales")
-    scales = checkpoint.read(info.name) if info.dtype == "f16" else read_float(checkpoint, info.name)
-    if scales.dtype == np.float16:  # by their exponents, because NumPy converts f16 one by one
-        finite = (scales.view(np.uint16) & np.uint16(0x7C00)) != 0x7C00
-    else:
-        finite = np.isfinite(scales)
-    if not finite.all():
-        group, column = np.argwhere(~finite)[0]
-        raise CheckpointError(
-            f"{info.file}: {info.name}: found {scales[group, column]} for group {group}, output {column} "
-            f"({np.count_nonzero(~finite)} such in all), expected finite scales"
-        )
-    return scales
-
-
-def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArray[np.uint8]:
-    """True zeros u8 [G, N]. Unpacked first, adjusted then: arithmetic on whole words would borrow between codes."""
-    stored = _stored_zeros(checkpoint, name, quant.bits)
+def _read_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> NDArray[np.uint8]:
+    """True zeros u8 [G, N]: as the file's writer has turned them into words."""
+    stored = _stored_zeros(checkpoint, name, quant)
     checkpoint_format = quant.checkpoint_format
+    if checkpoint_format == "gptq_p":
+        return stored
     found = _format_of(stored, quant.bits) if quant.sym else None
     if found is not None:
         checkpoint_format = found
@@ -241,16 +194,35 @@ def _read_zeros(checkpoint: Checkpoint, name: str, quant: QuantConfig) -> NDArra
             )
     if checkpoint_format == "gptq_v2":
         return stored
-    return (stored + np.uint8(1)) & np.uint8((1 << quant.bits) - 1)  # 15 + 1 can only mean 0
+    if quant.borrowed and found is None and quant.bits != 3:  # 3 bits straddle words: even these writers part them
+        words = checkpoint.read(f"{name}.qzeros").view(np.uint32) + np.uint32(_ones(quant.bits))
+        return np.ascontiguousarray(unpack_codes(words.T, quant.bits).T)
+    # Field by field: arithmetic on whole words would borrow from neighbours. 15 + 1 can only mean 0.
+    return (stored + np.uint8(1)) & np.uint8((1 << quant.bits) - 1)
 
 
-def _stored_zeros(checkpoint: Checkpoint, name: str, bits: int) -> NDArray[np.uint8]:
+def _ones(bits: int) -> int:
+    """A word with 1 in each field: 0x11111111 at 4 bits."""
+    return sum(1 << shift for shift in range(0, 32, bits))
+
+
+def _stored_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> NDArray[np.uint8]:
     """As the file has them, u8 [G, N]."""
     words = checkpoint.read(f"{name}.qzeros")
+    bits = quant.bits
     codes = unpack_codes(words[:1, :3].T, bits)
     if bits != 3 and (words == words[0, 0]).all() and (codes == codes[0]).all():  # symmetric: one zero for all
         return np.full((len(words), words.shape[1] * 32 // bits), codes[0, 0])
-    return np.ascontiguousarray(unpack_codes(words.T, bits).T)
+    return np.ascontiguousarray(_unpack(words.T, quant).T)
+
+
+def _unpack(words: NDArray[np.int32] | NDArray[np.uint32], quant: GptqConfig) -> NDArray[np.uint8]:
+    return unpack_planes(words) if _in_planes(quant) else unpack_codes(words, quant.bits)
+
+
+def _in_planes(quant: GptqConfig) -> bool:
+    """Whether words are not the bit stream of all other files: at 2, 4 and 8 bits planes are that, too."""
+    return quant.checkpoint_format == "gptq_p" and quant.bits == 3
 
 
 def _format_of(stored: NDArray[np.uint8], bits: int) -> str | None:
@@ -261,15 +233,9 @@ def _format_of(stored: NDArray[np.uint8], bits: int) -> str | None:
     return "gptq" if stored[0, 0] == middle - 1 else "gptq_v2"
 
 
-def format_of_zeros(checkpoint: Checkpoint, name: str, bits: int) -> str | None:
+def format_of_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> str | None:
     """The ``checkpoint_format`` that a module's zeros show; None: they are not symmetric."""
-    return _format_of(_stored_zeros(checkpoint, name, bits), bits)
+    return _format_of(_stored_zeros(checkpoint, name, quant), quant.bits)
 
 
-def _read_bias(checkpoint: Checkpoint, name: str, N: int) -> NDArray | None:
-    """f16 [N] as the file has it; other types become f32, which holds them exactly."""
-    if f"{name}.bias" not in checkpoint.tensors:
-        return None
-    info = require_float(checkpoint, f"{name}.bias", 1)
-    expect_shape(info, (N,), f"{N} outputs")
-    return checkpoint.read(info.name) if info.dtype == "f16" else read_float(checkpoint, info.name)
+FORMAT = Format("qweight", ("qweight", "qzeros", "scales", "g_idx", "bias"), gptq_spec, load_gptq)

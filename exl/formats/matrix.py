@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+# Twice the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6 of e2m1 (OCP Microscaling Formats 1.0, table 5), then the same below 0.
+FP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
@@ -16,6 +19,9 @@ class QuantizedMatrix:
     ``g(k)`` is ``k // group_size`` for rows in *sorted* order: with ``order`` given, sorted row ``i`` is the
     checkpoint's row ``order[i]`` and multiplies ``x[order[i]]``. ``codes`` returns sorted rows.
     A group size of K is one group.
+
+    ``code_kind`` "fp4": codes of 4 bits stand for numbers of the format e2m1 instead, twice as large, which are
+    integers: ``W[k, n] = scales[g(k), n] * FP4_VALUES[code[k, n]]``. There are no zeros; ``zeros`` are all 8.
     """
 
     bits: int  # 2, 3, 4 or 8
@@ -31,6 +37,7 @@ class QuantizedMatrix:
     # stream along axis 0, rows in the checkpoint's order, whatever ``order`` says.
     read_words: Callable[[], NDArray[np.uint32]] | None = field(default=None, repr=False)
     scale_dtype: str = "f16"  # type that the file has them in and that holds them exactly; f32 arrays: "bf16" or "f32"
+    code_kind: str = "int"
 
     @property
     def num_groups(self) -> int:

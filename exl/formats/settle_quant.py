@@ -11,7 +11,8 @@ from itertools import product
 from typing import Any
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import DECIDING, QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
+from exl.checkpoint.quant.gptq import GptqConfig
 from exl.errors import ConfigError, warn_user
 from exl.formats.gptq import format_of_zeros, gptq_fits, gptq_spec, stored_sizes
 
@@ -23,24 +24,39 @@ _SHAPED = ("bits", "group_size", "rules")  # what shapes show
 def settle_quant(checkpoint: Checkpoint, quant: QuantConfig | None) -> QuantConfig | None:
     """``quant`` without ``others``: with the values that the tensors show wherever its files disagree.
 
-    Warns (``ExlWarning``) of the files, the fields and the values. Raises ``ConfigError`` that names them where the
-    tensors fit none of them, or cannot tell.
+    Warns (``ExlWarning``) of the files, the fields and the values, and of what a file asks for and exl leaves out.
+    Raises ``ConfigError`` that names them where the tensors fit none of them, or cannot tell.
     """
+    if quant is not None and quant.note is not None:
+        warn_user(f"{checkpoint.path}: {quant.note}")
     if quant is None or not quant.others:
         return quant
+    # What GPTQModel writes in planes looks like other bits of GPTQ: no tensor tells them apart.
+    planes = any(getattr(file, "checkpoint_format", "") == "gptq_p" for file in (quant, *quant.others))
+    if not isinstance(quant, GptqConfig) or planes:
+        raise _disagreement(checkpoint, quant)
     files = [quant, *quant.others]
     modules = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
     if not modules:
         return replace(quant, others=())
     settled = replace(_settle_shapes(checkpoint, modules, files), others=())
     settled = _settle_zeros(checkpoint, modules, files, settled)
-    differing = [key for key in DECIDING if len(_values(files, key)) > 1]
+    differing = [key for key in GptqConfig.deciding if len(_values(files, key)) > 1]
     found = "; ".join(f"{_stated(files, key)}, taking {_shown(key, getattr(settled, key))}" for key in differing)
     warn_user(f"{checkpoint.path}: files disagree about the quantization, going by the tensors: {found}")
     return settled
 
 
-def _settle_shapes(checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[QuantConfig]) -> QuantConfig:
+def _disagreement(checkpoint: Checkpoint, quant: QuantConfig) -> ConfigError:
+    """Of files of another method than GPTQ, whose disagreements nobody has met."""
+    other = quant.others[0]
+    key = next(key for key in quant.deciding if getattr(quant, key) != getattr(other, key))
+    return ConfigError(
+        f"{checkpoint.path}: {_stated([quant, other], key)}: correct the file that is wrong, or delete it"
+    )
+
+
+def _settle_shapes(checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[GptqConfig]) -> GptqConfig:
     """The values of bits, group size and rules that fit all modules. They may come from different files."""
     fitting = []
     for values in product(*(_values(files, key) for key in _SHAPED)):
@@ -64,13 +80,13 @@ def _settle_shapes(checkpoint: Checkpoint, modules: Sequence[str], files: Sequen
     return first
 
 
-def _same(checkpoint: Checkpoint, name: str, one: QuantConfig, other: QuantConfig) -> bool:
+def _same(checkpoint: Checkpoint, name: str, one: GptqConfig, other: GptqConfig) -> bool:
     """Whether two configurations that fit a module mean the same: -1 and K are both one group."""
     specs = [gptq_spec(checkpoint, name, _of_module(config, name)) for config in (one, other)]
     return specs[0].bits == specs[1].bits and specs[0].group_size == specs[1].group_size
 
 
-def _fits_none(checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[QuantConfig]) -> ConfigError:
+def _fits_none(checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[GptqConfig]) -> ConfigError:
     """An error for values that the tensors contradict. Raises the format's own error for damaged tensors."""
     unfit = {file.source: [n for n in modules if not gptq_fits(checkpoint, n, _of_module(file, n))] for file in files}
     name = next((name for name in modules if all(name in some for some in unfit.values())), None)
@@ -91,14 +107,14 @@ def _fits_none(checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[Q
 
 
 def _settle_zeros(
-    checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[QuantConfig], settled: QuantConfig
-) -> QuantConfig:
+    checkpoint: Checkpoint, modules: Sequence[str], files: Sequence[GptqConfig], settled: GptqConfig
+) -> GptqConfig:
     """``checkpoint_format`` and ``sym`` by the zeros. For a plan of remote files, which needs neither, a few decide."""
     formats, symmetries = _values(files, "checkpoint_format"), _values(files, "sym")
     if len(formats) == len(symmetries) == 1:
         return settled
     some = modules[:_REMOTE_ZEROS] if checkpoint.is_remote else modules
-    found = [format_of_zeros(checkpoint, name, _of_module(settled, name).bits) for name in some]
+    found = [format_of_zeros(checkpoint, name, _of_module(settled, name)) for name in some]
     if len(symmetries) > 1:
         settled = replace(settled, sym=None not in found)
     shown = set(found) - {None}
@@ -113,8 +129,8 @@ def _settle_zeros(
     return settled
 
 
-def _of_module(config: QuantConfig, name: str) -> QuantConfig:
-    return config.for_module(name) or config  # as ``formats.load``: the tensors say that it is quantized
+def _of_module(config: GptqConfig, name: str) -> GptqConfig:
+    return config.for_quantized(name)  # as ``formats.load``: the tensors say that it is
 
 
 def _values(files: Iterable[QuantConfig], key: str) -> list[Any]:

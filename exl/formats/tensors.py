@@ -66,3 +66,13 @@ def read_norm(checkpoint: Checkpoint, name: str, spec: NormSpec) -> NDArray[np.f
     if (spec.offset, spec.scale) == (0.0, 1.0):
         return weight
     return ((weight.astype(np.float64) + spec.offset) * spec.scale).astype(np.float32)
+
+
+def read_bias(checkpoint: Checkpoint, name: str, N: int) -> NDArray[np.float16] | NDArray[np.float32] | None:
+    """``name`` [N], the bias of a quantized matrix; None: there is none. f16 as the file has it; other types become
+    f32, which holds them exactly."""
+    if name not in checkpoint.tensors:
+        return None
+    info = require_float(checkpoint, name, 1)
+    expect_shape(info, (N,), f"{N} outputs")
+    return checkpoint.read(name) if info.dtype == "f16" else read_float(checkpoint, name)

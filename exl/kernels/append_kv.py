@@ -77,6 +77,12 @@ def compiled_layouts() -> Iterator[PageLayout]:
     yield PageLayout("q4", 120)
 
 
+def layouts_with_sinks() -> Iterator[PageLayout]:
+    """Of models whose attention has sinks (gpt-oss): head size 64."""
+    for kind in ("f16", "q4"):
+        yield PageLayout(kind, 64)
+
+
 def variants(arch: int) -> Iterator[Variant]:
     for layout in compiled_layouts():
         yield Variant(_spec(layout, arch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
-from exl.kernels.append_kv import compiled_layouts
+from exl.kernels.append_kv import compiled_layouts, layouts_with_sinks
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.attention_io import (
     AttentionParams,
@@ -19,7 +19,6 @@ from exl.kernels.attention_io import (
     check_dims,
     check_rows,
     check_used_pages,
-    check_window,
 )
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
@@ -142,7 +141,7 @@ def attention_decode(
             f"{max_new} new tokens, a context of {max_context}: expected 1 to {MAX_NEW_TOKENS} and 1 to "
             f"{max_pages * PAGE_SIZE}"
         )
-    check_window(params.window)
+    params.check(num_heads, device)
     check_tensor("out", out, (torch.float16,), (num_tokens, num_heads * D), device)
     check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
     check_rows(rows, num_tokens, num_heads, num_kv_heads, D, device)
@@ -162,20 +161,22 @@ def attention_decode(
     tiles = column_tiles(num_heads, num_kv_heads, max_new)
     args = [*rows.pointers(), ptr(tables.slots), ptr(tables.query_start), ptr(tables.context_len)]
     args += [ptr(tables.page_table), ptr(tables.first_part), ptr(pages), ptr(out), ptr(channel_map)]
-    args += [ptr(scratch.partial), ptr(scratch.arrived)]
+    args += [ptr(scratch.partial), ptr(scratch.arrived), ptr(params.sinks)]
     args += [i32(num_heads), i32(num_kv_heads), i32(tiles), i32(max_pages), i32(rows.half_dim)]
     args += [i32(OUT_TYPES[rows.qkv.dtype]), i32(rows.qkv.stride(0)), i32(params.window or 0)]
     args += [f32(params.scale), f32(params.softcap or 0.0), f32(rows.norms.eps)]
     grid = (num_items(max_context), num_kv_heads * tiles, num_sequences)
-    function = backend.load(_spec(layout, backend.arch))
+    function = backend.load(_spec(layout, backend.arch, params.macros))
     launch(function, grid, (32 * NUM_WARPS,), args, shared_bytes(D, backend.arch), dependent=dependent)
 
 
-def _spec(layout: PageLayout, arch: int) -> KernelSpec:
+def _spec(layout: PageLayout, arch: int, more: Mapping[str, int]) -> KernelSpec:
     macros = {"EXL_D": layout.head_dim, "EXL_K_BITS": layout.k_bits, "EXL_V_BITS": layout.v_bits}
-    return KernelSpec("attention_decode.cu", "attention_decode", macros, arch)
+    return KernelSpec("attention_decode.cu", "attention_decode", macros | more, arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
     for layout in compiled_layouts():
-        yield Variant(_spec(layout, arch))
+        yield Variant(_spec(layout, arch, {}))
+    for layout in layouts_with_sinks():
+        yield Variant(_spec(layout, arch, {"EXL_SINKS": 1}))

@@ -56,6 +56,18 @@ class AttentionParams:
     scale: float
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all
     softcap: float | None = None
+    sinks: torch.Tensor | None = None  # f32 [H]: one more score of each head, which has no value
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What kernels are compiled with. None without sinks, so that those are the same whatever else there is."""
+        return {} if self.sinks is None else {"EXL_SINKS": 1}
+
+    def check(self, num_heads: int, device: torch.device) -> None:
+        """Raises ``KernelError``."""
+        check_window(self.window)
+        if self.sinks is not None:
+            check_tensor("sinks", self.sinks, (torch.float32,), (num_heads,), device)
 
 
 def check_dims(name: str, tensor: torch.Tensor, dims: int) -> None:

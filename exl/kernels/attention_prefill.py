@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE
 from exl.errors import KernelError
-from exl.kernels.append_kv import compiled_layouts
+from exl.kernels.append_kv import compiled_layouts, layouts_with_sinks
 from exl.kernels.args import f32, i32, ptr
-from exl.kernels.attention_io import AttentionParams, check_dims, check_used_pages, check_window
+from exl.kernels.attention_io import AttentionParams, check_dims, check_used_pages
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
@@ -94,7 +94,7 @@ def attention_prefill(
         raise KernelError(f"{num_tokens} tokens, {num_heads} heads, {num_kv_heads} kv heads: expected whole groups")
     if not 1 <= max_new <= num_tokens:
         raise KernelError(f"{max_new} new tokens of a sequence at most: expected 1 to {num_tokens}")
-    check_window(params.window)
+    params.check(num_heads, device)
     check_tensor("q", q, (torch.float16,), (num_tokens, num_heads, D), device, 16)
     check_tensor("pages", pages, (torch.uint8,), (pages.shape[0], num_kv_heads, layout.num_bytes), device, 16)
     check_tensor("out", out, (torch.float16,), (num_tokens, num_heads * D), device)
@@ -104,23 +104,25 @@ def attention_prefill(
     if channel_map is not None:
         check_tensor("channel_map", channel_map, (torch.int32,), (num_heads * D,), device)
     args = [ptr(q), ptr(tables.query_start), ptr(tables.context_len), ptr(tables.page_table), ptr(pages), ptr(out)]
-    args += [ptr(channel_map), i32(num_heads), i32(num_kv_heads), i32(max_pages), i32(params.window or 0)]
-    args += [f32(params.scale), f32(params.softcap or 0.0)]
+    args += [ptr(channel_map), ptr(params.sinks), i32(num_heads), i32(num_kv_heads), i32(max_pages)]
+    args += [i32(params.window or 0), f32(params.scale), f32(params.softcap or 0.0)]
     warps = num_warps(D, backend.arch)
     columns = warps * 8 * column_groups(D, backend.arch)
     grid = (-(-num_heads // num_kv_heads * max_new // columns), num_kv_heads, num_sequences)
-    function = backend.load(_spec(layout, backend.arch))
+    function = backend.load(_spec(layout, backend.arch, params.macros))
     launch(function, grid, (32 * warps,), args, shared_bytes(D, backend.arch), dependent=dependent)
 
 
-def _spec(layout: PageLayout, arch: int) -> KernelSpec:
+def _spec(layout: PageLayout, arch: int, more: Mapping[str, int]) -> KernelSpec:
     D = layout.head_dim
     macros = {"EXL_D": D, "EXL_K_BITS": layout.k_bits, "EXL_V_BITS": layout.v_bits}
     macros |= {"EXL_N": column_groups(D, arch), "EXL_WARPS": num_warps(D, arch)}
-    return KernelSpec("attention_prefill.cu", "attention_prefill", macros, arch)
+    return KernelSpec("attention_prefill.cu", "attention_prefill", macros | more, arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
     """On sm_75 with quantized pages of head size 128, ptxas keeps a few registers in local memory."""
     for layout in compiled_layouts():
-        yield Variant(_spec(layout, arch), may_spill=arch == 75 and layout.head_dim == 128 and layout.quantized)
+        yield Variant(_spec(layout, arch, {}), may_spill=arch == 75 and layout.head_dim == 128 and layout.quantized)
+    for layout in layouts_with_sinks():
+        yield Variant(_spec(layout, arch, {"EXL_SINKS": 1}))

@@ -13,8 +13,8 @@ import torch
 
 from exl.errors import KernelError, NoGpuError
 from exl.kernels.environment import Finding, diagnose, gpu_facts
+from exl.kernels.gated_product import gated_product
 from exl.kernels.launch import Backend, CudaBackend
-from exl.kernels.silu_mul import silu_mul
 
 _NUM_VALUES = 64
 _INPUT = 2.0
@@ -45,7 +45,7 @@ def check_backend(backend: Backend) -> None:
     try:
         gate = torch.full((1, _NUM_VALUES), _INPUT, dtype=torch.float16, device=backend.device)
         y = torch.zeros(1, _NUM_VALUES, dtype=torch.float32, device=backend.device)
-        silu_mul(backend, gate, gate, y)
+        gated_product(backend, gate, gate, y)
         found = y.cpu()
     except RuntimeError as error:  # torch's
         raise KernelError(f"{backend.device} does not run a first kernel: {error}") from error

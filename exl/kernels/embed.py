@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from exl.errors import KernelError
-from exl.kernels.args import i32, ptr
+from exl.kernels.args import f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
 from exl.kernels.spec import KernelSpec, Variant
@@ -34,12 +35,13 @@ def embed(
     h: torch.Tensor,
     sumsq: torch.Tensor,
     *,
+    scale: float = 1.0,
     samples: torch.Tensor | None = None,
     permuted: torch.Tensor | None = None,
     channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
-    """h f32 [T, C] = rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
+    """h f32 [T, C] = scale * rows ``ids`` i32 [T] of table f16 or bf16 [V, C]; sumsq f32 [T, ceil(C / 16)].
 
     The table may be memory of the host that the device reads over the bus (``exl.memory.device.mapped``).
     A negative id -1 - i is ``samples[i]`` (i32). ``permuted`` and ``channel_map`` as for ``Output.residual``. An
@@ -64,16 +66,17 @@ def embed(
         check_tensor("permuted", permuted, (torch.float32,), (num_tokens, C), device)
         check_tensor("channel_map", channel_map, (torch.int32,), (C,), device)
     args = [ptr(table), ptr(ids), ptr(samples), ptr(h), ptr(sumsq), ptr(permuted), ptr(channel_map)]
-    args += [i32(C), i32(vocab_size), i32(0 if samples is None else samples.numel())]
-    function = backend.load(_spec(table.dtype == torch.bfloat16, backend.arch))
+    args += [i32(C), i32(vocab_size), i32(0 if samples is None else samples.numel()), f32(scale)]
+    function = backend.load(_spec(table.dtype == torch.bfloat16, scale != 1.0, backend.arch))
     grid = -(-C // (NUM_THREADS * CHANNELS)), num_tokens
     launch(function, grid, (NUM_THREADS,), args, dependent=dependent)
 
 
-def _spec(bf16: bool, arch: int) -> KernelSpec:
-    return KernelSpec("embed.cu", "embed", {"EXL_BF16": int(bf16)}, arch)
+def _spec(bf16: bool, scaled: bool, arch: int) -> KernelSpec:
+    macros = {"EXL_BF16": int(bf16)} | ({"EXL_SCALED": 1} if scaled else {})
+    return KernelSpec("embed.cu", "embed", macros, arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    for bf16 in (False, True):
-        yield Variant(_spec(bf16, arch))
+    for bf16, scaled in itertools.product((False, True), repeat=2):
+        yield Variant(_spec(bf16, scaled, arch))

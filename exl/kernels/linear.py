@@ -1,13 +1,13 @@
 """Quantized linears on the GPU: y = x W, straight from the codes (``linear_q.cu``, ``linear_q_wide.cu``).
 
-For any number of tokens, 64 at a time. ``Output`` says what becomes of the product: it is stored, or SiLU(gate) * up
+For any number of tokens, 64 at a time. ``Output`` says what becomes of the product: it is stored, or a gated product
 is, or it is added to the f32 residual, which leaves the residual's sums of squares for the next norm. A row's bits
 depend neither on the other rows nor on the configuration. Arguments are checked before anything is launched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -17,7 +17,17 @@ from exl.errors import KernelError
 from exl.kernels.args import Arg, f32, i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
+from exl.kernels.linear_io import (
+    ACTIVATIONS,
+    INPUT_KINDS,
+    NO_MACROS,
+    OUT_TYPES,
+    NormedInput,
+    Output,
+    activation_macros,
+    check_input,
+    check_output,
+)
 from exl.kernels.linear_simt import run_simt, simt_spec
 from exl.kernels.spec import KernelSpec, Variant
 from exl.kernels.weights import TiledWeight, check_weight
@@ -95,7 +105,7 @@ def _launch(
     layout, num_tokens = weight.layout, x.shape[0]
     if config is None:
         config = choose_config(layout, num_tokens, backend.arch, backend.num_multiprocessors)
-    function = backend.load(linear_spec(config, layout, backend.arch))
+    function = backend.load(linear_spec(config, layout, backend.arch, out.macros))
     shared = config.shared_bytes(layout, num_tokens, backend.arch)
     kind = INPUT_KINDS[x.dtype]
     sumsq, norm_weight, eps = (None, None, 0.0) if norm is None else (norm.sumsq, norm.weight, norm.eps)
@@ -152,10 +162,12 @@ def round_activations(
     launch(backend.load(spec), (num_tokens,), (NUM_THREADS,), args, dependent=dependent)
 
 
-def linear_spec(config: LinearConfig, layout: TileLayout, arch: int) -> KernelSpec:
-    """The kernel that runs ``config``."""
+def linear_spec(
+    config: LinearConfig, layout: TileLayout, arch: int, ending: Mapping[str, int] = NO_MACROS
+) -> KernelSpec:
+    """The kernel that runs ``config``; ``ending``: ``Output.macros``."""
     name = "linear_q_wide" if config.wide else "linear_q"
-    return KernelSpec(f"{name}.cu", name, config.macros(layout), arch)
+    return KernelSpec(f"{name}.cu", name, config.macros(layout) | ending, arch)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -200,20 +212,23 @@ COMPILED = tuple(
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Macro sets that ``choose_config`` asks for on ``arch``: all of them for each layout in ``COMPILED``."""
+    """Macro sets that ``choose_config`` asks for on ``arch``: all of them for each layout in ``COMPILED``, and with the
+    other activation those of the first."""
     for stage in (128, 256):
         yield Variant(KernelSpec("round_activations.cu", "round_activations", {"EXL_STAGE_K": stage}, arch))
+    endings = [(layout, NO_MACROS) for layout in COMPILED]
+    endings += [(COMPILED[0], activation_macros(other)) for other in ACTIVATIONS[1:]]
     if arch < MIN_ARCH:
-        for layout in COMPILED:
+        for layout, ending in endings:
             for tokens in (1, 2, 4):
-                yield Variant(simt_spec(layout, tokens, arch))
+                yield Variant(simt_spec(layout, tokens, arch, ending))
         return
     seen = set()
-    for layout in COMPILED:
+    for layout, ending in endings:
         for tokens, K in product((1, 2, 3, 4, 8, 16, 32, 64), (896, 4096, 28672)):
             for num_multiprocessors in (1, 32, 128, 1024):
                 config = choose_config(replace(layout, K=K), tokens, arch, num_multiprocessors)
-                spec = linear_spec(config, layout, arch)
+                spec = linear_spec(config, layout, arch, ending)
                 if spec not in seen:
                     seen.add(spec)
                     # 64 tokens of 2 or 3 bits: some architectures keep up to 32 bytes a thread outside of the loop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,17 @@ from exl.errors import KernelError
 from exl.kernels.args import f32, i32, i64, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output, check_input, check_output
+from exl.kernels.linear_io import (
+    ACTIVATIONS,
+    INPUT_KINDS,
+    NO_MACROS,
+    OUT_TYPES,
+    NormedInput,
+    Output,
+    activation_macros,
+    check_input,
+    check_output,
+)
 from exl.kernels.spec import KernelSpec, Variant
 from exl.layout.arch import arch_limits
 from exl.layout.tiles import ROWS
@@ -58,9 +68,10 @@ class DenseConfig:
     ring_stages: int
     x_stages: int  # whose activations are in shared memory at a time
 
-    def spec(self, dtype: torch.dtype, arch: int) -> KernelSpec:
+    def spec(self, dtype: torch.dtype, arch: int, ending: Mapping[str, int] = NO_MACROS) -> KernelSpec:
+        """``ending``: ``Output.macros``."""
         macros = {"EXL_BF16": int(dtype == torch.bfloat16), "EXL_NT": self.token_tiles, "EXL_STAGES": self.ring_stages}
-        return KernelSpec("linear_dense.cu", "linear_dense", macros, arch)
+        return KernelSpec("linear_dense.cu", "linear_dense", macros | ending, arch)
 
     def shared_bytes(self, dtype: torch.dtype, num_tokens: int, arch: int) -> int:
         ring = NUM_WARPS * self.ring_stages * STAGE_BYTES if arch >= 80 else 0
@@ -136,7 +147,7 @@ def _launch(
     args += [i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), i32(config.x_stages)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(eps), f32(out.scale)]
     shared = config.shared_bytes(matrix.dtype, num_tokens, backend.arch)
-    function = backend.load(config.spec(matrix.dtype, backend.arch))
+    function = backend.load(config.spec(matrix.dtype, backend.arch, out.macros))
     launch(function, (weight.num_tiles,), (32 * NUM_WARPS,), args, shared, dependent=dependent)
 
 
@@ -144,4 +155,6 @@ def variants(arch: int) -> Iterator[Variant]:
     """All of them."""
     for dtype, least in MIN_ARCH.items():
         for num_tokens in (8, 16, 32) if arch >= least else ():
-            yield Variant(choose_dense_config(4096, dtype, num_tokens, arch).spec(dtype, arch))
+            for activation in ACTIVATIONS:
+                config = choose_dense_config(4096, dtype, num_tokens, arch)
+                yield Variant(config.spec(dtype, arch, activation_macros(activation)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -13,6 +15,8 @@ from exl.layout.tiles import ROWS
 INPUT_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 OUT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 STORE, GATED, RESIDUAL = 0, 1, 2
+NO_MACROS: Mapping[str, int] = MappingProxyType({})
+ACTIVATIONS = ("silu", "gelu_tanh")  # of a gate
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Output:
     permuted: torch.Tensor | None = None
     channel_map: torch.Tensor | None = None
     scale: float = 1.0
+    activation: str = "silu"
 
     @classmethod
     def store(cls, y: torch.Tensor) -> Output:
@@ -45,9 +50,9 @@ class Output:
         return cls(STORE, y)
 
     @classmethod
-    def gated(cls, y: torch.Tensor) -> Output:
-        """y [T, F] = SiLU(gate) * up, for rows packed by ``gated_rows``."""
-        return cls(GATED, y)
+    def gated(cls, y: torch.Tensor, activation: str = "silu") -> Output:
+        """y [T, F] = activation(gate) * up, for rows packed by ``gated_rows``."""
+        return cls(GATED, y, activation=activation)
 
     @classmethod
     def residual(
@@ -69,11 +74,24 @@ class Output:
     def is_gated(self) -> bool:
         return self.kind == GATED
 
+    @property
+    def macros(self) -> dict[str, int]:
+        """What a kernel that ends with this is compiled with: ``activation_macros``."""
+        return activation_macros(self.activation)
+
     def rows(self, start: int, stop: int) -> Output:
         def cut(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t[start:stop]
 
-        return Output(self.kind, cut(self.y), cut(self.sumsq), cut(self.permuted), self.channel_map, self.scale)
+        return replace(self, y=cut(self.y), sumsq=cut(self.sumsq), permuted=cut(self.permuted))
+
+
+def activation_macros(activation: str) -> dict[str, int]:
+    """Macros of epilogue.cuh. None for SiLU, so that its kernels are the same whatever else there is. Raises
+    ``KernelError``."""
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"activation {activation!r}: expected {' or '.join(ACTIVATIONS)}")
+    return {} if activation == "silu" else {"EXL_GELU": 1}
 
 
 def check_input(K: int, x: torch.Tensor, norm: NormedInput | None, device: torch.device) -> None:

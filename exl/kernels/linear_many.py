@@ -6,7 +6,7 @@ the activations' type here, products add up in f32: rows are not bit-equal to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,15 @@ from exl.kernels.checks import check_tensor
 from exl.kernels.dequantize import dequantize
 from exl.kernels.launch import Backend, launch
 from exl.kernels.linear import round_activations
-from exl.kernels.linear_io import OUT_TYPES, NormedInput, Output, check_input, check_output
+from exl.kernels.linear_io import (
+    ACTIVATIONS,
+    OUT_TYPES,
+    NormedInput,
+    Output,
+    activation_macros,
+    check_input,
+    check_output,
+)
 from exl.kernels.spec import KernelSpec, Variant
 from exl.kernels.weights import TiledWeight, check_weight
 from exl.layout.panels import PANEL_BYTES, panel_tiles
@@ -80,7 +88,7 @@ def _finish(backend: Backend, weight: TiledWeight, product: torch.Tensor, out: O
     args += [i32(out.y.shape[1]), i32(weight.layout.num_tiles), i32(first_tile), i32(num_rows // ROWS), i32(num_tokens)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(out.scale)]
     grid = (-(-num_rows // ROWS // NUM_WARPS), -(-num_tokens // 8))
-    launch(backend.load(_spec(backend.arch)), grid, (32 * NUM_WARPS,), args)
+    launch(backend.load(_spec(backend.arch, out.macros)), grid, (32 * NUM_WARPS,), args)
 
 
 def _check_scratch(
@@ -99,9 +107,10 @@ def _check_scratch(
     return per_panel
 
 
-def _spec(arch: int) -> KernelSpec:
-    return KernelSpec("finish_product.cu", "finish_product", {}, arch)
+def _spec(arch: int, ending: Mapping[str, int]) -> KernelSpec:
+    return KernelSpec("finish_product.cu", "finish_product", ending, arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    yield Variant(_spec(arch))
+    for activation in ACTIVATIONS:
+        yield Variant(_spec(arch, activation_macros(activation)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from exl.errors import KernelError
 from exl.kernels.args import f32, i32, ptr
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear_io import INPUT_KINDS, OUT_TYPES, NormedInput, Output
+from exl.kernels.linear_io import INPUT_KINDS, NO_MACROS, OUT_TYPES, NormedInput, Output
 from exl.kernels.spec import KernelSpec
 from exl.kernels.weights import TiledWeight
 from exl.layout.arch import arch_limits
@@ -18,9 +20,9 @@ NUM_WARPS = 8
 NUM_SLICES = 8
 
 
-def simt_spec(layout: TileLayout, num_tokens: int, arch: int) -> KernelSpec:
-    """``num_tokens``: 1, 2 or 4, and no other count runs on that variant."""
-    macros = layout.macros | {"EXL_R": 1, "EXL_STAGES": 2, "EXL_TOKENS": num_tokens}
+def simt_spec(layout: TileLayout, num_tokens: int, arch: int, ending: Mapping[str, int] = NO_MACROS) -> KernelSpec:
+    """``num_tokens``: 1, 2 or 4, and no other count runs on that variant. ``ending``: ``Output.macros``."""
+    macros = layout.macros | ending | {"EXL_R": 1, "EXL_STAGES": 2, "EXL_TOKENS": num_tokens}
     return KernelSpec("linear_q_simt.cu", "linear_q_simt", macros, arch)
 
 
@@ -63,5 +65,5 @@ def _launch(backend: Backend, weight: TiledWeight, x: torch.Tensor, out: Output,
     args += [i32(num_tokens), i32(INPUT_KINDS[x.dtype]), i32(x.stride(0)), i32(x_stages)]
     args += [i32(out.kind), i32(OUT_TYPES[out.y.dtype]), i32(out.y.stride(0)), f32(eps), f32(out.scale)]
     shared = simt_shared_bytes(layout, num_tokens, x_stages)
-    function = backend.load(simt_spec(layout, num_tokens, backend.arch))
+    function = backend.load(simt_spec(layout, num_tokens, backend.arch, out.macros))
     launch(function, (layout.num_tiles,), (32 * NUM_WARPS,), args, shared)

@@ -18,10 +18,12 @@ KERNEL_MODULES: tuple[str, ...] = (
     "dequantize",
     "embed",
     "rms_norm",
-    "silu_mul",
+    "norms",
+    "gated_product",
     "append_kv",
     "attention_decode",
     "attention_prefill",
+    "scale_logits",
     "sample",
 )
 ARCHS = (61, 70, 75, 80, 86, 89, 90, 100, 120)  # that CI compiles for

@@ -20,7 +20,7 @@ from exl.layout.tiles import ROWS
 
 ARENA_ALIGN = 256  # as the driver aligns an allocation; at least what every kernel's vector loads need
 TABLE_ALIGN = 4  # words: tables of a batch start at multiples of 16 bytes
-_TABLES = 8  # tables per batch
+_TABLES = 6  # tables per batch, besides two of angles for each RoPE
 _SAMPLE_ROWS_EACH = 16
 # Multiprocessors of the largest GPU of an architecture, for plans without that GPU (NVIDIA's data sheets): TITAN RTX,
 # A100, RTX A6000, Orin, RTX 6000 Ada, H100, B200, Thor, RTX PRO 6000.
@@ -37,6 +37,7 @@ class ArenaLayout:
     - ``tables`` i32: a window's ids, slots, pages and angles, copied from the host in one piece
     - ``normed`` 16 bits: normalised input, or q of a prefill chunk
     - ``fused`` 16 bits: gate and up, if they are two launches
+    - ``branch`` f32 [rows of a chunk, C]: a block's output, if a norm comes between it and the residual
     - ``shared`` bytes: what linears of 9 to 64 tokens hand over, or a dequantized panel and its product, or what decode
       attention hands over: never two of them at once
     - ``linear arrived``, ``attention arrived`` i32: counters, zero between launches
@@ -111,6 +112,8 @@ def arena_layout(
     step.add("normed", "f16", (limits.max_rows * max_k,))
     if any(len(layer.linears.get("gate_up", ())) > 1 for layer in layers):
         step.add("fused", "f16", (limits.max_rows * 2 * limits.intermediate_size,))
+    if limits.post_norms:
+        step.add("branch", "f32", (limits.max_rows, limits.hidden_size))
     shared = align_up(max(few.num_bytes, many.num_bytes, partial.num_bytes), ARENA_ALIGN)
     step.add("shared", "u8", (shared,))
     step.add("linear arrived", "i32", (shapes.get("arrived", ("i32", 0))[1],))
@@ -149,8 +152,10 @@ def table_words(limits: StepLimits) -> int:
     """i32 and f32 words of the tables of a window: see ``exl/ops/cuda_batch.py``."""
     half = (limits.head_dim + 1) // 2
     sequences = limits.window_sequences
-    a_row, a_sequence = 2 + 2 * half, limits.max_pages + 3
-    return limits.window_rows * a_row + sequences * (a_sequence + 1 + _TABLES * TABLE_ALIGN)
+    more = limits.page_tables - 1  # each with slots of its own
+    a_row, a_sequence = 2 + more + 2 * half * limits.num_ropes, limits.max_pages * (1 + more) + 3
+    tables = _TABLES + 2 * limits.num_ropes + 2 * more
+    return limits.window_rows * a_row + sequences * (a_sequence + 1 + tables * TABLE_ALIGN)
 
 
 def crossover(arch: int) -> int:

@@ -43,6 +43,7 @@ class ColumnLayout:
     group_size: int
     symmetric: bool = False
     scale_dtype: str = "f16"  # or "bf16", "f32"
+    code_kind: str = "int"  # or "fp4", as ``exl.formats.matrix.QuantizedMatrix`` says: they lie as others of 4 bits do
 
     @property
     def step(self) -> int:

@@ -88,12 +88,13 @@ def _add_cpu_fields(pack: FieldPacker, spec: LinearSpec, target: Target) -> str:
 
 def column_layout(spec: LinearSpec) -> ColumnLayout:
     """How the CPU's own kernels hold a quantized linear."""
-    return ColumnLayout(spec.bits, spec.K, spec.N, spec.group_size, spec.symmetric, spec.scale_dtype)
+    sizes = spec.bits, spec.K, spec.N, spec.group_size
+    return ColumnLayout(*sizes, spec.symmetric, spec.scale_dtype, spec.code_kind)
 
 
 def _fits_int4pack(spec: LinearSpec) -> bool:
     """Whether torch's kernel takes it: 4 bits, whole groups, blocks of 16 outputs."""
-    whole = spec.N % 16 == 0 and spec.K % spec.group_size == 0
+    whole = spec.N % 16 == 0 and spec.K % spec.group_size == 0 and spec.code_kind == "int"
     return spec.bits == 4 and whole and spec.group_size in INT4PACK_GROUPS
 
 
@@ -152,6 +153,18 @@ class LayerLayout:
         layout = self.linears[name][segment_idx]
         first = min(self.linear_fields(name, segment_idx).values(), key=lambda field: field.offset)
         return first.offset, first.offset + layout.num_bytes
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The experts of a layer: ``count`` blobs of one layout, which has no norms, and linears "gate_up" and "down"."""
+
+    count: int
+    blob: LayerLayout
+
+    @property
+    def num_bytes(self) -> int:
+        return self.count * self.blob.num_bytes
 
 
 def layer_layout(spec: BlobSpec, target: Target) -> LayerLayout:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some outputs of a checkpoint's module, as a matrix of their own: ``count`` of its ``total``, from ``first`` on.
+    """Some outputs of a checkpoint's module, as a matrix of their own: ``count`` of its ``total``, from ``first`` on,
+    each ``step``-th.
 
     ``pairs``: (channels of a head, of which so many turn). In the file RoPE turns channels 2i and 2i + 1 of a head with
     each other; here, as everywhere in exl, channel i and i + half of those that turn. So those channels are
@@ -40,16 +41,26 @@ class Rows:
     count: int
     total: int
     pairs: tuple[int, int] | None = None
+    step: int = 1
 
     def indices(self) -> NDArray[np.int64]:
         """The module's output that is output i of the matrix, i64 [count]."""
-        rows = np.arange(self.first, self.first + self.count)
+        rows = np.arange(self.first, self.first + self.count * self.step, self.step)
         if self.pairs is None:
             return rows
         head_dim, turning = self.pairs
         order = np.arange(head_dim)
         order[:turning] = np.concatenate((order[:turning:2], order[1:turning:2]))
         return rows.reshape(-1, head_dim)[:, order].reshape(-1)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A file's tensor of three dimensions that has the matrices of all experts: [E, N, K], or [E, K, N] ``transposed``;
+    and which of them is meant."""
+
+    transposed: bool = False
+    expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,10 @@ class MatrixSpec:
     symmetric: bool = False  # quantized: every zero point is 2**(bits - 1), says the configuration
     scale_dtype: str = "f16"  # quantized: the file's type of scales, which layouts keep
     rows: Rows | None = None  # the outputs of the module that these are; None: all, as they are
+    dequantized: bool = False  # dense, but codes in the file: an embedding
+    stack: Stack | None = None  # the module has one such matrix for each expert
+    exact: bool = False  # never rounded: a router
+    code_kind: str = "int"  # what codes stand for, as ``exl.formats.matrix.QuantizedMatrix`` says
 
     @property
     def quantized(self) -> bool:
@@ -129,6 +144,10 @@ class LinearSpec:
     def symmetric(self) -> bool:
         return all(part.symmetric for part in self.parts)
 
+    @property
+    def code_kind(self) -> str:
+        return self.parts[0].code_kind
+
 
 def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpec, ...]:
     """Neighbours that agree in K, bits, types, group and order share a launch; the others stand alone.
@@ -137,7 +156,7 @@ def fuse(parts: Sequence[MatrixSpec], *, gated: bool = False) -> tuple[LinearSpe
     """
 
     def key(part: MatrixSpec) -> tuple:
-        return part.K, part.bits, part.dtype, part.group_size, part.scale_dtype, part.order_key
+        return part.K, part.bits, part.dtype, part.group_size, part.scale_dtype, part.order_key, part.code_kind
 
     fused: list[list[MatrixSpec]] = []
     for part in parts:
@@ -168,3 +187,18 @@ class BlobSpec:
 
     norms: tuple[NormSpec, ...]
     linears: tuple[tuple[str, tuple[LinearSpec, ...]], ...]
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """The experts of a layer, equal in everything but their values: ``blob`` is that of the first one."""
+
+    count: int
+    blob: BlobSpec
+    names: Mapping[str, str]  # of the first one's modules, with "{e}" for the number of the expert
+
+    def part(self, part: MatrixSpec, expert: int) -> MatrixSpec:
+        """A matrix of the first expert -> the same of another."""
+        if part.stack is not None:
+            return replace(part, stack=replace(part.stack, expert=expert))
+        return replace(part, name=self.names[part.name].format(e=expert))

@@ -9,6 +9,16 @@ from exl.layout.specs import Target
 
 
 @dataclass(frozen=True)
+class ExpertLimits:
+    """Of a model with mixtures of experts: the largest of its layers'."""
+
+    count: int  # E
+    per_token: int  # k
+    width: int  # F of an expert
+    shared_width: int = 0  # of the expert that every token takes
+
+
+@dataclass(frozen=True)
 class StepLimits:
     """The largest step that the buffers are made for, and the widths of the model that runs in them."""
 
@@ -26,6 +36,12 @@ class StepLimits:
     decode_rows: int = 0  # of one batch, more than max_sequences where drafts are verified; 0: max_sequences
     chunk_rows: int = 0  # of a prompt; 0: max_rows
     cache_tokens: int = 0  # of all sequences; 0: a whole context for each of max_sequences
+    page_tables: int = 1  # 2: layers that have a window may have pages of their own
+    lora_rank: int = 0  # the largest of all adapters' terms, see ``exl.adapters.manifest``; 0: there are none
+    lora_width: int = 0  # and outputs
+    num_ropes: int = 1  # that layers have, each with angles of its own
+    post_norms: bool = False  # some block's output is normalised before it joins the residual stream
+    experts: ExpertLimits | None = None
 
     def __post_init__(self) -> None:
         defaults = {
@@ -63,7 +79,16 @@ def step_bytes(limits: StepLimits) -> dict[str, int]:
         "attn": limits.max_rows * limits.attn_width * 4,
         "mlp": limits.max_rows * limits.intermediate_size * 4,
         "logits": limits.max_logit_rows * limits.vocab_size * 4,
+        **{name: limits.max_rows * width * 4 for name, width in routed_widths(limits).items()},
     }
+
+
+def routed_widths(limits: StepLimits) -> dict[str, int]:
+    """Of the rows that a router leaves for the experts, by the names of their buffers, elements of 4 bytes."""
+    found = limits.experts
+    if found is None:
+        return {}
+    return {"routed": limits.hidden_size, "expert ids": found.per_token, "expert weights": found.per_token}
 
 
 # A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
@@ -77,11 +102,17 @@ def scratch_bytes(limits: StepLimits, target: Target) -> dict[str, int]:
         raise ValueError(f"no scratch for target {target.kind!r}")
     max_k = max(limits.hidden_size, limits.attn_width, limits.intermediate_size)
     panel = max(PANEL_ELEMENTS, 64 * max_k)  # at least one block of int4pack
-    return {
+    experts = {}
+    if limits.experts is not None:  # an expert's rows: gathered, between its linears, and what it gives
+        widths = 2 * limits.hidden_size + max(limits.experts.width, limits.experts.shared_width)
+        experts = {"expert rows": limits.max_rows * widths * 4}
+    return experts | {
         "panel": panel * 4,
         "panel codes": panel,
         "sorted input": limits.max_rows * max_k * 4,
         "normed input": limits.max_rows * limits.hidden_size * 4,
         "fused output": limits.max_rows * max(2 * limits.intermediate_size, limits.hidden_size) * 4,
+        "adapters' inner rows": limits.max_rows * limits.lora_rank * 4,
+        "adapters' output": limits.max_rows * limits.lora_width * 4,
         "samples": limits.max_logit_rows * 8,
     }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from exl.families.config import ModelConfig
-from exl.families.specs import EmbedShape, LayerSpec, LogitsShape
 from exl.layout.specs import Target
 
 
@@ -14,30 +11,8 @@ def unsupported(config: ModelConfig, target: Target) -> str | None:
     there is none. Operations refuse the same when they are called: this is only earlier."""
     if target.kind != "cuda":
         return None
-    return next(_missing(config), None)
-
-
-def _missing(config: ModelConfig) -> Iterator[str]:
-    if config.embed != EmbedShape():
-        yield f"a factor of the embedding, {config.embed.scale:g}"
-    if config.logits != LogitsShape():
-        yield "a factor or a softcap of the logits"
-    if len(config.ropes) > 1:
-        yield f"{len(config.ropes)} different RoPEs"
-    if config.norm.kind != "rms":
-        yield "norms that subtract the mean"
-    for layer in config.layers:
-        yield from _missing_of(layer)
-
-
-def _missing_of(layer: LayerSpec) -> Iterator[str]:
-    if layer.mlp.activation != "silu":
-        yield f"an MLP with {layer.mlp.activation}"
-    if layer.attn_branch.norm or layer.mlp_branch.norm:
-        yield "norms behind attention or MLP"
-    if layer.attn_norm is None or layer.mlp_norm is None:
-        yield "no norm before attention or MLP"
-    if layer.attention.norms == "row":
-        yield "norms of q and k over all heads together"
-    if layer.attention.sinks:
-        yield "attention sinks"
+    if config.mixtures:
+        return f"mixtures of {config.mixtures[0].count} experts"
+    if config.norm.kind != "rms" and any(layer.attention.norms == "head" for layer in config.layers):
+        return "LayerNorm of each head's q and k"
+    return None

@@ -22,7 +22,7 @@ from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.kernels.launch import Backend
 from exl.layout.fields import Field
 from exl.layout.kv import DeviceKVLayout, KVLayout
-from exl.layout.layers import LayerLayout, LinearLayout
+from exl.layout.layers import ExpertLayout, LayerLayout, LinearLayout
 from exl.layout.specs import Target
 from exl.threads import Threads
 
@@ -40,7 +40,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``."""
+    """A norm of rows: ``x / sqrt(mean(x^2) + eps) * weight``, or as ``kind`` says."""
 
     weight: torch.Tensor  # [C] f32, with what a family adds or multiplies already in it (``exl.layout.specs.NormSpec``)
     eps: float
@@ -60,6 +60,20 @@ class Linear:
 
 
 Segments = tuple[Linear, ...]  # side by side along N; only one if the parts could be fused
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What an adapter adds to some outputs of a linear: ``out[:, start : start + N] += scale * (x A^T) B^T``, in f32.
+    Dense linears: A of K inputs and r outputs, B of r inputs and N outputs."""
+
+    A: Linear
+    B: Linear
+    start: int
+    scale: float
+
+
+Loras = tuple[tuple[Lora, ...], ...]  # for one linear (all its segments), by the number of the adapter; (): none at all
 
 
 @dataclass(frozen=True)
@@ -91,9 +105,24 @@ class GatedMlp:
     """What a gated MLP computes between its linears: ``activation(gate) * up``.
 
     ``activation``: "silu", x / (1 + exp(-x)), or "gelu_tanh", 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    Or "swiglu_oai", of g = min(gate, limit) and u = up within +-limit: g / (1 + exp(-1.702 g)) * (u + 1).
     """
 
     activation: str = "silu"
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class RouteSpec:
+    """How a router chooses experts: as ``exl.families.specs.RouteShape`` says. ``per_token``: k."""
+
+    per_token: int
+    score: str = "softmax"
+    normalize: bool = True
+    eps: float = 0.0
+    scaling: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,19 +144,41 @@ class LogitsSpec:
     scale: float = 1.0
 
 
+class ExpertSet:
+    """The experts of a layer, and where each of them lies."""
+
+    def __init__(self, layout: ExpertLayout, memory: torch.Tensor) -> None:
+        """``memory``: u8 [layout.num_bytes], their blobs one after another."""
+        self.layout = layout
+        self._blobs = memory.view(layout.count, layout.blob.num_bytes)
+        # i64 [E]: the address of each blob.
+        self.table = memory.data_ptr() + layout.blob.num_bytes * np.arange(layout.count, dtype=np.int64)
+        self._views: dict[int, Mapping[str, Segments]] = {}
+
+    def __getitem__(self, expert: int) -> Mapping[str, Segments]:
+        """Its linears by name, "gate_up" and "down"."""
+        if expert not in self._views:
+            blob, layout = self._blobs[expert], self.layout.blob
+            self._views[expert] = {name: view_segments(layout, blob, name) for name in layout.linears}
+        return self._views[expert]
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights as views into its blob, by the names that its ``LayerSpec`` has."""
 
     norms: Mapping[str, torch.Tensor]  # f32
     linears: Mapping[str, Segments]
+    experts: ExpertSet | None = None
 
     @classmethod
-    def view(cls, layout: LayerLayout, blob: torch.Tensor) -> LayerWeights:
-        """``blob``: u8 [layout.num_bytes]."""
+    def view(cls, layout: LayerLayout, blob: torch.Tensor, experts: ExpertLayout | None = None) -> LayerWeights:
+        """``blob``: u8 [layout.num_bytes], or more; the layer's experts come behind it."""
+        behind = blob[layout.num_bytes :]
         return cls(
             {norm.name: view_field(blob, layout.fields[norm.name]) for norm in layout.norms},
             {name: view_segments(layout, blob, name) for name in layout.linears},
+            None if experts is None else ExpertSet(experts, behind[: experts.num_bytes]),
         )
 
     def __getitem__(self, name: str) -> Segments:
@@ -167,8 +218,10 @@ class Ops(Protocol):
     """The operations of a backend. ``select(i)`` chooses the staged batch that all following operations work on.
 
     What a family adds to an operation is a field of its spec: ``EmbedSpec``, ``AttentionSpec``, ``GatedMlp``,
-    ``Branch`` or ``LogitsSpec``. An operation raises ``UnsupportedModelError`` for what the backend has no kernel for;
-    it ignores no field.
+    ``Branch`` or ``LogitsSpec``. What adapters add is ``loras``, for the rows that ``ForwardBatch.lora_idx`` says: it
+    joins the linear's own product before anything else is done with that. A row has the same bits whatever adapters
+    other rows have, and without one those that it has in a model that was loaded without any. An operation raises
+    ``UnsupportedModelError`` for what the backend has no kernel for; it ignores no field.
     """
 
     device: torch.device
@@ -185,8 +238,10 @@ class Ops(Protocol):
 
     def buffer(self, name: str) -> torch.Tensor:
         """A step's buffer, zeroed, whose address never changes: ``residual`` f32 [window rows, C]; ``qkv``, ``attn``,
-        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]. On a GPU whose model has its embedding on
-        the disk, also ``embedding rows`` [rows of a window, C]."""
+        ``mlp`` [rows of a chunk, W, A or F]; ``logits`` f32 [logit rows, V]. Of a model with mixtures of experts also
+        ``routed`` f32 [rows of a chunk, C], ``expert ids`` i32 and ``expert weights`` f32 [rows of a chunk, k].
+
+        On a GPU whose model has its embedding on the disk, also ``embedding rows`` [rows of a window, C]."""
 
     # load
     def pack(
@@ -235,7 +290,7 @@ class Ops(Protocol):
     def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
         """Token ids of the selected batch -> h [T, C] f32: their rows of the table as ``spec`` says."""
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
         """out [T, N] = norm(h) W + b; without a norm, of h itself."""
 
     def attend(
@@ -260,12 +315,46 @@ class Ops(Protocol):
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
         """out [T, F] = activation(x W_gate) * (x W_up), x = norm(h), or h; ``consumer`` as for ``attend``."""
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         """h [T, C] += scale * post_norm(x W + b). ``x``: the ``out`` of ``attend`` or ``gated_mlp`` with
         ``consumer=w``."""
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """x [T, C] = norm(h), and from its products with the router, in f32, ids i32 [T, k], rising, and their weights
+        f32 [T, k]. ``bias`` f32 [E]: of the choice alone. Padding rows may get no experts: ids of -1."""
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        """h [T, C] += the sum of weight * expert(x) over a row's experts, one after another as ``ids`` has them; what
+        ``route`` has written."""
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        """h [T, C] += sigmoid(x g) * MLP(x), x as ``route`` has written it; without a gate: + MLP(x)."""
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         """Rows ``logit_rows`` of h -> logits f32 [R, V], norm(h) W as ``spec`` says, written to out[:R], which is

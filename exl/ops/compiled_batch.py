@@ -17,7 +17,7 @@ from exl.layout.cpu_steps import FEW_ROWS, scratch_partials
 from exl.layout.steps import StepLimits
 from exl.ops.rope import depends_on_length, inverse_frequencies
 
-_NAMES = ("positions", "slots", "query_start", "context_len", "rope_len", "logit_rows")
+_NAMES = ("positions", "query_start", "context_len", "rope_len", "logit_rows")
 
 
 class StagedBatch:
@@ -33,9 +33,10 @@ class StagedBatch:
         return BatchTables(self)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Hashable, ...]:
         """Batches of one shape run the same stages, but for how their sequences attend."""
-        return self.batch.num_rows, self.batch.num_sequences, len(self.batch.logit_rows)
+        counts = self.batch.num_rows, self.batch.num_sequences, len(self.batch.logit_rows)
+        return counts if self.batch.lora_idx is None else (*counts, *self.batch.lora_runs)
 
     @cached_property
     def num_few(self) -> int:
@@ -88,23 +89,43 @@ class Pieces:
     num_partials: int
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a batch's rows go in the cache, and where its sequences' pages are: i32."""
+
+    slots: NDArray[np.int32]  # [T]
+    page_table: NDArray[np.int32]  # [B, pages of the longest context, or as many as a recorded step may need]
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, windowed: bool, width: int | None) -> Places:
+        """``windowed``: see ``ForwardBatch.places``. ``width``: of the table; None: as the batch has it."""
+        slots, table = batch.places(windowed)
+        found = cls(np.array(slots, np.int32), np.zeros((batch.num_sequences, width or table.shape[1]), np.int32))
+        found.fill(batch, windowed)
+        return found
+
+    def fill(self, batch: ForwardBatch, windowed: bool) -> None:
+        slots, table = batch.places(windowed)
+        self.slots[:] = slots
+        self.page_table[:, : table.shape[1]] = table
+
+
 class BatchTables:
-    """Arrays i32 of one batch: ``ids``, ``positions``, ``slots`` [T], ``query_start`` [B + 1], ``context_len`` and
-    ``rope_len`` [B], ``page_table`` [B, pages of the longest context], ``logit_rows`` [R], ``row_sequences`` [T]."""
+    """Arrays i32 of one batch: ``ids``, ``positions`` [T], ``query_start`` [B + 1], ``context_len`` and ``rope_len``
+    [B], ``logit_rows`` [R], ``row_sequences`` [T]; and ``places``."""
 
     def __init__(self, staged: StagedBatch, num_partials: int | None = None) -> None:
         """``num_partials``: of a recorded step, for which other batches are filled in later; None: it is not."""
         self._staged, self._num_partials = staged, num_partials
         batch, limits = staged.batch, staged.limits
         self.ids = np.array(staged.ids, np.int32)
-        self.positions, self.slots, self.query_start, self.context_len, self.rope_len, self.logit_rows = (
+        self.positions, self.query_start, self.context_len, self.rope_len, self.logit_rows = (
             np.array(getattr(batch, name), np.int32) for name in _NAMES
         )
-        if num_partials is None:
-            self.page_table = np.ascontiguousarray(batch.page_table, np.int32)
-        else:
-            self.page_table = np.zeros((batch.num_sequences, limits.max_pages), np.int32)
-            self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
+        width = None if num_partials is None else limits.max_pages
+        self._places = {False: Places.of(batch, False, width)}
+        if batch.window_table is not None:
+            self._places[True] = Places.of(batch, True, width)
         self.row_sequences = self._row_sequences()
         self.num_few = staged.num_few
         self.angles: dict[Hashable, torch.Tensor] = {}
@@ -118,6 +139,10 @@ class BatchTables:
     @property
     def num_sequences(self) -> int:
         return len(self.context_len)
+
+    def places(self, windowed: bool) -> Places:
+        """Of layers that keep all tokens, or of those with a window and pages of their own."""
+        return self._places[windowed]
 
     def _row_sequences(self) -> NDArray[np.int32]:
         rows = np.searchsorted(self.query_start, np.arange(self.num_rows), side="right") - 1
@@ -136,7 +161,8 @@ class BatchTables:
         for name in _NAMES:
             getattr(self, name)[:] = getattr(batch, name)
         self.row_sequences[:] = self._row_sequences()
-        self.page_table[:, : batch.page_table.shape[1]] = batch.page_table
+        for windowed, places in self._places.items():
+            places.fill(batch, windowed)
         for (rope, head_dim), values in self._frequencies.items():
             if depends_on_length(rope):
                 values[...] = self._frequencies_now(rope, head_dim)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from exl.batch import LoraRun
 from exl.cpu_kernels.dense import dense_kernel
 from exl.cpu_kernels.kernel import KernelSpec
 from exl.cpu_kernels.linear import ROW_BLOCK, best_kind
@@ -15,13 +18,13 @@ from exl.layout.columns import ColumnLayout
 from exl.layout.cpu_steps import ARITHMETIC, input_bytes
 from exl.layout.fields import DTYPE_BYTES
 from exl.layout.layers import column_layout
-from exl.ops.base import Linear, Segments
+from exl.ops.base import Linear, Loras, Segments
 from exl.ops.compiled_tape import RecordForm, Records, Rows, Tape
 
 # Of weights in one chunk: some ten microseconds, so that no thread waits long for another's last one, and so much that
 # the processor reads ahead; 64 KB were 4 to 25 % slower. The head is one stage and has many chunks anyway.
-_CHUNK_BYTES = 256 << 10
-_DENSE_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 256 << 10
+DENSE_CHUNK_BYTES = 1 << 20
 _CHUNKS_A_THREAD = 4  # at least, where there are columns for it
 _RECORDS = 8  # quantized in one chunk
 _NO_END = (None, None, 0, 1.0)  # bias, residual, its stride, scale
@@ -49,6 +52,18 @@ class LinearStages:
                 self._quantized(tape, x, linear, part, rest, scale)
             start += linear.N
 
+    def add_loras(
+        self, tape: Tape, x: Rows, loras: Loras, runs: Sequence[LoraRun], out: Rows, scale: float = 1.0
+    ) -> None:
+        """out += scale * what adapters add, in place: for stages that run once."""
+        for start, stop, adapter in runs:
+            for lora in loras[adapter]:
+                r = lora.A.N
+                inner = Rows(tape.memory.scratch("adapters' inner rows", 4 * (stop - start) * r), r, stop - start, r)
+                part = out.some(start, stop).columns(lora.start, lora.B.N)
+                self._dense(tape, x.some(start, stop), lora.A, inner, None, 1.0)
+                self._dense(tape, inner, lora.B, part, part, scale * lora.scale)
+
     def record_form(self, w: Segments) -> RecordForm | None:
         """The form in which all of ``w`` take their input, so that whoever computes it can write it at once; None: they
         do not agree, or take f32."""
@@ -71,7 +86,7 @@ class LinearStages:
     ) -> None:
         """out = x @ weight.T. ``weight`` [N, K], contiguous, of ``dtype``."""
         N, K = weight.shape
-        columns = self._share(N, K * DTYPE_BYTES[dtype], 16, _DENSE_CHUNK_BYTES)
+        columns = self.share(N, K * DTYPE_BYTES[dtype], 16, DENSE_CHUNK_BYTES)
         tape.add(
             dense_kernel(dtype, x.num_rows, self._isa),
             -(-N // columns),
@@ -89,7 +104,7 @@ class LinearStages:
         kind = best_kind(self._isa, x.num_rows) if parts else best_f32_kind(x.num_rows)
         kernel: KernelSpec = integer_kernel(layout, parts, kind) if parts else f32_kernel(layout, kind)
         row_blocks = -(-x.num_rows // ROW_BLOCK) if kind == "panel" else 1
-        blocks = 1 if kind == "panel" else self._share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
+        blocks = 1 if kind == "panel" else self.share(layout.num_blocks, layout.num_records * layout.record_bytes, 1)
         tape.add(
             kernel,
             -(-layout.num_blocks // blocks) * row_blocks,
@@ -99,7 +114,7 @@ class LinearStages:
             *(blocks, stride),
         )
 
-    def _share(self, count: int, num_bytes: int, multiple: int, chunk_bytes: int = _CHUNK_BYTES) -> int:
+    def share(self, count: int, num_bytes: int, multiple: int, chunk_bytes: int = CHUNK_BYTES) -> int:
         """How many of ``count`` columns or blocks, of ``num_bytes`` each, make a chunk of about ``chunk_bytes``: a
         multiple of ``multiple``."""
         most = max(1, count // (_CHUNKS_A_THREAD * self._num_threads))

@@ -8,7 +8,7 @@ row's values are never depends on which of these happens, on other rows, or on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -34,15 +34,19 @@ from exl.ops.base import (
     AttentionSpec,
     Branch,
     EmbedSpec,
+    ExpertSet,
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
+    RouteSpec,
     Segments,
     TableRows,
 )
 from exl.ops.compiled_attention import AttentionStages
 from exl.ops.compiled_batch import BatchTables, StagedBatch
+from exl.ops.compiled_experts import ExpertStages
 from exl.ops.compiled_linear import LinearStages
 from exl.ops.compiled_pack import pack_linear
 from exl.ops.compiled_steps import RecordedSet, StepRunner
@@ -87,6 +91,7 @@ class CompiledOps:
         self._arenas = [host_tensor([sizes.arena], torch.uint8, "recorded steps") for _ in range(2)]
         self._linears = LinearStages(arithmetic, library.isa, pool.num_threads)
         self._attention = AttentionStages(library, kv_layout)
+        self._experts = ExpertStages(self._linears, limits, arithmetic, library.isa)
         self._sampling = CompiledMath(library)
         self._steps = StepRunner(self._pool)
         self._staged: list[StagedBatch] = []
@@ -120,7 +125,7 @@ class CompiledOps:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """The operations that ``step`` calls, on the selected batch, as a function that runs them for whichever batch
         of the same shape is selected when it is called. What no recording has room for runs as ``step`` itself does."""
-        small = self._now.batch.num_rows <= self._arena_rows
+        small = self._now.batch.num_rows <= self._arena_rows and not self._now.batch.lora_runs  # those add in place
         sets = tuple(self._record(step, arena) for arena in self._arenas) if small else ()
         shared: list[RecordedSet] = [] if small else [self._record(step)]
 
@@ -208,17 +213,30 @@ class CompiledOps:
             self._steps.settle()
 
     @property
-    def step_key(self) -> tuple[int, ...]:
+    def step_key(self) -> tuple[Hashable, ...]:
         return self._now.shape
 
     def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
         with self._stages() as tape:
             compiled_rows.embed(tape, table, self._now.tables.ids, tape.memory.write(h), spec)
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
         with self._stages() as tape:
-            x = self._normed(tape, tape.memory.read(h), norm, w)
-            self._linears.multiply(tape, x, w, tape.memory.write(out))
+            rows = tape.memory.read(h)
+            x, written = self._normed(tape, rows, norm, w), tape.memory.write(out)
+            self._linears.multiply(tape, x, w, written)
+            self._add_loras(tape, rows, norm, x, loras, written)
+
+    def _add_loras(self, tape: Tape, h: Rows, norm: Norm | None, x: Rows | Records, loras: Loras, out: Rows) -> None:
+        """To the product of a linear and x, which is norm(h), what adapters add."""
+        runs = self._now.batch.lora_runs
+        if not loras or not runs:
+            return
+        if isinstance(x, Records):
+            normed = self._normed_rows(tape, h)
+            compiled_rows.norm(tape, h, norm, normed)
+            x = normed
+        self._linears.add_loras(tape, x, loras, runs, out)
 
     def _normed(self, tape: Tape, x: Rows, norm: Norm | None, w: Segments) -> Rows | Records:
         """x as ``w`` reads it: normalized, and at once in the form that all of ``w`` take."""
@@ -229,9 +247,16 @@ class CompiledOps:
             records = self._records(tape, form, x.num_rows)
             compiled_rows.norm_to_records(tape, x, norm, form, records)
             return records
-        normed = Rows(tape.memory.scratch("normed", 4 * x.num_rows * x.width), x.width, x.num_rows, x.width)
+        normed = self._normed_rows(tape, x)
         compiled_rows.norm(tape, x, norm, normed)
         return normed
+
+    def _normed_rows(self, tape: Tape, x: Rows) -> Rows:
+        return Rows(tape.memory.scratch("normed", 4 * x.num_rows * x.width), x.width, x.num_rows, x.width)
+
+    def _form_for(self, consumer: Segments) -> RecordForm | None:
+        """The form in which a result may be handed to the linear that reads it. Adapters read it, too, in f32."""
+        return None if self._now.batch.lora_runs else self._linears.record_form(consumer)
 
     def _records(self, tape: Tape, form: RecordForm, num_rows: int) -> Records:
         return Records(tape.memory.scratch("inputs", form.num_bytes(num_rows)), num_rows)
@@ -246,9 +271,9 @@ class CompiledOps:
         consumer: Segments = (),
     ) -> None:
         with self._stages() as tape:
-            rows, form = tape.memory.read(qkv), self._linears.record_form(consumer)
+            rows, form = tape.memory.read(qkv), self._form_for(consumer)
             written, pages = tape.memory.write(out), kv.layer(layer_idx)
-            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form)
+            records = self._attention.attend(tape, rows, spec, self._now.tables, pages, written, form, kv.windowed)
             if records is not None:
                 self._made[out.data_ptr()] = records
 
@@ -260,31 +285,102 @@ class CompiledOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
         compiled_rows.check_activation(spec)
         with self._stages() as tape:
             num_rows, width = out.shape
             place = tape.memory.scratch("gate and up", 8 * num_rows * width)
             both = Rows(place, 2 * width, num_rows, 2 * width)
-            x = self._normed(tape, tape.memory.read(h), norm, w)
+            rows = tape.memory.read(h)
+            x = self._normed(tape, rows, norm, w)
             self._linears.multiply(tape, x, w, both)
-            form = self._linears.record_form(consumer)
+            self._add_loras(tape, rows, norm, x, loras, both)
+            form = self._form_for(consumer)
             if form is None:
                 compiled_rows.gated(tape, both, spec, tape.memory.write(out))
                 return
             records = self._made[out.data_ptr()] = self._records(tape, form, num_rows)
             compiled_rows.gated_to_records(tape, both, spec, form, records)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         with self._stages() as tape:
             inputs = self._made.pop(x.data_ptr(), None) or tape.memory.read(x)
             before, after = tape.memory.read(h), tape.memory.write(h)
+            runs = self._now.batch.lora_runs if loras else ()
             if branch.post_norm is None:
                 self._linears.multiply(tape, inputs, w, after, residual=before, scale=branch.scale)
+                self._linears.add_loras(tape, inputs, loras, runs, after, branch.scale)
                 return
             y = Rows(tape.memory.scratch("branch", 4 * after.num_rows * after.width), after.width, *_shape(after))
             self._linears.multiply(tape, inputs, w, y)
+            self._linears.add_loras(tape, inputs, loras, runs, y)
             compiled_rows.add_normed(tape, y, branch, before, after)
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        with self._stages() as tape:
+            before, normed = tape.memory.read(h), tape.memory.write(x)
+            compiled_rows.norm(tape, before, norm, normed)
+            chosen = tape.memory.write(ids), tape.memory.write(weights)
+            self._experts.choose(tape, normed, router, bias, spec, self._now.tables.slots, *chosen)
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        compiled_rows.check_activation(spec)
+        with self._stages() as tape:
+            rows = (tape.memory.read(tensor) for tensor in (x, ids, weights))
+            before, after = tape.memory.read(h), tape.memory.write(h)
+            self._experts.add(tape, *rows, experts, spec, before, after)
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        compiled_rows.check_activation(spec)
+        with self._stages() as tape:
+            rows, num_rows = tape.memory.read(x), h.shape[0]
+            inputs = self._gated(tape, rows, gate_up, down, spec)
+            before, after = tape.memory.read(h), tape.memory.write(h)
+            if gate is None:
+                self._linears.multiply(tape, inputs, down, after, residual=before)
+                return
+            factor = Rows(tape.memory.scratch("shared gate", 4 * num_rows), 1, num_rows, 1)
+            self._linears.multiply(tape, rows, (gate,), factor)
+            y = Rows(tape.memory.scratch("branch", 4 * num_rows * after.width), after.width, num_rows, after.width)
+            self._linears.multiply(tape, inputs, down, y)
+            self._experts.add_shared(tape, y, factor, before, after)
+
+    def _gated(self, tape: Tape, x: Rows, w: Segments, consumer: Segments, spec: GatedMlp) -> Rows | Records:
+        """The product of a shared expert, in the form that ``consumer`` takes."""
+        num_rows, width = x.num_rows, sum(linear.N for linear in w) // 2
+        both = Rows(tape.memory.scratch("gate and up", 8 * num_rows * width), 2 * width, num_rows, 2 * width)
+        self._linears.multiply(tape, x, w, both)
+        form = self._linears.record_form(consumer)
+        if form is None:
+            product = Rows(tape.memory.scratch("shared products", 4 * num_rows * width), width, num_rows, width)
+            compiled_rows.gated(tape, both, spec, product)
+            return product
+        records = self._records(tape, form, num_rows)
+        compiled_rows.gated_to_records(tape, both, spec, form, records)
+        return records
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         rows = self._now.tables.logit_rows

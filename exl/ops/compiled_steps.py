@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from exl.batch import ForwardBatch
 from exl.cpu_kernels.library import Library
 from exl.cpu_kernels.pool import Pool, Program
 from exl.ops.compiled_batch import BatchTables, StagedBatch
@@ -52,6 +53,15 @@ class RecordedSet:
             np.copyto(wanted, found)
 
 
+def _places_of(batch: ForwardBatch) -> frozenset[int]:
+    """The places in the cache that a step writes; of layers with pages of their own, where nobody writes to page 0, as
+    numbers below -1. Padding rows have -1 everywhere."""
+    found = set(batch.slots.tolist())
+    if batch.window_slots is not None:
+        found.update(~slot for slot in batch.window_slots.tolist() if slot >= 0)
+    return frozenset(found - {-1})
+
+
 class StepRunner:
     """Runs programs of recorded steps, of any shape, over the two sets of buffers."""
 
@@ -65,7 +75,7 @@ class StepRunner:
         turn, self._turn = self._turn, 1 - self._turn
         if self._last[turn] is not None:
             self._pool.settle(self._last[turn])
-        slots = frozenset(staged.batch.slots.tolist()) - {-1}
+        slots = _places_of(staged.batch)
         if not slots.isdisjoint(self._slots):
             self.settle()
         now = sets[turn]

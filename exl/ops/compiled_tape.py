@@ -40,6 +40,10 @@ class Rows:
         """A tensor f32 [T, width] whose rows are contiguous."""
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.shape[0], tensor.shape[1])
 
+    def some(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop - 1``."""
+        return Rows(self.address + 4 * start * self.stride, self.stride, stop - start, self.width)
+
     def columns(self, start: int, width: int) -> Rows:
         return Rows(self.address + 4 * start, self.stride, self.num_rows, width)
 

@@ -6,12 +6,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exl.layout.steps import StepLimits
+from exl.layout.steps import StepLimits, routed_widths
 from exl.memory.host import host_tensor
+
+ROUTED_DTYPES = {"expert ids": torch.int32}
 
 
 def step_buffer(limits: StepLimits, name: str) -> torch.Tensor:
-    """A buffer of a step, zeroed, f32: see ``exl.ops.base.Ops.buffer``."""
+    """A buffer of a step, zeroed: see ``exl.ops.base.Ops.buffer``."""
+    widths = routed_widths(limits)
+    if name in widths:
+        return host_tensor([limits.max_rows, widths[name]], ROUTED_DTYPES.get(name, torch.float32), "activations")
     rows, width = {
         "residual": (limits.window_rows, limits.hidden_size),
         "qkv": (limits.max_rows, limits.qkv_width),

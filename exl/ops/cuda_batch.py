@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from exl.memory.device import pinned, record_event
 from exl.memory.host import HostBuffer
 from exl.ops.rope_tables import fill_rope_tables, num_angles
 
+_Item = TypeVar("_Item")
 _MAX_SERIALS = 1024  # remembered; a forgotten one is never used again
 _MAX_STEPS = 64  # shapes of steps whose tables' places are remembered
 _FIRST_CONTEXT = 4096  # decode attention's grid is made for this many tokens, or four times as many, and so on
@@ -90,28 +92,30 @@ class DeviceBatch:
     context_len: torch.Tensor  # i32 [B]
     first_part: torch.Tensor  # i32 [B]
     page_table: torch.Tensor  # i32 [B, max_pages]; what lies beyond a sequence's pages is left from earlier batches
-    cosine: torch.Tensor  # f32 [T, angles]
-    sine: torch.Tensor
+    angles: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of each RoPE: cos and sin, f32 [T, angles]
+    window_slots: torch.Tensor | None = None  # as ``slots`` and ``page_table``, see ``ForwardBatch.places``
+    window_table: torch.Tensor | None = None
 
-    def decode_tables(self, most_items: int) -> Iterator[DecodeTables]:
+    def places(self, windowed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """``slots`` and ``page_table`` of a layer."""
+        return (self.window_slots, self.window_table) if windowed else (self.slots, self.page_table)
+
+    def decode_tables(self, most_items: int, windowed: bool) -> Iterator[DecodeTables]:
         """Of each launch, whose sequences have no more than ``most_items`` items."""
-        shape, T = self.shape, self.shape.num_decode_rows
+        shape, T, (slots, page_table) = self.shape, self.shape.num_decode_rows, self.places(windowed)
         for start in range(0, shape.num_decode_sequences, shape.per_launch):
             stop = min(start + shape.per_launch, shape.num_decode_sequences)
-            mine = (x[start:stop] for x in (self.context_len, self.page_table))
+            mine = (x[start:stop] for x in (self.context_len, page_table))
             yield DecodeTables(
-                *(self.query_start[start : stop + 1], *mine, self.slots[:T], self.first_part[start:stop]),
+                *(self.query_start[start : stop + 1], *mine, slots[:T], self.first_part[start:stop]),
                 most_items=most_items,
                 max_context=shape.max_context,
                 max_new=shape.max_new,
             )
 
-    @property
-    def prefill_tables(self) -> PrefillTables:
-        B = self.shape.num_decode_sequences
-        return PrefillTables(
-            self.query_start[B:], self.context_len[B:], self.page_table[B:], max_new=self.shape.max_chunk
-        )
+    def prefill_tables(self, windowed: bool) -> PrefillTables:
+        B, (_, page_table) = self.shape.num_decode_sequences, self.places(windowed)
+        return PrefillTables(self.query_start[B:], self.context_len[B:], page_table[B:], max_new=self.shape.max_chunk)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -157,8 +161,9 @@ class _HostTables:
     context_len: NDArray[np.int32]
     first_part: NDArray[np.int32]
     page_table: NDArray[np.int32]
-    cosine: NDArray[np.float32]
-    sine: NDArray[np.float32]
+    angles: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+    window_slots: NDArray[np.int32] | None = None
+    window_table: NDArray[np.int32] | None = None
 
     def fill(self, batch: ForwardBatch, per_launch: int) -> None:
         """All but the angles."""
@@ -167,8 +172,16 @@ class _HostTables:
         self.query_start[:] = batch.query_start
         self.context_len[:] = batch.context_len
         self.first_part[:] = first_parts(batch.context_len, per_launch)
-        width = min(self.page_table.shape[1], batch.page_table.shape[1])
-        self.page_table[:, :width] = batch.page_table[:, :width]
+        _fill_table(self.page_table, batch.page_table)
+        if self.window_slots is not None and self.window_table is not None:
+            slots, table = batch.places(windowed=True)
+            self.window_slots[:] = slots
+            _fill_table(self.window_table, table)
+
+
+def _fill_table(table: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
+    width = min(table.shape[1], pages.shape[1])
+    table[:, :width] = pages[:, :width]
 
 
 class Staging:
@@ -179,12 +192,15 @@ class Staging:
         backend: Backend,
         tables: torch.Tensor,
         limits: StepLimits,
-        rope: RopeConfig,
+        ropes: Sequence[RopeConfig],
         num_pages: int,
         stack: ExitStack,
+        num_window_pages: int = 0,
     ) -> None:
-        """``tables`` i32, a view of the arena. ``num_pages``: of the cache."""
-        self._tables, self._limits, self._rope, self._num_pages = tables, limits, rope, num_pages
+        """``tables`` i32, a view of the arena. ``ropes``: each has angles of its own. ``num_pages``: of the cache.
+        ``num_window_pages``: of its other slab, if layers that have a window have pages of their own."""
+        self._tables, self._limits, self._ropes, self._num_pages = tables, limits, tuple(ropes), num_pages
+        self._num_window_pages = num_window_pages
         self.most_items = attention_items(limits)  # of a launch of decode attention
         self._upload = Upload(backend, tables, "tables of a window", stack)
         self._steps: dict[tuple[BatchShape, int], tuple[DeviceBatch, _HostTables, int]] = {}
@@ -206,8 +222,8 @@ class Staging:
             staged, host, at = self._places(words, shape, start, at)
             host.fill(batch, shape.per_launch)
             found.append(staged)
-            angles = (torch.from_numpy(x) for x in (host.cosine, host.sine))
-            fill_rope_tables(batch, self._rope, self._limits.head_dim, *angles)
+            for rope, angles in zip(self._ropes, host.angles, strict=True):
+                fill_rope_tables(batch, rope, self._limits.head_dim, *map(torch.from_numpy, angles))
             start += shape.num_rows
         self._upload.send(4 * at)
         return found
@@ -230,13 +246,20 @@ class Staging:
             raise KernelError(f"sequences own rows {first} to {last}: expected 0 to {batch.num_rows} or fewer")
         if batch.num_sequences > B and int(batch.query_start[B]) != batch.num_decode_rows:
             raise KernelError(f"{batch.num_decode_rows} decode rows: expected whole sequences, they end inside of one")
-        if batch.page_table.shape[1] > limits.max_pages:
-            raise KernelError(f"{batch.page_table.shape[1]} pages of a sequence: expected {limits.max_pages} or fewer")
         check_ids(batch.token_ids, limits.vocab_size, num_samples)
-        check_slots(batch.slots[batch.num_decode_rows :], self._num_pages)  # check_tables knows the others
-        first, lengths, table = batch.query_start, batch.context_len, batch.page_table
-        check_tables(first[: B + 1], lengths[:B], table[:B], batch.slots, self._num_pages)
-        check_pages(first[B:], lengths[B:], table[B:], self._num_pages)
+        self._check_places(batch, B, False, self._num_pages)
+        if self._num_window_pages:
+            self._check_places(batch, B, True, self._num_window_pages)
+
+    def _check_places(self, batch: ForwardBatch, B: int, windowed: bool, num_pages: int) -> None:
+        """``B``: sequences that decode."""
+        slots, table = batch.places(windowed)
+        if table.shape[1] > self._limits.max_pages:
+            raise KernelError(f"{table.shape[1]} pages of a sequence: expected {self._limits.max_pages} or fewer")
+        check_slots(slots[batch.num_decode_rows :], num_pages)  # check_tables knows the others
+        first, lengths = batch.query_start, batch.context_len
+        check_tables(first[: B + 1], lengths[:B], table[:B], slots, num_pages)
+        check_pages(first[B:], lengths[B:], table[B:], num_pages)
 
     def _places(
         self, words: NDArray[np.int32], shape: BatchShape, start: int, at: int
@@ -254,9 +277,10 @@ class Staging:
             ours.append(words[at:stop].reshape(size))
             theirs.append(self._tables[at:stop].view(size))
             at = align_up(stop, TABLE_ALIGN)
-        host = _HostTables(*ours[:-2], *(x.view(np.float32) for x in ours[-2:]))
-        angles = (x.view(torch.float32) for x in theirs[-2:])
-        found = DeviceBatch(shape, start, serial, *theirs[:-2], *angles), host, at
+        own = -2 * len(self._ropes)
+        host = _HostTables(*ours[:6], _pairs([x.view(np.float32) for x in ours[own:]]), *ours[6:own])
+        angles = _pairs([x.view(torch.float32) for x in theirs[own:]])
+        found = DeviceBatch(shape, start, serial, *theirs[:6], angles, *theirs[6:own]), host, at
         if start == 0 and shape.is_decode:  # a decode step's come again
             if len(self._steps) >= _MAX_STEPS:
                 self._steps.clear()
@@ -265,8 +289,10 @@ class Staging:
 
     def _sizes(self, shape: BatchShape) -> list[tuple[int, ...]]:
         T, B = shape.num_rows, shape.num_sequences
-        half = num_angles(self._rope, self._limits.head_dim)
-        return [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), (T, half), (T, half)]
+        halves = [num_angles(rope, self._limits.head_dim) for rope in self._ropes for _ in ("cos", "sin")]
+        windows = [(T,), (B, shape.max_pages)] if self._num_window_pages else []
+        tables = [(T,), (T,), (B + 1,), (B,), (B,), (B, shape.max_pages), *windows]
+        return [*tables, *((T, half) for half in halves)]
 
     def _serial(self, *where: BatchShape | int) -> int:
         """Of a batch of a shape, from a row of the window and a word of the tables on."""
@@ -275,6 +301,11 @@ class Staging:
                 self._serials.clear()
             self._serials[where] = next(self._next_serial)
         return self._serials[where]
+
+
+def _pairs(items: list[_Item]) -> tuple[tuple[_Item, _Item], ...]:
+    """Neighbours: ``_pairs([1, 2, 3, 4]) == ((1, 2), (3, 4))``."""
+    return tuple(zip(items[::2], items[1::2], strict=True))
 
 
 def _context_bound(length: int, most: int) -> int:

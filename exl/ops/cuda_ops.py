@@ -1,7 +1,8 @@
 """The operations on a GPU: exl's own kernels, every buffer a view of one arena.
 
 A decode step of up to 8 rows is five launches a layer: qkv, attention (with the append), o, gate and up, down. Under
-act-order each of qkv and gate/up is preceded by one that normalises into its order.
+act-order each of qkv and gate/up is preceded by one that normalises into its order; the same launch is there where a
+layer has LayerNorm, or none. A norm of what o or down adds is a launch after it.
 
 What an operation launches is prepared once for each shape of its arguments and weights, and started for every layer.
 """
@@ -24,19 +25,18 @@ from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_decode import DecodeScratch, attention_decode
 from exl.kernels.attention_io import AttentionParams, HeadNorms, QkvRows
 from exl.kernels.attention_prefill import attention_prefill
-from exl.kernels.blob import pack_linear, view_linear
+from exl.kernels.blob import pack_linear
 from exl.kernels.embed import embed
+from exl.kernels.gated_product import gated_product
 from exl.kernels.launch import Backend
-from exl.kernels.linear import LinearScratch, multiply
-from exl.kernels.linear_dense import DenseWeight, multiply_dense
-from exl.kernels.linear_io import NormedInput, Output
-from exl.kernels.linear_many import PanelScratch, multiply_f32, multiply_many
+from exl.kernels.linear import LinearScratch
+from exl.kernels.linear_io import ACTIVATIONS, Output
+from exl.kernels.linear_many import PanelScratch
+from exl.kernels.norms import RowNorm, norm_add, row_norm
 from exl.kernels.params import Bindings
 from exl.kernels.program import Programs, place
-from exl.kernels.rms_norm import rms_norm
-from exl.kernels.silu_mul import silu_mul
-from exl.kernels.weights import TiledWeight
-from exl.layout.arena import ArenaLayout, crossover
+from exl.kernels.scale_logits import scale_logits
+from exl.layout.arena import ArenaLayout
 from exl.layout.fields import Field
 from exl.layout.kv import DeviceKVLayout
 from exl.layout.layers import LinearLayout
@@ -46,7 +46,6 @@ from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
 from exl.memory.device import device_tensor
 from exl.ops.base import (
-    ALL_ROWS,
     PLAIN_BRANCH,
     TORCH_DTYPES,
     AttentionSpec,
@@ -55,12 +54,14 @@ from exl.ops.base import (
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
     Segments,
     TableRows,
 )
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_embedding import RowStaging
+from exl.ops.cuda_linear import LinearBuffers, Linears, Residual
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
 
 MAX_BINDINGS = 8192  # remembered: one per layer and operation
@@ -78,15 +79,18 @@ class CudaOps:
         kv_layout: DeviceKVLayout,
         limits: StepLimits,
         arena: ArenaLayout,
-        rope: RopeConfig,
+        ropes: Sequence[RopeConfig],
         num_pages: int,
         *,
+        num_window_pages: int = 0,
         act_dtype: torch.dtype = torch.float16,
         dependent: bool = True,
     ) -> None:
-        """``act_dtype``: f16, or bf16 for models whose values leave f16's range. ``dependent``: launches start before
-        their predecessors have ended, where the GPU can do that. A plain attribute, read at every launch: False from
-        here on makes every launch wait for those before it, and changes no result. Graphs stay as they were captured.
+        """``ropes``: those of all layers, each once; ``limits.num_ropes`` of them. ``num_pages``, ``num_window_pages``:
+        of the cache, see ``Staging``. ``act_dtype``: f16, or bf16 for models whose values leave f16's range.
+        ``dependent``: launches start before their predecessors have ended, where the GPU can do that. A plain
+        attribute, read at every launch: False from here on makes every launch wait for those before it, and changes no
+        result. Graphs stay as they were captured.
         """
         self.backend, self.target, self.kv_layout, self.limits = backend, target, kv_layout, limits
         self.device, self.act_dtype = backend.device, act_dtype
@@ -96,25 +100,26 @@ class CudaOps:
         self._slab = device_tensor(arena.num_bytes, self.device, "buffers of a step")
         self._arena = arena
         self._pages = PageLayout(kv_layout.kind, kv_layout.head_dim)
-        self._crossover = crossover(target.arch)
         shared = arena.fields["shared"].offset
-        self._few = LinearScratch(
+        few = LinearScratch(
             **{name: self._view(field, shared) for name, field in arena.few.items()},
             arrived=self._view(arena.fields["linear arrived"]),
         )
-        self._many = None
+        many, normed = None, self._view(arena.fields["normed"])
         if arena.many:
-            many = {name: self._view(field, shared) for name, field in arena.many.items()}
-            self._many = PanelScratch(x=self._view(arena.fields["normed"]), **many)
+            many = PanelScratch(x=normed, **{name: self._view(field, shared) for name, field in arena.many.items()})
+        self._linears = Linears(target.arch, LinearBuffers(few, many, normed), self._may_overlap)
         partial = self._view(arena.partial, shared)
         self._attention = DecodeScratch(partial, self._view(arena.fields["attention arrived"]))
         self._sumsq = self._view(arena.fields["sums of squares"])
-        self._normed = self._view(arena.fields["normed"])
+        self._normed = normed
         self._samples = self._view(arena.fields["samples"])
-        self._rope = rope  # of the angles that each batch brings
+        if len(ropes) != limits.num_ropes:
+            raise KernelError(f"RoPEs: found {len(ropes)}, but the tables of a window are made for {limits.num_ropes}")
+        self._ropes = tuple(ropes)  # in the order of the angles that each batch brings
         self._owned = ExitStack()
         tables = self._view(arena.fields["tables"])
-        self._staging = Staging(backend, tables, limits, rope, num_pages, self._owned)
+        self._staging = Staging(backend, tables, limits, ropes, num_pages, self._owned, num_window_pages)
         self._programs = Programs(backend)
         self._bound: dict[tuple[int, ...], tuple[Sequence, Bindings]] = {}
         fields = {name: self._view(field) for name, field in arena.fields.items()}
@@ -123,7 +128,6 @@ class CudaOps:
             self._row_staging = RowStaging(backend, fields["embedding rows"], self._owned)
         self.runs_ahead = self._row_staging is None  # rows from the disk are read by the host, which must know the ids
         self._sampler = Sampler(self._programs, limits, fields, self._owned)
-        self._weights: dict[int, tuple[Linear, TiledWeight | DenseWeight]] = {}
         self._staged: list[DeviceBatch] = []
         self._now: DeviceBatch | None = None
 
@@ -209,7 +213,7 @@ class CudaOps:
                 for linear in one if isinstance(one, tuple) else ():
                     names = sorted(linear.fields)
                     tensors += [linear.fields[name] for name in names]
-                    forms.append((linear.N, linear.layout.kind, self._weight(linear).form, *names))
+                    forms.append((linear.N, linear.layout.kind, self._linears.weight(linear).form, *names))
                 if not isinstance(one, tuple):
                     tensors.append(one)
                 forms.append(None)  # the end of one
@@ -222,35 +226,32 @@ class CudaOps:
     def invariant_rows(self) -> int:
         """From here on linears dequantize panels and leave the products to cuBLAS, whose bits depend on the number of
         rows. Attention of a chunk and all else is row-invariant at any size."""
-        return ALL_ROWS if self._many is None else self._crossover
+        return self._linears.invariant_rows
 
     @property
     def step_key(self) -> BatchShape:
         return self._now.shape
 
     def embed(self, table: Linear, h: torch.Tensor, spec: EmbedSpec) -> None:
-        if spec.scale != 1.0:
-            raise UnsupportedModelError(f"scale of the embedding: found {spec.scale:g}, expected 1 on a GPU")
-
         def record(backend: Backend) -> None:
             embed(
                 *(backend, table.fields["weight"], self._now.ids, h, self._rows_sumsq(h)),
+                scale=spec.scale,
                 samples=self._samples,
                 dependent=self._may_overlap(),
             )
 
-        self._run(("embed", place(h)), self._bind((table,)), record)
+        self._run(("embed", place(h), spec.scale), self._bind((table,)), record)
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
-        key = "project", place(h), place(out), eps
-        self._run(key, self._bind(w, weight), lambda backend: self._project(backend, h, norm, w, out))
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
+        _refuse_loras(loras)
+        key = "project", place(h), place(out), _numbers(norm)
+        self._run(
+            key, self._bind(w, _weight(norm)), lambda backend: self._store(backend, self._residual(h, norm), w, out)
+        )
 
-    def _project(self, backend: Backend, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        start = 0
-        for linear in w:
-            self._linear(backend, h, norm, linear, Output.store(out[:, start : start + linear.N]))
-            start += linear.N
+    def _store(self, backend: Backend, x: torch.Tensor | Residual, w: Segments, out: torch.Tensor) -> None:
+        self._linears.store(backend, x, w, out, self._now.shape.num_decode_rows)
 
     def attend(
         self,
@@ -261,10 +262,7 @@ class CudaOps:
         out: torch.Tensor,
         consumer: Segments = (),
     ) -> None:
-        if spec.rope is not self._rope and spec.rope != self._rope:
-            raise UnsupportedModelError(
-                f"RoPE of layer {layer_idx}: found {spec.rope}, expected {self._rope}, which all layers share on a GPU"
-            )
+        rope = self._rope_number(spec.rope, layer_idx)
         pages, eps = kv.layer(layer_idx), _head_eps(spec)
         key = (
             "attend",
@@ -276,12 +274,15 @@ class CudaOps:
             spec.window,
             spec.softcap,
             eps,
+            kv.windowed,
+            spec.norm_rows,
+            rope,
         )
         norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
         self._run(
             key,
-            self._bind(pages, *norms, consumer),
-            lambda backend: self._attend(backend, qkv, spec, pages, out, consumer),
+            self._bind(pages, *norms, spec.sinks, consumer),
+            lambda backend: self._attend(backend, qkv, spec, rope, kv.windowed, pages, out, consumer),
         )
 
     def _attend(
@@ -289,16 +290,20 @@ class CudaOps:
         backend: Backend,
         qkv: torch.Tensor,
         spec: AttentionSpec,
+        rope: int,
+        windowed: bool,
         pages: torch.Tensor,
         out: torch.Tensor,
         consumer: Segments,
     ) -> None:
         batch = self._now
         T, n = batch.shape.num_rows, batch.shape.num_decode_rows
-        rows = QkvRows(qkv, batch.cosine, batch.sine, _head_norms(spec))
-        params = AttentionParams(spec.scale, spec.window, spec.softcap)
+        if spec.norm_rows:
+            _norm_rows(backend, qkv, spec, self._may_overlap())
+        rows = QkvRows(qkv, *batch.angles[rope], _head_norms(spec))
+        params = AttentionParams(spec.scale, spec.window, spec.softcap, spec.sinks)
         channel_map = consumer[0].fields.get("channel_map") if consumer else None
-        for tables in batch.decode_tables(self._staging.most_items):
+        for tables in batch.decode_tables(self._staging.most_items, windowed):
             attention_decode(
                 *(backend, self._pages, rows.rows(0, n), tables, pages, out[:n], self._attention, params),
                 channel_map=channel_map,
@@ -306,161 +311,154 @@ class CudaOps:
             )
         if n < T:
             q = self._normed[: T * spec.num_heads * spec.head_dim].view(T, spec.num_heads, spec.head_dim)
+            slots, _ = batch.places(windowed)
             append_kv(
-                *(backend, self._pages, rows.rows(n, T), batch.slots[n:], pages, q[n:]),
+                *(backend, self._pages, rows.rows(n, T), slots[n:], pages, q[n:]),
                 dependent=self._may_overlap(),
             )
             attention_prefill(
-                *(backend, self._pages, q, batch.prefill_tables, pages, out, params),
+                *(backend, self._pages, q, batch.prefill_tables(windowed), pages, out, params),
                 channel_map=channel_map,
                 dependent=self._may_overlap(),
             )
 
+    def _rope_number(self, rope: RopeConfig, layer_idx: int) -> int:
+        """Of the angles that a batch brings."""
+        for i, known in enumerate(self._ropes):
+            if rope is known or rope == known:
+                return i
+        known = "; ".join(map(str, self._ropes))
+        raise UnsupportedModelError(f"RoPE of layer {layer_idx}: found {rope}, expected one of the model's: {known}")
+
     def gated_mlp(
         self,
         h: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         w: Segments,
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
-        if spec.activation != "silu":
-            raise UnsupportedModelError(
-                f"activation of the gated MLP: found {spec.activation!r}, expected silu on a GPU"
-            )
-        key = "gated_mlp", place(h), place(out), norm.eps
+        _refuse_loras(loras)
+        if spec.activation not in ACTIVATIONS:
+            names = " or ".join(ACTIVATIONS)
+            raise UnsupportedModelError(f"activation of the gated MLP: found {spec.activation!r}, expected {names}")
+        key = "gated_mlp", place(h), place(out), _numbers(norm), spec.activation
         self._run(
             key,
-            self._bind(w, norm.weight, consumer),
-            lambda backend: self._gated_mlp(backend, h, norm, w, out, consumer),
+            self._bind(w, _weight(norm), consumer),
+            lambda backend: self._gated_mlp(backend, self._residual(h, norm), w, spec.activation, out, consumer),
         )
 
     def _gated_mlp(
-        self, backend: Backend, h: torch.Tensor, norm: Norm, w: Segments, out: torch.Tensor, consumer: Segments
+        self, backend: Backend, x: Residual, w: Segments, activation: str, out: torch.Tensor, consumer: Segments
     ) -> None:
         if len(w) == 1:  # its rows are packed in the order that ``consumer`` wants
-            self._linear(backend, h, norm, w[0], Output.gated(out))
+            self._linears.run(backend, x, w[0], Output.gated(out, activation), self._now.shape.num_decode_rows)
             return
         T, width = out.shape
         both = self._view(self._arena.fields["fused"])[: T * 2 * width].view(self.act_dtype).view(T, 2 * width)
-        self._project(backend, h, norm, w, both)
+        self._store(backend, x, w, both)
         channel_map = consumer[0].fields.get("channel_map") if consumer else None
-        silu_mul(
-            *(backend, both[:, :width], both[:, width:], out), channel_map=channel_map, dependent=self._may_overlap()
+        gated_product(
+            *(backend, both[:, :width], both[:, width:], out, activation),
+            channel_map=channel_map,
+            dependent=self._may_overlap(),
         )
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
-        if branch.post_norm is not None:
-            raise UnsupportedModelError("norm of a block's output: found one, expected none on a GPU")
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
+        _refuse_loras(loras)
+        norm = branch.post_norm
+        key = "add_projection", place(x), place(h), branch.scale, _numbers(norm)
+        self._run(key, self._bind(w, _weight(norm)), lambda backend: self._add_projection(backend, x, w, h, branch))
 
-        def record(backend: Backend) -> None:
+    def _add_projection(self, backend: Backend, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch) -> None:
+        norm, sumsq = branch.post_norm, self._rows_sumsq(h)
+        if norm is None:
             for linear in w:
-                self._linear(backend, x, None, linear, Output.residual(h, self._rows_sumsq(h), branch.scale))
-
-        self._run(("add_projection", place(x), place(h), branch.scale), self._bind(w), record)
+                target = Output.residual(h, sumsq, branch.scale)
+                self._linears.run(backend, x, linear, target, self._now.shape.num_decode_rows)
+            return
+        if "branch" not in self._arena.fields:
+            raise KernelError("norm of a block's output: found one, but the buffers of a step are made for none")
+        y = self._view(self._arena.fields["branch"])[: len(h)]
+        self._store(backend, x, w, y)
+        post = RowNorm(norm.weight, norm.eps, norm.kind)
+        norm_add(backend, y, post, h, sumsq, branch.scale, dependent=self._may_overlap())
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         done = sum(stop - start for start, stop in self._now.shape.logit_runs)
         if head.layout.kind == "dense" and self.target.arch < MIN_ARCH:
-            self._logits(self.backend, h, norm, head, out)  # cuBLAS is handed the weight: nothing to record
+            self._logits(self.backend, h, norm, head, spec, out)  # cuBLAS is handed the weight: nothing to record
         else:
             self._run(
-                ("logits", place(h), place(out), norm.eps),
+                ("logits", place(h), place(out), _numbers(norm), spec),
                 self._bind((head,), norm.weight),
-                lambda backend: self._logits(backend, h, norm, head, out),
+                lambda backend: self._logits(backend, h, norm, head, spec, out),
             )
-        out = out[:done]
-        if spec.scale != 1.0:
-            out.mul_(spec.scale)
-        if spec.softcap is not None:
-            out.div_(spec.softcap).tanh_().mul_(spec.softcap)
-        return out
+        return out[:done]
 
-    def _logits(self, backend: Backend, h: torch.Tensor, norm: Norm, head: Linear, out: torch.Tensor) -> None:
+    def _logits(
+        self, backend: Backend, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor
+    ) -> None:
         done, most = 0, self.invariant_rows - 1
         for first, last in self._now.shape.logit_runs:
             for start in range(first, last, most):
                 stop = min(start + most, last)
-                part = out[done : done + stop - start]
-                self._linear(backend, h[start:stop], norm, head, Output.store(part), first_row=start)
+                part = Output.store(out[done : done + stop - start])
+                x = self._residual(h[start:stop], norm, first_row=start)
+                self._linears.run(backend, x, head, part, self._now.shape.num_decode_rows - start)
                 done += stop - start
+        if done and spec != LogitsSpec():
+            scale_logits(backend, out[:done], spec.scale, spec.softcap, dependent=self._may_overlap())
 
     def sample(self, logits: torch.Tensor, params: SamplingBatch) -> DeviceSamples:
         return self._sampler.sample(logits, params, dependent=self._may_overlap())
-
-    # linears
-
-    def _linear(
-        self, backend: Backend, x: torch.Tensor, norm: Norm | None, linear: Linear, out: Output, first_row: int = 0
-    ) -> None:
-        """x W into ``out``. A normalised x under act-order is normalised into the weight's order first; one that is not
-        comes in that order already."""
-        weight = self._weight(linear)
-        normed = None if norm is None else self._normed_input(x, norm, first_row)
-        channel_map = linear.fields.get("channel_map")
-        if normed is not None and channel_map is not None:
-            sorted_x = self._normed[: x.numel()].view(x.shape)
-            rms_norm(backend, x, normed, sorted_x, channel_map=channel_map, dependent=self._may_overlap())
-            x, normed = sorted_x, None
-        if isinstance(weight, DenseWeight):
-            self._dense(backend, x, normed, weight, out)
-            return
-        num_rows, n = x.shape[0], max(0, self._now.shape.num_decode_rows - first_row)
-        if self._many is None or num_rows - n < self._crossover:
-            n = num_rows
-        if n:
-            part = None if normed is None else normed.rows(0, n)
-            multiply(
-                *(backend, weight, x[:n], out.rows(0, n)),
-                norm=part,
-                scratch=self._few,
-                dependent=self._may_overlap(),
-            )
-        if n < num_rows:
-            part = None if normed is None else normed.rows(n, num_rows)
-            multiply_many(backend, weight, x[n:], out.rows(n, num_rows), self._many, part)
-
-    def _dense(
-        self, backend: Backend, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output
-    ) -> None:
-        width = weight.weight.shape[1]
-        if x.shape[1] != width:  # the buffer's rows are padded with zeros
-            x = torch.as_strided(x, (x.shape[0], width), x.stride())
-        if self.target.arch < MIN_ARCH:
-            self._dense_by_cublas(backend, x, norm, weight, out)
-            return
-        multiply_dense(backend, weight, x, out, norm=norm, dependent=self._may_overlap())
-
-    def _dense_by_cublas(
-        self, backend: Backend, x: torch.Tensor, norm: NormedInput | None, weight: DenseWeight, out: Output
-    ) -> None:
-        """The head, on GPUs without tensor cores. One row at a time: no row's bits depend on the others."""
-        normed = self._normed[: x.numel()].view(x.shape)
-        rms_norm(backend, x, norm, normed)
-        for i in range(x.shape[0]):
-            multiply_f32(normed[i : i + 1], weight.weight, out.y[i : i + 1])
-        if weight.bias is not None:
-            out.y.add_(weight.bias[: out.y.shape[1]])
-
-    def _weight(self, linear: Linear) -> TiledWeight | DenseWeight:
-        found = self._weights.get(id(linear))
-        if found is None or found[0] is not linear:
-            found = self._weights[id(linear)] = (linear, view_linear(linear.layout, linear.fields))
-        return found[1]
 
     def _rows_sumsq(self, h: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """Sums of squares of the rows of h, which begin at row ``first_row`` of the selected batch."""
         start = self._now.start + first_row
         return self._sumsq[start : start + h.shape[0]]
 
-    def _normed_input(self, h: torch.Tensor, norm: Norm, first_row: int = 0) -> NormedInput:
-        return NormedInput(self._rows_sumsq(h, first_row), norm.weight, norm.eps)
+    def _residual(self, h: torch.Tensor, norm: Norm | None, first_row: int = 0) -> Residual:
+        return Residual(h, self._rows_sumsq(h, first_row), norm)
+
+
+def _numbers(norm: Norm | None) -> tuple[float, str] | None:
+    """All that launches depend on besides the weight."""
+    return None if norm is None else (norm.eps, norm.kind)
+
+
+def _weight(norm: Norm | None) -> torch.Tensor | None:
+    return None if norm is None else norm.weight
+
+
+def _norm_rows(backend: Backend, qkv: torch.Tensor, spec: AttentionSpec, dependent: bool) -> None:
+    """q and k of ``qkv`` normalised in place, each over the channels of all heads."""
+    width = spec.num_heads * spec.head_dim
+    q, k = (None if norm is None else RowNorm(norm.weight, norm.eps, norm.kind) for norm in (spec.q_norm, spec.k_norm))
+    parts = qkv[:, :width], qkv[:, width : width + spec.num_kv_heads * spec.head_dim]
+    if q is not None and k is not None:
+        both = qkv[:, : width + spec.num_kv_heads * spec.head_dim]
+        row_norm(backend, both, q, both, k, dependent=dependent)
+        return
+    for x, norm in zip(parts, (q, k), strict=True):
+        if norm is not None:
+            row_norm(backend, x, norm, x, dependent=dependent)
 
 
 def _head_norms(spec: AttentionSpec) -> HeadNorms:
-    q, k = spec.q_norm, spec.k_norm
+    """What attention's own kernels normalise."""
+    q, k = (None, None) if spec.norm_rows else (spec.q_norm, spec.k_norm)
     return HeadNorms(None if q is None else q.weight, None if k is None else k.weight, _head_eps(spec))
+
+
+def _refuse_loras(loras: Loras) -> None:
+    if loras:
+        raise UnsupportedModelError(f"adapters: found {len(loras)}, expected none on a GPU")
 
 
 def _head_eps(spec: AttentionSpec) -> float:
@@ -468,5 +466,7 @@ def _head_eps(spec: AttentionSpec) -> float:
     q, k = spec.q_norm, spec.k_norm
     if q is not None and k is not None and q.eps != k.eps:
         raise UnsupportedModelError(f"norms of q and k: found epsilons {q.eps} and {k.eps}, expected the same on a GPU")
+    if any(norm is not None and norm.kind != "rms" and not spec.norm_rows for norm in (q, k)):
+        raise UnsupportedModelError("norms of q and k: found LayerNorm of each head, expected RMSNorm on a GPU")
     norm = k if q is None else q
     return 0.0 if norm is None else norm.eps

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.kv import KVCache
@@ -19,16 +21,32 @@ _ALIGNED_BYTES = 64  # as torch allocates
 _QUERY_BLOCK = 128  # rows that share a mask: bounds the mask to 128 x context, and skips keys that no row sees
 
 
+class Places(NamedTuple):
+    """Where a batch's rows go in the cache, and where its sequences' pages are."""
+
+    slots: torch.Tensor  # i64 [T]
+    cached_rows: torch.Tensor | None  # i64; rows that are cached; None: all
+    page_table: NDArray[np.int32]  # [B, P]
+
+
 class StagedBatch:
     """A batch's index arrays as tensors, and values derived from them that all layers share."""
 
     def __init__(self, batch: ForwardBatch, token_ids: torch.Tensor) -> None:
         self.batch = batch
         self.token_ids = token_ids  # i64 [T]
-        self.slots = torch.from_numpy(batch.slots).long()
-        self.cached_rows = None if bool((self.slots >= 0).all()) else torch.nonzero(self.slots >= 0).view(-1)
         self.logit_rows = torch.from_numpy(batch.logit_rows).long()
         self._rope_tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._places: dict[bool, Places] = {}
+
+    def places(self, windowed: bool) -> Places:
+        """Of layers that keep all tokens, or of those with a window and pages of their own."""
+        if windowed not in self._places:
+            of_batch, table = self.batch.places(windowed)
+            slots = torch.from_numpy(of_batch).long()
+            rows = None if bool((slots >= 0).all()) else torch.nonzero(slots >= 0).view(-1)
+            self._places[windowed] = Places(slots, rows, table)
+        return self._places[windowed]
 
     def rope(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each f32 [T, 1, rotary_dim / 2]; computed at the first call, then cached."""
@@ -57,17 +75,16 @@ def attend(
     T, H, Hkv, D = batch.num_rows, spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads = qkv.view(T, H + 2 * Hkv, D)
     q, k, v = heads[:, :H], heads[:, H : H + Hkv], heads[:, H + Hkv :]
-    if spec.q_norm is not None:
-        _norm_heads(q, spec.q_norm)
-    if spec.k_norm is not None:
-        _norm_heads(k, spec.k_norm)
+    for part, norm in ((q, spec.q_norm), (k, spec.k_norm)):
+        if norm is not None:
+            _normalize(part.view(T, -1) if spec.norm_rows else part, norm)
     _rotate(heads[:, : H + Hkv], *staged.rope(spec))
-    pages = kv.layer(layer_idx)
+    pages, places = kv.layer(layer_idx), staged.places(kv.windowed)
     size = kv.layout.hadamard_size
     if kv.layout.quantized:
         hadamard(heads, size)
-    _append(k, pages.k, pages.k_scales, staged)
-    _append(v, pages.v, pages.v_scales, staged)
+    _append(k, pages.k, pages.k_scales, places)
+    _append(v, pages.v, pages.v_scales, places)
     if not kv.layout.quantized:
         q = q.to(pages.k.dtype)
     attended = out.view(T, H, D)
@@ -79,16 +96,19 @@ def attend(
             last = min(stop, first + step)
             seen = context - (stop - last)  # number of keys up to and including the last row's own
             low = 0 if spec.window is None else max(0, seen - (last - first) - spec.window + 1)
-            k_run = _read(pages.k, pages.k_scales, batch.page_table[b], low, seen, D)
-            v_run = _read(pages.v, pages.v_scales, batch.page_table[b], low, seen, D)
-            fixed = k_run.dtype == torch.float32 or spec.softcap is not None
+            k_run = _read(pages.k, pages.k_scales, places.page_table[b], low, seen, D)
+            v_run = _read(pages.v, pages.v_scales, places.page_table[b], low, seen, D)
+            fixed = k_run.dtype == torch.float32 or not _is_fused(spec)
             with threads.all() if fixed else nullcontext():
                 attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
     if kv.layout.quantized:
         hadamard(attended, size)  # its own inverse
 
 
-def _norm_heads(x: torch.Tensor, norm: Norm) -> None:
+def _normalize(x: torch.Tensor, norm: Norm) -> None:
+    """Over the last axis, in place."""
+    if norm.kind == "layer":
+        x.sub_(x.mean(-1, keepdim=True))
     x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)).mul_(norm.weight)
 
 
@@ -101,10 +121,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     low.copy_(turned)
 
 
-def _append(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, staged: StagedBatch) -> None:
-    slots = staged.slots
-    if staged.cached_rows is not None:
-        rows, slots = rows[staged.cached_rows], slots[staged.cached_rows]
+def _append(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, places: Places) -> None:
+    slots = places.slots
+    if places.cached_rows is not None:
+        rows, slots = rows[places.cached_rows], slots[places.cached_rows]
     if scales is None:
         _tokens(codes).index_copy_(0, slots, as_stored(rows, codes.dtype))
         return
@@ -150,12 +170,25 @@ def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attenti
         rows = rows.clone()
     mask = None if n == 1 else _causal_mask(n, S, spec.window, q.dtype).repeat(group, 1)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    if spec.softcap is None:
+    if _is_fused(spec):
         mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=spec.scale)
     else:
-        scores = (rows.float() @ k.float().transpose(-1, -2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
-        mixed = torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v.float()
+        scores = rows.float() @ k.float().transpose(-1, -2)
+        if spec.softcap is None:
+            scores.mul_(spec.scale)
+        else:
+            scores.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+        scores = scores if mask is None else scores + mask
+        if spec.sinks is not None:
+            sinks = spec.sinks.view(1, Hkv, group, 1).expand(-1, -1, -1, n).reshape(1, Hkv, group * n, 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        mixed = torch.softmax(scores, dim=-1)[..., :S] @ v.float()
     return mixed.view(Hkv, group, n, -1).permute(2, 0, 1, 3).reshape(n, spec.num_heads, -1)
+
+
+def _is_fused(spec: AttentionSpec) -> bool:
+    """Whether torch's fused kernel computes it."""
+    return spec.softcap is None and spec.sinks is None
 
 
 def _causal_mask(n: int, S: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:

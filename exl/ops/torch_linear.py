@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from exl.formats.matrix import DenseMatrix, QuantizedMatrix
+from exl.formats.matrix import FP4_VALUES, DenseMatrix, QuantizedMatrix
 from exl.layout.layers import LinearLayout
 from exl.layout.specs import Target
 from exl.layout.steps import PACK_COLUMNS, PANEL_ELEMENTS
@@ -28,6 +28,7 @@ _ALIGNED_ELEMENTS = 16  # of f32: 64 bytes, as torch allocates
 _ROW_TILE = 16  # rows of a product that are shared out among threads as one
 _PACK_WORDS = 1 << 18  # words repacked per step, so that intermediates stay in cache
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
+_FP4_VALUES = torch.tensor(FP4_VALUES, dtype=torch.float32)
 _INT4_ZERO = 8  # the code that means 0 to torch's kernel
 
 
@@ -285,6 +286,12 @@ def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, padding))[:, : x.shape[1]] if padding and x.shape[0] > 1 else x
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy, such that its first row is aligned as torch allocates: rows from the middle of a buffer may not
+    be."""
+    return x if x.data_ptr() % (4 * _ALIGNED_ELEMENTS) == 0 else x.clone()
+
+
 def _prefill(x: torch.Tensor, w: Linear, scratch: Scratch, out: torch.Tensor, by_tiles: bool) -> None:
     """In multiples of 16 rows; the last ones are padded. MKL gives each thread some of the rows, and sums those of a
     share that is no multiple of its tile in another order: bits would depend on the number of threads."""
@@ -334,6 +341,10 @@ def _dequantize_planes(w: Linear, start: int, stop: int, scratch: Scratch, panel
         panel.copy_(codes)
     scales, zeros = w.fields["scales"][start:stop], w.fields["zeros"][start:stop]
     group_size = w.layout.spec.group_size
+    if w.layout.spec.code_kind == "fp4":  # whose groups are whole
+        torch.index_select(_FP4_VALUES, 0, codes.view(-1).int(), out=panel.view(-1))
+        panel.view(n, -1, group_size).mul_(scales[:, :, None].float())
+        return
     even = K // group_size  # groups; what is left is a shorter one
     whole = panel[:, : even * group_size].view(n, even, group_size)
     _apply_qparams(whole, scales[:, :even, None], zeros[:, :even, None])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 
 from exl.batch import ForwardBatch, SampleRows, SamplingBatch
 from exl.cache.kv import KVCache
-from exl.errors import UnsupportedModelError
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.layout.kv import KVLayout
 from exl.layout.layers import LinearLayout
@@ -25,33 +23,21 @@ from exl.ops.base import (
     AttentionSpec,
     Branch,
     EmbedSpec,
+    ExpertSet,
     GatedMlp,
     Linear,
     LogitsSpec,
+    Loras,
     Norm,
+    RouteSpec,
     Segments,
     TableRows,
 )
 from exl.ops.cpu_buffers import refuse_output_order, step_buffer
-from exl.ops.torch_linear import Scratch, matmul, pack_linear
+from exl.ops.torch_experts import choose_experts, gated_product, sigmoid
+from exl.ops.torch_linear import Scratch, aligned, matmul, pack_linear
 from exl.sampling import sample
 from exl.threads import DECODE, Threads, thread_limit
-
-
-def _silu(x: torch.Tensor) -> torch.Tensor:
-    """``F.silu`` has other bits where a thread's share of the elements ends: its last few are computed by other code
-    than whole vectors. exp and plain arithmetic are not, so that a row's bits depend on no other row."""
-    denominator = torch.neg(x).exp_().add_(1.0)
-    return torch.div(x, denominator, out=denominator)
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """In place of ``F.gelu``, for the same reason."""
-    y = torch.mul(x, x).mul_(0.044715).add_(1.0).mul_(x).mul_(math.sqrt(2 / math.pi))
-    return y.tanh_().add_(1.0).mul_(x).mul_(0.5)
-
-
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
 @dataclass(frozen=True)
@@ -95,6 +81,8 @@ class TorchOps:
         self._scratch = Scratch(buffer("panel"), buffer("panel codes", torch.uint8), buffer("sorted input"))
         self._normed = buffer("normed input")
         self._fused = buffer("fused output")
+        self._inner, self._added = buffer("adapters' inner rows"), buffer("adapters' output")
+        self._expert_rows = buffer("expert rows") if limits.experts is not None else None
         self._samples = buffer("samples", torch.int64)
         self._staged: list[torch_attention.StagedBatch] = []
         self._now: torch_attention.StagedBatch | None = None
@@ -159,8 +147,10 @@ class TorchOps:
     def _input(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return h
-        normed = self._normed[: h.numel()].view(h.shape)
-        return normed.copy_(F.rms_norm(h, (h.shape[-1],), norm.weight, norm.eps))
+        normed, shape = self._normed[: h.numel()].view(h.shape), (h.shape[-1],)
+        if norm.kind == "layer":
+            return normed.copy_(F.layer_norm(h, shape, norm.weight, None, norm.eps))
+        return normed.copy_(F.rms_norm(h, shape, norm.weight, norm.eps))
 
     def _multiply(self, x: torch.Tensor, w: Segments, out: torch.Tensor, num_decode_rows: int) -> None:
         start = 0
@@ -168,8 +158,23 @@ class TorchOps:
             matmul(x, linear, num_decode_rows, self._scratch, out[:, start : start + linear.N])
             start += linear.N
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
-        self._multiply(self._input(h, norm), w, out, self._now.batch.num_decode_rows)
+    def _add_loras(self, x: torch.Tensor, loras: Loras, out: torch.Tensor) -> None:
+        """To rows of ``out`` what their adapters add: ``out`` is the product of x and the linear itself."""
+        batch = self._now.batch
+        for start, stop, adapter in batch.lora_runs if loras else ():
+            num_rows, num_decode_rows = stop - start, min(max(batch.num_decode_rows - start, 0), stop - start)
+            for lora in loras[adapter]:
+                inner = self._inner[: num_rows * lora.A.N].view(num_rows, lora.A.N)
+                added = self._added[: num_rows * lora.B.N].view(num_rows, lora.B.N)
+                matmul(aligned(x[start:stop]), lora.A, num_decode_rows, self._scratch, inner)
+                matmul(inner, lora.B, num_decode_rows, self._scratch, added)
+                # The factor by itself: added with one, elements of whole vectors and the last ones round differently.
+                out[start:stop, lora.start : lora.start + lora.B.N].add_(added.mul_(lora.scale))
+
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
+        x = self._input(h, norm)
+        self._multiply(x, w, out, self._now.batch.num_decode_rows)
+        self._add_loras(x, loras, out)
 
     def attend(
         self,
@@ -190,20 +195,87 @@ class TorchOps:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
-        activation = _ACTIVATIONS.get(spec.activation)
-        if activation is None:
-            raise UnsupportedModelError(
-                f"activation of the gated MLP: found {spec.activation!r}, expected {' or '.join(_ACTIVATIONS)}"
-            )
+        self._gated(self._input(h, norm), w, spec, out, self._now.batch.num_decode_rows, loras)
+
+    def _gated(
+        self,
+        x: torch.Tensor,
+        w: Segments,
+        spec: GatedMlp,
+        out: torch.Tensor,
+        num_decode_rows: int,
+        loras: Loras = (),
+    ) -> None:
         T, width = out.shape
         both = self._fused[: T * 2 * width].view(T, 2 * width)
-        self._multiply(self._input(h, norm), w, both, self._now.batch.num_decode_rows)
-        torch.mul(activation(both[:, :width]), both[:, width:], out=out)
+        self._multiply(x, w, both, num_decode_rows)
+        self._add_loras(x, loras, both)
+        gated_product(both[:, :width], both[:, width:], spec, out)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        x.copy_(self._input(h, norm))
+        logits = torch.empty(len(x), router.N)
+        self._multiply(x, (router,), logits, self._now.batch.num_decode_rows)
+        choose_experts(logits, bias, spec, ids, weights)
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        hidden, num_decode_rows = h.shape[1], self._now.batch.num_decode_rows
+        for expert in ids.unique().tolist():  # rising
+            rows, place = (ids == expert).nonzero(as_tuple=True)
+            w = experts[expert]
+            num_decode = int((rows < num_decode_rows).sum())
+            width = sum(linear.N for linear in w["gate_up"]) // 2
+            gathered, product, y = self._rows_of_expert(len(rows), hidden, width)
+            torch.index_select(x, 0, rows, out=gathered)
+            self._gated(gathered, w["gate_up"], spec, product, num_decode)
+            self._multiply(product, w["down"], y, num_decode)
+            h[rows] += y.mul_(weights[rows, place][:, None])
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        num_decode_rows = self._now.batch.num_decode_rows
+        _, product, y = self._rows_of_expert(*h.shape, sum(linear.N for linear in gate_up) // 2)
+        self._gated(x, gate_up, spec, product, num_decode_rows)
+        self._multiply(product, down, y, num_decode_rows)
+        if gate is not None:
+            factor = torch.empty(len(x), 1)
+            self._multiply(x, (gate,), factor, num_decode_rows)
+            y.mul_(sigmoid(factor))
+        h.add_(y)
+
+    def _rows_of_expert(self, num_rows: int, hidden: int, width: int) -> tuple[torch.Tensor, ...]:
+        """Room for an expert's inputs [n, C], what is between its linears [n, F], and what it gives [n, C]."""
+        sizes = [num_rows * hidden, num_rows * width, num_rows * hidden]
+        pieces = self._expert_rows[: sum(sizes)].split(sizes)
+        return tuple(piece.view(num_rows, -1) for piece in pieces)
+
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         y = self._fused[: h.numel()].view(h.shape)
         self._multiply(x, w, y, self._now.batch.num_decode_rows)
+        self._add_loras(x, loras, y)
         h.add_(self._input(y, branch.post_norm), alpha=branch.scale)
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from exl.adapters.choice import Adapters, find_adapters
 from exl.checkpoint.hub import find_headers
 from exl.checkpoint.hub_errors import Token
 from exl.checkpoint.quant_config import find_quant_config
@@ -37,6 +38,7 @@ def plan(
     kv_cache: str = "f16",
     max_sequences: int = 16,
     cache_tokens: int | str | None = None,
+    window_cache: bool = True,
     kv_ram: int | str | None = None,
     prefill_chunk: int = 512,
     prefill_window: int = 4096,
@@ -47,6 +49,7 @@ def plan(
     arithmetic: str | None = None,
     draft: str | Path | None = None,
     rope: Mapping[str, Any] | None = None,
+    lora: Adapters | None = None,
     depth: int | None = None,
     vram_speed: int | str | Sequence[int | str] | None = None,
     pcie: int | str | Sequence[int | str] | None = None,
@@ -61,9 +64,10 @@ def plan(
     fetched by range requests. ``shape``: instead of a model, a well-known one that is not there, such as
     ``"llama-2-70b"``, at ``bits`` (2, 3, 4, 8, or 16: dense; default 4) in groups of ``group_size`` (128; -1: one).
 
-    Options as in ``exl.load``. ``vram``: of GPUs of compute capability ``arch`` (86, 8.6 or "sm_86"), which need not be
-    in this machine. ``gpu``: cards by name, such as ``"RTX 3060 12GB"`` or ``"RTX 3090, RTX 3060 12GB"``; their memory,
-    architecture and speeds are known. Without both the plan is for the CPU.
+    Options as in ``exl.load``; adapters (``lora``) of a repository are downloaded. ``vram``: of GPUs of compute
+    capability ``arch`` (86, 8.6 or "sm_86"), which need not be in this machine. ``gpu``: cards by name, such as
+    ``"RTX 3060 12GB"`` or ``"RTX 3090, RTX 3060 12GB"``; their memory, architecture and speeds are known. Without both
+    the plan is for the CPU.
 
     The plan says what a token reads, from an empty cache to a full one or with ``depth`` tokens in it. With
     ``vram_speed``, ``pcie`` (also ``"3.0 x4"``), ``disk`` and ``ram_speed``, in bytes per second (``"360GB"``), it has
@@ -71,6 +75,9 @@ def plan(
     """
     if draft is not None:
         draft = find_headers(draft, revision=None, token=token)
+    if lora is not None and shape is not None:
+        raise ConfigError(f"lora: found {lora!r} with shape=, expected a model that is there")
+    lora = find_adapters(lora, token=token).folders
     options = EngineOptions.from_arguments(locals())
     machine = describe_machine(gpu, vram, arch, Links(vram_speed, pcie, disk, ram_speed))
     if gpu is not None:
@@ -81,8 +88,8 @@ def plan(
         _refuse(bits=bits, group_size=group_size)
         opened = open_model(find_headers(model, revision=revision, token=token), options.reading)
     with opened as files:
-        found, _ = plan_model(files, options, machine.target, machine.speeds, depth)
-    return replace(found, notes=machine.notes + found.notes)
+        made, _ = plan_model(files, options, machine.target, machine.speeds, depth)
+    return replace(made, notes=machine.notes + made.notes)
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from exl.batch import PAGE_SIZE
 from exl.layout.cpu_steps import angle_bytes
 from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
 from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
+from exl.layout.window import WindowGroup
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 
+ADAPTER_LINE = "adapters"
+_NAMED = 4  # adapters that a line names, at most
 KERNEL_LINE = "kernels"  # taken with the first model, and kept after the last: models of a process share it
 
 
@@ -26,29 +30,38 @@ def plan_cpu(
 
 def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_buffers: int) -> MemoryPlan:
     device, limits = model.target.kind, model.limits
-    layer_bytes = [layer.num_bytes for layer in model.layers]
+    layer_bytes, expert_bytes = [layer.num_bytes for layer in model.layers], model.expert_bytes
     num_streamed = len(layer_bytes) - num_resident
     num_buffers = min(num_buffers, num_streamed)
-    buffer_bytes = max(layer_bytes[num_resident:], default=0)
-    num_pages = model.num_pages
+    buffer_bytes = max(
+        (sum(pair) for pair in list(zip(layer_bytes, expert_bytes, strict=True))[num_resident:]), default=0
+    )
+    windows = model.window_group(num_streamed > 0)
+    whole, beside = model.cache_slabs(range(len(layer_bytes)), windows)
+    in_layers = "" if windows is None else f", {len(layer_bytes) - len(windows.layers)} layers"
     resident_bytes = sum(layer_bytes[:num_resident])
     steps = step_bytes(limits)
+    activations = sum(num_bytes for name, num_bytes in steps.items() if name not in ("residual", "logits"))
     lines = [
         PlanLine("embedding", device, model.embed.num_bytes, True),
         PlanLine("resident layers", device, resident_bytes, True, f"{num_resident} of {len(layer_bytes)}"),
+        *_expert_lines(model, num_resident),
         PlanLine(
             "stream buffers", device, num_buffers * buffer_bytes, True,
             f"{num_buffers} for {num_streamed} layers" if num_buffers else "",
         ),
         PlanLine("head and final norm", device, model.head.num_bytes, True),
         PlanLine(
-            "KV cache", device, model.kv_layout.slab_bytes(num_pages), True,
-            f"{model.kv_layout.kind}, {limits.cache_tokens} tokens",
+            "KV cache", device, whole, True, f"{model.kv_layout.kind}, {limits.cache_tokens} tokens{in_layers}"
         ),
+        *window_lines(model, windows, device, beside),
         PlanLine("residual stream", device, steps["residual"], True, f"window of {limits.window_rows} rows"),
-        PlanLine("activations", device, steps["qkv"] + steps["attn"] + steps["mlp"], True, f"{limits.max_rows} rows"),
+        PlanLine("activations", device, activations, True, f"{limits.max_rows} rows"),
         PlanLine("logits", device, steps["logits"], True, f"{limits.max_logit_rows} rows"),
     ]  # fmt: skip
+    if model.adapters:
+        num_bytes = sum(adapter.num_bytes for adapter in model.adapters)
+        lines.insert(4, PlanLine(ADAPTER_LINE, device, num_bytes, True, _named(model)))
     lines += _compiled_lines(model) if model.target.compiled else _torch_lines(model)
     if model.tokenizer_bytes:
         lines.append(PlanLine("tokenizer", device, _TOKENIZER_FACTOR * model.tokenizer_bytes, False))
@@ -62,7 +75,33 @@ def _with_resident(model: PlanInput, budget: int | None, num_resident: int, num_
         tuple((Tier.DEVICE if i < num_resident else Tier.DISK, device) for i in range(len(layer_bytes)))
     )
     budgets = {} if budget is None else {device: budget}
-    return MemoryPlan(tuple(lines), placement, limits.max_context, num_pages, num_buffers, budgets)
+    return MemoryPlan(
+        tuple(lines), placement, limits.max_context, model.num_pages, num_buffers, budgets, windows=windows
+    )
+
+
+def window_lines(model: PlanInput, windows: WindowGroup | None, device: str, num_bytes: int) -> list[PlanLine]:
+    """Of the cache of layers that have a window, where others have none."""
+    if windows is None or not num_bytes:
+        return []
+    num_layers = num_bytes // model.kv_layout.layer_bytes(windows.num_pages)
+    tokens = (windows.num_pages - 1) * PAGE_SIZE
+    note = f"{model.kv_layout.kind}, {tokens} tokens, {num_layers} layers that see {windows.window}"
+    return [PlanLine("KV cache, windows", device, num_bytes, True, note)]
+
+
+def _expert_lines(model: PlanInput, num_resident: int) -> list[PlanLine]:
+    """Of resident layers that are mixtures; those of others are in the stream's buffers."""
+    if not any(model.expert_bytes):
+        return []
+    counts = [0 if experts is None else experts.count for experts in model.experts]
+    note = f"{sum(counts[:num_resident])} of {sum(counts)}"
+    return [PlanLine("resident experts", model.target.kind, sum(model.expert_bytes[:num_resident]), True, note)]
+
+
+def _named(model: PlanInput) -> str:
+    names = ", ".join(adapter.manifest.name for adapter in model.adapters[:_NAMED])
+    return names + (f" and {len(model.adapters) - _NAMED} more" if len(model.adapters) > _NAMED else "")
 
 
 def _torch_lines(model: PlanInput) -> list[PlanLine]:
@@ -94,7 +133,9 @@ def _compiled_lines(model: PlanInput) -> list[PlanLine]:
 # by the model's formats. 50 and 80 MB of that are pages of LLVM's own code.
 _KERNEL_BYTES = 128 << 20
 _SAMPLING_BYTES = 64  # per token of the vocabulary: its logit in f64, shifted, sorted, and its weight
-_LOADED_FIRST = ("embedding", "resident layers", "stream buffers", "head and final norm")
+_LOADED_FIRST = (
+    *("embedding", "resident layers", "resident experts", "stream buffers", "head and final norm", ADAPTER_LINE),
+)
 _TOKENIZER_FACTOR = 8
 _TABLE_PIECE_BYTES = 4 << 20
 _READ_AHEAD_BYTES = 16 << 20

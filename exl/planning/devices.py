@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from exl.batch import PAGE_SIZE
 from exl.layout.arena import ArenaLayout, arena_layout
 from exl.layout.fields import BLOB_ALIGN, align_up
-from exl.planning.cpu import loading_bytes
+from exl.layout.window import WindowGroup
+from exl.planning.cpu import loading_bytes, window_lines
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 from exl.units import format_bytes
 
@@ -149,8 +150,9 @@ def _split_over(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffe
     model = asked.model
     num_layers = len(model.layers)
     num_buffers = min(num_buffers, num_layers - num_resident)
-    shares = list(_shares(asked, vram, num_resident, num_buffers))
-    lines = [line for share in shares for line in _device_lines(asked, share, num_buffers)]
+    windows = model.window_group(num_resident < num_layers)
+    shares = list(_shares(asked, vram, num_resident, num_buffers, windows))
+    lines = [line for share in shares for line in _device_lines(asked, share, num_buffers, windows)]
     pinned, host_lines = _host_lines(asked, num_resident, num_buffers)
     placed = [(Tier.DEVICE, share.name) for share in shares for _ in share.layers]
     last = shares[-1].name
@@ -166,10 +168,13 @@ def _split_over(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffe
         num_buffers,
         budgets,
         num_kept_pages=model.num_kept_pages,
+        windows=windows,
     )
 
 
-def _shares(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffers: int) -> Iterator[_Share]:
+def _shares(
+    asked: _Asked, vram: Sequence[int], num_resident: int, num_buffers: int, windows: WindowGroup | None
+) -> Iterator[_Share]:
     """Each GPU takes as many layers as fit, the last one the rest."""
     num_layers, start = len(asked.model.layers), 0
     for i, budget in enumerate(vram):
@@ -177,7 +182,7 @@ def _shares(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffers: 
         stop = num_resident if is_last else start
         while not is_last and stop < num_resident:
             larger = _Share(name, range(start, stop + 1), range(0), i == 0, False)
-            if sum(line.num_bytes for line in _device_lines(asked, larger, num_buffers)) > budget:
+            if sum(line.num_bytes for line in _device_lines(asked, larger, num_buffers, windows)) > budget:
                 break
             stop += 1
         streamed = range(num_resident, num_layers) if is_last else range(0)
@@ -185,23 +190,24 @@ def _shares(asked: _Asked, vram: Sequence[int], num_resident: int, num_buffers: 
         start = stop
 
 
-def _device_lines(asked: _Asked, share: _Share, num_buffers: int) -> list[PlanLine]:
+def _device_lines(asked: _Asked, share: _Share, num_buffers: int, windows: WindowGroup | None) -> list[PlanLine]:
     model, arena, name = asked.model, asked.arena, share.name
-    limits, num_pages = model.limits, model.num_pages
+    limits = model.limits
     resident = sum(model.layers[i].num_bytes for i in share.layers)
     embed = model.embed.num_bytes if share.is_first and asked.embed is Tier.DEVICE else 0
     head = model.head.num_bytes if share.is_last else 0
     if share.is_last and not share.is_first and not model.head.linears:
         head += model.embed.num_bytes  # the embedding is the head, too, and on another GPU
     buffer_bytes = num_buffers * max((model.layers[i].num_bytes for i in share.streamed), default=0)
-    num_cached = len(share.layers) + len(share.streamed)
-    cache = num_cached * model.kv_layout.layer_bytes(num_pages)
+    cached = (*share.layers, *share.streamed)
+    cache, beside = model.cache_slabs(cached, windows)
+    num_whole = len(cached) if windows is None else len(set(cached) - windows.layers)
     logits = arena.bytes_of("logits", "samples") if share.is_last else 0
     rows = arena.bytes_of("embedding rows") if share.is_first else 0
     residual, activations = arena.bytes_of("residual"), arena.bytes_of("qkv", "attn", "mlp")
     scratch = arena.num_bytes - arena.bytes_of("logits", "samples", "embedding rows") - residual - activations
     slab = residual + activations + logits + rows + scratch
-    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, buffer_bytes, cache, slab))
+    rounding = sum(segment_bytes(size) - size for size in (embed + resident + head, buffer_bytes, cache, beside, slab))
     lines = [
         PlanLine("embedding", name, embed, True),
         PlanLine("embedding rows", name, rows, True, f"of {limits.window_rows} tokens"),
@@ -210,8 +216,9 @@ def _device_lines(asked: _Asked, share: _Share, num_buffers: int) -> list[PlanLi
         PlanLine("head and final norm", name, head, True),
         PlanLine(
             "KV cache", name, cache, True,
-            f"{model.kv_layout.kind}, {limits.cache_tokens} tokens, {num_cached} layers",
+            f"{model.kv_layout.kind}, {limits.cache_tokens} tokens, {num_whole} layers",
         ),
+        *window_lines(model, windows, name, beside),
         PlanLine("residual stream", name, residual, True, f"window of {limits.window_rows} rows"),
         PlanLine("activations", name, activations, True, f"{limits.max_rows} rows"),
         PlanLine("logits and samples", name, logits, True, f"{limits.max_logit_rows} rows"),

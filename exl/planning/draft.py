@@ -32,6 +32,8 @@ def draft_options(options: EngineOptions, context: int) -> EngineOptions:
         options,
         draft=None,
         rope=None,
+        window_cache=False,  # its sequences' pages are few, and are not given back while they run
+        lora={},
         context=context,
         cache_tokens=max(context, options.cache_tokens if isinstance(options.cache_tokens, int) else 0),
         vram=options.vram_bytes[:1] or None,

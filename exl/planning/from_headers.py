@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from exl.adapters.manifest import AdapterManifest, read_adapter
 from exl.batch import PAGE_SIZE
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config_reader import read_json
-from exl.checkpoint.quant_config import QuantConfig, find_quant_config, read_quant_config
+from exl.checkpoint.quant.base import QuantConfig
+from exl.checkpoint.quant_config import find_quant_config, read_quant_config
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from exl.families.config import ModelConfig
@@ -21,10 +24,11 @@ from exl.layout.cpu_steps import DEFAULT_ARITHMETIC
 from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.pages import HEAD_DIM_STEP, MAX_HEAD_DIM, is_head_dim
 from exl.layout.specs import Target
-from exl.layout.steps import StepLimits
-from exl.layout.window import window_pages
+from exl.layout.steps import ExpertLimits, StepLimits
+from exl.layout.window import mixed_layers, window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
+from exl.models.packing_order import packing_order
 from exl.models.support import unsupported
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
@@ -51,17 +55,13 @@ class ModelFiles:
     quant: QuantConfig | None
     manifest: ModelManifest
     tokenizer_bytes: int  # size of tokenizer.json
+    adapters: tuple[AdapterManifest, ...] = ()  # by their numbers
 
-    @property
+    @cached_property
     def layer_file_bytes(self) -> int:
-        """Bytes of the largest layer in the checkpoint's files."""
-        prefix = self.manifest.names.layers + "."
-        sizes: dict[str, int] = {}
-        for name, info in self.checkpoint.tensors.items():
-            if name.startswith(prefix):
-                layer = name[len(prefix) :].split(".")[0]
-                sizes[layer] = sizes.get(layer, 0) + info.num_bytes
-        return max(sizes.values(), default=0)
+        """Bytes in the checkpoint's files of what is packed together: the largest layer without its experts, or the
+        largest expert."""
+        return packing_order(self.checkpoint, self.manifest).largest
 
 
 @contextmanager
@@ -102,7 +102,8 @@ def model_files(
         manifest = manifest.with_head_bits(int(reading.head))
     if reading.dense != "file":
         manifest = manifest.with_dense_bits(int(reading.dense))
-    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes)
+    adapters = tuple(read_adapter(name, path, manifest) for name, path in reading.lora.items())
+    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes, adapters)
 
 
 def plan_model(
@@ -173,21 +174,32 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
             f"{files.folder}: found {lacking}, which a {config.family} model has and exl's kernels for a GPU have not: "
             "expected device='cpu'"
         )
+    if files.adapters and target.kind == "cuda":
+        names = ", ".join(repr(adapter.name) for adapter in files.adapters)
+        raise ConfigError(f"lora: found {names}, but adapters are computed on a CPU alone: expected device='cpu'")
     layouts = files.manifest.layouts(target)
     context = options.context or default_context(config)
     cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
+    limits = step_limits(config, context, options, cache_tokens, drafts=options.draft is not None)
     model = PlanInput(
         config=config,
         embed=layouts.embed,
         layers=layouts.layers,
         head=layouts.head,
+        experts=layouts.experts,
         target=target,
         kv_layout=layout(options.kv_cache, config.num_layers, config.num_kv_heads, config.head_dim),
-        limits=step_limits(config, context, options, cache_tokens, drafts=options.draft is not None),
+        limits=dataclasses.replace(
+            limits,
+            lora_rank=max((term.rank for adapter in files.adapters for term in adapter.terms), default=0),
+            lora_width=max((term.width for adapter in files.adapters for term in adapter.terms), default=0),
+        ),
+        adapters=tuple(adapter.layout(target) for adapter in files.adapters),
         tokenizer_bytes=files.tokenizer_bytes,
         layer_file_bytes=files.layer_file_bytes,
         arithmetic=_arithmetic(options, target),
+        one_group=not options.window_cache,
     )
     if target.kind == "cuda":
         model = dataclasses.replace(model, num_kept_pages=_kept_pages(options, model))
@@ -392,4 +404,20 @@ def step_limits(
         decode_rows=decode_rows,
         chunk_rows=chunk,
         cache_tokens=cache_tokens or context,
+        page_tables=2 if options.window_cache and mixed_layers(config.windows, context) else 1,
+        num_ropes=len(config.ropes),
+        post_norms=any(layer.attn_branch.norm or layer.mlp_branch.norm for layer in config.layers),
+        experts=expert_limits(config),
+    )
+
+
+def expert_limits(config: ModelConfig) -> ExpertLimits | None:
+    found = config.mixtures
+    if not found:
+        return None
+    return ExpertLimits(
+        count=max(moe.count for moe in found),
+        per_token=max(moe.per_token for moe in found),
+        width=max(moe.width for moe in found),
+        shared_width=max(0 if moe.shared is None else moe.shared.width for moe in found),
     )

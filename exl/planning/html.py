@@ -25,6 +25,7 @@ COLORS = {
     "pinned tables": "#c3c14e",
     "head and final norm": "#35a7c9",
     "KV cache": "#f2a33a",
+    "KV cache, windows": "#e8c15a",
     "residual stream": "#1f9d6b",
     "activations": "#4cbf8b",
     "logits": "#93d06f",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from exl.checkpoint.remote import RemoteFolder
 from exl.checkpoint.rope_config import check_rope
@@ -23,11 +24,13 @@ EMBED = ("auto", "device", "disk")
 
 @dataclass(frozen=True)
 class Reading:
-    """What is made of a checkpoint while it is read: options of ``EngineOptions`` that change the model itself."""
+    """What is made of a checkpoint while it is read: options of ``EngineOptions`` that change the model itself, or are
+    read with it."""
 
     head: str | int = "file"
     dense: str | int = "file"
     rope: Mapping[str, object] | None = None
+    lora: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))
 
 
 AS_IT_IS = Reading()
@@ -48,6 +51,8 @@ class EngineOptions:
     # Of all sequences; "auto": what the budgets leave once the layers are where they are with one context; None: one,
     # or what one sequence needs of it at once where all layers have a window.
     cache_tokens: int | str | None = None
+    # Layers that have a window give back what it does not reach, where others have none; False: all keep all tokens.
+    window_cache: bool = True
     kv_ram: int | str | None = None  # pinned RAM for pages that leave a GPU's cache; None: they are computed again
     prefill_chunk: int = 512  # rows computed at once
     prefill_window: int = 4096  # rows that go through a layer before the next layer's turn
@@ -60,6 +65,7 @@ class EngineOptions:
     arithmetic: str | None = None  # of quantized layers on a CPU: "int16", "int8" or "f32"; None: "int16"
     draft: Path | RemoteFolder | None = None  # a smaller model's folder, which guesses what this one will say
     rope: Mapping[str, object] | None = None  # in the place of the rope_parameters of config.json; None: as they are
+    lora: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))  # folders of adapters, by name
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object]) -> EngineOptions:
@@ -81,6 +87,8 @@ class EngineOptions:
         for name, bits in (("head", self.head), ("dense", self.dense)):
             if isinstance(bits, bool) or bits not in ("file", 8, 4):
                 raise ConfigError(f"{name}: found {bits!r}, expected 'file', 8 or 4")
+        if not isinstance(self.window_cache, bool):
+            raise ConfigError(f"window_cache: found {self.window_cache!r}, expected True or False")
         if self.embed not in EMBED:
             raise ConfigError(f"embed: found {self.embed!r}, expected one of {', '.join(EMBED)}")
         if self.arithmetic is not None and self.arithmetic not in ARITHMETIC:
@@ -113,7 +121,7 @@ class EngineOptions:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.head, self.dense, self.rope)
+        return Reading(self.head, self.dense, self.rope, self.lora)
 
     @property
     def on_gpu(self) -> bool:

@@ -7,16 +7,18 @@ libraries).
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from exl.adapters.manifest import AdapterLayout
 from exl.batch import PAGE_SIZE
 from exl.families.config import ModelConfig
 from exl.layout.cpu_steps import CompiledSizes, compiled_sizes
 from exl.layout.kv import DeviceKVLayout, KVLayout
-from exl.layout.layers import LayerLayout
+from exl.layout.layers import ExpertLayout, LayerLayout
 from exl.layout.specs import Target
 from exl.layout.steps import StepLimits
+from exl.layout.window import WindowGroup, mixed_layers, num_group_pages
 from exl.planning.html import plan_html
 from exl.planning.speed import Speeds, TokenBytes, speed_lines, tokens_json
 from exl.planning.verdict import Note, verdict
@@ -76,6 +78,7 @@ class MemoryPlan:
     speeds: Speeds = field(default_factory=Speeds)
     num_kept_pages: int = 0  # pages in pinned RAM that a GPU's cache has no room for
     null_page: bool = False  # one page more, which stands for those that no window reaches any more
+    windows: WindowGroup | None = None  # pages of layers that have a window, where others have none
 
     @property
     def verdict(self) -> str:
@@ -135,6 +138,7 @@ class MemoryPlan:
             "fits": self.fits,
             "context": self.context,
             "cache_tokens": (self.num_pages - self.null_page) * PAGE_SIZE,
+            "window_tokens": 0 if self.windows is None else (self.windows.num_pages - 1) * PAGE_SIZE,
             "embedding": self.placement.embed.value,
             "layers": self.layer_counts,
         }
@@ -182,6 +186,9 @@ def _at_most(num_bytes: int, exact: bool) -> str:
     return ("" if exact else "<= ") + format_bytes(num_bytes)
 
 
+_SEQUENCES_WITH_WINDOWS = 4  # for which layers that have a window have room at least
+
+
 @dataclass(frozen=True)
 class PlanInput:
     """The input of a plan besides the budget: a model's layouts and the limits of its steps."""
@@ -190,13 +197,16 @@ class PlanInput:
     embed: LayerLayout
     layers: Sequence[LayerLayout]
     head: LayerLayout
+    experts: Sequence[ExpertLayout | None]  # by layer
     target: Target
     kv_layout: KVLayout | DeviceKVLayout
     limits: StepLimits
     num_kept_pages: int = 0  # in pinned RAM, beside a GPU's cache
     tokenizer_bytes: int = 0  # size of tokenizer.json
-    layer_file_bytes: int = 0  # bytes of the largest layer in the checkpoint
+    layer_file_bytes: int = 0  # bytes in the checkpoint of the largest layer without its experts, or expert
+    adapters: Sequence[AdapterLayout] = ()  # by their numbers
     arithmetic: str | None = None  # of the CPU's own kernels, a key of ``exl.layout.cpu_steps.ARITHMETIC``
+    one_group: bool = False  # layers that have a window keep all tokens, as the others do
 
     @property
     def window(self) -> int | None:
@@ -210,8 +220,39 @@ class PlanInput:
         is one of them."""
         return -(-self.limits.cache_tokens // PAGE_SIZE) + (self.window is not None)
 
+    def window_group(self, streams: bool) -> WindowGroup | None:
+        """The pages of layers that have a window, where others have none; None: all layers keep all tokens, as it takes
+        no more memory. ``streams``: some layers are streamed, so that a prompt's rows go through a layer together.
+
+        One sequence needs room for its window and for what it computes at once. There is room for as many as the cache
+        has contexts, and for a few at least: short ones need as many pages here as in the other layers."""
+        limits, windows = self.limits, self.config.windows
+        layers = mixed_layers(windows, limits.max_context)
+        if not layers or self.one_group or self.num_kept_pages:
+            return None
+        window = max(windows[i] for i in layers)
+        contexts = -(-limits.cache_tokens // limits.max_context)
+        sequences = max(contexts, min(limits.max_sequences, _SEQUENCES_WITH_WINDOWS))
+        rows = limits.window_rows - limits.decode_rows if streams else limits.chunk_rows
+        num_pages = num_group_pages(window, sequences, limits.chunk_rows, rows)
+        return WindowGroup(window, layers, num_pages) if num_pages < self.num_pages else None
+
+    def cache_slabs(self, layers: Iterable[int], windows: WindowGroup | None) -> tuple[int, int]:
+        """Bytes of the cache of some layers: of those that keep all tokens, and of ``windows``."""
+        inside = frozenset() if windows is None else windows.layers
+        count = {True: 0, False: 0}
+        for layer in layers:
+            count[layer in inside] += 1
+        few = 0 if windows is None else self.kv_layout.layer_bytes(windows.num_pages)
+        return count[False] * self.kv_layout.layer_bytes(self.num_pages), count[True] * few
+
     @property
     def compiled_sizes(self) -> CompiledSizes:
         """What the CPU's own kernels compute in."""
         head = self.head if self.head.linears else self.embed
-        return compiled_sizes(self.layers, self.limits, self.arithmetic, head)
+        return compiled_sizes(self.layers, self.limits, self.arithmetic, head, self.experts)
+
+    @property
+    def expert_bytes(self) -> list[int]:
+        """Of the experts of each layer."""
+        return [0 if experts is None else experts.num_bytes for experts in self.experts]

@@ -16,11 +16,11 @@ from types import MappingProxyType
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import TensorInfo, shown
-from exl.checkpoint.quant_config import SUPPORTED_BITS
+from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import ConfigError
 from exl.families.config import ModelConfig
 from exl.families.specs import LayerSpec
-from exl.formats.gptq import num_groups
+from exl.formats.groups import num_groups
 
 DENSE_BITS = 16  # an original checkpoint, not quantized
 _DTYPE_BYTES = {"f16": 2, "i32": 4}

@@ -17,7 +17,7 @@ def token_bytes(model: PlanInput, plan: MemoryPlan, depth: int) -> TokenBytes:
     memory = {device: 0 for _, device in layers}
     ahead = dict(memory)
     for i, (tier, device) in enumerate(layers):
-        num_bytes = read_bytes(model.layers[i]) + cache_bytes(model, i, depth)
+        num_bytes = layer_bytes(model, i) + cache_bytes(model, i, depth)
         memory[device] += num_bytes
         ahead[device] += num_bytes if tier is Tier.DEVICE else 0
     first, last = layers[0][1], layers[-1][1]
@@ -43,7 +43,7 @@ def _moved(model: PlanInput, plan: MemoryPlan) -> tuple[int, int, int, int]:
     if len(on_disk) <= num_buffers:  # they stay where they were read to
         on_disk = []
     buffers_behind = 2 * num_buffers if copied else num_buffers  # those on the GPU, too
-    sizes = [layer.num_bytes for layer in model.layers]
+    sizes = [sum(pair) for pair in zip((x.num_bytes for x in model.layers), model.expert_bytes, strict=True)]
     return (*_ahead(sizes, copied, num_buffers), *_ahead(sizes, on_disk, buffers_behind))
 
 
@@ -55,9 +55,17 @@ def _ahead(sizes: Sequence[int], layers: Sequence[int], num_buffers: int) -> tup
 
 def model_bytes_a_token(model: PlanInput, depth: int) -> int:
     """Bytes that arithmetic reads for one token, wherever the weights are: layers, head, one row, keys and values."""
-    layers = sum(map(read_bytes, model.layers))
+    layers = sum(layer_bytes(model, i) for i in range(len(model.layers)))
     cache = sum(cache_bytes(model, i, depth) for i in range(len(model.layers)))
     return layers + cache + head_bytes(model) + embedding_row_bytes(model)
+
+
+def layer_bytes(model: PlanInput, layer_idx: int) -> int:
+    """Of a mixture's experts, those that one token takes."""
+    experts, own = model.experts[layer_idx], read_bytes(model.layers[layer_idx])
+    if experts is None:
+        return own
+    return own + model.config.layers[layer_idx].mlp.per_token * read_bytes(experts.blob)
 
 
 def head_bytes(model: PlanInput) -> int:

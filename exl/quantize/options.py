@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from exl.checkpoint.quant_config import SUPPORTED_BITS
+from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import ConfigError
 from exl.quantize.overrides import Override, Settings
 from exl.text.chats import DOCUMENTS

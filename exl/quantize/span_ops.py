@@ -11,7 +11,7 @@ import torch
 from exl.cache.kv import KVCache
 from exl.layout.kv import KVLayout
 from exl.layout.steps import StepLimits
-from exl.ops.base import PLAIN_BRANCH, AttentionSpec, Branch, GatedMlp, Norm, Segments
+from exl.ops.base import PLAIN_BRANCH, AttentionSpec, Branch, GatedMlp, Loras, Norm, Segments
 from exl.ops.cpu_target import torch_target
 from exl.ops.torch_ops import TorchOps
 from exl.threads import Threads
@@ -40,12 +40,12 @@ class Span:
         """A linear's inputs, computed."""
         raise NotImplementedError
 
-    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor) -> None:
+    def project(self, h: torch.Tensor, norm: Norm | None, w: Segments, out: torch.Tensor, loras: Loras = ()) -> None:
         if self._skips(w):
             return
         if w is self.stop:
             raise Stopped(self._inputs(h, norm))
-        super().project(h, norm, w, out)
+        super().project(h, norm, w, out, loras)
 
     def attend(
         self,
@@ -67,19 +67,22 @@ class Span:
         spec: GatedMlp,
         out: torch.Tensor,
         consumer: Segments = (),
+        loras: Loras = (),
     ) -> None:
         if self._skips(w):
             return
         if w is self.stop:
             raise Stopped(self._inputs(h, norm))
-        super().gated_mlp(h, norm, w, spec, out, consumer)
+        super().gated_mlp(h, norm, w, spec, out, consumer, loras)
 
-    def add_projection(self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH) -> None:
+    def add_projection(
+        self, x: torch.Tensor, w: Segments, h: torch.Tensor, branch: Branch = PLAIN_BRANCH, loras: Loras = ()
+    ) -> None:
         if self._skips(w):
             return
         if w is self.stop:
             raise Stopped(self._inputs(x, None))
-        super().add_projection(x, w, h, branch)
+        super().add_projection(x, w, h, branch, loras)
 
 
 class TorchSpan(Span, TorchOps):

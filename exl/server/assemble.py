@@ -16,7 +16,7 @@ from exl.server.options import ServerOptions
 from exl.server.residency import MAX_WAIT, Residency
 from exl.server.served import ServedModel
 
-_OF_ONE_MODEL = ("draft", "rope", "revision")  # arguments of ``exl.load`` that would not suit another model
+_OF_ONE_MODEL = ("draft", "rope", "revision", "lora")  # arguments of ``exl.load`` that would not suit another model
 
 
 def models_of(model: str | None, options: ServerOptions, arguments: Mapping[str, Any]) -> Models:
@@ -25,7 +25,11 @@ def models_of(model: str | None, options: ServerOptions, arguments: Mapping[str,
     names = options.served_names or (model_name(model),)
     if options.models_dir is None:  # then the machine is this model's alone
         residency = _residency(options)
-        return Models(names[0], lambda tell: load(model, **arguments, progress=tell), names[1:], residency=residency)
+        return Models(
+            *(names[0], lambda tell: load(model, **arguments, progress=tell), names[1:]),
+            residency=residency,
+            adapters=_adapters(arguments),
+        )
     own = {key: arguments[key] for key in _OF_ONE_MODEL if arguments.get(key) is not None}
     if model is None:
         _refuse_without_model(own | ({"served_model_name": options.served_names} if options.served_names else {}))
@@ -41,7 +45,12 @@ def models_of(model: str | None, options: ServerOptions, arguments: Mapping[str,
     folder = Path(model).expanduser()
     directory = Directory(options.models_dir, make_loader, folder.resolve() if folder.exists() else None)
     first = SharingLoader(model, common | own, budgets)
-    return Models(names[0], first, names[1:], directory=directory, residency=residency)
+    return Models(names[0], first, names[1:], directory=directory, residency=residency, adapters=_adapters(arguments))
+
+
+def _adapters(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the first model's adapters, which clients ask for as models."""
+    return tuple(arguments.get("lora") or ())
 
 
 def _residency(options: ServerOptions, budgets: Callable[[], Sizes] = dict) -> Residency:

@@ -157,7 +157,7 @@ class Generation:
             if server.options.log_prompts:
                 journey.prompt = model.llm.tokenizer.decode(job.prompt)
             journey.submitted, journey.num_prompt = time.perf_counter(), len(job.prompt)  # before: it may begin at once
-            return model.llm.submit(job.prompt, **job.options)
+            return model.llm.submit(job.prompt, **job.options, lora=model.adapter)
 
         handle = await server.in_thread(submit, slow=any(name in job.options for name in CONSTRAINTS))
         return cls(server, model, job, handle, journey)

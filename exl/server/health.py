@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from exl.server.bodies import Body, json_body, read_body
 from exl.server.errors import RETRY_SECONDS
+from exl.server.models import Models
 from exl.server.residency import ModelState
 from exl.server.responses import json_response
 from exl.server.state import Server
@@ -35,11 +36,11 @@ def router(server: Server) -> APIRouter:
     @routes.get("/models", summary="The same, where llama-server has it")
     async def list_models() -> Response:
         await models.refresh()
-        return json_response({"object": "list", "data": [_shown(state) for state in models.states]})
+        return json_response({"object": "list", "data": _all_shown(models)})
 
     @routes.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> Response:
-        return json_response(_shown(await models.named(name)))
+        return json_response(_shown(await models.named(name), name if name in models.adapters else None))
 
     @routes.post("/models/load", openapi_extra=json_body(ModelRequest), summary="Loads a model; answers when it is")
     async def load(request: Request) -> Response:
@@ -66,9 +67,18 @@ def _health(server: Server) -> Response:
     return json_response({"status": "ok"})
 
 
-def _shown(state: ModelState) -> dict[str, Any]:
+def _all_shown(models: Models) -> list[dict[str, Any]]:
+    """Models, and adapters behind the one that they are of."""
+    found = [_shown(state) for state in models.states]
+    if models.adapters:
+        found[1:1] = [_shown(models.states[0], name) for name in models.adapters]
+    return found
+
+
+def _shown(state: ModelState, adapter: str | None = None) -> dict[str, Any]:
     """OpenAI's keys; ``status`` as llama-server's router has it (tools/server/README.md of ggml-org/llama.cpp, "Using
-    multiple models"): "unloaded" with ``failed`` after a load that failed. ``memory``: bytes of the plan."""
+    multiple models"): "unloaded" with ``failed`` after a load that failed. ``memory``: bytes of the plan.
+    An adapter has ``parent``, its model's name, as vLLM has it."""
     served = state.served
     status: dict[str, Any] = {"value": state.status, "progress": state.share}
     if state.status == "failed":
@@ -85,4 +95,6 @@ def _shown(state: ModelState) -> dict[str, Any]:
         plan = served.llm.plan
         memory = {"exact": plan.exact_bytes, "at_most": plan.num_bytes}
         found |= {"max_model_len": served.context, "memory": memory}
+    if adapter is not None:
+        found |= {"id": adapter, "aliases": [], "parent": state.name}
     return found

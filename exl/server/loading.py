@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from exl.adapters.choice import find_adapters
 from exl.checkpoint.hub import find_model
 from exl.engine.build import choose_device, plan_engine
 from exl.errors import MemoryBudgetError
@@ -110,6 +111,7 @@ class SharingLoader(Loader):
         found = {**self._arguments, **_budget_arguments(room)}
         if found.get("draft") is not None:
             found["draft"] = find_model(found["draft"], token=found.get("token"), quiet=True)
+        found["lora"] = find_adapters(found.get("lora"), token=found.get("token"), quiet=True).folders
         return EngineOptions.from_arguments(found)
 
     def _source(self) -> dict[str, Any]:

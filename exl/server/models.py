@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl.errors import ExlError
+from exl.errors import ConfigError, ExlError
 from exl.llm import LLM
 from exl.progress import Progress
 from exl.server.directory import list_models
@@ -42,10 +42,15 @@ class Models:
         *,
         directory: Directory | None = None,
         residency: Residency | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> None:
         """``name``, ``load``: of the first model; None: there is none. A function is called in a thread.
-        ``residency``: of these models alone; None: one without a budget. Raises ``ConfigError`` if the directory
-        cannot be read."""
+        ``residency``: of these models alone; None: one without a budget. ``adapters``: names of the first model's,
+        each of which clients use as a model's name. Raises ``ConfigError`` if the directory cannot be read, and for an
+        adapter that is called as the model is."""
+        for taken in {name, *aliases}.intersection(adapters):
+            raise ConfigError(f"lora: found an adapter called {taken!r}, which is a name of the model itself")
+        self.adapters = adapters
         self.states: list[ModelState] = []  # the first model, then those of the directory by name
         self._first: ModelState | None = None
         if name is not None and load is not None:
@@ -111,7 +116,7 @@ class Models:
                 return self.default
             text = f"model: found no name, expected one of {self._known()}"
             raise ApiError(400, text, code="model_required", param="model")
-        if self._first is not None and (name == self._first.name or name in self._first.aliases):
+        if self._first is not None and name in (self._first.name, *self._first.aliases, *self.adapters):
             return self._first
         if name in self._listed:
             return self._listed[name]
@@ -119,8 +124,9 @@ class Models:
         raise ApiError(404, text, code="model_not_found", param="model")
 
     def _known(self) -> str:
-        shown = [repr(state.name) for state in self.states[:_NAMED]]
-        more = len(self.states) - len(shown)
+        names = [*(state.name for state in self.states), *self.adapters]
+        shown = [repr(name) for name in names[:_NAMED]]
+        more = len(names) - len(shown)
         return (", ".join(shown) + (f" and {more} more" if more else "")) if shown else "no models"
 
     async def refresh(self) -> None:
@@ -144,7 +150,7 @@ class Models:
 
     def _list(self, directory: Directory, folders: Mapping[str, Path]) -> None:
         first = self._first
-        own = set() if first is None else {first.name, *first.aliases}
+        own = set() if first is None else {first.name, *first.aliases, *self.adapters}
         listed: dict[str, ModelState] = {}
         for name, folder in folders.items():
             if directory.first is not None and folder.resolve() == directory.first:
@@ -174,7 +180,7 @@ class Models:
             raise ApiError(503, text, code="model_loading", headers={"Retry-After": "1"})
         await self._lease(state)
         try:
-            yield state.loaded
+            yield state.loaded.with_adapter(name) if name in self.adapters else state.loaded
         finally:
             self._residency.release(state)
 

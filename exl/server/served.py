@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +68,7 @@ class ServedModel:
 
     def __init__(self, llm: LLM, name: str, tool_format: str = "auto", reasoning_format: str = "auto") -> None:
         self.llm, self.name = llm, name
+        self.adapter: str | None = None  # that answers; None: the model itself
         self.created = int(time.time())  # loaded at, seconds since 1970
         self.format = choose_for(llm.tokenizer, tool_format=tool_format, reasoning_format=reasoning_format)
         self._forms = MessageForms.of(llm.tokenizer.chat_template)
@@ -77,6 +79,13 @@ class ServedModel:
     @property
     def context(self) -> int:
         return self.llm.context
+
+    def with_adapter(self, name: str) -> ServedModel:
+        """The same model, of which one of its adapters answers, under that name."""
+        other = copy.copy(self)
+        other.name = other.adapter = name
+        other.fingerprint = "fp_" + hashlib.sha256(f"{self.fingerprint} {name}".encode()).hexdigest()[:10]
+        return other
 
     def prepare(self, chat: Conversation) -> PreparedChat:
         """Renders and encodes a conversation, which takes time: for a thread. Raises ``ConfigError``."""

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.errors import CheckpointError
-from exl.formats.load import load_part
+from exl.formats.load import expect_orders, load_part
 from exl.formats.tensors import read_norm
 from exl.layout.layers import LayerLayout, LinearLayout, packs_in_order
+from exl.layout.specs import ExpertSpec
 from exl.memory.host import trim_heap
+from exl.models.packing_order import packing_order
 from exl.ops.base import Linear, Ops, TableRows, view_field, view_segments
 from exl.planning.from_headers import ModelFiles
 from exl.planning.plan import Tier
@@ -84,13 +86,14 @@ def load_weights(
     resident = frozenset(layers if places.resident is None else places.resident)
     from_disk = places.embed is Tier.DISK or any(i not in resident and i not in in_host for i in layers)
     layouts = files.manifest.layouts(ops.target)
-    blobs = (layouts.embed, *layouts.layers, layouts.head)
     with ExitStack() as stack:
         memory: WeightMemory
         if ops.target.kind == "cuda":
-            memory = DeviceWeights(blobs, resident, in_host, places.num_buffers, ops.device, stack, places.embed)
+            memory = DeviceWeights(
+                layouts.blobs, resident, in_host, places.num_buffers, ops.device, stack, places.embed
+            )
         else:
-            memory = HostWeights(blobs, resident, places.num_buffers, stack)
+            memory = HostWeights(layouts, resident, places.num_buffers, stack)
         loader = _Loader(files, ops, memory, progress or (lambda done, total: None))
         return loader.load(stack, places.packed_folder, from_disk)
 
@@ -100,8 +103,9 @@ class _Loader:
         self.checkpoint, self.config, self.quant = files.checkpoint, files.config, files.quant
         self.manifest, self.ops, self.memory, self.progress = files.manifest, ops, memory, progress
         self.layouts = files.manifest.layouts(ops.target)
-        self.all_layouts = (self.layouts.embed, *self.layouts.layers, self.layouts.head)
+        self.all_layouts = self.layouts.blobs
         self.sizes = [layout.num_bytes for layout in self.all_layouts]
+        self.head_idx = 1 + self.config.num_layers
         self.done = 0
         self.executor: ThreadPoolExecutor | None = None
 
@@ -121,7 +125,13 @@ class _Loader:
     def _key(self) -> bytes:
         # What exl's own packing depends on is in the layouts and their version; torch's kernels have orders of theirs.
         packer = "exl" if self.ops.target.compiled else f"torch {torch.__version__}"
-        return packed_key(self.checkpoint, self.quant, self.all_layouts, self.ops.target, packer)
+        experts = [
+            (layout, spec)
+            for layout, spec in zip(self.layouts.experts, self.manifest.experts, strict=True)
+            if layout is not None and spec is not None
+        ]
+        first = self.all_layouts[: self.head_idx + 1]
+        return packed_key(self.checkpoint, self.quant, first, self.ops.target, packer, experts)
 
     def _read_packed(self, folder: Path) -> PackedFile | None:
         """Fills the blobs that stay from a valid packed file. None: there is none, or one that turned out damaged."""
@@ -187,51 +197,57 @@ class _Loader:
 
     def _pack(self, writer: PackedWriter | None) -> None:
         """Packs every blob once, in order: to its place if it stays in memory, and to the file."""
-        names = self.manifest.names
         self.done = 0
-        prefixes = [f"{names.layers}.{i}." for i in range(self.config.num_layers)]
         embed, head = self._table(self.layouts.embed), self._table(self.layouts.head)
-        layers = self._tensor_names(prefixes)
-        with ReadAhead(self.checkpoint, embed, layers, head) as ahead, self._pack_threads() as self.executor:
+        order = packing_order(self.checkpoint, self.manifest)
+        experts = [(spec, i) for spec in self.manifest.experts if spec is not None for i in range(spec.count)]
+        with ReadAhead(self.checkpoint, embed, order, head) as ahead, self._pack_threads() as self.executor:
             self._pack_blob(0, ahead.tables(), writer)
             for i in range(self.config.num_layers):
                 self._pack_blob(1 + i, ahead.layer(i), writer)
-            self._pack_blob(len(self.sizes) - 1, ahead.tables(), writer)
+            self._pack_blob(self.head_idx, ahead.tables(), writer)
+            for i, expert in enumerate(experts):
+                self._pack_blob(self.head_idx + 1 + i, ahead.expert(i), writer, expert)
 
     def _table(self, layout: LayerLayout) -> str | None:
         """The tensor of an embedding or a head whose bytes are copied as they are."""
         linears = [linear for some in layout.linears.values() for linear in some]
         if self.ops.target.kind != "cpu" or [linear.kind for linear in linears] != ["dense"]:
             return None
-        return f"{linears[0].spec.parts[0].name}.weight"
+        part = linears[0].spec.parts[0]
+        info = self.checkpoint.tensors.get(f"{part.name}.weight")
+        return info.name if info is not None and info.dtype == part.dtype and not part.dequantized else None
 
-    def _tensor_names(self, prefixes: list[str]) -> list[list[str]]:
-        """Tensors that are packed, by layer."""
-        by_layer: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
-        for name in self.checkpoint.tensors:
-            head = self.manifest.names.layers + "."
-            prefix = head + name[len(head) :].split(".")[0] + "."
-            if name.startswith(head) and prefix in by_layer and not name.endswith(self.manifest.names.ignored):
-                by_layer[prefix].append(name)
-        return list(by_layer.values())
-
-    def _pack_blob(self, blob_idx: int, checkpoint: Checkpoint, writer: PackedWriter | None) -> None:
+    def _pack_blob(
+        self,
+        blob_idx: int,
+        checkpoint: Checkpoint,
+        writer: PackedWriter | None,
+        expert: tuple[ExpertSpec, int] | None = None,
+    ) -> None:
         layout = self.all_layouts[blob_idx]
         blob = self.memory.blob(blob_idx)
-        self._fill(blob, layout, checkpoint)
+        self._fill(blob, layout, checkpoint, expert)
         if writer is not None:
             writer.write(blob.numpy())
         self.memory.filled(blob_idx)
         self.done += layout.num_bytes
         self.progress(self.done, self.layouts.num_bytes)
 
-    def _fill(self, blob: torch.Tensor, layout: LayerLayout, checkpoint: Checkpoint) -> None:
+    def _fill(
+        self, blob: torch.Tensor, layout: LayerLayout, checkpoint: Checkpoint, expert: tuple[ExpertSpec, int] | None
+    ) -> None:
         for norm in layout.norms:
             vector = torch.from_numpy(read_norm(checkpoint, norm.tensor, norm))
             view_field(blob, layout.fields[norm.name]).copy_(vector)
 
         def pack(linear: LinearLayout, start: int, stop: int, order: NDArray[np.int32] | None) -> int:
-            parts = [load_part(checkpoint, part, self.quant) for part in linear.spec.parts]
+            specs = linear.spec.parts
+            if expert is not None:
+                specs = [expert[0].part(part, expert[1]) for part in specs]
+            parts = [load_part(checkpoint, part, self.quant) for part in specs]
+            if expert is not None:
+                expect_orders(parts, linear.spec, specs[0].name)
             self.ops.pack(parts, linear, blob[start:stop], order)
             return stop
 
@@ -266,7 +282,7 @@ class _Loader:
     # what the model runs on
 
     def _assemble(self, packed: PackedFile | None, stack: ExitStack) -> ModelWeights:
-        layouts, memory, last = self.layouts, self.memory, len(self.sizes) - 1
+        layouts, memory = self.layouts, self.memory
         rows = None
         if 0 in memory.in_memory:
             embed = view_segments(layouts.embed, memory.view(0), "embed")[0]
@@ -275,7 +291,7 @@ class _Loader:
             embed = Linear(linear, {"weight": self.ops.buffer("embedding rows")})
             rows = self._rows_of_embedding(packed)
             stack.callback(rows.close)
-        head = memory.view(last)
+        head = memory.view(self.head_idx)
         return ModelWeights(
             embed=embed,
             final_norm=view_field(head, layouts.head.fields["final_norm"]),

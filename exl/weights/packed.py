@@ -2,7 +2,8 @@
 
     header, padded to 4096 bytes:  magic, format version, bytes of the header, number of blobs, bytes of the file,
                                    key, offset, size and checksum of each blob, the model's path, crc32 of all before
-    blobs, each at a multiple of 4096: embedding, layers, head; ``exl.layout.layers`` says what is where in them
+    blobs, each at a multiple of 4096: embedding, layers, head, then experts layer by layer,
+            by their numbers; ``exl.layout.layers`` says what is where in them
 
 Little-endian. The key (``packed_store.packed_key``) is a digest of all that the blobs depend on: a file with another
 key is for something else. It is written under a temporary name and appears complete or not at all.
@@ -36,7 +37,7 @@ from exl.replace_file import replace_file, sync_folder
 logger = logging.getLogger(__name__)
 
 MAGIC = b"exlpack\n"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SUFFIX = ".exlpacked"
 PART_SUFFIX = ".exlpart"  # being written
 _HEAD = struct.Struct("<8sIIIQ32sI")  # ..., key, bytes of the path
@@ -211,7 +212,8 @@ class PackedFile:
         return blob_idx in self._checked
 
     def read_part(self, blob_idx: int, start: int, out: NDArray[np.uint8]) -> None:
-        """Reads a blob's bytes from ``start``, a multiple of 4096, on. Raises ``CheckpointError`` as ``read_blob``."""
+        """Reads a blob's bytes from ``start``, a multiple of 4096, on; where ``out`` has room for more, those of the
+        blobs behind it, too. Raises ``CheckpointError`` as ``read_blob``."""
         self._read(memoryview(out), self._offsets[blob_idx] + start)
 
     def _read(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from exl.checkpoint.block_file import BlockFile
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.base import QuantConfig
 from exl.errors import ExlError
-from exl.layout.layers import LayerLayout
-from exl.layout.specs import Target
+from exl.layout.layers import ExpertLayout, LayerLayout
+from exl.layout.specs import ExpertSpec, Target
 from exl.user_cache import user_cache_folder
 from exl.weights.packed import SUFFIX, read_header, remove_dead_parts
 
@@ -34,10 +34,15 @@ def default_packed_folder() -> Path:
 
 
 def packed_key(
-    checkpoint: Checkpoint, quant: QuantConfig | None, layouts: Sequence[LayerLayout], target: Target, packer: str
+    checkpoint: Checkpoint,
+    quant: QuantConfig | None,
+    layouts: Sequence[LayerLayout],
+    target: Target,
+    packer: str,
+    experts: Sequence[tuple[ExpertLayout, ExpertSpec]] = (),
 ) -> bytes:
     """Digest, 32 bytes, of all that the packed bytes depend on. ``packer`` names the library that packs, with its
-    version. ``layouts``: one per blob, in the order of the file.
+    version. ``layouts``: one per blob, in the order of the file; then come ``experts``, layer by layer.
 
     A checkpoint is too large to hash at each load. Headers, sizes, modification times and a sample of each tensor stand
     for it. The samples are needed because unpacked archives and images often give all files the same time.
@@ -49,6 +54,7 @@ def packed_key(
         ["files", sorted((name, size, checkpoint.modified_ns[name]) for name, size in checkpoint.files.items())],
         ["tensors", _describe_tensors(checkpoint)],
         ["layouts", [_describe_layout(layout, quant) for layout in layouts]],
+        ["experts", [_describe_experts(layout, spec, quant) for layout, spec in experts]],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
@@ -79,10 +85,15 @@ def _describe_layout(layout: LayerLayout, quant: QuantConfig | None) -> list:
     fields = [(name, f.offset, f.num_bytes, f.dtype, f.shape) for name, f in layout.fields.items()]
     linears = [(name, linear.kind, repr(linear.spec)) for name, some in layout.linears.items() for linear in some]
     matrices = [part for some in layout.linears.values() for linear in some for part in linear.spec.parts]
-    # As ``formats.load_matrix`` takes it: whether zeros have an offset is not in the layout.
-    configs = [repr(quant.for_module(m.name) or quant) for m in matrices if quant is not None and m.quantized]
+    # What their bytes mean besides: whether zeros have an offset is not in the layout.
+    configs = [] if quant is None else [repr(quant.for_module(matrix.name) or quant) for matrix in matrices]
     norms = [repr(norm) for norm in layout.norms]  # what is done to their values, too
     return [layout.num_bytes, fields, norms, linears, configs]
+
+
+def _describe_experts(layout: ExpertLayout, spec: ExpertSpec, quant: QuantConfig | None) -> list:
+    """By the first one: the manifest has seen that the others are like it."""
+    return [layout.count, sorted(spec.names.items()), _describe_layout(layout.blob, quant)]
 
 
 def packed_path(folder: Path, model: Path, key: bytes) -> Path:

@@ -1,12 +1,13 @@
 """Where packed weights are: slabs of the host, or of a GPU and the host. The loader fills them blob by blob.
 
-Blob 0 is the embedding, blob 1 + i layer i, the last one the head: in memory as in the packed file.
+Blob 0 is the embedding, blob 1 + i layer i, the next one the head, then come experts: in memory as in the packed file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -14,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from exl.errors import KernelError, MemoryBudgetError
-from exl.layout.layers import LayerLayout
+from exl.layout.layers import ExpertLayout, LayerLayout
 from exl.memory.copies import HostCopyEngine, TorchCopyEngine
 from exl.memory.device import device_tensor, pinned
 from exl.memory.host import HostBuffer
 from exl.memory.mapped import mapped
-from exl.ops.base import LayerWeights
+from exl.models.manifest import ModelLayout
+from exl.ops.base import ExpertSet, LayerWeights
 from exl.planning.plan import Tier
 from exl.weights.device_stream import DeviceStream, DiskLayers, HostLayers, PinnedLayers
 from exl.weights.packed import PackedFile
-from exl.weights.reader import BufferReader
+from exl.weights.reader import BufferReader, StreamedLayer
 from exl.weights.stream import LayerStream, ResidentWeights, WeightSource
 
 
@@ -53,20 +55,21 @@ class WeightMemory(Protocol):
 class HostWeights:
     """A CPU's: resident layers, and buffers that a reader fills from the packed file."""
 
-    def __init__(
-        self, layouts: Sequence[LayerLayout], resident: Collection[int], num_buffers: int, stack: ExitStack
-    ) -> None:
-        """``layouts`` of all blobs; ``resident`` layers; ``stack`` closes the slabs."""
+    def __init__(self, layouts: ModelLayout, resident: Collection[int], num_buffers: int, stack: ExitStack) -> None:
+        """``resident`` layers, with their experts; ``stack`` closes the slabs."""
         self._layouts, self._num_buffers = layouts, num_buffers
-        self._resident, self._streamed = _split(layouts, resident)
-        sizes = [layout.num_bytes for layout in layouts]
-        buffer_bytes = max((sizes[1 + i] for i in self._streamed), default=0)
+        self._sizes = [blob.num_bytes for blob in layouts.blobs]
+        self._head_idx = 1 + len(layouts.layers)
+        self._layers = streamed_layers(layouts)
+        self._resident, self._streamed = _split(len(layouts.layers), resident)
         self._stack = stack
-        layer_bytes = [sizes[1 + i] for i in self._resident]
+        layers = [self._layers[i] for i in self._resident]
+        buffer_bytes = max((self._layers[i].total_bytes for i in self._streamed), default=0)
         self.slabs = {
-            "embedding": sizes[0],
-            "layers": sum(layer_bytes),
-            "head": sizes[-1],
+            "embedding": self._sizes[0],
+            "layers": sum(layer.num_bytes for layer in layers),
+            "experts": sum(layer.total_bytes - layer.num_bytes for layer in layers),
+            "head": self._sizes[self._head_idx],
             "stream buffers": num_buffers * buffer_bytes,
         }
         self.reading = stack.enter_context(ExitStack())
@@ -75,17 +78,34 @@ class HostWeights:
             for purpose, num_bytes in self.slabs.items()
         }
         self._buffers = slabs["stream buffers"]
-        memory = torch.from_numpy(slabs["layers"].array)
-        pieces = memory.split(layer_bytes) if layer_bytes else ()
-        self._blobs = {1 + i: piece for i, piece in zip(self._resident, pieces, strict=True)}
-        self._blobs[0] = torch.from_numpy(slabs["embedding"].array)
-        self._blobs[len(sizes) - 1] = torch.from_numpy(slabs["head"].array)
+        self._blobs = {0: torch.from_numpy(slabs["embedding"].array)}
+        self._blobs[self._head_idx] = torch.from_numpy(slabs["head"].array)
+        self._blobs |= self._places(slabs["layers"], [layer.blob_idx for layer in layers])
+        self._blobs |= self._places(slabs["experts"], [i for layer in layers for i in layer.experts])
+        self._experts = {  # of a layer, one after another
+            i: torch.from_numpy(slabs["experts"].array)[start : start + found.num_bytes]
+            for i, found, start in self._expert_starts()
+        }
         self.in_memory = sorted(self._blobs)
+
+    def _places(self, slab: HostBuffer, blobs: Sequence[int]) -> dict[int, torch.Tensor]:
+        sizes = [self._sizes[i] for i in blobs]
+        pieces = torch.from_numpy(slab.array).split(sizes) if sizes else ()
+        return dict(zip(blobs, pieces, strict=True))
+
+    def _expert_starts(self) -> Iterator[tuple[int, ExpertLayout, int]]:
+        """Resident layers that are mixtures, and where in their slab their experts begin."""
+        start = 0
+        for i in self._resident:
+            found = self._layouts.experts[i]
+            if found is not None:
+                yield i, found, start
+                start += found.num_bytes
 
     def blob(self, blob_idx: int) -> torch.Tensor:
         if blob_idx in self._blobs:
             return self._blobs[blob_idx]
-        return torch.from_numpy(self._buffers.array)[: self._layouts[blob_idx].num_bytes].zero_()
+        return torch.from_numpy(self._buffers.array)[: self._sizes[blob_idx]].zero_()
 
     def filled(self, blob_idx: int) -> None:
         pass
@@ -94,20 +114,32 @@ class HostWeights:
         return self._blobs[blob_idx]
 
     def source(self, packed: PackedFile | None) -> WeightSource:
-        layers = self._layouts[1:-1]
-        views = {i: LayerWeights.view(layers[i], self._blobs[1 + i]) for i in self._resident}
+        layouts = self._layouts
+        views = {i: LayerWeights.view(layouts.layers[i], self._blobs[1 + i]) for i in self._resident}
+        for i, memory in self._experts.items():
+            views[i] = replace(views[i], experts=ExpertSet(layouts.experts[i], memory))
         if not self._streamed:
             self.reading.close()
             return ResidentWeights([views[i] for i in self._resident])
-        sizes = {i: layers[i].num_bytes for i in self._streamed}
         arrays = _pieces(self._buffers, self._num_buffers)
         with ExitStack() as made:  # until the stream closes it
-            reader = BufferReader(packed, _blobs_of(sizes), sizes, arrays, self.reading)
+            streamed = {i: self._layers[i] for i in self._streamed}
+            reader = BufferReader(packed, streamed, arrays, self.reading)
             made.callback(reader.close)
-            stream = LayerStream(layers, views, reader)
+            stream = LayerStream(layouts.layers, views, reader, layouts.experts)
             made.pop_all()
         self._stack.callback(stream.close)
         return stream
+
+
+def streamed_layers(layouts: ModelLayout) -> list[StreamedLayer]:
+    """Where each layer and its experts are in the packed file."""
+    found, next_blob = [], 2 + len(layouts.layers)
+    for i, (layer, experts) in enumerate(zip(layouts.layers, layouts.experts, strict=True)):
+        count, size = (0, 0) if experts is None else (experts.count, experts.blob.num_bytes)
+        found.append(StreamedLayer(1 + i, layer.num_bytes, range(next_blob, next_blob + count), size))
+        next_blob += count
+    return found
 
 
 class DeviceWeights:
@@ -127,7 +159,7 @@ class DeviceWeights:
         """``in_host``: layers that are pinned in host memory; those that are neither resident nor there are read from
         the packed file each time. ``embed``: the tier of the embedding."""
         self._layouts, self._device, self._stack = layouts, device, stack
-        self._resident, streamed = _split(layouts, resident)
+        self._resident, streamed = _split(len(layouts) - 2, resident)
         self._in_host = [i for i in streamed if i in in_host]
         self._on_disk = [i for i in streamed if i not in in_host]
         sizes = [layout.num_bytes for layout in layouts]
@@ -218,19 +250,16 @@ class DeviceWeights:
         sizes = {i: self._layouts[1 + i].num_bytes for i in self._on_disk}
         pieces = [max(sizes.values())] * self._num_buffers
         arrays = _pieces(self._pinned("pinned read buffers", pieces, self.reading), self._num_buffers)
-        return DiskLayers(BufferReader(packed, _blobs_of(sizes), sizes, arrays, self.reading))
+        layers = {i: StreamedLayer(1 + i, num_bytes) for i, num_bytes in sizes.items()}
+        return DiskLayers(BufferReader(packed, layers, arrays, self.reading))
 
 
-def _split(layouts: Sequence[LayerLayout], resident: Collection[int]) -> tuple[list[int], list[int]]:
+def _split(num_layers: int, resident: Collection[int]) -> tuple[list[int], list[int]]:
     """Resident layers and streamed layers."""
-    layers = range(len(layouts) - 2)
+    layers = range(num_layers)
     if not frozenset(resident) <= frozenset(layers):
         raise ValueError(f"resident layers {sorted(resident)} of a model of {len(layers)}")
     return sorted(resident), [i for i in layers if i not in resident]
-
-
-def _blobs_of(layers: Iterable[int]) -> dict[int, int]:
-    return {i: 1 + i for i in layers}
 
 
 def _pieces(buffer: HostBuffer, count: int) -> list[NDArray[np.uint8]]:

@@ -18,6 +18,7 @@ from exl.checkpoint.header import shown
 from exl.checkpoint.page_reader import PAGE, PageReader
 from exl.layout.fields import align_up
 from exl.memory.host import HostBuffer
+from exl.models.packing_order import PackingOrder, TensorPart
 from exl.planning.cpu import read_ahead_bytes
 from exl.threads import thread_limit
 
@@ -27,12 +28,13 @@ _THREADS = 4  # reads at once, so that a disk has the next request before it has
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes ``start:stop`` of a file, which are a tensor, or some of its rows."""
+    """Bytes ``start:stop`` of a file, which are a tensor, or some of its rows, ``within`` bytes from its beginning."""
 
     name: str
     file: str
     start: int
     stop: int
+    within: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,23 @@ class _Extent:
 class ReadAhead:
     """The tensors of a checkpoint that are packed, read in that order; a context manager that ends its threads.
 
-    Items are layers, and pieces of tables. They lie one after another in a ring, each until a later one is taken.
-    Memory: ``read_ahead_bytes``.
+    Items are layers, experts, and pieces of tables. They lie one after another in a ring, each until a later one is
+    taken. Memory: ``read_ahead_bytes``.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, before: str | None, layers: Sequence[Sequence[str]], after: str | None
-    ) -> None:
-        """``layers``: the names of each layer's tensors. ``before``, ``after``: tables that are copied as they are,
-        before and after the layers."""
+    def __init__(self, checkpoint: Checkpoint, before: str | None, order: PackingOrder, after: str | None) -> None:
+        """``before``, ``after``: tables that are copied as they are, before and after the layers; experts come last."""
         self._checkpoint, self._file_bytes = checkpoint, checkpoint.files
         self._items: list[list[_Extent]] = []
         self._tables: dict[str, range] = {}  # which items are pieces of it
         self._add_table(before)
         self._first_layer = len(self._items)
-        self._items += [_extents([_whole(checkpoint, name) for name in names]) for names in layers]
+        self._items += [_extents([_piece(checkpoint, part) for part in parts]) for parts in order.layers]
         self._add_table(after)
-        layer_bytes = max(map(_num_bytes, self._items[self._first_layer :][: len(layers)]), default=0)
+        self._first_expert = len(self._items)
+        self._items += [_extents([_piece(checkpoint, part) for part in parts]) for parts in order.experts]
+        layers = self._items[self._first_layer :][: len(order.layers)]
+        layer_bytes = max(map(_num_bytes, (*layers, *self._items[self._first_expert :])), default=0)
         table_bytes = max((checkpoint.info(name).num_bytes for name in self._tables), default=0)
         self._buffer = HostBuffer(read_ahead_bytes(layer_bytes, table_bytes), "read buffer of layers")
         self._jobs: dict[int, list[Future[None]]] = {}
@@ -95,9 +97,18 @@ class ReadAhead:
         self._tables[name] = range(first, len(self._items))
 
     def layer(self, layer_idx: int) -> Checkpoint:
-        """The checkpoint with this layer's tensors in memory, until a later one is asked for. Raises the error that
-        reading them raised."""
-        return _CheckpointInMemory(self._checkpoint, self._take(self._first_layer + layer_idx))
+        """The checkpoint with this layer's tensors in memory, without its experts', until a later one is asked for.
+        Raises the error that reading them raised."""
+        return self._in_memory(self._first_layer + layer_idx)
+
+    def expert(self, number: int) -> Checkpoint:
+        """The same of an expert: of parts of tensors, where a tensor has those of all."""
+        return self._in_memory(self._first_expert + number)
+
+    def _in_memory(self, item: int) -> Checkpoint:
+        arrays = self._take(item)
+        within = {piece.name: piece.within for extent in self._items[item] for piece in extent.pieces}
+        return _CheckpointInMemory(self._checkpoint, arrays, within)
 
     def tables(self) -> Checkpoint:
         """The checkpoint, whose tables ``read_into`` copies as they come: ``before`` ahead of the first layer,
@@ -171,25 +182,31 @@ class ReadAhead:
 
 
 class _CheckpointInMemory(Checkpoint):
-    """A checkpoint of which some tensors are in memory. Arrays are views, not copies."""
+    """A checkpoint of which some tensors, or parts of them, are in memory. Arrays are views, not copies."""
 
-    def __init__(self, checkpoint: Checkpoint, tensors: dict[str, NDArray[np.uint8]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, tensors: dict[str, NDArray[np.uint8]], within: dict[str, int]) -> None:
+        """``within``: the byte of its tensor at which each of ``tensors`` begins."""
         super().__init__(checkpoint.path, checkpoint.folder, checkpoint._files, checkpoint.tensors)
-        self._in_memory = tensors
+        self._in_memory, self._within = tensors, within
+
+    def _find(self, name: str, start_byte: int, num_bytes: int) -> NDArray[np.uint8] | None:
+        raw = self._in_memory.get(name)
+        if raw is None:
+            return None
+        first = start_byte - self._within[name]
+        return raw[first : first + num_bytes] if first >= 0 and first + num_bytes <= len(raw) else None
 
     def read_bytes(self, name: str, start_byte: int, num_bytes: int) -> NDArray[np.uint8]:
-        raw = self._in_memory.get(name)
-        if raw is None:
-            return super().read_bytes(name, start_byte, num_bytes)
-        return raw[start_byte : start_byte + num_bytes]
+        raw = self._find(name, start_byte, num_bytes)
+        return super().read_bytes(name, start_byte, num_bytes) if raw is None else raw
 
     def read_into(self, name: str, buffer: Any, start_byte: int = 0) -> None:
-        raw = self._in_memory.get(name)
+        view = np.frombuffer(buffer, np.uint8)
+        raw = self._find(name, start_byte, len(view))
         if raw is None:
             super().read_into(name, buffer, start_byte)
-            return
-        view = np.frombuffer(buffer, np.uint8)
-        view[:] = raw[start_byte : start_byte + len(view)]
+        else:
+            view[:] = raw
 
 
 class _CheckpointOfTables(Checkpoint):
@@ -218,6 +235,11 @@ class _CheckpointOfTables(Checkpoint):
                 piece = self._take(item, item - len(copies))[name]
                 copies.append(executor.submit(np.copyto, view[: len(piece)], piece))
                 view = view[len(piece) :]
+
+
+def _piece(checkpoint: Checkpoint, part: TensorPart) -> _Piece:
+    info = checkpoint.info(part.name)
+    return _Piece(part.name, info.file, info.start + part.start, info.start + part.stop, part.start)
 
 
 def _whole(checkpoint: Checkpoint, name: str) -> _Piece:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -35,12 +35,38 @@ class StreamStats:
     wait_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class StreamedLayer:
+    """Where a layer is in the packed file: its blob, and those of its experts, which lie one after another there. In a
+    buffer they come behind it."""
+
+    blob_idx: int
+    num_bytes: int
+    experts: range = range(0)
+    expert_bytes: int = 0  # of each
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_bytes + len(self.experts) * self.expert_bytes
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Bytes of a blob, from ``start`` on, and where in a buffer they come."""
+
+    blob_idx: int
+    start: int
+    place: int
+    num_bytes: int
+    whole: bool  # they are all of it, and its checksum is compared if it has not been
+
+
 @dataclass
 class ReadBuffer:
     array: NDArray[np.uint8]  # page-aligned
     layer_idx: int | None = None  # the layer it holds, completely read; None: none
     coming: int | None = None  # the layer that is being read into it
-    parts: deque[tuple[int, int]] = field(default_factory=deque)  # of that layer's bytes, that no thread reads yet
+    parts: deque[_Part] = field(default_factory=deque)  # of that layer's bytes, that no thread reads yet
     num_left: int = 0  # parts that are not there yet
     given_up: bool = False  # a part failed, or the layer is not wanted any more
     num_users: int = 0  # acquired and not yet released
@@ -62,19 +88,19 @@ class BufferReader:
     def __init__(
         self,
         packed: PackedFile,
-        blob_indices: Mapping[int, int],
-        sizes: Mapping[int, int],
+        layers: Mapping[int, StreamedLayer],
         arrays: Sequence[NDArray[np.uint8]],
         owned: ExitStack,
     ) -> None:
-        """``blob_indices``: streamed layer -> its blob in ``packed``; ``sizes``: layer -> its bytes. ``arrays``: the
-        buffers, u8, page-aligned, each with room for the largest layer. ``owned`` closes the file and the buffers'
-        memory; it is emptied, because from here on the reader closes them. If this raises, the caller still does."""
+        """``layers``: those that are streamed. ``arrays``: the buffers, u8, page-aligned, each with room for the
+        largest layer. ``owned`` closes the file and the buffers' memory; it is emptied, because from here on the reader
+        closes them. If this raises, the caller still does."""
+        sizes = {layer_idx: layer.total_bytes for layer_idx, layer in layers.items()}
         if not arrays or any(len(array) < max(sizes.values()) for array in arrays):
-            raise ValueError(f"buffers of {[len(array) for array in arrays]} bytes for layers of {dict(sizes)}")
+            raise ValueError(f"buffers of {[len(array) for array in arrays]} bytes for layers of {sizes}")
         self.packed, self.sizes, self.stats = packed, sizes, StreamStats()
         self.buffers = [ReadBuffer(array) for array in arrays]
-        self._blob_indices = blob_indices
+        self._layers = layers
         self._order: tuple[int, ...] = ()
         self._next = 0  # position in the order of the layer to be acquired next
         self._failures: dict[int, CheckpointError] = {}  # by layer; nothing is read while there are some
@@ -253,7 +279,7 @@ class BufferReader:
             if last:
                 self._owned.close()
 
-    def _next_part(self) -> tuple[ReadBuffer, int, int] | None:
+    def _next_part(self) -> tuple[ReadBuffer, _Part] | None:
         """Waits for something to read: bytes of the layer that is coming into a buffer. None: closed."""
         with self._changed:
             while not self._closed:
@@ -261,7 +287,7 @@ class BufferReader:
                     buffer = self._begun() or self._begin_next()
                     if buffer is not None:
                         self._num_reading += 1
-                        return buffer, *buffer.parts.popleft()
+                        return buffer, buffer.parts.popleft()
                 self._changed.wait()
             return None
 
@@ -278,17 +304,34 @@ class BufferReader:
         if choice is None:
             return None
         layer_idx, buffer_idx = choice
-        buffer, size = self.buffers[buffer_idx], self.sizes[layer_idx]
-        # The first time, one thread reads all of it, because it compares the checksum.
-        step = _PART_BYTES if self.packed.is_checked(self._blob_indices[layer_idx]) else size
-        buffer.parts.extend((start, min(size, start + step)) for start in range(0, size, step))
+        buffer = self.buffers[buffer_idx]
+        buffer.parts.extend(self._parts_of(self._layers[layer_idx]))
         buffer.layer_idx, buffer.coming, buffer.num_left, buffer.given_up = None, layer_idx, len(buffer.parts), False
         return buffer
 
-    def _fill(self, buffer: ReadBuffer, start: int, stop: int) -> None:
+    def _parts_of(self, layer: StreamedLayer) -> Iterator[_Part]:
+        yield from self._parts_of_blobs(layer.blob_idx, 1, layer.num_bytes, 0)
+        if all(map(self.packed.is_checked, layer.experts)):  # in large parts, as they lie
+            experts = ((layer.experts.start, len(layer.experts)),) if layer.experts else ()
+        else:
+            experts = tuple((blob_idx, 1) for blob_idx in layer.experts)
+        for first, count in experts:
+            place = layer.num_bytes + (first - layer.experts.start) * layer.expert_bytes
+            yield from self._parts_of_blobs(first, count, layer.expert_bytes, place)
+
+    def _parts_of_blobs(self, blob_idx: int, count: int, blob_bytes: int, place: int) -> Iterator[_Part]:
+        """Of blobs that lie one after another, all of which have been compared, or of one."""
+        size = count * blob_bytes
+        if not self.packed.is_checked(blob_idx) or (count == 1 and size <= _PART_BYTES):
+            yield _Part(blob_idx, 0, place, size, True)  # by one thread, because it compares the checksum
+            return
+        for start in range(0, size, _PART_BYTES):
+            yield _Part(blob_idx, start, place + start, min(size - start, _PART_BYTES), False)
+
+    def _fill(self, buffer: ReadBuffer, part: _Part) -> None:
         layer_idx, complete, failure = buffer.coming, False, None
         try:
-            complete = self._read(layer_idx, buffer.array, start, stop)
+            complete = self._read(layer_idx, buffer.array, part)
         except CheckpointError as error:
             failure = error
         except Exception as error:  # any error must reach the thread that waits in acquire
@@ -317,17 +360,17 @@ class BufferReader:
             )
         buffer.coming = None
 
-    def _read(self, layer_idx: int, array: NDArray[np.uint8], start: int, stop: int) -> bool:
+    def _read(self, layer_idx: int, array: NDArray[np.uint8], part: _Part) -> bool:
         def is_wanted() -> bool:
             with self._changed:
                 if self._closed or self._forking:
                     return False
                 return layer_idx in self._upcoming()[: len(self.buffers)]
 
-        blob_idx = self._blob_indices[layer_idx]
-        if stop - start == self.sizes[layer_idx]:
-            return self.packed.read_blob(blob_idx, array[:stop], is_wanted)
+        out = array[part.place : part.place + part.num_bytes]
+        if part.whole:
+            return self.packed.read_blob(part.blob_idx, out, is_wanted)
         if not is_wanted():
             return False
-        self.packed.read_part(blob_idx, start, array[start:stop])
+        self.packed.read_part(part.blob_idx, part.start, out)
         return True

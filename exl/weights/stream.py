@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from exl.errors import ExlError
-from exl.layout.layers import LayerLayout
+from exl.layout.layers import ExpertLayout, LayerLayout
 from exl.ops.base import LayerWeights
 from exl.weights.reader import BufferReader, StreamStats
 
@@ -65,11 +65,16 @@ class LayerStream:
     """
 
     def __init__(
-        self, layouts: Sequence[LayerLayout], resident: Mapping[int, LayerWeights], reader: BufferReader
+        self,
+        layouts: Sequence[LayerLayout],
+        resident: Mapping[int, LayerWeights],
+        reader: BufferReader,
+        experts: Sequence[ExpertLayout | None] = (),
     ) -> None:
         """``resident``: views by layer, of memory that the caller owns. ``reader`` has the other layers and is closed
-        with the stream."""
+        with the stream. ``experts``: by layer; (): there are none."""
         self._layouts, self._resident = tuple(layouts), dict(resident)
+        self._experts = tuple(experts) or (None,) * len(self._layouts)
         self._num_layers = len(self._layouts)
         if reader.sizes.keys() & self._resident.keys() or len(reader.sizes) + len(resident) != self._num_layers:
             raise ValueError("each layer must be either resident or streamed")
@@ -99,8 +104,7 @@ class LayerStream:
         buffer_idx = self._reader.acquire(layer_idx)
         weights = self._views.get((layer_idx, buffer_idx))
         if weights is None:
-            layout = self._layouts[layer_idx]
-            weights = LayerWeights.view(layout, self._tensors[buffer_idx][: layout.num_bytes])
+            weights = LayerWeights.view(self._layouts[layer_idx], self._tensors[buffer_idx], self._experts[layer_idx])
             self._views[layer_idx, buffer_idx] = weights
         return weights
 

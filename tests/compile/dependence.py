@@ -22,7 +22,7 @@ from .sass_flow import read_sass
 # Parameters that point to parts of the model; `channel_map` is a permutation of channels. Everything else is written by
 # launches, or by copies between them.
 WEIGHTS = ("codes", "qparams", "w", "bias", "table")
-CONSTANTS = frozenset((*WEIGHTS, "norm", "weight", "q_norm", "k_norm", "channel_map"))
+CONSTANTS = frozenset((*WEIGHTS, "norm", "weight", "second_weight", "q_norm", "k_norm", "sinks", "channel_map"))
 SIGNATURE = re.compile(r"EXL_KERNEL\((\w+),[^)]*\)\s*\(([^)]*)\)")
 PARAM_CBANK = b"\x04\x0a\x08\x00"  # in .nv.info: then a symbol, and the parameters' offset in bank 0 and size
 

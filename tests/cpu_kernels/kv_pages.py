@@ -81,9 +81,9 @@ def hadamard_matrix(head_dim: int) -> NDArray[np.float64]:
 
 def exact_attention(
     cache: Cache, q: NDArray[np.float32], query_start: NDArray[np.int32], scale: float,
-    window: int | None = None, softcap: float | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: NDArray | None = None,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """f64 [T, H, D], rows of the sequences' last tokens."""
+    """f64 [T, H, D], rows of the sequences' last tokens. ``sinks`` [H]: one more score of each head, of no value."""
     out = np.zeros(q.shape)
     group = q.shape[1] // cache.num_kv_heads
     for b, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
@@ -95,6 +95,8 @@ def exact_attention(
                 scores = keys[low:high, head // group] @ q[row, head].astype(np.float64) * scale
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)
-                weights = np.exp(scores - scores.max())
-                out[row, head] = weights / weights.sum() @ values[low:high, head // group]
+                sink = -np.inf if sinks is None else float(sinks[head])
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                out[row, head] = weights / (weights.sum() + np.exp(sink - top)) @ values[low:high, head // group]
     return out if cache.kind in ("f32", "f16") else out @ hadamard_matrix(cache.head_dim)

@@ -107,6 +107,24 @@ def test_norm_and_rotation(library: Library, head_dim: int, half: int) -> None:
         np.testing.assert_array_equal(value, heads[row, H + HKV :])
 
 
+def test_norms_of_whole_rows(library: Library) -> None:
+    """What a head is multiplied by is its row's; it has its own part of the weights."""
+    rng, D = np.random.default_rng(2), 36
+    heads = random_heads(D)
+    weights = [rng.standard_normal((n, D)).astype(np.float32) for n in (H, HKV)]
+    factors = rng.uniform(0.5, 2, (T, 2)).astype(np.float32)
+    spec = AppendKV("f32", D, half=0, q_norm=True, k_norm=True, row_norms=True)
+    flat = [guarded_array(w.reshape(-1)) for w in weights]
+    args = (flat[0], 0.0, flat[1], 0.0, guarded_array(factors))
+    q, pages = append(library, spec, heads, np.zeros((T, 0), np.float32), args)
+    np.testing.assert_array_equal(q, heads[:, :H] * factors[:, :1, None] * weights[0])
+    arrays = page_arrays(pages, "f32", D)
+    for row in (0, 2, 3, 4):
+        key, _, value, _ = stored(arrays, row)
+        np.testing.assert_array_equal(key, heads[row, H : H + HKV] * factors[row, 1] * weights[1])
+        np.testing.assert_array_equal(value, heads[row, H + HKV :])
+
+
 def test_a_head_whose_squares_overflow_becomes_nan(library: Library) -> None:
     """And not zeros, which would go unnoticed."""
     heads, ones = random_heads(64), np.ones(64, np.float32)

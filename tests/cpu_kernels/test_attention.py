@@ -35,6 +35,7 @@ def random_queries(rows: list[int], num_heads: int, head_dim: int, seed: int = 1
 def decode(
     library: Library, cache: Cache, q: NDArray[np.float32], rows: list[int], window: int | None = None,
     softcap: float | None = None, form: ActivationForm | None = None, records: NDArray[np.uint8] | None = None,
+    sinks: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """[T, H, D], by ``DecodeAttention`` and ``MergeAttention``."""
     T, H, D = q.shape
@@ -48,24 +49,24 @@ def decode(
     )
     spec = DecodeAttention(cache.kind, D, softcap is not None)
     library.call(spec, args, len(items) * cache.num_kv_heads)
-    args = slots(partials, entries, out, H, cache.num_kv_heads, records, T)
-    library.call(MergeAttention(cache.kind, D, form), args, T * cache.num_kv_heads)
+    args = slots(partials, entries, out, H, cache.num_kv_heads, records, T, sinks)
+    library.call(MergeAttention(cache.kind, D, form, sinks is not None), args, T * cache.num_kv_heads)
     return out
 
 
 def prefill(
     library: Library, cache: Cache, q: NDArray[np.float32], rows: list[int], window: int | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, sinks: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """[T, H, D], by ``PrefillAttention``."""
     _, H, D = q.shape
     items = guarded_array(prefill_items(starts(rows), cache.context_len, H // cache.num_kv_heads, D))
     q, pages, table = guarded_array(q), guarded_array(cache.pages), guarded_array(cache.table)
     out = guarded_array(np.full(q.shape, NOTHING))
-    args = slots(
-        q, pages, table, table.shape[1], items, out, H, cache.num_kv_heads, D**-0.5, window or 0, softcap or 0.0
-    )
-    library.call(PrefillAttention(cache.kind, D, softcap is not None), args, len(items) * cache.num_kv_heads)
+    sizes = table.shape[1], items, out, H, cache.num_kv_heads
+    args = slots(q, pages, table, *sizes, D**-0.5, window or 0, softcap or 0.0, sinks)
+    spec = PrefillAttention(cache.kind, D, softcap is not None, sinks is not None)
+    library.call(spec, args, len(items) * cache.num_kv_heads)
     return out
 
 
@@ -106,6 +107,21 @@ def test_lengths_windows_and_soft_caps(library: Library, kind: str, softcap: flo
     found = decode(library, cache, q, rows, window, softcap)
     assert relative_error(found, exact) < 3e-6
     assert same_bits(found, prefill(library, cache, q, rows, window, softcap))
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_sinks(library: Library, kind: str, window: int | None) -> None:
+    """Scores far below, among and far above those of tokens; over one split and over several."""
+    context, rows = [1, 64, 600], [1, 9, 8]
+    cache, q = random_cache(kind, 16, 2, context), random_queries(rows, 6, 16)
+    ends = guarded_array(np.array([-200, -3, 0, 2, 9, 300], np.float32))
+    exact = exact_attention(cache, q, starts(rows), 0.25, window, None, ends)
+    found = decode(library, cache, q, rows, window, sinks=ends)
+    assert relative_error(found, exact) < 3e-6
+    assert same_bits(found, prefill(library, cache, q, rows, window, sinks=ends))
+    assert same_bits(found[:, 0], decode(library, cache, q, rows, window)[:, 0])  # e^-200 of the rest
+    assert not same_bits(found[:, 1:], decode(library, cache, q, rows, window)[:, 1:])
 
 
 @pytest.mark.parametrize("window", [None, 100])

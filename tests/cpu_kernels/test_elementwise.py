@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from exl.cpu_kernels.embed import Embed
 from exl.cpu_kernels.gated_mlp import GatedProduct
 from exl.cpu_kernels.library import Library, slots
-from exl.cpu_kernels.norm import NormAdd, RmsNorm
+from exl.cpu_kernels.norm import NormAdd, RmsNorm, RowFactors
 from exl.cpu_kernels.quantize import ActivationForm
 from exl.cpu_kernels.rope_tables import RopeTables
 from exl.cpu_kernels.softcap import ScaleLogits
@@ -41,8 +41,10 @@ def empty(*shape: int) -> NDArray[np.float32]:
     return guarded_array(np.full(shape, 77, np.float32))
 
 
-def normalized(x: NDArray, weight: NDArray | float = 1.0) -> NDArray[np.float64]:
+def normalized(x: NDArray, weight: NDArray | float = 1.0, centred: bool = False) -> NDArray[np.float64]:
     x = x.astype(np.float64)
+    if centred:
+        x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
 
 
@@ -78,6 +80,36 @@ def test_rms_norm(library: Library, rng, width):
     alone = empty(1, width)
     library.call(RmsNorm(), slots(x[3:], width, None, weight, alone, width, width, EPS))
     np.testing.assert_array_equal(alone[0], out[3])
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_layer_norm(library: Library, rng, width):
+    """Rows whose mean is larger than their deviations: what is beyond a row's end must not lose the mean, too."""
+    x, weight, out = normal(rng, 5, width), normal(rng, width), empty(5, width)
+    x += 3
+    library.call(RmsNorm(centred=True), slots(x, width, None, weight, out, width, width, EPS), 5)
+    exact = normalized(x, weight, centred=True)
+    np.testing.assert_allclose(out, exact, rtol=2e-6, atol=4e-6)
+    alone, chosen = empty(1, width), guarded_array(np.array([3], np.int32))
+    spec = RmsNorm(centred=True, chosen=True)
+    library.call(spec, slots(x, width, chosen, weight, alone, width, width, EPS))
+    np.testing.assert_array_equal(alone[0], out[3])
+    form = ActivationForm(32, 2, "eights")
+    num_records = -(-width // 32)
+    records = guarded_array(np.zeros(num_records * 5 * form.num_bytes, np.uint8))
+    args = slots(x, width, None, weight, None, 0, width, EPS, records, 5, num_records, None)
+    library.call(RmsNorm(form, keeps=False, centred=True), args, 5)
+    expected = np.zeros((5, 32 * num_records))
+    expected[:, :width] = out
+    assert_near(*decoded(records, form, 5), expected, 32)
+
+
+def test_factors_of_two_runs_of_a_row(library: Library, rng):
+    x, out = normal(rng, 3, 57), empty(3, 2)
+    library.call(RowFactors(), slots(x, 57, out, 40, 17, EPS, 0.5), 3)
+    for i, (run, eps) in enumerate(((x[:, :40], EPS), (x[:, 40:], 0.5))):
+        exact = 1 / np.sqrt((run.astype(np.float64) ** 2).mean(-1) + eps)
+        np.testing.assert_allclose(out[:, i], exact, rtol=1e-6)
 
 
 def test_rms_norm_of_chosen_rows_without_weight(library: Library, rng):
@@ -138,11 +170,12 @@ def test_rms_norm_shows_what_is_not_finite(library: Library, rng, bad):
     assert np.isfinite(values[0]).all()
 
 
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("width", [5, 100])
-def test_norm_and_add(library: Library, rng, width):
+def test_norm_and_add(library: Library, rng, width, centred):
     y, weight, h, out = normal(rng, 3, width), normal(rng, width), normal(rng, 3, width), empty(3, width)
-    library.call(NormAdd(), slots(y, width, weight, h, width, out, width, width, EPS, 0.25), 3)
-    np.testing.assert_allclose(out, h + 0.25 * normalized(y, weight), rtol=1e-6, atol=1e-6)
+    library.call(NormAdd(centred), slots(y, width, weight, h, width, out, width, width, EPS, 0.25), 3)
+    np.testing.assert_allclose(out, h + 0.25 * normalized(y, weight, centred), rtol=1e-6, atol=1e-6)
 
 
 def activated(gate: NDArray, activation: str) -> NDArray[np.float64]:

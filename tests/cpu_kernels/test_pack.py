@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.gptq import GptqConfig
 from exl.cpu_kernels.library import Library
 from exl.errors import CheckpointError, KernelError
 from exl.formats.gptq import stored_sizes
@@ -171,7 +171,7 @@ def test_files_of_autogptq(bits, library):
         for name in sorted(names):
             num_bits, K, G = stored_sizes(checkpoint, name)
             if num_bits == bits:
-                quant = QuantConfig(bits=bits, group_size=-(-K // G), sym=False)
+                quant = GptqConfig(bits=bits, group_size=-(-K // G), sym=False)
                 layout = linear_layout(LinearSpec((matrix_spec(checkpoint, name, quant),)), TARGET)
                 matrix = load_matrix(checkpoint, name, quant)
                 np.testing.assert_array_equal(

@@ -1,7 +1,7 @@
 """A fake GPU on the CPU, with its driver and CuPy. Each of its calls can be made to fail.
 
 Tensors that exl takes for GPU tensors are in the CPU's memory. The one kernel that runs when a GPU is opened
-(``silu_mul``) is computed here from the launch's raw parameters.
+(``gated_product``) is computed here from the launch's raw parameters.
 """
 
 from __future__ import annotations

@@ -40,11 +40,15 @@ class Case:
     seed: int = 0
     window: int | None = None
     softcap: float | None = None
+    with_sinks: bool = False
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
         self.layout = PageLayout(self.kind, self.D)
         self.scale = self.D**-0.5
+        # Far below the scores of tokens, among them, far above.
+        scores = np.array([-200, -2, 0, 3, 12, 300], np.float32)
+        self.sinks = np.resize(scores, self.H) if self.with_sinks else None
         counts = [-(-length // 64) for length in self.lengths]
         order = rng.permutation(sum(counts) + 2)
         self.table = np.full((len(self.lengths), max(max(counts), 1)), 10**6, np.int32)
@@ -125,10 +129,14 @@ class Case:
             )
             attention_decode(
                 backend, self.layout, rows, tables, pages, out, scratch,
-                AttentionParams(self.scale, self.window, self.softcap), channel_map=channel_map,
+                self.params(backend), channel_map=channel_map,
             )  # fmt: skip
         assert not scratch.arrived.any()
         return out.cpu().numpy(), pages.cpu().numpy()
+
+    def params(self, backend: Backend) -> AttentionParams:
+        sinks = None if self.sinks is None else torch.from_numpy(self.sinks).to(backend.device)
+        return AttentionParams(self.scale, self.window, self.softcap, sinks)
 
     def expected(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Attention in float64 over the pages' content after the launch, and the largest error of the kernel.
@@ -146,7 +154,7 @@ class Case:
             q = hadamard(q.reshape(new, self.H, self.D), size).astype(np.float16)
             places = np.arange(length - new, length)
             exact, magnitude = (
-                attention(q, k[:length], x[:length], places, self.scale, self.window, self.softcap)
+                attention(q, k[:length], x[:length], places, self.scale, self.window, self.softcap, self.sinks)
                 for x in (v, np.abs(v))
             )
             error = 2.02 * 2.0**-11 * magnitude + length * 127 * 2.0**-33
@@ -250,6 +258,22 @@ def test_a_soft_cap(mode: str) -> None:
     assert_close(out, case.expected(pages))
     capped, case.softcap = out, None
     assert np.abs(case.run(backend_or_skip(mode))[0] - capped).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("mode", "arch"), [("race", 86), ("asan", 86), ("race", 61), pytest.param("cupy", 0, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(("kind", "window"), [("f16", None), ("q4", None), ("q8", 70)])
+def test_sinks(mode: str, arch: int, kind: str, window: int | None) -> None:
+    """Contexts of one item and of several; seven heads of a group are one column tile, times five tokens several."""
+    backend = make_backend(mode, arch)
+    case = Case(kind, 64, 14, 2, (5, 300, 64), (5, 1, 2), seed=5, window=window, with_sinks=True)
+    out, pages = case.run(backend)
+    assert_close(out, case.expected(pages))
+    exact, limit = case.expected(pages)
+    case.sinks = None
+    plain = np.abs(case.expected(pages)[0] - exact) / limit
+    assert (plain.reshape(len(out), 14, 64).max((0, 2))[[1, 2, 3, 4, 5]] > 20).all()  # in every head but the first
 
 
 @pytest.mark.parametrize("mode", ["plain", CUPY])

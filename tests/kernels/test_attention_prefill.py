@@ -32,7 +32,7 @@ def run(case: Case, backend: Backend, **options) -> tuple[np.ndarray, np.ndarray
     out = torch.full((T, case.H * case.D), float("nan"), dtype=torch.float16, device=backend.device)
     tables = PrefillTables(device(case.query_start), device(lengths), device(case.table), max(case.new))
     attention_prefill(
-        backend, case.layout, q, tables, pages, out, AttentionParams(case.scale, case.window, case.softcap), **options,
+        backend, case.layout, q, tables, pages, out, case.params(backend), **options,
     )  # fmt: skip
     return out.cpu().numpy(), pages.cpu().numpy()
 
@@ -62,6 +62,22 @@ def test_groups_and_unequal_sequences(mode: str, group: int) -> None:
     case = Case("q8", 64, 2 * group, 2, (130, 0, 8, 64), (30, 0, 8, 1), seed=group)
     out, pages = run(case, backend_or_skip(mode))
     assert_close(out, case.expected(pages))
+
+
+@pytest.mark.parametrize(
+    ("mode", "arch"), [("race", 86), ("asan", 86), ("race", 61), pytest.param("cupy", 0, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(("kind", "window"), [("f16", None), ("q4", None), ("q8", 40)])
+def test_sinks(mode: str, arch: int, kind: str, window: int | None) -> None:
+    case = Case(kind, 64, 14, 2, (130, 64), (30, 3), seed=6, window=window, with_sinks=True)
+    out, pages = run(case, backend_or_skip(mode, arch))
+    exact, limit = case.expected(pages)
+    assert_close(out, (exact, limit))
+    case.sinks = None
+    plain = np.abs(case.expected(pages)[0] - exact) / limit
+    assert (
+        plain.reshape(len(out), 14, 64).max((0, 2))[[4, 5, 10, 11]] > 20
+    ).all()  # where it is among the largest scores
 
 
 @pytest.mark.gpu

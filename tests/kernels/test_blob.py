@@ -14,7 +14,7 @@ from reference.plain_packer import pack_layer
 from safetensors.torch import save_file
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.gptq import GptqConfig
 from exl.errors import CheckpointError, KernelError
 from exl.formats.gptq import gptq_spec, load_gptq
 from exl.formats.matrix import DenseMatrix
@@ -112,7 +112,7 @@ def test_files_of_the_plain_packer(tmp_path, file: tuple, arch: int) -> None:
     tensors = pack_layer(codes, zeros, np.zeros((G, N)), bits, "gptq_v2", g_idx)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()} | {"scales": scales}
     save_file({f"m.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    quant = QuantConfig(bits=bits, group_size=group_size, sym=symmetric, checkpoint_format="gptq_v2")
+    quant = GptqConfig(bits=bits, group_size=group_size, sym=symmetric, checkpoint_format="gptq_v2")
     with Checkpoint.open(tmp_path) as checkpoint:
         spec, matrix = gptq_spec(checkpoint, "m", quant), load_gptq(checkpoint, "m", quant)
         weight, fields = in_a_blob([matrix], LinearSpec((spec,)), backend)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import backend_or_skip
 from reference.linear_twin import (
+    ACTIVATIONS,
     bias_of,
     dequantize,
     random_matrix,
     rms_norm,
-    silu,
     sum_bound,
     tile_sumsq,
 )
@@ -224,7 +224,8 @@ def test_normalises_on_the_way(backend: Backend, T: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("T", [1, 8, 17])
-def test_gate_and_up_meet_in_the_lane(backend: Backend, T: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gate_and_up_meet_in_the_lane(backend: Backend, activation: str, T: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(T + 60)
     K, F = 384, 44
     gate, up = (random_matrix(rng, 4, K, F, 128, bias=True) for _ in range(2))
@@ -232,11 +233,17 @@ def test_gate_and_up_meet_in_the_lane(backend: Backend, T: int, dtype: torch.dty
     weight = TiledWeight.from_packed(pack_matrix([gate, up], gated_rows(F, order)), backend.device)
     x = inputs(rng, T, K, dtype)
     y = torch.full((T, F), float("nan"), dtype=dtype, device=backend.device)
-    multiply(backend, weight, x.to(backend.device), Output.gated(y), scratch=make_scratch([weight.layout], backend))
+    multiply(
+        backend,
+        weight,
+        x.to(backend.device),
+        Output.gated(y, activation),
+        scratch=make_scratch([weight.layout], backend),
+    )
     a, b = (f64(x) @ dequantize(m) + bias_of(m) for m in (gate, up))
-    expected = silu(a) * b
-    # SiLU's slope is below 1.1; ex2.approx and the division are within 2^-20
-    slack = 1.1 * (sum_bound(f64(x), gate) * np.abs(b) + sum_bound(f64(x), up) * np.abs(a)) + 2.0**-20 * np.abs(
+    expected = ACTIVATIONS[activation](a) * b
+    # The slopes of SiLU and GELU are below 1.13; ex2.approx and the division are within 2^-20
+    slack = 1.13 * (sum_bound(f64(x), gate) * np.abs(b) + sum_bound(f64(x), up) * np.abs(a)) + 2.0**-20 * np.abs(
         expected
     )
     rounding = (F16_ROUNDING if dtype == torch.float16 else 2.0**-8) * np.abs(expected) + 2.0**-24

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
-from reference.linear_twin import rms_norm, silu, tile_sumsq
+from reference.linear_twin import ACTIVATIONS, rms_norm, tile_sumsq
 
 from exl.errors import KernelError
 from exl.kernels.launch import Backend
@@ -87,7 +87,8 @@ def test_the_heads_norm_and_f32_logits(backend: Backend, dtype: torch.dtype, T: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [3, 12])
-def test_gated_rows_and_bias(backend: Backend, dtype: torch.dtype, T: int) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_rows_and_bias(backend: Backend, activation: str, dtype: torch.dtype, T: int) -> None:
     rng = np.random.default_rng(T)
     K, F = 256, 20
     padded = draw(rng, 2 * F, K + 8, dtype, 0.2)
@@ -100,12 +101,13 @@ def test_gated_rows_and_bias(backend: Backend, dtype: torch.dtype, T: int) -> No
         padded.to(backend.device)[:, :K], torch.from_numpy(tiles.reshape(-1)).to(backend.device), gated=True
     )
     y = torch.full((T, F), float("nan"), device=backend.device)
-    multiply_dense(backend, packed, x.to(backend.device), Output.gated(y))
+    multiply_dense(backend, packed, x.to(backend.device), Output.gated(y, activation))
     sums = f64(x) @ f64(weight).T + bias
     gate, up = sums[:, :F], sums[:, F:]
     off = bound(f64(x), f64(weight)) + 2.0**-23 * np.abs(sums)
-    slack = 1.1 * (off[:, :F] * np.abs(up) + off[:, F:] * np.abs(gate)) + 2.0**-20 * np.abs(silu(gate) * up)
-    assert (np.abs(f64(y) - silu(gate) * up) <= 1.01 * slack).all()
+    expected = ACTIVATIONS[activation](gate) * up
+    slack = 1.13 * (off[:, :F] * np.abs(up) + off[:, F:] * np.abs(gate)) + 2.0**-20 * np.abs(expected)
+    assert (np.abs(f64(y) - expected) <= 1.01 * slack).all()
 
 
 def test_adds_to_the_residual(backend: Backend) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
+from reference.linear_twin import ACTIVATIONS, random_matrix
 from reference.linear_twin import dequantize as exact_weights
-from reference.linear_twin import random_matrix
 
 from exl.errors import KernelError
 from exl.kernels.launch import Backend
@@ -57,17 +57,22 @@ def test_stored(backend: Backend, bits: int, dtype: torch.dtype) -> None:
     assert (np.abs(y.cpu().double().numpy() - expected) <= limit).all()
 
 
-def test_gated(backend: Backend) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated(backend: Backend, activation: str) -> None:
     rng = np.random.default_rng(1)
     gate, up = (random_matrix(rng, 4, K, N, 128) for _ in range(2))
     weight = TiledWeight.from_packed(pack_matrix([gate, up], gated_rows(N)), backend.device)
     x = torch.from_numpy(rng.standard_normal((T, K)) / 8).half()
     y = torch.full((T, N), float("nan"), device=backend.device)
     multiply_many(
-        backend, weight, x.to(backend.device), Output.gated(y), make_scratch(weight.layout, T, backend.device)
+        backend,
+        weight,
+        x.to(backend.device),
+        Output.gated(y, activation),
+        make_scratch(weight.layout, T, backend.device),
     )
     a, b = (x.double().numpy() @ rounded_weights(m, torch.float16) for m in (gate, up))
-    expected = a / (1 + np.exp(-a)) * b
+    expected = ACTIVATIONS[activation](a) * b
     # f32 arithmetic, and ex2.approx (2 ulp, PTX ISA) of an exponent with a relative error of 2^-24.
     np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
-from reference.linear_twin import bias_of, dequantize, random_matrix, rms_norm, silu, tile_sumsq
+from reference.linear_twin import ACTIVATIONS, bias_of, dequantize, random_matrix, rms_norm, tile_sumsq
 
 from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_io import NormedInput, Output
@@ -61,7 +61,8 @@ def test_equals_float64_and_rows_do_not_depend_on_the_batch(mode: str, shape: tu
             assert (np.abs(f64(y) - expected[:T]) <= slack[:T]).all()
 
 
-def test_norm_gate_and_residual() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_norm_gate_and_residual(activation: str) -> None:
     backend = backend_or_skip("race", ARCH)
     rng = np.random.default_rng(1)
     K, F, T = 384, 20, 3
@@ -71,11 +72,12 @@ def test_norm_gate_and_residual() -> None:
     x = rms_norm(f64(h), f64(norm_weight), 1e-5)
     y = torch.full((T, F), float("nan"))
     gated = TiledWeight.from_packed(pack_matrix([gate, up], gated_rows(F)), backend.device)
-    multiply(backend, gated, h, Output.gated(y), norm=norm, scratch=make_scratch([gated.layout], backend))
+    multiply(backend, gated, h, Output.gated(y, activation), norm=norm, scratch=make_scratch([gated.layout], backend))
     a, b = x @ dequantize(gate), x @ dequantize(up)
     off_a, off_b = (bound(x, dequantize(m)) + 2.0**-20 * np.abs(x) @ np.abs(dequantize(m)) for m in (gate, up))
-    slack = 1.1 * (off_a * np.abs(b) + off_b * np.abs(a)) + 2.0**-20 * np.abs(silu(a) * b)
-    assert (np.abs(f64(y) - silu(a) * b) <= 1.01 * slack).all()
+    expected = ACTIVATIONS[activation](a) * b
+    slack = 1.13 * (off_a * np.abs(b) + off_b * np.abs(a)) + 2.0**-20 * np.abs(expected)
+    assert (np.abs(f64(y) - expected) <= 1.01 * slack).all()
 
     matrix = random_matrix(rng, 4, F + 12, K, 32)
     down = TiledWeight.from_packed(pack_matrix([matrix]), backend.device)

@@ -10,10 +10,10 @@ import torch
 
 from exl.errors import KernelError
 from exl.kernels.args import f32, i32, i64, ptr, u64
+from exl.kernels.gated_product import gated_product
 from exl.kernels.launch import launch
 from exl.kernels.params import Bindings, Params, Varying
 from exl.kernels.program import Program, Programs, Recorder, place
-from exl.kernels.silu_mul import silu_mul
 from exl.kernels.spec import KernelSpec
 from tests.host.backends import TEST_KERNELS, make_backend
 
@@ -169,7 +169,7 @@ def test_wrappers_check_the_first_tensors_of_each_structure():
         up = torch.randn(1, 64)
         for _ in range(2):
             bindings = programs.bind([gate, up])
-            run = lambda backend, gate=gate, up=up: silu_mul(backend, gate, up, y)  # noqa: E731
+            run = lambda backend, gate=gate, up=up: gated_product(backend, gate, up, y)  # noqa: E731
             if message is None:
                 programs.run(place(y), bindings, run)
                 torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up, rtol=0, atol=1e-6)

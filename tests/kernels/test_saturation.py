@@ -14,13 +14,13 @@ from test_linear import run as run_linear
 
 from exl.kernels.append_kv import append_kv
 from exl.kernels.attention_io import QkvRows
+from exl.kernels.gated_product import gated_product
 from exl.kernels.launch import Backend
 from exl.kernels.linear import make_scratch, multiply
 from exl.kernels.linear_dense import DenseWeight, multiply_dense
 from exl.kernels.linear_io import NormedInput, Output
 from exl.kernels.linear_many import PanelScratch, multiply_many
 from exl.kernels.rms_norm import rms_norm
-from exl.kernels.silu_mul import silu_mul
 from exl.kernels.tile_pack import pack_matrix
 from exl.kernels.weights import TiledWeight
 from exl.layout.pages import KINDS, PageLayout, hadamard, pack_pages, quantize
@@ -61,8 +61,8 @@ def test_silu(backend: Backend) -> None:
     gate = torch.full_like(up, 100.0)  # its sigmoid is 1
     gate[:, 7] = 1e5
     y, wide = both_types(backend.device, *up.shape)
-    silu_mul(backend, gate, up, y)
-    silu_mul(backend, gate, up, wide)
+    gated_product(backend, gate, up, y)
+    gated_product(backend, gate, up, wide)
     np.testing.assert_array_equal(wide[:, :7].cpu().numpy(), (up[:, :7] * 100).cpu().numpy())
     assert_saturates(y, wide)
 

@@ -1,4 +1,5 @@
-"""Embedding, norm and SiLU against float64; their outputs for the next kernel; arguments that they refuse."""
+"""Embedding, norm, gated product and scaled logits against float64; their outputs for the next kernel; what they
+refuse."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import backend_or_skip
+from reference.linear_twin import ACTIVATIONS, silu, tile_sumsq
 from reference.linear_twin import rms_norm as exact_norm
-from reference.linear_twin import silu, tile_sumsq
 
 from exl.errors import KernelError
 from exl.kernels.embed import check_ids, embed
+from exl.kernels.gated_product import gated_product
 from exl.kernels.launch import Backend
 from exl.kernels.linear_io import NormedInput
 from exl.kernels.rms_norm import rms_norm
-from exl.kernels.silu_mul import silu_mul
+from exl.kernels.scale_logits import scale_logits
 from exl.memory.mapped import mapped
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -57,6 +59,18 @@ def test_rows_of_the_table(backend: Backend, C: int, dtype: torch.dtype) -> None
     assert torch.equal(h.cpu(), expected)
     assert torch.equal(permuted[:, order.long()], h)
     # 16 squares added in f32: at most 15 roundings.
+    np.testing.assert_allclose(f64(sumsq), tile_sumsq(f64(expected)), rtol=16 * 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("C", [40, 1032])
+def test_rows_are_scaled(backend: Backend, C: int, dtype: torch.dtype) -> None:
+    """One rounding each: a scale that is no power of two."""
+    table, ids = draw(np.random.default_rng(C), 9, C, dtype=dtype), torch.tensor([8, 0, 3], dtype=torch.int32)
+    h, sumsq = nan(3, C, device=backend.device), nan(3, -(-C // 16), device=backend.device)
+    embed(backend, table.to(backend.device), ids.to(backend.device), h, sumsq, scale=50.7)
+    expected = table[[8, 0, 3]].float() * torch.tensor(50.7)
+    assert torch.equal(h.cpu(), expected)
     np.testing.assert_allclose(f64(sumsq), tile_sumsq(f64(expected)), rtol=16 * 2.0**-24)
 
 
@@ -142,21 +156,54 @@ def test_a_norms_row_does_not_depend_on_the_others(backend: Backend) -> None:
         assert torch.equal(alone[0], y[i])
 
 
-# ---- silu_mul -------------------------------------------------------------------------------------------------------
+# ---- gated_product --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", TYPES)
 @pytest.mark.parametrize("target", TYPES)
-def test_silu(backend: Backend, source: torch.dtype, target: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_product(backend: Backend, activation: str, source: torch.dtype, target: torch.dtype) -> None:
     """Gate and up are halves of one tensor, as if one launch stored both."""
     both = (draw(np.random.default_rng(4), 3, 2 * 300) * 4).to(source).to(backend.device)
     gate, up = both[:, :300], both[:, 300:]
     y = nan(3, 300, dtype=target, device=backend.device)
-    silu_mul(backend, gate, up, y)
-    exact = silu(f64(gate)) * f64(up)
+    gated_product(backend, gate, up, y, activation)
+    exact = ACTIVATIONS[activation](f64(gate)) * f64(up)
     # ex2.approx is within 2 ulp (PTX ISA); its argument, up to 2^5, is rounded to 2^-19.
     own = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0}[target]
     np.testing.assert_allclose(f64(y), exact, rtol=2.0**-18 + own, atol=1e-6)
+
+
+def test_far_gates(backend: Backend) -> None:
+    """Where an exponential over- or underflows, and where 1 + tanh would have lost all digits."""
+    gate = torch.tensor([[-1e30, -300.0, -20.0, -6.0, -3.0, 0.0, 12.0, 1e30]], device=backend.device)
+    for activation, exact in ACTIVATIONS.items():
+        gated_product(backend, gate, torch.ones_like(gate), y := torch.full_like(gate, float("nan")), activation)
+        expected = [0, 0, *exact(np.array([-20.0, -6.0, -3.0, 0.0, 12.0])), 1e30]
+        if activation == "gelu_tanh":  # tanh's own digits end at -6: the formula as x / (1 + e^-2u)
+            u = (2 / np.pi) ** 0.5 * (np.array([-6.0, -3.0]) + 0.044715 * np.array([-6.0, -3.0]) ** 3)
+            expected[3:5] = np.array([-6.0, -3.0]) / (1 + np.exp(-2 * u))
+        np.testing.assert_allclose(f64(y)[0], expected, rtol=1e-5, atol=1e-37)
+
+
+# ---- scale_logits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 0.0625])
+def test_logits_are_scaled_and_capped(backend: Backend, scale: float, softcap: float | None) -> None:
+    """Rows apart; more columns than a block has, and not a multiple of them."""
+    wide = (draw(np.random.default_rng(7), 3, 1100) * 40).to(backend.device)
+    x = wide[:, :1029]
+    exact = scale * f64(x)
+    rest = wide[:, 1029:].clone()
+    scale_logits(backend, x, scale, softcap)
+    if softcap is None:
+        assert np.array_equal(f64(x), exact.astype(np.float32))
+    else:
+        # ex2.approx is within 2 ulp of an exponent of up to 2^3 (6 or less counts) rounded to 2^-21.
+        np.testing.assert_allclose(f64(x), softcap * np.tanh(exact / softcap), rtol=0, atol=softcap * 2.0**-21)
+    assert torch.equal(wide[:, 1029:], rest)
 
 
 # ---- all ------------------------------------------------------------------------------------------------------------
@@ -171,7 +218,7 @@ def test_other_architectures(arch: int) -> None:
     y = nan(2, 32, device=backend.device)
     rms_norm(backend, h, NormedInput(sumsq, torch.ones(32), 0.0), y)
     np.testing.assert_allclose((f64(y) ** 2).mean(1), 1, rtol=1e-5)
-    silu_mul(backend, h, y, out := nan(2, 32, device=backend.device))
+    gated_product(backend, h, y, out := nan(2, 32, device=backend.device))
     np.testing.assert_allclose(f64(out), silu(f64(h)) * f64(y), rtol=1e-5, atol=1e-6)
 
 
@@ -200,9 +247,12 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         ("K a multiple of 8", lambda: rms_norm(nobody, h[:, :12], norm, h)),
         ("y has shape", lambda: rms_norm(nobody, h, norm, torch.zeros(2, 8))),
         ("x is torch.float16", lambda: rms_norm(nobody, h.half(), norm, h)),
-        ("up is torch.float16", lambda: silu_mul(nobody, h, h.half(), h)),
-        ("rows 16 elements apart", lambda: silu_mul(nobody, h, torch.zeros(2, 32)[:, :16], h)),
-        ("y has shape", lambda: silu_mul(nobody, h, h, torch.zeros(3, 16))),
+        ("up is torch.float16", lambda: gated_product(nobody, h, h.half(), h)),
+        ("rows 16 elements apart", lambda: gated_product(nobody, h, torch.zeros(2, 32)[:, :16], h)),
+        ("y has shape", lambda: gated_product(nobody, h, h, torch.zeros(3, 16))),
+        ("activation 'relu': expected silu or gelu_tanh", lambda: gated_product(nobody, h, h, h, "relu")),
+        ("x is torch.float16", lambda: scale_logits(nobody, h.half(), 1.0, None)),
+        ("softcap is -1", lambda: scale_logits(nobody, h, 1.0, -1.0)),
     ]
     for words, call in cases:
         with pytest.raises(KernelError, match=words):

@@ -28,17 +28,23 @@ _SIZES = {
 }
 _CLASSES = {
     "cohere2": (transformers.Cohere2Config, transformers.Cohere2ForCausalLM),
+    "exaone4": (transformers.Exaone4Config, transformers.Exaone4ForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "glm": (transformers.GlmConfig, transformers.GlmForCausalLM),
     "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM),
+    "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
 }
 
@@ -195,8 +201,20 @@ CASES = [
         {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 0.7},
         ("window", "window_layers", "no_rope", "pairs", "parallel", "layer_norm", "logits_scale"),
     ),
-    Case("cohere2-biases", "cohere2", {"attention_bias": True, "sliding_window": 16}, ("qkv_bias", "o_bias")),
+    Case(
+        "cohere2-biases",
+        "cohere2",
+        {"attention_bias": True, "sliding_window": 16, "logit_scale": 0.7},
+        ("qkv_bias", "o_bias"),
+    ),
     Case("olmo2", "olmo2", {}, ("rope", "q_norm", "k_norm", "norm_rows", "attn_post_norm", "mlp_post_norm")),
+    Case(
+        "exaone4",
+        "exaone4",
+        {"sliding_window": 16, "sliding_window_pattern": 2},
+        ("rope", "no_rope", "window", "window_layers", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm"),
+    ),
+    Case("exaone4-full", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}, ("rope",)),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}, ("rope", "no_rope")),
     Case(
         "smollm3-window",
@@ -205,6 +223,118 @@ CASES = [
         ("window", "window_layers", "no_rope"),
     ),
 ]
+
+MIXTURES = [
+    Case("mixtral", "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}, ("normalize", "experts")),
+    Case("mixtral-window", "mixtral", {"num_local_experts": 4, "sliding_window": 16}, ("window",)),
+    Case(
+        "qwen2_moe",
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 112,
+        },
+        ("qkv_bias", "shared", "shared_gate", "normalized"),
+    ),
+    Case(
+        "qwen2_moe-sparse",
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 48,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+        ("shared", "normalize"),
+    ),
+    Case(
+        "qwen3_moe",
+        "qwen3_moe",
+        {
+            "head_dim": 32,
+            "num_experts": 20,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 80,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        ("q_norm", "k_norm", "normalize", "experts"),
+    ),
+    Case(
+        "qwen3_moe-window",
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+        ("window", "normalized"),
+    ),
+    Case(
+        "glm4_moe",
+        "glm4_moe",
+        {
+            "head_dim": 16,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 96,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+        ("partial", "qkv_bias", "q_norm", "shared", "normalize", "sigmoid", "groups", "router_bias", "route_scaling"),
+    ),
+    Case(
+        "glm4_moe-plain",
+        "glm4_moe",
+        {
+            "head_dim": 16,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+        },
+        ("normalized", "router_bias"),
+    ),
+    Case(
+        "gpt_oss",
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 16,
+            "swiglu_limit": 1.5,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "beta_fast": 2.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+                "original_max_position_embeddings": 24,
+            },
+        },
+        (
+            *("window", "window_layers", "sinks", "rope_scaling", "truncate", "qkv_bias", "o_bias"),
+            *("chosen", "router_linear_bias", "expert_bias", "limit", "activation"),
+        ),
+    ),
+]
+CASES += MIXTURES
 
 
 def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transformers.PreTrainedModel:
@@ -225,6 +355,9 @@ def build(case: Case, seed: int = 0, projection_scale: float = 5.0) -> transform
                 parameter.mul_(projection_scale)
             else:
                 parameter.normal_(0, 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)
     return model
 
 

@@ -7,6 +7,7 @@ Tolerance 2e-4 on logits of order 1: f32 sums in another order, through three la
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from exl.checkpoint.rope_config import RopeConfig
 from exl.engine.build import Engine, load_engine
 from exl.families.config import ModelConfig
-from exl.families.specs import BranchShape, EmbedShape
+from exl.families.specs import BranchShape, EmbedShape, LayerSpec, MoeShape
 from exl.layout.specs import Rows, Target
 from exl.planning.options import EngineOptions
 from tests.model.cpu_targets import with_both
@@ -126,6 +127,15 @@ def _changed_layers(config: ModelConfig, **changes: object) -> ModelConfig:
     return dataclasses.replace(config, layers=tuple(dataclasses.replace(x, **changes) for x in config.layers))
 
 
+def _changed_mixtures(config: ModelConfig, changes: Callable[[MoeShape], dict[str, object]]) -> ModelConfig:
+    def changed(layer: LayerSpec) -> LayerSpec:
+        if not isinstance(layer.mlp, MoeShape):
+            return layer
+        return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **changes(layer.mlp)))
+
+    return dataclasses.replace(config, layers=tuple(map(changed, config.layers)))
+
+
 def _without(engine: Engine, feature: str) -> None:
     """Removes one feature from a loaded model."""
     runner = engine.generator.runner
@@ -158,16 +168,58 @@ def _without(engine: Engine, feature: str) -> None:
         "residual_scale": {"attn_branch": BranchShape(), "mlp_branch": BranchShape()},
         "parallel": {"parallel": False},
     }
+    in_route = {
+        "normalize": {"normalize": False},
+        "normalized": {"normalize": True},
+        "sigmoid": {"score": "softmax"},
+        "chosen": {"score": "softmax", "normalize": False},
+        "groups": {"groups": 1, "top_groups": 1},
+        "route_scaling": {"scaling": 1.0},
+    }
     if feature in in_attention:
         decoder.config = with_attention(config, **in_attention[feature])
     elif feature in in_model:
         decoder.config = dataclasses.replace(config, **in_model[feature])
     elif feature in in_layers:
         decoder.config = _changed_layers(config, **in_layers[feature])
+    elif feature in in_route:
+        decoder.config = _changed_mixtures(
+            config, lambda moe: {"route": dataclasses.replace(moe.route, **in_route[feature])}
+        )
+    elif feature == "experts":
+        decoder.config = _changed_mixtures(config, lambda moe: {"route": dataclasses.replace(moe.route, scaling=0.0)})
+    elif feature == "limit":
+        decoder.config = _changed_mixtures(config, lambda moe: {"limit": None})
+    elif feature == "router_linear_bias":
+        for layer in layers:
+            layer["router"][0].fields["bias"].zero_()
+    elif feature == "expert_bias":
+        for layer in layers:
+            for expert in range(layer.experts.layout.count):
+                layer.experts[expert]["down"][0].fields["bias"].zero_()
+    elif feature == "sinks":
+        decoder.config = with_attention(config, sinks=False)
+    elif feature == "shared":
+        decoder.config = _changed_mixtures(config, lambda moe: {"shared": None})
+    elif feature == "shared_gate":
+        decoder.config = _changed_mixtures(config, lambda moe: {"shared": dataclasses.replace(moe.shared, gated=False)})
+    elif feature == "router_bias":
+        for layer in layers:
+            if "router_bias" in layer.norms:
+                layer.norms["router_bias"].zero_()
     elif feature in ("q_norm", "k_norm", "norm_rows"):
         attention = decoder._attention
-        nothing = False if feature == "norm_rows" else None
-        decoder._attention = lambda shape, w: dataclasses.replace(attention(shape, w), **{feature: nothing})
+
+        def changed(shape, w):
+            spec = attention(shape, w)
+            if feature != "norm_rows":
+                return dataclasses.replace(spec, **{feature: None})
+            firsts = (
+                dataclasses.replace(norm, weight=norm.weight[: spec.head_dim]) for norm in (spec.q_norm, spec.k_norm)
+            )
+            return dataclasses.replace(spec, norm_rows=False, **dict(zip(("q_norm", "k_norm"), firsts, strict=True)))
+
+        decoder._attention = changed
     elif feature == "norm_offset":
         for norm in (runner._final_norm, *(norm for layer in layers for norm in layer.norms.values())):
             norm.sub_(1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.memory.host import HostBuffer
 from exl.models import decoder
-from exl.ops.base import AttentionSpec, Branch, EmbedSpec, GatedMlp, LogitsSpec, Norm
+from exl.ops.base import AttentionSpec, Branch, LogitsSpec, Norm
 from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
 from exl.text.tokenizer import Tokenizer
@@ -35,7 +34,7 @@ from tests.model.cuda_engines import (
     step_logits,
     tokens,
 )
-from tests.model.hf_models import decode_logits, prefill_logits, with_attention
+from tests.model.hf_models import decode_logits, prefill_logits
 from tests.model.test_published_story import PUBLISHED
 from tests.model.test_quantized import make
 
@@ -170,31 +169,11 @@ def test_scaled_branches_and_capped_logits_as_through_torch(backend, monkeypatch
         assert (before - expected).abs().max() > 50 * bound(expected, 4)
 
 
-def test_attention_of_other_angles_or_epsilons_is_named(backend, monkeypatch):
-    engine = load(STORIES, backend)
-    config = engine.generator.runner.decoder.config
-    engine.generator.runner.decoder.config = with_attention(config, rope=replace(config.rope, theta=123.0))
-    with pytest.raises(UnsupportedModelError, match=r"RoPE of layer 0: found default, theta 123, expected .* on a GPU"):
-        all_logits(engine, PROMPT)
-    weight = torch.ones(config.head_dim)
+def test_attention_of_other_epsilons_is_named(backend, monkeypatch):
+    weight = torch.ones(load(STORIES, backend).config.head_dim)
     norms = {"q_norm": Norm(weight, 1e-5), "k_norm": Norm(weight, 1e-6)}
     monkeypatch.setattr(decoder, "AttentionSpec", lambda **values: AttentionSpec(**values | norms))
     with pytest.raises(UnsupportedModelError, match=r"norms of q and k: found epsilons 1e-05 and 1e-06"):
-        all_logits(load(STORIES, backend), PROMPT)
-
-
-@pytest.mark.parametrize(
-    ("spec", "found"),
-    [
-        (partial(EmbedSpec, scale=8.0), "scale of the embedding: found 8"),
-        (partial(GatedMlp, activation="gelu_tanh"), "activation of the gated MLP: found 'gelu_tanh'"),
-        (partial(Branch, post_norm=Norm(torch.ones(64), 1e-5)), "norm of a block's output: found one"),
-    ],
-    ids=lambda value: value.func.__name__ if isinstance(value, partial) else "",
-)
-def test_what_no_kernel_does_is_named(backend, monkeypatch, spec, found):
-    monkeypatch.setattr(decoder, spec.func.__name__, lambda *described: spec())
-    with pytest.raises(UnsupportedModelError, match=f"{found}, expected .* on a GPU"):
         all_logits(load(STORIES, backend), PROMPT)
 
 

@@ -28,7 +28,7 @@ from exl.memory.host import HostBuffer
 from exl.ops.base import LayerWeights
 from exl.weights.device_stream import DeviceStream, DiskLayers, PinnedLayers
 from exl.weights.packed import PackedFile, PackedWriter
-from exl.weights.reader import BufferReader
+from exl.weights.reader import BufferReader, StreamedLayer
 from tests.host.captures import Captures
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
@@ -191,8 +191,7 @@ class Model:
         for thing in (self.packed, *self.memory):
             owned.callback(thing.close)
         self.reader = BufferReader(
-            *(self.packed, {i: i for i in on_disk}, dict.fromkeys(on_disk, TINY.num_bytes)),
-            *([m.array for m in self.memory], owned),
+            self.packed, {i: StreamedLayer(i, TINY.num_bytes) for i in on_disk}, [m.array for m in self.memory], owned
         )
         return DiskLayers(self.reader)
 

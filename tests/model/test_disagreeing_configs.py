@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exl.checkpoint.quant_config import QuantConfig
+from exl.checkpoint.quant.gptq import GptqConfig
 from exl.engine.build import load_engine
 from exl.errors import CheckpointError, ConfigError, ExlWarning, UnsupportedModelError
 from exl.ops.cpu_target import cpu_target
@@ -83,7 +83,7 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
-def quant_of(folder: Path) -> QuantConfig:
+def quant_of(folder: Path) -> GptqConfig:
     with open_model(folder) as files:
         return files.quant
 

@@ -26,7 +26,7 @@ from exl.ops.base import LayerWeights
 from exl.sampling_params import SamplingParams
 from exl.weights import placement
 from exl.weights.packed import PackedFile, PackedWriter
-from exl.weights.reader import BufferReader
+from exl.weights.reader import BufferReader, StreamedLayer
 from exl.weights.stream import LayerStream, ResidentWeights
 from tests.model import test_quantized
 from tests.model.hf_models import CASES, build, save
@@ -70,8 +70,8 @@ def test_layers_do_differ(four_bit, tmp_path):
     """Otherwise the test above could not detect exchanged layers."""
     with PlacedModel(four_bit, tmp_path) as model:
         right = model.logits()
-        blobs = model.source._reader._blob_indices
-        blobs[1], blobs[2] = blobs[2], blobs[1]
+        layers = model.source._reader._layers
+        layers[1], layers[2] = layers[2], layers[1]
         model.source.wait_until_idle()
         for buffer in model.source._reader.buffers:
             buffer.layer_idx = None
@@ -166,7 +166,7 @@ def tiny_stream(folder: Path, num_layers: int, num_buffers: int, resident=()) ->
     for thing in (packed, *buffers):
         owned.callback(thing.close)
     arrays = [buffer.array for buffer in buffers]
-    reader = BufferReader(packed, streamed, dict.fromkeys(streamed, _TINY.num_bytes), arrays, owned)
+    reader = BufferReader(packed, {i: StreamedLayer(b, _TINY.num_bytes) for i, b in streamed.items()}, arrays, owned)
     stream = LayerStream([_TINY] * num_layers, views, reader)
     return stream, [blob[:4096].tobytes() for blob in contents]
 

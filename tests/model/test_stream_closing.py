@@ -77,8 +77,8 @@ def purpose(request, monkeypatch):
     """Where a CPU reads to, and a GPU, which this machine's memory stands in for."""
     if request.param == "pinned read buffers":
 
-        def on_device(blobs, resident, num_buffers, stack):
-            return placement.DeviceWeights(blobs, resident, (1,), num_buffers, torch.device("cpu"), stack)
+        def on_device(layouts, resident, num_buffers, stack):
+            return placement.DeviceWeights(layouts.blobs, resident, (1,), num_buffers, torch.device("cpu"), stack)
 
         monkeypatch.setattr(loader, "HostWeights", on_device)
     return request.param

@@ -16,8 +16,11 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: NDArray | None = None,
 ) -> NDArray[np.float64]:
-    """q [n, H, D] at ``places`` of a sequence with k and v [length, Hkv, D] -> [n, H, D]."""
+    """q [n, H, D] at ``places`` of a sequence with k and v [length, Hkv, D] -> [n, H, D].
+
+    ``sinks`` [H]: one more score of each head, as if of a token whose value is 0 (transformers' gpt-oss)."""
     n, H, D = q.shape
     group = H // k.shape[1]
     out = np.zeros((n, H, D))
@@ -27,9 +30,21 @@ def attention(
             scores = k[first : place + 1, head // group].astype(np.float64) @ q[i, head].astype(np.float64) * scale
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
-            weights = np.exp(scores - scores.max())
-            out[i, head] = weights / weights.sum() @ v[first : place + 1, head // group].astype(np.float64)
+            sink = -np.inf if sinks is None else float(sinks[head])
+            top = max(scores.max(), sink)
+            weights = np.exp(scores - top)
+            out[i, head] = (
+                weights / (weights.sum() + np.exp(sink - top)) @ v[first : place + 1, head // group].astype(np.float64)
+            )
     return out
+
+
+def rotate(x: NDArray, positions: NDArray, theta: float) -> NDArray[np.float64]:
+    """RoPE (Su et al., 2021) of x [n, heads, D]: channels i and i + D / 2 turn by position * theta^(-2i / D)."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None, None] * theta ** (-np.arange(half) / half)
+    low, high = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    return np.concatenate([low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], -1)
 
 
 def bytes_of_tokens(layout: PageLayout, count: int) -> np.ndarray:

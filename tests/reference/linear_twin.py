@@ -75,6 +75,20 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1.0 + np.exp(-x))
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """Hendrycks and Gimpel, Gaussian Error Linear Units (2016), the approximation by tanh."""
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+def layer_norm(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Ba, Kiros and Hinton, Layer Normalization (2016), without the bias; the variance is that of the row itself."""
+    centred = h - h.mean(axis=1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps) * weight
+
+
 def tile_sumsq(h: np.ndarray) -> np.ndarray:
     """Sums of squares of 16 channels each, [T, ceil(N / 16)]."""
     T, N = h.shape

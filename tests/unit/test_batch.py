@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ def step(*new: int) -> ForwardBatch:
         page_table=array(sequences[:, None]),
         logit_rows=array(np.arange(count)),
         num_decode_rows=count,
+        window_slots=array(np.repeat(sequences + 3, new) * 64 + 5 + offset),
+        window_table=array(np.repeat(sequences[:, None] + 3, 2, axis=1)),
     )
 
 
@@ -45,7 +47,7 @@ def step(*new: int) -> ForwardBatch:
 )
 def test_buckets(new, rows, sequences):
     """Buffers for 60 rows and 48 sequences."""
-    batch = step(*new)
+    batch = replace(step(*new), lora_idx=np.arange(len(new), dtype=np.int32) - 1)
     padded = step_bucket(batch, 60, 48)
     assert (padded.num_rows, padded.num_sequences, padded.num_decode_rows) == (rows, sequences, rows)
     assert padded.logit_rows.tolist() == list(range(rows))
@@ -55,9 +57,19 @@ def test_buckets(new, rows, sequences):
             own = getattr(batch, field.name)
             np.testing.assert_array_equal(getattr(padded, field.name)[: len(own)], own)
             assert getattr(padded, field.name).dtype == np.int32
-    assert set(padded.slots[T:].tolist()) <= {-1}
+    assert {*padded.slots[T:].tolist(), *padded.window_slots[T:].tolist()} <= {-1}
     assert set(padded.query_start[B:].tolist()) == {T}
     assert set(padded.context_len[B:].tolist()) <= {0}
+
+
+def test_places_of_layers_with_pages_of_their_own():
+    batch = step(1, 1)
+    assert [array.tolist() for array in batch.places(False)] == [[5, 69], [[0], [1]]]
+    assert [array.tolist() for array in batch.places(True)] == [[197, 261], [[3, 3], [4, 4]]]
+    plain = padded_step(replace(batch, window_slots=None, window_table=None), 4)
+    assert plain.window_slots is plain.window_table is None
+    with pytest.raises(ValueError, match="without pages for layers"):
+        plain.places(True)
 
 
 def test_a_step_that_is_its_bucket_is_not_copied():
@@ -77,3 +89,16 @@ def test_steps():
     assert all(map(is_step, (step(1), step(1, 1), step(8, 1), step(2, 3))))
     assert not is_step(step(9))
     assert not is_step(padded_step(step(2, 1), 8))
+
+
+def test_runs_of_adapters():
+    """Rows of neighbouring sequences with one adapter; sequences without rows and padding are in none."""
+    found = replace(step(2, 1, 3, 1, 1, 1), lora_idx=np.array([1, 1, -1, 0, 1, 1], np.int32))
+    assert found.lora_runs == ((0, 3, 1), (6, 7, 0), (7, 9, 1))
+    padded = padded_step(found, 16, 8)
+    assert padded.lora_runs == found.lora_runs
+    assert padded.lora_idx.tolist() == [1, 1, -1, 0, 1, 1, -1, -1]
+    empty = replace(step(2, 1), query_start=np.array([0, 2, 2], np.int32), lora_idx=np.array([-1, 3], np.int32))
+    assert empty.lora_runs == ()
+    assert step(1, 2).lora_runs == ()
+    assert padded_step(step(1, 2), 8).lora_idx is None

@@ -2,13 +2,13 @@
 // Attention of one warp over pages (page.cuh) on tensor cores: S = K Q^T and O = V^T P, with an online softmax. Operand A is
 // codes read straight from the pages; operand B is columns, each one query head and one new token.
 //
-// Macros: page.cuh.
+// Macros: page.cuh; EXL_SINKS, if defined: each query head has one more score, which has no value.
 #include <exl/half.cuh>
 #include <exl/page.cuh>
+#include <exl/softcap.cuh>
 
 constexpr int kRuns = (kD + 31) / 32, kQPitch = kRuns * 32 + 8, kTiles = (kD + 15) / 16;   // kRuns: of 32 channels; kQPitch: halves; kTiles: of V
 constexpr float kNone = -1e30f;      // the maximum before any score
-constexpr float kLog2E = 1.44269504f;
 constexpr float kLift = 8.0f;        // probabilities are kept times 2^8: their products with V's scales avoid f16's subnormals
 
 // A lane's words of one tile, in the pages' layout: 16 tokens x 64 channels of K, or 16 channels x 64 tokens of V. They make
@@ -116,10 +116,18 @@ struct Columns {
 
 // The score of a dot product, scaled, capped and times log2(e), so that 2^x gives its weight.
 EXL_DEVICE float log2_score(float x, float scale, float softcap) {
-  x *= scale;
-  if (softcap > 0.0f) x = softcap * (1.0f - 2.0f / (1.0f + ex2_approx(2.0f * kLog2E * x / softcap)));
-  return x * kLog2E;
+  return capped(x * scale, softcap) * kLog2E;
 }
+
+#if defined(EXL_SINKS)
+constexpr bool kSinks = true;
+#else
+constexpr bool kSinks = false;
+#endif
+
+// What a head's sink adds to a column's sum l, whose maximum is `top`. It may be infinite: then the column's output is 0. A
+// column that sees no token has the maximum kNone.
+EXL_DEVICE float sink_weight(float sink, float top) { return ex2_approx(sink * kLog2E - top + (kHasMma ? kLift : 0.0f)); }
 
 // s += K Q^T over channels 64 tile .. 64 tile + 63, or fewer in a last tile. Loads for all 64 tokens are in flight together.
 template <bool kWhole, int kN>

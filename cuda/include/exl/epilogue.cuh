@@ -1,10 +1,12 @@
 #pragma once
 // The epilogue of the linear kernels. A lane holds, as in an mma's result, v[0], v[1]: row g of a 16-row tile, tokens 2t
 // and 2t+1 of eight; v[2], v[3]: row g + 8. The kind is chosen at run time, once per tile and the same for all lanes.
+//
+// Macros: EXL_GELU, if defined: gated products take GELU (its approximation by tanh) of the gate, not SiLU.
 #include <exl/half.cuh>
 
 constexpr int kStore = 0;      // y = v
-constexpr int kGated = 1;      // y = SiLU(gate) * up: gate in rows 0..7 of each tile, up in rows 8..15
+constexpr int kGated = 1;      // y = activated(gate) * up: gate in rows 0..7 of each tile, up in rows 8..15
 constexpr int kResidual = 2;   // y += scale * v in f32, and the new y's sum of squares per tile and token
 constexpr int kHalfOut = 0, kBfloatOut = 1, kFloatOut = 2;
 
@@ -20,7 +22,15 @@ struct Output {
   float scale;
 };
 
-EXL_DEVICE float silu(float x) { return x / (1.0f + ex2_approx(x * -1.44269504f)); }
+// SiLU: x / (1 + e^-x). GELU: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which is x / (1 + e^-2u) of tanh's
+// argument u, and exact to f32 where 1 + tanh(u) would lose all digits.
+EXL_DEVICE float activated(float x) {
+#if defined(EXL_GELU)
+  return x / (1.0f + ex2_approx(x * fmaf(x * x, -0.102943241f, -2.30220819f)));
+#else
+  return x / (1.0f + ex2_approx(x * -1.44269504f));
+#endif
+}
 
 EXL_DEVICE void store_output(const Output& out, int token, int col, float v) {
   if (col >= out.N || token >= out.num_tokens) return;
@@ -65,7 +75,7 @@ EXL_DEVICE void finish_tile(float (&v)[4], const Output& out, int tile, int num_
     add_residual(v, out, tile, num_tiles, token0, lane);
   } else if (out.kind == kGated) {
     EXL_UNROLL
-    for (int e = 0; e < 2; ++e) store_output(out, token0 + 2 * t + e, tile * 8 + g, silu(v[e]) * v[e + 2]);
+    for (int e = 0; e < 2; ++e) store_output(out, token0 + 2 * t + e, tile * 8 + g, activated(v[e]) * v[e + 2]);
   } else {
     EXL_UNROLL
     for (int e = 0; e < 4; ++e) store_output(out, token0 + 2 * t + e % 2, tile * 16 + g + 8 * (e / 2), v[e]);

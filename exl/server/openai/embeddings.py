@@ -85,7 +85,7 @@ async def _vectors(
     async def take() -> None:
         for i in waiting:
             handle = await server.in_thread(lambda i=i: model.llm.submit_embed(  # type: ignore[misc]
-                prompts[i], body.pooling, normalize=body.normalize
+                prompts[i], body.pooling, normalize=body.normalize, lora=model.adapter
             ))  # fmt: skip
             try:
                 found[i] = await handle

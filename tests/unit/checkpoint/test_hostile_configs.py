@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.generation_config import GenerationDefaults
-from exl.checkpoint.quant_config import QuantConfig, read_quant_config
+from exl.checkpoint.quant.gptq import GptqConfig
+from exl.checkpoint.quant_config import read_quant_config
 from exl.errors import ConfigError, ExlError, UnsupportedModelError
 from exl.families.config import ModelConfig
 
@@ -57,7 +58,7 @@ FLAGS = ("desc_act", "sym", "lm_head", "is_marlin_format")
 TEXTS = ("quant_method", "checkpoint_format", "pack_dtype", "method", "format")
 
 
-def quant_verdict(folder, values) -> QuantConfig | str:
+def quant_verdict(folder, values) -> GptqConfig | str:
     """The config, or the error's message. Never None, because the file exists."""
     write(folder, "quantize_config.json", json.dumps(values))
     try:
@@ -65,17 +66,17 @@ def quant_verdict(folder, values) -> QuantConfig | str:
     except (ConfigError, UnsupportedModelError) as error:
         message = str(error)
     else:
-        assert isinstance(config, QuantConfig)
+        assert isinstance(config, GptqConfig)
         return config
     assert len(message) < 800
     return message
 
 
-def assert_sane(config: QuantConfig) -> None:
+def assert_sane(config: GptqConfig) -> None:
     assert config.bits in (2, 3, 4, 8)
     assert config.group_size == -1 or 0 < config.group_size <= 1 << 24
     assert all(isinstance(flag, bool) for flag in (config.desc_act, config.sym, config.lm_head))
-    assert config.checkpoint_format in ("gptq", "gptq_v2")
+    assert config.checkpoint_format in ("gptq", "gptq_v2", "gptq_p")
 
 
 @pytest.mark.parametrize("key", ["bits", "group_size"])
@@ -128,6 +129,56 @@ def test_quant_configs_of_anything(tmp_path, values):
         assert verdict.startswith("quantize_config.json: ")
     else:
         assert_sane(verdict)
+
+
+METHODS = {
+    "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]},
+    "auto-round": {
+        **{"bits": 4, "group_size": 128, "sym": False, "data_type": "int", "packing_format": "auto_round"},
+        **{"block_name_to_quantize": "model.layers", "extra_config": {"lm_head": {"bits": 8}}},
+    },
+    "compressed-tensors": {
+        **{"format": "pack-quantized", "ignore": ["lm_head"], "kv_cache_scheme": None, "sparsity_config": {}},
+        "config_groups": {
+            "group_0": {
+                **{"targets": ["Linear"], "input_activations": None, "format": None},
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+            }
+        },
+    },
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@SETTINGS
+@given(data=st.data())
+def test_configs_of_other_methods_with_anything_in_them(tmp_path, method, data):
+    """At any depth: an error that names the file, or a configuration that answers for any module."""
+    values = json.loads(json.dumps(METHODS[method])) | {"quant_method": method}
+    place = values
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+        else:
+            place[key] = data.draw(JUNK | EXTREMES)
+            break
+    write(tmp_path, "quantize_config.json", json.dumps(values))
+    try:
+        config = read_quant_config(tmp_path, {})
+    except (ConfigError, UnsupportedModelError) as error:
+        message = str(error)
+    else:
+        message = ""
+    assert len(message) < 800
+    if message:
+        assert message.startswith("quantize_config.json: ")
+        return
+    for name in ("", "lm_head", "model.layers.0.mlp.up_proj", "ab" * 30):
+        for own in (config.for_module(name), config.for_quantized(name)):
+            assert own is None or own.bits in (2, 3, 4, 8)
+    assert isinstance(config.layout, str)
 
 
 @pytest.mark.parametrize("key", [*QUANT, "dynamic"])

@@ -73,7 +73,7 @@ class Model:
 def model(monkeypatch):
     def use(*pieces: str) -> Model:
         made = Model(*pieces)
-        monkeypatch.setattr(generate_module, "load_with_progress", lambda *args: made)
+        monkeypatch.setattr(generate_module, "load_with_progress", lambda *args, **options: made)
         return made
 
     return use

@@ -55,10 +55,15 @@ class FakeDevice:
     max_logit_rows: int = 24
     vocab_size: int = V
     window: int | None = None  # a row finds itself and so many tokens, less one, before it
+    # Pages of a second slab, whose rows find so many tokens: what is found there must be what the first slab has.
+    num_windows: int = 0
+    reach: int = 0
     num_holders: Callable[[int], int] | None = None  # of a page, to see that only its owner writes to it
+    window_holders: Callable[[int], int] | None = None
     log: list[str] = field(default_factory=list)  # "step", "sample", "read", in order
     rows: Counter[str] = field(default_factory=Counter)  # that ran: "decode", "prompt"
     zeroed: list[int] = field(default_factory=list)  # pages
+    zeroed_windows: list[int] = field(default_factory=list)
     faults: Faults | None = None
     nan_row: int | None = None  # of the next step's rows in all: what it writes is not a number
 
@@ -73,6 +78,8 @@ class FakeDevice:
         self.ids = np.full(self.num_pages * PAGE_SIZE, -1, np.int64)
         self.bits = np.zeros(self.num_pages * PAGE_SIZE, np.int64)
         self.positions = np.zeros(self.num_pages * PAGE_SIZE, np.int64)  # as RoPE has them
+        self.window_ids = np.full(self.num_windows * PAGE_SIZE, -1, np.int64)
+        self.window_bits = np.zeros(self.num_windows * PAGE_SIZE, np.int64)
         self._logits = torch.zeros(64, V)  # one buffer, as on a device: what comes later overwrites it
         self._chunks: list[tuple[ForwardBatch, np.ndarray, np.ndarray] | None] = []  # with what a pass left; None: gone
         self._last: list[int] = []
@@ -140,9 +147,22 @@ class FakeDevice:
             self.bits[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
             self.zeroed.append(page)
 
+    def zero_windows(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.window_ids[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
+            self.window_bits[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
+            self.zeroed_windows.append(page)
+
+    def copy_windows(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        for a, b in zip(src, dst, strict=True):
+            self._owned(b, self.window_holders)
+            of_a, of_b = (slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in (a, b))
+            self.window_ids[of_b] = self.window_ids[of_a]
+            self.window_bits[of_b] = self.window_bits[of_a]
+
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
         for a, b in zip(src, dst, strict=True):
-            self._owned(b)
+            self._owned(b, self.num_holders)
             self._slots(b)[:] = self._slots(a)
             of_a, of_b = (slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in (a, b))
             self.bits[of_b] = self.bits[of_a]
@@ -165,6 +185,10 @@ class FakeDevice:
     def found(self, pages: Sequence[int], num_tokens: int) -> list[int]:
         """The ids that lie on these pages."""
         return [int(self._slots(pages[i // PAGE_SIZE])[i % PAGE_SIZE]) for i in range(num_tokens)]
+
+    def found_windows(self, pages: Sequence[int], num_tokens: int) -> list[int]:
+        """``found``, in the second slab."""
+        return [int(self.window_ids[pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE]) for i in range(num_tokens)]
 
     def found_bits(self, pages: Sequence[int], num_tokens: int) -> list[int]:
         slots = [pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(num_tokens)]
@@ -198,10 +222,42 @@ class FakeDevice:
                 assert batch.slots[row] == slot
                 self._write(slot, int(batch.token_ids[row]), self._row_bits(batch, row))
                 self.positions[slot] = batch.positions[row]
+                if self.num_windows:
+                    self._write_window(batch, b, row, position, slot)
+            if self.num_windows:
+                for row in range(starts[b], starts[b + 1]):
+                    self._check_window(batch, b, first + row - int(starts[b]) + 1)
         for row in batch.logit_rows.tolist():
             self._logits[at] = torch.from_numpy(self._logits_of(batch, row, self.ids, self.bits))
+            if self.num_windows and self._finds_no_number(batch, row):
+                self._logits[at] = float("nan")
             at += 1
         return at
+
+    def _write_window(self, batch: ForwardBatch, b: int, row: int, position: int, slot: int) -> None:
+        place = int(batch.window_table[b, position // PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE
+        assert batch.window_slots[row] == place
+        self._owned(place // PAGE_SIZE, self.window_holders)
+        self.window_ids[place], self.window_bits[place] = self.ids[slot], self.bits[slot]
+
+    def _check_window(self, batch: ForwardBatch, b: int, num_tokens: int) -> None:
+        """What the last of so many tokens sees in the second slab is what lies in the first."""
+        seen = np.arange(max(0, num_tokens - self.reach), num_tokens)
+        pages = batch.window_table[b, seen // PAGE_SIZE]
+        assert (pages > 0).all(), "a row sees a page that was given back"
+        places = pages * PAGE_SIZE + seen % PAGE_SIZE
+        slots = batch.page_table[b, seen // PAGE_SIZE] * PAGE_SIZE + seen % PAGE_SIZE
+        if NOT_A_NUMBER not in self.ids[slots] and NOT_A_NUMBER not in self.window_ids[places]:
+            assert (self.window_ids[places] == self.ids[slots]).all()
+            assert (self.window_bits[places] == self.bits[slots]).all()
+
+    def _finds_no_number(self, batch: ForwardBatch, row: int) -> bool:
+        """On the pages that its window reaches, also behind the text."""
+        b = int(np.searchsorted(batch.query_start, row, side="right")) - 1
+        num_tokens = int(batch.context_len[b] - (batch.query_start[b + 1] - row - 1))
+        first, last = max(0, num_tokens - self.reach) // PAGE_SIZE, -(-num_tokens // PAGE_SIZE)
+        pages = batch.window_table[b, first:last]
+        return NOT_A_NUMBER in self.window_ids[(pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)]
 
     def _logits_of(self, batch: ForwardBatch, row: int, ids: np.ndarray, bits: np.ndarray) -> np.ndarray:
         b = int(np.searchsorted(batch.query_start, row, side="right")) - 1
@@ -218,7 +274,7 @@ class FakeDevice:
 
     def _write(self, slot: int, token_id: int, bits: int) -> None:
         self._fail()
-        self._owned(slot // PAGE_SIZE)
+        self._owned(slot // PAGE_SIZE, self.num_holders)
         if token_id < 0:
             token_id = self._last[-1 - token_id]
         assert token_id < V
@@ -239,9 +295,9 @@ class FakeDevice:
         text = zlib.crc32(bits[slots].tobytes(), zlib.crc32(ids[slots].tobytes()))
         return _BY_TEXT[text % len(_BY_TEXT)] + _BY_LAST[ids[slots[-1]]]
 
-    def _owned(self, page: int) -> None:
-        if self.num_holders is not None:
-            assert self.num_holders(page) == 1, f"page {page} is written, and has {self.num_holders(page)} holders"
+    def _owned(self, page: int, num_holders: Callable[[int], int] | None) -> None:
+        if num_holders is not None:
+            assert num_holders(page) == 1, f"page {page} is written, and has {num_holders(page)} holders"
 
     def _slots(self, page: int) -> np.ndarray:
         return self.ids[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]

@@ -11,9 +11,11 @@ import numpy as np
 
 from exl.batch import PAGE_SIZE
 from exl.cache.page_pool import PagePool
+from exl.cache.window_pool import WindowPool
 from exl.engine.admission import Pages
 from exl.engine.answers import Answers
 from exl.engine.drafts import Drafts, MeasuredCosts
+from exl.engine.grouped_pages import GroupedPages
 from exl.engine.prompt_lookup import PromptLookup
 from exl.engine.request import TokenRequest
 from exl.engine.scheduler import Scheduler
@@ -159,20 +161,32 @@ class World:
     def __init__(self, device: FakeDevice, context: int = CONTEXT, *, passes: bool = False) -> None:
         """``passes``: pages that the device's window does not reach any more are given back."""
         self.device, self.context = device, context
-        self.pool = PagePool(device.num_pages, null=passes, zero=device.zero_pages)
+        windows = WindowPool(device.num_windows, device.reach, device.zero_windows) if device.num_windows else None
+        self.pool = PagePool(device.num_pages, null=passes, zero=device.zero_pages, windows=windows)
         device.num_holders = self.pool.num_holders
+        if windows is not None:
+            device.window_holders = windows.num_holders
+        pages = self._pages(device, passes)
         most = -(-context // PAGE_SIZE) + 1 if passes else device.num_pages
-        self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences, self.pool.num_usable)
+        fits = None if windows is None else pages.fits_together
+        self.answers = Answers(context, V, most, PAGE_SIZE, device.max_sequences, self.pool.num_usable, fits)
         self.answers.eos_ids = frozenset({EOS})
-        window, budget = device.window if passes else None, device.step_tokens
-        pages = Pages(
-            self.pool, device.rules, device.copy_pages, lambda num_tokens: True, window, budget, device.turn_pages
-        )
         drafts = Drafts({"prompt": PromptLookup((2, 1))}, device.decode_rows, device.max_decode_rows - 1)
         drafts.costs = UsualCosts()
         self.scheduler = Scheduler(device, pages, self.answers, drafts)
         self.tickets: list[Ticket] = []
         self.events: dict[Ticket, list[Event]] = {}
+
+    def _pages(self, device: FakeDevice, passes: bool) -> Pages:
+        def always(num_tokens: int) -> bool:
+            return True
+
+        pool, budget = self.pool, device.step_tokens
+        if pool.windows is not None:
+            copies = device.copy_pages, device.copy_windows
+            return GroupedPages(pool, pool.windows, device.rules, *copies, always, budget)
+        window = device.window if passes else None
+        return Pages(pool, device.rules, device.copy_pages, always, window, budget, device.turn_pages)
 
     @property
     def stats(self):
@@ -204,7 +218,7 @@ class World:
         return [sequence.held_pages for sequence in self.scheduler.live]
 
     def check(self) -> None:
-        self.pool.check(self.held())
+        self.pool.check(self.held(), [sequence.window_pages for sequence in self.scheduler.live])
 
     def run(self, most_steps: int = 5000) -> None:
         """To rest. Readers take all they get."""

@@ -17,6 +17,7 @@ from exl.engine.request import TokenRequest
 from exl.engine.sequence import State
 from exl.engine.ticket import Ticket
 from exl.errors import CheckpointError, ConfigError, ExlError, MemoryBudgetError
+from exl.layout.window import window_pages
 from exl.ops.base import ALL_ROWS as ALL_ALIKE
 from exl.sampling_params import SamplingParams
 from tests.unit.engine.fake_device import FakeDevice, Faults
@@ -116,6 +117,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_sequences: int,
         keeps_all_rows: bool = False,
         window: int | None = None,
+        num_windows: int = 0,
+        reach: int = 0,
     ) -> None:
         self.device = FakeDevice(
             num_pages,
@@ -127,6 +130,8 @@ class EngineMachine(RuleBasedStateMachine):
             keeps_all_rows=keeps_all_rows,
             decode_rows=8,
             window=window,
+            num_windows=num_windows,
+            reach=reach,
         )
         self.world = World(self.device, self.context, passes=self.passes)
         self.errors: list[BaseException] = []  # that requests may end with
@@ -246,8 +251,12 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in scheduler.live:
             assert (sequence.state is State.WAITING) == (sequence in scheduler.waiting) == (not sequence.pages)
             count, low = min(sequence.num_cached, len(sequence.ids)), sequence.num_passed * PAGE_SIZE
-            assert sequence.pages.count(self.world.pool.null_page) == sequence.num_passed
-            assert low <= max(0, sequence.num_cached + 1 - (self.device.window or 1))
+            if self.device.num_windows:
+                self.windows_add_up(sequence, count, low)
+                low = 0
+            else:
+                assert sequence.pages.count(self.world.pool.null_page) == sequence.num_passed
+                assert low <= max(0, sequence.num_cached + 1 - (self.device.window or 1))
             if self.num_nan == 0:
                 kept = sequence.shift.num_kept * PAGE_SIZE if sequence.num_dropped else 0
                 text = sequence.ids[:kept] + sequence.ids[kept + sequence.num_dropped : count]
@@ -261,6 +270,16 @@ class EngineMachine(RuleBasedStateMachine):
                 assert sequence.ticket.num_put - sequence.ticket.num_taken <= sequence.ticket.max_unread + 40
         self.known_pages_hold_their_texts()
 
+    def windows_add_up(self, sequence: Any, count: int, low: int) -> None:
+        """In the second slab lies the same text, as far as it is seen, and no more pages are held for it."""
+        device, pages = self.device, sequence.window_pages
+        assert pages.count(0) == sequence.num_passed
+        assert low <= max(0, sequence.num_cached + 1 - device.reach)
+        at_once = max(device.chunk, 8, (device.num_windows - 3) * PAGE_SIZE - (device.reach - 1))
+        assert len(pages) - sequence.num_passed <= window_pages(device.reach, at_once)
+        if self.num_nan == 0:
+            assert device.found_windows(pages, count)[low:] == sequence.ids[low:count]
+
     def known_pages_hold_their_texts(self) -> None:
         device = self.device
         for known in self.world.pool.known_pages():
@@ -271,7 +290,8 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         self.world.run(50_000)
-        assert self.world.pool.num_free == self.world.pool.num_usable
+        for pool in (self.world.pool, self.world.pool.windows):
+            assert pool is None or pool.num_free == pool.num_usable
         # What a prompt has computed is kept when it ends before its first token tells whether it is numbers. Another
         # one that begins alike may take it: on a real device it would have made the same, none of this machine's.
         untold = [ticket for ticket in self.world.tickets if not any(answer.token_ids for answer in ticket.answers)]
@@ -373,6 +393,24 @@ class WindowMachine(EngineMachine):
         self.world.submit(request)
 
 
+class GroupedMachine(WindowMachine):
+    """The same where some layers have a window and others have none: a context in the one slab, less in the other."""
+
+    passes = False
+
+    @initialize(
+        runs_ahead=st.booleans(),
+        invariant_rows=st.sampled_from((1, 40, 100, ALL_ALIKE)),
+        chunk=st.sampled_from((32, 64)),
+        num_pages=st.sampled_from((7, 8, 12)),
+        max_sequences=st.sampled_from((4, 3, 2, 1)),
+        reach=st.sampled_from((40, 1, 64, 66, 10)),
+        num_windows=st.sampled_from((6, 7, 9)),
+    )
+    def begin(self, **options: Any) -> None:
+        EngineMachine.begin(self, **options)
+
+
 def _interrupted(what: Callable[[], object], lines: int) -> None:
     """Raises ``KeyboardInterrupt`` after so many lines of the engine, if it comes so far."""
     left = lines
@@ -402,3 +440,5 @@ WindowMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=
 ShiftMachine.TestCase.settings = WindowMachine.TestCase.settings
 TestShiftMachine = ShiftMachine.TestCase
 TestWindowMachine = WindowMachine.TestCase
+GroupedMachine.TestCase.settings = WindowMachine.TestCase.settings
+TestGroupedMachine = GroupedMachine.TestCase

@@ -12,6 +12,7 @@ import torch
 from exl.batch import PAGE_SIZE
 from exl.engine.request import Outcome, TokenRequest
 from exl.engine.ticket import Ticket
+from exl.errors import ConfigError
 from exl.sampling_params import SamplingParams
 from tests.unit.engine.fake_device import FakeDevice
 from tests.unit.engine.fake_requests import World, alone, results
@@ -205,6 +206,68 @@ def test_a_prompt_that_fills_the_context_is_scored() -> None:
     full.run()
     assert ticket.answers[0].outcome == Outcome("length", limit="context")
     assert len(ticket.answers[0].prompt_ranked) == 2 * PAGE_SIZE
+
+
+def score(context: list[int], continuation: list[int]) -> TokenRequest:
+    return TokenRequest(
+        [*context, *continuation][:-1], SamplingParams(max_tokens=0), scored_ids=continuation, reuse_prefix="exact"
+    )
+
+
+def check_score(world: World, ticket: Ticket) -> None:
+    """By the definition, from the logits of the whole text."""
+    assert ticket.error is None
+    request = ticket.request
+    rows = torch.log_softmax(alone_logits(world, list(request.prompt_ids)).double(), -1)[-len(request.scored_ids) :]
+    found = ticket.answers[0].prompt_ranked
+    assert len(found) == len(request.scored_ids)
+    for ranked, row, token_id in zip(found, rows, request.scored_ids, strict=True):
+        (own, value), (best, highest) = ranked
+        assert (own, best) == (token_id, int(row.argmax()))
+        assert abs(value - float(row[token_id])) < 1e-9
+        assert abs(highest - float(row.max())) < 1e-9
+
+
+@pytest.mark.parametrize("runs_ahead", [True, False])
+@pytest.mark.parametrize("invariant_rows", DEVICES)
+def test_scores_of_continuations_in_company(invariant_rows: int, runs_ahead: bool) -> None:
+    """Beside answers, and beside others of the same context, which is computed once."""
+    device = FakeDevice(24, chunk=32, invariant_rows=invariant_rows, runs_ahead=runs_ahead, max_sequences=5)
+    world, shared = World(device), prompt(150)
+    requests = [score(shared, prompt(length, length)) for length in (1, 3, 40, 1, 100)]
+    requests += [request(prompt(20 + i, i), 12, seed=i) for i in range(2)]
+    requests += [score([3], [4]), score([3], prompt(70, 2)), score(shared[:1], shared[1:])]
+    tickets = run_all(world, requests)
+    for ticket in [*tickets[:5], *tickets[7:]]:
+        check_score(world, ticket)
+        assert ticket.answers[0].num_reused <= len(ticket.request.prompt_ids) - len(ticket.request.scored_ids)
+    assert [ticket.answers[0].num_reused for ticket in tickets[7:]] == [0, 0, 0]
+    assert sum(ticket.answers[0].num_reused >= 128 for ticket in tickets[:5]) == 4
+
+
+@pytest.mark.parametrize("invariant_rows", DEVICES)
+def test_a_score_comes_once_though_its_prompt_is_paused(invariant_rows: int) -> None:
+    world = World(FakeDevice(4, chunk=32, step_tokens=32, invariant_rows=invariant_rows))
+    ticket = world.submit(score(prompt(40), prompt(60, 1)))
+    for _ in range(2):
+        world.scheduler.step()
+    assert len(ticket.answers[0].prompt_ranked) == 64 - 39
+    world.scheduler.lineup.pause(ticket.sequences[0])
+    world.pool.clear()
+    world.run()
+    check_score(world, ticket)
+
+
+def test_a_score_takes_the_whole_context() -> None:
+    """The last token of the continuation is only predicted."""
+    world = World(FakeDevice(2), context=2 * PAGE_SIZE)
+    ticket = world.submit(score(prompt(100), prompt(29, 1)))
+    world.run()
+    assert len(ticket.request.prompt_ids) == 2 * PAGE_SIZE
+    check_score(world, ticket)
+    assert ticket.answers[0].outcome == Outcome("stop")
+    with pytest.raises(ConfigError, match="continuation: found token id -1"):
+        world.submit(score(prompt(5), [3, -1]))
 
 
 @pytest.mark.parametrize("most", [0, 5])

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.checkpoint.quant_config import QuantConfig, parse_quant_config
+from exl.checkpoint.quant.gptq import GptqConfig
+from exl.checkpoint.quant_config import parse_quant_config
 from exl.errors import CheckpointError, UnsupportedModelError
 from exl.formats.dense import dense_spec, load_dense
 from exl.formats.load import load_matrix, matrix_spec
@@ -18,7 +19,7 @@ from exl.layout.specs import NormSpec
 from tests.reference.plain_packer import pack_layer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-QUANT = QuantConfig(bits=4, group_size=32, sym=False)
+QUANT = GptqConfig(bits=4, group_size=32, sym=False)
 
 
 @pytest.fixture
@@ -145,9 +146,9 @@ def test_tensors_decide_what_a_module_is(write):
 
 def test_a_quantized_head_needs_no_flag_and_a_dense_one_may_have_it(write):
     checkpoint = write(quantized("lm_head"))
-    assert matrix_spec(checkpoint, "lm_head", QuantConfig(bits=4, group_size=32, lm_head=False)).quantized
+    assert matrix_spec(checkpoint, "lm_head", GptqConfig(bits=4, group_size=32, lm_head=False)).quantized
     checkpoint = write({"lm_head.weight": torch.zeros(32, 64)})
-    assert not matrix_spec(checkpoint, "lm_head", QuantConfig(bits=4, group_size=32, lm_head=True)).quantized
+    assert not matrix_spec(checkpoint, "lm_head", GptqConfig(bits=4, group_size=32, lm_head=True)).quantized
 
 
 def test_overrides_reach_the_module_that_they_name(write):
@@ -187,8 +188,9 @@ def test_neither_and_both(write):
         ("q_weight", "EXL2"),
         ("trellis", "EXL3"),
         ("W_q", "HQQ"),
-        ("weight_packed", "compressed-tensors"),
-        ("weight_scale_inv", "FP8"),
+        ("weight_global_scale", "NVFP4"),
+        ("Qidxs", "QuIP#"),
+        ("codebooks", "AQLM"),
         ("weight.absmax", "bitsandbytes"),
         ("SCB", "bitsandbytes"),
     ],

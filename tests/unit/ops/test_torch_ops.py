@@ -60,20 +60,45 @@ def random_linear(rng, K: int, N: int) -> tuple[Linear, np.ndarray]:
     return linear, weight.T.astype(np.float64)
 
 
-def random_norm(rng, width: int) -> Norm:
-    return Norm(torch.from_numpy((1 + 0.3 * rng.standard_normal(width)).astype(np.float32)), EPS)
+def random_norm(rng, width: int, kind: str = "rms") -> Norm:
+    return Norm(torch.from_numpy((1 + 0.3 * rng.standard_normal(width)).astype(np.float32)), EPS, kind)
 
 
 def random_rows(rng, num_rows: int, width: int) -> torch.Tensor:
     return torch.from_numpy((2 * rng.standard_normal((num_rows, width))).astype(np.float32))
 
 
-def exact_norm(x: np.ndarray, norm: Norm) -> np.ndarray:
+def exact_norm(x: np.ndarray, norm: Norm | None) -> np.ndarray:
+    if norm is None:
+        return x
+    if norm.kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * norm.weight.double().numpy()
 
 
 def difference(found: torch.Tensor, exact: np.ndarray) -> float:
     return float(np.abs(found.double().numpy() - exact).max())
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [None, "rms", "layer"])
+def test_what_projections_read(ops, rng, kind):
+    h, out = random_rows(rng, T, C) + 1.5, torch.empty(T, 3 * C)
+    norm = None if kind is None else random_norm(rng, C, kind)
+    linear, W = random_linear(rng, C, 3 * C)
+    ops.project(h, norm, (linear,), out)
+    assert difference(out, exact_norm(h.double().numpy(), norm) @ W) < TOLERANCE
+    both, V = random_linear(rng, C, 2 * INNER)
+    ops.gated_mlp(h, norm, (both,), GatedMlp(), mlp := torch.empty(T, INNER))
+    gate, up = np.split(exact_norm(h.double().numpy(), norm) @ V, 2, axis=1)
+    assert difference(mlp, silu(gate) * up) < 4 * TOLERANCE
+    for i in range(T):  # a row's bits do not depend on the others
+        alone = torch.empty(1, 3 * C)
+        ops.stage([step(1)])
+        ops.project(h[i : i + 1], norm, (linear,), alone)
+        assert torch.equal(alone[0], out[i])
 
 
 # --- the MLP ---------------------------------------------------------------------------------------------------------
@@ -113,7 +138,7 @@ def test_a_decode_row_has_the_same_bits_in_any_number_of_rows(rng, width, thread
     vocab, channels = 1003, 37
     limits = StepLimits(64, 64, 64, 64, channels, 3 * channels, channels, width, vocab, channels, max_sequences=64)
     ops = TorchOps(TARGET, KVLayout("f32", 1, 1, channels), limits, Threads(threads))
-    rows, norm = random_rows(rng, 64, channels), random_norm(rng, channels)
+    rows, norm, centred = random_rows(rng, 64, channels), *(random_norm(rng, channels, x) for x in ("rms", "layer"))
     both, down = (random_linear(rng, *size)[0] for size in ((channels, 2 * width), (width, channels)))
     head, qkv = (random_linear(rng, channels, N)[0] for N in (vocab, 3 * channels))
 
@@ -126,7 +151,7 @@ def test_a_decode_row_has_the_same_bits_in_any_number_of_rows(rng, width, thread
             product = torch.empty(T, width)
             ops.gated_mlp(h, norm, (both,), GatedMlp(activation), product)
             found.append(product)
-            for branch in (Branch(), Branch(0.22, norm)):
+            for branch in (Branch(), Branch(0.22, norm), Branch(0.22, centred)):
                 residual = h.clone()
                 ops.add_projection(product, (down,), residual, branch)
                 found.append(residual)
@@ -151,15 +176,15 @@ def test_an_activation_that_there_is_not_is_named(ops, rng):
 # --- branches --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("kind", [None, "rms", "layer"])
 @pytest.mark.parametrize("scale", [1.0, 0.22])
-def test_a_branch_joins_the_residual(ops, rng, scale, with_norm):
+def test_a_branch_joins_the_residual(ops, rng, scale, kind):
     x, h = random_rows(rng, T, INNER), random_rows(rng, T, C)
     linear, W = random_linear(rng, INNER, C)
-    norm = random_norm(rng, C) if with_norm else None
+    norm = None if kind is None else random_norm(rng, C, kind)
     y, before = x.double().numpy() @ W, h.clone()
     ops.add_projection(x, (linear,), h, Branch(scale, norm))
-    assert difference(h, before.double().numpy() + scale * (exact_norm(y, norm) if norm else y)) < TOLERANCE
+    assert difference(h, before.double().numpy() + scale * exact_norm(y, norm)) < TOLERANCE
     for i in range(T):
         alone = before[i : i + 1].clone()
         ops.stage([step(1)])
@@ -178,10 +203,11 @@ def test_rows_of_the_embedding_are_scaled(ops, rng, scale):
     assert difference(h, scale * W.T[step(T).token_ids]) <= 2.0**-24 * scale * np.abs(W).max()
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.125])
-def test_logits_are_scaled_and_then_capped(ops, rng, softcap, scale):
-    h, norm, out = random_rows(rng, T, C), random_norm(rng, C), torch.full((T, V), torch.nan)
+def test_logits_are_scaled_and_then_capped(ops, rng, softcap, scale, kind):
+    h, norm, out = random_rows(rng, T, C), random_norm(rng, C, kind), torch.full((T, V), torch.nan)
     linear, W = random_linear(rng, C, V)
     logits = ops.logits(h, norm, linear, LogitsSpec(softcap, scale), out)
     exact = scale * (exact_norm(h.double().numpy(), norm) @ W)

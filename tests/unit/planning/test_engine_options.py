@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -18,12 +19,13 @@ PLANNED = {"model", "shape", "bits", "group_size", "gpu", "arch", "depth", "revi
 PLANNED |= {"vram_speed", "pcie", "disk", "ram_speed"}
 OWN = {"load": {"model", "revision", "token", "progress"}, "plan": PLANNED}
 MISSING = {"load": set(), "plan": {"device", "packed_folder", "threads", "max_queue"}}
+ADAPTER = Path(__file__).parents[2] / "data" / "adapter"
 CHANGED = {
     "device": "cuda", "vram": "3GB", "ram": "2GB", "context": 100, "kv_cache": "q4", "max_sequences": 3,
-    "cache_tokens": 300, "kv_ram": "1GB",
-    "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "embed": "disk",
+    "cache_tokens": 300, "window_cache": False, "kv_ram": "1GB",
+    "prefill_chunk": 64, "prefill_window": 640, "resident_layers": 1, "head": 8, "dense": 4, "embed": "disk",
     "packed_folder": "somewhere", "threads": 1, "arithmetic": "int8", "max_queue": 5, "draft": BUNDLED_MODEL,
-    "rope": {"rope_theta": 5e5},
+    "rope": {"rope_theta": 5e5}, "lora": {"written": ADAPTER},
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from exl.memory.copies import HostCopyEngine
 from exl.ops.base import LayerWeights
 from exl.planning.ask import _open_shape
 from exl.planning.from_headers import plan_model
-from exl.planning.options import EngineOptions
+from exl.planning.options import AS_IT_IS, EngineOptions
 from exl.planning.plan import MemoryPlan, Placement, Tier
 from exl.planning.speed import Speeds, TokenBytes
 from exl.planning.traffic import token_bytes
@@ -104,7 +104,7 @@ def test_the_table_in_pinned_memory_gives_a_row_over_the_bus():
 
 
 def input_of(shape: str, vram: str):
-    with _open_shape(None, shape, None, None, "file") as files:
+    with _open_shape(None, shape, None, None, AS_IT_IS) as files:
         return plan_model(files, EngineOptions(vram=vram), Target("cuda", arch=86))[1]
 
 
@@ -158,6 +158,8 @@ def test_copies_are_those_that_a_stream_makes(num_streamed, num_resident, num_bu
     plan = MemoryPlan((), Placement(tuple(tiers), Tier.PINNED), 64, 1, num_buffers)
     model = SimpleNamespace(
         layers=[TINY] * num_layers,
+        experts=[None] * num_layers,
+        expert_bytes=[0] * num_layers,
         head=SimpleNamespace(fields={}, linears={"head": ()}),
         embed=SimpleNamespace(linears={"embed": (next(iter(TINY.linears["o"])),)}),
         config=SimpleNamespace(windows=[None] * num_layers),

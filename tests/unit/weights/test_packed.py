@@ -74,7 +74,7 @@ def test_other_files_are_not_opened(path, tmp_path, monkeypatch):
 def test_a_version_from_the_future_is_told_from_damage(path, monkeypatch):
     raw = path.read_bytes()[:4096]
     monkeypatch.setattr(packed, "FORMAT_VERSION", 7)
-    with pytest.raises(ValueError, match="format version 2, expected 7"):
+    with pytest.raises(ValueError, match="format version 3, expected 7"):
         PackedHeader.from_bytes(raw, path.stat().st_size)
 
 

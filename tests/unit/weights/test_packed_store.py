@@ -79,6 +79,34 @@ def test_the_key_follows_all_that_the_bytes_depend_on(tmp_path):
     assert len({key, *others}) == 1 + len(others)
 
 
+def test_the_key_follows_what_any_method_says(tmp_path):
+    """Bytes of one module that mean something else under another configuration, also of a dense matrix."""
+    folder = _save(tmp_path / "a")
+    dense = BlobSpec((), (("o", (LinearSpec((MatrixSpec("o", 64, 32, 32, "f32"),)),)),))
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+
+    def packed(**changes):
+        group = {"targets": ["Linear"], "weights": weights | changes}
+        return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}}
+
+    keys = [
+        _key(folder),
+        _key(folder, quant=_QUANT | {"meta": {"quantizer": ["gptqmodel:5"]}}),
+        _key(folder, quant=_QUANT | {"checkpoint_format": "gptq_p"}),
+        _key(folder, quant=_QUANT | {"quant_method": "awq", "version": "gemm"}),
+        _key(folder, quant=_QUANT | {"quant_method": "awq", "version": "gemv"}),
+        _key(folder, quant=_QUANT | {"quant_method": "auto-round", "packing_format": "auto_round"}),
+        _key(folder, quant=packed()),
+        _key(folder, quant=packed(symmetric=False)),
+        _key(folder, quant={"quant_method": "fp8"}, spec=dense),
+        _key(folder, quant={"quant_method": "fp8", "weight_block_size": [16, 32]}, spec=dense),
+        _key(folder, quant={"quant_method": "fp8", "weight_block_size": [32, 16]}, spec=dense),
+    ]
+    assert len(set(keys)) == len(keys)
+    as_gptqmodel = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    assert _key(folder, quant=_QUANT | as_gptqmodel) == keys[1]  # the same bytes, and the same meaning
+
+
 def test_a_copy_has_the_same_key(tmp_path):
     folder = _save(tmp_path / "a")
     shutil.copytree(folder, tmp_path / "b")

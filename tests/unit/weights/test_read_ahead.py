@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.page_reader import PAGE, PageReader
 from exl.errors import CheckpointError
 from exl.memory.host import HostBuffer
+from exl.models.packing_order import PackingOrder, TensorPart
 from exl.weights import read_ahead
 from exl.weights.read_ahead import ReadAhead
 
@@ -38,6 +40,14 @@ def small_steps(request, monkeypatch):
     monkeypatch.setattr(read_ahead, "read_ahead_bytes", lambda layer, table: request.param * max(layer, 2 * PAGE))
 
 
+def in_order(
+    checkpoint: Checkpoint, layers: Sequence[Sequence[str]], experts: Sequence[Sequence[TensorPart]] = ()
+) -> PackingOrder:
+    """Whole tensors of layers, by their names."""
+    parts = [[TensorPart(name, 0, checkpoint.info(name).num_bytes) for name in names] for names in layers]
+    return PackingOrder(tuple(map(tuple, parts)), tuple(map(tuple, experts)))
+
+
 def whole(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return np.fromfile(checkpoint.folder / "model.safetensors", np.uint8)[
         checkpoint.info(name).start : checkpoint.info(name).stop
@@ -45,7 +55,7 @@ def whole(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 
 def test_everything_is_as_in_the_file(checkpoint, small_steps):
-    with ReadAhead(checkpoint, "embed", LAYERS, "head") as ahead:
+    with ReadAhead(checkpoint, "embed", in_order(checkpoint, LAYERS), "head") as ahead:
         table = np.zeros(150_003, np.uint8)
         ahead.tables().read_into("embed", table)
         np.testing.assert_array_equal(table, whole(checkpoint, "embed"))
@@ -61,8 +71,25 @@ def test_everything_is_as_in_the_file(checkpoint, small_steps):
         np.testing.assert_array_equal(again, whole(checkpoint, "embed"))
 
 
+def test_experts_come_last_and_may_be_parts_of_tensors(checkpoint, small_steps):
+    """Two parts of one tensor, the second with another tensor; bytes outside of a part come from the file."""
+    parts = [[TensorPart("3.a", 0, 7000)], [TensorPart("3.a", 7000, 20000), TensorPart("other", 0, 12_345)]]
+    layers, tensor = LAYERS[:2], whole(checkpoint, "3.a")
+    with ReadAhead(checkpoint, "embed", in_order(checkpoint, layers, parts), "head") as ahead:
+        for i in range(len(layers)):
+            ahead.layer(i)
+        ahead.tables().read_into("head", np.zeros(90_000, np.uint8))
+        first = ahead.expert(0)
+        np.testing.assert_array_equal(first.read_bytes("3.a", 10, 6990), tensor[10:7000])
+        np.testing.assert_array_equal(first.read_bytes("3.a", 6990, 20), tensor[6990:7010])
+        second = ahead.expert(1)
+        np.testing.assert_array_equal(second.read_bytes("3.a", 7001, 12_999), tensor[7001:])
+        np.testing.assert_array_equal(second.read_bytes("3.a", 6999, 5), tensor[6999:7004])
+        np.testing.assert_array_equal(second.read("other"), whole(checkpoint, "other"))
+
+
 def test_what_nobody_asks_for_is_passed_over(checkpoint, small_steps):
-    with ReadAhead(checkpoint, "embed", LAYERS, None) as ahead:
+    with ReadAhead(checkpoint, "embed", in_order(checkpoint, LAYERS), None) as ahead:
         for i in (1, 4):
             for name in LAYERS[i]:
                 np.testing.assert_array_equal(ahead.layer(i).read(name), whole(checkpoint, name))
@@ -72,7 +99,7 @@ def test_a_file_that_was_cut_off_is_an_error_that_names_the_tensor(checkpoint):
     names = sorted(checkpoint.tensors, key=lambda name: checkpoint.info(name).start)
     os.truncate(checkpoint.folder / "model.safetensors", checkpoint.info(names[-1]).start)
     with (
-        ReadAhead(checkpoint, None, [[names[-1]]], None) as ahead,
+        ReadAhead(checkpoint, None, in_order(checkpoint, [[names[-1]]]), None) as ahead,
         pytest.raises(CheckpointError, match=f"model.safetensors: ended at byte .* tensor '{names[-1]}'"),
     ):
         ahead.layer(0)

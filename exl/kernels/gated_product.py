@@ -1,4 +1,4 @@
-"""SiLU(gate) * up, if gate and up could not share a launch (``silu_mul.cu``)."""
+"""activation(gate) * up, if gate and up could not share a launch (``gated_product.cu``)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from exl.errors import KernelError
 from exl.kernels.args import i32, ptr
 from exl.kernels.checks import check_tensor
 from exl.kernels.launch import Backend, launch
-from exl.kernels.linear_io import OUT_TYPES
+from exl.kernels.linear_io import ACTIVATIONS, OUT_TYPES, activation_macros
 from exl.kernels.spec import KernelSpec, Variant
 
 NUM_THREADS = 256
 
 
-def silu_mul(
+def gated_product(
     backend: Backend,
     gate: torch.Tensor,
     up: torch.Tensor,
     y: torch.Tensor,
+    activation: str = "silu",
     *,
     channel_map: torch.Tensor | None = None,
     dependent: bool = False,
 ) -> None:
-    """y [T, N] = SiLU(gate) * up, both [T, N] of one type, their rows equally far apart; y may have another type.
+    """y [T, N] = activation(gate) * up, both [T, N] of one type, their rows equally far apart; y may have another type.
 
-    Types: f16, bf16, f32; the arithmetic is f32. ``channel_map`` i32 [N]: where a consumer under act-order expects each
-    column. Raises ``KernelError``.
+    ``activation``: "silu" or "gelu_tanh". Types: f16, bf16, f32; the arithmetic is f32. ``channel_map`` i32 [N]: where
+    a consumer under act-order expects each column. Raises ``KernelError``.
     """
     if not isinstance(gate, torch.Tensor) or gate.dim() != 2 or not gate.numel():
         raise KernelError(f"gate: expected [T, N], found {getattr(gate, 'shape', type(gate))}")
@@ -44,12 +45,13 @@ def silu_mul(
     args = [ptr(gate), ptr(up), ptr(y), ptr(channel_map), i32(N), i32(num_tokens), i32(OUT_TYPES[gate.dtype])]
     args += [i32(gate.stride(0)), i32(OUT_TYPES[y.dtype]), i32(y.stride(0))]
     grid = (-(-N // NUM_THREADS), num_tokens)
-    launch(backend.load(_spec(backend.arch)), grid, (NUM_THREADS,), args, dependent=dependent)
+    launch(backend.load(_spec(activation, backend.arch)), grid, (NUM_THREADS,), args, dependent=dependent)
 
 
-def _spec(arch: int) -> KernelSpec:
-    return KernelSpec("silu_mul.cu", "silu_mul", {}, arch)
+def _spec(activation: str, arch: int) -> KernelSpec:
+    return KernelSpec("gated_product.cu", "gated_product", activation_macros(activation), arch)
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    yield Variant(_spec(arch))
+    for activation in ACTIVATIONS:
+        yield Variant(_spec(activation, arch))
