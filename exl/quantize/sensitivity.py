@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from exl.batch import I32
@@ -51,15 +52,14 @@ class Texts:
 
     @classmethod
     def of(cls, sequences: Sequence[I32]) -> Texts:
-        """``measure`` are the beginnings of the last sequences."""
+        """``measure`` are the beginnings of the last sequences; of few and long ones, further parts too."""
         wanted = min(_MEASURE_TOKENS, sum(map(len, sequences)) // 4)
         rest, measure = list(sequences), []
-        for i in range(len(sequences) - 1, -1, -1):
-            take = min(_MEASURE_LENGTH, len(rest[i]), wanted - sum(map(len, measure)))
-            if take <= 0:
-                break
-            measure.append(rest[i][:take])
-            rest[i] = rest[i][take:]
+        while wanted:
+            for i in range(len(rest) - 1, -1, -1):
+                part, rest[i] = np.split(rest[i], [min(_MEASURE_LENGTH, len(rest[i]), wanted)])
+                measure += [part] if len(part) else []
+                wanted -= len(part)
         learn: list[I32] = []
         for sequence in rest:
             take = min(len(sequence), _LEARN_TOKENS - sum(map(len, learn)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from exl.errors import ConfigError
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.overrides import Override, Settings, dynamic, settings_of
+from exl.quantize.overrides import Assignment, Override, Settings, dynamic, settings_of
 
 NAMES = [f"model.layers.{i}.{tail}" for i in range(12) for tail in ("self_attn.q_proj", "mlp.down_proj")]
 BASE = Settings(4, 128, False)
@@ -68,6 +69,34 @@ def test_what_is_no_override_is_refused(text, message):
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"'down_proj' matches the name of no linear .*; one is model\.layers\.0\."):
         settings_of(NAMES, BASE, [Override.parse("down_proj=bits:8")])
+
+
+@pytest.mark.parametrize("num_layers", [12, 200])
+def test_chosen_bits_are_what_readers_find(num_layers):
+    """Settings of one's own, group sizes that a user asked for and modules that stay dense, in layers of any number."""
+    tails = ("self_attn.q_proj", "mlp.down_proj", "mlp.experts.1.up_proj", "mlp.experts.11.up_proj")
+    names = [f"model.layers.{i}.{tail}" for i in range(num_layers) for tail in tails]
+    asked = Assignment.make(
+        names, BASE, [Override.parse(text) for text in (r".*\.1\.mlp\.experts=dense", r".*down_proj=group_size:32")]
+    )
+    rng = np.random.default_rng(0)
+    bits = {name: int(rng.choice([3, 4, 8])) for name, found in asked.settings.items() if found}
+    chosen = asked.with_bits(bits)
+    assert settings_of(names, chosen.base, chosen.overrides) == chosen.settings
+    entries = dynamic(chosen.overrides)
+    for name in names:
+        values = first_match(entries, name)
+        found = chosen.settings[name]
+        assert found == (None if values is None else Settings(**{**vars(chosen.base), **values})), name
+        assert found is None or (found.bits, found.group_size) == (bits[name], 32 if "down" in name else 128)
+    assert len(entries) < 12 * -(-num_layers // 64) + 2
+
+
+def test_modules_whose_bits_nobody_says():
+    asked = Assignment.make(
+        NAMES, BASE, [Override.parse(r".*down_proj=bits:4"), Override.parse(r".*\.0\.self_attn=sym:true")]
+    )
+    assert asked.without_bits() == {name for name in NAMES if "q_proj" in name}
 
 
 def test_overrides_are_a_sequence():
