@@ -30,6 +30,7 @@ PLACEHOLDERS = {
     "path/to/quantized": BUNDLED_MODEL,
     "path/to/original": DATA / "stories260K",
     "path/to/dense-model": DATA / "stories2M",
+    "path/to/adapter": DATA / "adapter",
 }
 REPOSITORY = "owner/name"
 
