@@ -181,8 +181,8 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
     context = options.context or default_context(config)
     if context > (most := most_context(config, target)):
         raise ConfigError(
-            f"context: found {context}, expected {most} or less: beyond it queries of a {config.family} model grow, for "
-            "which a GPU has no kernel; the CPU has"
+            f"context: found {context}, expected {most} or less: beyond it queries of a {config.family} model grow, "
+            "for which a GPU has no kernel; the CPU has"
         )
     cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
