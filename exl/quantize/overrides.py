@@ -14,7 +14,8 @@ from typing import Any
 
 from exl.checkpoint.header import shown
 from exl.checkpoint.module_pattern import ModulePattern
-from exl.checkpoint.quant_config import SUPPORTED_BITS, parse_quant_config
+from exl.checkpoint.quant.values import SUPPORTED_BITS
+from exl.checkpoint.quant_config import parse_quant_config
 from exl.errors import ConfigError
 
 _EXPECTED = "expected PATTERN=bits:8,group_size:32,sym:true, some of these, or PATTERN=dense"
