@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from exl.chat import Chat
     from exl.completion import Completion, TextIterator
     from exl.engine.stats import EngineStats
-    from exl.llm import LLM, load
+    from exl.llm import LLM
+    from exl.load_model import load
     from exl.planning.ask import plan
     from exl.planning.plan import MemoryPlan
     from exl.request_options import PromptProgress
@@ -48,7 +49,7 @@ _HOMES = {
     "SamplingParams": "exl.sampling_params",
     "TextIterator": "exl.completion",
     "TokenLogprob": "exl.text.logprobs",
-    "load": "exl.llm",
+    "load": "exl.load_model",
     "plan": "exl.planning.ask",
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from exl.errors import ExlError
@@ -14,7 +15,10 @@ from exl.token_html import tokens_html
 
 if TYPE_CHECKING:
     from exl.engine.handle import Handle
-    from exl.engine.ticket import Event
+    from exl.engine.request import TokenRequest
+    from exl.engine.ticket import Answer, Event
+    from exl.request_options import Request
+    from exl.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,46 @@ class TextIterator(Stream[str]):
             return f"TextIterator(ended: {self._completion!r})"
         state = "closed" if self._closed or self._done else "unfinished"
         return f"TextIterator({state}, {len(self._pieces)} pieces so far)"
+
+
+def completion_of(tokenizer: Tokenizer, asked: TokenRequest, request: Request, answers: list[Answer]) -> Completion:
+    """What a request's answers are to its user: the first choice, with all of them if there are several."""
+    prompt, made = _prompt_logprobs(tokenizer, answers[0]), [_choice(tokenizer, asked, request, a) for a in answers]
+    made = [replace(one, prompt_logprobs=prompt) for one in made]
+    if len(made) == 1:
+        return made[0]
+    if request.best_of is not None:
+        made.sort(key=lambda one: math.inf if one.mean_logprob is None else -one.mean_logprob)
+    made = made[: request.n]
+    return replace(made[0], choices=tuple(made))
+
+
+def _prompt_logprobs(tokenizer: Tokenizer, answer: Answer) -> tuple[TokenLogprob | None, ...] | None:
+    if answer.prompt_ranked is None:
+        return None
+    return tuple(None if ranked is None else TokenLogprob.of(ranked, tokenizer) for ranked in answer.prompt_ranked)
+
+
+def _choice(tokenizer: Tokenizer, asked: TokenRequest, request: Request, answer: Answer) -> Completion:
+    mean, logprobs = None, None
+    if request.best_of is not None and answer.ranked:
+        mean = math.fsum(ranked[0][1] for ranked in answer.ranked) / len(answer.ranked)
+    if request.top_logprobs is not None:
+        logprobs = tuple(TokenLogprob.of(ranked, tokenizer) for ranked in answer.ranked)
+    return Completion(
+        text="".join(answer.pieces),
+        token_ids=tuple(answer.token_ids),
+        finish_reason=answer.outcome.finish_reason,
+        num_prompt_tokens=len(asked.prompt_ids),
+        num_reused_tokens=answer.num_reused,
+        seed=answer.seed,
+        prompt_seconds=max(0.0, answer.first - answer.began),
+        decode_seconds=answer.last - answer.first,
+        logprobs=logprobs,
+        limit=answer.outcome.limit,
+        mean_logprob=mean,
+        beam_score=answer.beam_score,
+        num_drafted=answer.num_drafted,
+        num_accepted=answer.num_accepted,
+        stop_reason=answer.outcome.stop_reason,
+    )

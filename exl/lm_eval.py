@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from exl.engine.handle import Handle
 from exl.errors import ConfigError
-from exl.llm import LLM, load
+from exl.llm import LLM
+from exl.load_model import load
 from exl.request_options import RequestOptions
 from exl.sampling_params import SamplingParams
 

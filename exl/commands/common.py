@@ -17,7 +17,7 @@ def load_with_progress(
 ) -> LLM:
     """Loads a model, with a progress bar if standard error is a terminal. Imports torch. ``context``: the default if
     the user gave none. ``lora``: the folder of an adapter."""
-    from exl.llm import load
+    from exl.load_model import load
 
     return load(model, lora=lora, **options.source, **options.engine(context))
 

@@ -11,6 +11,8 @@ from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.hub import find_headers, find_small_files
 from exl.checkpoint.remote import RemoteFolder
 from exl.errors import ExlError
+from exl.families.config import ModelConfig
+from exl.families.specs import MlpShape
 from exl.layout.specs import BlobSpec, MatrixSpec
 from exl.models.manifest import ModelManifest
 from exl.planning.from_headers import ModelFiles, open_model
@@ -46,11 +48,12 @@ def describe_model_files(model: str | None, revision: str | None = None, token: 
 
 
 def _numbers(files: ModelFiles) -> dict[str, int | list[int]]:
-    layers = [part for layer in files.manifest.layers for part in _parts(layer)]
+    layers = [part for part, _ in _layer_parts(files.manifest)]
     return {
         "bits": sorted({part.bits for part in layers}),
         "group_sizes": sorted({part.group_size for part in layers if part.quantized}),
         "num_layers": files.config.num_layers,
+        "num_experts": max((moe.count for moe in files.config.mixtures), default=0),
         "num_parameters": _count(files.manifest),
         "num_bytes": _num_bytes(files),
         "max_context": files.config.max_position,
@@ -64,7 +67,7 @@ def _num_bytes(files: ModelFiles) -> int:
 
 def _shape_facts(files: ModelFiles) -> dict[str, str]:
     config, manifest = files.config, files.manifest
-    layers = [part for layer in manifest.layers for part in _parts(layer)]
+    layers = _layer_parts(manifest)
     (embed,) = _parts(manifest.embed)
     attention = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"
     if windows := [window for window in config.windows if window is not None]:
@@ -72,10 +75,10 @@ def _shape_facts(files: ModelFiles) -> dict[str, str]:
     facts = {
         "family": config.family + (", of a model that takes images, which are not read" if config.is_text_part else ""),
         "weights": _describe_weights(layers),
-        "layers": f"{config.num_layers}, {config.hidden_size} channels, MLP {config.intermediate_size}",
+        "layers": f"{config.num_layers}, {config.hidden_size} channels, {_describe_mlps(config)}",
         "attention": attention,
         "vocabulary": f"{config.vocab_size} tokens, embedding {embed.dtype}, head {_describe_head(manifest)}",
-        "parameters": _rounded(_count(manifest)),
+        "parameters": _rounded(_count(manifest)) + _describe_active(files),
         "size": f"{format_bytes(_num_bytes(files))} in the files",
         "context": f"{config.max_position} tokens",
         "RoPE": "; ".join(map(str, config.ropes)),
@@ -89,17 +92,46 @@ def _parts(blob: BlobSpec) -> list[MatrixSpec]:
     return [part for _, linears in blob.linears for linear in linears for part in linear.parts]
 
 
-def _describe_weights(parts: Iterable[MatrixSpec]) -> str:
+def _layer_parts(manifest: ModelManifest) -> list[tuple[MatrixSpec, int]]:
+    """The matrices of all layers, and how many there are of each: of experts, the first ones stand for all."""
+    found = [(part, 1) for layer in manifest.layers for part in _parts(layer)]
+    return found + [(part, some.count) for some in manifest.experts if some is not None for part in _parts(some.blob)]
+
+
+def _describe_mlps(config: ModelConfig) -> str:
+    """``"MLP 11008"``, ``"48 of them with 8 of 128 experts of 768"``."""
+    widths = sorted({layer.mlp.width for layer in config.layers if isinstance(layer.mlp, MlpShape)})
+    texts = [f"MLP {' or '.join(map(str, widths))}"] if widths else []
+    for moe, count in Counter(config.mixtures).items():
+        shared = "" if moe.shared is None else f" and one of {moe.shared.width} for all"
+        texts.append(f"{moe.per_token} of {moe.count} experts of {moe.width}{shared} in {count} layers")
+    return ", ".join(texts)
+
+
+def _describe_active(files: ModelFiles) -> str:
+    """How many parameters one token meets, where that is not all."""
+    if not files.config.mixtures:
+        return ""
+    idle = 0
+    for layer, experts in zip(files.config.layers, files.manifest.experts, strict=True):
+        if experts is not None:
+            idle += (experts.count - layer.mlp.per_token) * sum(map(_num_values, _parts(experts.blob)))
+    return f", {_rounded(_count(files.manifest) - idle)} for a token"
+
+
+def _describe_weights(parts: Iterable[tuple[MatrixSpec, int]]) -> str:
     """``"4-bit, groups of 128, act-order"``; several kinds with their shares, the largest first."""
     sizes: Counter[str] = Counter()
-    for part in parts:
-        if part.quantized:
+    for part, count in parts:
+        if part.code_kind == "fp4":
+            kind = f"mxfp4, groups of {part.group_size}"
+        elif part.quantized:
             group = "one group" if part.group_size >= part.K else f"groups of {part.group_size}"
             kind = f"{part.bits}-bit, {group}, {'symmetric' if part.symmetric else 'asymmetric'}"
             kind += ", act-order" if part.order_key is not None else ""
         else:
             kind = f"dense {part.dtype}"
-        sizes[kind] += part.K * part.N
+        sizes[kind] += part.K * part.N * count
     if len(sizes) == 1:
         return next(iter(sizes))
     total = sum(sizes.values())
@@ -107,15 +139,20 @@ def _describe_weights(parts: Iterable[MatrixSpec]) -> str:
 
 
 def _describe_head(manifest: ModelManifest) -> str:
-    parts = _parts(manifest.head)
+    parts = [(part, 1) for part in _parts(manifest.head)]
     return _describe_weights(parts) if parts else "the same"
 
 
 def _count(manifest: ModelManifest) -> int:
     """Parameters: each once, whatever its bits."""
     blobs = (manifest.embed, *manifest.layers, manifest.head)
-    number = sum(part.K * part.N + part.N * part.has_bias for blob in blobs for part in _parts(blob))
+    others = (part for blob in (manifest.embed, manifest.head) for part in _parts(blob))
+    number = sum(map(_num_values, others)) + sum(_num_values(part) * count for part, count in _layer_parts(manifest))
     return number + sum(norm.width for blob in blobs for norm in blob.norms)
+
+
+def _num_values(part: MatrixSpec) -> int:
+    return part.K * part.N + part.N * part.has_bias
 
 
 def _rounded(number: int) -> str:

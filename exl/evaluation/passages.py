@@ -111,9 +111,11 @@ def read_chunks(
     one before; of each the last ``stride`` tokens are predicted, so that every token after the first window - stride
     is predicted once, from window - stride tokens or more. No BOS is put in: the program means to, but does so after
     it has computed the window. Its own window is ``-c`` (times ``-b`` / ``-c``, if that is more than 1) plus half the
-    stride: ``-c 512 -b 512 --ppl-stride 256`` is ``window=640, stride=256``.
+    stride, rounded up to a multiple of 256: ``-c 256 -b 256 --ppl-stride 64`` is ``window=512, stride=64``. It prints
+    it as "Calculation chunk".
 
-    Unlike llama.cpp, which wants two windows of text, one is enough. Raises ``ConfigError``.
+    Unlike llama.cpp, which wants two windows of text, one is enough; and Windows' line ends are read as others are,
+    where llama.cpp gets another token for each. Raises ``ConfigError``.
     """
     _check_window(window)
     if stride is not None and not 1 <= stride < window:
@@ -124,7 +126,12 @@ def read_chunks(
     if stride is not None:
         starts = range(0, len(ids) - window, stride)
         return [Passage(tuple(ids[start : start + window]), window - stride) for start in starts]
-    prefix = tokenizer.encode("")
+    return cut_chunks(ids, tokenizer.encode(""), window)
+
+
+def cut_chunks(ids: Sequence[int], prefix: Sequence[int], window: int) -> list[Passage]:
+    """Windows of token ids that follow each other; ``prefix`` stands for the first tokens of each. The second half is
+    predicted: see ``read_chunks``."""
     starts = range(0, len(ids) - window + 1, window)
     return [Passage((*prefix, *ids[start + len(prefix) : start + window]), window // 2 + 1) for start in starts]
 

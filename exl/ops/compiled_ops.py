@@ -334,7 +334,7 @@ class CompiledOps:
             before, normed = tape.memory.read(h), tape.memory.write(x)
             compiled_rows.norm(tape, before, norm, normed)
             chosen = tape.memory.write(ids), tape.memory.write(weights)
-            self._experts.choose(tape, normed, router, bias, spec, self._now.tables.slots, *chosen)
+            self._experts.choose(tape, normed, router, bias, spec, self._now.tables.places(False).slots, *chosen)
 
     def experts_add(
         self,

@@ -51,11 +51,13 @@ from exl.ops.base import (
     AttentionSpec,
     Branch,
     EmbedSpec,
+    ExpertSet,
     GatedMlp,
     Linear,
     LogitsSpec,
     Loras,
     Norm,
+    RouteSpec,
     Segments,
     TableRows,
 )
@@ -65,6 +67,8 @@ from exl.ops.cuda_linear import LinearBuffers, Linears, Residual
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
 
 MAX_BINDINGS = 8192  # remembered: one per layer and operation
+
+_NO_MIXTURES = "mixtures of experts: found one, a GPU's kernels have none: expected device='cpu'"
 
 
 class CudaOps:
@@ -388,6 +392,35 @@ class CudaOps:
         self._store(backend, x, w, y)
         post = RowNorm(norm.weight, norm.eps, norm.kind)
         norm_add(backend, y, post, h, sumsq, branch.scale, dependent=self._may_overlap())
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        raise UnsupportedModelError(_NO_MIXTURES)
+
+    def experts_add(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: ExpertSet,
+        spec: GatedMlp,
+        h: torch.Tensor,
+    ) -> None:
+        raise UnsupportedModelError(_NO_MIXTURES)
+
+    def shared_add(
+        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
+    ) -> None:
+        raise UnsupportedModelError(_NO_MIXTURES)
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         done = sum(stop - start for start, stop in self._now.shape.logit_runs)

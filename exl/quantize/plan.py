@@ -10,7 +10,7 @@ from math import gcd, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from exl.errors import ConfigError, warn_user
+from exl.errors import ConfigError, UnsupportedModelError, warn_user
 from exl.families.config import ModelConfig
 from exl.layout.specs import BlobSpec, MatrixSpec
 from exl.models.manifest import ModelManifest
@@ -136,8 +136,14 @@ def module_names(manifest: ModelManifest) -> list[str]:
 
 
 def make_plan(manifest: ModelManifest, config: ModelConfig, assignment: Assignment) -> QuantizePlan:
-    """Raises ``ConfigError`` that names the module that the bits do not fit; warns (``ExlWarning``) of groups that are
+    """Raises ``ConfigError`` that names the module that the bits do not fit, ``UnsupportedModelError`` for mixtures of
+    experts; warns (``ExlWarning``) of groups that are
     shorter than the others."""
+    if config.mixtures:
+        raise UnsupportedModelError(
+            f"mixtures of {config.mixtures[0].count} experts: found them in {len(config.mixtures)} layers, the "
+            "quantizer takes dense ones: take a file whose experts are quantized already"
+        )
     settings = assignment.settings
     if not any(settings.values()):
         raise ConfigError("override: all linears stay dense: nothing is left to quantize")

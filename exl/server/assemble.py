@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exl.errors import ConfigError
-from exl.llm import load
+from exl.load_model import load
 from exl.server.budget import Sizes
 from exl.server.loading import Budgets, SharingLoader
 from exl.server.models import Directory, Models

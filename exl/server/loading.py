@@ -12,7 +12,8 @@ from exl.adapters.choice import find_adapters
 from exl.checkpoint.hub import find_model
 from exl.engine.build import choose_device, plan_engine
 from exl.errors import MemoryBudgetError
-from exl.llm import LLM, load
+from exl.llm import LLM
+from exl.load_model import load
 from exl.memory.host import system_ram
 from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan

@@ -20,6 +20,8 @@ from tests.cpu_kernels import integer_reference
 from tests.cpu_kernels.guards import guarded_array
 from tests.cpu_kernels.packer import from_scale_dtype, pack_columns, to_scale_dtype
 
+# Twice the eight numbers of e2m1 and their negatives, plus 12.
+FP4 = np.array([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0], np.uint8)
 KINDS = {"row": 1, "rows": MOST_ROWS, "panel": 10**6}  # and the most rows of each
 
 
@@ -35,9 +37,17 @@ class Weight:
         return pack_columns(self.layout, self.codes, self.scales, self.zeros)
 
     @property
+    def numbers(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """What codes stand for and what is subtracted, both as unsigned integers."""
+        if self.layout.code_kind == "fp4":
+            return FP4[self.codes], np.full_like(self.zeros, FP4[0])
+        return self.codes, self.zeros
+
+    @property
     def dense(self) -> NDArray[np.float64]:
         group = np.arange(self.layout.K) // self.layout.group_size
-        centred = self.codes.astype(np.float64) - self.zeros.astype(np.float64)[group]
+        codes, zeros = self.numbers
+        centred = codes.astype(np.float64) - zeros.astype(np.float64)[group]
         return centred * from_scale_dtype(self.scales).astype(np.float64)[group]
 
 
@@ -87,7 +97,8 @@ def multiply(
 
 def reference(weight: Weight, x: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
     records = integer_reference.quantized(x, weight.layout, parts)
-    return integer_reference.product(records, weight.layout, weight.codes, weight.scales, weight.zeros)
+    codes, zeros = weight.numbers
+    return integer_reference.product(records, weight.layout, codes, weight.scales, zeros)
 
 
 def by_every_kind(library: Library, weight: Weight, x: NDArray[np.float32], parts: int, **options) -> None:
@@ -138,6 +149,8 @@ SHAPES = [  # each bits with other scales, zeros, groups, K and N
     pytest.param(ColumnLayout(3, 256, 100, 128), 2, id="3"),
     pytest.param(ColumnLayout(3, 150, 129, 48, symmetric=True, scale_dtype="f32"), 1, id="3-padded"),
     pytest.param(ColumnLayout(2, 256, 63, 64), 2, id="2"),
+    pytest.param(ColumnLayout(4, 384, 130, 32, True, "bf16", "fp4"), 2, id="fp4"),
+    pytest.param(ColumnLayout(4, 256, 65, 128, True, "f32", "fp4"), 1, id="fp4-large-groups"),
 ]
 
 
@@ -170,6 +183,17 @@ def test_largest_sums(library: Library, layout: ColumnLayout, parts: int) -> Non
     x = np.ones((5, layout.K), np.float32)
     x[1], x[2, ::2], x[3] = -1, -1, np.float32(-255.5 / 256)  # low bytes of -128 where the largest is 1
     x[3, ::128] = 1
+    by_every_kind(library, weight, x, parts)
+
+
+@pytest.mark.parametrize(("layout", "parts"), [SHAPES[-2].values, SHAPES[-1].values])
+def test_largest_sums_of_fp4(library: Library, layout: ColumnLayout, parts: int) -> None:
+    """The largest number is larger than any code of 4 bits."""
+    weight = random_weight(np.random.default_rng(4), layout)
+    weight.codes[:], weight.codes[:, ::3] = 7, 15
+    x = np.full((5, layout.K), np.float32(-255.5 / 256))  # low bytes of -128 where the largest is 1
+    x[:, :: layout.rows] = np.array([1, -1, 1, -1, 0.5], np.float32)[:, None]
+    x[4] = -1
     by_every_kind(library, weight, x, parts)
 
 

@@ -22,7 +22,10 @@ LAYOUTS = [
     ColumnLayout(3, 50, 3, 20, symmetric=True),
     ColumnLayout(8, 256, 130, 128, scale_dtype="f32"),
     ColumnLayout(8, 90, 64, 32, symmetric=True),
+    ColumnLayout(4, 192, 70, 32, True, "bf16", "fp4"),
 ]
+# Twice the eight numbers of e2m1, and their negatives.
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float64)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ def random_weight(layout: ColumnLayout, seed: int = 0) -> Weight:
     if layout.symmetric:
         zeros[:] = 1 << (layout.bits - 1)
     group = np.arange(layout.K) // layout.group_size
-    exact = (codes - zeros[group].astype(np.float64)) * from_scale_dtype(stored)[group].astype(np.float64)
+    numbers = FP4[codes] if layout.code_kind == "fp4" else codes - zeros[group].astype(np.float64)
+    exact = numbers * from_scale_dtype(stored)[group].astype(np.float64)
     return Weight(layout, pack_columns(layout, codes, stored, None if layout.symmetric else zeros), exact)
 
 

@@ -353,3 +353,53 @@ def test_dense_options_leave_routers_as_they_are(folders):
     layer = dict(rounded.layers[0].linears)
     assert layer["router"][0].bits == 32
     assert layer["qkv"][0].bits == dict(rounded.experts[0].blob.linears)["down"][0].bits == 8
+
+
+def _in_mxfp4(folder: Path) -> Path:
+    """Random codes and scales in the place of a saved gpt-oss model's experts. Returns a folder with the same values
+    dense, as transformers has them."""
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(11)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    found: dict[str, torch.Tensor] = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, K, N = tensors[name].shape
+        codes = rng.integers(0, 16, (E, N, K))
+        exponents = rng.integers(121, 125, (E, N, K // 32))
+        weights = numbers[codes] * 2.0 ** (exponents.repeat(32, axis=2) - 127)
+        tensors[name] = torch.from_numpy(weights).float().transpose(1, 2).contiguous()
+        pairs = codes.reshape(E, N, K // 32, 16, 2)
+        found[f"{name}_blocks"] = torch.from_numpy((pairs[..., 0] + 16 * pairs[..., 1]).astype(np.uint8))
+        found[f"{name}_scales"] = torch.from_numpy(exponents.astype(np.uint8))
+    config = json.loads((folder / "config.json").read_text())
+    dense = save_dense(tensors, config, folder.parent / f"{folder.name}-dense")
+    kept = {name: tensor for name, tensor in tensors.items() if f"{name}_blocks" not in found}
+    save_file(kept | found, folder / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return dense
+
+
+@with_both
+def test_mxfp4_equals_transformers(cpu, tmp_path):
+    case = next(case for case in MIXTURES if case.name == "gpt_oss")
+    folder = save(build(case), tmp_path / "model")
+    expected = prefill_logits(load_f32(_in_mxfp4(folder)), IDS)
+    engine = load(folder, cpu)
+    assert engine.model.experts[0].blob.linears["down"][0].spec.code_kind == "fp4"
+    assert expected.std() > 0.5
+    assert (all_logits(engine, IDS) - expected).abs().max() <= 2e-4
+    assert (decoded(engine, IDS)[1:] - expected[5:]).abs().max() <= 2e-4
+
+
+@needs_kernels
+def test_mxfp4_in_integers_is_near_and_streamed_alike(tmp_path):
+    case = next(case for case in MIXTURES if case.name == "gpt_oss")
+    folder = save(build(case), tmp_path / "model")
+    expected = prefill_logits(load_f32(_in_mxfp4(folder)), IDS)
+    with contextlib.closing(load(folder, COMPILED, arithmetic="int16")) as engine:
+        resident = all_logits(engine, IDS)
+    assert 0 < (resident - expected).abs().max() <= 2e-2
+    options = {"resident_layers": 1, "packed_folder": tmp_path / "packed", "arithmetic": "int16"}
+    for _ in range(2):
+        with contextlib.closing(load(folder, COMPILED, **options)) as engine:
+            assert torch.equal(all_logits(engine, IDS), resident)

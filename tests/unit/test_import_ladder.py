@@ -35,6 +35,7 @@ LADDER = (
     ("engine",),
     ("completion", "embedding", "scoring", "load_test", "evaluation"),
     ("llm", "bench"),
+    ("load_model",),
     ("chat", "remote_chat", "evaluate", "lm_eval"),
     ("server",),
     ("commands",),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import exl
-from exl import llm
+from exl import load_model
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.planning import ask
 from exl.planning.options import EngineOptions
@@ -42,7 +42,7 @@ def options_of(monkeypatch, function: str, **arguments) -> EngineOptions:
     def plan_model(files, options, target, speeds, depth):
         raise Reached(options)
 
-    monkeypatch.setattr(llm, "load_engine", load_engine)
+    monkeypatch.setattr(load_model, "load_engine", load_engine)
     monkeypatch.setattr(ask, "plan_model", plan_model)
     with pytest.raises(Reached) as reached:
         getattr(exl, function)(**arguments)
