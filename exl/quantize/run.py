@@ -21,8 +21,9 @@ from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.quant_config import read_quant_config
 from exl.checkpoint.writer import write_safetensors
-from exl.errors import CheckpointError, ConfigError, ExlError
+from exl.errors import CheckpointError, ConfigError, ExlError, UnsupportedModelError
 from exl.families.config import ModelConfig
+from exl.families.specs import MoeShape
 from exl.models.manifest import read_manifest
 from exl.quantize.calibration import read_calibration
 from exl.quantize.compute import Compute, open_compute
@@ -87,6 +88,15 @@ def quantize(
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
 
 
+def _refuse_mixtures(config: ModelConfig, folder: str) -> None:
+    for layer_idx, layer in enumerate(config.layers):
+        if isinstance(layer.mlp, MoeShape):
+            raise UnsupportedModelError(
+                f"{folder}: found a mixture of {layer.mlp.count} experts in layer {layer_idx}, expected a dense MLP: "
+                "exl runs mixtures of experts, but does not quantize them"
+            )
+
+
 def _write_work(entry: Entry) -> int:
     return write_work(entry_bytes(entry))
 
@@ -106,6 +116,7 @@ class _Run:
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
         if read_quant_config(folder, self.config_json) is not None:
             raise ConfigError(f"{folder}: already quantized, expected a dense model")
+        _refuse_mixtures(self.config, str(folder))
         self.manifest = read_manifest(checkpoint, self.config, None)
         self.asked = Assignment.make(module_names(self.manifest), options.settings, options.parsed_overrides)
         self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked)

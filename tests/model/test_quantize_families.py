@@ -20,6 +20,7 @@ import transformers
 
 import exl
 from exl.checkpoint.checkpoint import Checkpoint
+from exl.errors import UnsupportedModelError
 from exl.families.config import ModelConfig
 from exl.models.manifest import read_manifest
 from exl.ops.base import Linear
@@ -27,13 +28,14 @@ from exl.quantize.compute import Compute
 from exl.quantize.layer_pass import LayerPass
 from exl.quantize.listen import Listener
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.plan import LinearPlan, make_plan
+from exl.quantize.overrides import Assignment, Settings
+from exl.quantize.plan import LinearPlan, make_plan, module_names
 from exl.quantize.run import quantize
 from exl.quantize.steps import layer_steps
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.threads import Threads
 from tests.model.cpu_targets import EXACT
-from tests.model.hf_models import CASES, Case, build, prefill_logits, save
+from tests.model.hf_models import CASES, MIXTURES, Case, build, prefill_logits, save
 from tests.model.test_quantize_model import DATA, dequantized
 
 TOKENIZER = DATA / "stories260K"
@@ -41,7 +43,7 @@ CALIBRATION = DATA / "calibration" / "stories260K.txt"
 # One of each way in which a layer can differ from Llama's.
 NAMES = (
     *("llama-biases", "qwen3", "gemma2", "gemma3", "phi3", "glm", "glm4", "granite", "cohere2", "cohere2-biases"),
-    *("olmo2", "smollm3-window"),
+    *("olmo2", "exaone4", "smollm3-window"),
 )
 FAMILIES = [
     replace(case, options={**case.options, "vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 64})
@@ -59,12 +61,13 @@ FIRST = {
     "gate_up": ("mlp.gate_proj", "mlp.gate_up_proj"),
     "down": ("mlp.down_proj",),
 }
-POST_NORMED = ("gemma2", "gemma3", "glm4", "olmo2")
+POST_NORMED = ("exaone4", "gemma2", "gemma3", "glm4", "olmo2")
 
 
 def test_every_family_is_here():
     """But those that are Llama with windows or with biases."""
-    assert {case.family for case in CASES} - {case.family for case in FAMILIES} == {"mistral", "qwen2"}
+    dense = {case.family for case in CASES} - {case.family for case in MIXTURES}
+    assert dense - {case.family for case in FAMILIES} == {"mistral", "qwen2"}
 
 
 def make(case: Case) -> transformers.PreTrainedModel:
@@ -148,7 +151,7 @@ def test_it_hears_what_transformers_feeds(case, tmp_path):
     with Checkpoint.open(tmp_path / "source") as checkpoint:
         config = ModelConfig.from_folder(tmp_path / "source")
         manifest = read_manifest(checkpoint, config, None)
-        plan = make_plan(manifest, config, QuantizeOptions(group_size=32, method="rtn"))
+        plan = make_plan(manifest, config, Assignment.make(module_names(manifest), Settings(4, 32, False), ()))
         layers = LayerPass(checkpoint, config, manifest, sequences, Compute.with_torch(Threads(1)))
         work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
         first, weights = layers.read_layer(0), layers.read_layer(1)
@@ -224,3 +227,11 @@ def test_round_trip(case, bits, tmp_path):
     assert float((found - prefill_logits(model, ids)).abs().max()) <= 2e-4
     error = float((found - dense).square().mean().sqrt() / dense.square().mean().sqrt())
     assert error <= 2 * 0.015 if bits == 8 else error > 0.001
+
+
+def test_mixtures_are_refused_by_name(tmp_path):
+    case = next(case for case in MIXTURES if case.name == "mixtral")
+    save(build(case), tmp_path / "source")
+    with pytest.raises(UnsupportedModelError, match="found a mixture of 5 experts in layer 0, expected a dense MLP"):
+        quantize(tmp_path / "source", tmp_path / "out", QuantizeOptions(method="rtn", group_size=32))
+    assert not (tmp_path / "out").exists()
