@@ -41,7 +41,7 @@ _OTHER_FORMATS: Mapping[str, str] = {
 }
 _MERGE = (
     "a LoRA adapter holds changes to another model, which adapter_config.json names (base_model_name_or_path): load "
-    "both with peft, and save what PeftModel.from_pretrained(base, folder).merge_and_unload() returns"
+    "that model, and give this folder as lora="
 )
 
 

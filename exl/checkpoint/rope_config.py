@@ -31,6 +31,8 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()  # "longrope": what each frequency is divided by, up to the original length
     long_factor: tuple[float, ...] = ()  # and in longer texts
+    # Queries at position p are multiplied by 1 + query_beta * ln(1 + floor(p / original length)): Ministral 3.
+    query_beta: float = 0.0
 
     def __str__(self) -> str:
         """``"yarn, factor 4 of 32768 tokens, theta 1000000"``."""
@@ -54,6 +56,7 @@ _ROPE_OF_THE_MODEL = ("rope_theta", "partial_rotary_factor", "original_max_posit
 _ROPE_KEYS = (
     "rope_type", "type", *_ROPE_OF_THE_MODEL, "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
     "attention_factor", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor",
+    "llama_4_scaling_beta",
 )  # fmt: skip
 
 
@@ -211,6 +214,7 @@ def _rope_config(rope: ConfigReader, config: ConfigReader, max_position: int) ->
         mscale=rope.number("mscale", above=False) if rope.has("mscale") else None,
         mscale_all_dim=rope.number("mscale_all_dim", above=False) if rope.has("mscale_all_dim") else None,
         truncate=rope.flag("truncate", True),
+        query_beta=rope.number("llama_4_scaling_beta", 0.0, above=False),
         **({name: rope.numbers(name) for name in ("short_factor", "long_factor")} if kind == "longrope" else {}),
     )
 

@@ -33,7 +33,7 @@ class AppendKV(KernelSpec):
     negative: not stored; 5 cos f32 [T][half]; 6 sin f32 [T][half]; 7 H; 8 Hkv;
     9 weight of q's norm f32 [D]; 10 its eps f32; 11 weight of k's norm f32 [D]; 12 its eps f32 (9 to 12: 0 without).
     ``row_norms``: weights are f32 [H * D] and [Hkv * D], and what a head is multiplied by besides is that of its row:
-    13 f32 [T][2], for q and for k, of ``RowFactors``.
+    13 f32 [T][2], for q and for k, of ``RowFactors``. ``scaled``: 14 f32 [T], what a row's q is multiplied by at last.
 
     Chunk: row * Hkv + head of K and V, with the query heads that share it; T * Hkv in all.
     """
@@ -44,12 +44,12 @@ class AppendKV(KernelSpec):
     q_norm: bool = False
     k_norm: bool = False
     row_norms: bool = False  # the norms there are go over the channels of all heads together
+    scaled: bool = False
 
     @property
     def name(self) -> str:
-        return f"append_kv_{self.kind}_{self.head_dim}_{self.half}_{self.q_norm:d}{self.k_norm:d}" + (
-            "_rows" if self.row_norms else ""
-        )
+        ends = ("_rows" if self.row_norms else "") + ("_scaled" if self.scaled else "")
+        return f"append_kv_{self.kind}_{self.head_dim}_{self.half}_{self.q_norm:d}{self.k_norm:d}{ends}"
 
     @property
     def _quantized(self) -> bool:
@@ -66,6 +66,9 @@ class AppendKV(KernelSpec):
             head = k.add(k.mul(kv, group), i)
             norm = self._norm(k, 9, row, head) if self.q_norm else None
             x = self._ready(k, k.at(source, k.mul(head, 4 * D)), row, scratch, norm)
+            if self.scaled:
+                scale = k.splat(k.load(F32, k.pointer(14), k.mul(4, row)))
+                x = [b.fmul(v, scale) for v in x]
             store_head(k, x, D, k.at(k.pointer(2), k.mul(4 * D, k.add(k.mul(row, num_heads), head))))
         slot = b.sext(k.load(I32, k.pointer(4), k.mul(4, row)), I64)
         with b.if_then(b.icmp_signed(">=", slot, I64(0))):

@@ -21,7 +21,7 @@ from exl.families.glm import glm, glm4, prepare_glm
 from exl.families.glm_moe import glm4_moe, prepare_glm4_moe
 from exl.families.gpt_oss import gpt_oss, prepare_gpt_oss
 from exl.families.granite import granite
-from exl.families.llama import llama, mistral
+from exl.families.llama import llama, mistral, prepare_ministral3
 from exl.families.mixtral import mixtral, prepare_mixtral
 from exl.families.olmo import olmo2, prepare_olmo2
 from exl.families.phi import phi3, prepare_phi3
@@ -53,6 +53,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gpt_oss": Family(gpt_oss, prepare_gpt_oss),
         "granite": Family(granite),
         "llama": Family(llama),
+        "ministral3": Family(mistral, prepare_ministral3),
         "mistral": Family(mistral),
         "mixtral": Family(mixtral, prepare_mixtral),
         "olmo2": Family(olmo2, prepare_olmo2),

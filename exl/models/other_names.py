@@ -50,7 +50,7 @@ def other_names(checkpoint: Checkpoint, names: ModelNames) -> CheckpointError:
     if adapter := next((name for name in checkpoint.tensors if ".lora_A." in name), None):
         return CheckpointError(
             f"{path}: found {shown(adapter)} among {num_tensors} tensors, {expected}: a LoRA adapter (peft) holds "
-            "changes to another model: save what the merge_and_unload() of both together returns"
+            "changes to another model: load that one, and give the adapter's folder as lora="
         )
     beginning, _, last = names.embed.rpartition(".")
     for found in checkpoint.tensors:

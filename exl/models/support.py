@@ -16,3 +16,9 @@ def unsupported(config: ModelConfig, target: Target) -> str | None:
     if config.norm.kind != "rms" and any(layer.attention.norms == "head" for layer in config.layers):
         return "LayerNorm of each head's q and k"
     return None
+
+
+def most_context(config: ModelConfig, target: Target) -> int:
+    """Tokens up to which ``target`` computes what the model does; more than anyone has where it always does."""
+    lengths = [rope.original_max_position for rope in config.ropes if rope.query_beta and target.kind == "cuda"]
+    return min(lengths, default=1 << 40)

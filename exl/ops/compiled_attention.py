@@ -74,7 +74,9 @@ class AttentionStages:
         if any(norm.kind != "rms" for norm in there):
             raise UnsupportedModelError("norms of q and k: found LayerNorm, the CPU's kernels have RMSNorm")
         has_norms = spec.q_norm is not None, spec.k_norm is not None
-        kernel = AppendKV(self._kv_layout.kind, spec.head_dim, half, *has_norms, spec.norm_rows and bool(there))
+        scales = batch.query_scales(spec.rope) if spec.rope.query_beta else None
+        by_row = spec.norm_rows and bool(there), scales is not None
+        kernel = AppendKV(self._kv_layout.kind, spec.head_dim, half, *has_norms, *by_row)
         norms = [(None, 0.0) if norm is None else (norm.weight, norm.eps) for norm in (spec.q_norm, spec.k_norm)]
         factors = None
         if kernel.row_norms:
@@ -85,7 +87,7 @@ class AttentionStages:
             kernel,
             qkv.num_rows * spec.num_kv_heads,
             *(qkv.address, qkv.stride, queries, pages, places.slots, cos, sin, spec.num_heads, spec.num_kv_heads),
-            *(*norms[0], *norms[1], factors),
+            *(*norms[0], *norms[1], factors, scales),
         )
 
     def _few(

@@ -15,7 +15,7 @@ from exl.checkpoint.rope_config import RopeConfig
 from exl.cpu_kernels.attention_items import ITEM, ROW, DecodeTables, decode_items, most_splits, prefill_items
 from exl.layout.cpu_steps import FEW_ROWS, scratch_partials
 from exl.layout.steps import StepLimits
-from exl.ops.rope import depends_on_length, inverse_frequencies
+from exl.ops.rope import depends_on_length, inverse_frequencies, query_scales
 
 _NAMES = ("positions", "query_start", "context_len", "rope_len", "logit_rows")
 
@@ -130,6 +130,7 @@ class BatchTables:
         self.num_few = staged.num_few
         self.angles: dict[Hashable, torch.Tensor] = {}
         self._frequencies: dict[tuple[RopeConfig, int], NDArray[np.float32]] = {}
+        self._query_scales: dict[RopeConfig, NDArray[np.float32]] = {}
         self._splits: dict[int | None, list[Pieces]] = {}
 
     @property
@@ -166,6 +167,8 @@ class BatchTables:
         for (rope, head_dim), values in self._frequencies.items():
             if depends_on_length(rope):
                 values[...] = self._frequencies_now(rope, head_dim)
+        for rope, scales in self._query_scales.items():
+            scales[:] = query_scales(rope, self.positions)
         for window, (made,) in self._splits.items():
             pieces = staged.pieces(window)
             made.items.fill(pieces.items)
@@ -224,6 +227,12 @@ class BatchTables:
         if key not in self._frequencies:
             self._frequencies[key] = self._frequencies_now(rope, head_dim)
         return self._frequencies[key], inverse_frequencies(rope, head_dim, int(self.rope_len[0]))[1]
+
+    def query_scales(self, rope: RopeConfig) -> NDArray[np.float32]:
+        """f32 [T], see ``exl.ops.rope.query_scales``."""
+        if rope not in self._query_scales:
+            self._query_scales[rope] = query_scales(rope, self.positions)
+        return self._query_scales[rope]
 
     def _frequencies_now(self, rope: RopeConfig, head_dim: int) -> NDArray[np.float32]:
         lengths = self.rope_len if depends_on_length(rope) else (0,)

@@ -64,6 +64,13 @@ def longest_alike(rope: RopeConfig) -> int | None:
     return {"dynamic": rope.max_position, "longrope": rope.original_max_position}.get(rope.kind)
 
 
+def query_scales(rope: RopeConfig, positions: NDArray[np.integer]) -> NDArray[np.float32]:
+    """What a row's queries are multiplied by, f32 [T], see ``RopeConfig.query_beta``."""
+    lengths, which = np.unique(positions // rope.original_max_position, return_inverse=True)
+    scales = [1 + rope.query_beta * natural_log(1 + int(length)) for length in lengths]
+    return np.array(scales, np.float32)[which.reshape(-1)]
+
+
 def _power(base: float, exponent: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
     """``base ** exponent`` to 2^-48 of itself, for base >= 0; results beyond e^-200 or e^200 become that.
 

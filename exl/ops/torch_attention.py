@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.kv import KVCache
 from exl.ops.base import AttentionSpec, Norm
+from exl.ops.rope import query_scales
 from exl.ops.rope_tables import rope_tables
 from exl.ops.torch_kv import as_stored, dequantize_rows, hadamard, quantize_rows
 from exl.threads import Threads
@@ -79,6 +80,8 @@ def attend(
         if norm is not None:
             _normalize(part.view(T, -1) if spec.norm_rows else part, norm)
     _rotate(heads[:, : H + Hkv], *staged.rope(spec))
+    if spec.rope.query_beta:
+        q.mul_(torch.from_numpy(query_scales(spec.rope, batch.positions))[:, None, None])
     pages, places = kv.layer(layer_idx), staged.places(kv.windowed)
     size = kv.layout.hadamard_size
     if kv.layout.quantized:

@@ -29,7 +29,7 @@ from exl.layout.window import mixed_layers, window_pages
 from exl.memory.host import pinned_limit, system_ram
 from exl.models.manifest import ModelManifest, read_manifest
 from exl.models.packing_order import packing_order
-from exl.models.support import unsupported
+from exl.models.support import most_context, unsupported
 from exl.planning.cpu import plan_cpu
 from exl.planning.devices import HOST, plan_devices
 from exl.planning.draft import BesideDraft, draft_context, draft_options
@@ -179,6 +179,11 @@ def _attempt(files: ModelFiles, options: EngineOptions, target: Target) -> tuple
         raise ConfigError(f"lora: found {names}, but adapters are computed on a CPU alone: expected device='cpu'")
     layouts = files.manifest.layouts(target)
     context = options.context or default_context(config)
+    if context > (most := most_context(config, target)):
+        raise ConfigError(
+            f"context: found {context}, expected {most} or less: beyond it queries of a {config.family} model grow, "
+            "for which a GPU has no kernel; the CPU has"
+        )
     cache_tokens = _cache_tokens(config, options, context)
     layout = DeviceKVLayout if target.kind == "cuda" or target.compiled else KVLayout
     limits = step_limits(config, context, options, cache_tokens, drafts=options.draft is not None)
@@ -307,6 +312,7 @@ def _largest_context(files: ModelFiles, options: EngineOptions, target: Target, 
     """Whole pages, up to the model's maximum and to what the cache holds; with all layers in memory if ``resident``.
     If not even one page fits like that, the default, and layers are streamed."""
     default, low, high = default_context(files.config), 0, -(-files.config.max_position // PAGE_SIZE)
+    high = min(high, most_context(files.config, target) // PAGE_SIZE)
     found = options.cache_tokens
     if isinstance(found, int) and found < _needed_at_once(files.config, high * PAGE_SIZE, options.prefill_chunk):
         default, high = min(default, options.cache_tokens), min(high, options.cache_tokens // PAGE_SIZE)

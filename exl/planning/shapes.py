@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from exl.checkpoint.header import TensorInfo, shown
 from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import ConfigError
 from exl.families.config import ModelConfig
-from exl.families.specs import LayerSpec
+from exl.families.specs import LayerSpec, MoeShape, PartSpec
 from exl.formats.groups import num_groups
 
 DENSE_BITS = 16  # an original checkpoint, not quantized
@@ -42,6 +42,7 @@ class ModelShape:
     max_position: int
     tied: bool = False
     sliding_window: int | None = None
+    experts: tuple[int, int, int] | None = None  # of each layer: how many, of which a token takes, their width
 
     @cached_property
     def layer(self) -> LayerSpec:
@@ -53,9 +54,18 @@ class ModelShape:
         """A layer's modules as files have them: inputs, outputs, and whether there is a bias."""
         return {
             part.module: (part.K, part.N if part.rows is None else part.rows.total, part.has_bias)
-            for parts in self.layer.linears.values()
-            for part in parts
+            for part in self._parts
         }
+
+    @property
+    def _parts(self) -> list[PartSpec]:
+        """A layer's matrices; of mixtures those of each expert."""
+        layer = self.layer
+        found = [part for parts in layer.linears.values() for part in parts]
+        if isinstance(layer.mlp, MoeShape):
+            one = [part for parts in layer.experts[0].values() for part in parts]
+            found += [replace(part, module=part.module.format(e=e)) for e in range(layer.mlp.count) for part in one]
+        return found
 
     @property
     def num_parameters(self) -> int:
@@ -66,11 +76,13 @@ class ModelShape:
         """The tensors of a GPTQ checkpoint with a dense f16 embedding and head, in the order of the layers; at 16 bits
         those of the original checkpoint. ``group_size`` -1: one group."""
         found: list[TensorEntry] = [("model.embed_tokens.weight", "f16", (self.vocab_size, self.hidden_size))]
+        dense = {part.module for part in self._parts if part.exact}
+        modules = self.modules
         for i in range(self.num_layers):
             prefix = f"model.layers.{i}."
             found += [(prefix + norm.tensor, "f16", (norm.width,)) for norm in self.layer.norms]
-            for name, (K, N, has_bias) in self.modules.items():
-                found += _linear_tensors(prefix + name, K, N, bits, group_size)
+            for name, (K, N, has_bias) in modules.items():
+                found += _linear_tensors(prefix + name, K, N, DENSE_BITS if name in dense else bits, group_size)
                 if has_bias:
                     found.append((f"{prefix}{name}.bias", "f16", (N,)))
         found.append(("model.norm.weight", "f16", (self.hidden_size,)))
@@ -98,6 +110,10 @@ class ModelShape:
         }
         if self.sliding_window is not None or self.family == "mistral":
             values["sliding_window"] = self.sliding_window
+        if self.experts is not None:
+            count, per_token, width = self.experts
+            values |= {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": per_token}
+            values["moe_intermediate_size"] = width
         if bits != DENSE_BITS:
             values["quantization_config"] = {
                 "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": False
@@ -126,6 +142,10 @@ def _qwen2(*sizes: int, tied: bool = False) -> ModelShape:
 
 def _qwen3(*sizes: int, tied: bool = False) -> ModelShape:
     return ModelShape("qwen3", *sizes, 128, 151936, 40960, tied=tied)
+
+
+def _qwen3_moe(*sizes: int, experts: tuple[int, int, int]) -> ModelShape:
+    return ModelShape("qwen3_moe", *sizes, 128, 151936, 40960, experts=experts)
 
 
 def _gemma2(*sizes: int) -> ModelShape:
@@ -169,6 +189,9 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
         "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
         "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8),
         "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
+        "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 48, 32, 4, experts=(128, 8, 768)),
+        "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 94, 64, 4, experts=(128, 8, 1536)),
+        "mixtral-8x7b": ModelShape("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, 32768, experts=(8, 2, 14336)),
         "mistral-nemo-12b": ModelShape("mistral", 5120, 14336, 40, 32, 8, 128, 131072, 131072),
         "mistral-small-24b": ModelShape("mistral", 5120, 32768, 40, 32, 8, 128, 131072, 32768),
         "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4, 256),

@@ -37,6 +37,7 @@ _CLASSES = {
     "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "ministral3": (transformers.Ministral3Config, transformers.Ministral3ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
@@ -104,6 +105,12 @@ CASES = [
     Case("llama-yarn-exact", "llama", _rope(**_YARN, truncate=False, beta_fast=2.0, beta_slow=0.5), ("truncate",)),
     Case("mistral", "mistral", {"sliding_window": 16}, ("window",)),
     Case("mistral-full", "mistral", {"sliding_window": None}),
+    Case(
+        "ministral3",
+        "ministral3",
+        {"head_dim": 16} | _rope(**_YARN, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.5),
+        ("rope_scaling", "query_scale"),
+    ),
     Case("qwen2", "qwen2", {}, ("rope", "qkv_bias")),
     Case(
         "qwen2-window",

@@ -15,13 +15,14 @@ from exl.engine.cache_files import load_cache, save_cache
 from exl.engine.compose import Piece, batch_of
 from exl.engine.manual import ManualSequence
 from exl.engine.request import TokenRequest
+from exl.engine.ticket import Answer, Ticket
 from exl.errors import ConfigError
-from exl.ops.cpu_target import torch_target
+from exl.ops.cpu_target import COMPILED, torch_target
 from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
-from tests.model.cpu_targets import with_both
+from tests.model.cpu_targets import needs_kernels, with_both
 from tests.model.cuda_engines import some_ids
-from tests.model.hf_models import CASES, build, decode_logits, prefill_logits, save
+from tests.model.hf_models import CASES, Case, build, decode_logits, prefill_logits, save
 from tests.model.test_quantized import make as make_quantized
 from tests.reference.adapter_twin import make
 
@@ -210,6 +211,54 @@ def test_a_row_without_an_adapter_has_the_bits_of_a_model_without_any(cpu, sever
         sequence.ids.append(ids[-1])
         assert torch.equal(_steps(plain, [sequence.row()])[0], together[i])
     assert torch.equal(all_logits(engine, None), all_logits(plain, None))
+
+
+@pytest.mark.parametrize("hidden", [72, 88])
+def test_rows_that_begin_anywhere_in_memory(hidden, tmp_path):
+    """Torch's products of a vector depend on where it begins: rows of 72 numbers begin at other places alone."""
+    case = Case("llama-odd", "llama", {"hidden_size": hidden, "head_dim": 18, "intermediate_size": 104})
+    model = build(case)
+    adapters = {name: make(model, ALL, r=r, seed=r).save(tmp_path / name) for name, r in (("a", 3), ("b", 5), ("c", 7))}
+    engine = load(save(model, tmp_path / "model"), torch_target(), lora=adapters, cache_tokens=1024)
+    rows = _rows(engine)
+    together = _steps(engine, rows)
+    for i, row in enumerate(rows):
+        assert torch.equal(_steps(engine, [row])[0], together[i]), COMPANY[i]
+
+
+@needs_kernels
+def test_steps_with_adapters_repeat_no_chunk(several, monkeypatch):
+    """They add in place, so a chunk that a late thread does once more would add twice."""
+    from exl.ops.compiled_ops import CompiledOps
+
+    folder, adapters = several
+    engine = load(folder, COMPILED, lora=adapters, cache_tokens=1024)
+    recorded, record = [], CompiledOps._record
+
+    def spy(ops, step, arena=None):
+        found = record(ops, step, arena)
+        recorded.append((ops._now.batch.lora_runs != (), found.program.repeats))
+        return found
+
+    monkeypatch.setattr(CompiledOps, "_record", spy)
+    rows = _rows(engine)
+    for some in (rows[:2], rows[:1]):
+        for _ in range(3):
+            engine.generator.runner.step(batch_of(some), [])
+    assert set(recorded) == {(True, False), (False, True)}
+
+
+def test_equal_prompts_of_two_adapters_do_not_wait_for_each_other(several):
+    """Neither will find what the other computes."""
+    folder, adapters = several
+    ids = some_ids(100, seed=5)
+    for loras, num_running in ((("a", "b", None), 3), (("a", "a", "a"), 1)):
+        generator = load(folder, torch_target(), lora=adapters, cache_tokens=1024, prefill_chunk=64).generator
+        for lora in loras:
+            request = TokenRequest(ids, GREEDY, lora=lora)
+            generator.scheduler.submit(Ticket(request, [Answer(0, 1)], None, generator.adapter_number(lora)))
+        generator.scheduler.step()
+        assert len(generator.scheduler.running) == num_running
 
 
 @with_both

@@ -148,6 +148,7 @@ def _without(engine: Engine, feature: str) -> None:
         "attention_factor": {"rope": dataclasses.replace(rope, attention_factor=1.0)},
         "truncate": {"rope": dataclasses.replace(rope, truncate=True)},
         "partial": {"rope": dataclasses.replace(rope, partial_rotary_factor=1.0)},
+        "query_scale": {"rope": dataclasses.replace(rope, query_beta=0.0)},
         "one_rope": {"rope": rope},
         "no_rope": {"rope": rope},
         "window": {"window": None},

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from exl.checkpoint import block_file
 from exl.errors import CheckpointError
-from exl.layout.specs import NormSpec
 from exl.models import manifest
 from exl.weights.packed import PackedFile
 from tests.model import test_quantized
@@ -115,7 +113,9 @@ def test_a_packed_file_of_other_transforms_is_not_read(four_bit, tmp_path, monke
     with PlacedModel(file.parent, None, resident=range(NUM_LAYERS)) as model:
         expected = model.outputs()
     assert expected != first
-    monkeypatch.setattr(manifest, "NormSpec", partial(NormSpec, offset=1.0))
+    norm = manifest._ManifestReader._norm
+    plus_one = lambda reader, prefix, spec: norm(reader, prefix, replace(spec, offset=1.0))  # noqa: E731
+    monkeypatch.setattr(manifest._ManifestReader, "_norm", plus_one)
     for _ in range(2):  # packed, then read
         with PlacedModel(four_bit, packed_folder) as model:
             assert model.outputs() == expected

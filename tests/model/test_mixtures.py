@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exl.commands.model_facts import describe_model_files
 from exl.engine.build import Engine, load_engine
 from exl.errors import CheckpointError, UnsupportedModelError
 from exl.layout import cpu_steps
@@ -23,6 +24,8 @@ from exl.ops.cpu_target import COMPILED, torch_target
 from exl.planning.from_headers import open_model, plan_model
 from exl.planning.options import EngineOptions
 from exl.planning.traffic import embedding_row_bytes, read_bytes
+from exl.quantize.overrides import Assignment, Settings
+from exl.quantize.plan import make_plan, module_names
 from tests.live_bytes import live_bytes
 from tests.model.batches import batch_of, run
 from tests.model.cpu_targets import needs_kernels, with_both
@@ -403,3 +406,38 @@ def test_mxfp4_in_integers_is_near_and_streamed_alike(tmp_path):
     for _ in range(2):
         with contextlib.closing(load(folder, COMPILED, **options)) as engine:
             assert torch.equal(all_logits(engine, IDS), resident)
+
+
+def test_layers_that_predict_further_tokens_are_not_read(tmp_path):
+    """GLM-4.5's files have one behind the last; anything else there is an error."""
+    case = next(case for case in MIXTURES if case.name == "glm4_moe")
+    folder = save(build(case), tmp_path / "model")
+
+    def with_tensor(name: str) -> Path:
+        return _edited(folder, tmp_path / name, lambda tensors: tensors.update({name: torch.zeros(4, 4)}))
+
+    load(with_tensor("model.layers.3.mlp.experts.0.up_proj.weight"), torch_target())
+    with pytest.raises(CheckpointError, match="1 tensors that a glm4_moe model of 3 layers does not have"):
+        load(with_tensor("model.layers.4.mlp.experts.0.up_proj.weight"), torch_target())
+
+
+def test_info_tells_of_experts(folders, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(__file__).parents[1] / "data" / "stories260K" / name, tmp_path)
+    for path in folders(SPARSE)[0].iterdir():
+        shutil.copy(path, tmp_path)
+    facts = describe_model_files(str(tmp_path))
+    assert facts.shown["layers"] == "2, 64 channels, 8 of 128 experts of 32 in 2 layers"
+    one = 3 * 64 * 32
+    assert facts.numbers["num_experts"] == 128
+    assert facts.numbers["num_parameters"] > 2 * 128 * one
+    assert facts.shown["weights"].startswith("66 % 4-bit, groups of 32, symmetric; 32 % 4-bit, one group")  # down: 32
+    active = facts.numbers["num_parameters"] - 2 * 120 * one
+    assert facts.shown["parameters"].endswith(f", {active:,} for a token")
+
+
+def test_the_quantizer_refuses_mixtures_by_name(folders):
+    with open_model(folders(SHARED)[1]) as files:
+        assignment = Assignment.make(module_names(files.manifest), Settings(4, GROUP, True), ())
+        with pytest.raises(UnsupportedModelError, match="mixtures of 6 experts: found them in 3 layers"):
+            make_plan(files.manifest, files.config, assignment)

@@ -30,6 +30,7 @@ PLACEHOLDERS = {
     "path/to/quantized": BUNDLED_MODEL,
     "path/to/original": DATA / "stories260K",
     "path/to/dense-model": DATA / "stories2M",
+    "path/to/adapter": DATA / "adapter",
 }
 REPOSITORY = "owner/name"
 
@@ -66,6 +67,12 @@ def run(command: list[str], cwd: Path, **env: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def make_placeholders(folder: Path) -> None:
+    for name, target in PLACEHOLDERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(target)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_says_what_it_is(page):
     text = page.read_text(encoding="utf-8")
@@ -91,6 +98,7 @@ def test_python_blocks_run(page, tmp_path):
         name = re.match(r"// (\w+\.cu)\n", source)
         assert name is not None, f"the first line is no file's name: {source[:60]}"
         (tmp_path / name[1]).write_text(source)
+    make_placeholders(tmp_path)
     code = "\n".join(code_of(page, "python"))
     if "pytest.mark" in code:  # a test that the page writes is run as well, on the shim
         code += "\n" + "\n".join(
@@ -105,9 +113,7 @@ def test_shell_blocks_run(page, tmp_path):
     makes = [line for line in lines if line.startswith("make ")]  # this test is part of one of them
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert [line for line in makes if f"\n{line.split()[1]}:" not in makefile] == []
-    for name, folder in PLACEHOLDERS.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).symlink_to(folder)
+    make_placeholders(tmp_path)
     stories = (DATA / "calibration" / "stories2M.txt").read_text(encoding="utf-8").splitlines()
     (tmp_path / "text.txt").write_text("\n".join(stories[:8]) + "\n")
     (tmp_path / "bin").mkdir()

@@ -251,7 +251,7 @@ def test_other_files_instead_of_weights(tmp_path, start, message):
         (["training_args.bin", "optimizer.pt"], r"found no weights among 2 files, expected"),
         (["training_args.bin", "pytorch_model.bin"], r"found only \.bin weights.*save_pretrained"),
         (["pytorch_model-00001-of-00002.bin"], r"found only \.bin weights"),
-        (["adapter_config.json", "adapter_model.safetensors"], r"only a LoRA adapter, adapter_model\.s.*merge_and"),
+        (["adapter_config.json", "adapter_model.safetensors"], r"only a LoRA adapter, adapter_model\.s.*as lora="),
         (["adapter_model.bin"], r"found only a LoRA adapter, adapter_model\.bin"),
         (["consolidated.safetensors", "params.json"], r"found only consolidated\.safetensors, .* makers"),
         (["consolidated.00.pth"], r"found only consolidated\.00\.pth"),
