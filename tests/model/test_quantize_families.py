@@ -44,7 +44,7 @@ CALIBRATION = DATA / "calibration" / "stories260K.txt"
 # One of each way in which a layer can differ from Llama's.
 NAMES = (
     *("llama-biases", "qwen3", "gemma2", "gemma3", "phi3", "glm", "glm4", "granite", "cohere2", "cohere2-biases"),
-    *("olmo2", "exaone4", "smollm3-window"),
+    *("ministral3", "olmo2", "exaone4", "smollm3-window"),
 )
 FAMILIES = [
     replace(case, options={**case.options, "vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 64})
