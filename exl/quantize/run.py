@@ -21,9 +21,8 @@ from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.generation_config import GenerationDefaults
 from exl.checkpoint.quant_config import read_quant_config
 from exl.checkpoint.writer import write_safetensors
-from exl.errors import CheckpointError, ConfigError, ExlError, UnsupportedModelError
+from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.families.config import ModelConfig
-from exl.families.specs import MoeShape
 from exl.models.manifest import read_manifest
 from exl.quantize.calibration import read_calibration
 from exl.quantize.compute import Compute, open_compute
@@ -34,7 +33,7 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.overrides import Assignment
 from exl.quantize.plan import Entry, QuantizePlan, make_plan, module_names
-from exl.quantize.sensitivity import Probe, Texts, choose_bits, measure_pass
+from exl.quantize.sensitivity import Probe, Texts, check_target, choose_bits, measure_pass
 from exl.quantize.solve import Solver
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically, write_text
 from exl.text.tokenizer import Tokenizer
@@ -74,7 +73,10 @@ def quantize(
 
     Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
     the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
-    on disk. ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
+    on disk. Choosing widths (``target_bits``) needs another copy of the largest linear, a few copies of the activations
+    of 1024 tokens and their logits, and on disk their hidden states once for each linear.
+
+    ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
     """
     src, dst = Path(src), Path(dst)
     limit = thread_limit(threads)
@@ -86,15 +88,6 @@ def quantize(
             return _Run(checkpoint, dst, options, progress, compute).run()
     except OSError as error:
         raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from error
-
-
-def _refuse_mixtures(config: ModelConfig, folder: str) -> None:
-    for layer_idx, layer in enumerate(config.layers):
-        if isinstance(layer.mlp, MoeShape):
-            raise UnsupportedModelError(
-                f"{folder}: found a mixture of {layer.mlp.count} experts in layer {layer_idx}, expected a dense MLP: "
-                "exl runs mixtures of experts, but does not quantize them"
-            )
 
 
 def _write_work(entry: Entry) -> int:
@@ -116,10 +109,11 @@ class _Run:
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
         if read_quant_config(folder, self.config_json) is not None:
             raise ConfigError(f"{folder}: already quantized, expected a dense model")
-        _refuse_mixtures(self.config, str(folder))
         self.manifest = read_manifest(checkpoint, self.config, None)
         self.asked = Assignment.make(module_names(self.manifest), options.settings, options.parsed_overrides)
-        self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked)
+        self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked, options.bit_choices or ())
+        if options.target_bits is not None:
+            check_target(self.plan, options)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
         self.layers = LayerPass(checkpoint, self.config, self.manifest, self.sequences, compute)

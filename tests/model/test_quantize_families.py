@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import exl
 from exl.checkpoint.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ CALIBRATION = DATA / "calibration" / "stories260K.txt"
 # One of each way in which a layer can differ from Llama's.
 NAMES = (
     *("llama-biases", "qwen3", "gemma2", "gemma3", "phi3", "glm", "glm4", "granite", "cohere2", "cohere2-biases"),
-    *("olmo2", "exaone4", "smollm3-window"),
+    *("ministral3", "olmo2", "exaone4", "smollm3-window"),
 )
 FAMILIES = [
     replace(case, options={**case.options, "vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 64})
@@ -229,9 +230,23 @@ def test_round_trip(case, bits, tmp_path):
     assert error <= 2 * 0.015 if bits == 8 else error > 0.001
 
 
+def test_a_width_that_does_not_fit_is_not_chosen(tmp_path):
+    """Zeros of 16 outputs fill no whole words at 3 bits, which are the reference of the others."""
+    case = next(case for case in CASES if case.name == "llama-one-kv-head")
+    source_of(replace(case, options={**case.options, "vocab_size": 512}), tmp_path / "source")
+    options = QuantizeOptions(
+        target_bits=3.4, bit_choices=(3, 4), group_size=32, calibration=CALIBRATION, num_samples=6, seq_len=48
+    )
+    quantize(tmp_path / "source", tmp_path / "out", options)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    words = {name.partition("layers.")[2]: x.shape[0] for name, x in tensors.items() if name.endswith("qweight")}
+    assert {words[f"{i}.self_attn.{name}_proj.qweight"] for i in range(3) for name in "qkv"} == {64 // 32 * 4}
+    assert any(found == 64 // 32 * 3 for found in words.values())
+
+
 def test_mixtures_are_refused_by_name(tmp_path):
     case = next(case for case in MIXTURES if case.name == "mixtral")
     save(build(case), tmp_path / "source")
-    with pytest.raises(UnsupportedModelError, match="found a mixture of 5 experts in layer 0, expected a dense MLP"):
+    with pytest.raises(UnsupportedModelError, match="mixtures of 5 experts: found them in 3 layers"):
         quantize(tmp_path / "source", tmp_path / "out", QuantizeOptions(method="rtn", group_size=32))
     assert not (tmp_path / "out").exists()
