@@ -438,6 +438,6 @@ def test_info_tells_of_experts(folders, tmp_path):
 
 def test_the_quantizer_refuses_mixtures_by_name(folders):
     with open_model(folders(SHARED)[1]) as files:
-        assignment = Assignment.make(module_names(files.manifest), Settings(4, GROUP, True), ())
+        assignment = Assignment.make(module_names(files.manifest, files.config), Settings(4, GROUP, True), ())
         with pytest.raises(UnsupportedModelError, match="mixtures of 6 experts: found them in 3 layers"):
             make_plan(files.manifest, files.config, assignment)

@@ -152,7 +152,7 @@ def test_it_hears_what_transformers_feeds(case, tmp_path):
     with Checkpoint.open(tmp_path / "source") as checkpoint:
         config = ModelConfig.from_folder(tmp_path / "source")
         manifest = read_manifest(checkpoint, config, None)
-        plan = make_plan(manifest, config, Assignment.make(module_names(manifest), Settings(4, 32, False), ()))
+        plan = make_plan(manifest, config, Assignment.make(module_names(manifest, config), Settings(4, 32, False), ()))
         layers = LayerPass(checkpoint, config, manifest, sequences, Compute.with_torch(Threads(1)))
         work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
         first, weights = layers.read_layer(0), layers.read_layer(1)
