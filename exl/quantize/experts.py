@@ -61,6 +61,14 @@ class ExpertRows:
         """Experts that saw none, and were rounded to nearest."""
         return self.rows.count(0)
 
+    def __str__(self) -> str:
+        """Layers are counted from 1, as where progress is told."""
+        without = f", {self.none} of them none" if self.none else ""
+        return (
+            f"{self.few} of {len(self.rows)} experts of layer {self.layer_idx + 1} saw fewer than {self.needed} rows"
+            f"{without}"
+        )
+
 
 def expert_rows(layer_idx: int, rows: Sequence[int], plan: ExpertsPlan) -> ExpertRows:
     needed = max(needed_rows(linear.K) for linear in plan.first.values())

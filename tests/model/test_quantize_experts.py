@@ -337,6 +337,7 @@ def test_an_expert_without_rows_is_rounded_to_nearest_and_counted(tmp_path):
     assert rows == ExpertRows(1, rows.rows, 64)
     assert rows.none == 1
     assert rows.rows[UNUSED] == 0
+    assert str(rows) == f"{rows.few} of 12 experts of layer 2 saw fewer than 64 rows, 1 of them none"
     assert 1 < rows.few == sum(count < 64 for count in rows.rows) < 12
     mine, nearest = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "rtn"))
     for expert in (UNUSED, UNUSED + 1):
