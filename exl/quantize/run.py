@@ -337,7 +337,8 @@ class _Run:
                 keep_scratch(paths[kind], work.hidden_path(kind, layer_idx + 1))
 
     def _with_experts(self, layer_idx: int, tensors: dict[str, np.ndarray], mixture: Mixture) -> Iterator[np.ndarray]:
-        """The layer's tensors in their order; those of an expert are made when the file comes to them."""
+        """The layer's tensors in their order; those of an expert are made when the file comes to them. Experts that
+        stay dense have none, and are run all the same when the file asks whether anything is left."""
         plan, effort, num_rows = self.plan.experts[layer_idx], self.efforts[layer_idx], sum(map(len, self.sequences))
         own = {
             name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from exl.quantize.plan import LinearPlan, make_plan, module_names
 from exl.quantize.run import quantize
 from exl.quantize.work import as_bytes
 from exl.threads import Threads
+from tests.command_line import run_exl
 from tests.model.cpu_targets import EXACT, needs_kernels
 from tests.model.hf_models import MIXTURES, Case, build, load_f32, prefill_logits, save
 from tests.model.test_mixtures import save_dense
@@ -345,10 +347,25 @@ def test_an_expert_without_rows_is_rounded_to_nearest_and_counted(tmp_path):
         assert torch.equal(mine[name], nearest[name]) == (expert == UNUSED)
 
 
+def test_the_command_counts_them(tmp_path):
+    source = source_of(FAMILIES["glm4_moe"], tmp_path / "source", without_one)
+    text = ("--calibration", CALIBRATION, "--num-samples", "5", "--seq-len", "48", "--group-size", "32")
+    done = run_exl("quantize", source, tmp_path / "out", *text)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(
+        r"^(\d+) of 12 experts of layer (\d+) saw fewer than 64 rows, 1 of them none$", done.stdout, re.M
+    )
+    assert [layer for _, layer in found] == ["2"]
+
+
 def test_overrides_of_experts(tmp_path):
     source = source_of(FAMILIES["qwen2_moe"], tmp_path / "source")
     overrides = [r".*\.0\.mlp\.experts=dense", r".*\.1\.mlp\.experts\.\d+\.down_proj=bits:8,group_size:-1"]
-    done = quantize(source, tmp_path / "out", options(overrides=overrides, num_samples=2), threads=1)
+    steps: list[str] = []
+    asked = options(overrides=overrides, num_samples=2)
+    done = quantize(source, tmp_path / "out", asked, lambda done, total, what: steps.append(what), threads=1)
+    # Dense experts are run, too: the next layer needs what they give.
+    assert [f"layer 1 of 2: expert {expert} of 6" for expert in range(1, 7)] == [x for x in steps if "1 of 2: exp" in x]
     assert [rows.layer_idx for rows in done.experts] == [1]
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     before = load_file(source / "model.safetensors")
