@@ -353,7 +353,7 @@ def test_the_command_counts_them(tmp_path):
     done = run_exl("quantize", source, tmp_path / "out", *text)
     assert done.returncode == 0, done.stderr
     found = re.findall(
-        r"^(\d+) of 12 experts of layer (\d+) saw fewer than 64 rows, 1 of them none$", done.stdout, re.M
+        r"^(\d+) of 12 experts of layer (\d+) saw fewer than 64 rows, 1 of them none$", done.stderr, re.M
     )
     assert [layer for _, layer in found] == ["2"]
 
