@@ -294,22 +294,29 @@ class LLM:
         ``QueueFullError``."""
         return submit_embed(self._open_generator(), self.encode, text, pooling, normalize, self._adapter(lora))
 
-    def score(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Score]:
+    def score(
+        self, pairs: Sequence[tuple[Prompt, Sequence[int]]], *, lora: str | Literal[False] | None = None
+    ) -> list[Score]:
         """How likely each continuation is after its context: ``(context, continuation)``. A context is a text, which
         gets the model's BOS, or token ids; a continuation is token ids. All are computed in one batch, and each has the
-        bits that it has alone; what the cache holds of a context is not computed again. Raises ``ConfigError`` for
-        either without a token, and for more tokens, the last one not counted, than the context holds."""
+        bits that it has alone; what the cache holds of a context is not computed again. ``lora``: as in a request.
+        Raises ``ConfigError`` for either without a token, and for more tokens, the last one not counted, than the
+        context holds."""
+        generator, adapter = self._open_generator(), self._adapter(lora)
         with contextlib.ExitStack() as stack:
             handles = [
-                stack.enter_context(submit_score(self._open_generator(), context, continuation, inline=True))
+                stack.enter_context(submit_score(generator, context, continuation, adapter, inline=True))
                 for context, continuation in [(self.encode(a), self.encode(b)) for a, b in pairs]
             ]
             return [handle.result() for handle in handles]
 
-    def submit_score(self, context: Prompt, continuation: Sequence[int]) -> Handle[Score]:
+    def submit_score(
+        self, context: Prompt, continuation: Sequence[int], *, lora: str | Literal[False] | None = None
+    ) -> Handle[Score]:
         """Begins to compute one score and returns at once: the handle's ``result()``, or ``await``, gives it, the same
         as ``score``; ``cancel()`` ends it. Raises as ``score`` does, and ``QueueFullError``."""
-        return submit_score(self._open_generator(), self.encode(context), self.encode(continuation), inline=False)
+        generator, adapter = self._open_generator(), self._adapter(lora)
+        return submit_score(generator, self.encode(context), self.encode(continuation), adapter, inline=False)
 
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
@@ -328,9 +335,9 @@ class LLM:
 
     def identity(self) -> dict[str, Any]:
         """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
-        configuration, the cache's type, the arithmetic, the kind of kernels."""
+        configuration, the cache's type, the arithmetic, the kind of kernels, the adapter of requests that name none."""
         self._open_generator()
-        return dict(cache_key(self._engine, self.folder))
+        return cache_key(self._engine, self.folder) | ({"adapter": self.default_adapter} if self.default_adapter else {})
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""

@@ -193,15 +193,15 @@ class _Reader:
     def _foreign(self, tensor: str) -> CheckpointError | UnsupportedModelError:
         """Of a module that is none of the linears of the model's layers."""
         match = re.fullmatch(rf"{re.escape(self.prefix)}(\d+)\..*", self._in_model(tensor[len(_PREFIX) :]))
-        trained_for = f", as {self.config.base} has it" if self.config.base else ""
+        of_base = f" of {self.config.base}" if self.config.base else ""
         if match is not None and int(match[1]) >= self.num_layers:
             return CheckpointError(
-                f"{self.tensors.path}: {shown(tensor)}: found layer {match[1]}{trained_for}, the model has "
+                f"{self.tensors.path}: {shown(tensor)}: found layer {match[1]}{of_base}, the model has "
                 f"{self.num_layers} layers"
             )
         ends = sorted({place.module[len(self.prefix) :].partition(".")[2] for place in self.places.values()})
         return UnsupportedModelError(
-            f"{self.tensors.path}: {shown(tensor)}: found a change to a module{trained_for} that is none of those that "
+            f"{self.tensors.path}: {shown(tensor)}: found a change to a module{of_base} that is none of those that "
             f"adapters change in this model's layers: {', '.join(ends)}"
         )
 

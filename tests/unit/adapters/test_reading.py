@@ -157,7 +157,7 @@ A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
         ({}, (), {"layers_to_transform": [0, 1, 2]}, CheckpointError, r"layers\.3.*layers_to_transform.*leave out"),
         (
             {Q0.replace(".0.", ".5.") + ".lora_A.weight": A},
-            (), {}, CheckpointError, r"found layer 5, as stories260K has it, the model has 5 layers",
+            (), {}, CheckpointError, r"found layer 5 of stories260K, the model has 5 layers",
         ),
         ({"base_model.model.lm_head.lora_A.weight": A}, (), {}, UnsupportedModelError, r"lm_head.*none of.*q_proj"),
         (
