@@ -340,6 +340,11 @@ def test_one_sequence_by_hand(model_and_folder):
         assert (logits[0] - expected[stop - 1]).abs().max() <= TOLERANCE
     engine.generator.end(sequence)
     at_rest(engine)
+    held = engine.generator.pool.windows.allocate(1)
+    with pytest.raises(MemoryBudgetError):  # nothing is held of the other slab then
+        engine.generator.begin(500)
+    engine.generator.pool.windows.release(held)
+    at_rest(engine)
     engine.close()
 
 
