@@ -21,11 +21,11 @@ from exl.families.glm import glm, glm4, prepare_glm
 from exl.families.glm_moe import glm4_moe, prepare_glm4_moe
 from exl.families.gpt_oss import gpt_oss, prepare_gpt_oss
 from exl.families.granite import granite
-from exl.families.llama import llama, mistral, prepare_ministral3
+from exl.families.llama import llama, mistral, prepare_ministral3, prepare_mistral
 from exl.families.mixtral import mixtral, prepare_mixtral
 from exl.families.olmo import olmo2, prepare_olmo2
 from exl.families.phi import phi3, prepare_phi3
-from exl.families.qwen import qwen2, qwen3
+from exl.families.qwen import prepare_qwen, qwen2, qwen3
 from exl.families.qwen_moe import prepare_qwen2_moe, prepare_qwen3_moe, qwen2_moe, qwen3_moe
 from exl.families.smollm import prepare_smollm3, smollm3
 from exl.families.specs import EmbedShape, FamilySpec, LayerSpec, LogitsShape, ModelNames, MoeShape, NormShape
@@ -54,13 +54,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "granite": Family(granite),
         "llama": Family(llama),
         "ministral3": Family(mistral, prepare_ministral3),
-        "mistral": Family(mistral),
+        "mistral": Family(mistral, prepare_mistral),
         "mixtral": Family(mixtral, prepare_mixtral),
         "olmo2": Family(olmo2, prepare_olmo2),
         "phi3": Family(phi3, prepare_phi3),
-        "qwen2": Family(qwen2),
+        "qwen2": Family(qwen2, prepare_qwen),
         "qwen2_moe": Family(qwen2_moe, prepare_qwen2_moe),
-        "qwen3": Family(qwen3),
+        "qwen3": Family(qwen3, prepare_qwen),
         "qwen3_moe": Family(qwen3_moe, prepare_qwen3_moe),
         "smollm3": Family(smollm3, prepare_smollm3),
     }
