@@ -3,7 +3,6 @@ both ways to multiply on a CPU."""
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -75,7 +74,9 @@ def test_the_tensors_show_what_they_are(checkpoint):
 def test_its_configuration_says_nothing(tmp_path):
     config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
     assert read_quant_config(tmp_path, {**config, "model_type": "gpt_oss"}) is None
-    with pytest.raises(UnsupportedModelError, match="quant_method: found 'mxfp4', which is MXFP4, .* in gpt-oss alone"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"quant_method: found 'mxfp4', which is MXFP4, .* in gpt-oss alone"
+    ):
         read_quant_config(tmp_path, {**config, "model_type": "llama"})
 
 
