@@ -78,7 +78,7 @@ def find_text_part(read: ConfigReader) -> ConfigReader | None:
     nested = read.object("text_config")
     inner = ConfigReader(nested, f"{read.source}: text_config") if nested else read
     model_type = inner.text("model_type", _WHOLES[whole]) if nested else _WHOLES[whole]
-    values: dict[str, Any] = {**_DEFAULTS.get(model_type, {}), **inner.values, "architectures": None}
+    values: dict[str, Any] = {**_DEFAULTS.get(model_type, {}), **inner.values}
     values |= {key: read.values[key] for key in _OF_BOTH if read.has(key)}
     values["model_type"] = _SAME_AS.get(model_type, model_type)
     if model_type in _SAME_AS:
