@@ -18,7 +18,7 @@ from exl.checkpoint.header import shown
 from exl.completion import Completion, TextIterator, completion_of
 from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine
-from exl.engine.cache_files import cache_key, load_cache, save_cache
+from exl.engine.cache_files import load_cache, prediction_key, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -333,10 +333,11 @@ class LLM:
 
     def identity(self) -> dict[str, Any]:
         """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
-        configuration, the cache's type, the arithmetic, the kind of kernels, its adapters."""
-        self._open_generator()
-        adapter = {"adapter": self.default_adapter} if self.default_adapter else {}
-        return {**cache_key(self._engine, self.folder), **adapter}
+        configuration, how it was rounded on loading, the cache's type, the arithmetic, the kind of kernels, and the
+        adapter of requests that say none, by its number."""
+        generator = self._open_generator()
+        adapter = None if self.default_adapter is None else generator.adapters.index(self.default_adapter)
+        return {**prediction_key(self._engine, self.folder), "adapter": adapter}
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from exl.commands.model_facts import describe_model_files
 from exl.engine.build import Engine, load_engine
+from exl.engine.cache_files import cache_key
 from exl.errors import CheckpointError, UnsupportedModelError
 from exl.layout import cpu_steps
 from exl.layout.specs import Target
@@ -441,3 +442,11 @@ def test_the_quantizer_refuses_mixtures_by_name(folders):
         assignment = Assignment.make(module_names(files.manifest), Settings(4, GROUP, True), ())
         with pytest.raises(UnsupportedModelError, match="mixtures of 6 experts: found them in 3 layers"):
             make_plan(files.manifest, files.config, assignment)
+
+
+def test_a_saved_cache_is_of_experts_that_are_rounded_alike(tmp_path):
+    save(build(SPARSE), tmp_path / "model")
+    first, other = (load(tmp_path / "model", torch_target(), dense=dense) for dense in ("file", 8))
+    with contextlib.closing(first), contextlib.closing(other):
+        mixed = dataclasses.replace(first, model=dataclasses.replace(first.model, experts=other.model.experts))
+        assert cache_key(mixed, tmp_path / "model") != cache_key(first, tmp_path / "model")
