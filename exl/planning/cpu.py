@@ -115,7 +115,8 @@ def _torch_lines(model: PlanInput) -> list[PlanLine]:
 def _compiled_lines(model: PlanInput) -> list[PlanLine]:
     device, limits = model.target.kind, model.limits
     sizes = model.compiled_sizes
-    temporaries = _SAMPLING_BYTES * limits.vocab_size + angle_bytes(limits, limits.window_rows)
+    angles = limits.num_ropes * angle_bytes(limits, limits.window_rows)
+    temporaries = _SAMPLING_BYTES * limits.vocab_size + angles
     return [
         PlanLine(
             "scratch of operations", device, sum(sizes.scratch.values()), True, f"activations in {model.arithmetic}"
