@@ -51,27 +51,24 @@ from exl.ops.base import (
     AttentionSpec,
     Branch,
     EmbedSpec,
-    ExpertSet,
     GatedMlp,
     Linear,
     LogitsSpec,
     Loras,
     Norm,
-    RouteSpec,
     Segments,
     TableRows,
 )
 from exl.ops.cuda_batch import BatchShape, DeviceBatch, Staging
 from exl.ops.cuda_embedding import RowStaging
 from exl.ops.cuda_linear import LinearBuffers, Linears, Residual
+from exl.ops.cuda_mixtures import WithoutMixtures
 from exl.ops.cuda_sampling import DeviceSamples, Sampler
 
 MAX_BINDINGS = 8192  # remembered: one per layer and operation
 
-_NO_MIXTURES = "mixtures of experts: found one, a GPU's kernels have none: expected device='cpu'"
 
-
-class CudaOps:
+class CudaOps(WithoutMixtures):
     """See ``exl.ops.base.Ops``. Owns the arena; weights and cache are the caller's."""
 
     threads = None
@@ -382,35 +379,6 @@ class CudaOps:
         self._store(backend, x, w, y)
         post = RowNorm(norm.weight, norm.eps, norm.kind)
         norm_add(backend, y, post, h, sumsq, branch.scale, dependent=self._may_overlap())
-
-    def route(
-        self,
-        h: torch.Tensor,
-        norm: Norm,
-        router: Linear,
-        bias: torch.Tensor | None,
-        spec: RouteSpec,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> None:
-        raise UnsupportedModelError(_NO_MIXTURES)
-
-    def experts_add(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        experts: ExpertSet,
-        spec: GatedMlp,
-        h: torch.Tensor,
-    ) -> None:
-        raise UnsupportedModelError(_NO_MIXTURES)
-
-    def shared_add(
-        self, x: torch.Tensor, gate_up: Segments, down: Segments, gate: Linear | None, spec: GatedMlp, h: torch.Tensor
-    ) -> None:
-        raise UnsupportedModelError(_NO_MIXTURES)
 
     def logits(self, h: torch.Tensor, norm: Norm, head: Linear, spec: LogitsSpec, out: torch.Tensor) -> torch.Tensor:
         done = sum(stop - start for start, stop in self._now.shape.logit_runs)

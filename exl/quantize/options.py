@@ -92,8 +92,7 @@ class QuantizeOptions:
 
     @property
     def reference_bits(self) -> int:
-        """With ``target_bits``: the width at which the effect of a linear's rounding is measured. The nearest below the
-        target, so that it is no smaller than what is left of it in the end."""
+        """With ``target_bits``: the nearest choice that is not above it."""
         return max(width for width in self.bit_choices if width <= self.target_bits)
 
     @property

@@ -135,10 +135,14 @@ def module_names(manifest: ModelManifest) -> list[str]:
     return list(dict.fromkeys(parts))
 
 
-def make_plan(manifest: ModelManifest, config: ModelConfig, assignment: Assignment) -> QuantizePlan:
-    """Raises ``ConfigError`` that names the module that the bits do not fit, ``UnsupportedModelError`` for mixtures of
-    experts; warns (``ExlWarning``) of groups that are
-    shorter than the others."""
+def make_plan(
+    manifest: ModelManifest, config: ModelConfig, assignment: Assignment, choices: Sequence[int] = ()
+) -> QuantizePlan:
+    """``choices``: widths of which one will be chosen for modules whose bits no override says.
+
+    Raises ``ConfigError`` that names the module that the bits do not fit, ``UnsupportedModelError`` for mixtures of
+    experts; warns (``ExlWarning``) of groups that are shorter than the others.
+    """
     if config.mixtures:
         raise UnsupportedModelError(
             f"mixtures of {config.mixtures[0].count} experts: found them in {len(config.mixtures)} layers, the "
@@ -152,7 +156,7 @@ def make_plan(manifest: ModelManifest, config: ModelConfig, assignment: Assignme
     embed_name = dict(manifest.embed.linears)["embed"][0].parts[0].name
     unused = manifest.names.head if manifest.tied and embed_name != manifest.names.head else None
     plan = QuantizePlan(padding.padded, layers, manifest.tied, unused, assignment)
-    _check(plan)
+    _check(plan, choices)
     return plan
 
 
@@ -217,12 +221,17 @@ def _add_part(
     modules[matrix.name] = ModulePlan(matrix.name, matrix.K, N, out_K, out_N, matrix.has_bias, settings, (part,))
 
 
-def outputs_per_word(bits: int) -> int:
-    """So many outputs' zeros fill whole words."""
+def fitting_widths(modules: Sequence[ModulePlan], widths: Sequence[int]) -> list[int]:
+    """Those at which the zeros of each module's outputs fill whole words."""
+    return [bits for bits in widths if all(module.out_N % _outputs_per_word(bits) == 0 for module in modules)]
+
+
+def _outputs_per_word(bits: int) -> int:
     return 32 // gcd(bits, 32)
 
 
-def _check(plan: QuantizePlan) -> None:
+def _check(plan: QuantizePlan, choices: Sequence[int]) -> None:
+    free = plan.assignment.without_bits() if choices else set()
     shorter: list[ModulePlan] = []
     for module, _ in plan.modules():
         if module.out_K % K_MULTIPLE:
@@ -230,11 +239,12 @@ def _check(plan: QuantizePlan) -> None:
                 f"{module.name}: found {module.out_K} inputs, expected a multiple of {K_MULTIPLE}: "
                 "GPTQ packs inputs by 32; leave it dense"
             )
-        per_word = outputs_per_word(module.bits)
-        if module.out_N % per_word:
+        widths = choices if module.name in free else (module.bits,)
+        if not fitting_widths([module], widths):
+            bits = min(widths, key=_outputs_per_word)
             raise ConfigError(
-                f"{module.name}: found {module.out_N} outputs, expected a multiple of {per_word}: "
-                f"{module.bits}-bit zeros fill whole words; leave it dense, or take other bits"
+                f"{module.name}: found {module.out_N} outputs, expected a multiple of {_outputs_per_word(bits)}: "
+                f"{bits}-bit zeros fill whole words; leave it dense, or take other bits"
             )
         if module.settings.group_size != -1 and module.out_K % module.settings.group_size:
             shorter.append(module)

@@ -33,7 +33,7 @@ from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.overrides import Assignment
 from exl.quantize.plan import Entry, QuantizePlan, make_plan, module_names
-from exl.quantize.sensitivity import Probe, Texts, choose_bits, measure_pass
+from exl.quantize.sensitivity import Probe, Texts, check_target, choose_bits, measure_pass
 from exl.quantize.solve import Solver
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically, write_text
 from exl.text.tokenizer import Tokenizer
@@ -73,7 +73,10 @@ def quantize(
 
     Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
     the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
-    on disk. ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
+    on disk. Choosing widths (``target_bits``) needs another copy of the largest linear, a few copies of the activations
+    of 1024 tokens and their logits, and on disk their hidden states once for each linear.
+
+    ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
     """
     src, dst = Path(src), Path(dst)
     limit = thread_limit(threads)
@@ -108,7 +111,9 @@ class _Run:
             raise ConfigError(f"{folder}: already quantized, expected a dense model")
         self.manifest = read_manifest(checkpoint, self.config, None)
         self.asked = Assignment.make(module_names(self.manifest), options.settings, options.parsed_overrides)
-        self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked)
+        self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked, options.bit_choices or ())
+        if options.target_bits is not None:
+            check_target(self.plan, options)
         self.sequences = self._read_sequences() if options.method == "gptq" else []
         self.streams = () if not self.sequences else ("hidden", "dense") if options.match_dense else ("hidden",)
         self.layers = LayerPass(checkpoint, self.config, self.manifest, self.sequences, compute)

@@ -30,7 +30,7 @@ from exl.quantize.effort import Effort
 from exl.quantize.layer_pass import LayerPass
 from exl.quantize.listen import Heard, Listener, scratch_width
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.plan import LinearPlan, ModulePlan, QuantizePlan, outputs_per_word
+from exl.quantize.plan import LinearPlan, ModulePlan, QuantizePlan, fitting_widths
 from exl.quantize.solve import Prepared, Solver
 from exl.quantize.steps import HIDDEN, layer_steps
 from exl.quantize.work import WorkFolder, as_bytes, read_rows, write_scratch
@@ -186,30 +186,25 @@ class Probe:
         prepared, x = self._solver.prepare(plan, heard), state["x"]
         dense = linear.fields["weight"].clone()
         errors: dict[int, float] = {}
-        for bits in self._widths(plan):
+        widths = fitting_widths(plan.modules, self._options.bit_choices)
+        below = [bits for bits in widths if bits <= self._options.target_bits]
+        reference = max(below, default=min(widths))
+        for bits in widths:
             for modules in plan.solves():
                 self._round(plan, [_with_bits(module, bits) for module in modules], linear, dense, prepared)
             errors[bits] = float((x @ (linear.fields["weight"] - dense).T).double().square().sum())
-            if bits == self._options.reference_bits:
+            if bits == reference:
                 rounded = self._through(layer_idx, weights, state, name, None)[HIDDEN]
                 self._write(f"new-{name}", rounded)
             linear.fields["weight"].copy_(dense)
-        reference = errors[self._options.reference_bits]
-        return {bits: error / reference if reference else 0.0 for bits, error in errors.items()}
+        unit = errors[reference]
+        return {bits: error / unit if unit else 0.0 for bits, error in errors.items()}
 
     def _round(
         self, plan: LinearPlan, modules: list[ModulePlan], linear: Linear, dense: torch.Tensor, prepared: Prepared
     ) -> None:
         result = self._solver.round(plan, modules, dense, prepared)
         linear.fields["weight"][plan.columns(modules)] = result.dequantize()[: plan.K].T
-
-    def _widths(self, plan: LinearPlan) -> list[int]:
-        """Those whose zeros fill whole words in all modules."""
-        return [
-            bits
-            for bits in self._options.bit_choices
-            if all(module.out_N % outputs_per_word(bits) == 0 for module in plan.modules)
-        ]
 
     def _through(
         self, layer_idx: int, weights: LayerWeights, state: dict[str, torch.Tensor], start: str | None, stop: str | None
@@ -287,6 +282,16 @@ def choose_bits(plan: QuantizePlan, errors: Errors, target: float) -> dict[str, 
         if module.name in free
     }
     return {**chosen, **fixed}
+
+
+def check_target(plan: QuantizePlan, options: QuantizeOptions) -> None:
+    """Raises the ``ConfigError`` of :func:`choose_bits`, which does not depend on errors."""
+    errors: Errors = {
+        (layer_idx, name): dict.fromkeys(fitting_widths(linear.modules, options.bit_choices), 0.0)
+        for layer_idx, layer in enumerate(free_modules(plan))
+        for name, linear in layer.items()
+    }
+    choose_bits(plan, errors, options.target_bits)
 
 
 def measure_pass(learn: LayerPass, sequences: Sequence[I32]) -> LayerPass:

@@ -258,6 +258,7 @@ class _Loader:
                 order = None
                 if key == "gate_up" and packs_in_order(layout):
                     (down,) = layout.linears["down"][0].spec.parts
+                    down = down if expert is None else expert[0].part(down, expert[1])
                     order = load_part(checkpoint, down, self.quant).order
                 linears.append((linear, *layout.linear_range(key, i), order))
         for stop in self._each(pack, linears):

@@ -201,7 +201,7 @@ def test_bits_are_the_same_in_any_chunks_and_waves(case, folders, monkeypatch):
     """exl's own kernels: rows of prompts, too; pairs of rows and experts at once, or in waves that end anywhere."""
     folder = folders(case)[0]
     whole = all_logits(load(folder, COMPILED, arithmetic="int16"), IDS)
-    for chunk in (1, 2, 7, 33):
+    for chunk in (1, 7, 33) if case is SHARED else (7,):
         engine = load(folder, COMPILED, arithmetic="int16", prefill_chunk=chunk, prefill_window=chunk)
         assert torch.equal(all_logits(engine, IDS), whole)
     monkeypatch.setattr(cpu_steps, "_PAIR_BYTES", 1)

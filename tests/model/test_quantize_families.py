@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import exl
 from exl.checkpoint.checkpoint import Checkpoint
+from exl.errors import UnsupportedModelError
 from exl.families.config import ModelConfig
 from exl.models.manifest import read_manifest
 from exl.ops.base import Linear
@@ -27,13 +29,14 @@ from exl.quantize.compute import Compute
 from exl.quantize.layer_pass import LayerPass
 from exl.quantize.listen import Listener
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.plan import LinearPlan, make_plan
+from exl.quantize.overrides import Assignment, Settings
+from exl.quantize.plan import LinearPlan, make_plan, module_names
 from exl.quantize.run import quantize
 from exl.quantize.steps import layer_steps
 from exl.quantize.work import WorkFolder, as_bytes, write_atomically
 from exl.threads import Threads
 from tests.model.cpu_targets import EXACT
-from tests.model.hf_models import CASES, Case, build, prefill_logits, save
+from tests.model.hf_models import CASES, MIXTURES, Case, build, prefill_logits, save
 from tests.model.test_quantize_model import DATA, dequantized
 
 TOKENIZER = DATA / "stories260K"
@@ -41,7 +44,7 @@ CALIBRATION = DATA / "calibration" / "stories260K.txt"
 # One of each way in which a layer can differ from Llama's.
 NAMES = (
     *("llama-biases", "qwen3", "gemma2", "gemma3", "phi3", "glm", "glm4", "granite", "cohere2", "cohere2-biases"),
-    *("olmo2", "smollm3-window"),
+    *("ministral3", "olmo2", "exaone4", "smollm3-window"),
 )
 FAMILIES = [
     replace(case, options={**case.options, "vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 64})
@@ -59,12 +62,13 @@ FIRST = {
     "gate_up": ("mlp.gate_proj", "mlp.gate_up_proj"),
     "down": ("mlp.down_proj",),
 }
-POST_NORMED = ("gemma2", "gemma3", "glm4", "olmo2")
+POST_NORMED = ("exaone4", "gemma2", "gemma3", "glm4", "olmo2")
 
 
 def test_every_family_is_here():
     """But those that are Llama with windows or with biases."""
-    assert {case.family for case in CASES} - {case.family for case in FAMILIES} == {"mistral", "qwen2"}
+    dense = {case.family for case in CASES} - {case.family for case in MIXTURES}
+    assert dense - {case.family for case in FAMILIES} == {"mistral", "qwen2"}
 
 
 def make(case: Case) -> transformers.PreTrainedModel:
@@ -148,7 +152,7 @@ def test_it_hears_what_transformers_feeds(case, tmp_path):
     with Checkpoint.open(tmp_path / "source") as checkpoint:
         config = ModelConfig.from_folder(tmp_path / "source")
         manifest = read_manifest(checkpoint, config, None)
-        plan = make_plan(manifest, config, QuantizeOptions(group_size=32, method="rtn"))
+        plan = make_plan(manifest, config, Assignment.make(module_names(manifest), Settings(4, 32, False), ()))
         layers = LayerPass(checkpoint, config, manifest, sequences, Compute.with_torch(Threads(1)))
         work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
         first, weights = layers.read_layer(0), layers.read_layer(1)
@@ -224,3 +228,25 @@ def test_round_trip(case, bits, tmp_path):
     assert float((found - prefill_logits(model, ids)).abs().max()) <= 2e-4
     error = float((found - dense).square().mean().sqrt() / dense.square().mean().sqrt())
     assert error <= 2 * 0.015 if bits == 8 else error > 0.001
+
+
+def test_a_width_that_does_not_fit_is_not_chosen(tmp_path):
+    """Zeros of 16 outputs fill no whole words at 3 bits, which are the reference of the others."""
+    case = next(case for case in CASES if case.name == "llama-one-kv-head")
+    source_of(replace(case, options={**case.options, "vocab_size": 512}), tmp_path / "source")
+    options = QuantizeOptions(
+        target_bits=3.4, bit_choices=(3, 4), group_size=32, calibration=CALIBRATION, num_samples=6, seq_len=48
+    )
+    quantize(tmp_path / "source", tmp_path / "out", options)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    words = {name.partition("layers.")[2]: x.shape[0] for name, x in tensors.items() if name.endswith("qweight")}
+    assert {words[f"{i}.self_attn.{name}_proj.qweight"] for i in range(3) for name in "qkv"} == {64 // 32 * 4}
+    assert any(found == 64 // 32 * 3 for found in words.values())
+
+
+def test_mixtures_are_refused_by_name(tmp_path):
+    case = next(case for case in MIXTURES if case.name == "mixtral")
+    save(build(case), tmp_path / "source")
+    with pytest.raises(UnsupportedModelError, match="mixtures of 5 experts: found them in 3 layers"):
+        quantize(tmp_path / "source", tmp_path / "out", QuantizeOptions(method="rtn", group_size=32))
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -80,3 +81,31 @@ def test_a_model_with_a_template_is_for_chats(tmp_path):
     assert run_command(tmp_path) == shlex.join(["exl", "chat", "-m", str(tmp_path)])
     (tmp_path / "tokenizer.json").unlink()
     assert run_command(tmp_path) is None
+
+
+def test_single_modules_and_an_average(tmp_path):
+    calibration = ("--calibration", DATA / "calibration" / "stories260K.txt", "--num-samples", "4", "--seq-len", "64")
+    calibration += ("--group-size", "32")
+    options = ("--bit-choices", "3,4", "--override", ".*o_proj=bits:8", "--override", ".*[.]0[.]self_attn[.]q=dense")
+    done = run_exl("quantize", STORIES, tmp_path / "out", *calibration, *options, "--target-bits", "3.2")
+    assert done.returncode == 1
+    assert "target_bits: found 3.2, expected at least 3.4" in done.stderr
+    done = run_exl("quantize", STORIES, tmp_path / "out", *calibration, *options, "--target-bits", "3.8")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"bytes of weights, 3\.(7\d\d|800) bits on average", done.stderr)
+    dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
+    assert {"bits": 8} in dynamic.values()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bits", "4", "--target-bits", "3.5"), "bits: found 4, expected none beside target_bits"),
+        (("--target-bits", "3.5", "--bit-choices", "3;4"), "bit_choices: found '3;4', expected whole numbers"),
+        (("--override", "x"), "override: 'x': expected PATTERN=bits:8"),
+    ],
+)
+def test_widths_that_cannot_be(tmp_path, options, message):
+    done = run_exl("quantize", STORIES, tmp_path / "out", "--calibration", TEXT, *options)
+    assert done.returncode == 1
+    assert message in done.stderr

@@ -29,9 +29,7 @@ def test_queries_that_grow_bound_a_gpus_context(ministral):
     """Ministral 3 multiplies queries from position 16,384 on, which the class in transformers sets where a file says
     nothing."""
     assert exl.plan(ministral, vram="8GB", context=16_384).context == 16_384
-    with pytest.raises(
-        exl.ConfigError, match="context: found 16385, expected 16384 or less: beyond it queries"
-    ):
+    with pytest.raises(exl.ConfigError, match="context: found 16385, expected 16384 or less: beyond it queries"):
         exl.plan(ministral, vram="8GB", context=16_385)
     assert exl.plan(ministral, vram="8GB", context="auto").context == 16_384
     assert exl.plan(ministral, ram="8GB", context=20_000).context == 20_000
