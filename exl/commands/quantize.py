@@ -96,6 +96,9 @@ def quantize(
     average = "" if target_bits is None else f", {done.average_bits:.3f} bits on average"
     weights, tokens = f"{done.num_bytes} bytes of weights{average}", f"{done.num_calibration_tokens} tokens of text"
     say(f"{done.folder}: {weights}, {tokens}{resumed}")
+    for rows in done.experts:
+        if rows.few:
+            say(str(rows))
     if (command := run_command(done.folder)) is not None:
         say(f"run it: {command}")
 

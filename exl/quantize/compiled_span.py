@@ -6,6 +6,7 @@ import torch
 
 from exl.cpu_kernels.pool import Pool
 from exl.layout.cpu_steps import CompiledSizes, scratch_sizes
+from exl.layout.fields import FIELD_ALIGN, align_up
 from exl.layout.kv import DeviceKVLayout
 from exl.layout.steps import StepLimits
 from exl.ops.base import Norm
@@ -17,7 +18,10 @@ from exl.quantize.span_ops import Span
 class CompiledSpan(Span, CompiledOps):
     def __init__(self, limits: StepLimits, num_kv_heads: int, pool: Pool) -> None:
         layout = DeviceKVLayout("f32", 1, num_kv_heads, limits.head_dim)
-        sizes = CompiledSizes(scratch_sizes((), limits, "f32"))  # no step is recorded
+        scratch = scratch_sizes((), limits, "f32")
+        if limits.experts is not None:  # of mixtures only the routers run
+            scratch["router"] = align_up(limits.max_rows * limits.experts.count * 4, FIELD_ALIGN)
+        sizes = CompiledSizes(scratch)  # no step is recorded
         super().__init__(pool, COMPILED, layout, limits, sizes, "f32")
 
     def _inputs(self, h: torch.Tensor, norm: Norm | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from exl.batch import ForwardBatch
 from exl.families.config import ModelConfig
 from exl.families.specs import LayerSpec
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.plan import LinearPlan, ModulePlan
+from exl.quantize.plan import ExpertsPlan, LinearPlan, ModulePlan
 from exl.quantize.steps import ATTN, Step, layer_steps, plan_hearings
 
 # In microseconds, as measured on one core at layers of SmolLM2-135M.
@@ -42,11 +42,13 @@ class Effort:
         plan: Mapping[str, LinearPlan],
         compiled: bool,
         is_last: bool = False,
+        experts: ExpertsPlan | None = None,
     ) -> None:
         """``compiled``: kernels multiply the rows and round the weights, not torch. ``is_last``: nothing reads the
         layer's outputs, so they are not computed."""
         self._layer, self._options, self._plan = layer, options, plan
         self._compiled, self._is_last = compiled, is_last
+        self._experts = experts
         self._steps = layer_steps(layer)
         self.heard = heard_linears(self._steps, plan)
         hearings = plan_hearings(self._steps, self.heard, self._follows_dense)
@@ -104,8 +106,53 @@ class Effort:
     def whole(self, chunks: Sequence[ForwardBatch]) -> int:
         """All steps of the layer."""
         ends = [] if self._is_last else ["outputs", "dense outputs"] if self._follows_dense else ["outputs"]
+        if self._experts is not None and self._is_last:
+            ends = ["outputs"]  # of attention, which experts learn from
         work = sum(self.chunk(name, chunk) for name in [*self.heard, *ends] for chunk in chunks)
-        return self.read() + work + sum(map(self.solve, self.heard))
+        mixture = self._mixture(sum(chunk.num_rows for chunk in chunks))
+        return self.read() + work + sum(map(self.solve, self.heard)) + mixture
+
+    # Mixtures of experts
+
+    def route(self, num_rows: int) -> int:
+        """All rows of a stream through the router."""
+        router = self._plan["router"]
+        return round(num_rows * (self._row_flop * 2 * router.K * router.N + _ELEMENT * 6 * router.K))
+
+    def expert(self, num_rows: int) -> int:
+        """An expert that gets its share of all rows."""
+        linears = self._experts.first
+        read = _READ * sum(linear.K * linear.N for linear in linears.values())
+        share = num_rows * self._layer.mlp.per_token / self._experts.count
+        return round(read) + self._mlp(linears["gate_up"], linears["down"], share)
+
+    def shared(self, num_rows: int) -> int:
+        """The expert that takes all rows."""
+        return self._mlp(self._plan["shared_gate_up"], self._plan["shared_down"], num_rows)
+
+    def _mlp(self, gate_up: LinearPlan, down: LinearPlan, rows: float) -> int:
+        """Both Hessians, which hear nothing of the dense stream; rounding; rows through it in each stream."""
+        flop, streams = self._row_flop, self._num_streams
+        linears = [linear for linear in (gate_up, down) if linear.modules]
+        solving = sum(self._solve(modules) for linear in linears for modules in linear.solves())
+        if not streams:
+            return solving
+        hearing = sum(flop * rows * x.K * (x.K + 256) + _ELEMENT * x.K * x.K for x in linears)
+        inner, outer = (2 * x.K * x.N * rows * flop + _ELEMENT * 4 * rows * (x.K + x.N) for x in (gate_up, down))
+        return solving + round(hearing + inner * (1 + streams) + outer * streams)
+
+    def _mixture(self, num_rows: int) -> int:
+        if self._experts is None:
+            return 0
+        shared = 0 if self._layer.mlp.shared is None else self.shared(num_rows)
+        return self._num_streams * self.route(num_rows) + shared + self._experts.count * self.expert(num_rows)
+
+    @property
+    def _num_streams(self) -> int:
+        """That go through the experts: of the last layer nobody needs the dense outputs."""
+        if self._options.method == "rtn":
+            return 0
+        return 2 if self._follows_dense and not self._is_last else 1
 
     @property
     def _row_flop(self) -> float:

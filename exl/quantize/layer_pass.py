@@ -5,7 +5,7 @@ The forward pass is the decoder's own, over the operations that models run by; n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -16,14 +16,14 @@ from exl.batch import I32, ForwardBatch
 from exl.cache.kv import KVCache, KVPages
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.families.config import ModelConfig
-from exl.formats.load import load_matrix
-from exl.formats.tensors import read_float, read_norm
+from exl.formats.load import load_matrix, load_part
+from exl.formats.tensors import read_norm, to_float
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec
-from exl.layout.steps import StepLimits
-from exl.models.decoder import Decoder, StepBuffers
+from exl.layout.steps import ExpertLimits, StepLimits
+from exl.models.decoder import Decoder, RoutedRows, StepBuffers
 from exl.models.manifest import ModelManifest
-from exl.ops.base import LayerWeights, Linear, view_field, view_segments
+from exl.ops.base import LayerWeights, Linear, Segments, view_field, view_segments
 from exl.quantize.calibration import make_chunks, num_pages
 from exl.quantize.compute import Compute
 from exl.quantize.span_ops import Stopped
@@ -76,6 +76,7 @@ class LayerPass:
             vocab_size=config.vocab_size,
             head_dim=config.head_dim,
             max_sequences=max((chunk.num_sequences for chunk in self.chunks), default=1),
+            experts=_expert_limits(config),
         )
         self._max_logit_rows = max_logit_rows
         self._ops = compute.span_ops(limits, config.num_kv_heads)
@@ -86,6 +87,7 @@ class LayerPass:
             qkv=torch.empty(max_rows, config.qkv_width),
             attn=torch.empty(max_rows, config.attn_width),
             mlp=torch.empty(max_rows, config.intermediate_size),
+            routed=_routed_rows(config, max_rows),
         )
 
     def embed(self) -> Iterator[torch.Tensor]:
@@ -135,8 +137,17 @@ class LayerPass:
             yield logits
 
     def read_layer(self, layer_idx: int) -> LayerWeights:
-        """The dense layer in f32; modules that share an input are fused into one linear."""
+        """The dense layer in f32; modules that share an input are fused into one linear. Without experts."""
         spec = self.manifest.layers[layer_idx]
+        return self._read_blob(spec, lambda part: part)
+
+    def read_expert(self, layer_idx: int, expert: int) -> Mapping[str, Segments]:
+        """The dense "gate_up" and "down" of an expert in f32, each one linear."""
+        experts = self.manifest.experts[layer_idx]
+        return self._read_blob(experts.blob, lambda part: experts.part(part, expert)).linears
+
+    def _read_blob(self, spec: BlobSpec, source: Callable[[MatrixSpec], MatrixSpec]) -> LayerWeights:
+        """``source``: where in the checkpoint a part of ``spec`` is."""
         linears = tuple(
             (name, (LinearSpec(tuple(replace(part, dtype="f32", bits=32) for old in group for part in old.parts)),))
             for name, group in spec.linears
@@ -149,16 +160,20 @@ class LayerPass:
             (linear,) = weights[name]
             start = 0
             for part in linear.layout.spec.parts:
-                self._fill(linear, part, start)
+                matrix = load_part(self.checkpoint, source(part), None)
+                rows = to_float(matrix.rows(0, part.N), matrix.dtype)
+                linear.fields["weight"][start : start + part.N] = torch.from_numpy(np.ascontiguousarray(rows))
+                if matrix.bias is not None:
+                    bias = torch.from_numpy(to_float(matrix.bias, matrix.bias_dtype))
+                    linear.fields["bias"][start : start + part.N] = bias
                 start += part.N
         return weights
 
-    def _fill(self, linear: Linear, part: MatrixSpec, start: int) -> None:
-        chosen = slice(None) if part.rows is None else part.rows.indices()
-        for kind in ("weight", "bias"):
-            if f"{part.name}.{kind}" in self.checkpoint.tensors:
-                values = torch.from_numpy(read_float(self.checkpoint, f"{part.name}.{kind}")[chosen])
-                linear.fields[kind][start : start + part.N] = values
+    def route(self, layer_idx: int, weights: LayerWeights, chunk: ForwardBatch, h: torch.Tensor) -> RoutedRows:
+        """What the router of a mixture leaves for the experts, of h [T, C] behind attention; valid until the next
+        call."""
+        self.run(layer_idx, weights, chunk, {HIDDEN: h}, start="router")
+        return self._buffers.rows(len(h)).routed
 
     def run(
         self,
@@ -171,7 +186,7 @@ class LayerPass:
         stop: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """Runs a chunk through the layer from the linear ``start`` (None: the first) to the linear ``stop``, which is
-        not run (None: to the end).
+        not run (None: to the end, or, in a mixture of experts, to the router).
 
         ``state`` is what the chunk has come to: "hidden" [T, C], changed in place, and the inputs [T, K] "attn" of "o"
         and "mlp" of "down", if they are computed before ``start`` and needed. Returns the state at ``stop`` and "x"
@@ -195,3 +210,19 @@ class LayerPass:
                 return found | {"x": stopped.x}
             ops.fence()
         return found
+
+
+def _expert_limits(config: ModelConfig) -> ExpertLimits | None:
+    """Of routing: experts themselves are not run by operations."""
+    mixtures = config.mixtures
+    if not mixtures:
+        return None
+    return ExpertLimits(max(moe.count for moe in mixtures), max(moe.per_token for moe in mixtures), 0)
+
+
+def _routed_rows(config: ModelConfig, max_rows: int) -> RoutedRows | None:
+    if not config.mixtures:
+        return None
+    per_token = max(moe.per_token for moe in config.mixtures)
+    x, ids = torch.empty(max_rows, config.hidden_size), torch.empty(max_rows, per_token, dtype=torch.int32)
+    return RoutedRows(x, ids, torch.empty(max_rows, per_token))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from exl.batch import ForwardBatch
-from exl.families.specs import LayerSpec
+from exl.families.specs import LayerSpec, MoeShape
 from exl.ops.base import LayerWeights, Linear
 from exl.quantize.gptq import Hessian
 from exl.quantize.layer_pass import LayerPass
@@ -31,8 +31,8 @@ RunChunk = Callable[[ForwardBatch, int], dict[str, torch.Tensor]]
 
 def scratch_width(layer: LayerSpec, hidden_size: int, follow_dense: bool) -> int:
     """How many f32 per token are on disk at most while a layer is quantized, besides the hidden states before it and
-    after it."""
-    attn, mlp = layer.attention.width, layer.mlp.width
+    after it. What a mixture's router reads, hidden_size for each stream, is less than attention needs before."""
+    attn, mlp = layer.attention.width, 0 if isinstance(layer.mlp, MoeShape) else layer.mlp.width
     width = hidden_size + (attn + mlp if layer.parallel else max(attn, mlp))
     if not follow_dense:
         return width
@@ -109,6 +109,7 @@ class _Stream:
     def _width(self, part: str) -> int:
         config = self._layers.config
         layer = config.layers[self._layer_idx]
+        # The MLP's is never asked for in a mixture, which has no step that writes it.
         return {HIDDEN: config.hidden_size, ATTN: layer.attention.width, MLP: layer.mlp.width}[part]
 
 
@@ -179,7 +180,7 @@ class Listener:
                 self._told("dense outputs", chunk)
 
     def outputs(self) -> Iterator[torch.Tensor]:
-        """The quantized layer's outputs [T, C], chunk by chunk."""
+        """The quantized layer's outputs [T, C], chunk by chunk; those of attention if a mixture of experts follows."""
         with self._quantized.going(len(self._steps)) as run:
             for chunk, first in self._chunks():
                 found = run(chunk, first)

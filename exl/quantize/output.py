@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,24 @@ def entry_bytes(entry: Entry) -> int:
 def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Entry, int | None]]:
     """Every tensor of the output, with the index of the layer whose file holds it; None: copied from the source.
 
-    In the source's order; a quantized module's tensors take the place of its weight. A head that is a copy of the
-    embedding is left out.
+    In the source's order; a quantized module's tensors take the place of its weight, those of all experts of a layer
+    the place of what comes first of them, one expert after another, whatever form the source has them in. A head that
+    is a copy of the embedding is left out.
     """
-    modules = {module.name: (module, i) for module, i in plan.modules()}
+    experts = _of_experts(plan)
+    modules = {module.name: (module, i) for module, i in plan.modules() if module.name not in experts}
     entries: list[tuple[Entry, int | None]] = []
+    begun: set[int] = set()
     for name, info in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
         if module == plan.unused:
+            continue
+        layer_idx = experts.get(name, experts.get(module))
+        if layer_idx is not None:
+            if layer_idx not in begun:
+                begun.add(layer_idx)
+                found = plan.experts[layer_idx].modules()
+                entries += [(entry, layer_idx) for module in found for entry in module.entries()]
             continue
         if module not in modules:
             entries.append(((name, info.dtype, info.shape), None))
@@ -53,6 +65,16 @@ def output_entries(checkpoint: Checkpoint, plan: QuantizePlan) -> list[tuple[Ent
             found, layer_idx = modules[module]
             entries += [(entry, layer_idx) for entry in found.entries()]
     return entries
+
+
+def _of_experts(plan: QuantizePlan) -> dict[str, int]:
+    """The layers of experts' modules, and of tensors of the source that have the matrices of several."""
+    found: dict[str, int] = {}
+    for layer_idx, experts in enumerate(plan.experts):
+        if experts is not None and experts.quantized:
+            found |= dict.fromkeys(experts.stacks, layer_idx)
+            found |= {module.name: layer_idx for module in experts.modules()}
+    return found
 
 
 def write_checkpoint(
@@ -104,7 +126,8 @@ def _with_shapes(config_json: dict[str, Any], plan: QuantizePlan) -> dict[str, A
     holder = values
     if text:  # checked when the config was read
         holder = values["text_config"] = dict(text)
-    holder["intermediate_size"] = plan.intermediate_size
+    if plan.intermediate_size is not None:
+        holder["intermediate_size"] = plan.intermediate_size
     for place in (values, holder):
         if place.get("tie_word_embeddings") and not plan.tied:  # the source was wrong about its head
             place["tie_word_embeddings"] = False
@@ -127,13 +150,14 @@ def _cut_shards(entries: list[tuple[Entry, int | None]], max_bytes: int) -> list
 def _read_tensors(
     shard: list[tuple[Entry, int | None]], checkpoint: Checkpoint, work: WorkFolder, progress: Callable[[Entry], None]
 ) -> Iterator[Any]:
-    for entry, layer_idx in shard:
-        if layer_idx is None:
-            yield checkpoint.read(entry[0])
-        else:
-            with Checkpoint.open(work.layer_path(layer_idx)) as layer:
-                yield layer.read(entry[0])
-        progress(entry)
+    for layer_idx, some in groupby(shard, key=lambda item: item[1]):
+        with ExitStack() as stack:
+            source = checkpoint
+            if layer_idx is not None:  # opened once for all: with experts it has thousands of tensors
+                source = stack.enter_context(Checkpoint.open(work.layer_path(layer_idx)))
+            for entry, _ in some:
+                yield source.read(entry[0])
+                progress(entry)
 
 
 def quantization_config(options: QuantizeOptions, plan: QuantizePlan) -> dict[str, Any]:

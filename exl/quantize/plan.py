@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, lcm
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from exl.errors import ConfigError, UnsupportedModelError, warn_user
 from exl.families.config import ModelConfig
-from exl.layout.specs import BlobSpec, MatrixSpec
+from exl.families.specs import MoeShape, PartSpec
+from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec
 from exl.models.manifest import ModelManifest
 from exl.quantize.overrides import Assignment, Settings
 
@@ -103,11 +104,40 @@ class LinearPlan:
 
 
 @dataclass(frozen=True)
+class ExpertsPlan:
+    """The experts of a layer, of one kind. ``first``: the linears of the first one, "gate_up" and "down"."""
+
+    count: int
+    first: Mapping[str, LinearPlan]
+    names: Mapping[str, str]  # of the first one's modules, with "{e}" for the number of the expert
+    stacks: tuple[str, ...]  # the source's tensors that have all experts' matrices; (): each has modules of its own
+
+    @property
+    def quantized(self) -> bool:
+        return any(linear.modules for linear in self.first.values())
+
+    def linears(self, expert: int) -> Mapping[str, LinearPlan]:
+        return {
+            name: replace(linear, modules=tuple(self._named(module, expert) for module in linear.modules))
+            for name, linear in self.first.items()
+        }
+
+    def modules(self) -> Iterator[ModulePlan]:
+        """Of all experts, one expert after another."""
+        modules = [module for linear in self.first.values() for module in linear.modules]
+        return (self._named(module, expert) for expert in range(self.count) for module in modules)
+
+    def _named(self, module: ModulePlan, expert: int) -> ModulePlan:
+        return replace(module, name=self.names[module.name].format(e=expert))
+
+
+@dataclass(frozen=True)
 class QuantizePlan:
     """``layers[i]``: the layer's linears by the names of ``LayerSpec.linears``."""
 
-    intermediate_size: int  # in the output, padding included
+    intermediate_size: int | None  # in the output, padding included; None: a model with mixtures, as in the source
     layers: tuple[Mapping[str, LinearPlan], ...]
+    experts: tuple[ExpertsPlan | None, ...]  # by layer
     tied: bool  # the embedding is also the head
     unused: str | None  # module of the source that is left out: a head that is a copy of the embedding
     assignment: Assignment
@@ -120,19 +150,44 @@ class QuantizePlan:
 
     def modules(self) -> list[tuple[ModulePlan, int]]:
         """All quantized ones, with the layer's index."""
-        return [
-            (module, i) for i, layer in enumerate(self.layers) for linear in layer.values() for module in linear.modules
-        ]
+        return [(module, i) for i in range(len(self.layers)) for module in self._of_layer(i)]
 
     def layer_entries(self, layer_idx: int) -> list[Entry]:
+        return [entry for module in self._of_layer(layer_idx) for entry in module.entries()]
+
+    def _of_layer(self, layer_idx: int) -> list[ModulePlan]:
+        """Those of experts come last, one expert after another."""
         modules = [module for linear in self.layers[layer_idx].values() for module in linear.modules]
-        return [entry for module in modules for entry in module.entries()]
+        experts = self.experts[layer_idx]
+        return modules if experts is None else [*modules, *experts.modules()]
 
 
-def module_names(manifest: ModelManifest) -> list[str]:
-    """Of the layers' linears, as the file has them."""
-    parts = (part.name for blob in manifest.layers for _, linears in blob.linears for x in linears for part in x.parts)
-    return list(dict.fromkeys(parts))
+def module_names(manifest: ModelManifest, config: ModelConfig) -> list[str]:
+    """Of the layers' linears, as the file that is written has them; without routers, which are never rounded. Raises
+    ``UnsupportedModelError`` for experts that have no modules of their own in any file."""
+    names: dict[str, None] = {}
+    for layer_idx, blob in enumerate(manifest.layers):
+        parts = (part for _, linears in blob.linears for x in linears for part in x.parts)
+        names |= dict.fromkeys(part.name for part in parts if not part.exact)
+        experts = manifest.experts[layer_idx]
+        if experts is not None:
+            own = [part for some in _expert_parts(manifest, config, layer_idx).values() for part in some]
+            names |= dict.fromkeys(part.module.format(e=e) for e in range(experts.count) for part in own)
+    return list(names)
+
+
+def _expert_parts(manifest: ModelManifest, config: ModelConfig, layer_idx: int) -> Mapping[str, tuple[PartSpec, ...]]:
+    """Of a mixture, where each expert has modules of its own; with their whole names."""
+    prefix = f"{manifest.names.layers}.{layer_idx}."
+    for found in config.layers[layer_idx].experts:
+        if all(part.stack is None for some in found.values() for part in some):
+            return {
+                name: tuple(replace(part, module=prefix + part.module) for part in some) for name, some in found.items()
+            }
+    raise UnsupportedModelError(
+        f"{config.family}: found experts that its files have in one tensor for all, expected modules of each expert's "
+        "own, which is what GPTQ files name: take a file whose experts are quantized already"
+    )
 
 
 def make_plan(
@@ -140,22 +195,30 @@ def make_plan(
 ) -> QuantizePlan:
     """``choices``: widths of which one will be chosen for modules whose bits no override says.
 
-    Raises ``ConfigError`` that names the module that the bits do not fit, ``UnsupportedModelError`` for mixtures of
-    experts; warns (``ExlWarning``) of groups that are shorter than the others.
+    Raises ``ConfigError`` that names the module that the bits do not fit, and for choices in a model with mixtures of
+    experts; ``UnsupportedModelError`` for experts that files do not name one by one; warns (``ExlWarning``) of groups
+    that are shorter than the others.
     """
-    if config.mixtures:
-        raise UnsupportedModelError(
-            f"mixtures of {config.mixtures[0].count} experts: found them in {len(config.mixtures)} layers, the "
-            "quantizer takes dense ones: take a file whose experts are quantized already"
+    if choices and config.mixtures:
+        raise ConfigError(
+            f"target_bits: found a model with mixtures of {config.mixtures[0].count} experts, expected one without: "
+            "the harm of rounding is measured for linears that all tokens take; give bits and overrides instead"
         )
     settings = assignment.settings
     if not any(settings.values()):
         raise ConfigError("override: all linears stay dense: nothing is left to quantize")
-    padding = _Padding(config.intermediate_size, _padded_size(manifest, config, settings))
-    layers = tuple(_plan_layer(blob, settings, padding) for blob in manifest.layers)
+    padded = _padded_size(manifest, config, settings)
+    # Padding is a matter of all layers: without it, each has a width of its own.
+    widths = [padded or layer.mlp.width for layer in config.layers]
+    layers = tuple(
+        _plan_layer(blob, settings, _Padding(layer.mlp.width, width))
+        for blob, layer, width in zip(manifest.layers, config.layers, widths, strict=True)
+    )
+    experts = tuple(_plan_experts(manifest, config, i, settings) for i in range(config.num_layers))
     embed_name = dict(manifest.embed.linears)["embed"][0].parts[0].name
     unused = manifest.names.head if manifest.tied and embed_name != manifest.names.head else None
-    plan = QuantizePlan(padding.padded, layers, manifest.tied, unused, assignment)
+    size = None if config.mixtures else padded or config.intermediate_size
+    plan = QuantizePlan(size, layers, experts, manifest.tied, unused, assignment)
     _check(plan, choices)
     return plan
 
@@ -173,10 +236,13 @@ class _Padding:
         return which * self.padded + within, total // self.size * self.padded
 
 
-def _padded_size(manifest: ModelManifest, config: ModelConfig, settings: Mapping[str, Settings | None]) -> int:
+def _padded_size(manifest: ModelManifest, config: ModelConfig, settings: Mapping[str, Settings | None]) -> int | None:
     """The MLP's width in the output: so many that codes fill words and groups divide it, which every loader reads. If
-    some module of an MLP stays dense it is the source's, because only quantized modules are padded."""
+    some module of an MLP stays dense it is the source's (None), because only quantized modules are padded; so it is in
+    a model with mixtures of experts, whose config has several widths that depend on each other."""
     size = config.intermediate_size
+    if config.mixtures or any(layer.mlp.width != size for layer in config.layers):
+        return None
     found = [
         (name, settings[part.name])
         for blob in manifest.layers
@@ -185,8 +251,8 @@ def _padded_size(manifest: ModelManifest, config: ModelConfig, settings: Mapping
         for part in x.parts
         if name in ("gate_up", "down")
     ]
-    if any(x is None for _, x in found) or any(layer.mlp.width != size for layer in config.layers):
-        return size
+    if any(x is None for _, x in found):
+        return None
     multiple = lcm(K_MULTIPLE, *(max(1, x.group_size) for name, x in found if name == "down"))
     return -(-size // multiple) * multiple
 
@@ -198,7 +264,7 @@ def _plan_layer(blob: BlobSpec, settings: Mapping[str, Settings | None], padding
         modules: dict[str, ModulePlan] = {}
         column = 0
         for matrix in matrices:
-            module = settings[matrix.name]
+            module = None if matrix.exact else settings[matrix.name]
             if module is not None:
                 _add_part(modules, name, matrix, column, module, padding)
             column += matrix.N
@@ -219,6 +285,58 @@ def _add_part(
         return
     out_K = padding.padded if linear == "down" else matrix.K
     modules[matrix.name] = ModulePlan(matrix.name, matrix.K, N, out_K, out_N, matrix.has_bias, settings, (part,))
+
+
+def _plan_experts(
+    manifest: ModelManifest, config: ModelConfig, layer_idx: int, settings: Mapping[str, Settings | None]
+) -> ExpertsPlan | None:
+    moe, source = config.layers[layer_idx].mlp, manifest.experts[layer_idx]
+    if not isinstance(moe, MoeShape):
+        return None
+    found = {part.name: part for _, linears in source.blob.linears for x in linears for part in x.parts}
+    stacks = tuple(name for name, part in found.items() if part.stack is not None)
+    names: dict[str, str] = {}
+
+    def first(part: PartSpec) -> MatrixSpec:
+        name = part.module.format(e=0)
+        names[name] = part.module
+        _expect_one_kind(part.module, moe.count, settings)
+        has_bias = any(found[stack].has_bias for stack in stacks) if stacks else found[name].has_bias
+        if stacks and has_bias:
+            raise UnsupportedModelError(
+                f"{', '.join(stacks)}: found experts with biases in one tensor for all, expected none"
+            )
+        return MatrixSpec(name, part.K, part.N, 32, "f32", has_bias=has_bias)
+
+    linears = tuple(
+        (name, (LinearSpec(tuple(map(first, parts))),))
+        for name, parts in _expert_parts(manifest, config, layer_idx).items()
+    )
+    plan = _plan_layer(BlobSpec((), linears), settings, _Padding(moe.width, moe.width))
+    dense = [name for name in names if settings[name] is None]
+    if stacks and 0 < len(dense) < len(names):
+        raise ConfigError(
+            f"override: found {dense[0]} left dense, expected all linears of experts or none: "
+            f"the source has the experts of a layer in one tensor, {stacks[0]}"
+        )
+    return ExpertsPlan(moe.count, plan, names, stacks)
+
+
+def _expect_one_kind(template: str, count: int, settings: Mapping[str, Settings | None]) -> None:
+    first = template.format(e=0)
+    for expert in range(1, count):
+        name = template.format(e=expert)
+        if settings[name] != settings[first]:
+            raise ConfigError(
+                f"override: {name}: found {_shown(settings[name])}, expected {_shown(settings[first])} as for {first}: "
+                "experts of a layer are of one kind"
+            )
+
+
+def _shown(settings: Settings | None) -> str:
+    if settings is None:
+        return "dense"
+    return f"bits:{settings.bits},group_size:{settings.group_size},sym:{str(settings.sym).lower()}"
 
 
 def fitting_widths(modules: Sequence[ModulePlan], widths: Sequence[int]) -> list[int]:

@@ -24,18 +24,27 @@ from exl.checkpoint.writer import write_safetensors
 from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.families.config import ModelConfig
 from exl.models.manifest import read_manifest
+from exl.ops.base import LayerWeights
 from exl.quantize.calibration import read_calibration
 from exl.quantize.compute import Compute, open_compute
 from exl.quantize.effort import Effort, write_work
+from exl.quantize.experts import ExpertRows, Mixture, RoutedStream, expert_rows
 from exl.quantize.layer_pass import LayerPass
-from exl.quantize.listen import Listener, scratch_width
+from exl.quantize.listen import Listener, Write, scratch_width
 from exl.quantize.options import QuantizeOptions
 from exl.quantize.output import entry_bytes, output_entries, write_checkpoint
 from exl.quantize.overrides import Assignment
 from exl.quantize.plan import Entry, QuantizePlan, make_plan, module_names
 from exl.quantize.sensitivity import Probe, Texts, check_target, choose_bits, measure_pass
 from exl.quantize.solve import Solver
-from exl.quantize.work import WorkFolder, as_bytes, write_atomically, write_text
+from exl.quantize.work import (
+    WorkFolder,
+    as_bytes,
+    keep_scratch,
+    write_atomically,
+    write_scratch,
+    write_text,
+)
 from exl.text.tokenizer import Tokenizer
 from exl.threads import Threads, thread_limit, using
 from exl.units import format_apart
@@ -53,6 +62,7 @@ class QuantizeResult:
     num_calibration_tokens: int
     num_resumed_layers: int  # layers that an earlier run had finished
     average_bits: float  # of the codes, over all quantized weights
+    experts: tuple[ExpertRows, ...] = ()  # of each mixture whose experts GPTQ has rounded
 
 
 def quantize(
@@ -71,10 +81,11 @@ def quantize(
     ``threads``: at most so many compute, by default all that the process may use; a run that is resumed with another
     number, or where exl's own kernels run and did not before, may differ in its last bits.
 
-    Peak memory: two layers in f32, three f64 matrices of the size of the widest linear's Hessian, about five copies of
-    the largest linear in f32, and the activations of 2048 tokens. The hidden states of the calibration text are kept
-    on disk. Choosing widths (``target_bits``) needs another copy of the largest linear, a few copies of the activations
-    of 1024 tokens and their logits, and on disk their hidden states once for each linear.
+    Peak memory: two layers in f32 without their experts, of which one is in memory at a time, three f64 matrices of the
+    size of the widest linear's Hessian, about five copies of the largest linear in f32, and the activations of 2048
+    tokens. The hidden states of the calibration text are kept on disk. Choosing widths (``target_bits``) needs another
+    copy of the largest linear, a few copies of the activations of 1024 tokens and their logits, and on disk their
+    hidden states once for each linear.
 
     ``progress`` is first called before any work, with what an interrupted run has done. Raises ``ExlError``.
     """
@@ -110,7 +121,9 @@ class _Run:
         if read_quant_config(folder, self.config_json) is not None:
             raise ConfigError(f"{folder}: already quantized, expected a dense model")
         self.manifest = read_manifest(checkpoint, self.config, None)
-        self.asked = Assignment.make(module_names(self.manifest), options.settings, options.parsed_overrides)
+        self.asked = Assignment.make(
+            module_names(self.manifest, self.config), options.settings, options.parsed_overrides
+        )
         self.plan: QuantizePlan = make_plan(self.manifest, self.config, self.asked, options.bit_choices or ())
         if options.target_bits is not None:
             check_target(self.plan, options)
@@ -127,7 +140,11 @@ class _Run:
         self.plan, self._tensors = plan, output_entries(self.checkpoint, plan)
         num_layers, compiled = self.config.num_layers, self.compute.compiled
         self.efforts = [
-            Effort(self.config.layers[i], self.options, plan.layers[i], compiled, is_last=i + 1 == num_layers)
+            Effort(
+                *(self.config.layers[i], self.options, plan.layers[i], compiled),
+                is_last=i + 1 == num_layers,
+                experts=plan.experts[i],
+            )
             for i in range(num_layers)
         ]
         layers = [effort.whole(self.layers.chunks) for effort in self.efforts]
@@ -155,10 +172,11 @@ class _Run:
                 work.drop_hidden(older)
             self._quantize_layer(work, layer_idx)
         write = lambda entry: self._step("writing", _write_work(entry))  # noqa: E731
+        experts = self._expert_rows(work)
         num_bytes = write_checkpoint(self.dst, work, self.checkpoint, self.plan, self.options, self.config_json, write)
         work.remove()
         num_tokens = sum(map(len, self.sequences))
-        return QuantizeResult(self.dst, num_bytes, num_tokens, finished, self.plan.average_bits)
+        return QuantizeResult(self.dst, num_bytes, num_tokens, finished, self.plan.average_bits, experts)
 
     # Widths
 
@@ -249,30 +267,100 @@ class _Run:
         return f"layer {layer_idx + 1} of {self.config.num_layers}: {what}"
 
     def _quantize_layer(self, work: WorkFolder, layer_idx: int) -> None:
-        effort, plan = self.efforts[layer_idx], self.plan.layers[layer_idx]
+        effort = self.efforts[layer_idx]
         weights = self.layers.read_layer(layer_idx)
         dense = self.layers.read_layer(layer_idx) if "dense" in self.streams else None
         self._step(self._at(layer_idx, "read"), effort.read())
         told = lambda name, chunk: self._step(self._at(layer_idx, name), effort.chunk(name, chunk))  # noqa: E731
         listener = Listener(self.layers, work, layer_idx, weights, dense, effort.heard, told)
-        tensors: dict[str, np.ndarray] = {}
         is_last = layer_idx + 1 == self.config.num_layers
+        if self.plan.experts[layer_idx] is not None:
+            self._quantize_mixture(work, layer_idx, weights, None if is_last else dense, listener)
+            return
         with ExitStack() as stack:
             write_dense = None
             if dense is not None and not is_last:
                 # Renamed when the stack closes, after the layer's file: hidden states must follow a finished layer.
                 write_dense = stack.enter_context(write_atomically(work.hidden_path("dense", layer_idx + 1)))
-            for name in effort.heard:
-                heard = listener.hear(name, write_dense) if self.sequences else None
-                (linear,) = weights[name]
-                tensors |= self.solver.solve(plan[name], linear, heard)
-                self._step(self._at(layer_idx, name), effort.solve(name))
-            if write_dense is not None:
-                listener.end_dense(write_dense)
+            tensors = self._solve_heard(layer_idx, weights, listener, write_dense)
             entries = self.plan.layer_entries(layer_idx)
             write_safetensors(work.layer_path(layer_idx), entries, (tensors[name] for name, _, _ in entries))
         if self.sequences and not is_last:
             self._write_hidden(work, layer_idx + 1, {"hidden": listener.outputs()})
+
+    def _solve_heard(
+        self, layer_idx: int, weights: LayerWeights, listener: Listener, write_dense: Write | None
+    ) -> dict[str, np.ndarray]:
+        """The tensors of the linears between which the decoder can stop. Takes the dense stream to its end."""
+        effort, plan = self.efforts[layer_idx], self.plan.layers[layer_idx]
+        tensors: dict[str, np.ndarray] = {}
+        for name in effort.heard:
+            heard = listener.hear(name, write_dense) if self.sequences else None
+            (linear,) = weights[name]
+            tensors |= self.solver.solve(plan[name], linear, heard)
+            self._step(self._at(layer_idx, name), effort.solve(name))
+        if write_dense is not None:
+            listener.end_dense(write_dense)
+        return tensors
+
+    def _quantize_mixture(
+        self, work: WorkFolder, layer_idx: int, weights: LayerWeights, dense: LayerWeights | None, listener: Listener
+    ) -> None:
+        """``dense``: None if nothing reads the dense layer's outputs."""
+        is_last, effort = layer_idx + 1 == self.config.num_layers, self.efforts[layer_idx]
+        num_rows = sum(map(len, self.sequences))
+        paths = {kind: work.scratch_path(f"{kind}-routed") for kind in ("hidden", "dense")}
+        with ExitStack() as files:
+            write_dense = None if dense is None else files.enter_context(write_scratch(paths["dense"]))
+            tensors = self._solve_heard(layer_idx, weights, listener, write_dense)
+        streams: dict[str, RoutedStream] = {}
+        with ExitStack() as stack:
+            if self.sequences:
+                with write_scratch(paths["hidden"]) as write:
+                    for h in listener.outputs():
+                        write(as_bytes(h))
+                for kind, found in {"hidden": weights, **({} if dense is None else {"dense": dense})}.items():
+                    stream = RoutedStream(self.layers, layer_idx, found, paths[kind])
+                    streams[kind] = stack.enter_context(stream)
+                    self._step(self._at(layer_idx, "router"), effort.route(num_rows))
+                counts = streams["hidden"].counts.tolist()
+                write_text(work.routed_path(layer_idx), json.dumps({"rows": counts}))
+            plan, routed, dense_routed = self.plan.experts[layer_idx], streams.get("hidden"), streams.get("dense")
+            mixture = Mixture(self.layers, self.solver, layer_idx, plan, routed, dense_routed, adds=not is_last)
+            if self.config.layers[layer_idx].mlp.shared is not None:
+                tensors |= mixture.solve_shared(self.plan.layers[layer_idx], weights, dense)
+                self._step(self._at(layer_idx, "shared expert"), effort.shared(num_rows))
+            entries = self.plan.layer_entries(layer_idx)
+            write_safetensors(work.layer_path(layer_idx), entries, self._with_experts(layer_idx, tensors, mixture))
+        if not is_last:
+            for kind in streams:
+                keep_scratch(paths[kind], work.hidden_path(kind, layer_idx + 1))
+
+    def _with_experts(self, layer_idx: int, tensors: dict[str, np.ndarray], mixture: Mixture) -> Iterator[np.ndarray]:
+        """The layer's tensors in their order; those of an expert are made when the file comes to them."""
+        plan, effort, num_rows = self.plan.experts[layer_idx], self.efforts[layer_idx], sum(map(len, self.sequences))
+        own = {
+            name
+            for linear in self.plan.layers[layer_idx].values()
+            for module in linear.modules
+            for name, _, _ in module.entries()
+        }
+        yield from (tensors[name] for name, _, _ in self.plan.layer_entries(layer_idx) if name in own)
+        for expert in range(plan.count):
+            found = mixture.solve(expert)
+            modules = [module for linear in plan.linears(expert).values() for module in linear.modules]
+            self._step(self._at(layer_idx, f"expert {expert + 1} of {plan.count}"), effort.expert(num_rows))
+            yield from (found[name] for module in modules for name, _, _ in module.entries())
+
+    def _expert_rows(self, work: WorkFolder) -> tuple[ExpertRows, ...]:
+        """Of all layers, those of an interrupted run too."""
+        if not self.sequences:
+            return ()
+        return tuple(
+            expert_rows(layer_idx, read_json(work.routed_path(layer_idx))["rows"], plan)
+            for layer_idx, plan in enumerate(self.plan.experts)
+            if plan is not None and plan.quantized
+        )
 
     # Hidden states
 

@@ -11,7 +11,7 @@ import torch
 from exl.cache.kv import KVCache
 from exl.layout.kv import KVLayout
 from exl.layout.steps import StepLimits
-from exl.ops.base import PLAIN_BRANCH, AttentionSpec, Branch, GatedMlp, Loras, Norm, Segments
+from exl.ops.base import PLAIN_BRANCH, AttentionSpec, Branch, GatedMlp, Linear, Loras, Norm, RouteSpec, Segments
 from exl.ops.cpu_target import torch_target
 from exl.ops.torch_ops import TorchOps
 from exl.threads import Threads
@@ -83,6 +83,23 @@ class Span:
         if w is self.stop:
             raise Stopped(self._inputs(x, None))
         super().add_projection(x, w, h, branch, loras)
+
+    def route(
+        self,
+        h: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        bias: torch.Tensor | None,
+        spec: RouteSpec,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """A span ends before the router, or, if it begins with it, behind it: experts are not run by the decoder."""
+        if self.start is not None:
+            super().route(h, norm, router, bias, spec, x, ids, weights)
+        self.fence()
+        raise Stopped(x)
 
 
 class TorchSpan(Span, TorchOps):

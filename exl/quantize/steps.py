@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from exl.families.specs import BranchShape, LayerSpec
+from exl.families.specs import BranchShape, LayerSpec, MoeShape
 
 HIDDEN, ATTN, MLP = "hidden", "attn", "mlp"  # parts of the state
 
@@ -43,8 +43,11 @@ class Hearing:
 
 
 def layer_steps(layer: LayerSpec) -> tuple[Step, ...]:
-    """In the order of the decoder (``exl/models/decoder.py``)."""
+    """In the order of the decoder (``exl/models/decoder.py``). Of a layer with a mixture of experts those of attention:
+    what is behind the router is fed by rows that it chooses (``experts.py``)."""
     qkv, o = Step("qkv", HIDDEN, ATTN), Step("o", ATTN, HIDDEN, layer.attn_branch)
+    if isinstance(layer.mlp, MoeShape):
+        return qkv, o
     gate_up, down = Step("gate_up", HIDDEN, MLP), Step("down", MLP, HIDDEN, layer.mlp_branch)
     return (qkv, gate_up, o, down) if layer.parallel else (qkv, o, gate_up, down)
 

@@ -2,6 +2,7 @@
 
     bits.json                with target_bits: the widths that were chosen; measured before any layer is quantized
     request.json             the options, and digests of everything else that the result depends on
+    routed-0007.json         of a mixture: how many rows each expert of layer 7 has seen
     layer-0007.safetensors   the quantized tensors of layer 7, finished
     hidden-0008.f32          inputs of layer 8, as computed by the quantized layers
     dense-0008.f32           the same, as computed by the dense layers
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exl.checkpoint.config_reader import read_json
 from exl.errors import CheckpointError, ConfigError
@@ -65,6 +67,9 @@ class WorkFolder:
 
     def layer_path(self, layer_idx: int) -> Path:
         return self.path / f"layer-{layer_idx:04d}.safetensors"
+
+    def routed_path(self, layer_idx: int) -> Path:
+        return self.path / f"routed-{layer_idx:04d}.json"
 
     @property
     def bits_path(self) -> Path:
@@ -143,3 +148,53 @@ def read_rows(path: Path, start: int, stop: int, width: int) -> torch.Tensor:
     if rows.size != (stop - start) * width:
         raise CheckpointError(f"{path}: ended before row {stop}: delete its folder and run again")
     return torch.from_numpy(rows).view(stop - start, width)
+
+
+def keep_scratch(part: Path, path: Path) -> None:
+    """A file for this process alone takes the name under which a resumed run finds it."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    replace_file(part, path)
+
+
+class RowFile:
+    """Rows f32 [width] of a file, read and written in any ascending order. A context manager."""
+
+    def __init__(self, path: Path, width: int) -> None:
+        self._path, self._width = path, width
+        self._file = open(path, "rb+", buffering=0)  # noqa: SIM115, closed by __exit__
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """f32 [len(rows), width]. Raises ``CheckpointError`` if the file is shorter."""
+        found = np.empty((len(rows), self._width), np.float32)
+        for first, start, stop in _runs(rows):
+            self._file.seek(first * self._width * 4)
+            view = memoryview(found[start:stop]).cast("B")
+            while len(view):
+                count = self._file.readinto(view)
+                if not count:
+                    raise CheckpointError(f"{self._path}: ended before row {first}: delete its folder and run again")
+                view = view[count:]
+        return torch.from_numpy(found)
+
+    def write(self, rows: NDArray[np.int64], values: torch.Tensor) -> None:
+        for first, start, stop in _runs(rows):
+            self._file.seek(first * self._width * 4)
+            view = as_bytes(values[start:stop])
+            while len(view):
+                view = view[self._file.write(view) :]
+
+
+def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Neighbours in the file: (the first row, where it is in ``rows``, where the next run begins there)."""
+    ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    start = 0
+    for stop in ends if len(rows) else ():
+        yield int(rows[start]), start, stop
+        start = stop

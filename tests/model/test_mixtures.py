@@ -25,8 +25,6 @@ from exl.ops.cpu_target import COMPILED, torch_target
 from exl.planning.from_headers import open_model, plan_model
 from exl.planning.options import EngineOptions
 from exl.planning.traffic import embedding_row_bytes, read_bytes
-from exl.quantize.overrides import Assignment, Settings
-from exl.quantize.plan import make_plan, module_names
 from tests.live_bytes import live_bytes
 from tests.model.batches import batch_of, run
 from tests.model.cpu_targets import needs_kernels, with_both
@@ -459,13 +457,6 @@ def test_info_tells_of_experts(folders, tmp_path):
     assert facts.shown["weights"].startswith("66 % 4-bit, groups of 32, symmetric; 32 % 4-bit, one group")  # down: 32
     active = facts.numbers["num_parameters"] - 2 * 120 * one
     assert facts.shown["parameters"].endswith(f", {active:,} for a token")
-
-
-def test_the_quantizer_refuses_mixtures_by_name(folders):
-    with open_model(folders(SHARED)[1]) as files:
-        assignment = Assignment.make(module_names(files.manifest), Settings(4, GROUP, True), ())
-        with pytest.raises(UnsupportedModelError, match="mixtures of 6 experts: found them in 3 layers"):
-            make_plan(files.manifest, files.config, assignment)
 
 
 def test_a_saved_cache_is_of_experts_that_are_rounded_alike(tmp_path):

@@ -21,7 +21,6 @@ from safetensors.numpy import load_file
 
 import exl
 from exl.checkpoint.checkpoint import Checkpoint
-from exl.errors import UnsupportedModelError
 from exl.families.config import ModelConfig
 from exl.models.manifest import read_manifest
 from exl.ops.base import Linear
@@ -152,7 +151,7 @@ def test_it_hears_what_transformers_feeds(case, tmp_path):
     with Checkpoint.open(tmp_path / "source") as checkpoint:
         config = ModelConfig.from_folder(tmp_path / "source")
         manifest = read_manifest(checkpoint, config, None)
-        plan = make_plan(manifest, config, Assignment.make(module_names(manifest), Settings(4, 32, False), ()))
+        plan = make_plan(manifest, config, Assignment.make(module_names(manifest, config), Settings(4, 32, False), ()))
         layers = LayerPass(checkpoint, config, manifest, sequences, Compute.with_torch(Threads(1)))
         work = WorkFolder.open(tmp_path / "work", {}, ("hidden", "dense"))
         first, weights = layers.read_layer(0), layers.read_layer(1)
@@ -242,11 +241,3 @@ def test_a_width_that_does_not_fit_is_not_chosen(tmp_path):
     words = {name.partition("layers.")[2]: x.shape[0] for name, x in tensors.items() if name.endswith("qweight")}
     assert {words[f"{i}.self_attn.{name}_proj.qweight"] for i in range(3) for name in "qkv"} == {64 // 32 * 4}
     assert any(found == 64 // 32 * 3 for found in words.values())
-
-
-def test_mixtures_are_refused_by_name(tmp_path):
-    case = next(case for case in MIXTURES if case.name == "mixtral")
-    save(build(case), tmp_path / "source")
-    with pytest.raises(UnsupportedModelError, match="mixtures of 5 experts: found them in 3 layers"):
-        quantize(tmp_path / "source", tmp_path / "out", QuantizeOptions(method="rtn", group_size=32))
-    assert not (tmp_path / "out").exists()
