@@ -149,16 +149,18 @@ def _by_llama(work: Work, row: Row) -> dict[str, float]:
     with Recording(work.recording) as reference:
         perplexity.write_base(base, reference, work.spec.window)
         exact = np.concatenate([reference.losses(i) for i in range(len(reference.passages))])
-    model = _quantized(work, row.quantize) if row.gguf is None else work.path(row.gguf)
+        digest = reference.model["tensors"]
+    model = _quantized(work, row.quantize, digest) if row.gguf is None else work.path(row.gguf)
     found = perplexity.measure(
         work.program("llama-perplexity"), model, base, work.spec.window, thread_limit(None), row.llama_options
     )
     return {**found, "loss_difference": found["loss"] - float(exact.mean()), "megabytes": model.stat().st_size / 1e6}
 
 
-def _quantized(work: Work, kind: str) -> Path:
-    """The reference's weights as GGUF of a type; made if it is not there."""
-    dense, made = (work.folder / f"{work.spec.title}-{name}.gguf" for name in ("f32", kind))
+def _quantized(work: Work, kind: str, digest: str) -> Path:
+    """The reference's weights as GGUF of a type; made if it is not there. ``digest``: of these weights, so that a file
+    of others under the same title is not taken for theirs."""
+    dense, made = (work.folder / f"{work.spec.title}-{digest[:12]}-{name}.gguf" for name in ("f32", kind))
     for path in (dense, made):
         if path.is_file():
             continue

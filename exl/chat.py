@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from exl.completion import Completion, TextIterator
 from exl.conversation import LEAST_ROOM, MAX_ANSWER, Conversation
 from exl.errors import ConfigError
 from exl.keywords import explain_foreign_keywords, explain_options
 from exl.llm import LLM
-from exl.request_options import Request, RequestOptions
+from exl.request_options import ChosenAdapter, Request, RequestOptions
 from exl.sampling_params import SamplingParams
 from exl.saved_chat import SavedChat
 from exl.text.chat_template import plain_messages
@@ -46,7 +46,7 @@ class Chat(Conversation):
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
-        lora: str | Literal[False] | None = None,
+        lora: ChosenAdapter = None,
     ) -> None:
         """``messages``: earlier turns; the first may be the system prompt. ``tools`` and ``variables`` are passed to
         the chat template. ``overflow``: what happens when the context is full. "error": ``ConfigError``. "drop-oldest":
@@ -171,7 +171,7 @@ class Chat(Conversation):
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
-        lora: str | Literal[False] | None = None,
+        lora: ChosenAdapter = None,
     ) -> Chat:
         """Loads a conversation that ``save`` wrote, for any model. Raises ``ConfigError`` for any other file."""
         saved = SavedChat.load(path)
@@ -188,7 +188,7 @@ class Chat(Conversation):
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
-        lora: str | Literal[False] | None = None,
+        lora: ChosenAdapter = None,
     ) -> Chat:
         """The conversation of ``to_json``. Raises ``ConfigError``, which names ``source``, for anything else."""
         saved = SavedChat.from_json(data, source)

@@ -39,7 +39,8 @@ def evaluate(
     ``against``: a model that is loaded beside this one, or its predictions over the same documents
     (``record_predictions``). Memory: a step's logits of each model, some 100 MB of log-probabilities in f64, and 33
     bytes per predicted token, however long the text. ``progress``: called with the documents that are done, and all.
-    Raises ``ConfigError`` if the vocabularies differ in size, or the documents from those that were recorded.
+    Raises ``ConfigError`` if the vocabularies differ in size, or in a token of the documents, or the documents from
+    those that were recorded.
     """
     passages = as_passages(documents)
     if against is not None:
@@ -97,6 +98,7 @@ def _check_reference(llm: LLM, passages: Sequence[Passage], against: LLM | Recor
     if vocab_size != llm.config.vocab_size:
         raise ConfigError(f"against: found a vocabulary of {vocab_size} tokens, expected {llm.config.vocab_size}")
     if not isinstance(against, Recording):
+        _check_tokens(llm, passages, against)
         return
     if len(passages) > len(against.passages):
         raise ConfigError(
@@ -106,6 +108,17 @@ def _check_reference(llm: LLM, passages: Sequence[Passage], against: LLM | Recor
         if passage != against.passages[i]:
             raise ConfigError(
                 f"against: document {i} is not the one of {against.path}: expected the same text, tokenizer and options"
+            )
+
+
+def _check_tokens(llm: LLM, passages: Sequence[Passage], against: LLM) -> None:
+    """Ids may mean other tokens, though the vocabularies are as large; only those of the text are looked at, because
+    models of one family may differ in tokens that are never in a text."""
+    for token_id in sorted({token_id for passage in passages for token_id in passage.ids}):
+        token, other = (some.tokenizer.id_to_token(token_id) for some in (llm, against))
+        if token != other:
+            raise ConfigError(
+                f"against: found another tokenizer, in which token {token_id} is {other!r}, expected {token!r}"
             )
 
 

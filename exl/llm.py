@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -18,7 +18,7 @@ from exl.checkpoint.header import shown
 from exl.completion import Completion, TextIterator, completion_of
 from exl.embedding import embed, submit_embed
 from exl.engine.build import Engine
-from exl.engine.cache_files import cache_key, load_cache, save_cache
+from exl.engine.cache_files import load_cache, prediction_key, save_cache
 from exl.engine.constraints import Constraint, Grammars, Matcher
 from exl.engine.generator import Generator as TokenGenerator
 from exl.engine.handle import Handle
@@ -28,7 +28,7 @@ from exl.engine.ticket import Answer
 from exl.errors import ConfigError, ExlError
 from exl.keywords import explain_foreign_keywords, explain_options
 from exl.memory.device import release_cached
-from exl.request_options import Request, RequestOptions, check_lora
+from exl.request_options import ChosenAdapter, Request, RequestOptions, check_lora
 from exl.sampling_params import SamplingParams
 from exl.scoring import Score, submit_score
 from exl.streams import Stream
@@ -201,7 +201,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         overflow: str = "error",
-        lora: str | Literal[False] | None = None,
+        lora: ChosenAdapter = None,
     ) -> Chat:
         """Starts a conversation, or goes on with one, whose earlier turns are not computed again.
 
@@ -243,7 +243,7 @@ class LLM:
         options.setdefault("reuse_prefix", "exact")  # a Chat's own default is True
         return self.chat(messages=messages, tools=tools, variables=variables).stream(None, params, **options)
 
-    def logits(self, ids: Sequence[int], *, lora: str | Literal[False] | None = None) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, lora: ChosenAdapter = None) -> torch.Tensor:
         """Logits after every token of ``ids``: f32 [T, V], computed in chunks. ``lora``: as in a request."""
         out = torch.empty(len(ids), self.config.vocab_size)
         start = 0
@@ -252,7 +252,7 @@ class LLM:
             start += len(chunk)
         return out
 
-    def iter_logits(self, ids: Sequence[int], *, lora: str | Literal[False] | None = None) -> Stream[torch.Tensor]:
+    def iter_logits(self, ids: Sequence[int], *, lora: ChosenAdapter = None) -> Stream[torch.Tensor]:
         """Like ``logits``, but yields chunks, for long texts: f32 [n, V] on the CPU, valid until the next chunk. Of one
         step they may wait for their reader: for ``prefill_chunk`` tokens, ``prefill_window`` with streamed layers."""
         ids, adapter = self.encode(ids), self._adapter(lora)
@@ -269,7 +269,7 @@ class LLM:
         pooling: str = "mean",
         *,
         normalize: bool = False,
-        lora: str | Literal[False] | None = None,
+        lora: ChosenAdapter = None,
     ) -> torch.Tensor:
         """A vector for each text, f32 [texts, hidden size] on the CPU; of one text [1, hidden size].
 
@@ -287,29 +287,34 @@ class LLM:
         pooling: str = "mean",
         *,
         normalize: bool = False,
-        lora: str | Literal[False] | None = None,
+        lora: ChosenAdapter = None,
     ) -> Handle[torch.Tensor]:
         """Begins to compute the vector of one text and returns at once: the handle's ``result()``, or ``await``, gives
         it, f32 [hidden size], the same as ``embed``; ``cancel()`` ends it. Raises as ``embed`` does, and
         ``QueueFullError``."""
         return submit_embed(self._open_generator(), self.encode, text, pooling, normalize, self._adapter(lora))
 
-    def score(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Score]:
+    def score(self, pairs: Sequence[tuple[Prompt, Sequence[int]]], *, lora: ChosenAdapter = None) -> list[Score]:
         """How likely each continuation is after its context: ``(context, continuation)``. A context is a text, which
         gets the model's BOS, or token ids; a continuation is token ids. All are computed in one batch, and each has the
-        bits that it has alone; what the cache holds of a context is not computed again. Raises ``ConfigError`` for
-        either without a token, and for more tokens, the last one not counted, than the context holds."""
+        bits that it has alone; what the cache holds of a context is not computed again. ``lora``: as in a request.
+        Raises ``ConfigError`` for either without a token, and for more tokens, the last one not counted, than the
+        context holds."""
+        generator, adapter = self._open_generator(), self._adapter(lora)
         with contextlib.ExitStack() as stack:
             handles = [
-                stack.enter_context(submit_score(self._open_generator(), context, continuation, inline=True))
+                stack.enter_context(submit_score(generator, context, continuation, adapter, inline=True))
                 for context, continuation in [(self.encode(a), self.encode(b)) for a, b in pairs]
             ]
             return [handle.result() for handle in handles]
 
-    def submit_score(self, context: Prompt, continuation: Sequence[int]) -> Handle[Score]:
+    def submit_score(
+        self, context: Prompt, continuation: Sequence[int], *, lora: ChosenAdapter = None
+    ) -> Handle[Score]:
         """Begins to compute one score and returns at once: the handle's ``result()``, or ``await``, gives it, the same
         as ``score``; ``cancel()`` ends it. Raises as ``score`` does, and ``QueueFullError``."""
-        return submit_score(self._open_generator(), self.encode(context), self.encode(continuation), inline=False)
+        generator, adapter = self._open_generator(), self._adapter(lora)
+        return submit_score(generator, self.encode(context), self.encode(continuation), adapter, inline=False)
 
     def save_cache(self, path: str | Path) -> int:
         """Writes the texts that the cache knows, and their keys and values, to a file for another run of this model.
@@ -328,9 +333,11 @@ class LLM:
 
     def identity(self) -> dict[str, Any]:
         """Whatever decides the bits of this model's predictions, as plain JSON: a digest of its tensors, its
-        configuration, the cache's type, the arithmetic, the kind of kernels."""
-        self._open_generator()
-        return dict(cache_key(self._engine, self.folder))
+        configuration, how it was rounded on loading, the cache's type, the arithmetic, the kind of kernels, and the
+        adapter of requests that say none, by its number."""
+        generator = self._open_generator()
+        adapter = None if self.default_adapter is None else generator.adapters.index(self.default_adapter)
+        return {**prediction_key(self._engine, self.folder), "adapter": adapter}
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done, in numbers. From any thread; waits for nobody."""
@@ -422,7 +429,7 @@ class LLM:
 
         return generator.submit(asked, finish, inline=inline)
 
-    def _adapter(self, lora: str | Literal[False] | None) -> str | None:
+    def _adapter(self, lora: ChosenAdapter) -> str | None:
         """The adapter of a request that says ``lora``. Raises ``ConfigError`` for one that there is not."""
         if lora is None:
             return self.default_adapter

@@ -13,9 +13,11 @@ computed once; and an answer ends at each of the model's end tokens, whatever fi
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval.api.model import TemplateLM
@@ -38,6 +40,16 @@ MAX_GEN_TOKS = 256  # as in the harness's other models
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request for an answer."""
+
+    text: str
+    gen_kwargs: dict[str, Any]
+    ids: list[int]
+    seed: int
 
 
 @register_model("exl")
@@ -69,7 +81,8 @@ class ExlLM(TemplateLM):
         ``exl.load``. ``add_bos_token``: whether texts get a BOS, by default as the tokenizer's files say.
         ``prefix_token_id``: what stands before a text that has no context, by default BOS, else EOS.
         ``enable_thinking`` and ``chat_template_args``: variables of the chat template. ``think_end_token``: what an
-        answer has up to this text, its reasoning, is left out. ``seed``: of draws, where a task samples.
+        answer has up to this text, its reasoning, is left out. ``seed``: of draws, where a task samples; the repeats
+        of a request get draws of their own.
 
         Raises ``ConfigError`` for options that contradict each other; else as ``exl.load``.
         """
@@ -234,24 +247,29 @@ class ExlLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to the first of its ``until``, an end token or ``max_gen_toks``. A context
         that leaves no room for these loses its beginning."""
-        jobs = [(request.args[0], request.args[1], self.tok_encode(request.args[0])) for request in requests]
+        times: Counter[str] = Counter()  # that a text was asked so far: a task's ``repeats`` are requests of their own
+        jobs = []
+        for text, gen_kwargs in (request.args for request in requests):
+            jobs.append(_Job(text, gen_kwargs, self.tok_encode(text), _seed(self._seed, text, times[text])))
+            times[text] += 1
 
-        def begin(job: tuple[str, dict, list[int]]) -> Handle[Any]:
-            ids, params, options = self._asked(job[2], job[1])
+        def begin(job: _Job) -> Handle[Any]:
+            ids, params, options = self._asked(job)
             return self.llm.submit(ids, params, **options)
 
-        def told(job: tuple[str, dict, list[int]], done: Any) -> str:
+        def told(job: _Job, done: Any) -> str:
             # Decoded on their own, as the harness does: some tokenizers then leave out a space at the start.
             text = self.llm.tokenizer.decode(list(done.token_ids))
-            text = postprocess_generated_text(text, _until(job[1]), self._think_end_token)
-            self.cache_hook.add_partial("generate_until", (job[0], job[1]), text)
+            text = postprocess_generated_text(text, _until(job.gen_kwargs), self._think_end_token)
+            self.cache_hook.add_partial("generate_until", (job.text, job.gen_kwargs), text)
             return text
 
-        return self._run(jobs, lambda job: job[2], begin, told, "generate_until", disable_tqdm)
+        return self._run(jobs, lambda job: job.ids, begin, told, "generate_until", disable_tqdm)
 
-    def _asked(self, ids: list[int], gen_kwargs: dict[str, Any]) -> tuple[list[int], SamplingParams, RequestOptions]:
+    def _asked(self, job: _Job) -> tuple[list[int], SamplingParams, RequestOptions]:
         """The prompt that fits, and the harness's keywords as exl's. Those that exl does not have are errors."""
-        asked = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        ids = job.ids
+        asked = dict(normalize_gen_kwargs(job.gen_kwargs, self.max_gen_toks))
         most, samples = int(asked.pop("max_gen_toks")), asked.pop("do_sample", False)
         asked.pop("until", None)
         if not 0 < most < self.max_length:
@@ -262,8 +280,8 @@ class ExlLM(TemplateLM):
         if len(ids) > room:
             _log.warning("generate_until: the first %d tokens of a context do not fit", len(ids) - room)
         # Reasoning may hold what ends an answer: then the text is cut when it is whole.
-        stop = None if self._think_end_token else _until(gen_kwargs) or None
-        options: Any = {"seed": self._seed, "stop": stop, **asked}
+        stop = None if self._think_end_token else _until(job.gen_kwargs) or None
+        options: Any = {"seed": job.seed, "stop": stop, **asked}
         return ids[-room:], SamplingParams(max_tokens=most), options
 
     def _run(
@@ -301,6 +319,13 @@ def _in_order(places: Iterable[int], begin: Callable[[int], Handle[Any]], most: 
     finally:
         for _, handle in under_way:
             handle.cancel()
+
+
+def _seed(seed: int, text: str, times: int) -> int:
+    """Of a request's draws. Another for each text and for each time that it is asked, so that repeats differ; the same
+    whatever else is asked, so that a task gives the same answers alone and among others."""
+    digest = hashlib.sha256(f"{seed} {times} {text}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 def _until(gen_kwargs: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypedDict
 from exl.errors import ConfigError
 from exl.sampling_params import OPTIONS, SamplingParams
 
+ChosenAdapter = str | Literal[False] | None  # ``lora`` of a request
+
 
 @dataclass(frozen=True)
 class PromptProgress:
@@ -104,7 +106,7 @@ class RequestOptions(TypedDict, total=False):
     shift_keep: int | None
     # The name of the adapter that is to answer, of those that the model was loaded with (``lora=``); False: none. By
     # default the one that was given to ``exl.load`` without a name, else none.
-    lora: str | Literal[False] | None
+    lora: ChosenAdapter
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Request:
     max_unread: int = 512
     overflow: Literal["stop", "shift"] = "stop"
     shift_keep: int | None = None
-    lora: str | Literal[False] | None = None
+    lora: ChosenAdapter = None
 
     @classmethod
     def of(

@@ -29,9 +29,14 @@ class Score:
 
 
 def submit_score(
-    generator: Generator, context: Sequence[int], continuation: Sequence[int], *, inline: bool
+    generator: Generator,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    lora: str | None = None,
+    *,
+    inline: bool,
 ) -> Handle[Score]:
-    """See ``LLM.submit_score``."""
+    """See ``LLM.submit_score``. ``lora``: the name of an adapter; None: none."""
     for name, ids in (("context", context), ("continuation", continuation)):
         if not ids:
             raise ConfigError(f"{name}: found no tokens, expected at least one")
@@ -48,5 +53,5 @@ def submit_score(
 
     # The last token is only predicted: its own row tells nothing that is wanted.
     ids = [*context, *continuation][:-1]
-    request = TokenRequest(ids, SamplingParams(max_tokens=0), scored_ids=list(continuation))
+    request = TokenRequest(ids, SamplingParams(max_tokens=0), scored_ids=list(continuation), lora=lora)
     return generator.submit(request, finish, inline=inline)

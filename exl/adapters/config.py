@@ -83,7 +83,9 @@ class AdapterConfig:
         """Whether the adapter changes this module of a layer. ``module``: its whole name."""
         if self._is_named(module, self.excluded) or not self._is_named(module, self.targets):
             return False
-        return self.layers is None or layer_idx in self.layers or isinstance(self.targets, str)
+        # Patterns and whole names say it all: ``layers_to_transform`` is of ends of names.
+        whole = isinstance(self.targets, str) or module in self.targets
+        return whole or self.layers is None or layer_idx in self.layers
 
     def rank_of(self, module: str) -> int:
         return self._by_name(self.ranks, module, self.rank)

@@ -21,6 +21,7 @@ from exl.formats.load import matrix_spec
 from exl.layout.layers import LayerLayout, layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.models.manifest import ModelManifest
+from exl.models.other_names import LAYER_PREFIXES
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTED = ("qkv", "o", "gate_up", "down")  # linears of a layer that adapters may change
@@ -174,13 +175,17 @@ class _Reader:
             module = self._in_model(match["module"][len(_PREFIX) :])
             if module not in self.places:
                 raise self._foreign(tensor)
-            found[module] = match["module"]
+            if found.setdefault(module, match["module"]) != match["module"]:
+                raise CheckpointError(
+                    f"{self.tensors.path}: found {shown(found[module])} and {shown(match['module'])}, which are one "
+                    f"module of the model, {module}"
+                )
         return found
 
     def _in_model(self, module: str) -> str:
-        """The module's name in the model's files, whose layers may have a prefix that the adapter's model had not."""
-        usual = "model.layers."
-        return self.prefix + module.removeprefix(usual) if module.startswith(usual) else module
+        """The module's name in the model's files, where the layers' prefix may be another one."""
+        theirs = next((prefix for prefix in LAYER_PREFIXES if module.startswith(prefix)), None)
+        return module if theirs is None else self.prefix + module.removeprefix(theirs)
 
     def _refuse_others(self, tensor: str) -> None:
         for end, what in _OTHERS.items():
@@ -193,15 +198,15 @@ class _Reader:
     def _foreign(self, tensor: str) -> CheckpointError | UnsupportedModelError:
         """Of a module that is none of the linears of the model's layers."""
         match = re.fullmatch(rf"{re.escape(self.prefix)}(\d+)\..*", self._in_model(tensor[len(_PREFIX) :]))
-        trained_for = f", as {self.config.base} has it" if self.config.base else ""
+        of_base = f" of {self.config.base}" if self.config.base else ""
         if match is not None and int(match[1]) >= self.num_layers:
             return CheckpointError(
-                f"{self.tensors.path}: {shown(tensor)}: found layer {match[1]}{trained_for}, the model has "
+                f"{self.tensors.path}: {shown(tensor)}: found layer {match[1]}{of_base}, the model has "
                 f"{self.num_layers} layers"
             )
         ends = sorted({place.module[len(self.prefix) :].partition(".")[2] for place in self.places.values()})
         return UnsupportedModelError(
-            f"{self.tensors.path}: {shown(tensor)}: found a change to a module{trained_for} that is none of those that "
+            f"{self.tensors.path}: {shown(tensor)}: found a change to a module{of_base} that is none of those that "
             f"adapters change in this model's layers: {', '.join(ends)}"
         )
 

@@ -21,6 +21,7 @@ from exl.errors import ConfigError, UnsupportedModelError
 
 _FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's order; then config.json's quantization_config
 _IN_CONFIG = "config.json: quantization_config"
+_IN_TEXT_CONFIG = "config.json: text_config: quantization_config"  # of a model for images and text, in some folders
 _METHODS: Mapping[str, QuantMethod] = {
     "gptq": gptq,
     "awq": awq,
@@ -29,7 +30,9 @@ _METHODS: Mapping[str, QuantMethod] = {
     "fp8": fp8,
 }
 
-_SHOWN_BY_TENSORS = "mxfp4"  # there is nothing to say about it: gpt-oss has it, in tensors that show what they are
+# There is nothing to say about gpt-oss' own: tensors show what they are. In files of other families the same word
+# stands for layouts of other programs.
+_SHOWN_BY_TENSORS = ("mxfp4", "gpt_oss")
 
 
 def read_quant_config(folder: str | os.PathLike[str], config_json: Mapping[str, Any]) -> QuantConfig | None:
@@ -53,12 +56,16 @@ def find_quant_config(
 ) -> QuantConfig | None:
     """Like :func:`read_quant_config`; ``read`` returns a file's JSON object by name, None if there is no such file."""
     found = [(name, values) for name in _FILES if (values := read(name)) is not None]
-    in_config = config_json.get("quantization_config")
-    if in_config is not None:
+    text_config = config_json.get("text_config")
+    places = ((_IN_CONFIG, config_json), (_IN_TEXT_CONFIG, text_config if isinstance(text_config, Mapping) else {}))
+    for source, values in places:
+        in_config = values.get("quantization_config")
+        if in_config is None:
+            continue
         if not isinstance(in_config, Mapping):
-            raise ConfigError(f"{_IN_CONFIG}: found {shown(in_config)}, expected an object")
-        if in_config.get("quant_method") != _SHOWN_BY_TENSORS:
-            found.append((_IN_CONFIG, in_config))
+            raise ConfigError(f"{source}: found {shown(in_config)}, expected an object")
+        if (in_config.get("quant_method"), config_json.get("model_type")) != _SHOWN_BY_TENSORS:
+            found.append((source, in_config))
     if not found:
         return None
     method, stated = _read_files(found)

@@ -15,6 +15,7 @@ from exl.cache.page_pool import PagePool
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.engine.build import Engine
 from exl.errors import ConfigError
+from exl.layout.layers import LayerLayout, LinearLayout
 from exl.weights.packed_store import LAYOUT_VERSION, model_digest
 
 
@@ -57,6 +58,16 @@ def _adapters_digest(engine: Engine) -> str:
     return digest.hexdigest()
 
 
+def prediction_key(engine: Engine, folder: Path) -> Key:
+    """What decides the bits of predictions: of pages, and the head behind them, which may be rounded on loading."""
+    tables = [linear.spec for blob in (engine.model.embed, engine.model.head) for linear in _linears(blob)]
+    return {**cache_key(engine, folder), "tables": hashlib.sha256(repr(tables).encode()).hexdigest()}
+
+
+def _linears(blob: LayerLayout) -> list[LinearLayout]:
+    return [linear for some in blob.linears.values() for linear in some]
+
+
 def cache_key(engine: Engine, folder: Path) -> Key:
     """All that decides what a page's bytes mean, and which bits a run that reuses nothing would make of them."""
     model, target = engine.model, engine.model.target
@@ -67,7 +78,8 @@ def cache_key(engine: Engine, folder: Path) -> Key:
     with Checkpoint.open(folder) as checkpoint:
         tensors = model_digest(checkpoint)
     adapters = {"adapters": _adapters_digest(engine)} if engine.adapters.names else {}
-    specs = [linear.spec for layer in model.layers for some in layer.linears.values() for linear in some]
+    experts = [found.blob for found in model.experts if found is not None]
+    specs = [linear.spec for blob in (*model.layers, *experts) for linear in _linears(blob)]
     return {
         **adapters,
         "tensors": tensors,

@@ -193,17 +193,18 @@ class Generator:
         ``MemoryBudgetError``."""
         self.guard.begin()
         try:
-            number = self.adapter_number(lora)
-            count, windows = -(-num_tokens // PAGE_SIZE), self.pool.windows
-            pages = self.pool.allocate(count)
-            if windows is None:
-                return ManualSequence(pages, lora=number)
-            # In turn: when one comes again, no window reaches what it had.
-            own = windows.allocate(min(count, windows.num_usable))
-            return ManualSequence(pages, [own[i % len(own)] for i in range(count)], lora=number)
+            with contextlib.ExitStack() as on_failure:
+                number = self.adapter_number(lora)
+                count, windows = -(-num_tokens // PAGE_SIZE), self.pool.windows
+                pages = self.pool.allocate(count)
+                on_failure.callback(self.pool.release, pages)
+                # In turn: when one comes again, no window reaches what it had.
+                own = [] if windows is None else windows.allocate(min(count, windows.num_usable))
+                on_failure.pop_all()
         except BaseException:
             self.guard.end()
             raise
+        return ManualSequence(pages, [own[i % len(own)] for i in range(count)] if own else [], lora=number)
 
     def extend(self, sequence: ManualSequence, ids: Sequence[int]) -> torch.Tensor:
         """Runs new tokens of a sequence, a prompt's or single ones; logits after the last one, f32 [1, V], valid until

@@ -122,7 +122,7 @@ def read_chunks(
         raise ConfigError(f"stride: found {stride}, expected 1 to {window - 1}, less than the window")
     ids = tokenizer.encode(read_text(Path(path), f"text: {path}").removesuffix("\n"))
     if len(ids) < window + (stride is not None):
-        raise ConfigError(f"text: {path}: found {len(ids)} tokens, expected more than a window of {window}")
+        raise ConfigError(f"text: {path}: found {len(ids)} tokens, expected {window + (stride is not None)} or more")
     if stride is not None:
         starts = range(0, len(ids) - window, stride)
         return [Passage(tuple(ids[start : start + window]), window - stride) for start in starts]

@@ -194,7 +194,8 @@ class Recording(contextlib.AbstractContextManager["Recording"]):
 
     def losses(self, idx: int) -> np.ndarray:
         """-ln p of each predicted token of passage ``idx``, exact: f64 [num_predicted]."""
-        return np.concatenate([records["loss"] for records in self._records(idx)])
+        # A view would keep its records, with all their codes, until the last one is read.
+        return np.concatenate([records["loss"].copy() for records in self._records(idx)])
 
     def log_probs(self, idx: int) -> Iterator[torch.Tensor]:
         """Of each predicted token of passage ``idx``: f64 [rows, V], in slices; the rounding is the module's."""

@@ -21,11 +21,11 @@ from exl.families.glm import glm, glm4, prepare_glm
 from exl.families.glm_moe import glm4_moe, prepare_glm4_moe
 from exl.families.gpt_oss import gpt_oss, prepare_gpt_oss
 from exl.families.granite import granite
-from exl.families.llama import llama, mistral, prepare_ministral3
+from exl.families.llama import llama, mistral, prepare_ministral3, prepare_mistral
 from exl.families.mixtral import mixtral, prepare_mixtral
 from exl.families.olmo import olmo2, prepare_olmo2
 from exl.families.phi import phi3, prepare_phi3
-from exl.families.qwen import qwen2, qwen3
+from exl.families.qwen import prepare_qwen, qwen2, qwen3
 from exl.families.qwen_moe import prepare_qwen2_moe, prepare_qwen3_moe, qwen2_moe, qwen3_moe
 from exl.families.smollm import prepare_smollm3, smollm3
 from exl.families.specs import EmbedShape, FamilySpec, LayerSpec, LogitsShape, ModelNames, MoeShape, NormShape
@@ -54,13 +54,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "granite": Family(granite),
         "llama": Family(llama),
         "ministral3": Family(mistral, prepare_ministral3),
-        "mistral": Family(mistral),
+        "mistral": Family(mistral, prepare_mistral),
         "mixtral": Family(mixtral, prepare_mixtral),
         "olmo2": Family(olmo2, prepare_olmo2),
         "phi3": Family(phi3, prepare_phi3),
-        "qwen2": Family(qwen2),
+        "qwen2": Family(qwen2, prepare_qwen),
         "qwen2_moe": Family(qwen2_moe, prepare_qwen2_moe),
-        "qwen3": Family(qwen3),
+        "qwen3": Family(qwen3, prepare_qwen),
         "qwen3_moe": Family(qwen3_moe, prepare_qwen3_moe),
         "smollm3": Family(smollm3, prepare_smollm3),
     }
@@ -158,16 +158,16 @@ class ModelConfig:
     ) -> ModelConfig:
         """``rope`` replaces what ``values`` say of RoPE, see ``rope_config.check_rope``. Raises ``ConfigError`` for an
         invalid value, ``UnsupportedModelError`` for a model that exl does not have."""
-        read = ConfigReader(values, source)
-        text_part = find_text_part(read)
-        read = text_part or read
+        whole = ConfigReader(values, source)
+        text_part = find_text_part(whole)
+        read = text_part or whole
         model_type = read.text("model_type", "")
         family = FAMILIES.get(model_type)
         if family is None:
             raise UnsupportedModelError(
                 f"{read.source}: model_type: found {model_type[:40]!r}, exl has {', '.join(sorted(FAMILIES))}"
             )
-        _refuse_other_architectures(read)
+        _refuse_other_architectures(whole, "ForCausalLM" if text_part is None else "ForConditionalGeneration")
         read = family.prepare(read)
         max_position = read.integer("max_position_embeddings", 2048, high=MAX_POSITION)
         ropes, max_position = read_ropes(read, max_position, rope)
@@ -199,12 +199,12 @@ def _check_turns(read: ConfigReader, rope: RopeConfig, head_dim: int) -> None:
     check_factors(rope, (turning + 1) // 2, read.source)
 
 
-def _refuse_other_architectures(read: ConfigReader) -> None:
+def _refuse_other_architectures(read: ConfigReader, expected: str) -> None:
     """Refuses a known model_type with another head (classification, reward): it would load, but generate nonsense."""
     names = read.values.get("architectures")
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise read.error("architectures", "a list of class names")
-    if names and not any(name.endswith("ForCausalLM") for name in names):
-        raise UnsupportedModelError(f"{read.source}: architectures: found {names[0][:60]!r}, expected a ...ForCausalLM")
+    if names and not any(name.endswith(("ForCausalLM", expected)) for name in names):
+        raise UnsupportedModelError(f"{read.source}: architectures: found {names[0][:60]!r}, expected a ...{expected}")

@@ -46,7 +46,9 @@ def exaone4(source: Source) -> FamilySpec:
         mlp_branch=BranchShape("mlp_post_norm"),
     )
     kinds = {FULL: layer, SLIDING: replace(layer, attention=replace(turns, window=window))}
-    every = None if window is None else read.integer("sliding_window_pattern", 4)
-    default = [SLIDING if every is not None and (i + 1) % every else FULL for i in range(sizes.num_layers)]
+    default = []
+    if not read.has("layer_types"):  # beside which published files have a pattern "LLLG", which the class cannot read
+        every = None if window is None else read.integer("sliding_window_pattern", 4)
+        default = [SLIDING if every is not None and (i + 1) % every else FULL for i in range(sizes.num_layers)]
     types = read_layer_types(read, sizes.num_layers, default)
     return FamilySpec(tuple(kinds[kind] for kind in types), NormShape(read.number("rms_norm_eps", above=False)))

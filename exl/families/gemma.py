@@ -50,7 +50,8 @@ _DEFAULTS = {
 
 
 def prepare_gemma2(read: ConfigReader) -> ConfigReader:
-    return with_defaults(read, {**_DEFAULTS, "vocab_size": 256000, "max_position_embeddings": 8192})
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # null in a file: none
+    return with_defaults(read, {**_DEFAULTS, **caps, "vocab_size": 256000, "max_position_embeddings": 8192})
 
 
 def prepare_gemma3(read: ConfigReader) -> ConfigReader:

@@ -25,6 +25,8 @@ from exl.families.specs import FamilySpec, LayerSpec, NormShape, RouteShape
 _ALPHA = 1.702  # of the activation
 _DEFAULTS = {
     "head_dim": 64,
+    "num_key_value_heads": 8,
+    "rope_theta": 150_000.0,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131_072,
     "num_experts_per_tok": 4,

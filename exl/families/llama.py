@@ -57,6 +57,10 @@ def prepare_ministral3(read: ConfigReader) -> ConfigReader:
     return with_defaults(ConfigReader({**read.values, **rope}, read.source), _MINISTRAL3)
 
 
+def prepare_mistral(read: ConfigReader) -> ConfigReader:
+    return with_defaults(read, {"num_key_value_heads": 8, "max_position_embeddings": 131_072})
+
+
 def mistral(source: Source) -> FamilySpec:
     read = source.read
     sizes = read_sizes(read)

@@ -18,12 +18,18 @@ from exl.families.common import (
 )
 from exl.families.specs import FamilySpec, LayerSpec, NormShape
 
+_DEFAULTS = {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "sliding_window": None,
+}
 _KEYS = ("rope_parameters", "rope_scaling")
 
 
 def prepare_phi3(read: ConfigReader) -> ConfigReader:
     """Earlier files call longrope "su", or "yarn", which it is not."""
-    read = with_defaults(read, {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None})
+    read = with_defaults(read, _DEFAULTS)
     values = dict(read.values)
     for key in _KEYS:
         scaling = dict(read.object(key))

@@ -17,8 +17,13 @@ from exl.families.common import (
     read_window,
     usual_linears,
     usual_norms,
+    with_defaults,
 )
 from exl.families.specs import FamilySpec, LayerSpec, NormShape
+
+
+def prepare_qwen(read: ConfigReader) -> ConfigReader:
+    return with_defaults(read, {"max_position_embeddings": 32_768})
 
 
 def qwen2(source: Source) -> FamilySpec:

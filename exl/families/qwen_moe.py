@@ -18,8 +18,9 @@ from exl.families.experts import (
 from exl.families.qwen import qwen2, qwen3
 from exl.families.specs import FamilySpec, LayerSpec, MoeShape, PartSpec, RouteShape, SharedShape
 
-_QWEN2 = {"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632}
-_QWEN3 = {"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4, "layer_types": None}
+_POSITIONS = {"max_position_embeddings": 32_768}
+_QWEN2 = {**_POSITIONS, "num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632}
+_QWEN3 = {**_POSITIONS, "num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4, "layer_types": None}
 
 
 def prepare_qwen2_moe(read: ConfigReader) -> ConfigReader:

@@ -30,6 +30,36 @@ _WHOLES: Mapping[str, str] = MappingProxyType(
 _SAME_AS: Mapping[str, str] = MappingProxyType(
     {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 )
+# Nested configs lack what the class of the text part in transformers sets, sizes too (LLaVA 1.5: all of them).
+# Other families fill in their sizes themselves.
+_LLAMA = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+_QWEN = {**_LLAMA, "vocab_size": 151_936, "intermediate_size": 22_016}
+_QWEN2_VL = {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama": _LLAMA,
+        "mistral": {**_LLAMA, "intermediate_size": 14_336},
+        "qwen2": _QWEN,
+        "qwen2_vl_text": _QWEN2_VL,
+        "qwen2_5_vl_text": _QWEN2_VL,
+        "qwen3_vl_text": {**_QWEN, "max_position_embeddings": 128_000, "rope_theta": 5e5},
+    }
+)
 _OF_BOTH = ("tie_word_embeddings", "bos_token_id", "eos_token_id")  # stand in either, the whole's first
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")
 
@@ -47,9 +77,9 @@ def find_text_part(read: ConfigReader) -> ConfigReader | None:
         return None
     nested = read.object("text_config")
     inner = ConfigReader(nested, f"{read.source}: text_config") if nested else read
-    values: dict[str, Any] = {**inner.values, "architectures": None}
-    values |= {key: read.values[key] for key in _OF_BOTH if read.has(key)}
     model_type = inner.text("model_type", _WHOLES[whole]) if nested else _WHOLES[whole]
+    values: dict[str, Any] = {**_DEFAULTS.get(model_type, {}), **inner.values}
+    values |= {key: read.values[key] for key in _OF_BOTH if read.has(key)}
     values["model_type"] = _SAME_AS.get(model_type, model_type)
     if model_type in _SAME_AS:
         for key in _ROPE_KEYS:

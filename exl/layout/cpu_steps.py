@@ -67,7 +67,7 @@ def scratch_partials(limits: StepLimits) -> int:
 
 
 def angle_bytes(limits: StepLimits, num_rows: int) -> int:
-    """RoPE's cos and sin."""
+    """cos and sin of one RoPE."""
     return _rows(num_rows, 4 * limits.head_dim)
 
 
@@ -105,17 +105,20 @@ def pairs_of(limits: StepLimits, num_rows: int, count: int, item_rows: int = FEW
     return Pairs(total, min(total, most), count, item_rows)
 
 
-def expert_bytes(layout: ExpertLayout, limits: StepLimits, arithmetic: str, num_rows: int) -> dict[str, int]:
-    """Bytes of the buffers of one mixture, by purpose."""
+def expert_bytes(
+    layout: ExpertLayout, limits: StepLimits, arithmetic: str, num_rows: int, *, apart: bool = False
+) -> dict[str, int]:
+    """Bytes of the buffers of one mixture, by purpose. ``apart``: inputs of each linear have a place of their own, as
+    in an arena."""
     pairs, hidden = pairs_of(limits, num_rows, layout.count), limits.hidden_size
     gate_up, down = (layout.blob.linears[name] for name in ("gate_up", "down"))
     both = sum(linear.spec.N for linear in gate_up)
-    inputs = max(input_bytes(linear, arithmetic) for linear in (*gate_up, *down))
+    inputs = [input_bytes(linear, arithmetic) for linear in (*gate_up, *down)]
     return {
         "router": _rows(num_rows, 4 * layout.count),
         "expert tables": align_up(pairs.table_bytes, FIELD_ALIGN),
         "expert rows": _rows(pairs.at_once, 4 * hidden),
-        "expert inputs": _rows(pairs.at_once, inputs),
+        "expert inputs": _rows(pairs.at_once, sum(inputs) if apart else max(inputs)),
         "expert gate and up": _rows(pairs.at_once, 4 * both),
         "expert products": _rows(pairs.at_once, 2 * both),
         "expert results": _rows(pairs.at_once, 4 * hidden),
@@ -168,8 +171,8 @@ def compiled_sizes(
 ) -> CompiledSizes:
     """``head``: the blob of the head, or of the embedding if that is the head. ``experts``: by layer.
 
-    An arena has room for a step of all
-    sequences, or of the largest power of two with which it stays small; of one, however large it is."""
+    An arena has room for a step of all sequences, or of the largest power of two with which it stays small; of one,
+    however large it is."""
     rows = min(RECORDED_ROWS, limits.max_sequences)
     while rows > 1 and arena_bytes(layers, limits, arithmetic, head, rows, experts) > _ARENA_BYTES:
         rows = 1 << (rows - 1).bit_length() - 1
@@ -192,13 +195,13 @@ def arena_bytes(
     a_layer += 6 * _rows(T, hidden)  # two norms, two branches, the residual stream twice
     a_layer += _rows(T, 8)  # factors of norms of q and k over all heads
     a_layer += align_up(step_partials(limits, T) * a_partial_bytes(limits), FIELD_ALIGN)
-    total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + angle_bytes(limits, T)
+    total = 2 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.vocab_size) + limits.num_ropes * angle_bytes(limits, T)
     for layer in layers:
         linears = _linears([layer], *_LINEARS)
         total += a_layer + sum(_rows(T, input_bytes(linear, arithmetic)) for linear in linears)
     for layout in experts:
         if layout is not None:
-            total += sum(expert_bytes(layout, limits, arithmetic, T).values()) + 4 * FIELD_ALIGN
+            total += sum(expert_bytes(layout, limits, arithmetic, T, apart=True).values()) + 4 * FIELD_ALIGN
             # Routed rows, the stream after the experts and after the shared one, what that gives, and its gate.
             total += 4 * _rows(T, hidden) + 2 * _rows(T, 4 * limits.experts.per_token) + _rows(T, 4)
     heads = _linears([head], "head", "embed")

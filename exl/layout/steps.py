@@ -93,6 +93,9 @@ def routed_widths(limits: StepLimits) -> dict[str, int]:
 
 # A panel of 4 MB and its codes stay in the second-level caches between being written and being multiplied.
 PANEL_ELEMENTS = 1 << 20
+# Scores of a block of rows, where torch's fused kernel does not compute them (soft caps, sinks); or of one row, if that
+# has more: at 128 rows, 64 heads and 128k tokens they would be 4 GB.
+SCORES = 1 << 22
 PACK_COLUMNS = 256  # output rows unpacked at a time while loading: a multiple of every block of every layout
 
 

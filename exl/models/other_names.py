@@ -24,6 +24,9 @@ _PREFIXES: Mapping[str, str] = {
 
 # Of a model for images and text, what stands for "model." and before the head: since transformers 4.52, and before.
 _TEXT_PARTS = (("model.language_model.", ""), ("language_model.model.", "language_model."), ("model.", ""))
+# What the same layers may be called in the files of a model and of its adapters, which transformers may have loaded as
+# a model for images or as its text part, and renamed.
+LAYER_PREFIXES = tuple(f"{prefix}layers." for prefix, _ in _TEXT_PARTS)
 
 
 def find_names(checkpoint: Checkpoint, config: ModelConfig) -> ModelNames:

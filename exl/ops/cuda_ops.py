@@ -264,20 +264,10 @@ class CudaOps(WithoutMixtures):
         consumer: Segments = (),
     ) -> None:
         rope = self._rope_number(spec.rope, layer_idx)
-        pages, eps = kv.layer(layer_idx), _head_eps(spec)
+        pages = kv.layer(layer_idx)
         key = (
-            "attend",
-            place(qkv),
-            place(out),
-            spec.num_heads,
-            spec.head_dim,
-            spec.scale,
-            spec.window,
-            spec.softcap,
-            eps,
-            kv.windowed,
-            spec.norm_rows,
-            rope,
+            *("attend", place(qkv), place(out), spec.num_heads, spec.head_dim, spec.scale, spec.window, spec.softcap),
+            *(_numbers(spec.q_norm), _numbers(spec.k_norm), spec.norm_rows, kv.windowed, rope),
         )
         norms = (None if norm is None else norm.weight for norm in (spec.q_norm, spec.k_norm))
         self._run(

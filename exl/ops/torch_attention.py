@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from exl.batch import PAGE_SIZE, ForwardBatch
 from exl.cache.kv import KVCache
+from exl.layout.steps import SCORES
 from exl.ops.base import AttentionSpec, Norm
 from exl.ops.rope import query_scales
 from exl.ops.rope_tables import rope_tables
@@ -94,7 +95,7 @@ def attend(
     for b in range(batch.num_sequences):
         start, stop = int(batch.query_start[b]), int(batch.query_start[b + 1])
         context = int(batch.context_len[b])
-        step = 1 if start < batch.num_decode_rows else _QUERY_BLOCK
+        step = 1 if start < batch.num_decode_rows else _block_rows(spec, context)
         for first in range(start, stop, step):
             last = min(stop, first + step)
             seen = context - (stop - last)  # number of keys up to and including the last row's own
@@ -106,6 +107,10 @@ def attend(
                 attended[first:last] = _attend_run(q[first:last], k_run, v_run, spec)
     if kv.layout.quantized:
         hadamard(attended, size)  # its own inverse
+
+
+def _block_rows(spec: AttentionSpec, context: int) -> int:
+    return _QUERY_BLOCK if _is_fused(spec) else max(1, min(_QUERY_BLOCK, SCORES // (spec.num_heads * context)))
 
 
 def _normalize(x: torch.Tensor, norm: Norm) -> None:
@@ -181,7 +186,8 @@ def _attend_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attenti
             scores.mul_(spec.scale)
         else:
             scores.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
-        scores = scores if mask is None else scores + mask
+        if mask is not None:
+            scores.add_(mask)
         if spec.sinks is not None:
             sinks = spec.sinks.view(1, Hkv, group, 1).expand(-1, -1, -1, n).reshape(1, Hkv, group * n, 1)
             scores = torch.cat([scores, sinks], dim=-1)

@@ -36,11 +36,14 @@ _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": si
 
 
 def gated_product(gate: torch.Tensor, up: torch.Tensor, spec: GatedMlp, out: torch.Tensor) -> None:
-    """out = what ``spec`` says. Raises ``UnsupportedModelError`` for an activation that there is no code for."""
+    """out = what ``spec`` says. Gate and up may be overwritten, so that at most one more of their size is taken. Raises
+    ``UnsupportedModelError`` for an activation that there is no code for."""
     if spec.activation == _CLAMPED:
         if spec.limit is not None:
-            gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
-        torch.mul(gate * sigmoid(1.702 * gate), up + 1.0, out=out)
+            gate.clamp_(max=spec.limit)
+            up.clamp_(-spec.limit, spec.limit)
+        factor = torch.mul(gate, -1.702).exp_().add_(1.0).reciprocal_()
+        torch.mul(factor.mul_(gate), up.add_(1.0), out=out)
         return
     activation = _ACTIVATIONS.get(spec.activation)
     if activation is None:

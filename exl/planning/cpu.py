@@ -5,7 +5,7 @@ from __future__ import annotations
 from exl.batch import PAGE_SIZE
 from exl.layout.cpu_steps import angle_bytes
 from exl.layout.fields import BLOB_ALIGN, DTYPE_BYTES, align_up
-from exl.layout.steps import PACK_COLUMNS, StepLimits, scratch_bytes, step_bytes
+from exl.layout.steps import PACK_COLUMNS, SCORES, StepLimits, scratch_bytes, step_bytes
 from exl.layout.window import WindowGroup
 from exl.planning.plan import MemoryPlan, Placement, PlanInput, PlanLine, Tier
 
@@ -115,7 +115,8 @@ def _torch_lines(model: PlanInput) -> list[PlanLine]:
 def _compiled_lines(model: PlanInput) -> list[PlanLine]:
     device, limits = model.target.kind, model.limits
     sizes = model.compiled_sizes
-    temporaries = _SAMPLING_BYTES * limits.vocab_size + angle_bytes(limits, limits.window_rows)
+    angles = limits.num_ropes * angle_bytes(limits, limits.window_rows)
+    temporaries = _SAMPLING_BYTES * limits.vocab_size + angles
     return [
         PlanLine(
             "scratch of operations", device, sum(sizes.scratch.values()), True, f"activations in {model.arithmetic}"
@@ -144,6 +145,10 @@ _SHORT_PROMPT = 32  # which is computed as decode rows where all layers are int4
 _ALIGNED_ELEMENTS = 16
 _READ_EDGES = 256 << 10  # pages are read whole, of which neighbours have the rest
 _UNPACKED_BYTES = 8  # per code, while it is unpacked, sorted, fused and packed
+_ROUTED_BYTES = (
+    36  # of a row and an expert: logits, scores, those to choose by, of the best groups; sorted, with numbers
+)
+_PLACE_BYTES = 64  # of a row and one of its experts: numbers i64, masks, weights
 _LIBRARY_BYTES = 12 << 20  # memory that MKL keeps for f32 products of any size; 4 to 13 MB were measured
 
 
@@ -173,16 +178,36 @@ def torch_temporaries(model: PlanInput) -> int:
     element = 4 if kv.quantized else DTYPE_BYTES[kv.kind]
     # Temporary rows of a norm, f32.
     norm = T * limits.hidden_size * 4
-    # A chunk's q, k and v, rotated and converted; cos and sin.
-    rotate = T * limits.qkv_width * 4 + T * D * 4
+    # A chunk's q, k and v, rotated and converted; cos and sin of a window's rows, which all its layers share.
+    rotate = T * limits.qkv_width * 4 + limits.num_ropes * limits.window_rows * D * 4
     # For a block of rows: the mask (distances i64, hidden u8, mask), its copies for the query group, q, the result.
     mask = block * context * (8 + 1 + element) + block * group * context * element
     rows = 4 * block * limits.attn_width * element
     # K and V of the whole context: dequantized, or gathered if the pages are not contiguous.
     run = context * config.kv_width * (2 * element + (element if kv.quantized else 0))
-    attend = rotate + mask + rows + run
-    gate = T * limits.intermediate_size * 4 + norm
+    attend = rotate + mask + rows + run + _scores(model)
+    gate = T * limits.intermediate_size * 4 + norm + _routing(limits)
     # Of decode rows: bf16 inputs and outputs, or f32 inputs whose rows are aligned.
     widest = max(2 * limits.intermediate_size + limits.hidden_size, 2 * (_max_k(limits) + _ALIGNED_ELEMENTS))
     decode = max(_SHORT_PROMPT, limits.decode_rows) * 2 * widest
     return align_up(_LIBRARY_BYTES + max(attend, gate, norm + decode), BLOB_ALIGN)
+
+
+def _scores(model: PlanInput) -> int:
+    """What attention takes besides where torch's fused kernel does not compute it: scores before and after a step, K
+    and V in f32, and rows of q and of the result."""
+    shapes, context = [layer.attention for layer in model.config.layers], model.limits.max_context
+    if all(shape.softcap is None and not shape.sinks for shape in shapes):
+        return 0
+    heads, block = model.config.num_heads, min(128, model.limits.max_rows)
+    scores = max(min(SCORES, block * heads * context), heads * context) + block * heads  # with a sink of each row
+    return 4 * (2 * scores + 2 * context * model.config.kv_width + 2 * block * model.limits.attn_width)
+
+
+def _routing(limits: StepLimits) -> int:
+    """A router's logits, scores and their order; rows that an expert's are added to, and which they are."""
+    found = limits.experts
+    if found is None:
+        return 0
+    a_row = _ROUTED_BYTES * found.count + 4 * limits.hidden_size + _PLACE_BYTES * found.per_token
+    return limits.max_rows * a_row

@@ -66,7 +66,10 @@ class QuantizeOptions:
         if isinstance(self.overrides, str) or not all(isinstance(text, str) for text in self.overrides):
             raise ConfigError(f"overrides: found {self.overrides!r}, expected a sequence of strings")
         object.__setattr__(self, "overrides", tuple(self.overrides))
-        self.parsed_overrides  # noqa: B018, checks them
+        patterns = [override.pattern for override in self.parsed_overrides]
+        for pattern in patterns:
+            if patterns.count(pattern) > 1:  # ``dynamic`` has one entry of a name
+                raise ConfigError(f"overrides: found {pattern!r} {patterns.count(pattern)} times, expected it once")
 
     def _check_bits(self) -> None:
         if self.target_bits is None:

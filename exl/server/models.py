@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,10 +124,11 @@ class Models:
         raise ApiError(404, text, code="model_not_found", param="model")
 
     def _known(self) -> str:
-        names = [*(state.name for state in self.states), *self.adapters]
-        shown = [repr(name) for name in names[:_NAMED]]
-        more = len(names) - len(shown)
-        return (", ".join(shown) + (f" and {more} more" if more else "")) if shown else "no models"
+        return _some_of([*(state.name for state in self.states), *self.adapters]) or "no models"
+
+    def known_adapters(self) -> str:
+        """Their names, for a message."""
+        return _some_of(self.adapters) or "no adapters"
 
     async def refresh(self) -> None:
         """Reads the directory again. One that cannot be read now leaves the models as they are."""
@@ -218,3 +219,9 @@ class Models:
     def close(self) -> None:
         """When the event loop has ended."""
         self._residency.close()
+
+
+def _some_of(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names[:_NAMED]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 import exl
+from exl.checkpoint.header import shown
 from exl.completion import Completion
 from exl.engine.request import Outcome
 from exl.request_options import RequestOptions
@@ -64,7 +65,7 @@ class GenerateParameters(Body):
     top_n_tokens: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     grammar: Grammar | None = None
     watermark: refused("exl marks no texts", False) = None  # type: ignore[valid-type]
-    adapter_id: refused("exl has no adapters") = None  # type: ignore[valid-type]
+    adapter_id: str | None = Field(None, description="The name of an adapter that the server was started with.")
 
 
 class GenerateRequest(Body):
@@ -119,7 +120,7 @@ async def _answer(server: Server, request: Request, body: GenerateRequest, *, as
     parameters = body.parameters or GenerateParameters()
     _check(parameters, bool(body.stream))
     async with AsyncExitStack() as stack:
-        model = await stack.enter_async_context(server.models.use(None))
+        model = await stack.enter_async_context(server.models.use(_adapter(server, parameters.adapter_id)))
         prompt = await server.in_thread(lambda: _prompt(model, body.inputs, parameters.truncate))
         with told_as(_FIELDS):
             options = _options(server, model, body, parameters, len(prompt))
@@ -147,6 +148,14 @@ def _check(parameters: GenerateParameters, stream: bool) -> None:
         if stream and asked:
             found = f"{name}: found {getattr(parameters, name)} in a stream"
             raise ApiError(400, f"{found}, expected one of the two", param=name)
+
+
+def _adapter(server: Server, name: str | None) -> str | None:
+    """None: the model itself answers. Raises ``ApiError`` for a name that no adapter has: also another model's."""
+    if name is None or name in server.models.adapters:
+        return name
+    text = f"adapter_id: found {shown(name)}, this server has {server.models.known_adapters()}"
+    raise ApiError(400, text, param="adapter_id")
 
 
 def _samples(parameters: GenerateParameters) -> bool:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -243,8 +243,9 @@ class _Loader:
 
         def pack(linear: LinearLayout, start: int, stop: int, order: NDArray[np.int32] | None) -> int:
             specs = linear.spec.parts
-            if expert is not None:
-                specs = [expert[0].part(part, expert[1]) for part in specs]
+            if expert is not None:  # the packer names what it refuses
+                specs = tuple(expert[0].part(part, expert[1]) for part in specs)
+                linear = replace(linear, spec=replace(linear.spec, parts=specs))
             parts = [load_part(checkpoint, part, self.quant) for part in specs]
             if expert is not None:
                 expect_orders(parts, linear.spec, specs[0].name)
@@ -257,6 +258,7 @@ class _Loader:
                 order = None
                 if key == "gate_up" and packs_in_order(layout):
                     (down,) = layout.linears["down"][0].spec.parts
+                    down = down if expert is None else expert[0].part(down, expert[1])
                     order = load_part(checkpoint, down, self.quant).order
                 linears.append((linear, *layout.linear_range(key, i), order))
         for stop in self._each(pack, linears):

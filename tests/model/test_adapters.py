@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from exl.engine.compose import Piece, batch_of
 from exl.engine.manual import ManualSequence
 from exl.engine.request import TokenRequest
 from exl.engine.ticket import Answer, Ticket
-from exl.errors import ConfigError
+from exl.errors import ConfigError, UnsupportedModelError
 from exl.ops.cpu_target import COMPILED, torch_target
 from exl.planning.options import EngineOptions
 from exl.sampling_params import SamplingParams
@@ -43,6 +44,8 @@ TARGETS = {
     "gemma2": ALL,
     "granite": ALL,
     "cohere2": ALL,
+    "olmo2": ALL,  # no norm before its blocks
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
 
@@ -92,6 +95,15 @@ def test_equals_merged_weights(name, cpu, models):
     assert (all_logits(engine, None) - plain).abs().max() <= TOLERANCE
     difference = (token_by_token(engine, "a") - decode_logits(merged, IDS, NUM_PROMPT)).abs().max()
     assert difference <= TOLERANCE
+
+
+def test_experts_are_refused_by_name(models, tmp_path):
+    _, folder, adapter, _ = models("mixtral")
+    expert = "model.layers.1.block_sparse_moe.experts.3.w1"
+    adapter = replace(adapter, tensors={**adapter.tensors, expert: (torch.ones(4, 64), torch.ones(96, 4))})
+    message = rf"{expert}\.lora_A\.weight': found a change to a module of some/base that is none of those .* layers: "
+    with pytest.raises(UnsupportedModelError, match=message + r"self_attn\.k_proj, .*self_attn\.v_proj$"):
+        load(folder, torch_target(), lora={"a": adapter.save(tmp_path)})
 
 
 # --- quantized weights -----------------------------------------------------------------------------------------------
@@ -378,6 +390,7 @@ def test_one_folder_is_for_all_requests(stories):
         assert torch.equal(named.embed(text, lora="adapter"), stories.embed(text))
         assert not torch.equal(named.embed(text), stories.embed(text))
         assert torch.equal(named.submit_embed(text, lora="adapter").result(), stories.embed(text)[0])
+        _scores_are_the_adapters(stories, named, plain)
         chat, other = named.chat(lora="adapter"), stories.chat()
         assert chat.send("Tell a story.", 12).text == other.send("Tell a story.", 12).text
         assert chat.retry(12, lora=False).text == plain.chat().send("Tell a story.", 12).text
@@ -387,6 +400,21 @@ def test_one_folder_is_for_all_requests(stories):
             named.chat(lora="poems")
         with pytest.raises(ConfigError, match="lora: found 3, expected the name of an adapter, or False"):
             named.generate(text, lora=3)
+
+
+def _scores_are_the_adapters(stories: exl.LLM, named: exl.LLM, plain: exl.LLM) -> None:
+    ids = plain.encode("Once upon a time there was a dog.")
+    pair = (ids[:5], ids[5:])
+    expected = torch.log_softmax(stories.logits(ids[:-1]).double(), -1)[4:].gather(1, torch.tensor(ids[5:])[:, None])
+    (found,), (of_model,) = stories.score([pair]), plain.score([pair])
+    assert found.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-3)
+    assert abs(found.total - of_model.total) > 0.1
+    assert stories.score([pair], lora=False)[0].logprobs == named.score([pair])[0].logprobs == of_model.logprobs
+    assert stories.submit_score(*pair).result().logprobs == found.logprobs
+    assert named.submit_score(*pair, lora="adapter").result().logprobs == found.logprobs
+    assert stories.identity() != named.identity()  # whose predictions differ where no adapter is named
+    with pytest.raises(ConfigError, match="lora: found 'poems', the model has 'adapter'"):
+        named.score([pair], lora="poems")
 
 
 def test_every_kind_of_request_goes_through_the_adapter(stories):

@@ -16,9 +16,10 @@ from exl.layout.kv import DeviceKVLayout, KVLayout
 from exl.layout.layers import layer_layout
 from exl.layout.specs import BlobSpec, LinearSpec, MatrixSpec, Target
 from exl.layout.steps import StepLimits
+from exl.ops import torch_attention
 from exl.ops.base import Norm, Ops
 from exl.ops.torch_ops import TorchOps
-from tests.model.attended import HEAD_DIM, KV_HEADS, QKV_WIDTH, WIDTH, attend, row_norms, sinks, spec_of
+from tests.model.attended import CONTEXT, HEAD_DIM, HEADS, KV_HEADS, QKV_WIDTH, WIDTH, attend, row_norms, sinks, spec_of
 from tests.model.cpu_targets import with_both
 
 ROWS = 16
@@ -63,6 +64,21 @@ def test_a_sink_takes_its_part_of_the_weights(made, cpu, kind, changes):
     found = attend(ops, kv, rng, spec)
     assert found.largest_error(spec) < LIMITS[kind]
     assert found.largest_error(replace(spec, sinks=None)) > 5 * LIMITS[kind]
+
+
+@pytest.mark.parametrize("changes", [{"window": 4}, {"softcap": 5.0}], ids=str)
+def test_scores_of_a_long_prompt_are_computed_some_rows_at_a_time(changes, monkeypatch):
+    """Those of 128 rows of a large model over a long context would take gigabytes."""
+    rng, most, sizes, softmax = np.random.default_rng(4), 2 * HEADS * CONTEXT, [], torch.softmax
+    monkeypatch.setattr(torch_attention, "SCORES", most)
+    monkeypatch.setattr(torch, "softmax", lambda x, **options: sizes.append(x.numel()) or softmax(x, **options))
+    with ExitStack() as stack:
+        ops = make_ops(Target("cpu"), "f32", stack)
+        spec = spec_of(sinks=sinks(rng, ops.device), **changes)
+        found = attend(ops, KVCache(ops.kv_layout, 2, ops.device), rng, spec)
+    assert found.largest_error(spec) < LIMITS["f32"]
+    assert most / 2 < max(sizes) <= most + 2 * HEADS  # with the sinks
+    assert len(sizes) == 2 * (CONTEXT - 1) // 2 + 2
 
 
 @with_both

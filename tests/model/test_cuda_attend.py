@@ -3,6 +3,9 @@ rows, sinks. Each, taken out, would be seen."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from exl.cache.kv import KVCache
@@ -66,6 +69,17 @@ def test_q_and_k_are_normalised_over_all_heads(backend):
     a = attend(bench, spec)
     assert a.largest_error(spec) < LIMIT
     assert a.largest_error(spec_of()) > 20 * LIMIT
+
+
+def test_norms_of_another_kind_are_other_launches():
+    """With the same weights and epsilons: what was recorded for one kind is not launched for the other."""
+    bench = Bench(make_backend("plain", 86), rows=16, ropes=ROPES)
+    spec = spec_of(**row_norms(bench.rng, bench.backend.device))
+    layer = replace(spec, q_norm=replace(spec.q_norm, kind="layer"), k_norm=replace(spec.k_norm, kind="layer"))
+    for each in (spec, layer, spec, layer):
+        bench.rng = np.random.default_rng(8)
+        found = attend(bench, each)
+        assert (found.largest_error(spec) < LIMIT) == (each is spec)
 
 
 def test_a_sink_takes_its_part_of_the_weights(backend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from exl.evaluate import evaluate, read_documents
 from tests.command_line import run_exl
 
 DATA = Path(__file__).parents[1] / "data"
+ADAPTER = DATA / "adapter"
 TEXT = DATA / "tinystories-valid-30k.txt"
 
 
@@ -109,6 +111,32 @@ def test_vocabularies_must_agree(tmp_path):
 
     with exl.load() as llm, pytest.raises(ConfigError, match="found a vocabulary of 7 tokens, expected 512"):
         evaluate(llm, [[1, 2, 3]], Other())
+
+
+def test_tokens_must_agree(tmp_path):
+    """Vocabularies of one size, in which two tokens have changed places: they may, where the text has neither."""
+    shutil.copytree(DATA / "stories260K", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocab = values["model"]["vocab"]
+    tokens = {token_id: token for token, token_id in vocab.items()}
+    vocab[tokens[410]], vocab[tokens[411]] = 411, 410
+    path.write_text(json.dumps(values))
+    with exl.load(DATA / "stories260K") as llm, exl.load(tmp_path / "other") as other:
+        assert evaluate(llm, [[1, 403, 407]], other).against.kl_mean < 1e-9
+        with pytest.raises(ConfigError, match=f"token 410 is '{tokens[411]}', expected '{tokens[410]}'"):
+            evaluate(llm, [[1, 403, 407], [1, 410]], other)
+
+
+def test_a_model_says_what_decides_its_predictions():
+    """Else a recording would be taken for that of the same model: a head that is rounded on loading, and whether an
+    adapter answers those that ask for none."""
+    options = ({}, {"head": 8}, {"head": 4}, {"lora": ADAPTER}, {"lora": [ADAPTER]})
+    found = []
+    for some in options:
+        with exl.load(DATA / "stories260K", **some) as llm:
+            found.append(json.dumps(llm.identity(), sort_keys=True))
+    assert len(set(found)) == len(options)
 
 
 def test_a_text_without_a_document(tmp_path):

@@ -128,6 +128,10 @@ def test_answers_end_where_they_should(lm):
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 40, "max_gen_toks": 20}
     draws = [one.generate_until(asked((begin, sampling)))[0] for one in (lm, lm, ExlLM(lm.llm, seed=5))]
     assert draws[0] == draws[1] != draws[2]
+    repeats = lm.generate_until(asked(*[(begin, sampling)] * 3, ("One day", sampling)))
+    assert len(set(repeats)) == 4
+    assert repeats[0] == draws[0]  # whatever else is asked
+    assert repeats == lm.generate_until(asked(*[(begin, sampling)] * 3, ("One day", sampling)))
 
 
 def test_a_context_that_does_not_fit_loses_its_beginning(lm):

@@ -20,6 +20,7 @@ from tests.host.backends import make_backend
 from tests.model.cpu_targets import TARGETS
 from tests.model.cuda_engines import all_logits, some_ids
 from tests.model.hf_models import CASES, build, decode_logits, prefill_logits, save
+from tests.reference import adapter_twin
 
 TOLERANCE = 2e-4  # as in test_against_transformers
 CONTEXT, CHUNK, WINDOW, NARROW = 2048, 32, 100, 20
@@ -244,6 +245,76 @@ def test_drafts_searches_and_guidance(model_and_folder):
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def adapters(model_and_folder, tmp_path_factory):
+    """By name, (as merged into the model, its folder): of a layer with a window and of one without."""
+    model, folder = model_and_folder[0], tmp_path_factory.mktemp("adapters")
+    made = {
+        "a": adapter_twin.make(model, ["q_proj", "k_proj", "v_proj", "down_proj"], r=3, seed=1),
+        "b": adapter_twin.make(model, ["v_proj", "o_proj", "up_proj"], r=5, seed=2),
+    }
+    return {name: (adapter.merged(model), adapter.save(folder / name)) for name, adapter in made.items()}
+
+
+@pytest.mark.parametrize("where", TARGETS)
+def test_adapters(where, model_and_folder, adapters):
+    """Their texts take pages of both kinds, are told apart in both, and have the bits of a cache of one kind."""
+    lora, few = {name: path for name, (_, path) in adapters.items()}, replace(PARAMS, max_tokens=12)
+    ids, options = some_ids(300, seed=3), {"lora": lora, "max_sequences": 4}
+    exact = opened(model_and_folder[1], where, kv_cache="f32", lora=lora)
+    for name, (merged, _) in adapters.items():
+        found = torch.cat([chunk.clone() for chunk in exact.generator.logits(ids, name)])
+        assert (found - prefill_logits(merged, ids)).abs().max() <= TOLERANCE
+    exact.close()
+    whole = opened(model_and_folder[1], where, window_cache=False, cache_tokens=4 * CONTEXT, **options)
+    expected = {name: told(asked(whole, [ids], few, lora=name)) for name in (None, *lora)}
+    assert len({str(found) for found in expected.values()}) == 3
+    whole.close()
+    engine = opened(model_and_folder[1], where, **options)
+    _plan_is_what_is_allocated(engine)
+    submit, params = engine.generator.submit, replace(few, seed=0)
+    for reused in (0, 256):
+        handles = {
+            name: submit(TokenRequest(ids, params, top_logprobs=3, lora=name, reuse_prefix="exact"), inline=True)
+            for name in expected
+        }
+        answers = {name: handle.result() for name, handle in handles.items()}
+        assert {name: told(found) for name, found in answers.items()} == expected
+        assert {found.num_reused for (found,) in answers.values()} == {reused}
+    at_rest(engine)
+    engine.close()
+
+
+def _plan_is_what_is_allocated(engine: Engine) -> None:
+    lines, runner = {line.purpose: line.num_bytes for line in engine.plan.lines}, engine.generator.runner
+    assert lines["KV cache"] == runner.kv.slab.numel()
+    assert lines["KV cache, windows"] == runner.windows.slab.numel()
+    assert lines["adapters"] == engine.adapters.num_bytes
+
+
+def test_drafts_searches_and_guidance_under_an_adapter(model_and_folder, adapters):
+    """Whose sequences share pages of both kinds, beside one that has no adapter."""
+    lora = {name: path for name, (_, path) in adapters.items()}
+    prompt, greedy = (some_ids(30) * 12)[:340], SamplingParams(temperature=0.0, max_tokens=30)
+    options = {"lora": lora, "max_sequences": 6}
+    whole = opened(model_and_folder[1], cache_tokens=6 * CONTEXT, window_cache=False, **options)
+    engine = opened(model_and_folder[1], cache_tokens=3 * CONTEXT, **options)
+    for asks in (
+        {"speculate": "prompt", "draft_tokens": 6},
+        {"num_beams": 3, "num_choices": 2},
+        {"guidance_scale": 1.5, "negative_ids": prompt[:150]},
+        {"num_choices": 3},
+    ):
+        beside = engine.generator.submit(TokenRequest(some_ids(70), greedy))
+        found = told(asked(engine, [prompt], greedy, lora="a", **asks))
+        assert found == told(asked(whole, [prompt], greedy, lora="a", **asks))
+        assert found != told(asked(whole, [prompt], greedy, **asks))
+        assert len(beside.result()[0].token_ids) == 30
+        at_rest(engine)
+    whole.close()
+    engine.close()
+
+
 @pytest.mark.parametrize("where", [*TARGETS, pytest.param("shim", id="shim")])
 def test_streamed_layers(where, narrow, tmp_path):
     """A prompt's chunks go through a layer together: there is room for as many rows at once."""
@@ -268,6 +339,11 @@ def test_one_sequence_by_hand(model_and_folder):
         logits = engine.generator.extend(sequence, ids[start:stop])
         assert (logits[0] - expected[stop - 1]).abs().max() <= TOLERANCE
     engine.generator.end(sequence)
+    at_rest(engine)
+    held = engine.generator.pool.windows.allocate(1)
+    with pytest.raises(MemoryBudgetError):  # nothing is held of the other slab then
+        engine.generator.begin(500)
+    engine.generator.pool.windows.release(held)
     at_rest(engine)
     engine.close()
 

@@ -176,6 +176,15 @@ def test_a_whole_that_reads_text_in_another_way_is_refused_by_name():
         ModelConfig.from_dict(values)
 
 
+def test_a_whole_with_another_head_is_refused_by_name(whole):
+    values = json.loads((whole[1] / "config.json").read_text())
+    values["architectures"] = [values["architectures"][0].replace("ConditionalGeneration", "SequenceClassification")]
+    with pytest.raises(
+        exl.UnsupportedModelError, match=r"architectures: found '.*ForSequenceClassification', expected"
+    ):
+        ModelConfig.from_dict(values)
+
+
 def test_an_unknown_text_part_is_refused_by_its_own_name(whole):
     values = json.loads((whole[1] / "config.json").read_text())
     values["text_config"]["model_type"] = "mamba"

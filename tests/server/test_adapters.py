@@ -89,6 +89,19 @@ def test_chats_and_embeddings(client, alone):
         assert cosine / length == pytest.approx(1.0, abs=1e-6)
 
 
+def test_text_generation_inferences_clients_choose_by_adapter_id(client, alone):
+    def ask(**parameters):
+        return client.post("/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 12, **parameters}})
+
+    for name, adapter in NAMES.items():
+        chosen = {"adapter_id": adapter} if adapter else {}
+        assert ask(**chosen).raise_for_status().json()["generated_text"] == alone[0][name]
+    for name in ("stories260K", "prose"):  # the first is a model, and no adapter
+        refused = ask(adapter_id=name)
+        assert refused.status_code == 400
+        assert refused.json()["error"] == f"adapter_id: found {name!r}, this server has 'poems'"
+
+
 def test_names_that_are_taken():
     with pytest.raises(ConfigError, match="lora: found an adapter called 'stories260K', which is a name of the model"):
         _models(lora={"stories260K": str(TRAINED)})

@@ -225,7 +225,7 @@ def test_headers_tell_times_and_counts(plain):
     ("parameters", "message"),
     [
         ({"watermark": True}, "parameters.watermark: exl marks no texts, found True"),
-        ({"adapter_id": "a/b"}, "parameters.adapter_id: exl has no adapters, found 'a/b'"),
+        ({"adapter_id": "a/b"}, "adapter_id: found 'a/b', this server has no adapters"),
         ({"best_of": 2}, "best_of: found 2 with greedy decoding"),
         ({"max_new_tokens": 0}, "parameters.max_new_tokens: input should be greater than or equal to 1, found 0"),
         ({"temperature": 0}, "parameters.temperature: input should be greater than 0, found 0"),

@@ -194,8 +194,9 @@ def _read_weights(weights: Mapping[str, Any], where: str, source: str, stated: s
         )
     if kind == "float":
         read_bits(bits, f"{where}: num_bits", (8,))
-        group = read_group_size(weights["group_size"], f"{where}: group_size") if strategy == "group" else None
-        block = read_block(weights, "block_structure", where) if strategy == "block" else group and (1, group)
+        group = read_group_size(weights.get("group_size"), f"{where}: group_size") if strategy == "group" else -1
+        block = read_block(weights, "block_structure", where) if strategy == "block" else None
+        block = block if group == -1 else (1, group)
         return Fp8Config(source=source, block=block)
     if strategy == "block":
         raise UnsupportedModelError(f"{where}: strategy: found 'block', exl reads blocks of float alone")

@@ -31,6 +31,7 @@ METHODS: Mapping[str, str] = {
     "modelopt": "NVIDIA ModelOpt (FP8, NVFP4)",
     "modelopt_fp4": "NVIDIA ModelOpt (NVFP4)",
     "nvfp4": "NVFP4",
+    "mxfp4": "MXFP4, which is read in gpt-oss alone",
     "fp_quant": "FP-Quant",
     "quark": "AMD Quark",
     "marlin": "Marlin",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,11 +89,29 @@ def test_rank_and_factor(config, rank, scale):
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 3]}, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": 2}, False),
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, True),
+        ({"target_modules": ["model.layers.3.self_attn.q_proj"], "layers_to_transform": [1]}, True),
+        ({"target_modules": r".*\.q_proj", "layers_to_transform": [1]}, True),
     ],
 )
 def test_which_modules_are_changed(config, changed):
     read = AdapterConfig.from_dict({"peft_type": "LORA", **config})
     assert read.changes("model.layers.3.self_attn.q_proj", 3) is changed
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers"])
+def test_layers_by_the_names_of_a_model_for_images(prefix, tmp_path):
+    """As the adapter of such a model's text part has them; not both names of one module."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    theirs = {name.replace("model.layers", prefix): value for name, value in TENSORS.items()}
+    save_file(theirs, tmp_path / "adapter_model.safetensors")
+    usual = read(TRAINED)
+    for layer, expected in zip(read(tmp_path).layers, usual.layers, strict=True):
+        for term, other in zip(layer["qkv"], expected["qkv"], strict=True):
+            assert replace(term, a=other.a, b=other.b) == other
+            assert term.a.name == other.a.name.replace("model.layers", prefix)
+    save_file({**theirs, A0: TENSORS[A0].clone()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj' and 'base_.*which are one module of the"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
@@ -157,7 +176,7 @@ A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
         ({}, (), {"layers_to_transform": [0, 1, 2]}, CheckpointError, r"layers\.3.*layers_to_transform.*leave out"),
         (
             {Q0.replace(".0.", ".5.") + ".lora_A.weight": A},
-            (), {}, CheckpointError, r"found layer 5, as stories260K has it, the model has 5 layers",
+            (), {}, CheckpointError, r"found layer 5 of stories260K, the model has 5 layers",
         ),
         ({"base_model.model.lm_head.lora_A.weight": A}, (), {}, UnsupportedModelError, r"lm_head.*none of.*q_proj"),
         (

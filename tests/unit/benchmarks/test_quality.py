@@ -4,6 +4,7 @@ replaced by one that reads its input by its own rules and prints what it was giv
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 import struct
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import exl
 from benchmarks import quality
@@ -195,6 +196,21 @@ def test_one_table_of_both_programs(spec, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "count").read_text() == "xx"
     run(spec)  # what was recorded and made is used again
     assert capsys.readouterr().out == printed
+
+
+def test_other_weights_of_one_title_are_made_anew(spec, tmp_path):
+    run(spec)
+    (tmp_path / "stories").unlink()
+    shutil.copytree(STORIES, tmp_path / "stories")
+    path = tmp_path / "stories" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] *= 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "work" / "stories.predictions").unlink()
+    run(spec)
+    first, second = (GGUFReader(path) for path in sorted((tmp_path / "work").glob("*-Q4_0.gguf")))
+    norms = [next(x.data for x in some.tensors if x.name == "output_norm.weight") for some in (first, second)]
+    assert not np.array_equal(*norms)
 
 
 def test_chats_are_joined(spec, tmp_path, monkeypatch):

@@ -99,6 +99,17 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_absent(tmp_path):
         read_quant_config(tmp_path, {"quantization_config": BASE})
 
 
+def test_a_text_part_may_have_it_in_its_own_config(tmp_path):
+    config = read_quant_config(tmp_path, {"model_type": "llava", "text_config": {"quantization_config": BASE}})
+    assert of(config) == (4, 128, False, True, "gptq", False)
+    assert config.source == "config.json: text_config: quantization_config"
+    both = {"text_config": {"quantization_config": BASE}, "quantization_config": BASE | {"bits": 8}}
+    config = read_quant_config(tmp_path, both)
+    assert (config.bits, [other.bits for other in config.others]) == (8, [4])
+    with pytest.raises(UnsupportedModelError, match="text_config: quantization_config: quant_method: found 'hqq'"):
+        read_quant_config(tmp_path, {"text_config": {"quantization_config": {"quant_method": "hqq"}}})
+
+
 # --- refused by name -----------------------------------------------------------------------------------------------
 
 

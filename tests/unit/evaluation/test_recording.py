@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_there_and_back(tmp_path, monkeypatch):
             wanted = -exact.gather(1, torch.tensor(PASSAGES[i].ids[PASSAGES[i].first :])[:, None])[:, 0]
             assert np.array_equal(found.losses(i), wanted.numpy())
         assert list(found.log_probs(1)) == []
+
+
+def test_losses_are_read_in_slices(tmp_path, monkeypatch):
+    """A passage of a long context has gigabytes of codes."""
+    monkeypatch.setattr(recording, "SLICE_VALUES", 4 * V)
+    passage = Passage(tuple(range(200)))
+    record(tmp_path / "some", [passage], V, MODEL, in_slices)
+    with Recording(tmp_path / "some") as found:
+        tracemalloc.start()
+        losses = found.losses(0)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(losses) == 199
+    assert peak < (tmp_path / "some").stat().st_size / 4
 
 
 def test_an_interrupted_file_is_continued(tmp_path):

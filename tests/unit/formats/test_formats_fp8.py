@@ -96,6 +96,12 @@ def test_files_of_compressed_tensors(tmp_path, weights, shape):
         assert len(tensors_of(checkpoint, NAME)) == 4
 
 
+def test_groups_of_compressed_tensors_need_a_size():
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "group"}}
+    with pytest.raises(ConfigError, match="config_groups: 'group_0': weights: group_size: found None, expected"):
+        parse_quant_config({"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}, "x")
+
+
 def test_activations_are_left_out_and_that_is_said(tmp_path):
     with (
         open_layer(tmp_path, {"weight": torch.zeros(16, 64)}) as checkpoint,

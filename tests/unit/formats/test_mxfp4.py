@@ -3,8 +3,6 @@ both ways to multiply on a CPU."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from safetensors.numpy import save_file
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.quant_config import read_quant_config
-from exl.errors import CheckpointError
+from exl.errors import CheckpointError, UnsupportedModelError
 from exl.formats.dequantize import dequantize
 from exl.formats.load import load_part
 from exl.formats.stacked import has_stacked, stacked_spec, stacked_tensors
@@ -75,7 +73,11 @@ def test_the_tensors_show_what_they_are(checkpoint):
 
 def test_its_configuration_says_nothing(tmp_path):
     config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
-    assert read_quant_config(tmp_path, json.loads(json.dumps(config))) is None
+    assert read_quant_config(tmp_path, {**config, "model_type": "gpt_oss"}) is None
+    with pytest.raises(
+        UnsupportedModelError, match=r"quant_method: found 'mxfp4', which is MXFP4, .* in gpt-oss alone"
+    ):
+        read_quant_config(tmp_path, {**config, "model_type": "llama"})
 
 
 def one_hot_products(weights: np.ndarray) -> np.ndarray:

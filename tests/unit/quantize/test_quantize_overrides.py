@@ -99,6 +99,12 @@ def test_modules_whose_bits_nobody_says():
     assert asked.without_bits() == {name for name in NAMES if "q_proj" in name}
 
 
+def test_a_pattern_is_said_once():
+    """As an entry of ``dynamic`` it would have the settings of the second, in the first one's place."""
+    with pytest.raises(ConfigError, match=r"overrides: found 'mlp' 2 times, expected it once"):
+        QuantizeOptions(method="rtn", overrides=["mlp=bits:8", "attn=bits:2", "mlp=group_size:32"])
+
+
 def test_overrides_are_a_sequence():
     with pytest.raises(ConfigError, match="overrides: found 'x=bits:8', expected a sequence of strings"):
         QuantizeOptions(method="rtn", overrides="x=bits:8")
