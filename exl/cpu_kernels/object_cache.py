@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"exlobj01"
 # What kernels take constants from.
-OUTSIDE = ("batch.py", "layout/columns.py", "layout/cpu_steps.py", "layout/fields.py", "layout/kv.py")
+OUTSIDE = (
+    *("batch.py", "formats/matrix.py", "layout/columns.py", "layout/cpu_steps.py", "layout/fields.py"),
+    "layout/kv.py",
+)
 
 
 def default_object_folder() -> Path:
