@@ -6,7 +6,7 @@ SPEC.json says what is compared with what; paths are relative to it, options are
 
     {"title": "stories2M",
      "reference": {"folder": "stories2M", "options": {"kv_cache": "f32", "arithmetic": "f32"}},
-     "text": "valid.txt", "window": 512, "limit": 40,
+     "text": "valid.txt", "window": 512, "limit": 40, "overlap": true,
      "rows": [{"label": "4 bits", "folder": "stories2M-4bit", "options": {"kv_cache": "f32"}},
               {"label": "q8 cache", "folder": "stories2M", "options": {"kv_cache": "q8"}},
               {"label": "llama.cpp Q4_0", "quantize": "Q4_0"},
@@ -14,12 +14,13 @@ SPEC.json says what is compared with what; paths are relative to it, options are
               {"label": "a file", "gguf": "model.gguf"}]}
 
 The text is cut as ``exl.evaluate.read_chunks`` does; of chats in a ``.jsonl`` file, rendered by the model's template,
-all tokens are joined and cut alike. The reference's predictions are recorded once, in ``--work``, and an interrupted
-run goes on there. A row with "quantize" is the reference's weights, written as GGUF in f32 and quantized by
-llama-quantize, as llama-perplexity reads it: it gets the reference's predictions and the token ids in its own format,
-so that tokenizers and texts cannot differ. ``python -m scripts.build_llama_bench --program llama-perplexity`` (and
-``llama-quantize``) builds both in ``--llama``. llama.cpp prints six decimals, and its format rounds log-probabilities
-to 1.2e-4 nats.
+all tokens are joined and cut alike. With "overlap" the same windows follow once more, half a window later, so that what
+the first only read is predicted, too: about twice the positions from a short text. The reference's predictions are
+recorded once, in ``--work``, and an interrupted run goes on there. A row with "quantize" is the reference's weights,
+written as GGUF in f32 and quantized by llama-quantize, as llama-perplexity reads it: it gets the reference's
+predictions and the token ids in its own format, so that tokenizers and texts cannot differ. ``python -m
+scripts.build_llama_bench --program llama-perplexity`` (and ``llama-quantize``) builds both in ``--llama``. llama.cpp
+prints six decimals, and its format rounds log-probabilities to 1.2e-4 nats.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from exl.evaluate import Passage, Recording, evaluate, read_chunks, record_predi
 from exl.evaluation.passages import WINDOW, cut_chunks
 from exl.text.chats import read_chats
 from exl.threads import thread_limit
+from exl.user_text import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 _KINDS = ("folder", "quantize", "gguf")
@@ -78,6 +80,7 @@ class Spec:
     rows: tuple[Row, ...]
     window: int = WINDOW
     limit: int | None = None
+    overlap: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Spec:
@@ -118,10 +121,16 @@ class Work:
 
 
 def passages(spec: Spec, text: Path, llm: exl.LLM) -> list[Passage]:
+    """The windows of ``text``. Raises ``ConfigError``."""
     if text.suffix != ".jsonl":
-        return read_chunks(text, llm.tokenizer, spec.window)[: spec.limit]
-    ids = [token_id for chat in read_chats(text, llm.tokenizer, "text") for token_id in chat]
-    return cut_chunks(ids, llm.tokenizer.encode(""), spec.window)[: spec.limit]
+        found = read_chunks(text, llm.tokenizer, spec.window)
+        ids = llm.tokenizer.encode(read_text(text, f"text: {text}").removesuffix("\n")) if spec.overlap else []
+    else:
+        ids = [token_id for chat in read_chats(text, llm.tokenizer, "text") for token_id in chat]
+        found = cut_chunks(ids, llm.tokenizer.encode(""), spec.window)
+    if spec.overlap:
+        found += cut_chunks(ids[spec.window // 2 :], llm.tokenizer.encode(""), spec.window)
+    return found[: spec.limit]
 
 
 def record(work: Work) -> dict[str, float]:

@@ -35,12 +35,14 @@ from exl.quantize.calibration import read_calibration
 from exl.text.tokenizer import Tokenizer
 from scripts.chat_model import CHATS
 from scripts.fetch_smollm2 import fetch
-from scripts.kl_table import LOADING, WINDOW
 
 ROOT = Path(__file__).parents[1]
 CHILD = ROOT / "benchmarks" / "quantizing_child.py"
 HELD_OUT = ROOT / "tests" / "data" / "chats-valid.jsonl"
 NUM_SAMPLES, SEQ_LEN = 64, 256
+WINDOW = 512
+# Models compute in f32, with an f32 cache.
+LOADING = {"context": WINDOW, "kv_cache": "f32", "arithmetic": "f32"}
 SHARED = {"bits": 4, "group_size": 64}
 TEXT = {"calibration": str(CHATS), "num_samples": NUM_SAMPLES, "seq_len": SEQ_LEN}
 # What is measured: its name, the quantizer, and exl's options.
@@ -68,9 +70,9 @@ def cut(source: Path, folder: Path, num_layers: int) -> Path:
     return folder
 
 
-def write_token_ids(source: Path, path: Path) -> list[int]:
+def write_token_ids(source: Path, path: Path, calibration: Path, num_samples: int, seq_len: int) -> list[int]:
     """The sequences that exl is calibrated with; their lengths."""
-    sequences = read_calibration(CHATS, Tokenizer.from_folder(source), NUM_SAMPLES, SEQ_LEN, "auto")
+    sequences = read_calibration(calibration, Tokenizer.from_folder(source), num_samples, seq_len, "auto")
     path.write_text(json.dumps([ids.tolist() for ids in sequences]))
     return list(map(len, sequences))
 
@@ -85,7 +87,7 @@ def run_child(python: str, quantizer: str, source: Path, out: Path, settings: di
     code = CHILD.read_text(encoding="utf-8")
     done = subprocess.run(command, env=environment, cwd=out.parent, input=code, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{quantizer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        sys.exit(f"{quantizer} ended with status {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -98,7 +100,7 @@ def quality(out: Path, dense: exl.LLM) -> str:
 def measure(folder: Path, gptqmodel: str | None, num_layers: int | None, rounds: int, threads: int) -> list[str]:
     dense = fetch()
     source = dense if num_layers is None else cut(dense, folder / "dense", num_layers)
-    lengths = write_token_ids(source, folder / "ids.json")
+    lengths = write_token_ids(source, folder / "ids.json", CHATS, NUM_SAMPLES, SEQ_LEN)
     runs = {name: how for name, how in RUNS.items() if how[0] == "exl" or gptqmodel is not None}
     results: dict[str, list[dict]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -45,8 +45,10 @@ def all_specs(arch: int) -> list:
     found |= dict.fromkeys(test_specs(arch))
     for head_dim in EXTRA_HEAD_DIMS:
         for kind in KINDS:
-            for module in (append_kv, attention_decode, attention_prefill):
-                found[module._spec(PageLayout(kind, head_dim), arch), None] = None
+            layout = PageLayout(kind, head_dim)
+            found[append_kv._spec(layout, arch), None] = None
+            for module in (attention_decode, attention_prefill):
+                found[module._spec(layout, arch, {}), None] = None
     return list(found)
 
 

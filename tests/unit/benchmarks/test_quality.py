@@ -233,6 +233,22 @@ def test_chats_are_joined(spec, tmp_path, monkeypatch):
     assert [*found[1].ids[1:]] == (one * 4)[33:64]
 
 
+def test_windows_that_overlap_predict_all(tmp_path):
+    """Windows of both kinds predict their second halves, in turn, less the first token of each half."""
+    text = tmp_path / "text.txt"
+    text.write_text((DATA / "tinystories-valid-30k.txt").read_text()[:600])
+    with exl.load(STORIES, device="cpu", progress=False) as llm:
+        plain = quality.passages(quality.Spec("x", quality.Row("x", "x"), "x", (), 32), text, llm)
+        found = quality.passages(quality.Spec("x", quality.Row("x", "x"), "x", (), 32, overlap=True), text, llm)
+        ids = llm.encode(text.read_text())
+    assert found[: len(plain)] == plain
+    assert len(found) == len(ids) // 32 + (len(ids) - 16) // 32 > len(plain) > 3
+    shifted = found[len(plain)]
+    assert shifted.ids == (ids[0], *ids[17:48])
+    assert shifted.ids[shifted.first :] == tuple(ids[33:48])
+    assert plain[0].ids[plain[0].first :] == tuple(ids[17:32])  # the token between begins the other's second half
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
