@@ -206,9 +206,14 @@ def test_one_error_names_both_files_the_field_and_both_values(models, tmp_path, 
     ("lie", "error", "message"),
     [
         (
-            {"quant_method": "awq"},
+            {"quant_method": "hqq"},
             UnsupportedModelError,
-            r"quant_method: found 'awq'.*; quantize_config\.json beside it",
+            r"quant_method: found 'hqq'.*; quantize_config\.json beside it",
+        ),
+        (
+            {"quant_method": "awq", "checkpoint_format": None, "version": "gemm", "zero_point": True},
+            ConfigError,
+            r"gptq.*awq|awq.*gptq",
         ),
         ({"checkpoint_format": "marlin"}, UnsupportedModelError, r"found 'marlin'.*; quantize_config\.json beside it"),
         ({"bits": "four"}, ConfigError, r"quantization_config: bits: found 'four'.*; quantize_config\.json beside it"),
