@@ -26,7 +26,7 @@ from exl.checkpoint.quant.awq import AwqConfig
 from exl.errors import CheckpointError
 from exl.formats.codes import unpack_codes
 from exl.formats.format import Format
-from exl.formats.groups import num_groups, read_scales
+from exl.formats.groups import QuantizedShape, num_groups, read_scales
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_bias, require_tensor
 from exl.layout.specs import MatrixSpec
@@ -44,17 +44,8 @@ def awq_spec(checkpoint: Checkpoint, name: str, quant: AwqConfig) -> MatrixSpec:
     Raises ``CheckpointError`` that names the tensor, what was found and what was expected.
     """
     K, N = _READERS[quant.version][0](checkpoint, name, quant)
-    return MatrixSpec(
-        name=name,
-        K=K,
-        N=N,
-        bits=quant.bits,
-        dtype="u8",
-        group_size=_group_size(K, quant),
-        has_bias=f"{name}.bias" in checkpoint.tensors,
-        symmetric=not quant.zero_point,
-        scale_dtype=checkpoint.info(f"{name}.scales").dtype,
-    )
+    shape = QuantizedShape(K, N, _group_size(K, quant))
+    return shape.spec(checkpoint, name, quant.bits, symmetric=not quant.zero_point, scales=f"{name}.scales")
 
 
 def load_awq(checkpoint: Checkpoint, name: str, quant: AwqConfig) -> QuantizedMatrix:

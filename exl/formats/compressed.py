@@ -25,7 +25,7 @@ from exl.checkpoint.quant.compressed_tensors import IntConfig, PackedConfig
 from exl.errors import CheckpointError
 from exl.formats.codes import unpack_codes
 from exl.formats.format import Format
-from exl.formats.groups import num_groups, order_key, read_order, read_scales
+from exl.formats.groups import QuantizedShape, num_groups, read_order, read_scales
 from exl.formats.matrix import QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_bias, require_tensor
 from exl.layout.specs import MatrixSpec
@@ -34,36 +34,17 @@ K_MULTIPLE = 32  # what layouts take
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What headers, ``weight_shape`` and ``weight_g_idx`` say. ``padded``: words hold whole codes, with bits unused."""
+class _Shape(QuantizedShape):
+    """``padded``: words hold whole codes, with bits unused."""
 
-    K: int
-    N: int
-    group_size: int  # K: one group
-    order: NDArray[np.int32] | None = None
     padded: bool = False
-
-    @property
-    def num_groups(self) -> int:
-        return num_groups(self.K, self.group_size)
 
 
 def int_spec(checkpoint: Checkpoint, name: str, quant: IntConfig) -> MatrixSpec:
     """Shapes of one module. ``quant`` is the module's own. Raises ``CheckpointError`` that names the tensor, what was
     found and what was expected."""
     shape = _read_shape(checkpoint, name, quant)
-    return MatrixSpec(
-        name=name,
-        K=shape.K,
-        N=shape.N,
-        bits=quant.bits,
-        dtype="u8",
-        group_size=shape.group_size,
-        has_bias=f"{name}.bias" in checkpoint.tensors,
-        order_key=order_key(shape.order),
-        symmetric=quant.symmetric,
-        scale_dtype=checkpoint.info(f"{name}.weight_scale").dtype,
-    )
+    return shape.spec(checkpoint, name, quant.bits, symmetric=quant.symmetric, scales=f"{name}.weight_scale")
 
 
 def load_int(checkpoint: Checkpoint, name: str, quant: IntConfig) -> QuantizedMatrix:

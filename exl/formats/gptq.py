@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,26 +15,12 @@ from exl.checkpoint.quant.values import SUPPORTED_BITS
 from exl.errors import CheckpointError, warn_user
 from exl.formats.codes import unpack_codes, unpack_planes
 from exl.formats.format import Format
-from exl.formats.groups import num_groups, order_key, read_order, read_scales
+from exl.formats.groups import QuantizedShape, num_groups, read_order, read_scales
 from exl.formats.matrix import DenseMatrix, QuantizedMatrix
 from exl.formats.tensors import FLOAT_DTYPES, expect_shape, read_bias, require_tensor, to_float
 from exl.layout.specs import MatrixSpec
 
 K_MULTIPLE = 32  # 32 codes of any width fill whole words
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What headers and ``g_idx`` say."""
-
-    K: int
-    N: int
-    group_size: int  # K: one group
-    order: NDArray[np.int32] | None
-
-    @property
-    def num_groups(self) -> int:
-        return num_groups(self.K, self.group_size)
 
 
 def gptq_spec(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> MatrixSpec:
@@ -45,18 +29,7 @@ def gptq_spec(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> MatrixSpe
     Raises ``CheckpointError`` that names the tensor, what was found and what was expected.
     """
     shape = _read_shape(checkpoint, name, quant)
-    return MatrixSpec(
-        name=name,
-        K=shape.K,
-        N=shape.N,
-        bits=quant.bits,
-        dtype="u8",
-        group_size=shape.group_size,
-        has_bias=f"{name}.bias" in checkpoint.tensors,
-        order_key=order_key(shape.order),
-        symmetric=quant.sym,
-        scale_dtype=checkpoint.info(f"{name}.scales").dtype,
-    )
+    return shape.spec(checkpoint, name, quant.bits, symmetric=quant.sym, scales=f"{name}.scales")
 
 
 def load_gptq(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> QuantizedMatrix:
@@ -153,7 +126,7 @@ def _stored_sizes_shown(checkpoint: Checkpoint, name: str, quant: GptqConfig) ->
     return f"; the shapes of all its tensors are those of {bits} bits and {K} inputs in {G} group{'s' * (G > 1)}"
 
 
-def _read_shape(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> _Shape:
+def _read_shape(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> QuantizedShape:
     qweight = require_tensor(checkpoint, f"{name}.qweight", ("i32",), 2)
     num_rows, N = qweight.shape
     K = num_rows * 32 // quant.bits
@@ -175,7 +148,7 @@ def _read_shape(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> _Shape:
             f"{qweight.file}: {name}: {N} outputs, whose {quant.bits}-bit zeros do not fill whole words of qzeros"
         )
     expect_shape(qzeros, (G, N * quant.bits // 32), reason)
-    return _Shape(K, N, group_size, read_order(checkpoint, f"{name}.g_idx", K, group_size, quant.source))
+    return QuantizedShape(K, N, group_size, read_order(checkpoint, f"{name}.g_idx", K, group_size, quant.source))
 
 
 def _read_zeros(checkpoint: Checkpoint, name: str, quant: GptqConfig) -> NDArray[np.uint8]:

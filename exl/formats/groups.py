@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.errors import CheckpointError
 from exl.formats.tensors import expect_shape, read_float, require_tensor
+from exl.layout.specs import MatrixSpec
 
 
 def num_groups(K: int, group_size: int) -> int:
@@ -20,6 +22,35 @@ def num_groups(K: int, group_size: int) -> int:
 def order_key(order: NDArray[np.int32] | None) -> str | None:
     """The digest of an order that ``MatrixSpec`` has."""
     return None if order is None else hashlib.sha256(order.astype("<i4").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class QuantizedShape:
+    """What the headers of a quantized module say, and the order of its inputs."""
+
+    K: int
+    N: int
+    group_size: int  # K: one group
+    order: NDArray[np.int32] | None = None
+
+    @property
+    def num_groups(self) -> int:
+        return num_groups(self.K, self.group_size)
+
+    def spec(self, checkpoint: Checkpoint, name: str, bits: int, *, symmetric: bool, scales: str) -> MatrixSpec:
+        """Of the module ``name``, whose scales are the tensor ``scales``."""
+        return MatrixSpec(
+            name=name,
+            K=self.K,
+            N=self.N,
+            bits=bits,
+            dtype="u8",
+            group_size=self.group_size,
+            has_bias=f"{name}.bias" in checkpoint.tensors,
+            order_key=order_key(self.order),
+            symmetric=symmetric,
+            scale_dtype=checkpoint.info(scales).dtype,
+        )
 
 
 def read_order(checkpoint: Checkpoint, name: str, K: int, group_size: int, source: str) -> NDArray[np.int32] | None:
