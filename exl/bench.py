@@ -104,8 +104,8 @@ def run_bench(
 ) -> BenchReport:
     """Loads the model and measures it; 0 tokens leave a test out. ``options.context`` must hold depth and tokens; None
     is exactly that many. ``name``: what rows call the model; None: the folder's name. ``concurrency``: instead of both
-    tests, so many requests at once, each with a prompt and an answer; ``speculate``: with drafts, by whom. Raises
-    ``ConfigError``, and what loading raises."""
+    tests, so many requests at once, each with a prompt and an answer; ``speculate``: with drafts, by whom. The
+    first adapter of ``options.lora`` applies to all of it. Raises ``ConfigError``, and what loading raises."""
     for option, value, least in (
         ("pp", num_prompt, 0),
         ("tg", num_generated, 0),
@@ -114,6 +114,7 @@ def run_bench(
     ):
         if value < least:
             raise ConfigError(f"{option}: found {value}, expected {least} or more")
+    lora = next(iter(options.lora), None)
     load = _load_test(options, num_prompt, num_generated, depth, concurrency, speculate)
     needed = depth + max(num_prompt, num_generated + 2) if load is None else num_prompt + num_generated
     if options.context is None:
@@ -136,17 +137,21 @@ def run_bench(
         tests: list[tuple[str, int, Callable[[], float], int | None]] = []
         at = f"@d{depth}" if depth else ""
         if num_prompt and load is None:
-            tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt), None))
+            tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt, lora), None))
         if num_generated and load is None:
             num_bytes = model_bytes_a_token(engine.model, depth + num_generated // 2)
-            tests.append(
-                (f"tg{num_generated}{at}", num_generated, lambda: _generate(engine, depth, num_generated), num_bytes)
-            )
+            num_bytes += 0 if lora is None else engine.model.adapters[0].num_bytes
+
+            def generate() -> float:
+                return _generate(engine, depth, num_generated, lora)
+
+            tests.append((f"tg{num_generated}{at}", num_generated, generate, num_bytes))
         for test, count, run, num_bytes in tests:
             run()
             results.append(BenchResult(test, count, tuple(run() for _ in range(repeats)), num_bytes))
         peak = None if before is None else _peak(engine) - before
         shown = model_name(None, folder) if name is None else name
+        shown = shown if lora is None else f"{shown} + {lora}"
         subject = _subject(engine, shown, thread_limit(options.threads))
         return BenchReport(subject, engine.plan, tuple(results), roof, peak, engine.decode_steps)
     finally:
@@ -174,7 +179,7 @@ def _load_test(
         raise ConfigError("speculate: found 'draft' without a draft model, expected draft, too")
     if depth:
         raise ConfigError(f"depth: found {depth} with concurrency, expected 0: a longer prompt, pp, is the same")
-    return LoadTest(concurrency, num_prompt, num_generated, speculate)
+    return LoadTest(concurrency, num_prompt, num_generated, speculate, next(iter(options.lora), None))
 
 
 def _load_results(engine: Engine, test: LoadTest, repeats: int) -> list[BenchResult]:
@@ -204,9 +209,9 @@ def _subject(engine: Engine, name: str, threads: int) -> Subject:
     )
 
 
-def _prompt(engine: Engine, depth: int, count: int) -> float:
+def _prompt(engine: Engine, depth: int, count: int, lora: str | None) -> float:
     generator, ids = engine.generator, _ids(engine, depth + count)
-    sequence = generator.begin(depth + count)
+    sequence = generator.begin(depth + count, lora)
     try:
         if depth:
             generator.extend(sequence, ids[:depth])
@@ -219,11 +224,12 @@ def _prompt(engine: Engine, depth: int, count: int) -> float:
         generator.end(sequence)
 
 
-def _generate(engine: Engine, depth: int, count: int) -> float:
+def _generate(engine: Engine, depth: int, count: int, lora: str | None = None) -> float:
     """Seconds from the first token that the generator yields to the last, as a caller sees them."""
     generator = engine.generator
     eos_ids, generator.eos_ids = generator.eos_ids, frozenset()
-    answer = generator.stream(_ids(engine, depth + 1), SamplingParams(max_tokens=count + 1, temperature=0.0))
+    params = SamplingParams(max_tokens=count + 1, temperature=0.0)
+    answer = generator.stream(_ids(engine, depth + 1), params, lora=lora)
     try:
         next(answer)
         began = time.perf_counter()

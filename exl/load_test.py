@@ -29,6 +29,7 @@ class LoadTest:
     num_prompt: int
     num_generated: int
     speculate: str | None = None  # what drafts, see ``RequestOptions``
+    lora: str | None = None  # the name of the adapter that answers
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError``."""
@@ -130,7 +131,12 @@ def run_load(engine: Engine, test: LoadTest) -> LoadRun:
             for i, sink in enumerate(sinks):
                 ids = prompt_ids(test.num_prompt, i, engine.config.vocab_size)
                 request = TokenRequest(
-                    ids, params, reuse_prefix=False, speculate=test.speculate, make_sink=lambda sink=sink: sink
+                    ids,
+                    params,
+                    reuse_prefix=False,
+                    speculate=test.speculate,
+                    lora=test.lora,
+                    make_sink=lambda sink=sink: sink,
                 )
                 handles.append(stack.enter_context(generator.submit(request, inline=True)))
             answers = [answer for handle in handles for answer in handle.result()]

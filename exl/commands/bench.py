@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from exl.commands.common import say
-from exl.commands.options import Debug, LoadOptions, ModelName, shared_options
+from exl.commands.options import Debug, LoadOptions, Lora, ModelName, shared_options
 from exl.errors import ConfigError
 
 
@@ -35,6 +35,7 @@ def bench(
     ] = None,
     output: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
     *,
+    lora: Lora = None,
     loading: LoadOptions,
     debug: Debug = False,
 ) -> None:
@@ -48,12 +49,14 @@ def bench(
     """
     if output not in ("table", "csv", "json"):
         raise ConfigError(f"output: found {output!r}, expected table, csv or json")
+    from exl.adapters.choice import find_adapters
     from exl.bench import markdown, model_name, rows_of, run_bench
     from exl.checkpoint.hub import find_model
     from exl.planning.options import EngineOptions
     from exl.units import format_bytes
 
     folder, options = find_model(which.name, **loading.source), EngineOptions(**loading.engine())
+    options = replace(options, lora=find_adapters(lora, token=loading.token).folders)
     if draft is not None:
         options = replace(options, draft=find_model(draft, token=loading.token))
     shown = model_name(which.name, folder)

@@ -5,12 +5,12 @@ import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from exl.commands.common import WorkBar, load_with_progress, say
-from exl.commands.options import Debug, LoadOptions, ModelName, shared_options
+from exl.commands.options import Debug, LoadOptions, Lora, ModelName, shared_options
 from exl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N documents.")] = None,
     *,
+    lora: Lora = None,  # of the model, not of the reference
     loading: LoadOptions,  # its revision applies to the model, not to the reference
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     debug: Debug = False,
@@ -80,7 +81,7 @@ def evaluate(
     if against_option and against is None:
         raise ConfigError("--against-option: found it without --against")
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(load_with_progress(which.name, loading, window))
+        llm = stack.enter_context(load_with_progress(which.name, loading, window, lora))
         passages = read_passages(text, llm.tokenizer, documents, window, stride=stride, limit=limit)
         if record is not None:
             with WorkBar("recording") as bar:
@@ -105,24 +106,35 @@ def _reference(against: str, loading: LoadOptions, options: list[str], window: i
         if options:
             raise ConfigError(f"--against-option: found {options[0]!r} with {against}, which is a file of predictions")
         return Recording(against)
-    return load_with_progress(against, with_options(replace(loading, revision=None), options), window)
+    loading, lora = with_options(replace(loading, revision=None), options)
+    return load_with_progress(against, loading, window, lora)
 
 
-def with_options(loading: LoadOptions, options: list[str]) -> LoadOptions:
-    """``options``: ``NAME=VALUE``, named as on the command line. Raises ``ConfigError``."""
-    kinds = {field.name.replace("_", "-"): field for field in fields(LoadOptions)}
-    given: dict[str, str | int] = {}
+def with_options(loading: LoadOptions, options: list[str]) -> tuple[LoadOptions, str | None]:
+    """``options``: ``NAME=VALUE``, named as on the command line. Returns what they change, and an adapter. Raises
+    ``ConfigError``."""
+    names = {field.name.replace("_", "-"): field.name for field in fields(LoadOptions)} | {"lora": "lora"}
+    given: dict[str, Any] = {}
     for option in options:
         name, _, value = option.partition("=")
-        if name not in kinds or not value:
+        if name not in names or not value:
             raise ConfigError(
-                f"--against-option: found {option!r}, expected NAME=VALUE with one of {', '.join(sorted(kinds))}"
+                f"--against-option: found {option!r}, expected NAME=VALUE with one of {', '.join(sorted(names))}"
             )
-        try:
-            given[kinds[name].name] = int(value) if name in ("threads", "max-sequences") else value
-        except ValueError:
-            raise ConfigError(f"--against-option: {name}: found {value!r}, expected an integer") from None
-    return replace(loading, **given)
+        given[names[name]] = _value(name, value)
+    lora = given.pop("lora", None)
+    return replace(loading, **given), lora
+
+
+def _value(name: str, text: str) -> str | int | bool:
+    if name == "window-cache":
+        if text not in ("true", "false"):
+            raise ConfigError(f"--against-option: {name}: found {text!r}, expected true or false")
+        return text == "true"
+    try:
+        return int(text) if name in ("threads", "max-sequences") else text
+    except ValueError:
+        raise ConfigError(f"--against-option: {name}: found {text!r}, expected an integer") from None
 
 
 def facts(found: Evaluation) -> dict[str, float]:

@@ -141,11 +141,15 @@ class LoadOptions:
     threads: Threads = None
     arithmetic: Arithmetic = None
     rope: Rope = None
+    head: Head = "file"
+    dense: Dense = "file"
+    window_cache: WindowCache = True
     revision: Revision = None
     token: Token = None
 
     def engine(self, context: int | None = None) -> dict[str, object]:
-        """Keywords of ``EngineOptions``. ``context``: the command's own default if the user gave none."""
+        """Keywords of ``EngineOptions``. ``context``: the command's own default if the user gave none. Raises
+        ``ConfigError``."""
         return {
             "device": self.device,
             "vram": parse_vram(self.vram),
@@ -159,6 +163,9 @@ class LoadOptions:
             "threads": self.threads,
             "arithmetic": self.arithmetic,
             "rope": parse_rope(self.rope),
+            "head": parse_rounding("head", self.head),
+            "dense": parse_rounding("dense", self.dense),
+            "window_cache": self.window_cache,
         }
 
     @property
@@ -171,14 +178,11 @@ class LoadOptions:
 class RareLoadOptions:
     """The other options of ``exl.load``, which only long-running programs need."""
 
-    window_cache: WindowCache = True
     prefill_chunk: PrefillChunk = 512
     prefill_window: PrefillWindow = 4096
     resident_layers: Annotated[
         int | None, typer.Option(metavar="N", help="Keep at most this many layers in memory; others are streamed.")
     ] = None
-    head: Head = "file"
-    dense: Dense = "file"
     packed_folder: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where streamed layers are kept. Default: the user's cache.")
     ] = None
@@ -187,8 +191,8 @@ class RareLoadOptions:
     ] = None
 
     def engine(self) -> dict[str, object]:
-        """Keywords of ``exl.load``. Raises ``ConfigError``."""
-        return vars(self) | {name: parse_rounding(name, getattr(self, name)) for name in ("head", "dense")}
+        """Keywords of ``exl.load``."""
+        return dict(vars(self))
 
 
 _TYPED = {NUMBER: (float, None), INTEGER: (int, None), FLAG: (bool, None), TEXTS: (list[str], "TEXT")}

@@ -162,9 +162,10 @@ class Generator:
         reuse_prefix: Reuse = False,
         top_logprobs: int | None = None,
         prompt_progress: Callable[[PromptProgress], None] | None = None,
+        lora: str | None = None,
     ) -> Iterator[GeneratedToken]:
         """Yields tokens as they are made; the last one carries the reason to stop."""
-        request = TokenRequest(prompt_ids, params, reuse_prefix, top_logprobs, prompt_progress)
+        request = TokenRequest(prompt_ids, params, reuse_prefix, top_logprobs, prompt_progress, lora=lora)
         count = 0
         with contextlib.closing(self.submit(request, inline=True)) as handle:
             (answer,) = handle.answers

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.header import shown
+from exl.checkpoint.module_names import TEXT_PARTS
 from exl.errors import CheckpointError
 from exl.families.config import ModelConfig
 from exl.families.specs import ModelNames
@@ -22,18 +23,16 @@ _PREFIXES: Mapping[str, str] = {
 }
 
 
-# Of a model for images and text, what stands for "model." and before the head: since transformers 4.52, and before.
-_TEXT_PARTS = (("model.language_model.", ""), ("language_model.model.", "language_model."), ("model.", ""))
 # What the same layers may be called in the files of a model and of its adapters, which transformers may have loaded as
 # a model for images or as its text part, and renamed.
-LAYER_PREFIXES = tuple(f"{prefix}layers." for prefix, _ in _TEXT_PARTS)
+LAYER_PREFIXES = tuple(f"{prefix}layers." for prefix, _ in TEXT_PARTS)
 
 
 def find_names(checkpoint: Checkpoint, config: ModelConfig) -> ModelNames:
     """The names of the family's tensors in this checkpoint."""
     if not config.is_text_part:
         return config.names
-    for prefix, before_head in _TEXT_PARTS:
+    for prefix, before_head in TEXT_PARTS:
         embed, layers, final_norm = (
             prefix + name.removeprefix("model.")
             for name in (config.names.embed, config.names.layers, config.names.final_norm)

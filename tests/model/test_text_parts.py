@@ -151,6 +151,23 @@ def test_the_text_part_is_quantized_and_the_rest_is_copied(whole, tmp_path):
     assert (all_logits(engine, ids) - prefill_logits(model, ids)).abs().max() <= 2e-4
 
 
+@pytest.mark.parametrize("style", ["new", "old", "qwen"])
+def test_a_configuration_names_modules_as_the_class_does(style, whole, tmp_path):
+    """Files whose tensors transformers has renamed: 8 bits in one layer, under another name than its tensors have."""
+    folder = tmp_path / "out"
+    quantize(whole[1], folder, QuantizeOptions(method="rtn", group_size=64, overrides=(r".*layers\.1\..*=bits:8",)))
+    ids = some_ids(40, seed=4)
+    expected = _logits(folder, ids)
+    tensors = {_renamed(name, style): value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    named = {r"+:model\.language_model\.layers\.1\..*": {"bits": 8}}
+    for path in (folder / "config.json", folder / "quantize_config.json"):
+        values = json.loads(path.read_text())
+        values.get("quantization_config", values)["dynamic"] = named
+        path.write_text(json.dumps(values))
+    assert torch.equal(_logits(folder, ids), expected)
+
+
 def test_a_plan_says_that_images_are_not_read(whole):
     plan = exl.plan(whole[1])
     assert any("images are not read" in note.text for note in plan.notes)

@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 import exl
-from exl.commands.options import RareLoadOptions
 from exl.commands.serve_options import ListenOptions
 from exl.server.run import run_http
 from tests.command_line import run_exl
@@ -251,13 +250,6 @@ def test_a_wrong_option_is_one_line(options, message):
     assert (told.returncode, told.stdout) == (1, "")
     (line,) = told.stderr.splitlines()
     assert line.startswith(f"exl: error: {message}")
-
-
-def test_a_head_is_one_of_three():
-    assert [RareLoadOptions(head=text).engine()["head"] for text in ("file", "8", "4")] == ["file", 8, 4]
-    for text in ("5", "\u00b2", "", "file8"):
-        with pytest.raises(exl.ConfigError, match=f"head: found '{text}', expected file, 8 or 4"):
-            RareLoadOptions(head=text).engine()
 
 
 def test_keys_come_from_a_file(tmp_path):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from exl.checkpoint.header import shown
+from exl.checkpoint.module_names import ModuleNames
 from exl.checkpoint.module_pattern import ModulePattern
 from exl.checkpoint.quant.awq import AWQ_BITS, AwqConfig
 from exl.checkpoint.quant.base import QuantConfig
@@ -21,7 +22,7 @@ from exl.checkpoint.quant.foreign import TAKE_INSTEAD
 from exl.checkpoint.quant.gptq import GptqConfig
 from exl.checkpoint.quant.values import (
     SUPPORTED_BITS,
-    module_matcher,
+    module_names,
     parse_pattern,
     read_bits,
     read_flag,
@@ -67,19 +68,19 @@ class AutoRoundConfig(QuantConfig):
         return self.packing
 
     def for_module(self, name: str) -> QuantConfig | None:
-        own = self._values_of(name)
-        if own is None and self.blocks is not None and not any(_is_in(name, block) for block in self.blocks):
+        names = module_names(name)
+        own = self._values_of(names)
+        if own is None and self.blocks is not None and not any(names.is_in(block) for block in self.blocks):
             return None
         return None if own is not None and own.bits == DENSE_BITS else self._config(own)
 
     def for_quantized(self, name: str) -> QuantConfig:
         return self.for_module(name) or self._config(None)
 
-    def _values_of(self, name: str) -> ModuleValues | None:
-        matcher = module_matcher(name)
-        exact = next((own for own in self.extra if own.name == name), None)
+    def _values_of(self, names: ModuleNames) -> ModuleValues | None:
+        exact = next((own for own in self.extra if names.is_called(own.name)), None)
         try:
-            return exact or next((own for own in self.extra if _fits(own, name, matcher)), None)
+            return exact or next((own for own in self.extra if _fits(own, names)), None)
         except ConfigError as error:
             raise ConfigError(f"{self.source}: extra_config: {error}") from None
 
@@ -108,13 +109,8 @@ def _packed_as(packing: str) -> str:
     return "gptq" if suffix.split(":")[0] in ("gptq", "auto_gptq") else "gptq_v2"
 
 
-def _fits(own: ModuleValues, name: str, matcher: Any) -> bool:
-    return _is_in(name, own.name) if own.pattern is None else matcher.found(own.pattern)
-
-
-def _is_in(name: str, part: str) -> bool:
-    """Whether ``part`` is some whole components of a name, such as "model.layers" of "model.layers.0.mlp.up_proj"."""
-    return f".{part.rstrip('.')}." in f".{name}."
+def _fits(own: ModuleValues, names: ModuleNames) -> bool:
+    return names.is_in(own.name) if own.pattern is None else names.found(own.pattern)
 
 
 def read_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:

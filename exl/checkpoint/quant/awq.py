@@ -15,6 +15,7 @@ from exl.checkpoint.quant.base import QuantConfig
 from exl.checkpoint.quant.foreign import TAKE_INSTEAD
 from exl.checkpoint.quant.values import (
     first_of,
+    module_names,
     read_flag,
     read_names,
     read_object,
@@ -46,7 +47,8 @@ class AwqConfig(QuantConfig):
         return self.version
 
     def for_module(self, name: str) -> AwqConfig | None:
-        return None if any(part in name for part in self.dense) else self.for_quantized(name)
+        names = module_names(name)
+        return None if any(names.has(part) for part in self.dense) else self.for_quantized(name)
 
     def for_quantized(self, name: str) -> AwqConfig:
         return replace(self, dense=(), others=())

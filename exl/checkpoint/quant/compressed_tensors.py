@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from exl.checkpoint.header import shown
-from exl.checkpoint.module_pattern import ModuleMatcher, ModulePattern
+from exl.checkpoint.module_names import ModuleNames
+from exl.checkpoint.module_pattern import ModulePattern
 from exl.checkpoint.quant.base import QuantConfig
 from exl.checkpoint.quant.foreign import TAKE_INSTEAD
 from exl.checkpoint.quant.fp8 import ACTIVATIONS, Fp8Config, read_block
 from exl.checkpoint.quant.values import (
     SUPPORTED_BITS,
-    module_matcher,
+    module_names,
     parse_pattern,
     read_bits,
     read_flag,
@@ -73,13 +74,13 @@ class Target:
     text: str
     pattern: ModulePattern | None = field(default=None, repr=False)
 
-    def rank(self, name: str, matcher: ModuleMatcher) -> int | None:
+    def rank(self, names: ModuleNames) -> int | None:
         """How closely it names a module, 0 being its name; None: not at all."""
         if self.pattern is not None:
-            return 1 if matcher.matches(self.pattern) else None
-        if self.text == name:
+            return 1 if names.matches(self.pattern) else None
+        if names.is_called(self.text):
             return 0
-        kind = "Embedding" if name.rsplit(".", 1)[-1] in _EMBEDDINGS else "Linear"
+        kind = "Embedding" if names.name.rsplit(".", 1)[-1] in _EMBEDDINGS else "Linear"
         return 2 if self.text == kind else None
 
 
@@ -112,11 +113,11 @@ class CompressedTensorsConfig(QuantConfig):
         return f"{self.source}: {ACTIVATIONS}" if self.activations else None
 
     def for_module(self, name: str) -> QuantConfig | None:
-        matcher = module_matcher(name)
+        names = module_names(name)
         try:
-            if any(target.rank(name, matcher) is not None for target in self.ignore):
+            if any(target.rank(names) is not None for target in self.ignore):
                 return None
-            ranks = [(target.rank(name, matcher), group) for group in self.groups for target in group.targets]
+            ranks = [(target.rank(names), group) for group in self.groups for target in group.targets]
         except ConfigError as error:
             raise ConfigError(f"{self.source}: {error}") from None
         fitting = [(rank, group) for rank, group in ranks if rank is not None]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from exl.checkpoint.header import shown
 from exl.checkpoint.quant.base import QuantConfig
-from exl.checkpoint.quant.values import MAX_GROUP_SIZE, read_names, read_text
+from exl.checkpoint.quant.values import MAX_GROUP_SIZE, module_names, read_names, read_text
 from exl.errors import ConfigError, UnsupportedModelError
 
 ACTIVATIONS = "asks for quantized activations or a quantized KV cache; exl computes with more exact ones"
@@ -42,7 +42,8 @@ class Fp8Config(QuantConfig):
         return f"{self.source}: {ACTIVATIONS}" if self.activations else None
 
     def for_module(self, name: str) -> Fp8Config | None:
-        return None if any(f".{part}." in f".{name}." for part in self.dense) else self.for_quantized(name)
+        names = module_names(name)
+        return None if any(names.is_in(part) for part in self.dense) else self.for_quantized(name)
 
     def for_quantized(self, name: str) -> Fp8Config:
         return replace(self, dense=(), activations=False, others=())

@@ -15,7 +15,7 @@ from exl.checkpoint.module_pattern import ModulePattern
 from exl.checkpoint.quant.base import QuantConfig
 from exl.checkpoint.quant.foreign import TAKE_INSTEAD
 from exl.checkpoint.quant.values import (
-    module_matcher,
+    module_names,
     parse_pattern,
     read_bits,
     read_flag,
@@ -75,9 +75,9 @@ class GptqConfig(QuantConfig):
         return self.checkpoint_format
 
     def for_module(self, name: str) -> GptqConfig | None:
-        matcher = module_matcher(name)
+        names = module_names(name)
         try:
-            rule = next((rule for rule in self.rules if matcher.matches(rule.pattern)), None)
+            rule = next((rule for rule in self.rules if names.matches(rule.pattern)), None)
         except ConfigError as error:
             raise ConfigError(f"{self.source}: dynamic: {error}") from None
         if rule is None:

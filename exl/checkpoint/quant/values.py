@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from exl.checkpoint.header import shown
-from exl.checkpoint.module_pattern import ModuleMatcher, ModulePattern
+from exl.checkpoint.module_names import ModuleNames
+from exl.checkpoint.module_pattern import ModulePattern
 from exl.errors import ConfigError, UnsupportedModelError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
@@ -100,5 +101,5 @@ def parse_pattern(text: str, where: str) -> ModulePattern:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def module_matcher(name: str) -> ModuleMatcher:
-    return ModuleMatcher(name, MAX_STEPS)
+def module_names(name: str) -> ModuleNames:
+    return ModuleNames(name, MAX_STEPS)
