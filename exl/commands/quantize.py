@@ -11,7 +11,7 @@ from exl.commands.options import Debug, Revision, Threads, Token
 
 
 def quantize(
-    src: Annotated[str, typer.Argument(help="Folder of a dense model, or its Hugging Face repository.")],
+    src: Annotated[str, typer.Argument(help="Folder of a dense model, or one of FP8; or its Hugging Face repository.")],
     dst: Annotated[Path, typer.Argument(help="Folder to create. An interrupted run is resumed.")],
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; by default 4.")] = None,
     target_bits: Annotated[

@@ -33,6 +33,7 @@ class ModelManifest:
     layers: tuple[BlobSpec, ...]
     head: BlobSpec  # without a linear if the embedding is also the head
     experts: tuple[ExpertSpec | None, ...]  # by layer
+    quant: QuantConfig | None  # how tensors are read that are not dense
 
     @property
     def tied(self) -> bool:
@@ -143,7 +144,7 @@ class _ManifestReader:
         head_linears = () if head is None else (("head", (LinearSpec((head,)),)),)
         self._refuse_unexpected()
         embed_spec = BlobSpec((), (("embed", (LinearSpec((embed,)),)),))
-        return ModelManifest(names, embed_spec, layers, BlobSpec(norms, head_linears), experts)
+        return ModelManifest(names, embed_spec, layers, BlobSpec(norms, head_linears), experts, self.quant)
 
     def _embed_and_head(self) -> tuple[MatrixSpec, MatrixSpec | None]:
         """None: the embedding is also the head."""

@@ -52,10 +52,13 @@ class ModelFiles:
     folder: Path
     checkpoint: Checkpoint
     config: ModelConfig
-    quant: QuantConfig | None
     manifest: ModelManifest
     tokenizer_bytes: int  # size of tokenizer.json
     adapters: tuple[AdapterManifest, ...] = ()  # by their numbers
+
+    @property
+    def quant(self) -> QuantConfig | None:
+        return self.manifest.quant
 
     @cached_property
     def layer_file_bytes(self) -> int:
@@ -96,14 +99,13 @@ def model_files(
 ) -> ModelFiles:
     """Checks the headers against the configuration. Raises ``ExlError``."""
     config = ModelConfig.from_dict(config_json, str(checkpoint.folder / "config.json"), reading.rope)
-    quant = settle_quant(checkpoint, quant)
-    manifest = read_manifest(checkpoint, config, quant)
+    manifest = read_manifest(checkpoint, config, settle_quant(checkpoint, quant))
     if reading.head != "file":
         manifest = manifest.with_head_bits(int(reading.head))
     if reading.dense != "file":
         manifest = manifest.with_dense_bits(int(reading.dense))
     adapters = tuple(read_adapter(name, path, manifest) for name, path in reading.lora.items())
-    return ModelFiles(checkpoint.folder, checkpoint, config, quant, manifest, tokenizer_bytes, adapters)
+    return ModelFiles(checkpoint.folder, checkpoint, config, manifest, tokenizer_bytes, adapters)
 
 
 def plan_model(

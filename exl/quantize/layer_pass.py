@@ -105,7 +105,7 @@ class LayerPass:
         layout = layer_layout(spec, self._ops.target)
         blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         start, stop = layout.linear_range(name, 0)
-        matrix = load_matrix(self.checkpoint, layout.linears[name][0].spec.parts[0].name, None)
+        matrix = load_matrix(self.checkpoint, layout.linears[name][0].spec.parts[0].name, self.manifest.quant)
         self._ops.pack([matrix], layout.linears[name][0], blob[start:stop])
         return view_segments(layout, blob, name)[0], self._read_norms(layout, blob)
 
@@ -137,12 +137,12 @@ class LayerPass:
             yield logits
 
     def read_layer(self, layer_idx: int) -> LayerWeights:
-        """The dense layer in f32; modules that share an input are fused into one linear. Without experts."""
+        """The layer in f32; modules that share an input are fused into one linear. Without experts."""
         spec = self.manifest.layers[layer_idx]
         return self._read_blob(spec, lambda part: part)
 
     def read_expert(self, layer_idx: int, expert: int) -> Mapping[str, Segments]:
-        """The dense "gate_up" and "down" of an expert in f32, each one linear."""
+        """The "gate_up" and "down" of an expert in f32, each one linear."""
         experts = self.manifest.experts[layer_idx]
         return self._read_blob(experts.blob, lambda part: experts.part(part, expert)).linears
 
@@ -160,7 +160,7 @@ class LayerPass:
             (linear,) = weights[name]
             start = 0
             for part in linear.layout.spec.parts:
-                matrix = load_part(self.checkpoint, source(part), None)
+                matrix = load_part(self.checkpoint, source(part), self.manifest.quant)
                 rows = to_float(matrix.rows(0, part.N), matrix.dtype)
                 linear.fields["weight"][start : start + part.N] = torch.from_numpy(np.ascontiguousarray(rows))
                 if matrix.bias is not None:

@@ -125,7 +125,7 @@ def _with_shapes(config_json: dict[str, Any], plan: QuantizePlan) -> dict[str, A
     text = values.get("text_config")
     holder = values
     if text:  # checked when the config was read
-        holder = values["text_config"] = dict(text)
+        holder = values["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
     if plan.intermediate_size is not None:
         holder["intermediate_size"] = plan.intermediate_size
     for place in (values, holder):

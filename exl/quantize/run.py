@@ -1,4 +1,4 @@
-"""Quantizes a dense model folder to a GPTQ folder, one layer at a time; resumes an interrupted run."""
+"""Quantizes a dense model folder, or one of FP8, to a GPTQ folder, layer by layer; resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from exl.batch import I32
 from exl.checkpoint.checkpoint import Checkpoint
 from exl.checkpoint.config_reader import read_json
 from exl.checkpoint.generation_config import GenerationDefaults
-from exl.checkpoint.quant_config import read_quant_config
 from exl.checkpoint.writer import write_safetensors
 from exl.errors import CheckpointError, ConfigError, ExlError
 from exl.families.config import ModelConfig
@@ -37,6 +36,7 @@ from exl.quantize.overrides import Assignment
 from exl.quantize.plan import Entry, QuantizePlan, make_plan, module_names
 from exl.quantize.sensitivity import Probe, Texts, check_target, choose_bits, measure_pass
 from exl.quantize.solve import Solver
+from exl.quantize.source import expect_no_fp8, source_quant
 from exl.quantize.work import (
     WorkFolder,
     as_bytes,
@@ -72,7 +72,7 @@ def quantize(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> QuantizeResult:
-    """Quantizes the linears of the dense model in ``src`` into the new folder ``dst``.
+    """Quantizes the linears of the dense (or FP8) model in ``src`` into the new folder ``dst``.
 
     Embedding, norms and head stay as they are. If groups do not divide the intermediate size, it is padded with
     zeros, which changes no result. To resume an interrupted run, make the same call again: finished layers are in
@@ -118,9 +118,7 @@ class _Run:
         folder = checkpoint.folder
         self.config_json = read_json(folder / "config.json")
         self.config = ModelConfig.from_dict(self.config_json, str(folder / "config.json"))
-        if read_quant_config(folder, self.config_json) is not None:
-            raise ConfigError(f"{folder}: already quantized, expected a dense model")
-        self.manifest = read_manifest(checkpoint, self.config, None)
+        self.manifest = read_manifest(checkpoint, self.config, source_quant(checkpoint, self.config_json))
         self.asked = Assignment.make(
             module_names(self.manifest, self.config), options.settings, options.parsed_overrides
         )
@@ -133,6 +131,7 @@ class _Run:
         self.solver = Solver(checkpoint, options, compute)
         self._progress, self._done = progress, 0
         self._measuring = 0  # work of choosing widths
+        expect_no_fp8(entry for entry, layer_idx in output_entries(checkpoint, self.plan) if layer_idx is None)
         self._follow(self.plan)
 
     def _follow(self, plan: QuantizePlan) -> None:
