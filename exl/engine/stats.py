@@ -38,6 +38,13 @@ class EngineStats:
     window_pages_total: int = 0  # of layers that have a window, where they have pages of their own
     window_pages_free: int = 0
 
+    @property
+    def cache_used(self) -> float:
+        """The share of pages that running sequences hold; of two kinds of pages the fuller one's, for which new
+        sequences wait."""
+        kinds = (self.pages_total, self.pages_free), (self.window_pages_total, self.window_pages_free)
+        return max(1 - free / total if total else 0.0 for total, free in kinds)
+
     @classmethod
     def of(cls, seat: Seat, scheduler: Scheduler, pool: PagePool, read: StreamStats) -> EngineStats:
         """From any thread; waits for nobody."""

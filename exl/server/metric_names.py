@@ -30,7 +30,9 @@ EXL = Names(
         ("exl_cache_pages", "pages_total", "Pages of the KV cache, of 64 tokens"),
         ("exl_cache_pages_free", "pages_free", "Of those, free at once, or kept and given away when needed"),
         ("exl_cache_pages_kept", "pages_kept", "Of the free ones, those whose text is known"),
-        ("exl_cache_used_ratio", "cache_used", "The share of pages that running sequences hold"),
+        ("exl_cache_window_pages", "window_pages_total", "Pages of layers with a window, where they have their own"),
+        ("exl_cache_window_pages_free", "window_pages_free", "Of those, free at once, or given away when needed"),
+        ("exl_cache_used_ratio", "cache_used", "The share of pages that running sequences hold, of the fuller kind"),
     ),
     counters=(
         ("exl_steps", "steps", "Trips of the scheduler"),

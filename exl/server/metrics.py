@@ -190,7 +190,7 @@ class ModelTally:
     def gauge(self, key: str) -> float:
         now = self._now
         if key == "cache_used":
-            return 1 - now.pages_free / now.pages_total if now is not None and now.pages_total else 0.0
+            return 0.0 if now is None else now.cache_used
         return float(getattr(now, key, 0))
 
 

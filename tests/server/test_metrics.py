@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -13,7 +15,10 @@ from prometheus_client import Histogram as ReferenceHistogram
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from exl.engine.stats import EngineStats
 from exl.server.histogram import SECONDS, Histogram
+from exl.server.metric_names import EXL
+from exl.server.metrics import ModelTally
 from exl.server.residency import ModelState
 from exl.server.watch import Journey, Watch
 from tests.server.raw import wait_for_idle
@@ -24,6 +29,23 @@ CHAT = "/v1/chat/completions"
 
 def asked(i: int, **fields) -> dict:
     return {"messages": [{"role": "user", "content": f"Tell me of dog {i}."}], "max_tokens": 7, **fields}
+
+
+def test_pages_of_windows_are_told_and_the_fuller_kind_is_what_is_used():
+    counted = dict.fromkeys((field.name for field in dataclasses.fields(EngineStats)), 0)
+    tally = ModelTally()
+
+    def gauges(**pages: int) -> dict[str, float]:
+        now = EngineStats(**counted | pages)
+        tally.look(SimpleNamespace(served=SimpleNamespace(llm=SimpleNamespace(stats=lambda: now))))
+        return {name: tally.gauge(key) for name, key, _ in EXL.gauges}
+
+    assert gauges()["exl_cache_used_ratio"] == 0
+    one = gauges(pages_total=8, pages_free=6)
+    assert (one["exl_cache_used_ratio"], one["exl_cache_window_pages"]) == (0.25, 0)
+    two = gauges(pages_total=8, pages_free=6, window_pages_total=4, window_pages_free=1)
+    assert two["exl_cache_used_ratio"] == 0.75
+    assert (two["exl_cache_window_pages"], two["exl_cache_window_pages_free"]) == (4, 1)
 
 
 class Figures(dict):
