@@ -158,8 +158,7 @@ class Listener:
                     if wanted is not None and not follows_stream:
                         wanted["x"] = wanted["x"].clone()  # the next run overwrites it
                     found = run(chunk, first)
-                    lack = None if wanted is None else _lack(hearing.step, linear, wanted, found)
-                    hessian.add(found["x"], lack)
+                    hessian.add(*self._rows(hearing.step, linear, wanted, found))
                 self._told(name, chunk)
         H, product = hessian.finish(), hessian.finish_product()
         if product is None:
@@ -169,6 +168,28 @@ class Listener:
             return Heard(H, product.float() @ weight)
         # x (d - x W)^T, summed; in f64, because the two parts are much larger than their difference.
         return Heard(H, product.sub_(H @ weight.double()).float())
+
+    def _rows(
+        self, step: Step, linear: Linear, wanted: Mapping[str, torch.Tensor] | None, found: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The linear's inputs and what they lack to be the dense stream's; where it joins the residual stream plainly,
+        what the products x W lack for the residual stream to be the dense stream's. Overwrites both states.
+
+        There a row is divided by what the norm behind will divide it by: what is lacking counts as the next linears see
+        it. Without that, the few rows of massive activations (Sun et al. 2024, arXiv 2402.17762), a thousand times as
+        large as others, decide alone what all later linears make up for.
+        """
+        if wanted is None:
+            return found["x"], None
+        if not step.joins_plainly:
+            return found["x"], wanted["x"].sub_(found["x"])
+        dense, norm = wanted[HIDDEN], self._layers.config.norm
+        mean_square = dense.square().mean(1, keepdim=True) if norm.kind == "rms" else dense.var(1, correction=0, keepdim=True)
+        weight = mean_square.add_(norm.eps).rsqrt_()
+        lack = dense.sub_(found[HIDDEN]).div_(step.branch.scale)
+        if "bias" in linear.fields:
+            lack = lack.sub_(linear.fields["bias"])
+        return found["x"].mul_(weight), lack.mul_(weight)
 
     def end_dense(self, write: Write) -> None:
         """Takes the dense stream to the layer's end, if it is not there yet."""
@@ -193,14 +214,3 @@ class Listener:
         for chunk in self._layers.chunks:
             yield chunk, first
             first += chunk.num_rows
-
-
-def _lack(
-    step: Step, linear: Linear, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """What a linear's inputs lack to be the dense stream's; where it joins the residual stream plainly, the products
-    x W with which the residual stream would be the dense stream's."""
-    if not step.joins_plainly:
-        return wanted["x"].sub_(found["x"])
-    outputs = wanted[HIDDEN].sub_(found[HIDDEN]).div_(step.branch.scale)
-    return outputs.sub_(linear.fields["bias"]) if "bias" in linear.fields else outputs

@@ -52,7 +52,7 @@ from exl.units import format_apart
 Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py``), what is being done
 
 _DEFAULT_SEQ_LEN = 2048
-_ALGORITHM = 3  # version: raised by each change after which a run that is resumed would write other bytes
+_ALGORITHM = 4  # version: raised by each change after which a run that is resumed would write other bytes
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Recorder:
 
     def __init__(self, model: transformers.PreTrainedModel, sequences: list[np.ndarray]) -> None:
         self.scale = getattr(model.config, "residual_multiplier", 1.0)
+        self.centred = "LayerNorm" in type(model.model.norm).__name__
         self._rows: dict[str, list[torch.Tensor]] = defaultdict(list)
         layer = model.model.layers[1]
         hooks = [layer.register_forward_hook(partial(self._keep, "layer"))]
@@ -129,6 +130,13 @@ class Recorder:
         if name == "down":
             return self["layer out"]
         return self["layer in"] + self.scale * self["self_attn.o_proj out"]
+
+    def spread(self, name: str) -> torch.Tensor:
+        """What the norm behind "o" or "down" divides each row by, but for its epsilon."""
+        stream = self.stream(name)
+        if self.centred:
+            stream = stream - stream.mean(1, keepdim=True)
+        return stream.square().mean(1, keepdim=True).sqrt()
 
 
 def spoil(model: transformers.PreTrainedModel, layer_idx: int, plan: LinearPlan, linear: Linear) -> None:
@@ -175,6 +183,8 @@ def test_it_hears_what_transformers_feeds(case, tmp_path):
                 lack = expected.outputs(name, this) - found.outputs(name, this)
             else:
                 lack = (expected.stream(name) - found.stream(name)) / found.scale
+                weight = 1 / expected.spread(name)
+                x, lack = x * weight, lack * weight
             for mine, true in ((heard.hessian, x.T @ x), (heard.drift, x.T @ lack)):
                 true = 2 / len(x) * true
                 assert mine.shape == true.shape
