@@ -73,7 +73,14 @@ def test_our_rounding_is_the_plain_one_with_scales_as_files_hold_them(tmp_path):
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_gives_back_half_of_what_rounding_loses(tmp_path, act_order):
-    """With a quarter of the calibration text; docs/formats.md has the figure with all of it."""
-    options = QuantizeOptions(group_size=32, act_order=act_order, calibration=CALIBRATION, seq_len=512, num_samples=32)
-    quantize(SOURCE, tmp_path / "out", options)
-    assert DENSE < loss_of_folder(tmp_path / "out") <= (DENSE + PUBLISHED_RTN) / 2
+    """On average over four texts: from one to another the loss changes by 0.005. Each is a quarter of the calibration
+    text; docs/formats.md has the figure with all of it."""
+    stories = CALIBRATION.read_text(encoding="utf-8").splitlines(keepends=True)
+    losses = []
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("".join(stories[i::4]), encoding="utf-8")
+        options = QuantizeOptions(group_size=32, act_order=act_order, calibration=tmp_path / f"{i}.txt", seq_len=512)
+        quantize(SOURCE, tmp_path / f"out{i}", options)
+        losses.append(loss_of_folder(tmp_path / f"out{i}"))
+    assert min(losses) > DENSE
+    assert np.mean(losses) <= (DENSE + PUBLISHED_RTN) / 2, losses
