@@ -184,8 +184,9 @@ class Listener:
         if not step.joins_plainly:
             return found["x"], wanted["x"].sub_(found["x"])
         dense, norm = wanted[HIDDEN], self._layers.config.norm
-        mean_square = dense.square().mean(1, keepdim=True) if norm.kind == "rms" else dense.var(1, correction=0, keepdim=True)
-        weight = mean_square.add_(norm.eps).rsqrt_()
+        around_mean = norm.kind == "layer"
+        squares = dense.var(1, correction=0, keepdim=True) if around_mean else dense.square().mean(1, keepdim=True)
+        weight = squares.add_(norm.eps).rsqrt_()
         lack = dense.sub_(found[HIDDEN]).div_(step.branch.scale)
         if "bias" in linear.fields:
             lack = lack.sub_(linear.fields["bias"])
