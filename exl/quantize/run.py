@@ -52,7 +52,7 @@ from exl.units import format_apart
 Progress = Callable[[int, int, str], None]  # work done and in all (``effort.py``), what is being done
 
 _DEFAULT_SEQ_LEN = 2048
-_ALGORITHM = 4  # version: raised by each change after which a run that is resumed would write other bytes
+ALGORITHM = 4  # version: raised by each change after which the same request would write other bytes
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class _Run:
         source.update(json.dumps(self.config_json, sort_keys=True).encode())
         text = hashlib.sha256(b"".join(np.concatenate([[len(s)], s]).astype("<i4").tobytes() for s in self.sequences))
         return {
-            "algorithm": _ALGORITHM,
+            "algorithm": ALGORITHM,
             **options,
             "source": source.hexdigest(),
             "calibration tokens": text.hexdigest(),

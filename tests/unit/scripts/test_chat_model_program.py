@@ -78,6 +78,12 @@ def test_other_chats_are_another_recipe(monkeypatch, tmp_path):
     assert chat_model.quantized_folder().parents[1] == user_cache_folder("models")
 
 
+def test_another_way_to_round_makes_another_folder(monkeypatch):
+    before = chat_model.quantized_folder()
+    monkeypatch.setattr(chat_model, "ALGORITHM", chat_model.ALGORITHM + 1)
+    assert chat_model.quantized_folder() != before
+
+
 def test_the_folder_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chat_model", "--make-only"])
     chat_model.main()
