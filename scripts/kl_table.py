@@ -32,7 +32,12 @@ BITS = (8, 4, 3.5, 3, 2)
 LLAMA_TYPES = ("Q8_0", "Q4_K_M", "Q4_0")
 CACHES = ("f16", "q8", "k8v4", "q4")
 LLAMA_CACHES = ("f16", "q8_0", "q4_0")
-GPTQMODEL = {"GPTQModel, 4 bits": {}, "GPTQModel, 4 bits, asymmetric": {"sym": False}}
+GPTQMODEL = {
+    "GPTQModel, 4 bits": {},
+    "GPTQModel, 4 bits, asymmetric": {"sym": False},
+    "GPTQModel, 3 bits": {"bits": 3},
+}
+SMALL_GROUPS = 32  # llama.cpp's blocks
 Row = dict[str, Any]
 
 
@@ -58,12 +63,13 @@ def subjects(name: str | None) -> list[Subject]:
     return found
 
 
-def make(subject: Subject, bits: float, folder: Path) -> Path:
-    """The folder of the model by exl, made if it is not there."""
-    made = folder / f"{subject.name}-{bits}bit"
+def make(subject: Subject, bits: float, folder: Path, **more: Any) -> Path:
+    """The folder of the model by exl, made if it is not there. ``more``: of its options."""
+    made = folder / "-".join([f"{subject.name}-{bits}bit", *(f"{name}={value}" for name, value in more.items())])
     if not (made / "config.json").is_file():
         width = {"bits": bits} if isinstance(bits, int) else {"bits": None, "target_bits": bits}
-        options = replace(RECIPE, calibration=subject.calibration, num_samples=subject.num_samples, **width)
+        texts = {"calibration": subject.calibration, "num_samples": subject.num_samples}
+        options = replace(RECIPE, **texts, **width, **more)
         with WorkBar(made.name) as bar:
             quantize(subject.dense, made, options, bar.update)
     return made
@@ -96,6 +102,8 @@ def by_llama(label: str, kind: str, cache: str = "f32", *options: str) -> Row:
 def rows(subject: Subject, folder: Path, gptqmodel: str | None) -> list[Row]:
     """What is compared, all of it made."""
     found = [by_exl(f"exl, {bits} bits", make(subject, bits, folder)) for bits in BITS]
+    small = {"group_size": SMALL_GROUPS}
+    found.insert(2, by_exl(f"exl, 4 bits, groups of {SMALL_GROUPS}", make(subject, 4, folder, **small)))
     # llama.cpp rounds activations, too.
     found += [
         by_exl(f"exl, {bits} bits, arithmetic int8", make(subject, bits, folder), arithmetic="int8")
