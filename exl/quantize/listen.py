@@ -176,7 +176,7 @@ class Listener:
         what the products x W lack for the residual stream to be the dense stream's. Overwrites both states.
 
         There a row is divided by what the norm behind will divide it by: what is lacking counts as the next linears see
-        it. Without that, the few rows of massive activations (Sun et al. 2024, arXiv 2402.17762), a thousand times as
+        it. Without that, the few rows of massive activations (Sun et al. 2024, arXiv 2402.17762), a hundred times as
         large as others, decide alone what all later linears make up for.
         """
         if wanted is None:
