@@ -20,7 +20,7 @@ from exl.batch import PAGE_SIZE
 from exl.checkpoint.hub import BUNDLED_MODEL
 from exl.engine.build import Engine, choose_device, load_engine
 from exl.errors import ConfigError
-from exl.load_test import LoadFigures, LoadTest, prompt_ids, run_load
+from exl.load_test import LoadFigures, LoadTest, measured_adapter, prompt_ids, run_load
 from exl.memory.host import proc_bytes, trim_heap
 from exl.planning.options import EngineOptions
 from exl.planning.plan import MemoryPlan
@@ -114,7 +114,6 @@ def run_bench(
     ):
         if value < least:
             raise ConfigError(f"{option}: found {value}, expected {least} or more")
-    lora = next(iter(options.lora), None)
     load = _load_test(options, num_prompt, num_generated, depth, concurrency, speculate)
     needed = depth + max(num_prompt, num_generated + 2) if load is None else num_prompt + num_generated
     if options.context is None:
@@ -137,21 +136,19 @@ def run_bench(
         tests: list[tuple[str, int, Callable[[], float], int | None]] = []
         at = f"@d{depth}" if depth else ""
         if num_prompt and load is None:
-            tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt, lora), None))
+            tests.append((f"pp{num_prompt}{at}", num_prompt, lambda: _prompt(engine, depth, num_prompt), None))
         if num_generated and load is None:
             num_bytes = model_bytes_a_token(engine.model, depth + num_generated // 2)
-            num_bytes += 0 if lora is None else engine.model.adapters[0].num_bytes
-
-            def generate() -> float:
-                return _generate(engine, depth, num_generated, lora)
-
-            tests.append((f"tg{num_generated}{at}", num_generated, generate, num_bytes))
+            num_bytes += sum(adapter.num_bytes for adapter in engine.model.adapters[:1])
+            tests.append(
+                (f"tg{num_generated}{at}", num_generated, lambda: _generate(engine, depth, num_generated), num_bytes)
+            )
         for test, count, run, num_bytes in tests:
             run()
             results.append(BenchResult(test, count, tuple(run() for _ in range(repeats)), num_bytes))
         peak = None if before is None else _peak(engine) - before
         shown = model_name(None, folder) if name is None else name
-        shown = shown if lora is None else f"{shown} + {lora}"
+        shown = " + ".join(filter(None, (shown, measured_adapter(engine))))
         subject = _subject(engine, shown, thread_limit(options.threads))
         return BenchReport(subject, engine.plan, tuple(results), roof, peak, engine.decode_steps)
     finally:
@@ -179,7 +176,7 @@ def _load_test(
         raise ConfigError("speculate: found 'draft' without a draft model, expected draft, too")
     if depth:
         raise ConfigError(f"depth: found {depth} with concurrency, expected 0: a longer prompt, pp, is the same")
-    return LoadTest(concurrency, num_prompt, num_generated, speculate, next(iter(options.lora), None))
+    return LoadTest(concurrency, num_prompt, num_generated, speculate)
 
 
 def _load_results(engine: Engine, test: LoadTest, repeats: int) -> list[BenchResult]:
@@ -209,9 +206,9 @@ def _subject(engine: Engine, name: str, threads: int) -> Subject:
     )
 
 
-def _prompt(engine: Engine, depth: int, count: int, lora: str | None) -> float:
+def _prompt(engine: Engine, depth: int, count: int) -> float:
     generator, ids = engine.generator, _ids(engine, depth + count)
-    sequence = generator.begin(depth + count, lora)
+    sequence = generator.begin(depth + count, measured_adapter(engine))
     try:
         if depth:
             generator.extend(sequence, ids[:depth])
@@ -224,12 +221,12 @@ def _prompt(engine: Engine, depth: int, count: int, lora: str | None) -> float:
         generator.end(sequence)
 
 
-def _generate(engine: Engine, depth: int, count: int, lora: str | None = None) -> float:
+def _generate(engine: Engine, depth: int, count: int) -> float:
     """Seconds from the first token that the generator yields to the last, as a caller sees them."""
     generator = engine.generator
     eos_ids, generator.eos_ids = generator.eos_ids, frozenset()
     params = SamplingParams(max_tokens=count + 1, temperature=0.0)
-    answer = generator.stream(_ids(engine, depth + 1), params, lora=lora)
+    answer = generator.stream(_ids(engine, depth + 1), params, lora=measured_adapter(engine))
     try:
         next(answer)
         began = time.perf_counter()

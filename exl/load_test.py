@@ -29,7 +29,6 @@ class LoadTest:
     num_prompt: int
     num_generated: int
     speculate: str | None = None  # what drafts, see ``RequestOptions``
-    lora: str | None = None  # the name of the adapter that answers
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError``."""
@@ -116,6 +115,11 @@ class _Arrivals:
         return ""
 
 
+def measured_adapter(engine: Engine) -> str | None:
+    """The name of the adapter that answers while a model is measured: its first; None: it has none."""
+    return next(iter(engine.adapters.names), None)
+
+
 def run_load(engine: Engine, test: LoadTest) -> LoadRun:
     """Submits all requests at once, and waits for all. Raises ``ConfigError`` for a drafter that there is none of."""
     generator = engine.generator
@@ -135,7 +139,7 @@ def run_load(engine: Engine, test: LoadTest) -> LoadRun:
                     params,
                     reuse_prefix=False,
                     speculate=test.speculate,
-                    lora=test.lora,
+                    lora=measured_adapter(engine),
                     make_sink=lambda sink=sink: sink,
                 )
                 handles.append(stack.enter_context(generator.submit(request, inline=True)))

@@ -3,16 +3,12 @@ name than its quantization configuration: transformers renames modules when it l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 from exl.checkpoint.module_pattern import ModuleMatcher, ModulePattern
 
 # What stands for "model." and before the head: since transformers 4.52, before, and in Qwen2-VL's files.
 TEXT_PARTS = (("model.language_model.", ""), ("language_model.model.", "language_model."), ("model.", ""))
 _PART = "language_model"  # in the names that others do not have
 _HEAD = "lm_head"
-T = TypeVar("T")
 
 
 def other_spellings(name: str) -> tuple[str, ...]:
@@ -34,29 +30,34 @@ class ModuleNames:
     name in the file alone: "everything but model.layers". ``max_steps``: of patterns, for each spelling."""
 
     def __init__(self, name: str, max_steps: int) -> None:
-        self.name = name
+        self.name, self._max_steps = name, max_steps
         self._spellings = (name, *other_spellings(name))
-        self._matchers = [ModuleMatcher(spelling, max_steps) for spelling in self._spellings]
+        self._matchers: dict[str, ModuleMatcher] = {}
 
     def is_called(self, name: str) -> bool:
-        return name in self._meant_by(name, self._spellings)
+        return name in self._meant_by(name)
 
     def has(self, part: str) -> bool:
         """Whether the name contains ``part``, anywhere."""
-        return any(part in name for name in self._meant_by(part, self._spellings))
+        return any(part in name for name in self._meant_by(part))
 
     def is_in(self, part: str) -> bool:
         """Whether ``part`` is some whole components of the name: "model.layers" of "model.layers.0.mlp.up_proj"."""
-        return any(f".{part.rstrip('.')}." in f".{name}." for name in self._meant_by(part, self._spellings))
+        return any(f".{part.rstrip('.')}." in f".{name}." for name in self._meant_by(part))
 
     def matches(self, pattern: ModulePattern) -> bool:
         """As ``ModuleMatcher.matches``."""
-        return any(matcher.matches(pattern) for matcher in self._meant_by(pattern.text, self._matchers))
+        return any(self._matcher(name).matches(pattern) for name in self._meant_by(pattern.text))
 
     def found(self, pattern: ModulePattern) -> bool:
         """As ``ModuleMatcher.found``."""
-        return any(matcher.found(pattern) for matcher in self._meant_by(pattern.text, self._matchers))
+        return any(self._matcher(name).found(pattern) for name in self._meant_by(pattern.text))
 
-    @staticmethod
-    def _meant_by(text: str, of_spellings: Sequence[T]) -> Sequence[T]:
-        return of_spellings if _PART in text else of_spellings[:1]
+    def _meant_by(self, text: str) -> tuple[str, ...]:
+        return self._spellings if _PART in text else self._spellings[:1]
+
+    def _matcher(self, name: str) -> ModuleMatcher:
+        """Made when a pattern asks for it: a model with experts has many thousands of modules."""
+        if name not in self._matchers:
+            self._matchers[name] = ModuleMatcher(name, self._max_steps)
+        return self._matchers[name]

@@ -120,7 +120,8 @@ def write_checkpoint(
 
 
 def _with_shapes(config_json: dict[str, Any], plan: QuantizePlan) -> dict[str, Any]:
-    """What the output's tensors are, where the source's config says otherwise; of a model with a text part, there."""
+    """What the output's tensors are, where the source's config says otherwise; of a model with a text part, there. What
+    that says of the source's quantization is left out: the output's stands beside it."""
     values = dict(config_json)
     text = values.get("text_config")
     holder = values

@@ -131,8 +131,8 @@ class _Run:
         self.solver = Solver(checkpoint, options, compute)
         self._progress, self._done = progress, 0
         self._measuring = 0  # work of choosing widths
-        expect_no_fp8(entry for entry, layer_idx in output_entries(checkpoint, self.plan) if layer_idx is None)
         self._follow(self.plan)
+        expect_no_fp8(entry for entry, layer_idx in self._tensors if layer_idx is None)
 
     def _follow(self, plan: QuantizePlan) -> None:
         """Takes a plan, and knows then what each step of it will be."""

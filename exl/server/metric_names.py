@@ -1,7 +1,7 @@
 """Names of ``/metrics``: exl's own, and vLLM's for the same figures (docs.vllm.ai/en/latest/usage/metrics.html).
 
-The second of each three is where the figure comes from: a field of ``EngineStats`` or of ``ModelTally``. Counters get
-"_total" behind their names.
+The second of each three is where the figure comes from: an attribute of ``EngineStats`` or of ``ModelTally``. Counters
+get "_total" behind their names.
 """
 
 from __future__ import annotations

@@ -188,10 +188,7 @@ class ModelTally:
         return own if own is not None else self._before[key] + getattr(self._now, key, 0)
 
     def gauge(self, key: str) -> float:
-        now = self._now
-        if key == "cache_used":
-            return 0.0 if now is None else now.cache_used
-        return float(getattr(now, key, 0))
+        return float(getattr(self._now, key, 0))
 
 
 def _about_models(states: Iterable[ModelState]) -> Iterable[Metric]:

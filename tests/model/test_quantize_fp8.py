@@ -34,7 +34,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def _calibration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model has no tokenizer: sequences instead of a text."""
     sequences = [torch.tensor(some_ids(40, seed=seed), dtype=torch.int32).numpy() for seed in range(6)]
     monkeypatch.setattr("exl.quantize.run._Run._read_sequences", lambda run: sequences)
@@ -43,7 +43,7 @@ def _calibration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_the_result_is_that_of_the_dense_weights(source, method, tmp_path, monkeypatch):
     folder, model = source
-    _calibration(folder, monkeypatch)
+    _calibrate(monkeypatch)
     options = QuantizeOptions(method=method, group_size=32, calibration="text" if method == "gptq" else None)
     model.save_pretrained(tmp_path / "dense")
     quantize(folder, tmp_path / "from_fp8", options)
