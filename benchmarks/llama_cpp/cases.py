@@ -93,5 +93,5 @@ def _summary(runs: Sequence[float]) -> dict[str, object]:
         "median": round(statistics.median(runs), 3),
         "least": round(min(runs), 3),
         "most": round(max(runs), 3),
-        "runs": [round(run, 3) for run in runs],
+        "runs": list(runs),
     }

@@ -144,6 +144,14 @@ def test_both_are_measured_in_turn_and_reported(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == tables.readme_section(found) + "\n"
 
 
+def test_a_file_keeps_what_was_measured(tmp_path):
+    """To the last digit: what is printed of the file is what was printed of the runs."""
+    row = Row("stories", Case("decode", 4), 0).with_runs([10000 / 3, 5868.74996], [2.0 / 3, 0.5674997])
+    found = Comparison({"machine": "x"}, {"stories": "y"}, (row,))
+    write(found, tmp_path / "found.json")
+    assert read(tmp_path / "found.json") == found
+
+
 def test_busy_processes_may_have_fewer_rounds(tmp_path, monkeypatch):
     asked = ("--quick", "--depths", "0", "--prompts", "--rounds", "3", "--busy-rounds", "2")
     found = compare(tmp_path, monkeypatch, *asked)
